@@ -1,0 +1,90 @@
+"""eigenzoo: the low-dimensional weight subspace that many models of one architecture share, whether there is one, and its use.
+
+    import eigenzoo as ez
+    zoo   = ez.open_zoo("adapters/*")
+    space = ez.fit(zoo, rank=16)
+    coeff = space.project("adapters/unseen")
+    space.rebuild(coeff).save("out/")
+    space.save("bundle/"); ez.load("bundle/")
+
+Names are imported when they are first used, so that `import eigenzoo` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eigenzoo.errors import (
+        BudgetError,
+        BundleError,
+        DataError,
+        EigenzooError,
+        FormatError,
+        MismatchError,
+        OutputError,
+        RankError,
+        UnsafePathError,
+        UnsupportedError,
+        UsageError,
+        ZooError,
+    )
+    from eigenzoo.subspace.coefficients import Coefficients
+    from eigenzoo.subspace.fit import fit
+    from eigenzoo.subspace.plan import plan
+    from eigenzoo.subspace.rebuilt import RebuiltModel
+    from eigenzoo.subspace.subspace import Subspace, load
+    from eigenzoo.zoo.inspection import inspect
+    from eigenzoo.zoo.zoo import Zoo, open_zoo
+
+_ERRORS = (
+    "BudgetError", "BundleError", "DataError", "EigenzooError", "FormatError", "MismatchError", "OutputError", "RankError",
+    "UnsafePathError", "UnsupportedError", "UsageError", "ZooError",
+)
+_HOMES = {
+    "Coefficients": "subspace.coefficients",
+    "RebuiltModel": "subspace.rebuilt",
+    "Subspace": "subspace.subspace",
+    "Zoo": "zoo.zoo",
+    "fit": "subspace.fit",
+    "inspect": "zoo.inspection",
+    "load": "subspace.subspace",
+    "open_zoo": "zoo.zoo",
+    "plan": "subspace.plan",
+    **dict.fromkeys(_ERRORS, "errors"),
+}
+
+__all__ = [
+    "BudgetError",
+    "BundleError",
+    "Coefficients",
+    "DataError",
+    "EigenzooError",
+    "FormatError",
+    "MismatchError",
+    "OutputError",
+    "RankError",
+    "RebuiltModel",
+    "Subspace",
+    "UnsafePathError",
+    "UnsupportedError",
+    "UsageError",
+    "Zoo",
+    "ZooError",
+    "fit",
+    "inspect",
+    "load",
+    "open_zoo",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eigenzoo' has no attribute {name!r}")
+    return getattr(import_module(f"eigenzoo.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,87 @@
+"""Every error that eigenzoo raises on purpose.
+
+    EigenzooError
+    ├── UsageError          an option or argument that cannot be meant
+    │   ├── RankError       a rank that the stack cannot have
+    │   └── BudgetError     a byte budget or an error bound that no rank can meet
+    ├── OutputError         an output that exists already or cannot be written
+    ├── FormatError         a file that is not what its format says
+    │   ├── UnsupportedError    a valid file of a kind that is refused by rule
+    │   └── UnsafePathError     a path that leads out of the model's own folder
+    ├── ZooError            models that do not make one zoo
+    │   └── MismatchError   layers that differ between models
+    ├── DataError           values that no subspace can be fitted to (NaN, Inf)
+    └── BundleError         a bundle that is damaged or of another version
+
+Each message says what, where, the rule, and the next step. Low rooms raise with the facts that they know;
+whoever knows the model and the layer adds them once, as `where`.
+"""
+
+from __future__ import annotations
+
+
+class EigenzooError(Exception):
+    """The root of the tree: catch this to catch every deliberate refusal.
+
+    `what` is the fact, `where` the model, layer or file, `rule` what was expected, `next_step` what to do.
+    """
+
+    def __init__(self, what: str, *, where: str = "", rule: str = "", next_step: str = "") -> None:
+        self.what, self.where, self.rule, self.next_step = what, where, rule, next_step
+        super().__init__(what, where, rule, next_step)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        for part in (self.rule, self.next_step):
+            if part:
+                text = f"{text.rstrip('.')}. {part[0].upper()}{part[1:]}"
+        return text if text.endswith(".") else f"{text}."
+
+    def at(self, where: str) -> EigenzooError:
+        """Return the same error with its place named; an inner place that is known already stays behind it."""
+        place = f"{where}, {self.where}" if self.where else where
+        return type(self)(self.what, where=place, rule=self.rule, next_step=self.next_step)
+
+
+class UsageError(EigenzooError):
+    """An option or argument that cannot be meant."""
+
+
+class RankError(UsageError):
+    """A rank that the stack cannot have."""
+
+
+class BudgetError(UsageError):
+    """A byte budget or an error bound that no rank can meet."""
+
+
+class OutputError(EigenzooError):
+    """An output that exists already or cannot be written."""
+
+
+class FormatError(EigenzooError):
+    """A file that is not what its format says."""
+
+
+class UnsupportedError(FormatError):
+    """A valid file of a kind that is refused by rule."""
+
+
+class UnsafePathError(FormatError):
+    """A path that leads out of the model's own folder."""
+
+
+class ZooError(EigenzooError):
+    """Models that do not make one zoo."""
+
+
+class MismatchError(ZooError):
+    """Layers that differ between the models of a zoo."""
+
+
+class DataError(EigenzooError):
+    """Values that no subspace can be fitted to."""
+
+
+class BundleError(EigenzooError):
+    """A bundle that is damaged, incomplete or of another version."""

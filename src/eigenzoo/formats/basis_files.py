@@ -1,0 +1,114 @@
+"""The tensors of a subspace's bases: one safetensors file, or several where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors_writer import SafetensorsWriter
+
+SHARD_BYTES = 4 * 2**30
+"""A shard is closed when it has passed this size; a layer's tensors may make it longer."""
+
+PARTS_PER_LAYER = 8
+"""More than any form writes: what the header has room for."""
+
+
+def shard_name(number: int) -> str:
+    """Name the shards: basis.safetensors, basis-00002.safetensors, …"""
+    return "basis.safetensors" if number == 0 else f"basis-{number + 1:05d}.safetensors"
+
+
+class BasisWriter:
+    """Write the tensors of many layers into shards in a folder, one layer after the other."""
+
+    def __init__(self, folder: Path, layers: Sequence[str]) -> None:
+        self.folder = folder
+        self._capacity = 1024 + sum(PARTS_PER_LAYER * (160 + len(name.encode())) for name in layers)
+        self._shards: list[SafetensorsWriter] = []
+        self._bytes = 0
+        self._place: dict[str, SafetensorsWriter] = {}
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor whole."""
+        self.begin(name, tensor.dtype, tuple(tensor.shape))
+        self.write_flat(name, 0, tensor.reshape(-1))
+
+    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Make room for a tensor that is written block by block."""
+        if not self._shards or self._bytes > SHARD_BYTES:
+            self._shards.append(SafetensorsWriter(self.folder / shard_name(len(self._shards)), self._capacity))
+            self._bytes = 0
+        shard = self._shards[-1]
+        shard.begin(name, dtype, shape)
+        self._place[name] = shard
+        self._bytes += dtype.itemsize * torch.Size(shape).numel()
+
+    def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write a run of a tensor that was begun."""
+        self._place[name].write_flat(name, start, tensor)
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read back a run of what was written."""
+        return self._place[name].read_flat(name, start, stop, out)
+
+    def finish(self) -> BasisFiles:
+        """Write the headers and open what was written."""
+        if not self._shards:
+            self._shards.append(SafetensorsWriter(self.folder / shard_name(0), 64))
+        for shard in self._shards:
+            shard.finish()
+        return BasisFiles([shard.path for shard in self._shards])
+
+    def close(self) -> None:
+        """Close the files of an unfinished fit."""
+        for shard in self._shards:
+            shard.close()
+
+
+class BasisFiles:
+    """Read the tensors of bases from their shards, on demand."""
+
+    def __init__(self, paths: Sequence[Path], root: Path | None = None) -> None:
+        self.paths = tuple(paths)
+        self._place: dict[str, SafetensorsFile] = {}
+        for path in self.paths:
+            shard = SafetensorsFile(path, root)
+            for name in shard.tensors:
+                if name in self._place:
+                    raise BundleError(f"tensor {name!r} occurs in two shards", where=str(path))
+                self._place[name] = shard
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._place
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its header."""
+        return self._shard(name).tensors[name].shape
+
+    def num_bytes(self, layer: str) -> int:
+        """Bytes of the tensors of one layer."""
+        return sum(self._place[name].tensors[name].nbytes for name in self._place if name.rpartition("/")[0] == layer)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor whole."""
+        return self._shard(name).read(name)
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read a run of a flattened tensor."""
+        return self._shard(name).read_flat(name, start, stop, out)
+
+    def _shard(self, name: str) -> SafetensorsFile:
+        if name not in self._place:
+            raise BundleError(f"the basis has no tensor {name!r}", where=str(self.paths[0].parent), rule="see docs/bundle-format.md")
+        return self._place[name]

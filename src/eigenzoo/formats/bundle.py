@@ -1,0 +1,124 @@
+"""The bundle as files: opening, checking, and writing its parts. The rules are in docs/bundle-format.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError, FormatError
+from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.manifest import FileRecord, Manifest, parse_manifest
+from eigenzoo.formats.paths import inside
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.writers import TensorLayout, write_tensors
+
+MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"
+MAX_MANIFEST_BYTES = 256 * 2**20
+
+
+def is_bundle(folder: Path) -> bool:
+    """Tell by names alone whether a folder is meant to be a bundle."""
+    return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a bundle's manifest, and that every file that it names is there."""
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"there is no {MANIFEST}", where=str(path), rule="a bundle is a folder that eigenzoo fit wrote")
+    document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
+    manifest = parse_manifest(document, str(path))
+    for name in manifest.files:
+        if not inside(path, name).is_file():
+            raise BundleError(f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole")
+    unlisted = [model.coefficients for model in manifest.models if model.coefficients not in manifest.files]
+    if unlisted:
+        raise BundleError(f"{unlisted[0]!r} is not among the manifest's files", where=str(path))
+    return manifest
+
+
+def open_basis(path: Path) -> BasisFiles:
+    """Open the shards of a bundle's basis."""
+    return BasisFiles(sorted(path.glob("basis*.safetensors")), path)
+
+
+def read_coefficients(root: Path, file: str, basis_id: str, num_coefficients: int, num_layers: int) -> tuple[Tensor, Tensor]:
+    """Read one model's coefficients (all layers in one vector) and its residual per layer, checked against the layers."""
+    opened = SafetensorsFile(root / file, root)
+    where = f"{root}/{file}"
+    expected = {"coefficients": (num_coefficients,), "residual": (num_layers,)}
+    found = {name: info.shape for name, info in opened.tensors.items()}
+    if found != expected or any(info.dtype != torch.float32 for info in opened.tensors.values()):
+        raise BundleError(f"holds {found}", where=where, rule=f"float32 tensors {expected} match the layers of this bundle")
+    if opened.metadata.get("basis") != basis_id:
+        raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
+    return opened.read("coefficients"), opened.read("residual")
+
+
+def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Check every file against the manifest: sizes, checksums, contents' ids, and files that nobody names."""
+    for name, record in manifest.files.items():
+        file = inside(path, name)
+        if file.stat().st_size != record.bytes:
+            yield f"{name}: {file.stat().st_size} bytes, but the manifest says {record.bytes}"
+        elif file_sha256(file) != record.sha256:
+            yield f"{name}: the checksum differs from the manifest's"
+        elif name.startswith("rest/") and not name.endswith(".safetensors") and record.sha256[:32] != Path(name).stem:
+            yield f"{name}: the name is not the hash of the content"
+    known = {*manifest.files, MANIFEST, CARD}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and name not in known:
+            yield f"{name}: no such file is in the manifest"
+
+
+def coefficient_file(model: str) -> str:
+    """Return the file of a model's coefficients; names are percent-encoded, long ones cut and marked by their hash.
+
+    >>> coefficient_file("run 1/last")
+    'coefficients/run%201%2Flast.safetensors'
+    """
+    encoded = quote(model, safe="").replace(".", "%2E") if model.strip(".") == "" else quote(model, safe="")
+    if len(encoded) > 150:
+        encoded = f"{encoded[:100]}-{hashlib.sha256(model.encode()).hexdigest()[:32]}"
+    return f"coefficients/{encoded}.safetensors"
+
+
+def write_coefficients(path: Path, model: str, basis_id: str, coefficients: Tensor, residual: Tensor) -> None:
+    """Write one model's small file."""
+    values = {"coefficients": coefficients.float(), "residual": residual.float()}
+    layout = [TensorLayout(name, "F32", tuple(tensor.shape)) for name, tensor in values.items()]
+    path.parent.mkdir(exist_ok=True)
+    write_tensors(path, layout, values.__getitem__, {"model": model, "basis": basis_id})
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Return bytes and checksums of every file of a folder but the manifest and the card."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: file_record(folder / name) for name in names if name not in (MANIFEST, CARD)}
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return bytes and checksum of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path)) from error

@@ -1,0 +1,132 @@
+"""rest/ of a bundle: what rebuilt models need and no layer holds, once per content; and the templates made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError
+from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.layout import ModelLayout
+from eigenzoo.formats.paths import inside, read_bounded
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.side_files import MAX_SIDE_BYTES
+from eigenzoo.formats.writers import TensorLayout, write_tensors
+
+VALUE = "value"
+
+
+class Template(ABC):
+    """What makes coefficients a complete model again: its files' layout, its configs, the tensors that no layer holds.
+
+    Attributes:
+        layout: the files and their tensors.
+        config: an adapter's config; None for full weights.
+        metadata: per file, the header's string metadata.
+        carried: names of the tensors that come unchanged.
+        side_files: names of the files beside the weights.
+    """
+
+    layout: ModelLayout
+    config: Mapping[str, Any] | None
+    metadata: Mapping[str, Mapping[str, str]]
+    carried: tuple[str, ...]
+    side_files: tuple[str, ...]
+
+    @abstractmethod
+    def read_carried(self, name: str) -> Tensor:
+        """Read a tensor that comes unchanged."""
+
+    @abstractmethod
+    def read_side_file(self, name: str) -> bytes:
+        """Read a file beside the weights."""
+
+
+class ContentStore:
+    """Write contents into a folder, each once; returns the id that finds it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put_tensor(self, values: Tensor) -> str:
+        """Store a tensor under the hash of its dtype, shape and bytes."""
+        kind = dtype_name(values.dtype)
+        digest = hashlib.sha256(f"{kind} {list(values.shape)} ".encode())
+        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        layout = TensorLayout(VALUE, kind, tuple(values.shape))
+        return self._put(digest.hexdigest()[:32], ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {}))
+
+    def put_bytes(self, data: bytes, suffix: str) -> str:
+        """Store bytes under their hash, with a suffix that says what they are: `.json` or `.bin`."""
+        return self._put(hashlib.sha256(data).hexdigest()[:32], suffix, lambda path: _write(path, data))
+
+    def put_json(self, document: Any) -> str:
+        """Store a JSON document in one canonical form."""
+        return self.put_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), ".json")
+
+    def _put(self, content: str, suffix: str, write: Callable[[Path], object]) -> str:
+        path = self.folder / f"{content}{suffix}"
+        if not path.exists():
+            self.folder.mkdir(exist_ok=True)
+            write(path)
+        return content
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def put_template(store: ContentStore, template: Template) -> dict[str, Any]:
+    """Store everything of a template; returns the fields of its model's record in the manifest."""
+    return {
+        "layout": store.put_json(template.layout.to_json()),
+        "config": None if template.config is None else store.put_json(dict(template.config)),
+        "metadata": {file: dict(entries) for file, entries in template.metadata.items()},
+        "side_files": {name: store.put_bytes(template.read_side_file(name), ".bin") for name in template.side_files},
+        "carried": {name: store.put_tensor(template.read_carried(name)) for name in template.carried},
+    }
+
+
+class StoredTemplate(Template):
+    """A template read back from a bundle, lazily."""
+
+    def __init__(self, root: Path, *, layout: str, config: str | None, metadata: Mapping[str, Mapping[str, str]],
+                 side_files: Mapping[str, str], carried: Mapping[str, str]) -> None:
+        self._root, self._side_files, self._carried = root, side_files, carried
+        self._layout, self._config = layout, config
+        self.metadata = metadata
+        self.carried, self.side_files = tuple(carried), tuple(side_files)
+
+    @property
+    def layout(self) -> ModelLayout:  # type: ignore[override]
+        """The files and their tensors, checked on reading."""
+        return ModelLayout.from_json(self._json(self._layout))
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+        """An adapter's config."""
+        return None if self._config is None else self._json(self._config)
+
+    def read_carried(self, name: str) -> Tensor:
+        """Read a tensor that comes unchanged."""
+        file = SafetensorsFile(inside(self._root, f"rest/{self._carried[name]}.safetensors"))
+        if VALUE not in file.tensors:
+            raise BundleError(f"rest/{self._carried[name]}.safetensors has no tensor {VALUE!r}", where=str(self._root))
+        return file.read(VALUE)
+
+    def read_side_file(self, name: str) -> bytes:
+        """Read a file beside the weights."""
+        file = f"rest/{self._side_files[name]}.bin"
+        return read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file)
+
+    def _json(self, content: str) -> dict[str, Any]:
+        file = f"rest/{content}.json"
+        return parse_json(read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file), where=file)

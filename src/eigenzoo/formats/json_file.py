@@ -1,0 +1,47 @@
+"""JSON from files that others wrote: bounded in size and depth, without duplicate keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import FormatError
+from eigenzoo.formats.paths import read_bounded
+
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+def read_json(path: Path, *, where: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file; anything else raises FormatError with `where` in it."""
+    return parse_json(read_bounded(path, max_bytes, where=where), where=where)
+
+
+def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
+    """Parse a JSON object; duplicate keys are refused, since two readers could each believe another one.
+
+    >>> parse_json(b'{"r": 8}', where="adapter_config.json")
+    {'r': 8}
+    """
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise FormatError("JSON nested too deeply", where=where) from error
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors too
+        raise FormatError(f"not valid JSON ({_short(str(error))})", where=where) from error
+    if not isinstance(document, dict):
+        raise FormatError(f"JSON {type(document).__name__}", where=where, rule="a JSON object is expected")
+    return document
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {_short(name)!r} occurs twice")
+        found[name] = value
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,179 @@
+"""What a writer must know of a model to write one like it: files, names, dtypes and shapes, and nothing of its values.
+
+A layout is stored in bundles, which others may have written: reading one checks everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from eigenzoo.errors import FormatError
+from eigenzoo.formats.checkpoint import INDEXES, Checkpoint, tensors_by_file
+from eigenzoo.formats.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.model import LoraUpdate, Model
+from eigenzoo.formats.paths import relative_name
+from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
+
+FORMATS = ("checkpoint", "state-dict", "lora")
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor as it is written; `dtype` is the name that safetensors gives it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch calls it."""
+        return dtype_of(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The files of a model and what lies in each, in order.
+
+    Attributes:
+        format: checkpoint, state-dict or lora.
+        files: per file the tensors in the order of their bytes.
+        index: the name of a sharded checkpoint's index.
+        updates: for lora, each module's factors.
+    """
+
+    format: str
+    files: Mapping[str, tuple[TensorLayout, ...]]
+    index: str | None = None
+    updates: Mapping[str, LoraUpdate] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, TensorLayout]:
+        """Every tensor by its name."""
+        return {tensor.name: tensor for tensors in self.files.values() for tensor in tensors}
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the layout as JSON values."""
+        updates = {
+            module: {"key_a": update.key_a, "key_b": update.key_b, "rank": update.rank, "scale": update.scale}
+            for module, update in self.updates.items()
+        }
+        return {
+            "format": self.format,
+            "index": self.index,
+            "files": {
+                file: [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in tensors]
+                for file, tensors in self.files.items()
+            },
+            "updates": updates,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> ModelLayout:
+        """Read a layout back, checking types, names and sizes; raises FormatError or UnsafePathError."""
+        if not isinstance(value, dict) or set(value) != {"format", "index", "files", "updates"}:
+            raise FormatError("not an object with exactly format, index, files and updates", where="layout")
+        if value["format"] not in FORMATS:
+            raise FormatError(f"format {str(value['format'])[:40]!r}", where="layout", rule=f"one of {FORMATS}")
+        files = _files(value["files"])
+        index = value["index"]
+        if index is not None and index not in INDEXES:
+            raise FormatError("the index has no name of an index", where="layout", rule=f"it is one of {INDEXES}")
+        if index is None and value["format"] != "lora" and len(files) > 1:
+            raise FormatError("several files without an index", where="layout")
+        layout = cls(value["format"], files, index)
+        updates = _updates(value["updates"], layout.tensors)
+        if bool(updates) != (layout.format == "lora") or (layout.format == "lora" and len(files) != 1):
+            raise FormatError("updates belong to a lora of one file, and a lora has some", where="layout")
+        return cls(layout.format, files, index, updates)
+
+
+def layout_of(model: Model) -> ModelLayout:
+    """Describe a model as it will be written; one that was pickled is written as safetensors."""
+    grouped = tensors_by_file(model)
+    files = {
+        file: tuple(TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in grouped.get(file, ()))
+        for file in model.metadata
+    }
+    if model.format == "pickle":
+        name = "model.safetensors" if model.path.is_dir() else f"{model.path.stem}.safetensors"
+        (tensors,) = files.values()
+        return ModelLayout("checkpoint" if model.path.is_dir() else "state-dict", {name: tensors})
+    index = model.index if isinstance(model, Checkpoint) else None
+    return ModelLayout(model.format, files, index, dict(model.updates))
+
+
+def _files(value: Any) -> dict[str, tuple[TensorLayout, ...]]:
+    if not isinstance(value, dict) or not value:
+        raise FormatError("files is no mapping from file names to tensors", where="layout")
+    names: set[str] = set()
+    files = {}
+    for file, tensors in value.items():
+        relative_name(file)
+        if not file.endswith(".safetensors") or not isinstance(tensors, list):
+            raise FormatError(f"{file[:100]!r} is no list of tensors in a .safetensors file", where="layout")
+        files[file] = tuple(_tensor(tensor) for tensor in tensors)
+        for tensor in files[file]:
+            if tensor.name in names:
+                raise FormatError(f"tensor {tensor.name[:200]!r} occurs twice", where="layout")
+            names.add(tensor.name)
+    if len(names) > MAX_TENSORS:
+        raise FormatError(f"{len(names)} tensors", where="layout", rule=f"at most {MAX_TENSORS}")
+    return files
+
+
+def _tensor(value: Any) -> TensorLayout:
+    if not isinstance(value, list) or len(value) != 3:
+        raise FormatError("a tensor is not [name, dtype, shape]", where="layout")
+    name, dtype, shape = value
+    if not isinstance(name, str) or not name or not isinstance(dtype, str):
+        raise FormatError("a tensor's name or dtype is no string", where="layout")
+    if not is_shape(shape):
+        raise FormatError(f"the shape of {name[:200]!r} is no list of sizes", where="layout")
+    dtype_of(dtype)
+    return TensorLayout(name, dtype, tuple(shape))
+
+
+def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraUpdate]:
+    if not isinstance(value, dict):
+        raise FormatError("updates is no mapping from modules", where="layout")
+    updates: dict[str, LoraUpdate] = {}
+    keys: set[str] = set()
+    for module, entry in value.items():
+        update = _update(module, entry, tensors)
+        if update.key_a == update.key_b or keys & {update.key_a, update.key_b}:
+            raise FormatError(f"a factor of {module[:200]!r} is used twice", where="layout")
+        keys |= {update.key_a, update.key_b}
+        updates[module] = update
+    return updates
+
+
+def _update(module: str, entry: Any, tensors: Mapping[str, TensorLayout]) -> LoraUpdate:
+    where = f"layout, module {module[:200]!r}"
+    if not isinstance(entry, dict) or set(entry) != {"key_a", "key_b", "rank", "scale"}:
+        raise FormatError("not an object with exactly key_a, key_b, rank and scale", where=where)
+    rank, scale = entry["rank"], entry["scale"]
+    found = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
+    factor_a, factor_b = found
+    if factor_a is None or factor_b is None:
+        raise FormatError("a factor is no tensor of the files", where=where)
+    if type(rank) is not int or type(scale) not in (int, float) or not -1e300 < scale < 1e300:
+        raise FormatError("rank or scale is no finite number", where=where)
+    a, b = factor_a.shape, factor_b.shape
+    if not 2 <= len(a) <= 5 or len(a) != len(b) or a[0] != rank or b[1] != rank or rank < 1 or 0 in a + b:
+        raise FormatError(f"factors of shapes {a} and {b} for rank {rank}", where=where)
+    if any(size != 1 for size in b[2:]):
+        raise FormatError(f"B of shape {b}", where=where, rule="a convolution's B has a kernel of ones")
+    return LoraUpdate(
+        module, factor_a.name, factor_b.name, (b[0], prod(a[1:])), rank, float(scale), (factor_a.shape, factor_b.shape)
+    )

@@ -1,0 +1,136 @@
+"""manifest.json of a bundle: its schema, as pydantic models. The rules are in docs/bundle-format.md."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eigenzoo.errors import BundleError, UnsafePathError
+from eigenzoo.formats.paths import relative_name
+
+SCHEMA_VERSION = 1
+
+
+def _safe_name(name: str) -> str:
+    try:
+        return relative_name(name)
+    except UnsafePathError as error:
+        raise ValueError(error.what) from error
+
+
+FileName = Annotated[str, AfterValidator(_safe_name)]
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ContentId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileRecord(_Strict):
+    """Bytes and checksum of one file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class LayerRecord(_Strict):
+    """One fitted layer."""
+
+    name: Name
+    kind: Literal["dense", "update"]
+    form: Literal["flat", "tucker", "stacked"]
+    shape: list[Count]
+    tensor_shape: list[Count]
+    unfolding: Literal["scalar", "vector", "matrix", "kernel"]
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    num_bytes: Count
+    ranks: dict[Literal["models", "outputs", "inputs"], Count]
+    has_mean: bool
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerRecord:
+        if len(self.shape) != 2 or 0 in self.shape:
+            raise ValueError("a layer's shape is (outputs, inputs), both positive")
+        if prod(self.tensor_shape) != prod(self.shape):
+            raise ValueError("tensor_shape and shape hold different numbers of values")
+        if (self.form != "tucker" and set(self.ranks) != {"models"}):
+            raise ValueError(f"form {self.form} with ranks of {sorted(self.ranks)}")
+        for axis, size in (("outputs", self.shape[0]), ("inputs", self.shape[1])):
+            if self.ranks.get(axis, 0) > size:  # type: ignore[call-overload]
+                raise ValueError(f"rank {self.ranks[axis]} of {size} {axis}")  # type: ignore[index]
+        if self.form == "stacked" and self.kind != "update":
+            raise ValueError("form stacked is for updates")
+        return self
+
+
+class SourceFile(_Strict):
+    """A weight file that was read: its bytes, its time of change (ns), and its checksum once the bundle is saved."""
+
+    bytes: Count
+    mtime_ns: int
+    sha256: Sha256 | None
+
+
+class SourceRecord(_Strict):
+    """Where a model (or the base) came from: the path relative to the bundle when it was written, and its weight files."""
+
+    path: str
+    files: dict[str, SourceFile]
+
+
+class ModelRecord(_Strict):
+    """One model: its coefficients, and the contents in rest/ that make a rebuilt model complete."""
+
+    name: Name
+    coefficients: FileName
+    source: SourceRecord
+    layout: ContentId
+    config: ContentId | None
+    metadata: dict[str, dict[str, str]]
+    side_files: dict[str, ContentId]
+    carried: dict[str, ContentId]
+
+
+class Manifest(_Strict):
+    """The whole manifest."""
+
+    schema_version: Literal[1]
+    eigenzoo_version: str
+    basis_id: Sha256
+    view: Literal["weight", "delta", "update", "factors"]
+    axes: list[Literal["models", "outputs", "inputs"]]
+    center: Literal["models", "columns", "none", "global"]
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    options: dict[str, Any]
+    base: SourceRecord | None
+    layers: list[LayerRecord]
+    models: list[ModelRecord]
+    discarded: dict[str, float]
+    report: dict[str, Any]
+    files: dict[FileName, FileRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        for what, names in (("layer", [layer.name for layer in self.layers]), ("model", [model.name for model in self.models])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"a {what} is listed twice")
+        return self
+
+
+def parse_manifest(document: dict[str, Any], where: str) -> Manifest:
+    """Check a parsed manifest.json; raises BundleError with the first few things that are wrong."""
+    version = document.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(f"the bundle has schema version {version}", where=where, rule=f"this eigenzoo reads up to {SCHEMA_VERSION}",
+                          next_step="upgrade eigenzoo")
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])[:100]}: {fault['msg'][:200]}" for fault in error.errors()[:4])
+        raise BundleError(f"manifest.json does not follow the format: {faults}", where=where,
+                          rule="see docs/bundle-format.md") from error

@@ -1,0 +1,112 @@
+"""What every format gives: one model on disk, opened by its headers, read piece by piece."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import FormatError
+from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, read_bounded
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor: its name, dtype, shape, and the file of the model that holds it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """Where the two factors of one LoRA update lie: ΔW = scale · B · A, with A (rank, inputs), B (outputs, rank).
+
+    `shape` is (outputs, inputs) of ΔW with a convolution's kernel folded into its inputs; `factor_shapes` are A's and
+    B's own shapes on disk. `scale` is what PEFT multiplies by when it merges.
+    """
+
+    module: str
+    key_a: str
+    key_b: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Model(ABC):
+    """One model on disk. Opening reads headers and configs only; values are read when they are asked for.
+
+    Attributes:
+        name: what the zoo calls it (its folder's or file's name until the zoo decides).
+        path: the folder, or the single file.
+        tensors: every tensor in the files, by its name there.
+        metadata: per file, the header's string metadata.
+        side_files: the files beside the weights that a rebuilt model carries along (configs, tokenizers).
+        ignored_files: the files that are seen and not carried.
+    """
+
+    format: ClassVar[str]
+
+    name: str
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Mapping[str, str]]
+    side_files: tuple[str, ...]
+    ignored_files: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Read one tensor whole, in its own dtype and shape."""
+
+    @abstractmethod
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given."""
+
+    @abstractmethod
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights, in a fixed order."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that side files lie in."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def read_side_file(self, file: str) -> bytes:
+        """Read one of `side_files` whole."""
+        if file not in self.side_files:
+            raise FormatError(f"no side file {file[:100]!r}", where=str(self.path))
+        return read_bounded(inside(self.folder, file), MAX_SIDE_BYTES, where=f"{self.path}, {file}")
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the weight files, headers included."""
+        return sum(path.stat().st_size for path in self.weight_files())
+
+    @property
+    def updates(self) -> Mapping[str, LoraUpdate]:
+        """The LoRA updates by module; empty for a model of full weights."""
+        return MappingProxyType({})
+
+    @property
+    def other_tensors(self) -> tuple[str, ...]:
+        """The tensors that are no factor of an update."""
+        factors = {key for update in self.updates.values() for key in (update.key_a, update.key_b)}
+        return tuple(name for name in self.tensors if name not in factors)

@@ -1,0 +1,68 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eigenzoo.errors import OutputError
+
+
+@contextmanager
+def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Give a temporary folder beside `target` to fill; it takes the target's name at the end, or vanishes on any error.
+
+    An existing target is refused; with `force` it is replaced, but only where `replaceable` says that it is an output of
+    this kind: nobody's other folder is ever removed.
+    """
+    check_free(target, force=force, replaceable=replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+    staging.mkdir()
+    try:
+        yield staging
+        _sync(staging)
+        check_free(target, force=force, replaceable=replaceable)
+        _put_in_place(staging, target)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None) -> None:
+    """Raise OutputError unless `target` is free, or may be replaced; call it before long work starts."""
+    if not target.name:
+        raise OutputError("is no name for a new folder", where=str(target))
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputError("exists already", where=str(target), next_step="choose another name, or --force to replace it")
+    if target.is_symlink() or not target.is_dir():
+        raise OutputError("is no folder", where=str(target), rule="--force replaces folders of the same kind only")
+    if any(target.iterdir()) and not (replaceable and replaceable(target)):
+        raise OutputError("is a folder of another kind", where=str(target), rule="--force replaces folders of the same kind only",
+                          next_step="choose another name")
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    target.rename(old)
+    staging.rename(target)
+    shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file of the folder, then the folder, so that a rename never shows a name without its bytes."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,96 @@
+"""Which files belong to a model's folder. Names come out of indexes and bundles that others wrote."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from eigenzoo.errors import FormatError, UnsafePathError
+
+MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
+_MAX_NAME = 1024
+
+
+def relative_name(file: str) -> str:
+    """Return `file` if it is a relative name that stays below its folder on every system, else raise UnsafePathError.
+
+    >>> relative_name("model-00001-of-00002.safetensors")
+    'model-00001-of-00002.safetensors'
+    """
+    fault = _name_fault(file)
+    if fault:
+        raise UnsafePathError(
+            f"the file name {file[:100]!r} {fault}", rule="files of a model are named relative to its own folder"
+        )
+    return file
+
+
+def _name_fault(file: str) -> str:
+    """Say what is wrong with a name; empty when nothing is."""
+    if not file or len(file) > _MAX_NAME:
+        return "is empty" if not file else f"is longer than {_MAX_NAME} characters"
+    if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in file):
+        return "holds control characters"
+    if PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor:
+        return "is absolute"
+    if any(part in ("", ".", "..") for part in file.replace("\\", "/").split("/")):
+        return "holds '..', '.' or an empty part"
+    return "holds a backslash" if "\\" in file else ""
+
+
+def inside(root: Path, file: str) -> Path:
+    """Resolve the file named `file` of the model in folder `root`; links may not lead out of the folder.
+
+    One exception: the Hugging Face cache keeps `snapshots/<revision>/x` as a link to `../../blobs/<hash>` of the same
+    repository, which is accepted. The file need not exist.
+    """
+    relative_name(file)
+    try:
+        folder = root.resolve()
+        target = (folder / file).resolve()
+    except (RuntimeError, OSError) as error:  # a loop of links: RuntimeError before Python 3.13, OSError since
+        raise UnsafePathError(f"{file!r} cannot be followed ({error})", where=str(root)) from error
+    if target.is_relative_to(folder) or _is_cache_blob(folder, target):
+        return target
+    raise UnsafePathError(
+        f"{file!r} is a link that leads out of the folder, to {str(target)!r}",
+        where=str(root),
+        rule="a model's files lie in its own folder",
+        next_step="replace the link by the file itself if you trust it",
+    )
+
+
+def _is_cache_blob(folder: Path, target: Path) -> bool:
+    for snapshots in (folder, *folder.parents):
+        if snapshots.name == "snapshots" and snapshots != folder:
+            return target.parent == snapshots.parent / "blobs"
+    return False
+
+
+def is_regular(path: Path) -> bool:
+    """Tell whether `path` is a plain file: opening a pipe or a device would block or never end."""
+    return os.path.isfile(path)
+
+
+def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
+    """Read a small file whole, refusing what is no plain file or larger than `max_bytes` before any of it is read."""
+    if not is_regular(path):
+        raise FormatError("no plain file" if path.exists() else "the file is missing", where=where)
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=where) from error
+    if len(data) > max_bytes:
+        raise FormatError(
+            f"{path.stat().st_size} bytes", where=where, rule=f"a file of this kind has at most {max_bytes} bytes"
+        )
+    return data
+
+
+def list_folder(folder: Path) -> list[str]:
+    """List the names in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise FormatError(f"cannot be listed ({error.strerror})", where=str(folder)) from error

@@ -1,0 +1,171 @@
+"""A PEFT LoRA adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+The factors of a module are `<module>.lora_A.weight` (rank, inputs) and `<module>.lora_B.weight` (outputs, rank); of a
+convolution A is (rank, channels, *kernel) and B (outputs, rank, 1, …); of an embedding `<module>.lora_embedding_A`
+(rank, rows) and `<module>.lora_embedding_B` (dim, rank), whose product is the transposed update. The adapter's name
+may stand behind `lora_A`. Module names are those of the base model: PEFT's prefix `base_model.model.` is cut off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.checkpoint import SafetensorsModel
+from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.lora_config import CONFIG_FILE, check_config
+from eigenzoo.formats.model import LoraUpdate, TensorInfo
+from eigenzoo.formats.paths import inside
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.side_files import list_side_files
+from eigenzoo.weights.lora_scale import lora_rank, lora_scale
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
+)
+_ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
+# Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
+_ATTENTION_OUT = ".base_layer.out_proj"
+
+
+class LoraAdapter(SafetensorsModel):
+    """One LoRA adapter; its updates are given by module, everything else in the file is carried through.
+
+    Attributes:
+        config: the parsed `adapter_config.json`.
+    """
+
+    format = "lora"
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.resolve().name
+        try:
+            self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
+            self.warnings = check_config(self.config)
+            if not (self.path / WEIGHTS_FILE).exists():
+                raise _without_weights(self.path)
+            weights = frozenset({WEIGHTS_FILE, CONFIG_FILE})
+            self.side_files, self.ignored_files = list_side_files(self.path, weights)
+            file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
+            updates = find_updates(file.tensors, self.config)
+        except FormatError as error:
+            raise error.at(str(self.path)) from error.__cause__
+        self._updates = MappingProxyType(updates)
+        self._take_files({WEIGHTS_FILE: file})
+
+    @property
+    def updates(self) -> Mapping[str, LoraUpdate]:
+        """The updates by module, in the order of the file."""
+        return self._updates
+
+    def read_factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """Read B (outputs, rank) and A (rank, inputs) of one module in their own dtype, the scale not applied."""
+        update = self._updates.get(module)
+        if update is None:
+            raise FormatError(f"no update of module {module[:200]!r}", where=str(self.path))
+        outputs, inputs = update.shape
+        factor_a = self.read(update.key_a).reshape(update.rank, inputs)
+        return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+
+def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LoraUpdate]:
+    """Pair the factors of a file and give each pair its scale; refuses whatever else belongs to LoRA."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    adapters: set[str | None] = set()
+    for key, info in tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            _refuse_other_lora(key)
+            continue
+        module = match["module"].removeprefix(PREFIX)
+        side = match["side"] or match["embedding"]
+        adapters.add(match["adapter"] or match["name"])
+        pair = pairs.setdefault(module, {})
+        if side in pair:
+            raise FormatError(f"two factors {side} of module {module!r}: {pair[side].name!r} and {key!r}")
+        pair[side] = info
+    if not pairs:
+        raise FormatError("no LoRA factors in the file", where=WEIGHTS_FILE)
+    if len(adapters) > 1:
+        names = ", ".join(sorted(str(name) for name in adapters)[:5])
+        raise UnsupportedError(f"factors of several adapters in one file: {names}", next_step="save them one by one")
+    return {module: _update(module, pair, config) for module, pair in pairs.items()}
+
+
+def _refuse_other_lora(key: str) -> None:
+    """A key of LoRA's own that is no factor belongs to a variant; all other tensors are carried through."""
+    if "lora_magnitude_vector" in key:
+        raise UnsupportedError(
+            f"{key[:200]!r} is a DoRA magnitude",
+            rule="only updates of the form s·B·A are read",
+            next_step="merge it into its base model (merge_and_unload) and open that as a checkpoint",
+        )
+    if _ANY_LORA.search(key):
+        raise UnsupportedError(f"{key[:200]!r} is no factor of an update", rule="only s·B·A is read")
+
+
+def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LoraUpdate:
+    try:
+        if len(pair) < 2:
+            missing = "A" if "B" in pair else "B"
+            raise FormatError(f"the factor {missing} is missing", rule="an update has both factors")
+        factor_a, factor_b = pair["A"], pair["B"]
+        rank = _rank(factor_a, factor_b)
+        pattern_name = module.removesuffix(_ATTENTION_OUT)
+        if "base_layer" in pattern_name.split("."):
+            raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
+        stated = lora_rank(config, pattern_name)
+        if stated != rank:
+            raise FormatError(f"rank {rank} in the file and {stated} in {CONFIG_FILE}", rule="they are the same number")
+        scale = lora_scale(config, pattern_name, rank)
+    except FormatError as error:
+        raise error.at(f"module {module[:200]!r}") from error.__cause__
+    return LoraUpdate(
+        module=module,
+        key_a=factor_a.name,
+        key_b=factor_b.name,
+        shape=(factor_b.shape[0], prod(factor_a.shape[1:])),
+        rank=rank,
+        scale=scale,
+        factor_shapes=(factor_a.shape, factor_b.shape),
+    )
+
+
+def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
+    """Give the rank that the shapes of both factors agree on."""
+    a, b = factor_a.shape, factor_b.shape
+    shapes = f"A of shape {a} and B of shape {b}"
+    if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
+        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step="dequantise the adapter")
+    if ("lora_embedding_" in factor_a.name) != ("lora_embedding_" in factor_b.name):
+        raise FormatError(f"{factor_a.name!r} beside {factor_b.name!r}", rule="both are factors of one kind of layer")
+    if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):
+        raise FormatError(shapes, rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
+    if b[1] != a[0]:
+        if len(a) > 2 and a[0] % b[1] == 0:
+            raise UnsupportedError(f"{shapes}: a convolution in groups", next_step="leave such layers out of the LoRA")
+        raise FormatError(shapes, rule="B's second size is A's first, the rank")
+    return a[0]
+
+
+def _without_weights(folder: Path) -> FormatError:
+    if (folder / PICKLE_FILE).exists():
+        return UnsupportedError(
+            f"the factors are a pickle, {PICKLE_FILE}",
+            rule=f"adapters are read from {WEIGHTS_FILE}",
+            next_step="load it with PEFT and save it again with safe_serialization=True",
+        )
+    return FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")

@@ -1,0 +1,153 @@
+"""The header of a safetensors file, read and checked before any memory is taken for its tensors.
+
+The format: 8 bytes little-endian header length, a JSON object `{name: {dtype, shape, data_offsets}}` with an optional
+`__metadata__` of strings, then the values. The library checks offsets, overlaps and truncation; checked here, before
+and besides: the size of the header, the number of tensors, duplicate keys, and dtypes that torch lacks.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from eigenzoo.errors import FormatError
+from eigenzoo.formats.dtypes import dtype_of
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.model import TensorInfo
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 200_000
+METADATA_KEY = "__metadata__"
+_MAX_NUMEL = 2**62
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a header says: tensors in the order of their bytes, each one's first byte in the file, and the metadata."""
+
+    tensors: Mapping[str, TensorInfo]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    size: int
+    mtime_ns: int
+
+
+def read_header(path: Path, file: str) -> SafetensorsHeader:
+    """Read and check the header of `path`, which the model calls `file`.
+
+    Raises FormatError for whatever the format forbids. Time and memory go with the header, never with the values.
+    """
+    status = _regular_status(path, file)
+    data = _header_bytes(path, file, status.st_size)
+    document = parse_json(data, where=file)
+    metadata = _metadata(document.pop(METADATA_KEY, {}), file)
+    start = 8 + len(data)
+    entries = [_tensor(name, entry, file) for name, entry in document.items()]
+    entries.sort(key=lambda entry: entry[1:])
+    _validate_by_library(path, file)
+    after = _regular_status(path, file)
+    if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise FormatError("the file changed while its header was read", where=file)
+    return SafetensorsHeader(
+        tensors={info.name: info for info, _, _ in entries},
+        offsets={info.name: start + begin for info, begin, _ in entries},
+        metadata=metadata,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+    )
+
+
+def _regular_status(path: Path, file: str) -> os.stat_result:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=file) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError("no plain file", where=file)
+    return status
+
+
+def _header_bytes(path: Path, file: str, size: int) -> bytes:
+    if size < 8:
+        raise FormatError(f"{size} bytes", where=file, rule="a safetensors file has at least 8")
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise FormatError(
+                f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
+            )
+        if 8 + length > size:
+            raise FormatError(f"a header of {length} bytes in a file of {size}", where=file)
+        data = stream.read(length)
+    if len(data) != length:
+        raise FormatError("the file changed while its header was read", where=file)
+    if data[:1] != b"{":
+        raise FormatError("the header is no JSON object", where=file, rule="this is not a safetensors file")
+    # Counted in the bytes: a million empty tensors cost a gigabyte once they are objects.
+    if data.count(b'"dtype"') > MAX_TENSORS:
+        raise FormatError(f"more than {MAX_TENSORS} tensors", where=file, rule="no model has that many")
+    return data
+
+
+def _metadata(value: Any, file: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise FormatError(f"{METADATA_KEY} is not a mapping of strings", where=file)
+    return value
+
+
+def _tensor(name: str, entry: Any, file: str) -> tuple[TensorInfo, int, int]:
+    """Check one header entry; gives the tensor and its first and last byte among the values."""
+    where = f"{file}, tensor {name[:200]!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError("the header entry does not have exactly dtype, shape and data_offsets", where=where)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise FormatError("its dtype is no string", where=where)
+    if not is_shape(shape):
+        raise FormatError("its shape is no list of sizes", where=where)
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise FormatError("its data_offsets are no pair of byte positions", where=where)
+    try:
+        info = TensorInfo(name, dtype_of(dtype), tuple(shape), file)
+    except FormatError as error:
+        raise error.at(where) from None
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise FormatError(
+            f"{offsets[1] - offsets[0]} bytes for {dtype} {tuple(shape)}, which takes {info.nbytes}", where=where
+        )
+    return info, offsets[0], offsets[1]
+
+
+def is_shape(value: Any) -> bool:
+    """Tell whether a JSON value is a shape that a tensor can have."""
+    # Sizes of zero hide the others from the product, and torch computes strides of all of them.
+    return _are_counts(value) and prod([size or 1 for size in value]) <= _MAX_NUMEL
+
+
+def _are_counts(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    # bool is an int to Python and no number to the library: type() and not isinstance. A plain loop, since a zoo
+    # has hundreds of thousands of entries and a generator for each of them doubles the time to open it.
+    for item in value:  # noqa: SIM110
+        if type(item) is not int or item < 0:
+            return False
+    return True
+
+
+def _validate_by_library(path: Path, file: str) -> None:
+    """Let safetensors itself check offsets, overlaps, holes and truncation."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(
+            f"refused by safetensors ({str(error)[:300]})", where=file, next_step="download or save the file again"
+        ) from error

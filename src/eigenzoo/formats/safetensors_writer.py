@@ -1,0 +1,178 @@
+"""A safetensors file written as its tensors come, block by block where they are large.
+
+Space for the header is reserved first and padded with blanks, which the format allows. The format forbids holes, so a
+tensor begins where the last one ended: the first is aligned to 8 bytes, and the others keep the alignment of their
+dtype as long as wider dtypes are written before narrower ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import OutputError, UsageError
+from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES, METADATA_KEY
+from eigenzoo.formats.tensor_bytes import check_out, read_values, write_values
+
+
+def header_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Give the header of a file that holds these tensors in this order."""
+    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        stop = position + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    try:
+        return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("a name or metadata is no text", rule="lone surrogates cannot be written") from error
+
+
+class _Written:
+    """Which values of one tensor have been written: disjoint intervals, sorted."""
+
+    def __init__(self) -> None:
+        self.intervals: list[tuple[int, int]] = []
+
+    def add(self, start: int, stop: int) -> None:
+        if start == stop:
+            return
+        first = bisect_left(self.intervals, start, key=lambda interval: interval[1])
+        last = first
+        while last < len(self.intervals) and self.intervals[last][0] <= stop:
+            start, stop = min(start, self.intervals[last][0]), max(stop, self.intervals[last][1])
+            last += 1
+        self.intervals[first:last] = [(start, stop)]
+
+    def covers(self, count: int) -> bool:
+        return count == 0 or self.intervals == [(0, count)]
+
+
+class SafetensorsWriter:
+    """Write one file; `finish` makes it valid. Used as a context, it closes the file whatever happens.
+
+    Args:
+        path: the file, which must not exist.
+        capacity: bytes reserved for the header; `header_bytes` computes what a known set of tensors needs, and
+            128 + the name's length per tensor is ample.
+        metadata: the header's string metadata as far as it is known, so that its bytes are counted from the start.
+    """
+
+    def __init__(self, path: str | Path, capacity: int, metadata: Mapping[str, str] | None = None) -> None:
+        self.path = Path(path)
+        self.capacity = capacity + (-capacity) % 8
+        if not 0 < self.capacity <= MAX_HEADER_BYTES:
+            raise UsageError(f"a header of {capacity} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
+        self._tensors: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
+        self._offsets: dict[str, int] = {}
+        self._written: dict[str, _Written] = {}
+        self._end = 8 + self.capacity
+        self._metadata = dict(metadata or {})
+        self._header_size = len(header_bytes([], self._metadata))
+        try:
+            self._file = FileIO(self.path, "x+b")
+        except OSError as error:
+            raise OutputError(f"cannot be created ({error.strerror})", where=str(self.path)) from error
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; without `finish` before it, it stays invalid."""
+        self._file.close()
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor whole."""
+        self.begin(name, tensor.dtype, tuple(tensor.shape))
+        self.write_flat(name, 0, tensor.reshape(-1))
+
+    def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Reserve the place of a tensor that `write_flat` fills."""
+        if name in self._tensors or name == METADATA_KEY:
+            raise UsageError(f"the tensor name {name!r} is taken", where=str(self.path))
+        entry = (name, dtype, tuple(shape))
+        nbytes = prod(shape) * dtype.itemsize
+        size = self._header_size + self._entry_size(entry)
+        if size > self.capacity:
+            raise UsageError(
+                f"tensor {name!r} does not fit into the {self.capacity} bytes reserved for the header",
+                where=str(self.path),
+                next_step="reserve more bytes for the header",
+            )
+        self._header_size = size
+        self._tensors[name] = entry
+        self._offsets[name] = self._end
+        self._written[name] = _Written()
+        self._end += nbytes
+
+    def write_flat(self, name: str, start: int, values: Tensor) -> None:
+        """Write values at position `start` of the flattened (row-major) tensor, in the tensor's own dtype."""
+        dtype, stop = self._range(name, start, start + values.numel())
+        if values.dtype != dtype:
+            raise UsageError(f"{values.dtype} values for a tensor of {dtype}", where=f"{self.path.name}, {name!r}")
+        try:
+            write_values(self._file, self._offsets[name] + start * dtype.itemsize, values)
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
+        self._written[name].add(start, stop)
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read back values start:stop of a tensor that has been written."""
+        dtype, stop = self._range(name, start, stop)
+        if out is None:
+            out = torch.empty(stop - start, dtype=dtype)
+        check_out(out, stop - start)
+        read_values(self._file, self._offsets[name] + start * dtype.itemsize, dtype, out, f"{self.path.name}, {name!r}")
+        return out
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the header, with `metadata` instead of what was given at first; flush to the disk and close."""
+        for name, (_, _, shape) in self._tensors.items():
+            if not self._written[name].covers(prod(shape)):
+                raise UsageError(f"tensor {name!r} has values that were never written", where=str(self.path))
+        header = header_bytes(list(self._tensors.values()), self._metadata if metadata is None else metadata)
+        if len(header) > self.capacity:
+            raise UsageError(
+                f"{len(header)} bytes of header and metadata in {self.capacity} reserved",
+                where=str(self.path),
+                next_step="reserve more bytes for the header",
+            )
+        try:
+            self._file.seek(0)
+            self._file.write(self.capacity.to_bytes(8, "little") + header.ljust(self.capacity))
+            self._file.truncate(self._end)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
+        self.close()
+
+    def _entry_size(self, entry: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
+        """Bytes that one more tensor adds to the header, its offsets as they will be and a comma included."""
+        start = self._end - 8 - self.capacity
+        stop = start + prod(entry[2]) * entry[1].itemsize
+        comma = self._header_size > 2
+        return len(header_bytes([entry], {})) - 2 + comma + len(f"{start}{stop}") - len(f"0{stop - start}")
+
+    def _range(self, name: str, start: int, stop: int) -> tuple[torch.dtype, int]:
+        if name not in self._tensors:
+            raise UsageError(f"no tensor {name!r} was begun", where=str(self.path))
+        _, dtype, shape = self._tensors[name]
+        if not 0 <= start <= stop <= prod(shape):
+            raise UsageError(f"values {start}:{stop} of a tensor of {prod(shape)}", where=f"{self.path.name}, {name!r}")
+        return dtype, stop

@@ -1,0 +1,71 @@
+"""Tensors as raw bytes: reading from and writing to a place in a file, with conversion through a bounded scratch."""
+
+from __future__ import annotations
+
+import threading
+from io import FileIO
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import FormatError, UnsupportedError, UsageError
+
+# Small enough to stay in the second-level cache of a core while it is converted.
+_SCRATCH_BYTES = 2**20
+_thread = threading.local()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """View a contiguous CPU tensor's memory as bytes, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_values(file: FileIO, position: int, dtype: torch.dtype, out: Tensor, where: str) -> None:
+    """Fill `out` with the values of `dtype` that lie at byte `position`: straight into its memory if dtypes agree."""
+    out = out.detach()
+    if out.dtype == dtype:
+        _read_into(file, position, as_bytes(out), where)
+        return
+    if dtype.is_complex and not out.dtype.is_complex:
+        raise UnsupportedError(f"complex values cannot be read as {out.dtype}", where=where)
+    scratch = _scratch()
+    step = _SCRATCH_BYTES // dtype.itemsize
+    for start in range(0, out.numel(), step):
+        part = out[start : start + step]
+        raw = scratch[: part.numel() * dtype.itemsize]
+        _read_into(file, position + start * dtype.itemsize, as_bytes(raw), where)
+        part.copy_(raw.view(dtype))
+
+
+def write_values(file: FileIO, position: int, values: Tensor) -> None:
+    """Write a tensor's values, row-major, at byte `position`."""
+    view = as_bytes(values.detach().resolve_conj().to("cpu").contiguous())
+    file.seek(position)
+    while view:
+        view = view[file.write(view) :]
+
+
+def check_out(out: Tensor, count: int) -> None:
+    """Check that `out` can take `count` values in place."""
+    if out.dim() != 1 or out.numel() != count or not out.is_contiguous() or out.device.type != "cpu":
+        raise UsageError(
+            f"out has shape {tuple(out.shape)} on {out.device}",
+            rule=f"a contiguous tensor of {count} values in main memory is needed",
+        )
+
+
+def _scratch() -> Tensor:
+    """One scratch buffer per thread: fresh memory costs more than the read itself."""
+    buffer: Tensor | None = getattr(_thread, "buffer", None)
+    if buffer is None:
+        buffer = _thread.buffer = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
+    return buffer
+
+
+def _read_into(file: FileIO, position: int, view: memoryview, where: str) -> None:
+    file.seek(position)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise FormatError("the file ended before its tensor did", where=where)
+        view = view[count:]

@@ -1,0 +1,200 @@
+"""Writing models in their zoo's own format: checkpoints, bare state dicts and PEFT adapters.
+
+All of them write into a folder that the caller made; that it appears whole or not at all is the caller's part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import DataError, FormatError, OutputError, UsageError
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.layout import ModelLayout, TensorLayout, layout_of
+from eigenzoo.formats.lora_config import CONFIG_FILE, check_config, merged_config
+from eigenzoo.formats.model import LoraUpdate
+from eigenzoo.formats.paths import relative_name
+from eigenzoo.formats.peft_lora import WEIGHTS_FILE
+from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
+from eigenzoo.formats.side_files import SIDE_FILES
+
+__all__ = ["ModelLayout", "TensorLayout", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
+
+# transformers refuses a safetensors file that does not say for which framework it was saved.
+DEFAULT_METADATA = {"format": "pt"}
+
+
+def write_checkpoint(
+    folder: Path,
+    layout: ModelLayout,
+    read: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, Mapping[str, str]] | None = None,
+    side_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write full weights: the layout's files with the layout's names, order and dtypes, then index and side files.
+
+    Args:
+        folder: an existing folder.
+        layout: what to write.
+        read: gives a tensor by its name, in the layout's shape; floating values are cast to the layout's dtype,
+            all others must have it. One tensor is held at a time.
+        metadata: per file the header's string metadata; `{"format": "pt"}` where a file has none.
+        side_files: contents by name, of known names only. The index is written anew unless it is among them.
+    """
+    if layout.format not in ("checkpoint", "state-dict"):
+        raise UsageError(f"a layout of format {layout.format!r}", rule="full weights are written")
+    side_files = _checked_side_files(side_files or {}, layout)
+    for file, tensors in layout.files.items():
+        target = folder / relative_name(file)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made ({error.strerror})", where=str(target.parent)) from error
+        write_tensors(target, tensors, read, (metadata or {}).get(file) or DEFAULT_METADATA)
+    if layout.index is not None and layout.index not in side_files:
+        _write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
+    for name, data in side_files.items():
+        _write_bytes(folder / name, data)
+
+
+def write_lora(
+    folder: Path,
+    layout: ModelLayout,
+    config: Mapping[str, Any],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    others: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    side_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a PEFT adapter whose updates are B·A, the scale included in the factors.
+
+    The file has one rank, the largest of all (the others padded with zeros), and alpha = r, so that PEFT's scale is 1.
+
+    Args:
+        folder: an existing folder.
+        layout: of the adapter that this one is like; gives the keys, the kernels of convolutions and the dtypes.
+        config: that adapter's `adapter_config.json`; all of it is kept but rank, alpha and initialisation.
+        factors: per module of the layout B (outputs, rank) and A (rank, inputs), any rank.
+        others: the tensors that are no factor, by name.
+        metadata: the header's string metadata.
+        side_files: contents by name, of known names only.
+    """
+    if layout.format != "lora":
+        raise UsageError(f"a layout of format {layout.format!r}", rule="an adapter is written")
+    check_config(config)
+    side_files = _checked_side_files(side_files or {}, layout)
+    if set(factors) != set(layout.updates):
+        wrong = sorted(set(factors) ^ set(layout.updates))[:5]
+        raise UsageError(f"factors missing or too many: {', '.join(wrong)}", rule="one pair per module of the layout")
+    rank = max([1, *(factor_a.shape[0] for _, factor_a in factors.values())])
+    padded: dict[str, Tensor] = {}
+    for module, (factor_b, factor_a) in factors.items():
+        update = layout.updates[module]
+        padded[update.key_a], padded[update.key_b] = _padded(update, factor_b, factor_a, rank)
+    values = {**(others or {}), **padded}
+    (listed,) = layout.files.values()
+    tensors = [
+        TensorLayout(tensor.name, tensor.dtype, tuple(padded[tensor.name].shape)) if tensor.name in padded else tensor
+        for tensor in listed
+    ]
+    missing = [tensor.name for tensor in tensors if tensor.name not in values]
+    if missing or len(values) != len(tensors):
+        raise UsageError(
+            f"tensors missing or too many: {', '.join(missing[:5])}", rule="all of the layout's are needed"
+        )
+    write_tensors(folder / WEIGHTS_FILE, tensors, values.__getitem__, metadata or DEFAULT_METADATA)
+    text = json.dumps(merged_config(config, rank), indent=2, sort_keys=True)
+    _write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
+    for name, data in side_files.items():
+        _write_bytes(folder / name, data)
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[TensorLayout], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write one safetensors file of known contents; wider dtypes first, as the library does, to keep them aligned."""
+    ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
+    entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
+    # Not a byte more than needed: what is read and written unchanged is then the same file.
+    with SafetensorsWriter(path, len(header_bytes(entries, metadata)), metadata) as writer:
+        for tensor in ordered:
+            writer.append(tensor.name, cast_to(tensor, read(tensor.name)))
+        writer.finish()
+
+
+def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:
+    """Cast values to the dtype of the layout; only floating values change, and none of them may overflow."""
+    where = f"tensor {layout.name!r}"
+    if tuple(values.shape) != layout.shape:
+        raise FormatError(f"shape {tuple(values.shape)} for a tensor of {layout.shape}", where=where)
+    dtype = layout.torch_dtype
+    if values.dtype == dtype:
+        return values
+    if not (values.is_floating_point() and dtype.is_floating_point):
+        raise FormatError(f"{values.dtype} values for a tensor of {dtype}", where=where, rule="counts are never cast")
+    cast = values.to(dtype)
+    if dtype.itemsize < values.dtype.itemsize and not _all_finite(cast) and _all_finite(values):
+        raise DataError(f"values up to {values.abs().max().item():.3g} overflow {dtype}", where=where)
+    return cast
+
+
+def _all_finite(values: Tensor) -> bool:
+    # Eight-bit floats have no isfinite of their own.
+    return bool(torch.isfinite(values if values.dtype.itemsize > 1 else values.to(torch.float32)).all())
+
+
+def _padded(update: LoraUpdate, factor_b: Tensor, factor_a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Give A and B with zeros up to the rank of the file, in the shapes they have on disk."""
+    outputs, inputs = update.shape
+    own = factor_a.shape[0]
+    if tuple(factor_a.shape) != (own, inputs) or tuple(factor_b.shape) != (outputs, own):
+        raise FormatError(
+            f"B of shape {tuple(factor_b.shape)} and A of {tuple(factor_a.shape)} for an update of {update.shape}",
+            where=f"module {update.module!r}",
+        )
+    shape_a, shape_b = update.factor_shapes
+    wide_a, wide_b = factor_a.new_zeros(rank, inputs), factor_b.new_zeros(outputs, rank)
+    wide_a[:own], wide_b[:, :own] = factor_a, factor_b
+    return wide_a.reshape(rank, *shape_a[1:]), wide_b.reshape(outputs, rank, *shape_b[2:])
+
+
+def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
+    """Only known names are written: a bundle that others made must not place files of its choice."""
+    for name, data in side_files.items():
+        if name == layout.index:
+            entries = parse_json(data, where=name).get("weight_map")
+            if entries != _weight_map(layout):
+                raise FormatError("its weight_map does not fit the files that are written", where=name[:100])
+        elif name not in SIDE_FILES:
+            raise FormatError(
+                f"{name[:100]!r} is no known side file", rule=f"known are {', '.join(sorted(SIDE_FILES))}"
+            )
+    return side_files
+
+
+def _weight_map(layout: ModelLayout) -> dict[str, str]:
+    return {tensor.name: file for file, tensors in layout.files.items() for tensor in tensors}
+
+
+def _index_bytes(layout: ModelLayout) -> bytes:
+    total = sum(tensor.nbytes for tensor in layout.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": _weight_map(layout)}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(path)) from error

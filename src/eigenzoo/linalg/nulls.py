@@ -1,0 +1,71 @@
+"""What a stack's spectrum looks like when its models share nothing.
+
+Legend: N models, D values of one flattened layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.gram import center_gram
+
+
+def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0) -> Tensor:
+    """Centred spectra of models that keep their norms and point in unrelated directions of `num_values` dimensions.
+
+    The Gram of N unrelated unit directions in D dimensions is a Wishart matrix over D. It is drawn through Bartlett's
+    factor (chi variables on the diagonal, normals below it), so that a draw costs N³ whatever D; as D grows it tends
+    to eig(H diag(energies) H), the analytic form. Rows of the result are draws: eigenvalues, descending, over their sum.
+
+    Args:
+        energies_N: the models' centred energies ‖x_n − mean‖².
+        num_values: D, the number of values of the layer.
+
+    Returns:
+        (draws, N) explained variance ratios in float64; all zero where there is no energy.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_models = energies_N.numel()
+    norms_N = energies_N.double().clamp_min(0).sqrt()
+    spectra = torch.zeros(draws, num_models, dtype=torch.float64)
+    if float(norms_N.sum()) == 0:
+        return spectra
+    for draw in range(draws):
+        factor = _bartlett_factor(num_models, num_values, generator) * norms_N[:, None]
+        values_N = torch.linalg.eigvalsh(center_gram(factor @ factor.T)).flip(0).clamp_min(0)
+        spectra[draw] = values_N / values_N.sum()
+    return spectra
+
+
+def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
+    """Lower-triangular (N, min(N, D)) factor whose Gram is Wishart over D; its rows have unit length on average."""
+    width = min(num_models, num_values)
+    factor = torch.randn(num_models, width, dtype=torch.float64, generator=generator).tril(-1)
+    freedom = (num_values - torch.arange(width, dtype=torch.float64)) / 2
+    # torch's gamma sampler takes no generator; the Wilson-Hilferty cube of a normal is within 1e-3 for freedom >= 2,
+    # and below that the sum of squares is drawn as it stands.
+    normal = torch.randn(width, dtype=torch.float64, generator=generator)
+    shape = 2 * freedom
+    cube = (1 - 2 / (9 * shape) + normal * (2 / (9 * shape)).sqrt()).clamp_min(1e-3) ** 3
+    factor[torch.arange(width), torch.arange(width)] = (shape * cube).sqrt()
+    factor = factor / num_values**0.5
+    return factor / factor.square().sum(1, keepdim=True).sqrt()
+
+
+def axis_null(size: int, energies_N: Tensor, columns_per_model: float, *, draws: int = 5, seed: int = 0) -> Tensor:
+    """Spectra of an outputs' or inputs' moment (size × size) when every entry of every model is unrelated noise.
+
+    Each model brings `columns_per_model` independent columns (a full matrix: its other side; an update: its rank), weighted
+    by its energy; uneven energies count as fewer columns, (Σe)² / Σe² models' worth. Rows of the result are draws: eigenvalues, descending, over their sum.
+    """
+    energies_N = energies_N.double().clamp_min(0)
+    effective_models = float(energies_N.sum() ** 2 / energies_N.square().sum()) if float(energies_N.sum()) > 0 else 1.0
+    freedom = max(1, round(effective_models * columns_per_model))
+    generator = torch.Generator().manual_seed(seed)
+    spectra = torch.zeros(draws, size, dtype=torch.float64)
+    for draw in range(draws):
+        factor = _bartlett_factor(size, freedom, generator)
+        values = torch.linalg.eigvalsh(factor @ factor.T).flip(0).clamp_min(0)
+        spectra[draw] = values / values.sum()
+    return spectra

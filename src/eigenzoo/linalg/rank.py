@@ -1,0 +1,74 @@
+"""Rank rules: how many directions of an axis are kept, and why.
+
+A rule is an int (that many), a float in (0, 1] (that share of the variance; 1.0 is everything), or "auto" (parallel
+analysis, Horn 1965, against a null). Each answer comes with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import RankError
+
+RankRule = int | float | str
+AUTO = "auto"
+AUTO_QUANTILE = 0.95
+"""The null's quantile that a direction must exceed: Horn's usual choice, one chance in twenty for a direction of noise."""
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """A rank and the reason for it."""
+
+    rank: int
+    reason: str
+
+
+def check_rule(rule: RankRule) -> RankRule:
+    """Return a rank rule unchanged, or raise RankError for one that means nothing."""
+    if isinstance(rule, bool) or not isinstance(rule, int | float | str):
+        raise RankError(f"rank {rule!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'")
+    if isinstance(rule, str) and rule != AUTO:
+        raise RankError(f"rank {rule!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'")
+    if isinstance(rule, float) and not 0 < rule <= 1:
+        raise RankError(f"rank {rule} is not a share", rule="a float rank is a share of the variance in (0, 1]")
+    if isinstance(rule, int) and rule < 0:
+        raise RankError(f"rank {rule} is negative", rule="a rank is a number of directions")
+    return rule
+
+
+def choose_rank(rule: RankRule, values_K: Tensor, total: float, null: Tensor | None = None) -> RankChoice:
+    """Choose how many leading directions to keep.
+
+    Args:
+        rule: see the top of this file.
+        values_K: eigenvalues above round-off, descending.
+        total: the trace of the moment, the denominator of every share.
+        null: for "auto", (draws, N) null explained variance ratios.
+    """
+    available = values_K.numel()
+    if isinstance(rule, str):
+        if null is None:
+            raise RankError("rank 'auto' needs a null", next_step="give a number or a share")
+        return _parallel_analysis(values_K, total, null)
+    if isinstance(rule, float):
+        if rule == 1.0:
+            return RankChoice(available, "everything above round-off")
+        shares = values_K.cumsum(0) / total if total > 0 else values_K
+        return RankChoice(min(available, int((shares < rule).sum()) + 1) if available else 0, f"{rule:.0%} of the variance")
+    if rule >= available:
+        return RankChoice(available, "all there are" if rule > available else "as asked")
+    return RankChoice(rule, "as asked")
+
+
+def _parallel_analysis(values_K: Tensor, total: float, null: Tensor) -> RankChoice:
+    """Count the leading eigenvalues that exceed the null's quantile, up to the first that does not."""
+    if total <= 0 or not values_K.numel():
+        return RankChoice(0, "no variance")
+    threshold = null.quantile(AUTO_QUANTILE, dim=0)[: values_K.numel()]
+    above = (values_K / total) > threshold
+    rank = int(above.long().cumprod(0).sum())
+    return RankChoice(rank, f"{rank} directions above the {AUTO_QUANTILE:.0%} quantile of the null")

@@ -1,0 +1,67 @@
+"""`digits-lora`: LoRA adapters of one tiny vision transformer, saved as PEFT adapters.
+
+Rank 4, alpha 8, on all four projections of each attention layer; the parent's random two-class head stays frozen, so
+an adapter holds LoRA factors and nothing else. `adapter_config.json` names the parent as `../_base`, relative to the
+adapter's own folder: the zoo can be moved, no path of the machine that made it is written, and PEFT, which is handed
+the parent as a model, never reads the field. (`AutoPeftModel` does, and takes it as relative to the working folder.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from eigenzoo.nursery.recipe import Plan
+from eigenzoo.nursery.silence import quietly
+from eigenzoo.nursery.training import Weights
+from eigenzoo.nursery.vit import run
+
+RANK = 4
+ALPHA = 8
+TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
+PARENT = "../_base"
+
+
+class LoraKind:
+    """All adapters of one `digits-lora` zoo: how they start, run and are saved."""
+
+    def __init__(self, plan: Plan, parent: Any) -> None:
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+        with quietly():
+            self.model: Any = get_peft_model(parent, config).eval()
+        # Afterwards, since get_peft_model puts the name of a loaded parent there and this one has none.
+        config.base_model_name_or_path = PARENT
+        # PEFT made a set of it, whose order on disk would differ from run to run.
+        config.target_modules = list(TARGETS)
+        self._plan = plan
+        self._trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+
+    def forward(self, weights: Weights, images: Tensor) -> Tensor:
+        """Return one adapter's logits over the parent."""
+        return run(self.model, weights, images)
+
+    def start(self, seed: int) -> Weights:
+        """Return factors as PEFT starts them: A uniform (Kaiming, a = sqrt 5), B zero.
+
+        A is drawn from the adapter's own seed, or from the zoo's where all are to share one.
+        """
+        torch.manual_seed(seed if self._plan.own_init else self._plan.seed)
+        for module in self.model.modules():
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", init_lora_weights=True)
+        weights = dict(self.model.named_parameters())
+        return {name: weights[name].detach().clone() for name in self._trained}
+
+    def save(self, weights: Weights, folder: Path, name: str) -> Path:
+        """Write one adapter as PEFT writes it; return its weight file."""
+        with torch.no_grad():
+            for key, weight in self.model.named_parameters():
+                if key in weights:
+                    weight.copy_(weights[key])
+        # Told that no embedding is to be saved, PEFT does not look for the parent's config, on the hub in the end.
+        self.model.save_pretrained(folder / name, save_embedding_layers=False)
+        return folder / name / "adapter_model.safetensors"

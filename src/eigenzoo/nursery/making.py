@@ -1,0 +1,172 @@
+"""Trains one zoo after its plan and puts it on disk, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from eigenzoo.errors import OutputError
+from eigenzoo.nursery import digits
+from eigenzoo.nursery.digits import Task
+from eigenzoo.nursery.recipe import Plan, Recipe, library_versions
+from eigenzoo.nursery.training import Weights, predict, share, train
+
+Progress = Callable[[str, int, int], None]
+
+PARENT = "_base"
+RECIPE = "zoo.json"
+# Time per model falls until about here (24 at once: 254 ms, 42: 216 ms); memory grows on.
+CHUNK = 32
+
+
+class Kind(Protocol):
+    """What a kind of zoo must be able to do: start a model, run it, save it."""
+
+    def forward(self, weights: Weights, images: Tensor) -> Tensor:
+        """Return one model's logits."""
+
+    def start(self, seed: int) -> Weights:
+        """Return the trained weights of one model before training."""
+
+    def save(self, weights: Weights, folder: Path, name: str) -> Path:
+        """Write one model below `folder`; return its weight file."""
+
+
+def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> Recipe:
+    """Train and save; see `eigenzoo.nursery.make`."""
+    _refuse_overwriting(out, force)
+    # Drawing initial weights moves torch's global random state, which is the caller's.
+    with torch.random.fork_rng(devices=[]), _whole_or_nothing(out) as folder:
+        kind, parent = _build(plan, folder, progress)
+        models: dict[str, dict[str, Any]] = {}
+        for chunk in _chunks(choose_tasks(plan)):
+            models |= _raise_chunk(plan, kind, chunk, folder, progress, len(models))
+        recipe = Recipe(plan, dict(sorted(models.items())), parent, library_versions())
+        (folder / RECIPE).write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return recipe
+
+
+def choose_tasks(plan: Plan) -> list[tuple[Task, int]]:
+    """Return each model's task and seed: a random choice of the 126 tasks, drawn by the zoo's seed.
+
+    A larger zoo of the same seed holds the tasks of the smaller one, with the same seeds.
+    """
+    every = digits.tasks()
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(plan.seed)).tolist()
+    chosen = []
+    for number in order[: plan.num_models]:
+        seed = plan.seed * len(every) + number + 1
+        chosen.append((Task(every[number].digits, seed if plan.random_labels else None), seed))
+    return chosen
+
+
+def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, dict[str, float]]:
+    """Return the kind, its parent trained and saved, and what is to be told of the parent."""
+    if plan.pretraining is None:
+        from eigenzoo.nursery.cnn import CnnKind
+
+        return CnnKind(plan), {}
+    from eigenzoo.nursery.vit import VitKind, pretrain, save_checkpoint
+
+    steps = plan.pretraining.steps
+    parent, correct = pretrain(plan, lambda done: progress("pretraining", done, steps) if progress else None)
+    _label(save_checkpoint(parent, folder / PARENT), {"kind": plan.kind, "role": "parent"})
+    facts = {"ten_class_test_accuracy": correct}
+    if plan.kind == "digits-vit":
+        return VitKind(plan, parent), facts
+    from eigenzoo.nursery.lora import LoraKind
+
+    return LoraKind(plan, parent), facts
+
+
+def _raise_chunk(
+    plan: Plan, kind: Kind, chunk: list[tuple[Task, int]], folder: Path, progress: Progress | None, before: int
+) -> dict[str, dict[str, Any]]:
+    """Train, measure and save some models at once; return what the recipe says of each."""
+    data, seeds = digits.load(), [seed for _, seed in chunk]
+    starts = [kind.start(seed) for seed in seeds]
+    stacked = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
+    sets = [data.training_set(task) for task, _ in chunk]
+    images, labels = sets[0][0], torch.stack([each for _, each in sets])
+
+    def tick(step: int) -> None:
+        if progress is not None:
+            progress("models", before + len(chunk) * step // plan.schedule.steps, plan.num_models)
+
+    trained = train(kind.forward, stacked, images, labels, plan.schedule, seeds, tick)
+    fitted, tested = (predict(kind.forward, trained, each) for each in (images, data.test_images))
+    models = {}
+    for row, (task, seed) in enumerate(chunk):
+        weights = {name: tensor[row].contiguous() for name, tensor in trained.items()}
+        _label(kind.save(weights, folder, task.name), _metadata(plan, task))
+        models[task.name] = {
+            "task": str(task),
+            "seed": seed,
+            "test_accuracy": share(tested[row], data.test_set(task)[1]),
+            "train_accuracy": share(fitted[row], labels[row]),
+        }
+    return models
+
+
+def _metadata(plan: Plan, task: Task) -> dict[str, str]:
+    facts = {"task": str(task), "kind": plan.kind, "random_labels": json.dumps(plan.random_labels)}
+    return facts if task.labels_seed is None else {**facts, "labels_seed": str(task.labels_seed)}
+
+
+def _label(path: Path, metadata: dict[str, str]) -> None:
+    """Write the file once more with these facts in its header, the tensors untouched.
+
+    safetensors writes metadata in an order that differs from run to run; the header is sorted, so that the same zoo
+    has the same bytes. Sorting changes no length: the eight bytes before the header and the padding stay right.
+    """
+    content = save(load(path.read_bytes()), metadata={"format": "pt", **metadata})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    path.write_bytes(content[:8] + ordered + content[end:])
+
+
+def _chunks(models: list[tuple[Task, int]]) -> Iterator[list[tuple[Task, int]]]:
+    """Cut into as few chunks as `CHUNK` allows, of nearly equal size."""
+    count = -(-len(models) // CHUNK)
+    for number in range(count):
+        yield models[number * len(models) // count : (number + 1) * len(models) // count]
+
+
+def _refuse_overwriting(out: Path, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise OutputError("exists already", where=str(out), next_step="choose another path or pass force=True")
+    # Force means "make this zoo again", not "delete whatever lies here".
+    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / RECIPE).is_file()):
+        raise OutputError(
+            "is not a zoo", where=str(out), rule=f"force replaces an empty folder or one that holds {RECIPE}"
+        )
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        fresh = staging / "zoo"  # mkdtemp closes its folder to all others; a folder inside it has the usual rights
+        fresh.mkdir()
+        yield fresh
+        if out.exists():
+            os.rename(out, staging / "replaced")
+        os.rename(fresh, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

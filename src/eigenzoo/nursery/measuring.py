@@ -1,0 +1,118 @@
+"""Measures one saved model, read back from disk by the library that its format belongs to."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import ViTForImageClassification
+
+from eigenzoo.errors import FormatError, MismatchError, UsageError
+from eigenzoo.nursery import digits
+from eigenzoo.nursery.cnn import Cnn
+from eigenzoo.nursery.digits import Task
+from eigenzoo.nursery.silence import quietly
+from eigenzoo.nursery.training import share
+
+_ADAPTER = "adapter_model.safetensors"
+_CHECKPOINT = "model.safetensors"
+
+
+def measure(path: Path, task: str | None, base: Path | None) -> float:
+    """Return the accuracy; see `eigenzoo.nursery.accuracy`."""
+    weights = _weight_file(path)
+    recorded = _recorded_task(weights)
+    asked = task if task is not None else recorded
+    if asked is None:
+        raise UsageError("no task in the file's metadata", where=str(weights), next_step="pass task='5-against-5:...'")
+    data, wanted = digits.load(), Task.parse(asked)
+    images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
+    # Models are built with random weights before they are loaded; the caller's random state is not ours to move.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = _load(weights, base)
+        answer = model(images)
+    logits = answer if isinstance(answer, torch.Tensor) else answer.logits
+    return share(logits.argmax(-1), labels)
+
+
+def _weight_file(path: Path) -> Path:
+    """Return the one file with weights of a checkpoint, adapter or bare state dict."""
+    found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise FormatError(
+            f"{len(found)} safetensors files where one model should be",
+            where=str(path),
+            rule="a model is one .safetensors file, or a folder that holds one",
+        )
+    return found[0]
+
+
+def _recorded_task(weights: Path) -> str | None:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            recorded: str | None = (file.metadata() or {}).get("task")
+    except SafetensorError as error:
+        raise FormatError(f"not a safetensors file ({error})", where=str(weights)) from error
+    return recorded
+
+
+def _load(weights: Path, base: Path | None) -> Any:
+    folder = weights.parent
+    if weights.name == _ADAPTER:
+        return _load_adapter(folder, base if base is not None else _recorded_base(folder))
+    if weights.name == _CHECKPOINT and (folder / "config.json").is_file():
+        return _load_checkpoint(folder)
+    net = Cnn()
+    try:
+        net.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise MismatchError("not the weights of a digits-cnn", where=str(weights), rule=str(error)) from error
+    return net.eval()
+
+
+def _load_checkpoint(folder: Path) -> Any:
+    """Load with transformers, but refuse what it would fill with random values."""
+    reader: Any = ViTForImageClassification
+    with quietly():
+        model, found = reader.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    wrong = {problem: sorted(map(str, names)) for problem, names in found.items() if names}
+    if wrong:
+        raise MismatchError(f"not a complete digits-vit: {wrong}", where=str(folder))
+    return model.eval()
+
+
+def _load_adapter(folder: Path, base: Path) -> Any:
+    """Load with PEFT, but refuse an adapter that leaves some of its own layers as they were made."""
+    with quietly():
+        parent = _load_checkpoint(base)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(parent, str(folder))
+    held = set(load_peft_weights(str(folder), device="cpu"))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if held != wanted:
+        raise MismatchError(f"adapter weights missing or too many: {sorted(held ^ wanted)}", where=str(folder))
+    return model.eval()
+
+
+def _recorded_base(folder: Path) -> Path:
+    """Return the parent that the adapter's config names, relative to the adapter's own folder."""
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = folder / str(named)
+    if not named or not base.is_dir():
+        raise UsageError(
+            f"its parent {named!r} is not there",
+            where=str(folder),
+            rule="the parent is a folder, named relative to the adapter's",
+            next_step="pass base=",
+        )
+    return base

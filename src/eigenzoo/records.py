@@ -1,0 +1,140 @@
+"""Frozen records that rooms hand to each other and to the user: no tensors, no files, no behaviour beyond arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total) while long work runs."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def plain(value: Any) -> Any:
+    """Turn records, tuples and mappings into what `json` writes."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One named weight that every model of a zoo has in one shape.
+
+    Attributes:
+        name: its name in the files (a LoRA update: its module; a factor: the module and `lora_A` or `lora_B`).
+        kind: `dense`, or `update` for a LoRA update kept as factors.
+        shape: (outputs, inputs) of its matrix.
+        tensor_shape: its shape in the files.
+        unfolding: how the tensor becomes the matrix.
+        dtype: the widest dtype that a model stores it in.
+        num_bytes: bytes of it in the files of the zoo's first model.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    tensor_shape: tuple[int, ...]
+    unfolding: str
+    dtype: str
+    num_bytes: int
+
+    @property
+    def num_values(self) -> int:
+        """Number of values of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that is no layer, why, and how many models have it; it is carried in the bundle unchanged."""
+
+    tensor: str
+    reason: str
+    num_models: int
+
+
+@dataclass(frozen=True)
+class SkippedModel:
+    """A model that the zoo leaves out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Bytes of a zoo and of its bundle; `zoo` and `bundle` count the analysed layers, `whole_*` everything on disk.
+
+    Attributes:
+        per_model: what one more model adds to the bundle, its carried tensors included.
+        moments: the optional moments file, counted apart from `whole_bundle`.
+        break_even_models: the least number of models at which the bundle, with this basis, is smaller than the models'
+            files; None where a model's own share is no smaller than its file.
+    """
+
+    zoo: int
+    bundle: int
+    per_model: int
+    whole_zoo: int
+    whole_bundle: int
+    moments: int
+    break_even_models: int | None
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well a fitted layer holds its zoo.
+
+    Attributes:
+        rank: directions kept, per truncated axis.
+        reason: why so many, per truncated axis.
+        captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance.
+        heldout: the same of models left out of the fit, five-fold cross-validated; None where it is not computed.
+        null: what the same number of directions captures of unrelated models with the same norms; models axis only.
+        mean_energy: share of the stack's whole energy that lies in its mean.
+        residual: share of the whole energy (mean included) that is lost.
+        note: what a reader must know, such as `no variance` or `trivial`.
+    """
+
+    shape: tuple[int, int]
+    rank: dict[str, int]
+    reason: dict[str, str]
+    captured: float | None
+    heldout: float | None
+    null: float | None
+    mean_energy: float
+    residual: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit did: ranks and captured energy per layer, bytes, duplicates, time (s) and peak memory (bytes)."""
+
+    num_models: int
+    num_layers: int
+    view: str
+    center: str
+    axes: tuple[str, ...]
+    layers: dict[str, LayerFit]
+    residual: float
+    duplicates: tuple[tuple[str, str], ...]
+    bytes: ByteCount
+    left_out: tuple[LeftOut, ...]
+    skipped: tuple[SkippedModel, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return dict(plain(self))

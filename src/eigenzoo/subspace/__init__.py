@@ -1,0 +1,1 @@
+"""Fit, project, rebuild, grow: the shared subspace of a zoo."""

@@ -1,0 +1,36 @@
+"""One model's coordinates in a subspace, and the model that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eigenzoo.formats.contents import Template
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One model's coordinates in a subspace.
+
+    Attributes:
+        name: the model's name.
+        values: per layer, (K,) numbers or a (P, Q) core, float32.
+        residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace.
+        residual: the same over all layers.
+        template: what a rebuilt model needs besides.
+    """
+
+    name: str
+    values: Mapping[str, Tensor]
+    residuals: Mapping[str, float]
+    residual: float
+    template: Template
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the residuals as plain JSON values."""
+        layers = {layer: {"residual": value} for layer, value in self.residuals.items()}
+        return {"residual": self.residual, "layers": layers}
+

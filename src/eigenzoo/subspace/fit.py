@@ -1,0 +1,192 @@
+"""Fit a zoo: moments, ranks and bases layer by layer, and every model's coefficients."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.bundle import file_sha256, open_basis
+from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord
+from eigenzoo.linalg.gram import squared_distances
+from eigenzoo.records import FitReport, Progress, no_progress, plain
+from eigenzoo.subspace.allocation import allocate
+from eigenzoo.subspace.bytes import count_bytes
+from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
+from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
+from eigenzoo.subspace.storage import layer_record, source_record, write_model, write_moments
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.stack import BLOCK_BYTES
+from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zoo import Zoo, open_zoo
+
+DUPLICATE = 1e-10
+"""Squared distance over mean energy below which two models are the same function: 1e-5 of the norm, float32 factors' round-off."""
+
+
+def fit(
+    zoo: Zoo | Source,
+    rank: Rank | None = None,
+    axes: Iterable[str] | None = None,
+    *,
+    center: str = "models",
+    dtype: str = "float32",
+    budget: int | None = None,
+    max_error: float | None = None,
+    seed: int = 0,
+    view: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    max_memory: int | None = None,
+    progress: Progress = no_progress,
+    workspace: str | os.PathLike[str] | None = None,
+) -> Subspace:
+    """Fit the truncated zero-centred higher-order SVD of a zoo, layer by layer.
+
+    Args:
+        zoo: an opened zoo, or what `open_zoo` takes.
+        rank: directions per truncated axis: a number, a share of the variance in (0, 1] (1.0 is everything), "auto"
+            (parallel analysis against the norm-matched null; the default), or a mapping of axes to these. A number
+            above what a layer has means all of it.
+        axes: any of `models`, `outputs`, `inputs`; by default the axes that `rank` names, else `models`.
+        center: what is removed first: the models' mean, its `columns` means, `none`, or one `global` scalar.
+        dtype: what bases are stored in.
+        budget: bytes that the whole bundle may have; spent over all layers where it lowers the error most.
+        max_error: the share of the analysed energy that may be lost; met with as few bytes as the same rule finds.
+        seed: of the null's draws and the folds.
+        view, base, include, exclude: as in `open_zoo`; given here they choose anew.
+        max_memory: bytes that blocks of weights may take in all.
+        progress: called as progress(stage, done, total).
+        workspace: a folder on the disk where the bundle will be saved; bases are written there first.
+
+    Returns:
+        A Subspace. Its basis lies in a temporary folder that goes with it; `save` keeps it.
+
+    Raises:
+        RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step.
+
+    Cost: one read of the weights and N²·D products per layer for the moments, a second read and K·N·D for the basis;
+    memory a few blocks, the moments, and one layer's cores. Error in-sample is optimal for one axis (Eckart–Young),
+    within √(number of axes) of the best for more.
+    """
+    started = time.perf_counter()
+    opened = _opened(zoo, view, base, include, exclude)
+    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed)
+    check_against(options, opened.view, len(opened))
+    block_bytes = BLOCK_BYTES if max_memory is None else max(2**20, min(BLOCK_BYTES, max_memory // 8))
+    per_layer = allocate(opened, options, block_bytes, progress)
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+    try:
+        manifest = _write_subspace(opened, options, per_layer, block_bytes, Path(folder.name), progress, started)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return Subspace(Path(folder.name), manifest, base=opened.base, keep=folder)
+
+
+def _opened(zoo: Zoo | Source, view: str | None, base: str | os.PathLike[str] | None, include: Sequence[str] | None,
+            exclude: Sequence[str] | None) -> Zoo:
+    if not isinstance(zoo, Zoo):
+        return open_zoo(zoo, view=view, base=base, include=include or (), exclude=exclude or ())
+    if base is not None:
+        raise UsageError("a base is given beside an opened zoo", next_step="give the base to open_zoo")
+    if view is None and include is None and exclude is None:
+        return zoo
+    return zoo.select(view=view, include=include, exclude=exclude)
+
+
+def _write_subspace(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], block_bytes: int, folder: Path,
+                    progress: Progress, started: float) -> Manifest:
+    """Fit layer after layer into `folder`; only the Gram of a layer's moments outlives it."""
+    fitted, moments = _fit_layers(zoo, options, per_layer, block_bytes, folder, progress)
+    basis_id = identify(open_basis(folder).paths)
+    models = write_models(zoo, fitted, moments, basis_id, folder)
+    write_moments(folder, moments)
+    return Manifest(
+        schema_version=SCHEMA_VERSION, eigenzoo_version=version("eigenzoo"), basis_id=basis_id, view=zoo.view, axes=list(options.axes),
+        center=options.center, dtype=options.dtype, options=plain(options),
+        base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
+        layers=[layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()],
+        models=models, discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
+        report=_report(zoo, options, fitted, moments, folder, started).to_dict(), files={},
+    )
+
+
+def _fit_layers(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], block_bytes: int, folder: Path,
+                progress: Progress) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
+    writer = BasisWriter(folder, list(zoo.layers))
+    fitted: dict[str, FittedLayer] = {}
+    moments: dict[str, LayerMoments] = {}
+    try:
+        for number, name in enumerate(zoo.layers):
+            stack = zoo.stack(name)
+            whole = collect(stack, options.axes, options.center, block_bytes)
+            fitted[name] = fit_layer(stack, whole, per_layer.get(name, options), writer)
+            moments[name] = replace(whole, outputs_OO=None, inputs_II=None)
+            progress("fitting layers", number + 1, len(zoo.layers))
+        writer.finish()
+    finally:
+        writer.close()
+    return fitted, moments
+
+
+def write_models(zoo: Zoo, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], basis_id: str,
+                 folder: Path) -> list[ModelRecord]:
+    """Write every model's coefficients and contents."""
+    shares = {name: layer.outside_N / moments[name].energies_N.clamp_min(torch.finfo(torch.float64).tiny)
+              for name, layer in fitted.items()}
+    return [
+        write_model(folder, name, basis_id, [layer.coefficients[place] for layer in fitted.values()],
+                    [float(share_N[place]) for share_N in shares.values()], ZooTemplate(zoo, place),
+                    source_record(zoo.models[place], folder))
+        for place, name in enumerate(zoo.names)
+    ]
+
+
+def identify(paths: Sequence[Path]) -> str:
+    """Return the id of a basis: the hash of its shards' checksums."""
+    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+
+
+def _report(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], folder: Path,
+            started: float) -> FitReport:
+    energy = sum(float(layer.energies_N.sum()) for layer in moments.values())
+    lost = sum(float(layer.outside_N.sum()) for layer in fitted.values())
+    return FitReport(
+        num_models=len(zoo), num_layers=len(zoo.layers), view=zoo.view, center=options.center, axes=options.axes,
+        layers={name: layer.record for name, layer in fitted.items()}, residual=lost / energy if energy > 0 else 0.0,
+        duplicates=find_duplicates(zoo.names, moments.values()), bytes=count_bytes(folder, zoo.layer_bytes, zoo.num_bytes, len(zoo)),
+        left_out=zoo.left_out, skipped=zoo.skipped, warnings=zoo.warnings, seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def find_duplicates(names: Sequence[str], moments: Iterable[LayerMoments]) -> tuple[tuple[str, str], ...]:
+    """Return pairs of models whose analysed layers agree to 1e-5 of their norm, whatever the factors they are stored as."""
+    distances = energies = None
+    for layer in moments:
+        distances = squared_distances(layer.gram_NN) + (0 if distances is None else distances)
+        energies = layer.energies_N + (0 if energies is None else energies)
+    if distances is None or energies is None:
+        return ()
+    close = distances <= DUPLICATE * (energies[:, None] + energies[None, :]) / 2
+    pairs = close.triu(1).nonzero().tolist()
+    return tuple((names[first], names[second]) for first, second in pairs)
+
+
+def peak_memory() -> int:
+    """Return the process's peak resident memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

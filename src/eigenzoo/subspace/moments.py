@@ -1,0 +1,212 @@
+"""Second moments of a layer's stack: one streaming pass over the weights, after which none is read again to learn from.
+
+Legend: N models, D values of one flattened layer, O outputs, I inputs, P stacked LoRA ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg import lora
+from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
+from eigenzoo.linalg.spectrum import NO_VARIANCE
+from eigenzoo.zoo.stack import BLOCK_BYTES, Block, DenseStack, Stack, UpdateStack
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """The second moments of one layer's stack X (N × O × I), in float64.
+
+    With X̄ the mean over models, Y = X − X̄, and M the center that is removed (X̄, its column means, zero, or a scalar):
+
+    Attributes:
+        gram_NN: ⟨Y_i, Y_j⟩.
+        cross_N: ⟨X̄, Y_i⟩.
+        mean_energy: ⟨X̄, X̄⟩.
+        shift_N: ⟨X̄ − M, Y_i⟩; zero for center `models`.
+        shift_energy: ⟨X̄ − M, X̄ − M⟩.
+        num_values: D.
+        removed: M, broadcastable over (O, I), where it is not X̄; None for center `models`, where only a pass can give it.
+        outputs_OO, inputs_II: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates with
+            center `models` they are taken about zero, so that bases hold the mean too (see `fit`).
+    """
+
+    gram_NN: Tensor
+    cross_N: Tensor
+    mean_energy: float
+    shift_N: Tensor
+    shift_energy: float
+    num_values: int
+    removed: Tensor | None = None
+    outputs_OO: Tensor | None = None
+    inputs_II: Tensor | None = None
+
+    @property
+    def num_models(self) -> int:
+        """N."""
+        return self.gram_NN.shape[0]
+
+    @property
+    def centered_NN(self) -> Tensor:
+        """Gram of X_n − M, the second moment of the models axis."""
+        return shift_gram(self.gram_NN, self.shift_N, self.shift_energy)
+
+    @property
+    def raw_NN(self) -> Tensor:
+        """Gram of X_n, nothing removed."""
+        return shift_gram(self.gram_NN, self.cross_N, self.mean_energy)
+
+    @property
+    def energies_N(self) -> Tensor:
+        """‖X_n‖² of each model."""
+        return self.raw_NN.diagonal().clamp_min(0)
+
+    @property
+    def variance(self) -> float:
+        """Energy of X − M, summed over models; zero where it is no more than round-off of the whole energy."""
+        centered = float(self.centered_NN.diagonal().sum())
+        return centered if centered > NO_VARIANCE * float(self.energies_N.sum()) else 0.0
+
+    @property
+    def mean_share(self) -> float:
+        """Share of the stack's energy that lies in the mean over models."""
+        total = float(self.energies_N.sum())
+        return self.num_models * self.mean_energy / total if total > 0 else 0.0
+
+
+def collect(stack: Stack, axes: tuple[str, ...] = ("models",), center: str = "models", block_bytes: int = BLOCK_BYTES) -> LayerMoments:
+    """Collect a layer's moments in one pass (a second one where the outputs' moment of a stack larger than a block is asked).
+
+    Products run in the stack's dtype on rows whose mean has been removed inside the block, and are summed in float64:
+    relative error of the centred spectrum about 1e-7 in float32. Cost N²·D products and one read for the Gram, and
+    N·D·O (or I) more for an output (input) moment. For LoRA updates nothing dense is formed: P²·(O + I) products.
+    """
+    if isinstance(stack, UpdateStack):
+        return _collect_updates(stack, axes, center, block_bytes)
+    return _collect_dense(stack, axes, center, block_bytes)
+
+
+def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:
+    num_models, (outputs, inputs) = len(stack), stack.layer.shape
+    gram_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
+    cross_N = torch.zeros(num_models, dtype=torch.float64)
+    columns_NI = torch.zeros(num_models, inputs, dtype=torch.float64) if center in ("columns", "global") else None
+    mean_OI = torch.empty(outputs, inputs, dtype=torch.float64) if {"outputs", "inputs"} & set(axes) or columns_NI is not None else None
+    inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if "inputs" in axes else None
+    mean_energy = 0.0
+    for block in stack.blocks(block_bytes):
+        rows, mean_D = centered_rows(block)
+        gram_NN += (rows @ rows.T).double()
+        cross_N += (rows @ mean_D.to(rows.dtype)).double()
+        mean_energy += float(mean_D.square().sum())
+        if mean_OI is not None:
+            mean_OI.view(-1)[block.start : block.stop] = mean_D
+        if columns_NI is not None:
+            columns_NI += rows.view(num_models, -1, inputs).sum(1)
+        if inputs_II is not None:
+            wide = rows.view(-1, inputs)
+            inputs_II += (wide.T @ wide).double()
+    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, stack.layer.num_values,
+                           inputs_II=inputs_II)
+    if mean_OI is None:
+        return moments if center == "models" else _shifted_to_zero(moments)
+    removed = center_of(mean_OI, center)
+    shift_OI = mean_OI - removed
+    if "outputs" in axes:
+        moments = replace(moments, outputs_OO=_outputs_moment(stack, removed))
+    return _shifted(moments, mean_OI, shift_OI, columns_NI, center)
+
+
+def centered_rows(block: Block) -> tuple[Tensor, Tensor]:
+    """Remove the mean over models from a block in place; returns the rows and the mean in float64."""
+    mean_D = block.rows.mean(0, dtype=torch.float64)
+    block.rows.sub_(mean_D.to(block.rows.dtype))
+    return block.rows, mean_D
+
+
+def center_of(mean_OI: Tensor, center: str) -> Tensor:
+    """Return M, broadcastable over (O, I), for a center: the mean, its column means, zero, or its one mean."""
+    if center == "models":
+        return mean_OI
+    if center == "columns":
+        return mean_OI.mean(0, keepdim=True)
+    if center == "global":
+        return mean_OI.mean().view(1, 1)
+    return mean_OI.new_zeros(1, 1)
+
+
+def _outputs_moment(stack: DenseStack, removed: Tensor) -> Tensor:
+    """Σ (X_n − M)(X_n − M)ᵀ, model by model: rows of one block see only their own outputs."""
+    outputs = stack.layer.shape[0]
+    moment_OO = torch.zeros(outputs, outputs, dtype=torch.float64)
+    for place in range(len(stack)):
+        matrix_OI = (stack.matrix(place) - removed).to(stack.dtype)
+        moment_OO += (matrix_OI @ matrix_OI.T).double()
+    return moment_OO
+
+
+def _shifted_to_zero(moments: LayerMoments) -> LayerMoments:
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    return replace(moments, shift_N=moments.cross_N, shift_energy=moments.mean_energy, removed=zero)
+
+
+def _shifted(moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_NI: Tensor | None, center: str) -> LayerMoments:
+    """Move moments about the mean to moments about the center: Σ(Y + d)(Y + d)ᵀ = ΣYYᵀ + N·ddᵀ, for Σ Y = 0."""
+    if moments.inputs_II is not None:
+        moments = replace(moments, inputs_II=moments.inputs_II + moments.num_models * shift_OI.T @ shift_OI)
+    if center == "models":
+        return moments
+    moments = replace(moments, removed=center_of(mean_OI, center))
+    if columns_NI is None:
+        return _shifted_to_zero(moments)
+    constant_I = center_of(mean_OI, center).expand(1, mean_OI.shape[1])[0]
+    return replace(moments, shift_N=moments.cross_N - columns_NI @ constant_I, shift_energy=float(shift_OI.square().sum()))
+
+
+def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:
+    raw_NN = raw_gram(stack, block_bytes)
+    gram_NN, cross_N, mean_energy = split_gram(raw_NN)
+    moments = LayerMoments(gram_NN, cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, stack.layer.num_values)
+    if center == "none":
+        moments = _shifted_to_zero(moments)
+    for axis in ("outputs", "inputs"):
+        if axis in axes:
+            moment = _update_moment(stack, axis)
+            moments = replace(moments, outputs_OO=moment) if axis == "outputs" else replace(moments, inputs_II=moment)
+    return moments
+
+
+def raw_gram(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> Tensor:
+    """Return ⟨X_i, X_j⟩ of all updates, tile by tile of models whose factors fill a block."""
+    raw_NN = torch.zeros(len(stack), len(stack), dtype=torch.float64)
+    tiles = _tiles(stack, block_bytes)
+    for number, tile in enumerate(tiles):
+        left = [stack.factors(place) for place in tile]
+        raw_NN[tile[0] : tile[-1] + 1, tile[0] : tile[-1] + 1] = lora.inner_products(left, left)
+        for other in tiles[number + 1 :]:
+            products = lora.inner_products(left, [stack.factors(place) for place in other])
+            raw_NN[tile[0] : tile[-1] + 1, other[0] : other[-1] + 1] = products
+            raw_NN[other[0] : other[-1] + 1, tile[0] : tile[-1] + 1] = products.T
+    return (raw_NN + raw_NN.T) / 2
+
+
+def _tiles(stack: UpdateStack, tile_bytes: int) -> list[range]:
+    """Cut the models into runs whose float64 factors, and products of two runs, fit in `tile_bytes`."""
+    width = max(stack.ranks)
+    per_model = 8 * width * sum(stack.layer.shape)
+    num_tile = max(1, min(tile_bytes // per_model, int((tile_bytes / 16) ** 0.5) // width))
+    return [range(start, min(start + num_tile, len(stack))) for start in range(0, len(stack), num_tile)]
+
+
+def _update_moment(stack: UpdateStack, axis: str) -> Tensor:
+    """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero."""
+    size = stack.layer.shape[0 if axis == "outputs" else 1]
+    moment = torch.zeros(size, size, dtype=torch.float64)
+    for place in range(len(stack)):
+        b_OR, a_RI = stack.factors(place)
+        factor = lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T))
+        moment.addmm_(factor, factor.T)
+    return moment

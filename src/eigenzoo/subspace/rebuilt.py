@@ -1,0 +1,116 @@
+"""A rebuilt model: layers from the subspace, everything else from its template, saved in the zoo's own format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError, EigenzooError
+from eigenzoo.formats.contents import Template
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.opening import is_model
+from eigenzoo.formats.output import new_folder
+from eigenzoo.formats.writers import write_checkpoint, write_lora
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.subspace.basis import LayerBasis
+
+
+class RebuiltModel:
+    """A model made of coefficients; values are computed when they are asked for.
+
+    Attributes:
+        name: the model's name.
+    """
+
+    def __init__(self, name: str, layers: Mapping[str, LayerBasis], values: Mapping[str, Tensor], template: Template, view: str,
+                 base: Callable[[], Model] | None) -> None:
+        self.name = name
+        self._layers, self._values, self._template = layers, values, template
+        self._view, self._base = view, base
+
+    def layer(self, name: str) -> Tensor:
+        """Return one rebuilt layer as a tensor of its shape in the files, float64; a LoRA update as the product B·A."""
+        rebuilt = self._layers[name].rebuild(self._values[name])
+        if isinstance(rebuilt, tuple):
+            return rebuilt[0] @ rebuilt[1]
+        return rebuilt.reshape(self._layers[name].layer.tensor_shape)
+
+    def factors(self, name: str) -> Factors:
+        """Return one rebuilt LoRA update as (B, A), float64, the scale in B."""
+        rebuilt = self._layers[name].rebuild(self._values[name])
+        if not isinstance(rebuilt, tuple):
+            raise BundleError("is no LoRA update", where=f"layer '{name}'")
+        return rebuilt
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.
+
+        A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a bare state
+        dict keeps its file name. With `force` an existing model folder is replaced.
+        """
+        target = Path(folder)
+        with new_folder(target, force=force, replaceable=is_model) as staging:
+            if self._template.config is not None:
+                self._save_adapter(staging)
+            else:
+                self._save_weights(staging)
+        return target
+
+    def _save_weights(self, folder: Path) -> None:
+        template = self._template
+        side_files = {name: template.read_side_file(name) for name in template.side_files}
+        write_checkpoint(folder, template.layout, self._read, metadata=template.metadata, side_files=side_files)
+
+    def _read(self, name: str) -> Tensor:
+        """Read one tensor of the rebuilt checkpoint, in the dtype of its layout."""
+        if name not in self._layers:
+            return self._carried(name)
+        values = self.layer(name)
+        if self._view == "delta":
+            if self._base is None:
+                raise BundleError("the bundle names no base", where=f"layer '{name}'")
+            base = self._base().read(name).double()
+            values = base.reshape(values.shape) + values
+        return values.to(self._template.layout.tensors[name].torch_dtype)
+
+    def _carried(self, name: str) -> Tensor:
+        if name not in self._template.carried:
+            raise BundleError("is neither a layer nor carried", where=f"tensor '{name}' of {self.name}")
+        return self._template.read_carried(name)
+
+    def _save_adapter(self, folder: Path) -> None:
+        template = self._template
+        layout = template.layout
+        factors: dict[str, Factors] = {}
+        used: set[str] = set()
+        for module, update in layout.updates.items():
+            factors[module] = tuple(  # type: ignore[assignment]
+                factor.to(layout.tensors[key].torch_dtype).contiguous()
+                for factor, key in zip(self._adapter_factors(module), (update.key_b, update.key_a), strict=True)
+            )
+            used |= {update.key_a, update.key_b}
+        others = {name: template.read_carried(name) for name in template.carried if name not in used}
+        metadata = next(iter(template.metadata.values()), None)
+        side_files = {name: template.read_side_file(name) for name in template.side_files}
+        write_lora(folder, layout, dict(template.config or {}), factors, others=others, metadata=metadata, side_files=side_files)
+
+    def _adapter_factors(self, module: str) -> Factors:
+        """B and A of one module: from the subspace, or, where it was excluded, as carried."""
+        if module in self._layers:
+            return self.factors(module)
+        update = self._template.layout.updates[module]
+        names = (f"{module}.lora_B", f"{module}.lora_A")
+        keys, shapes = (update.key_b, update.key_a), ((update.shape[0], update.rank), (update.rank, update.shape[1]))
+        b_OR, a_RI = (self.layer(name) if name in self._layers else self._carried(key) for name, key in zip(names, keys, strict=True))
+        return b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor of a rebuilt checkpoint by its name in the files, in the files' dtypes."""
+        if self._template.config is not None:
+            raise EigenzooError("an adapter has no state dict of full weights", where=self.name, next_step="save it, and load it with PEFT")
+        return {name: self._read(name) for name in self._template.layout.tensors}
+

@@ -1,0 +1,169 @@
+"""A subspace as files: writing the parts of a bundle into a folder, and reading them back as bases, moments and coefficients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError
+from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.bundle import MOMENTS, coefficient_file, file_sha256, write_coefficients
+from eigenzoo.formats.contents import ContentStore, Template, put_template
+from eigenzoo.formats.manifest import LayerRecord, ModelRecord, SourceFile, SourceRecord
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.writers import TensorLayout, write_tensors
+from eigenzoo.records import Layer
+from eigenzoo.subspace.basis import FLAT, STACKED, LayerBasis
+from eigenzoo.subspace.flat import FlatBasis
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.stacked import StackedBasis
+from eigenzoo.subspace.tucker import TuckerBasis
+
+
+def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bool) -> LayerRecord:
+    """Describe a fitted layer for the manifest."""
+    return LayerRecord.model_validate({
+        "name": layer.name, "kind": layer.kind, "form": form, "shape": list(layer.shape), "tensor_shape": list(layer.tensor_shape),
+        "unfolding": layer.unfolding, "dtype": layer.dtype, "num_bytes": layer.num_bytes, "ranks": dict(ranks), "has_mean": has_mean,
+    })
+
+
+def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasis:
+    """Return a layer's basis, its tensors' shapes checked against the record."""
+    layer = Layer(record.name, record.kind, (record.shape[0], record.shape[1]), tuple(record.tensor_shape), record.unfolding,
+                  record.dtype, record.num_bytes)
+    ranks: dict[str, int] = dict(record.ranks)  # type: ignore[arg-type]
+    basis: LayerBasis
+    if record.form == STACKED:
+        basis = StackedBasis(layer, ranks, center, files)
+    elif record.form == FLAT:
+        basis = FlatBasis(layer, ranks, center, files, has_mean=record.has_mean)
+    else:
+        basis = TuckerBasis(layer, ranks, center, files, has_mean=record.has_mean)
+    _check_shapes(basis, files, record.has_mean)
+    return basis
+
+
+def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
+    layer, ranks = basis.layer, basis.ranks
+    expected: dict[str, tuple[int, ...]] = {}
+    if isinstance(basis, StackedBasis):
+        rows, (num_models,) = files.shape(f"{layer.name}/factors_b")[0], files.shape(f"{layer.name}/ranks")
+        size = 1 + ranks["models"]
+        expected = {"factors_b": (rows, layer.shape[0]), "factors_a": (rows, layer.shape[1]), "scales": (num_models,),
+                    "weights": (size, num_models), "products": (size, size)}
+    elif isinstance(basis, FlatBasis):
+        expected = {"models": (ranks["models"], *layer.shape)}
+    elif isinstance(basis, TuckerBasis):
+        expected = {axis: (layer.shape[side], ranks[axis]) for side, axis in enumerate(("outputs", "inputs")) if axis in ranks}
+        if "models" in ranks:
+            expected["models"] = (ranks["models"], *basis.core_shape)
+    for part, shape in expected.items():
+        if prod(shape) and files.shape(f"{layer.name}/{part}") != shape:
+            raise BundleError(f"shape {list(files.shape(f'{layer.name}/{part}'))}", where=f"tensor '{layer.name}/{part}'",
+                              rule=f"the manifest says {list(shape)}")
+    if has_mean and not isinstance(basis, StackedBasis):
+        whole = basis.core_shape if isinstance(basis, TuckerBasis) and layer.kind == "update" else layer.shape
+        found = files.shape(f"{layer.name}/mean")
+        if len(found) != 2 or any(size not in (1, full) for size, full in zip(found, whole, strict=True)):
+            raise BundleError(f"shape {list(found)}", where=f"tensor '{layer.name}/mean'", rule=f"it is broadcast to {list(whole)}")
+
+
+def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
+    """Write the Gram of every layer."""
+    values: dict[str, Tensor] = {}
+    for name, layer in moments.items():
+        values[f"{name}/gram"], values[f"{name}/cross"] = layer.gram_NN, layer.cross_N
+        values[f"{name}/mean_energy"] = torch.tensor([layer.mean_energy], dtype=torch.float64)
+        if layer.removed is not None:
+            values[f"{name}/shift"] = layer.shift_N
+            values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
+    layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
+    write_tensors(folder / MOMENTS, layout, values.__getitem__, {})
+
+
+def read_moments(file: SafetensorsFile, layer: Layer, num_models: int, removed: Tensor | None) -> LayerMoments:
+    """Read one layer's moments, their shapes checked."""
+    def read(part: str, shape: tuple[int, ...]) -> Tensor:
+        info = file.tensors.get(f"{layer.name}/{part}")
+        if info is None or info.shape != shape or info.dtype != torch.float64:
+            raise BundleError("is missing or of another shape", where=f"moment '{layer.name}/{part}'", rule=f"float64 {list(shape)}")
+        return file.read(info.name)
+
+    gram_NN, cross_N = read("gram", (num_models, num_models)), read("cross", (num_models,))
+    mean_energy = float(read("mean_energy", (1,)))
+    if f"{layer.name}/shift" not in file.tensors:
+        return LayerMoments(gram_NN, cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, layer.num_values)
+    removed = torch.zeros(1, 1, dtype=torch.float64) if removed is None else removed
+    return LayerMoments(gram_NN, cross_N, mean_energy, read("shift", (num_models,)), float(read("shift_energy", (1,))),
+                        layer.num_values, removed)
+
+
+def write_model(folder: Path, name: str, basis_id: str, values: Sequence[Tensor], residuals: Sequence[float], template: Template,
+                source: SourceRecord) -> ModelRecord:
+    """Write one model's coefficients and contents; returns its record."""
+    file = coefficient_file(name)
+    flat = torch.cat([value.reshape(-1).float() for value in values]) if values else torch.zeros(0)
+    write_coefficients(folder / file, name, basis_id, flat, torch.tensor(residuals, dtype=torch.float32))
+    contents = put_template(ContentStore(folder / "rest"), template)
+    return ModelRecord.model_validate({"name": name, "coefficients": file, "source": source, **contents})
+
+
+def source_record(model: Model, root: Path) -> SourceRecord:
+    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved."""
+    files = {}
+    for path in model.weight_files():
+        status = path.stat()
+        key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
+        files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
+    return SourceRecord(path=os.path.relpath(model.path, root), files=files)
+
+
+def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
+    """Return a source's record with its path from another folder, and checksums of the files that are still there."""
+    path = old_root / record.path
+    folder = path if path.is_dir() else path.parent
+    files = {name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)}) for name, file in record.files.items()}
+    return SourceRecord(path=os.path.relpath(path, new_root), files=files)
+
+
+def _sha256(path: Path, known: SourceFile) -> str | None:
+    """Checksum of a source file, or None where it is gone or no longer what was read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+        return None
+    return file_sha256(path)
+
+
+def is_at_hand(record: SourceRecord, root: Path) -> bool:
+    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum."""
+    path = root / record.path
+    folder = path if path.is_dir() else path.parent
+    for name, known in record.files.items():
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            return False
+        if status.st_size != known.bytes:
+            return False
+        if status.st_mtime_ns != known.mtime_ns and (known.sha256 is None or file_sha256(folder / name) != known.sha256):
+            return False
+    return bool(record.files)
+
+
+def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[str, Tensor]:
+    """Cut one model's vector into its layers' coefficients."""
+    values, start = {}, 0
+    for name, basis in layers.items():
+        values[name] = flat[start : start + basis.num_coefficients].view(basis.coefficient_shape)
+        start += basis.num_coefficients
+    return values

@@ -1,0 +1,318 @@
+"""Subspace: a fitted zoo. Projects, rebuilds, grows, saves; never changes once made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from eigenzoo.errors import BundleError, DataError, UsageError
+from eigenzoo.formats.bundle import (
+    MOMENTS,
+    find_faults,
+    is_bundle,
+    open_basis,
+    read_coefficients,
+    read_manifest,
+    record_files,
+    write_manifest,
+)
+from eigenzoo.formats.contents import StoredTemplate
+from eigenzoo.formats.manifest import Manifest, ModelRecord
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.output import new_folder
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.basis import LayerBasis, Projection
+from eigenzoo.subspace.card import write_card
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.storage import read_basis, read_moments, split_coefficients, with_checksums
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zoo import Zoo, open_zoo
+
+ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
+"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
+
+
+class Subspace:
+    """The shared subspace of a zoo, with every model's coefficients in it; made by `fit`, `load` or `add`.
+
+    It lies in a folder (a temporary one until `save`) and reads bases, coefficients and moments on demand.
+
+    Attributes:
+        path: the folder.
+        manifest: everything about it but the values.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, base: Model | None = None,
+                 keep: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.path, self.manifest = path, manifest
+        self._base, self._keep = base, keep
+        if keep is not None:
+            weakref.finalize(self, keep.cleanup)
+
+    def __repr__(self) -> str:
+        return f"Subspace({len(self.names)} models, {len(self.layers)} layers, view={self.view!r}, axes={self.axes})"
+
+    @property
+    def view(self) -> str:
+        """How a layer becomes a matrix."""
+        return self.manifest.view
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The truncated axes."""
+        return tuple(self.manifest.axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models whose coefficients are kept."""
+        return tuple(model.name for model in self.manifest.models)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the fit reported, as plain JSON values."""
+        return self.manifest.report
+
+    @cached_property
+    def layers(self) -> Mapping[str, LayerBasis]:
+        """Every layer's basis by name."""
+        files = open_basis(self.path)
+        return MappingProxyType({record.name: read_basis(record, self.manifest.center, files) for record in self.manifest.layers})
+
+    @cached_property
+    def _records(self) -> Mapping[str, ModelRecord]:
+        return {model.name: model for model in self.manifest.models}
+
+    def coefficients(self, name: str) -> Coefficients:
+        """Return a kept model's coefficients, read from its own small file."""
+        record = self._record(name)
+        expected = sum(basis.num_coefficients for basis in self.layers.values())
+        flat, residual = read_coefficients(self.path, record.coefficients, self.manifest.basis_id, expected, len(self.layers))
+        template = StoredTemplate(self.path, layout=record.layout, config=record.config, metadata=record.metadata,
+                                  side_files=record.side_files, carried=record.carried)
+        residuals = dict(zip(self.layers, residual.tolist(), strict=True))
+        energies = self._energies(name)
+        total = sum(energies.values())
+        whole = sum(residuals[layer] * energies[layer] for layer in residuals) / total if total > 0 else 0.0
+        return Coefficients(name, split_coefficients(flat, self.layers), residuals, whole, template)
+
+    def _energies(self, name: str) -> dict[str, float]:
+        """Energy of each layer of a kept model; equal weights where the bundle has no moments."""
+        if not self.has_moments:
+            return dict.fromkeys(self.layers, 1.0)
+        place = self.names.index(name)
+        return {layer: float(self.moments(layer).energies_N[place]) for layer in self.layers}
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the models' Grams are kept too."""
+        return (self.path / MOMENTS).is_file()
+
+    def moments(self, layer: str) -> LayerMoments:
+        """Return a layer's moments; raises BundleError where the bundle was saved without them."""
+        if not self.has_moments:
+            raise BundleError("the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them")
+        basis = self.layers[layer]
+        return read_moments(self._moments_file, basis.layer, len(self.names), None)
+
+    @cached_property
+    def _moments_file(self) -> SafetensorsFile:
+        return SafetensorsFile(self.path / MOMENTS, self.path)
+
+    @property
+    def base(self) -> Model | None:
+        """The base of view `delta`: the one given, else where the manifest says; BundleError where it is gone."""
+        if self._base is None and self.manifest.base is not None:
+            path = self.path / self.manifest.base.path
+            if not path.exists():
+                raise BundleError("the base is not at hand", where=str(path), rule="view 'delta' adds its layers to the base",
+                                  next_step="name the base with base=… or --base")
+            self._base = open_model(path)
+            self._check_base(self._base)
+        return self._base
+
+    def _check_base(self, base: Model) -> None:
+        known = [file.bytes for file in self.manifest.base.files.values()] if self.manifest.base else []
+        if sorted(known) != sorted(path.stat().st_size for path in base.weight_files()):
+            raise BundleError("is not the base that was subtracted: its size differs", where=str(base.path))
+
+    def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
+        """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
+
+        What the models have besides is carried unchanged.
+        """
+        view, base = self.view, self.base if self.view == "delta" else None
+        names = list(self.layers)
+        if not isinstance(source, Zoo):
+            source = open_zoo(source, view=view, base=None if base is None else base.path, include=_literal(names), allow_pickle=allow_pickle)
+        elif source.view != view or list(source.layers) != names:
+            source = source.select(view=view, include=_literal(names), exclude=())
+        source.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
+        return source
+
+    def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
+        """Project one model, in the zoo or not, onto the subspace.
+
+        The residual says what share of its energy ‖X‖² (center included) the subspace leaves out. Cost: one read of the
+        model and two of the basis.
+        """
+        projected = list(self.project_many(source, progress=progress).values())
+        if len(projected) != 1:
+            raise UsageError(f"{len(projected)} models are named", rule="project takes one", next_step="use project_many")
+        return projected[0]
+
+    def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
+        """Project every model of a source onto the subspace, layer after layer."""
+        zoo = self.open(source)
+        projections: list[dict[str, Projection]] = [{} for _ in zoo.names]
+        for number, (name, basis) in enumerate(self.layers.items()):
+            stack = zoo.stack(name)
+            for place in range(len(zoo)):
+                projections[place][name] = basis.project(stack, place)
+            progress("projecting layers", number + 1, len(self.layers))
+        return {name: _coefficients(name, projections[place], ZooTemplate(zoo, place)) for place, name in enumerate(zoo.names)}
+
+    def rebuild(self, model: Coefficients | str, *, mean_only: bool = False) -> RebuiltModel:
+        """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control)."""
+        coefficients = self.coefficients(model) if isinstance(model, str) else model
+        values = dict(coefficients.values)
+        if set(values) != set(self.layers):
+            raise UsageError("the coefficients are of another subspace", where=coefficients.name)
+        for name, basis in self.layers.items():
+            if tuple(values[name].shape) != basis.coefficient_shape:
+                raise UsageError(f"coefficients of shape {list(values[name].shape)}", where=f"layer '{name}' of {coefficients.name}",
+                                 rule=f"this subspace has {list(basis.coefficient_shape)}")
+            if not bool(torch.isfinite(values[name]).all()):
+                raise DataError("coefficients are NaN or Inf", where=f"layer '{name}' of {coefficients.name}")
+            if mean_only:
+                values[name] = torch.zeros_like(values[name])
+        return RebuiltModel(coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base))
+
+    def add(self, source: Source | Zoo, *, refresh: bool = False, old: Source | None = None, progress: Progress = no_progress) -> Subspace:
+        """Return a new Subspace with more models; see `eigenzoo.subspace.growth.add`."""
+        from eigenzoo.subspace.growth import add
+
+        return add(self, source, refresh=refresh, old=old, progress=progress)
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False, moments: bool = True) -> Path:
+        """Save as a bundle in a new folder, which appears whole or not at all; returns the folder.
+
+        Checksums of everything, and of the models' files that are still there, are taken now. `moments=False` leaves out
+        the Grams, which evidence, plan and exact growth need.
+        """
+        target = Path(folder)
+        with new_folder(target, force=force, replaceable=is_bundle) as staging:
+            for file in self._files():
+                if file == MOMENTS and not moments:
+                    continue
+                (staging / file).parent.mkdir(exist_ok=True)
+                _link_or_copy(self.path / file, staging / file)
+            root = target.absolute()
+            sources = [model.model_copy(update={"source": with_checksums(model.source, self.path.absolute(), root)})
+                       for model in self.manifest.models]
+            base = self.manifest.base and with_checksums(self.manifest.base, self.path.absolute(), root)
+            manifest = self.manifest.model_copy(update={"files": record_files(staging), "models": sources, "base": base})
+            _write_counted(staging, manifest)
+        return target
+
+    def _files(self) -> list[str]:
+        """Every file but the manifest and the card, relative to the folder."""
+        if self.manifest.files:
+            return list(self.manifest.files)
+        return [path.relative_to(self.path).as_posix() for path in sorted(self.path.rglob("*")) if path.is_file()]
+
+    def verify(self) -> Iterator[str]:
+        """Yield every fault: checksums, unknown files, values that are not finite, bases that are not orthonormal,
+        coefficients that do not match their layers."""
+        if self.manifest.files:
+            yield from find_faults(self.path, self.manifest)
+        files = open_basis(self.path)
+        for name in files.names:
+            if not bool(torch.isfinite(files.read(name)).all()):
+                yield f"basis tensor {name}: NaN or Inf"
+        for name, basis in self.layers.items():
+            deviation = basis.orthonormality()
+            if not deviation <= ORTHONORMAL[self.manifest.dtype]:
+                yield f"layer {name}: the basis deviates from orthonormality by {deviation:.1e}"
+        for model in self.manifest.models:
+            try:
+                values = self.coefficients(model.name).values
+            except BundleError as error:
+                yield str(error)
+                continue
+            if not all(bool(torch.isfinite(value).all()) for value in values.values()):
+                yield f"model {model.name}: coefficients are NaN or Inf"
+
+    def _record(self, name: str) -> ModelRecord:
+        if name not in self._records:
+            near = ", ".join(self.names[:5])
+            raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=f"the bundle has {len(self.names)}: {near}, …")
+        return self._records[name]
+
+
+def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
+    """Load a bundle; reads its manifest and headers, values on demand.
+
+    Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of view `delta` lies now.
+    """
+    path = Path(folder)
+    space = Subspace(path, read_manifest(path), base=open_model(Path(base)) if base is not None else None)
+    if space._base is not None:
+        space._check_base(space._base)
+    _ = space.layers
+    return space
+
+
+def _write_counted(folder: Path, manifest: Manifest) -> None:
+    """Write manifest and card with the bundle's own bytes in them: written again until the count is that of the files."""
+    for _ in range(8):
+        write_manifest(folder, manifest)
+        write_card(folder, manifest)
+        sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder}
+        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        counted = {**manifest.report["bytes"], "moments": sizes.get(MOMENTS, 0), "whole_bundle": whole - sizes.get(MOMENTS, 0)}
+        if counted == manifest.report["bytes"]:
+            return
+        manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})
+
+
+def _coefficients(name: str, projections: Mapping[str, Projection], template: ZooTemplate) -> Coefficients:
+    energy = sum(projection.energy for projection in projections.values())
+    outside = sum(projection.outside for projection in projections.values())
+    return Coefficients(
+        name, {layer: projection.coefficients.float() for layer, projection in projections.items()},
+        {layer: projection.outside / projection.energy if projection.energy > 0 else 0.0 for layer, projection in projections.items()},
+        outside / energy if energy > 0 else 0.0, template,
+    )
+
+
+def _literal(names: list[str]) -> list[str]:
+    """Globs that match exactly these names."""
+    return ["".join(f"[{char}]" if char in "*?[" else char for char in name) for name in names]
+
+
+def _some(model: Model | None) -> Model:
+    if model is None:
+        raise BundleError("the bundle names no base")
+    return model
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link files of our own temporary folder, copy across file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

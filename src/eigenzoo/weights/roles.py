@@ -1,0 +1,38 @@
+"""Roles: what the same weight is called in every block of a network."""
+
+from __future__ import annotations
+
+import re
+
+TASK_HEAD = re.compile(r"(^|\.)(classifier|lm_head|score|head|heads|qa_outputs|pre_classifier|fc)(\.\d+)?(\.(weight|bias))?$")
+"""The names by which the libraries call what maps features to one task's answers (transformers, timm, torchvision)."""
+
+PEFT_PREFIX = "base_model.model."
+
+
+def role(layer: str) -> str:
+    """Return the layer's name with each block number replaced by `*`.
+
+    >>> role("vit.encoder.layer.11.attention.query.weight")
+    'vit.encoder.layer.*.attention.query.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", layer.removeprefix(PEFT_PREFIX))
+
+
+def depth(layer: str) -> int | None:
+    """Return the first block number in the layer's name, or None where there is none.
+
+    >>> depth("vit.encoder.layer.11.attention.query.weight")
+    11
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+    return int(found[1]) if found else None
+
+
+def is_task_head(layer: str) -> bool:
+    """Tell whether a name is that of a task head, whose shape may differ from model to model.
+
+    >>> is_task_head("classifier.weight"), is_task_head("encoder.fc1.weight")
+    (True, False)
+    """
+    return TASK_HEAD.search(layer) is not None

@@ -1,0 +1,139 @@
+"""Which weights of a zoo are layers, and what becomes of everything else.
+
+A layer is a floating tensor (or LoRA update) that every model has in one shape. What differs is an error that names the
+model, unless it is a task head of another shape, is excluded, or `allow_missing` lets it pass; then it is left out with
+its reason, and carried unchanged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from eigenzoo.errors import MismatchError, ZooError
+from eigenzoo.formats.model import Model
+from eigenzoo.records import Layer, LeftOut
+from eigenzoo.weights.roles import is_task_head, role
+from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a user asked to see of a zoo: the view, layer globs (matched on names and on roles), and leniency."""
+
+    view: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allow_missing: bool = False
+
+    def excludes(self, layer: str) -> bool:
+        """Tell whether the globs leave a layer out."""
+        names = (layer, role(layer))
+        if self.include and not any(fnmatchcase(name, glob) for name in names for glob in self.include):
+            return True
+        return any(fnmatchcase(name, glob) for name in names for glob in self.exclude)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The layers of a zoo, where each model keeps them, and what is left out."""
+
+    layers: dict[str, Layer]
+    sources: tuple[dict[str, LayerSource], ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def match_models(models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None) -> Match:
+    """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
+    found = [layer_sources(model, selection.view) for model in models]
+    base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
+    every = Counter(name for sources in found for name in sources)
+    layers: dict[str, Layer] = {}
+    reasons: dict[str, str] = {}
+    problems: list[MismatchError] = []
+    for layer_name, count in every.items():
+        if selection.excludes(layer_name):
+            reasons[layer_name] = "excluded"
+            continue
+        problem = _difference(layer_name, count, found, names, base_sources)
+        if problem is None:
+            layers[layer_name] = _merged(layer_name, found)
+        elif selection.allow_missing or (is_task_head(layer_name) and not _has_gap(count, found)):
+            reasons[layer_name] = problem.what
+        else:
+            problems.append(problem)
+    if problems:
+        raise _all_in_one(problems)
+    if not layers:
+        raise ZooError("no layer is left to analyse", rule="a layer is a floating tensor that all models have in one shape",
+                       next_step="widen --include or narrow --exclude")
+    left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
+    return Match(layers, tuple({name: sources[name] for name in layers} for sources in found),
+                 tuple(left_out + _unread(models, found)))
+
+
+def _difference(
+    layer: str, count: int, found: list[dict[str, LayerSource]], names: Sequence[str], base: dict[str, LayerSource] | None
+) -> MismatchError | None:
+    """Return the first way in which a layer differs between models, or between them and their base."""
+    first = next(place for place, sources in enumerate(found) if layer in sources)
+    if count < len(found):
+        missing = next(place for place, sources in enumerate(found) if layer not in sources)
+        return _mismatch(f"{names[missing]} has no such layer, {names[first]} has ({len(found) - count} models lack it)", layer)
+    shape = found[first][layer].layer.tensor_shape
+    for place, sources in enumerate(found):
+        other = sources[layer].layer.tensor_shape
+        if other != shape:
+            return _mismatch(f"shape {list(other)} in {names[place]} but {list(shape)} in {names[first]}", layer)
+    if base is not None and (layer not in base or base[layer].layer.tensor_shape != shape):
+        there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
+        return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
+    return None
+
+
+def _has_gap(count: int, found: list[dict[str, LayerSource]]) -> bool:
+    return count < len(found)
+
+
+def _mismatch(what: str, layer: str) -> MismatchError:
+    next_step = f"--exclude '{role(layer)}' or --allow-missing carries it unchanged"
+    if layer.endswith((".lora_A", ".lora_B")):
+        next_step += "; view 'update' takes mixed ranks"
+    return MismatchError(what, where=f"layer '{layer}'", rule="every model of a zoo has every layer in one shape",
+                         next_step=next_step)
+
+
+def _all_in_one(problems: list[MismatchError]) -> MismatchError:
+    first = problems[0]
+    others = ", ".join(f"{problem.where} ({problem.what})" for problem in problems[1:6])
+    if len(problems) > 6:
+        others += f" and {len(problems) - 6} more"
+    return MismatchError(first.what, where=first.where, rule=first.rule,
+                         next_step=first.next_step + (f". Also: {others}" if others else ""))
+
+
+def _merged(layer: str, found: list[dict[str, LayerSource]]) -> Layer:
+    """The layer as the first model has it, with the widest dtype of all models."""
+    merged = found[0][layer].layer
+    dtypes = {sources[layer].layer.dtype for sources in found}
+    if len(dtypes) > 1:
+        merged = replace(merged, dtype=dtype_name(widest(*(getattr(torch, dtype) for dtype in sorted(dtypes)))))
+    return merged
+
+
+def _unread(models: Sequence[Model], found: list[dict[str, LayerSource]]) -> list[LeftOut]:
+    """Tensors that no view reads: integers and buffers of checkpoints, heads and biases beside LoRA factors."""
+    reasons: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for model, sources in zip(models, found, strict=True):
+        keys = {source.key for source in sources.values()}
+        for name in model.other_tensors:
+            if name not in keys:
+                dtype = dtype_name(model.tensors[name].dtype)
+                reasons[name] = f"not a LoRA factor ({dtype})" if model.updates else f"not a floating weight ({dtype})"
+                counts[name] += 1
+    return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]

@@ -1,0 +1,108 @@
+"""From what a user writes (folder, glob, list, text file) to the paths of models."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from eigenzoo.errors import ZooError
+from eigenzoo.formats.opening import is_model
+
+Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
+
+MAX_DEPTH = 3
+"""How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def find_models(source: Source) -> list[Path]:
+    """Return the paths of the models that a source names, each once, in the order given; folders and globs by name.
+
+    A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
+    `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there.
+    """
+    paths = list(dict.fromkeys(_expand(source)))
+    if not paths:
+        raise ZooError(
+            "no model is found", where=repr(source), rule="a zoo is a folder of models, a glob, a list, or a .txt file of paths"
+        )
+    return paths
+
+
+def _expand(source: Source) -> list[Path]:
+    if not isinstance(source, str | os.PathLike):
+        return [path for item in source for path in _expand(item)]
+    path = Path(source)
+    if path.is_dir():
+        return [path] if is_model(path) else _in_folder(path, MAX_DEPTH)
+    if path.suffix == ".txt" and path.is_file():
+        return _in_list(path)
+    if path.is_file():
+        return [path]
+    if glob.has_magic(str(source)):
+        return _in_glob(str(source))
+    raise ZooError("there is no such file or folder", where=str(source))
+
+
+def _in_folder(folder: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    for child in sorted(folder.iterdir(), key=lambda path: _natural(path.name)):
+        if child.name.startswith((".", "_")):
+            continue
+        if child.is_dir():
+            if is_model(child):
+                found.append(child)
+            elif depth > 1 and not child.is_symlink():
+                found.extend(_in_folder(child, depth - 1))
+        elif child.suffix in WEIGHT_SUFFIXES:
+            found.append(child)
+    return found
+
+
+def _in_glob(pattern: str) -> list[Path]:
+    found: list[Path] = []
+    for name in sorted(glob.glob(pattern, recursive=True), key=_natural):
+        path = Path(name)
+        if not path.name.startswith((".", "_")) and (is_model(path) if path.is_dir() else path.suffix in WEIGHT_SUFFIXES):
+            found.append(path)
+    return found
+
+
+def _in_list(file: Path) -> list[Path]:
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    return [path for line in lines if line and not line.startswith("#") for path in _expand(file.parent / line)]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which model-2 comes before model-10."""
+    parts: list[tuple[int, int, str]] = []
+    digits, text = "", ""
+    for char in name + "\0":
+        if char.isascii() and char.isdigit():
+            if text:
+                parts.append((1, 0, text))
+                text = ""
+            digits += char
+        else:
+            if digits:
+                parts.append((0, int(digits[:18]), digits))
+                digits = ""
+            text += char
+    return [*parts, (1, 0, text)]
+
+
+def name_models(paths: list[Path]) -> list[str]:
+    """Name models by their folder or file; where two agree, by the path below their common folder."""
+    stems = [path.stem if path.suffix in WEIGHT_SUFFIXES else path.resolve().name for path in paths]
+    repeated = {stem for stem, count in Counter(stems).items() if count > 1}
+    if not repeated:
+        return stems
+    resolved = [Path(os.path.abspath(path)) for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in resolved]))
+    return [path.relative_to(common).with_suffix("").as_posix() if stem in repeated and path.suffix in WEIGHT_SUFFIXES
+            else path.relative_to(common).as_posix() if stem in repeated else stem
+            for path, stem in zip(resolved, stems, strict=True)]

@@ -1,0 +1,32 @@
+"""The template of a model that lies in a zoo."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from eigenzoo.formats.contents import Template
+from eigenzoo.formats.layout import layout_of
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.zoo.zoo import Zoo
+
+
+class ZooTemplate(Template):
+    """What makes coefficients of one of a zoo's models a complete model again, read from the model's own files."""
+
+    def __init__(self, zoo: Zoo, place: int) -> None:
+        self._zoo, self._place = zoo, place
+        self._model: Model = zoo.models[place]
+        self.layout = layout_of(self._model)
+        self.config = self._model.config if isinstance(self._model, LoraAdapter) else None
+        self.metadata = self._model.metadata
+        self.carried = zoo.carried(place)
+        self.side_files = self._model.side_files
+
+    def read_carried(self, name: str) -> Tensor:
+        """Read a tensor that comes unchanged."""
+        return self._zoo.read_carried(self._place, name)
+
+    def read_side_file(self, name: str) -> bytes:
+        """Read a file beside the weights."""
+        return self._model.read_side_file(name)

@@ -1,0 +1,201 @@
+"""Zoo: many models as one collection, read lazily."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
+from eigenzoo.weights.views import VIEWS, check_choice
+from eigenzoo.zoo.layers import default_view
+from eigenzoo.zoo.matching import Match, Selection, match_models
+from eigenzoo.zoo.sources import Source, find_models, name_models
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+
+
+class Zoo:
+    """N models of one architecture, matched layer by layer; made by `open_zoo`.
+
+    Only headers are held. Reading values goes through `stack`.
+
+    Attributes:
+        models: the opened models.
+        names: what they are called, unique.
+        view: how a layer becomes a matrix: `weight`, `delta`, `update` or `factors`.
+        base: the model that view `delta` subtracts.
+        layers: every layer by name.
+        left_out: the tensors that are no layer, and why.
+        skipped: the models that could not be read, with `allow_missing`.
+        warnings: what a reader of any result must know.
+    """
+
+    def __init__(self, models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None = None,
+                 skipped: Sequence[SkippedModel] = ()) -> None:
+        self.models, self.names = tuple(models), tuple(names)
+        self.selection, self.base, self.skipped = selection, base, tuple(skipped)
+        repeated = [name for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            raise ZooError(f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique")
+        self._match: Match = match_models(self.models, self.names, selection, base)
+        self.warnings = tuple(_warnings(self.models, self.names))
+
+    @property
+    def view(self) -> str:
+        """How a layer becomes a matrix."""
+        return self.selection.view
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """Every layer by name, in the order of the files."""
+        return MappingProxyType(self._match.layers)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """Tensors that are no layer, and why."""
+        return self._match.left_out
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __repr__(self) -> str:
+        return f"Zoo({len(self)} models, {len(self.layers)} layers, view={self.view!r})"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(model.nbytes for model in self.models)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the analysed layers in the files of all models."""
+        return sum(source.layer.num_bytes for sources in self._match.sources for source in sources.values())
+
+    def stack(self, layer: str) -> Stack:
+        """Return one layer across all models, unread."""
+        spec = self._match.layers[layer]
+        sources = [sources[layer] for sources in self._match.sources]
+        if spec.kind == "update":
+            return UpdateStack(spec, [model for model in self.models if isinstance(model, LoraAdapter)], self.names, sources)
+        return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None)
+
+    def select(self, *, view: str | None = None, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
+               names: Sequence[str] | None = None) -> Zoo:
+        """Return the same models under another view or choice of layers, or only some of the models."""
+        chosen = Selection(
+            self.view if view is None else check_choice(view, VIEWS, "view"),
+            self.selection.include if include is None else tuple(include),
+            self.selection.exclude if exclude is None else tuple(exclude),
+            self.selection.allow_missing,
+        )
+        places = range(len(self)) if names is None else [self.place(name) for name in names]
+        return Zoo([self.models[place] for place in places], [self.names[place] for place in places], chosen, self.base, self.skipped)
+
+    def renamed(self, names: Sequence[str]) -> Zoo:
+        """Return the same zoo with other names for its models."""
+        return Zoo(self.models, names, self.selection, self.base, self.skipped)
+
+    def place(self, name: str) -> int:
+        """Return the number of the model with this name."""
+        if name not in self.names:
+            raise UsageError(f"no model is called {name!r}", rule=f"the zoo has: {', '.join(self.names[:5])}, …")
+        return self.names.index(name)
+
+    def require(self, layers: Mapping[str, Layer], what: str) -> None:
+        """Raise MismatchError unless this zoo has these layers in these shapes and no others."""
+        for name, layer in layers.items():
+            if name not in self.layers:
+                raise MismatchError(f"{self.names[0]} has no such layer", where=f"layer '{name}'", rule=f"{what} has it")
+            if self.layers[name].shape != layer.shape:
+                raise MismatchError(
+                    f"shape {list(self.layers[name].shape)} in {self.names[0]}", where=f"layer '{name}'",
+                    rule=f"{what} has {list(layer.shape)}",
+                )
+
+    def carried(self, place: int) -> tuple[str, ...]:
+        """Names of the tensors of one model that no layer holds."""
+        model, sources = self.models[place], self._match.sources[place]
+        held = {source.key for source in sources.values()}
+        for module, update in model.updates.items():
+            if module in held:
+                held |= {update.key_a, update.key_b}
+        return tuple(name for name in model.tensors if name not in held)
+
+    def read_carried(self, place: int, name: str) -> Tensor:
+        """Read a carried tensor; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
+        model = self.models[place]
+        values = model.read(name)
+        for update in model.updates.values():
+            if name == update.key_b and update.scale != 1.0:
+                return (values.double() * update.scale).to(torch.promote_types(values.dtype, torch.float32))
+        return values
+
+
+def open_zoo(
+    source: Source,
+    *,
+    view: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_missing: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress = no_progress,
+) -> Zoo:
+    """Open many models as one zoo; reads headers and configs, no values.
+
+    Args:
+        source: a folder of models, a glob, a list of paths, or a .txt file with a path a line.
+        view: `weight`, `delta` (minus `base`), `update` (scaled ΔW of LoRA adapters) or `factors`; by default `update`
+            for adapters, `delta` where a base is given, else `weight`.
+        base: the checkpoint that view `delta` subtracts.
+        include, exclude: globs of layer names or roles; what is excluded is carried unchanged.
+        allow_missing: skip models that cannot be read and layers that some models lack, and count them.
+        allow_pickle: read torch's .pt and .bin files too (only tensors are unpickled).
+
+    Raises:
+        FormatError, ZooError: with the model, the layer, the rule and the next step.
+    """
+    models, skipped = _open_all(find_models(source), allow_missing, allow_pickle, progress)
+    if not models:
+        raise ZooError("no model can be read", where=repr(source), rule=skipped[0].reason if skipped else "")
+    names = name_models([model.path for model in models])
+    base_model = open_model(Path(base), allow_pickle=allow_pickle) if base is not None else None
+    chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
+    if chosen == "delta" and base_model is None:
+        raise UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
+    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing)
+    return Zoo(models, names, selection, base_model, skipped)
+
+
+def _open_all(paths: list[Path], allow_missing: bool, allow_pickle: bool,
+              progress: Progress) -> tuple[list[Model], list[SkippedModel]]:
+    models: list[Model] = []
+    skipped: list[SkippedModel] = []
+    for number, path in enumerate(paths):
+        try:
+            models.append(open_model(path, allow_pickle=allow_pickle))
+        except EigenzooError as error:
+            if not allow_missing:
+                raise
+            skipped.append(SkippedModel(path.name, str(error)))
+        progress("opening models", number + 1, len(paths))
+    return models, skipped
+
+
+def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
+    """Warn of what each file says and of adapters that name different base models."""
+    texts = [f"{name}: {text}" for model, name in zip(models, names, strict=True) for text in model.warnings]
+    bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if isinstance(model, LoraAdapter)})
+    if len(bases) > 1:
+        texts.append(f"the adapters name {len(bases)} different base models: {', '.join(bases[:3])}{', …' if len(bases) > 3 else ''}")
+    return texts

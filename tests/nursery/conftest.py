@@ -1,0 +1,59 @@
+"""Zoos of a few hastily trained models, made once for all tests of the nursery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from eigenzoo.nursery.making import make_zoo  # noqa: E402
+from eigenzoo.nursery.recipe import Plan, Recipe, Schedule, plan_zoo  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Made:
+    folder: Path
+    recipe: Recipe
+
+    def model(self, name: str) -> Path:
+        path = self.folder / name
+        return path if path.exists() else path.with_suffix(".safetensors")
+
+
+def _hasty_plan(kind: str, steps: int = 60, pretraining: int = 200, **options: Any) -> Plan:
+    """The plan that `make` follows, with fewer models and steps."""
+    wanted = {"num_models": 4, "seed": 0, "random_labels": False, "train_head": False, "own_init": None, **options}
+    plan = plan_zoo(kind, **wanted)
+    return replace(
+        plan,
+        schedule=replace(plan.schedule, steps=steps),
+        pretraining=Schedule(pretraining, 64, 5e-3) if plan.pretraining else None,
+    )
+
+
+@pytest.fixture(scope="session")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+    """Make a zoo of hastily trained models; the same arguments give the same folder, not made again."""
+    made: dict[str, Made] = {}
+
+    def make(kind: str, **options: Any) -> Made:
+        key = f"{kind} {sorted(options.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("zoo") / kind
+            made[key] = Made(folder, make_zoo(_hasty_plan(kind, **options), folder, False, None))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hasty_plan() -> Callable[..., Plan]:
+    """The plan of a hasty zoo, for tests that make it themselves."""
+    return _hasty_plan

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eigenzoo.nursery import digits
+from eigenzoo.nursery.cnn import Cnn, CnnKind
+from eigenzoo.nursery.recipe import Schedule, plan_zoo
+from eigenzoo.nursery.training import _batches, predict, rate, share, train
+
+SCHEDULE = Schedule(steps=12, batch_size=16, learning_rate=1e-2)
+
+
+def started(seeds: list[int]) -> tuple[CnnKind, dict[str, torch.Tensor], torch.Tensor]:
+    kind = CnnKind(plan_zoo("digits-cnn", 1, 0, False, False, own_init=True))
+    starts = [kind.start(seed) for seed in seeds]
+    labels = torch.stack([task.label(digits.load().train_digits) for task in digits.tasks()[: len(seeds)]])
+    return kind, {name: torch.stack([start[name] for start in starts]) for name in starts[0]}, labels
+
+
+def test_models_trained_together_equal_models_trained_by_a_plain_loop() -> None:
+    seeds, images = [5, 6, 7], digits.load().train_images
+    kind, start, labels = started(seeds)
+    together = train(kind.forward, start, images, labels, SCHEDULE, seeds)
+    for row, seed in enumerate(seeds):
+        net = Cnn()
+        net.load_state_dict({name: tensor[row] for name, tensor in start.items()})
+        optimizer = torch.optim.Adam(net.parameters())
+        for step, batch in enumerate(_batches(len(images), SCHEDULE, seed)):
+            optimizer.param_groups[0]["lr"] = rate(SCHEDULE, step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(images[batch]), labels[row, batch]).backward()
+            optimizer.step()
+        moved = sum(float((weight.detach() - start[name][row]).abs().max()) for name, weight in net.named_parameters())
+        assert moved > 0.1
+        for name, weight in net.named_parameters():
+            # Adam divides by the gradient's size: round-off in a near-zero gradient can move a weight by its rate.
+            torch.testing.assert_close(together[name][row], weight.detach(), rtol=0, atol=2e-3)
+
+
+def test_training_leaves_its_start_alone_and_ticks_every_step() -> None:
+    kind, start, labels = started([1])
+    before, ticks = {name: tensor.clone() for name, tensor in start.items()}, []
+    train(kind.forward, start, digits.load().train_images, labels, SCHEDULE, [1], ticks.append)
+    assert ticks == list(range(1, 13))
+    assert all(torch.equal(before[name], start[name]) for name in start)
+
+
+def test_each_seed_has_its_own_order_and_each_epoch_sees_every_image() -> None:
+    schedule = Schedule(steps=8, batch_size=5, learning_rate=1.0)
+    one, two = _batches(20, schedule, 1), _batches(20, schedule, 2)
+    assert sorted(one[:4].flatten().tolist()) == sorted(one[4:].flatten().tolist()) == list(range(20))
+    assert not torch.equal(one, two) and not torch.equal(one[:4], one[4:])
+
+
+def test_the_rate_rises_then_falls_to_zero() -> None:
+    rates = [rate(Schedule(100, 1, 0.5), step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * step for step in range(1, 11)])
+    assert rates[10] == 0.5 and rates[55] == pytest.approx(0.25)
+    assert rates[-1] < 1e-3 and all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_predict_gives_each_model_its_own_classes() -> None:
+    kind, start, _ = started([1, 2])
+    images = digits.load().test_images
+    both = predict(kind.forward, start, images)
+    for row in range(2):
+        own = kind.forward({name: tensor[row] for name, tensor in start.items()}, images).argmax(-1)
+        # A tie decided otherwise by round-off is possible, two of them are not.
+        assert share(both[row], own) >= 0.998
