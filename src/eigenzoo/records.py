@@ -118,7 +118,8 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a fit did: ranks and captured energy per layer, bytes, duplicates, time (s) and peak memory (bytes)."""
+    """What a fit did: per layer ranks and captured energy; Σ‖X‖² of all analysed layers (`energy`) and the share of it that is
+    lost (`residual`, in-sample); duplicates in function; bytes; time (s) and peak memory (bytes)."""
 
     num_models: int
     num_layers: int
@@ -126,6 +127,7 @@ class FitReport:
     center: str
     axes: tuple[str, ...]
     layers: dict[str, LayerFit]
+    energy: float
     residual: float
     duplicates: tuple[tuple[str, str], ...]
     bytes: ByteCount

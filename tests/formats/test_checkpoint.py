@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, save_model
-from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
-from eigenzoo.formats.checkpoint import Checkpoint, StateDict
+from model_builders import make_gpt2, make_llama, save_model
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
+
+from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
+from eigenzoo.formats.checkpoint import Checkpoint, StateDict
 
 INDEX = "model.safetensors.index.json"
 

@@ -7,11 +7,12 @@ import re
 import time
 
 import pytest
-from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.weights.lora_scale import lora_alpha, lora_rank, lora_scale
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
+
+from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.weights.lora_scale import lora_alpha, lora_rank, lora_scale
 
 MODULES = ("q_proj", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj", "layers.0", "xq_proj")
 KEYS = ("q_proj", r"layers\.0\..*", r"layers.(0|1)\..*\.q_proj", "^model.layers.10.mlp.up_proj", "up_proj|q_proj", "l?")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.opening import is_model, open_model
-from safetensors.torch import save_file
 
 
 def test_each_format_is_recognised(adapter: Path, sharded: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import parse_json, read_json
 from eigenzoo.formats.paths import inside, read_bounded, relative_name

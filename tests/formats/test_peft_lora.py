@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_adapter, edit_config, make_attention, make_conv, make_gpt2, make_llama, save_adapter
+from hypothesis import given
+from hypothesis import strategies as st
+from model_builders import add_adapter, edit_config, make_attention, make_conv, make_gpt2, make_llama, save_adapter
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
 from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
 from eigenzoo.formats import lora_config
 from eigenzoo.formats.lora_config import check_config
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.peft_lora import LoraAdapter, find_updates
-from hypothesis import given
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (make_llama, {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.pickle_file import PickleStateDict
-from torch import nn
 
 
 class Attack:

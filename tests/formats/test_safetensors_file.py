@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError, UsageError
-from eigenzoo.formats.dtypes import DTYPES
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
+from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError, UsageError
+from eigenzoo.formats import safetensors_header
+from eigenzoo.formats.dtypes import DTYPES
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 
 
 def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int, ...] = (0, 8)) -> dict[str, object]:
@@ -98,6 +100,12 @@ def test_a_file_that_changed_is_not_read(mixed: Path) -> None:
     mixed.unlink()
     with pytest.raises(FormatError, match="cannot be read any more"):
         file.read("half")
+
+
+def test_a_file_that_changes_while_it_is_opened_is_refused(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_header, "_validate_by_library", lambda path, file: os.utime(path, ns=(0, 1)))
+    with pytest.raises(FormatError, match=r"mixed\.safetensors: the file changed while its header was read"):
+        SafetensorsFile(mixed)
 
 
 def test_nothing_stays_open_or_mapped(mixed: Path) -> None:
@@ -229,7 +237,5 @@ entries = st.fixed_dictionaries(
 
 @given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_random_headers_are_opened_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, header: dict[str, object]
-) -> None:
+def test_random_headers_are_opened_or_refused(tmp_path_factory: pytest.TempPathFactory, header: dict[str, object]) -> None:
     opens_or_refuses(tmp_path_factory.getbasetemp() / "header.safetensors", raw(header))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from eigenzoo.errors import OutputError, UnsupportedError, UsageError
-from eigenzoo.formats.dtypes import DTYPES
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from eigenzoo.errors import OutputError, UnsupportedError, UsageError
+from eigenzoo.formats.dtypes import DTYPES
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
 
 
 def test_the_library_reads_what_was_streamed(tmp_path: Path) -> None:
@@ -35,6 +37,17 @@ def test_the_library_reads_what_was_streamed(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("blocks")[0], blocks[0] * 2)
         assert torch.equal(file.get_tensor("whole"), whole.T)
     assert (int.from_bytes(path.read_bytes()[:8], "little") + 8) % 8 == 0
+
+
+def test_threads_write_and_read_one_file_by_position(tmp_path: Path) -> None:
+    rows = torch.randn(64, 1000)
+    with SafetensorsWriter(tmp_path / "x.safetensors", 100) as writer, ThreadPoolExecutor(4) as pool:
+        writer.begin("x", torch.float32, (64, 1000))
+        list(pool.map(lambda row: writer.write_flat("x", row * 1000, rows[row]), range(64)))
+        read = list(pool.map(lambda row: writer.read_flat("x", row * 1000, row * 1000 + 1000), range(64)))
+        assert torch.equal(torch.stack(read), rows)
+        writer.finish()
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], rows)
 
 
 @pytest.mark.parametrize("name", sorted(set(DTYPES) - {"F8_E8M0"}))
@@ -94,9 +107,7 @@ def test_what_cannot_be_meant_is_refused_at_once(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(max_size=4), unique=True, max_size=8), st.integers(0, 2**40))
 @settings(max_examples=50, deadline=None)
-def test_the_counted_header_is_the_header(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], first: int
-) -> None:
+def test_the_counted_header_is_the_header(tmp_path_factory: pytest.TempPathFactory, names: list[str], first: int) -> None:
     """With exactly the bytes that the header takes nothing is refused; with eight less the last tensor is."""
     path = tmp_path_factory.getbasetemp() / "counted.safetensors"
     tensors = [(name, torch.uint8, (first if name == names[0] else 3,)) for name in names]
@@ -107,6 +118,8 @@ def test_the_counted_header_is_the_header(
             writer.begin(*tensor)
     if tensors:
         path.unlink()
-        with SafetensorsWriter(path, size - 8) as writer, pytest.raises(UsageError, match="does not fit"):
-            for tensor in tensors:
+        with SafetensorsWriter(path, size - 8) as writer:
+            for tensor in tensors[:-1]:
                 writer.begin(*tensor)
+            with pytest.raises(UsageError, match="does not fit"):
+                writer.begin(*tensors[-1])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from eigenzoo.nursery.making import make_zoo  # noqa: E402
-from eigenzoo.nursery.recipe import Plan, Recipe, Schedule, plan_zoo  # noqa: E402
+from eigenzoo.nursery.making import make_zoo
+from eigenzoo.nursery.recipe import Plan, Recipe, Schedule, plan_zoo
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ def _hasty_plan(kind: str, steps: int = 60, pretraining: int = 200, **options: A
         schedule=replace(plan.schedule, steps=steps),
         pretraining=Schedule(pretraining, 64, 5e-3) if plan.pretraining else None,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads train such small models a third faster on idle cores, and many times slower on busy ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

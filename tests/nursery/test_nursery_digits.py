@@ -12,7 +12,8 @@ def test_the_split_is_fixed_and_disjoint() -> None:
     data = digits.load()
     assert data.train_images.shape == (1297, 1, 8, 8)
     assert data.test_images.shape == (500, 1, 8, 8)
-    assert data.train_images.min() == -1 and data.train_images.max() == 1
+    assert data.train_images.min() == -1
+    assert data.train_images.max() == 1
     both = torch.cat([data.train_images, data.test_images]).flatten(1)
     # All 1,797 scans differ, so an image in both splits would show as a repeated row.
     assert len(torch.unique(both, dim=0)) == 1797
@@ -31,9 +32,7 @@ def test_a_label_is_0_for_the_class_that_holds_digit_0() -> None:
     assert Task((0, 2, 4, 6, 8)).label(torch.arange(10)).tolist() == [0, 1] * 5
 
 
-@pytest.mark.parametrize(
-    "task", [Task((0, 2, 4, 6, 8)), Task((0, 1, 2, 3, 9), labels_seed=41), Task((0, 1, 2, 3, 9), 0)]
-)
+@pytest.mark.parametrize("task", [Task((0, 2, 4, 6, 8)), Task((0, 1, 2, 3, 9), labels_seed=41), Task((0, 1, 2, 3, 9), 0)])
 def test_a_task_is_read_as_written(task: Task) -> None:
     assert Task.parse(str(task)) == task
 
@@ -44,7 +43,7 @@ def test_a_task_is_read_as_written(task: Task) -> None:
      "5-against-5:0,1,2,3,10", "5-against-5:0,1,1,3,4", "5-against-5:0,1,2,3,4;shuffled=", "5-against-5:0,1,2,3,4;"],
 )  # fmt: skip
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no task.*A task is"):
+    with pytest.raises(UsageError, match=r"no task.*A task is"):
         Task.parse(text)
 
 

@@ -100,7 +100,7 @@ def write_coefficients(path: Path, model: str, basis_id: str, coefficients: Tens
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(manifest.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

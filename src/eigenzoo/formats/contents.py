@@ -60,7 +60,7 @@ class ContentStore:
         """Store a tensor under the hash of its dtype, shape and bytes."""
         kind = dtype_name(values.dtype)
         digest = hashlib.sha256(f"{kind} {list(values.shape)} ".encode())
-        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         layout = TensorLayout(VALUE, kind, tuple(values.shape))
         return self._put(digest.hexdigest()[:32], ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {}))
 

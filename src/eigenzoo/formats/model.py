@@ -105,6 +105,12 @@ class Model(ABC):
         """The LoRA updates by module; empty for a model of full weights."""
         return MappingProxyType({})
 
+    def read_factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """Read B (outputs, rank) and A (rank, inputs) of one update in their own dtype, the scale not applied."""
+        update = self.updates[module]
+        outputs, inputs = update.shape
+        return self.read(update.key_b).reshape(outputs, update.rank), self.read(update.key_a).reshape(update.rank, inputs)
+
     @property
     def other_tensors(self) -> tuple[str, ...]:
         """The tensors that are no factor of an update."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from io import FileIO
@@ -44,16 +45,18 @@ class _Written:
 
     def __init__(self) -> None:
         self.intervals: list[tuple[int, int]] = []
+        self._lock = threading.Lock()
 
     def add(self, start: int, stop: int) -> None:
         if start == stop:
             return
-        first = bisect_left(self.intervals, start, key=lambda interval: interval[1])
-        last = first
-        while last < len(self.intervals) and self.intervals[last][0] <= stop:
-            start, stop = min(start, self.intervals[last][0]), max(stop, self.intervals[last][1])
-            last += 1
-        self.intervals[first:last] = [(start, stop)]
+        with self._lock:
+            first = bisect_left(self.intervals, start, key=lambda interval: interval[1])
+            last = first
+            while last < len(self.intervals) and self.intervals[last][0] <= stop:
+                start, stop = min(start, self.intervals[last][0]), max(stop, self.intervals[last][1])
+                last += 1
+            self.intervals[first:last] = [(start, stop)]
 
     def covers(self, count: int) -> bool:
         return count == 0 or self.intervals == [(0, count)]
@@ -88,9 +91,7 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, is_regular, list_folder
 
+__all__ = ["CONFIG", "MAX_SIDE_BYTES", "SIDE_FILES", "list_side_files", "refuse_quantised"]
+
 CONFIG = "config.json"
 SIDE_FILES = frozenset(
     {
@@ -55,9 +57,7 @@ def _check(folder: Path, name: str) -> None:
         raise FormatError(f"{name!r} is no plain file", where=str(folder))
     size = target.stat().st_size
     if size > MAX_SIDE_BYTES:
-        raise FormatError(
-            f"{name!r} has {size} bytes", where=str(folder), rule=f"such a file has at most {MAX_SIDE_BYTES} bytes"
-        )
+        raise FormatError(f"{name!r} has {size} bytes", where=str(folder), rule=f"such a file has at most {MAX_SIDE_BYTES} bytes")
 
 
 def refuse_quantised(folder: Path, side_files: tuple[str, ...]) -> None:

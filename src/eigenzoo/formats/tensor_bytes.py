@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from io import FileIO
 
@@ -13,6 +14,8 @@ from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 # Small enough to stay in the second-level cache of a core while it is converted.
 _SCRATCH_BYTES = 2**20
 _thread = threading.local()
+# Several threads may read and write one open file by position; where a system lacks it, they must take turns.
+_POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -40,9 +43,9 @@ def read_values(file: FileIO, position: int, dtype: torch.dtype, out: Tensor, wh
 def write_values(file: FileIO, position: int, values: Tensor) -> None:
     """Write a tensor's values, row-major, at byte `position`."""
     view = as_bytes(values.detach().resolve_conj().to("cpu").contiguous())
-    file.seek(position)
     while view:
-        view = view[file.write(view) :]
+        count = os.pwrite(file.fileno(), view, position) if _POSITIONAL else _at(file, position).write(view)
+        view, position = view[count:], position + count
 
 
 def check_out(out: Tensor, count: int) -> None:
@@ -63,9 +66,13 @@ def _scratch() -> Tensor:
 
 
 def _read_into(file: FileIO, position: int, view: memoryview, where: str) -> None:
-    file.seek(position)
     while view:
-        count = file.readinto(view)
+        count = os.preadv(file.fileno(), [view], position) if _POSITIONAL else _at(file, position).readinto(view)
         if not count:
             raise FormatError("the file ended before its tensor did", where=where)
-        view = view[count:]
+        view, position = view[count:], position + count
+
+
+def _at(file: FileIO, position: int) -> FileIO:
+    file.seek(position)
+    return file

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from eigenzoo.linalg.gram import center_gram
 
+EXACT_FREEDOM = 32
+"""Degrees of freedom from which chi-square is drawn by Wilson and Hilferty's approximation: there its mean is right to 1e-5."""
+
 
 def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0) -> Tensor:
     """Centred spectra of models that keep their norms and point in unrelated directions of `num_values` dimensions.
@@ -27,7 +30,7 @@ def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20
     """
     generator = torch.Generator().manual_seed(seed)
     num_models = energies_N.numel()
-    norms_N = energies_N.double().clamp_min(0).sqrt()
+    norms_N = _uncentered_energies(energies_N.double()).sqrt()
     spectra = torch.zeros(draws, num_models, dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
@@ -38,18 +41,30 @@ def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20
     return spectra
 
 
+def _uncentered_energies(energies_N: Tensor) -> Tensor:
+    """Energies e of unrelated models whose energies about their mean are d: d_n = e_n·(1 − 2/N) + Σe/N².
+
+    Without this a model of ten times the others' norm, whose part of the mean is in everyone's centred energy, would
+    make the null flatter than noise is, and noise a finding.
+    """
+    num_models = energies_N.numel()
+    if num_models < 3:
+        return energies_N.clamp_min(0)
+    return ((energies_N - energies_N.sum() / (num_models * (num_models - 1))) / (1 - 2 / num_models)).clamp_min(0)
+
+
 def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
-    """Lower-triangular (N, min(N, D)) factor whose Gram is Wishart over D; its rows have unit length on average."""
-    width = min(num_models, num_values)
+    """Factor whose Gram is that of N unrelated unit directions in D dimensions: lower-triangular, or D wide where D is small."""
+    if num_values <= num_models + EXACT_FREEDOM:
+        factor = torch.randn(num_models, num_values, dtype=torch.float64, generator=generator)
+        return factor / factor.square().sum(1, keepdim=True).sqrt()
+    width = num_models
     factor = torch.randn(num_models, width, dtype=torch.float64, generator=generator).tril(-1)
-    freedom = (num_values - torch.arange(width, dtype=torch.float64)) / 2
-    # torch's gamma sampler takes no generator; the Wilson-Hilferty cube of a normal is within 1e-3 for freedom >= 2,
-    # and below that the sum of squares is drawn as it stands.
+    # torch's gamma sampler takes no generator; the Wilson-Hilferty cube of a normal is exact enough from EXACT_FREEDOM on.
     normal = torch.randn(width, dtype=torch.float64, generator=generator)
-    shape = 2 * freedom
-    cube = (1 - 2 / (9 * shape) + normal * (2 / (9 * shape)).sqrt()).clamp_min(1e-3) ** 3
-    factor[torch.arange(width), torch.arange(width)] = (shape * cube).sqrt()
-    factor = factor / num_values**0.5
+    freedom = num_values - torch.arange(width, dtype=torch.float64)
+    cube = (1 - 2 / (9 * freedom) + normal * (2 / (9 * freedom)).sqrt()) ** 3
+    factor[torch.arange(width), torch.arange(width)] = (freedom * cube).sqrt()
     return factor / factor.square().sum(1, keepdim=True).sqrt()
 
 

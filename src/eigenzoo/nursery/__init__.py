@@ -1,4 +1,4 @@
-"""Small real zoos, trained in under a minute on two cores from data that scikit-learn carries with it.
+"""Small real zoos, trained in under a minute on one core from data that scikit-learn carries with it.
 
 Every model learns one of the 126 ways to split the ten handwritten digits into five against five. Kinds:
 
@@ -52,7 +52,7 @@ def make(
     holds 0); the parent in `_base`, with the models' two-class head; and `zoo.json`, the recipe that is returned.
     Each weight file's metadata names its `task`, `kind`, `random_labels` and, for those, `labels_seed`.
 
-    The same arguments give the same bytes on the same machine with the same number of threads and library versions.
+    Trains on one thread. The same arguments give the same bytes on the same machine with the same library versions.
 
     Raises:
         UsageError: an option the kind does not have, a number of models out of range, a library that is missing.
@@ -65,9 +65,7 @@ def make(
     return make_zoo(plan, Path(out), force, progress)
 
 
-def accuracy(
-    path: str | os.PathLike[str], *, task: str | None = None, base: str | os.PathLike[str] | None = None
-) -> float:
+def accuracy(path: str | os.PathLike[str], *, task: str | None = None, base: str | os.PathLike[str] | None = None) -> float:
     """Return the share of right answers of one saved model: checkpoint folder, adapter folder or .safetensors file.
 
     `task`, by default the one in the file's metadata, decides what is measured. A true task such as

@@ -103,7 +103,7 @@ def tasks() -> list[Task]:
 @lru_cache(maxsize=1)
 def load() -> Digits:
     """Read the data that scikit-learn carries with it (no download), split by `SPLIT_SEED`."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.target))

@@ -2,8 +2,8 @@
 
 Rank 4, alpha 8, on all four projections of each attention layer; the parent's random two-class head stays frozen, so
 an adapter holds LoRA factors and nothing else. `adapter_config.json` names the parent as `../_base`, relative to the
-adapter's own folder: the zoo can be moved, no path of the machine that made it is written, and PEFT, which is handed
-the parent as a model, never reads the field. (`AutoPeftModel` does, and takes it as relative to the working folder.)
+adapter's own folder: the zoo can be moved, and no path of the machine that made it is written. `PeftModel` is handed
+the parent as a model; `AutoPeftModel` would take the name as relative to the working folder.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Defaults:
     pretraining: Schedule | None = None
 
 
-# As many as two cores train in about 40 s; tasks are left over for models that the zoo has never seen. Shuffled labels
+# As many as one core trains in about 40 s; tasks are left over for models that the zoo has never seen. Shuffled labels
 # are learned by heart within 320 steps, against 128 for the real ones, hence fewer models in the same time.
 DEFAULTS: Mapping[str, Defaults] = {
     "digits-vit": Defaults(
@@ -122,9 +122,7 @@ class Recipe:
         return sum(float(model[fact]) for model in self.models.values()) / len(self.models)
 
 
-def plan_zoo(
-    kind: str, num_models: int | None, seed: int, random_labels: bool, train_head: bool, own_init: bool | None
-) -> Plan:
+def plan_zoo(kind: str, num_models: int | None, seed: int, random_labels: bool, train_head: bool, own_init: bool | None) -> Plan:
     """Resolve the defaults and refuse, with `UsageError`, what the kind cannot do."""
     if kind not in DEFAULTS:
         raise UsageError(f"no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")

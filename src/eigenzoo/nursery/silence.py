@@ -13,11 +13,11 @@ from transformers.utils import logging
 def quietly() -> Iterator[None]:
     """Show no progress bar per file, and none of PEFT's uses of names that transformers has deprecated."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()

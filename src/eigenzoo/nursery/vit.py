@@ -64,20 +64,20 @@ def save_checkpoint(model: Any, folder: Path) -> Path:
 
 def build(num_labels: int, seed: int) -> Any:
     """Return a freshly initialised tiny `ViTForImageClassification`, drawn from torch's global random state, seeded."""
-    settings: dict[str, Any] = dict(
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        num_labels=num_labels,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+    settings: dict[str, Any] = {
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": num_labels,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
         # vmap takes the fused attention apart again, which costs twice the time of the plain one.
-        attn_implementation="eager",
-    )
+        "attn_implementation": "eager",
+    }
     torch.manual_seed(seed)
     model: Any = ViTForImageClassification(ViTConfig(**settings))
     return model.eval()

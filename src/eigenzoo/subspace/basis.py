@@ -100,6 +100,10 @@ class LayerBasis(ABC):
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the layer's bases: 0 when they are orthonormal."""
 
+    def removed(self) -> Tensor:
+        """The center M as it is stored, broadcastable over (O, I); zero where nothing is stored."""
+        return torch.zeros(1, 1, dtype=torch.float64)
+
     def _name(self, part: str) -> str:
         return f"{self.layer.name}/{part}"
 

@@ -20,6 +20,7 @@ class Coefficients:
         values: per layer, (K,) numbers or a (P, Q) core, float32.
         residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace.
         residual: the same over all layers.
+        energies: per layer ‖X‖², center included; empty where a bundle was saved without its moments.
         template: what a rebuilt model needs besides.
     """
 
@@ -27,6 +28,7 @@ class Coefficients:
     values: Mapping[str, Tensor]
     residuals: Mapping[str, float]
     residual: float
+    energies: Mapping[str, float]
     template: Template
 
     def to_dict(self) -> dict[str, Any]:

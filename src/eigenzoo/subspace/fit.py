@@ -23,7 +23,7 @@ from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
-from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
 from eigenzoo.subspace.storage import layer_record, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
@@ -83,22 +83,23 @@ def fit(
     within √(number of axes) of the best for more.
     """
     started = time.perf_counter()
-    opened = _opened(zoo, view, base, include, exclude)
+    source = opened(zoo, view, base, include, exclude)
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed)
-    check_against(options, opened.view, len(opened))
+    check_against(options, source.view, len(source))
     block_bytes = BLOCK_BYTES if max_memory is None else max(2**20, min(BLOCK_BYTES, max_memory // 8))
-    per_layer = allocate(opened, options, block_bytes, progress)
+    per_layer = allocate(source, options, block_bytes, progress)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     try:
-        manifest = _write_subspace(opened, options, per_layer, block_bytes, Path(folder.name), progress, started)
+        manifest = write_subspace(source, options, per_layer, Path(folder.name), progress, started, block_bytes=block_bytes)
     except BaseException:
         folder.cleanup()
         raise
-    return Subspace(Path(folder.name), manifest, base=opened.base, keep=folder)
+    return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
 
 
-def _opened(zoo: Zoo | Source, view: str | None, base: str | os.PathLike[str] | None, include: Sequence[str] | None,
-            exclude: Sequence[str] | None) -> Zoo:
+def opened(zoo: Zoo | Source, view: str | None = None, base: str | os.PathLike[str] | None = None,
+           include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> Zoo:
+    """Open a source, or choose anew from an opened zoo."""
     if not isinstance(zoo, Zoo):
         return open_zoo(zoo, view=view, base=base, include=include or (), exclude=exclude or ())
     if base is not None:
@@ -108,32 +109,36 @@ def _opened(zoo: Zoo | Source, view: str | None, base: str | os.PathLike[str] | 
     return zoo.select(view=view, include=include, exclude=exclude)
 
 
-def _write_subspace(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], block_bytes: int, folder: Path,
-                    progress: Progress, started: float) -> Manifest:
-    """Fit layer after layer into `folder`; only the Gram of a layer's moments outlives it."""
-    fitted, moments = _fit_layers(zoo, options, per_layer, block_bytes, folder, progress)
+def write_subspace(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], folder: Path, progress: Progress, started: float, *,
+                   block_bytes: int = BLOCK_BYTES, moments: Mapping[str, LayerMoments] | None = None) -> Manifest:
+    """Fit layer after layer into `folder`; where the moments of the models axis are known already, the pass for them is saved."""
+    fitted, collected = _fit_layers(zoo, options, per_layer, folder, progress, block_bytes, moments or {})
     basis_id = identify(open_basis(folder).paths)
-    models = write_models(zoo, fitted, moments, basis_id, folder)
-    write_moments(folder, moments)
+    models = write_models(zoo, fitted, collected, basis_id, folder)
+    write_moments(folder, collected)
     return Manifest(
         schema_version=SCHEMA_VERSION, eigenzoo_version=version("eigenzoo"), basis_id=basis_id, view=zoo.view, axes=list(options.axes),
         center=options.center, dtype=options.dtype, options=plain(options),
         base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
         layers=[layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()],
         models=models, discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
-        report=_report(zoo, options, fitted, moments, folder, started).to_dict(), files={},
+        report=_report(zoo, options, fitted, collected, folder, started).to_dict(), files={},
     )
 
 
-def _fit_layers(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], block_bytes: int, folder: Path,
-                progress: Progress) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
+def _fit_layers(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], folder: Path, progress: Progress, block_bytes: int,
+                known: Mapping[str, LayerMoments]) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
+    """Only the Gram of a layer's moments outlives it."""
     writer = BasisWriter(folder, list(zoo.layers))
     fitted: dict[str, FittedLayer] = {}
     moments: dict[str, LayerMoments] = {}
     try:
         for number, name in enumerate(zoo.layers):
             stack = zoo.stack(name)
-            whole = collect(stack, options.axes, options.center, block_bytes)
+            if name in known and options.axes == ("models",) and options.center == "models":
+                whole = from_raw_gram(known[name].raw_NN, known[name].num_values)
+            else:
+                whole = collect(stack, options.axes, options.center, block_bytes)
             fitted[name] = fit_layer(stack, whole, per_layer.get(name, options), writer)
             moments[name] = replace(whole, outputs_OO=None, inputs_II=None)
             progress("fitting layers", number + 1, len(zoo.layers))
@@ -167,7 +172,7 @@ def _report(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer], mo
     lost = sum(float(layer.outside_N.sum()) for layer in fitted.values())
     return FitReport(
         num_models=len(zoo), num_layers=len(zoo.layers), view=zoo.view, center=options.center, axes=options.axes,
-        layers={name: layer.record for name, layer in fitted.items()}, residual=lost / energy if energy > 0 else 0.0,
+        layers={name: layer.record for name, layer in fitted.items()}, energy=energy, residual=lost / energy if energy > 0 else 0.0,
         duplicates=find_duplicates(zoo.names, moments.values()), bytes=count_bytes(folder, zoo.layer_bytes, zoo.num_bytes, len(zoo)),
         left_out=zoo.left_out, skipped=zoo.skipped, warnings=zoo.warnings, seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),

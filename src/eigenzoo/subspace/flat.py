@@ -86,7 +86,7 @@ class FlatBasis(LayerBasis):
         """Project one model's layer; two passes over the basis, block by block."""
         assert isinstance(stack, DenseStack)
         matrix_OI = stack.matrix(place).double()
-        centered = (matrix_OI - self._mean()).view(-1)
+        centered = (matrix_OI - self.removed()).view(-1)
         coefficients = torch.zeros(self.ranks["models"], dtype=torch.float64)
         for start, stop, directions in self._blocks():
             coefficients += directions @ centered[start:stop]
@@ -96,7 +96,7 @@ class FlatBasis(LayerBasis):
 
     def rebuild(self, coefficients: Tensor) -> Tensor:
         """Return M + Σ c_k V_k."""
-        matrix_OI = self._mean().expand(self.layer.shape).clone()
+        matrix_OI = self.removed().expand(self.layer.shape).clone()
         flat = matrix_OI.view(-1)
         for start, stop, directions in self._blocks():
             flat[start:stop] += coefficients.double() @ directions
@@ -110,7 +110,8 @@ class FlatBasis(LayerBasis):
             gram_KK += directions @ directions.T
         return deviation_from_identity(gram_KK)
 
-    def _mean(self) -> Tensor:
+    def removed(self) -> Tensor:
+        """The center; of updates its core."""
         if not self.has_mean:
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()

@@ -122,7 +122,7 @@ def _shared_cores(cores: Cores, moments: LayerMoments, options: FitOptions) -> t
     choice, values_K, vectors_NK = _models_axis(flat_ND @ flat_ND.T, moments, options)
     roots_K = values_K.sqrt()
     shared_KD = (vectors_NK / roots_K).T @ flat_ND
-    return choice, vectors_NK * roots_K, shared_KD.view(-1, *cores.cores_NPQ.shape[1:])
+    return choice, vectors_NK * roots_K, shared_KD.view(choice.rank, *cores.cores_NPQ.shape[1:])
 
 
 def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coefficients: Tensor) -> tuple[float, Tensor]:

@@ -6,6 +6,7 @@ Legend: N models, D values of one flattened layer, O outputs, I inputs, P stacke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,27 +21,29 @@ from eigenzoo.zoo.stack import BLOCK_BYTES, Block, DenseStack, Stack, UpdateStac
 class LayerMoments:
     """The second moments of one layer's stack X (N × O × I), in float64.
 
-    With X̄ the mean over models, Y = X − X̄, and M the center that is removed (X̄, its column means, zero, or a scalar):
+    With R the mean of the first `num_reference` models (all of them, until models are added), Y = X − R, and M the center
+    that is removed (the models' mean, its column means, zero, or a scalar):
 
     Attributes:
         gram_NN: ⟨Y_i, Y_j⟩.
-        cross_N: ⟨X̄, Y_i⟩.
-        mean_energy: ⟨X̄, X̄⟩.
-        shift_N: ⟨X̄ − M, Y_i⟩; zero for center `models`.
-        shift_energy: ⟨X̄ − M, X̄ − M⟩.
+        cross_N: ⟨R, Y_i⟩.
+        reference_energy: ⟨R, R⟩.
         num_values: D.
-        removed: M, broadcastable over (O, I), where it is not X̄; None for center `models`, where only a pass can give it.
-        outputs_OO, inputs_II: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates with
-            center `models` they are taken about zero, so that bases hold the mean too (see `fit`).
+        num_reference: how many models R is the mean of; the first ones.
+        removed: M, broadcastable over (O, I); None for center `models`, where only a pass over the weights can give it.
+        shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
+        outputs_OO, inputs_II: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
+            are taken about zero, so that the bases hold the mean too (see `tucker`).
     """
 
     gram_NN: Tensor
     cross_N: Tensor
-    mean_energy: float
-    shift_N: Tensor
-    shift_energy: float
+    reference_energy: float
     num_values: int
+    num_reference: int
     removed: Tensor | None = None
+    shift_N: Tensor | None = None
+    shift_energy: float = 0.0
     outputs_OO: Tensor | None = None
     inputs_II: Tensor | None = None
 
@@ -49,15 +52,17 @@ class LayerMoments:
         """N."""
         return self.gram_NN.shape[0]
 
-    @property
+    @cached_property
     def centered_NN(self) -> Tensor:
         """Gram of X_n − M, the second moment of the models axis."""
+        if self.shift_N is None:
+            return center_gram(self.gram_NN)
         return shift_gram(self.gram_NN, self.shift_N, self.shift_energy)
 
-    @property
+    @cached_property
     def raw_NN(self) -> Tensor:
         """Gram of X_n, nothing removed."""
-        return shift_gram(self.gram_NN, self.cross_N, self.mean_energy)
+        return shift_gram(self.gram_NN, self.cross_N, self.reference_energy)
 
     @property
     def energies_N(self) -> Tensor:
@@ -72,9 +77,9 @@ class LayerMoments:
 
     @property
     def mean_share(self) -> float:
-        """Share of the stack's energy that lies in the mean over models."""
+        """Share of the stack's energy that lies in the mean over all models."""
         total = float(self.energies_N.sum())
-        return self.num_models * self.mean_energy / total if total > 0 else 0.0
+        return self.num_models * float(self.raw_NN.mean()) / total if total > 0 else 0.0
 
 
 def collect(stack: Stack, axes: tuple[str, ...] = ("models",), center: str = "models", block_bytes: int = BLOCK_BYTES) -> LayerMoments:
@@ -109,8 +114,7 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         if inputs_II is not None:
             wide = rows.view(-1, inputs)
             inputs_II += (wide.T @ wide).double()
-    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, stack.layer.num_values,
-                           inputs_II=inputs_II)
+    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, inputs_II=inputs_II)
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
@@ -150,7 +154,7 @@ def _outputs_moment(stack: DenseStack, removed: Tensor) -> Tensor:
 
 def _shifted_to_zero(moments: LayerMoments) -> LayerMoments:
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    return replace(moments, shift_N=moments.cross_N, shift_energy=moments.mean_energy, removed=zero)
+    return replace(moments, shift_N=moments.cross_N, shift_energy=moments.reference_energy, removed=zero)
 
 
 def _shifted(moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_NI: Tensor | None, center: str) -> LayerMoments:
@@ -167,9 +171,7 @@ def _shifted(moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_N
 
 
 def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:
-    raw_NN = raw_gram(stack, block_bytes)
-    gram_NN, cross_N, mean_energy = split_gram(raw_NN)
-    moments = LayerMoments(gram_NN, cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, stack.layer.num_values)
+    moments = from_raw_gram(raw_gram(stack, block_bytes), stack.layer.num_values)
     if center == "none":
         moments = _shifted_to_zero(moments)
     for axis in ("outputs", "inputs"):
@@ -177,6 +179,12 @@ def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, blo
             moment = _update_moment(stack, axis)
             moments = replace(moments, outputs_OO=moment) if axis == "outputs" else replace(moments, inputs_II=moment)
     return moments
+
+
+def from_raw_gram(raw_NN: Tensor, num_values: int) -> LayerMoments:
+    """Return moments about the models' mean from the Gram of the models as they are."""
+    gram_NN, cross_N, energy = split_gram(raw_NN)
+    return LayerMoments(gram_NN, cross_N, energy, num_values, raw_NN.shape[0])
 
 
 def raw_gram(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> Tensor:

@@ -27,7 +27,7 @@ class RebuiltModel:
     """
 
     def __init__(self, name: str, layers: Mapping[str, LayerBasis], values: Mapping[str, Tensor], template: Template, view: str,
-                 base: Callable[[], Model] | None) -> None:
+                 base: Callable[[], Model]) -> None:
         self.name = name
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
@@ -69,13 +69,12 @@ class RebuiltModel:
         """Read one tensor of the rebuilt checkpoint, in the dtype of its layout."""
         if name not in self._layers:
             return self._carried(name)
+        return self.exact(name).to(self._template.layout.tensors[name].torch_dtype)
+
+    def exact(self, name: str) -> Tensor:
+        """Return one layer's weight in float64 before it is rounded to the files' dtype; with view `delta`, base included."""
         values = self.layer(name)
-        if self._view == "delta":
-            if self._base is None:
-                raise BundleError("the bundle names no base", where=f"layer '{name}'")
-            base = self._base().read(name).double()
-            values = base.reshape(values.shape) + values
-        return values.to(self._template.layout.tensors[name].torch_dtype)
+        return values + self._base().read(name).double() if self._view == "delta" else values
 
     def _carried(self, name: str) -> Tensor:
         if name not in self._template.carried:

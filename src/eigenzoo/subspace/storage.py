@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -24,6 +26,10 @@ from eigenzoo.subspace.flat import FlatBasis
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.stacked import StackedBasis
 from eigenzoo.subspace.tucker import TuckerBasis
+
+
+REFERENCE = "reference_models"
+"""Metadata of the moments: how many models the reference is the mean of."""
 
 
 def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bool) -> LayerRecord:
@@ -80,15 +86,16 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
     values: dict[str, Tensor] = {}
     for name, layer in moments.items():
         values[f"{name}/gram"], values[f"{name}/cross"] = layer.gram_NN, layer.cross_N
-        values[f"{name}/mean_energy"] = torch.tensor([layer.mean_energy], dtype=torch.float64)
-        if layer.removed is not None:
+        values[f"{name}/reference_energy"] = torch.tensor([layer.reference_energy], dtype=torch.float64)
+        if layer.shift_N is not None:
             values[f"{name}/shift"] = layer.shift_N
             values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
     layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
-    write_tensors(folder / MOMENTS, layout, values.__getitem__, {})
+    num_reference = next(iter(moments.values())).num_reference
+    write_tensors(folder / MOMENTS, layout, values.__getitem__, {REFERENCE: str(num_reference)})
 
 
-def read_moments(file: SafetensorsFile, layer: Layer, num_models: int, removed: Tensor | None) -> LayerMoments:
+def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerMoments:
     """Read one layer's moments, their shapes checked."""
     def read(part: str, shape: tuple[int, ...]) -> Tensor:
         info = file.tensors.get(f"{layer.name}/{part}")
@@ -96,13 +103,14 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int, removed: 
             raise BundleError("is missing or of another shape", where=f"moment '{layer.name}/{part}'", rule=f"float64 {list(shape)}")
         return file.read(info.name)
 
-    gram_NN, cross_N = read("gram", (num_models, num_models)), read("cross", (num_models,))
-    mean_energy = float(read("mean_energy", (1,)))
+    count = file.metadata.get(REFERENCE, "")
+    if not (count.isascii() and count.isdigit() and len(count) < 9 and 1 <= int(count) <= num_models):
+        raise BundleError(f"the reference is of {count[:20]!r} models", where=str(file.path), rule=f"a number from 1 to {num_models}")
+    moments = LayerMoments(read("gram", (num_models, num_models)), read("cross", (num_models,)), float(read("reference_energy", (1,))),
+                           layer.num_values, int(count))
     if f"{layer.name}/shift" not in file.tensors:
-        return LayerMoments(gram_NN, cross_N, mean_energy, torch.zeros_like(cross_N), 0.0, layer.num_values)
-    removed = torch.zeros(1, 1, dtype=torch.float64) if removed is None else removed
-    return LayerMoments(gram_NN, cross_N, mean_energy, read("shift", (num_models,)), float(read("shift_energy", (1,))),
-                        layer.num_values, removed)
+        return moments
+    return replace(moments, shift_N=read("shift", (num_models,)), shift_energy=float(read("shift_energy", (1,))))
 
 
 def write_model(folder: Path, name: str, basis_id: str, values: Sequence[Tensor], residuals: Sequence[float], template: Template,
@@ -125,12 +133,17 @@ def source_record(model: Model, root: Path) -> SourceRecord:
     return SourceRecord(path=os.path.relpath(model.path, root), files=files)
 
 
+def moved(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
+    """Return a source's record with its path from another folder."""
+    return record.model_copy(update={"path": os.path.relpath(old_root / record.path, new_root)})
+
+
 def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
     """Return a source's record with its path from another folder, and checksums of the files that are still there."""
     path = old_root / record.path
     folder = path if path.is_dir() else path.parent
     files = {name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)}) for name, file in record.files.items()}
-    return SourceRecord(path=os.path.relpath(path, new_root), files=files)
+    return moved(record, old_root, new_root).model_copy(update={"files": files})
 
 
 def _sha256(path: Path, known: SourceFile) -> str | None:
@@ -167,3 +180,11 @@ def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[s
         values[name] = flat[start : start + basis.num_coefficients].view(basis.coefficient_shape)
         start += basis.num_coefficients
     return values
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Bring a file that nobody writes to again into another folder: by a hard link, or across file systems by a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

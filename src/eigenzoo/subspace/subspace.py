@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +37,7 @@ from eigenzoo.subspace.card import write_card
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel
-from eigenzoo.subspace.storage import read_basis, read_moments, split_coefficients, with_checksums
+from eigenzoo.subspace.storage import link_or_copy, read_basis, read_moments, split_coefficients, with_checksums
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -105,14 +105,15 @@ class Subspace:
                                   side_files=record.side_files, carried=record.carried)
         residuals = dict(zip(self.layers, residual.tolist(), strict=True))
         energies = self._energies(name)
-        total = sum(energies.values())
-        whole = sum(residuals[layer] * energies[layer] for layer in residuals) / total if total > 0 else 0.0
-        return Coefficients(name, split_coefficients(flat, self.layers), residuals, whole, template)
+        weights = energies or dict.fromkeys(self.layers, 1.0)
+        total = sum(weights.values())
+        whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
+        return Coefficients(name, split_coefficients(flat, self.layers), residuals, whole, energies, template)
 
     def _energies(self, name: str) -> dict[str, float]:
-        """Energy of each layer of a kept model; equal weights where the bundle has no moments."""
+        """Energy of each layer of a kept model; nothing where the bundle has no moments."""
         if not self.has_moments:
-            return dict.fromkeys(self.layers, 1.0)
+            return {}
         place = self.names.index(name)
         return {layer: float(self.moments(layer).energies_N[place]) for layer in self.layers}
 
@@ -126,7 +127,8 @@ class Subspace:
         if not self.has_moments:
             raise BundleError("the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them")
         basis = self.layers[layer]
-        return read_moments(self._moments_file, basis.layer, len(self.names), None)
+        moments = read_moments(self._moments_file, basis.layer, len(self.names))
+        return moments if moments.shift_N is None else replace(moments, removed=basis.removed())
 
     @cached_property
     def _moments_file(self) -> SafetensorsFile:
@@ -215,11 +217,11 @@ class Subspace:
         """
         target = Path(folder)
         with new_folder(target, force=force, replaceable=is_bundle) as staging:
-            for file in self._files():
+            for file in self.files():
                 if file == MOMENTS and not moments:
                     continue
                 (staging / file).parent.mkdir(exist_ok=True)
-                _link_or_copy(self.path / file, staging / file)
+                link_or_copy(self.path / file, staging / file)
             root = target.absolute()
             sources = [model.model_copy(update={"source": with_checksums(model.source, self.path.absolute(), root)})
                        for model in self.manifest.models]
@@ -228,7 +230,7 @@ class Subspace:
             _write_counted(staging, manifest)
         return target
 
-    def _files(self) -> list[str]:
+    def files(self) -> list[str]:
         """Every file but the manifest and the card, relative to the folder."""
         if self.manifest.files:
             return list(self.manifest.files)
@@ -295,7 +297,7 @@ def _coefficients(name: str, projections: Mapping[str, Projection], template: Zo
     return Coefficients(
         name, {layer: projection.coefficients.float() for layer, projection in projections.items()},
         {layer: projection.outside / projection.energy if projection.energy > 0 else 0.0 for layer, projection in projections.items()},
-        outside / energy if energy > 0 else 0.0, template,
+        outside / energy if energy > 0 else 0.0, {layer: projection.energy for layer, projection in projections.items()}, template,
     )
 
 
@@ -309,10 +311,3 @@ def _some(model: Model | None) -> Model:
         raise BundleError("the bundle names no base")
     return model
 
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link files of our own temporary folder, copy across file systems."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -98,7 +98,7 @@ class TuckerBasis(LayerBasis):
     def project(self, stack: Stack, place: int) -> Projection:
         """Project one model's layer: its core, then the core's coordinates in the shared cores."""
         outputs_OP, inputs_IQ, shared_KPQ = self._basis("outputs"), self._basis("inputs"), self._shared()
-        mean = self._mean()
+        mean = self.removed()
         if isinstance(stack, UpdateStack):
             factors = stack.factors(place)
             energy = lora.energy(factors)
@@ -123,8 +123,8 @@ class TuckerBasis(LayerBasis):
         if shared_KPQ is not None:
             core = torch.tensordot(core, shared_KPQ, 1)
         if self.layer.kind != "update":
-            return self._mean() + _expand(core, outputs_OP, inputs_IQ)
-        return _update_factors(core + self._mean(), outputs_OP, inputs_IQ)
+            return self.removed() + _expand(core, outputs_OP, inputs_IQ)
+        return _update_factors(core + self.removed(), outputs_OP, inputs_IQ)
 
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
@@ -133,7 +133,8 @@ class TuckerBasis(LayerBasis):
         bases += [shared_KPQ.flatten(1)] if shared_KPQ is not None else []
         return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
 
-    def _mean(self) -> Tensor:
+    def removed(self) -> Tensor:
+        """The center; of updates its core."""
         if not self.has_mean:
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()

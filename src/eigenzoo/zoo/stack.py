@@ -13,7 +13,6 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.records import Layer
 from eigenzoo.zoo.layers import LayerSource
 
@@ -95,7 +94,7 @@ class UpdateStack:
 
     dtype = torch.float64
 
-    def __init__(self, layer: Layer, models: Sequence[LoraAdapter], names: Sequence[str], sources: Sequence[LayerSource]) -> None:
+    def __init__(self, layer: Layer, models: Sequence[Model], names: Sequence[str], sources: Sequence[LayerSource]) -> None:
         self.layer, self.names = layer, tuple(names)
         self._models, self._sources = tuple(models), tuple(sources)
 

@@ -85,7 +85,7 @@ class Zoo:
         spec = self._match.layers[layer]
         sources = [sources[layer] for sources in self._match.sources]
         if spec.kind == "update":
-            return UpdateStack(spec, [model for model in self.models if isinstance(model, LoraAdapter)], self.names, sources)
+            return UpdateStack(spec, self.models, self.names, sources)
         return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None)
 
     def select(self, *, view: str | None = None, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,

@@ -1,0 +1,44 @@
+"""`eigenzoo add BUNDLE MODEL…`: more models in a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
+from eigenzoo.cli.fit import render_bytes
+
+
+def command(
+    bundle: options.BundleArgument,
+    models: Annotated[list[str], typer.Argument(help="The new models.", metavar="MODEL...", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The grown bundle; by default BUNDLE itself is replaced.",
+                                                show_default=False)] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Fit the basis anew for all models.")] = False,
+    old: Annotated[list[str] | None, typer.Option(help="Where the old models' files are now (repeatable).", show_default=False)] = None,
+    base: options.Base = None, allow_pickle: options.AllowPickle = False, force: options.Force = False, json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
+    import eigenzoo as ez
+    from eigenzoo.formats.bundle import is_bundle
+    from eigenzoo.formats.output import check_free
+
+    target = bundle if output is None else output
+    check_free(target, force=force or output is None, replaceable=is_bundle)
+    space = ez.load(bundle, base=base)
+    with progress_bar(quiet=quiet or json) as progress:
+        new = space.open(models, allow_pickle=allow_pickle)
+        grown = space.add(new, refresh=refresh, old=options.one_or_many(old) if old else None, progress=progress)
+        grown.save(target, force=force or output is None)
+    report = ez.load(target).report
+    if json:
+        print_json(report)
+        return
+    growth = report["growth"]
+    say(f"added {', '.join(growth['added'])}: {report['num_models']} models in {target}")
+    say(f"{growth['statement']} · lost: {in_percent(report['residual'])} of all energy")
+    render_bytes(report["bytes"])

@@ -1,0 +1,92 @@
+"""What commands print: tables and sentences on standard output, progress and complaints on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from eigenzoo.records import Progress as ProgressCallback
+from eigenzoo.records import no_progress
+
+
+def printable(text: object) -> str:
+    """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
+    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
+
+
+def output() -> Console:
+    """The console for results; as wide as it takes in a pipe, so that nothing is cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def say(text: str) -> None:
+    """Print a sentence."""
+    output().print(Text(printable(text)), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print an error."""
+    Console(stderr=True, highlight=False).print(Text(printable(text), style="red"), soft_wrap=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document and nothing else."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
+    """Print a table; the first `left` columns are words, the others numbers."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < left else "right", overflow="fold", header_style="dim")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    output().print(table)
+
+
+@contextmanager
+def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
+    """Give a progress callback that draws bars on a terminal, and does nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield no_progress
+        return
+    bars: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield report
+
+
+def in_bytes(count: int) -> str:
+    """Write a byte count as people read it.
+
+    >>> in_bytes(1_234_567)
+    '1.23 MB'
+    """
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def in_percent(share: float | None) -> str:
+    """Write a share; a dash where there is none.
+
+    >>> in_percent(0.1234), in_percent(None)
+    ('12.3 %', '–')
+    """
+    if share is None:
+        return "–"
+    return f"{100 * share:.3g} %" if 0 < share < 0.1 else f"{100 * share:.1f} %"

@@ -1,0 +1,88 @@
+"""The options that commands share, and how their words become values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from eigenzoo.errors import RankError, UsageError
+
+ZooArgument = Annotated[list[str], typer.Argument(help="The zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
+                                                  metavar="ZOO", show_default=False)]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle that `eigenzoo fit` wrote.", metavar="BUNDLE", show_default=False)]
+View = Annotated[str | None, typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False)]
+Base = Annotated[Path | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
+Axes = Annotated[str | None, typer.Option(help="Truncated axes, comma-separated: models, outputs, inputs.", show_default=False)]
+Rank = Annotated[str | None, typer.Option(help="Directions per axis: a number, a share such as 0.95 (1.0 is everything), auto, "
+                                               "or one per axis: outputs=64,inputs=64.", show_default=False)]
+Center = Annotated[str, typer.Option(help="What is removed first: models (their mean), columns, none, global.")]
+Include = Annotated[list[str] | None, typer.Option(help="Only layers that match this glob (repeatable).", show_default=False)]
+Exclude = Annotated[list[str] | None, typer.Option(help="Carry layers that match this glob unchanged (repeatable).", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="Where products run; this version: cpu.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Memory for blocks of weights, such as 2GB.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin files too (tensors only).")]
+AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind.")]
+
+
+def parse_axes(text: str | None) -> tuple[str, ...] | None:
+    """Read a comma-separated list of axes."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | str] | None:
+    """Read a rank: one rule, or one per axis.
+
+    >>> parse_rank("16"), parse_rank("0.95"), parse_rank("outputs=64,inputs=auto")
+    (16, 0.95, {'outputs': 64, 'inputs': 'auto'})
+    """
+    if text is None:
+        return None
+    if "=" not in text:
+        return _parse_rule(text.strip())
+    rules = {}
+    for part in text.split(","):
+        axis, _, rule = part.partition("=")
+        rules[axis.strip()] = _parse_rule(rule.strip())
+    return rules
+
+
+def _parse_rule(text: str) -> int | float | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise RankError(f"rank {text!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'") from None
+
+
+def parse_bytes(text: str | None, option: str) -> int | None:
+    """Read a number of bytes with its unit.
+
+    >>> parse_bytes("1.5MB", "--budget")
+    1500000
+    """
+    if text is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise UsageError(f"{text!r} is not a number of bytes", where=option, rule="write 500000, 200MB or 1.5GiB") from None
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this version does not use."""
+    if device != "cpu":
+        raise UsageError(f"device {device!r}", rule="this version computes on the CPU", next_step="use --device cpu")
+
+
+def one_or_many(zoo: list[str]) -> str | list[str]:
+    """A single word may be a folder, a glob or a list; several are paths of models."""
+    return zoo[0] if len(zoo) == 1 else zoo

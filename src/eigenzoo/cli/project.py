@@ -1,0 +1,30 @@
+"""`eigenzoo project BUNDLE MODEL…`: how much of a model lies in the subspace."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar
+
+
+def command(
+    bundle: options.BundleArgument,
+    models: Annotated[list[str], typer.Argument(help="Models, in the bundle or not.", metavar="MODEL...", show_default=False)],
+    base: options.Base = None, allow_pickle: options.AllowPickle = False, json: options.Json = False, quiet: options.Quiet = False,
+) -> None:
+    """Project models onto a bundle's subspace and print the share of their energy that lies outside."""
+    import eigenzoo as ez
+
+    space = ez.load(bundle, base=base)
+    with progress_bar(quiet=quiet or json) as progress:
+        projected = space.project_many(space.open(models, allow_pickle=allow_pickle), progress=progress)
+    if json:
+        print_json({"models": {name: coefficients.to_dict() for name, coefficients in projected.items()}})
+        return
+    print_table("share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²", ("model", "all layers", "worst layer", ""), [
+        (name, in_percent(coefficients.residual), in_percent(max(coefficients.residuals.values())),
+         max(coefficients.residuals, key=lambda layer: coefficients.residuals[layer])) for name, coefficients in projected.items()
+    ])

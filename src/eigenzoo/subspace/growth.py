@@ -1,0 +1,315 @@
+"""Growth: more models in a subspace, without fitting from the start.
+
+    the old models' files    the moments        without refresh             with refresh
+    at hand                  exact              old coefficients unchanged  as if fitted at once
+    gone                     exact inside the   old coefficients unchanged  optimal for what the bundle still
+                             kept subspace                                  knows; the loss is bounded and stated
+
+Legend: N old models, M new ones, R the reference (see `moments`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.manifest import Manifest
+from eigenzoo.linalg import lora
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.bytes import count_bytes
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.fit import write_subspace
+from eigenzoo.subspace.moments import LayerMoments, from_raw_gram
+from eigenzoo.subspace.options import FitOptions
+from eigenzoo.subspace.recall import RecalledModel
+from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.matching import Selection
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+from eigenzoo.zoo.zoo import Zoo, open_zoo
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What was added, and how exact the result is; kept in the subspace's report.
+
+    Attributes:
+        added: names of the new models.
+        exact: whether the old models' files took part.
+        refreshed: whether the basis was fitted anew.
+        discarded: energy Σ‖X − X̂‖² lost by all models so far, over all layers; an upper bound where `exact` is False
+            and the basis was refreshed.
+        statement: the same in words.
+    """
+
+    added: tuple[str, ...]
+    exact: bool
+    refreshed: bool
+    discarded: float
+    statement: str
+
+
+def add(space: Subspace, source: Source | Zoo, *, refresh: bool = False, old: Source | None = None,
+        progress: Progress = no_progress) -> Subspace:
+    """Return a new Subspace that holds more models.
+
+    Args:
+        space: the subspace to grow; it stays as it is.
+        source: the new models.
+        refresh: fit the basis anew for all models; otherwise it stays, and only coefficients are added.
+        old: where the old models' files are now; by default where they were when they were read.
+        progress: called as progress(stage, done, total).
+
+    The moments grow by one border: one read of all weights and M·(N + M)·D products where the old files are at hand
+    (exact), and by inner products of coefficients where they are gone: exact inside the kept subspace. A refresh without
+    the old files treats the old models as their rebuilt selves; what they lose then adds to what they had lost:
+    ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
+    """
+    started = time.perf_counter()
+    new = space.open(source)
+    taken = sorted(set(new.names) & set(space.names))
+    if taken:
+        raise UsageError(f"a model called {taken[0]!r} is in the subspace already", where=str(space.path),
+                         next_step="rename the new model's folder")
+    originals = _originals(space, old)
+    moments = _grown_moments(space, new, originals, progress)
+    if refresh:
+        return _refreshed(space, new, originals, moments, progress, started)
+    return _extended(space, new, moments, originals is not None, progress)
+
+
+def _originals(space: Subspace, old: Source | None) -> Zoo | None:
+    """The old models' own files as a zoo in the subspace's order, or None where they are gone or have changed."""
+    if old is not None:
+        zoo = space.open(old)
+        missing = [name for name in space.names if name not in zoo.names]
+        if missing:
+            raise UsageError(f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace")
+        return zoo.select(names=space.names)
+    records = {model.name: model.source for model in space.manifest.models}
+    if not all(is_at_hand(record, space.path) for record in records.values()):
+        return None
+    return space.open(open_zoo([space.path / record.path for record in records.values()], view=space.view,
+                               base=space.base.path if space.view == "delta" and space.base else None,
+                               allow_pickle=_from_pickles(space))).renamed(list(records))
+
+
+def _from_pickles(space: Subspace) -> bool:
+    """Pickles that were read once with permission are read again."""
+    return any(not name.endswith(".safetensors") for model in space.manifest.models for name in model.source.files)
+
+
+def _joined(first: Zoo, second: Zoo) -> Zoo:
+    selection = Selection(first.view, first.selection.include, first.selection.exclude)
+    return Zoo([*first.models, *second.models], [*first.names, *second.names], selection, first.base or second.base)
+
+
+def _grown_moments(space: Subspace, new: Zoo, originals: Zoo | None, progress: Progress) -> dict[str, LayerMoments] | None:
+    """All layers' moments with the new models' border; None where the bundle has none, or cannot know them."""
+    if not space.has_moments:
+        return None
+    if originals is None:
+        return _moments_inside(space, new) if space.manifest.center == "models" else None
+    zoo = _joined(originals, new)
+    grown = {}
+    for number, name in enumerate(space.layers):
+        grown[name] = extend(space.moments(name), zoo.stack(name))
+        progress("extending moments", number + 1, len(space.layers))
+    return grown
+
+
+def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
+    """Extend the moments of a stack's first models to all of it: exact, one read and M·(N + M)·D products."""
+    if isinstance(stack, UpdateStack):
+        return _extend_updates(moments, stack)
+    num_old, num_all = moments.num_models, len(stack)
+    border = torch.zeros(num_all - num_old, num_all, dtype=torch.float64)
+    cross = torch.zeros(num_all - num_old, dtype=torch.float64)
+    shift = torch.zeros_like(cross)
+    for block in stack.blocks():
+        reference = block.rows[: moments.num_reference].mean(0, dtype=torch.float64)
+        rows = block.rows.sub_(reference.to(block.rows.dtype))
+        border += (rows[num_old:] @ rows.T).double()
+        cross += (rows[num_old:] @ reference.to(rows.dtype)).double()
+        if moments.removed is not None:
+            shift += rows[num_old:].double() @ _shift_of(reference, moments.removed, stack)
+    return _bordered(moments, border, cross, shift if moments.shift_N is not None else None)
+
+
+def _shift_of(reference: Tensor, removed: Tensor, stack: DenseStack) -> Tensor:
+    """R − M over one block of whole output rows."""
+    return (reference.view(-1, stack.layer.shape[1]) - removed).view(-1)
+
+
+def _extend_updates(moments: LayerMoments, stack: UpdateStack) -> LayerMoments:
+    num_old, num_all = moments.num_models, len(stack)
+    new = [stack.factors(place) for place in range(num_old, num_all)]
+    raw_NN = torch.zeros(num_all, num_all, dtype=torch.float64)
+    raw_NN[:num_old, :num_old] = moments.raw_NN
+    for place in range(num_all):
+        products = lora.inner_products(new, [stack.factors(place)])[:, 0]
+        raw_NN[num_old:, place] = products
+        raw_NN[place, num_old:] = products
+    if moments.shift_N is None:
+        return from_raw_gram(raw_NN, moments.num_values)
+    return replace(moments, **_zero_centered(raw_NN), num_reference=num_all)
+
+
+def _zero_centered(raw_NN: Tensor) -> dict[str, Any]:
+    about_mean = from_raw_gram(raw_NN, 0)
+    return {"gram_NN": about_mean.gram_NN, "cross_N": about_mean.cross_N, "reference_energy": about_mean.reference_energy,
+            "shift_N": about_mean.cross_N, "shift_energy": about_mean.reference_energy}
+
+
+def _bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor | None) -> LayerMoments:
+    """Put a border (M, N + M) around the Gram."""
+    num_old = moments.num_models
+    top = torch.cat([moments.gram_NN, border[:, :num_old].T], 1)
+    gram_NN = torch.cat([top, torch.cat([border[:, :num_old], (border[:, num_old:] + border[:, num_old:].T) / 2], 1)], 0)
+    shift_N = torch.cat([moments.shift_N, shift]) if moments.shift_N is not None and shift is not None else None
+    return replace(moments, gram_NN=gram_NN, cross_N=torch.cat([moments.cross_N, cross]), shift_N=shift_N)
+
+
+def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
+    """Moments from the bundle alone: inner products with old models are those of coefficients, exact inside the subspace.
+
+    The new models' own energies are exact; what two models have in common outside the kept subspace is not known and counts as
+    nothing.
+    """
+    old = [space.coefficients(name).values for name in space.names]
+    grown = {}
+    for name, basis in space.layers.items():
+        moments, stack = space.moments(name), new.stack(name)
+        projections = [basis.project(stack, place) for place in range(len(new))]
+        inside = torch.stack([projection.coefficients.flatten() for projection in projections])
+        known = torch.stack([values[name].flatten().double() for values in old])
+        border = inside @ torch.cat([known, inside]).T
+        places = torch.arange(len(new))
+        border[places, moments.num_models + places] += torch.tensor([projection.outside for projection in projections])
+        energies = torch.tensor([projection.energy for projection in projections], dtype=torch.float64)
+        cross = (energies - border[places, moments.num_models + places] - moments.reference_energy) / 2
+        grown[name] = _bordered(moments, border, cross, None)
+    return grown
+
+
+def _extended(space: Subspace, new: Zoo, moments: Mapping[str, LayerMoments] | None, exact: bool, progress: Progress) -> Subspace:
+    """Keep the basis, add coefficients."""
+    projected = space.project_many(new, progress=progress)
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
+    root = Path(folder.name)
+    try:
+        _link_files(space, root)
+        records = [_write_projected(root, space, new, coefficients) for coefficients in projected.values()]
+        if moments is not None:
+            write_moments(root, moments)
+        old = [model.model_copy(update={"source": moved(model.source, space.path.absolute(), root)}) for model in space.manifest.models]
+        discarded, energy = dict(space.manifest.discarded), space.report["energy"]
+        for coefficients in projected.values():
+            energy += sum(coefficients.energies.values())
+            for name, share in coefficients.residuals.items():
+                discarded[name] += share * coefficients.energies[name]
+        base = space.manifest.base and moved(space.manifest.base, space.path.absolute(), root)
+        manifest = space.manifest.model_copy(update={"models": [*old, *records], "discarded": discarded, "base": base, "files": {}})
+        manifest = _with_growth(manifest, space, new, root, energy, Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False)))
+    except BaseException:
+        folder.cleanup()
+        raise
+    return Subspace(root, manifest, base=space._base, keep=folder)
+
+
+def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coefficients) -> Any:
+    place = new.place(coefficients.name)
+    values = [coefficients.values[name] for name in space.layers]
+    residuals = [coefficients.residuals[name] for name in space.layers]
+    return write_model(root, coefficients.name, space.manifest.basis_id, values, residuals, coefficients.template,
+                       source_record(new.models[place], root))
+
+
+def _link_files(space: Subspace, root: Path) -> None:
+    """Bring the old files, but for the moments, into a new folder."""
+    for file in space.files():
+        if file != MOMENTS:
+            (root / file).parent.mkdir(exist_ok=True)
+            link_or_copy(space.path / file, root / file)
+
+
+def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, energy: float, growth: Growth) -> Manifest:
+    """Bring the report up to date: number of models, bytes, what is lost."""
+    sizes = space.report["bytes"]
+    num_models = len(manifest.models)
+    counted = count_bytes(root, sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes, num_models)
+    report = {**space.report, "num_models": num_models, "bytes": vars(counted), "growth": vars(growth), "energy": energy}
+    report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
+    return manifest.model_copy(update={"report": report})
+
+
+def _statement(exact: bool, refreshed: bool) -> str:
+    if refreshed:
+        return ("fitted anew on all models' files" if exact else
+                "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost")
+    return ("the basis is unchanged and the moments are exact" if exact else
+            "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only")
+
+
+def _refreshed(space: Subspace, new: Zoo, originals: Zoo | None, moments: Mapping[str, LayerMoments] | None, progress: Progress,
+               started: float) -> Subspace:
+    """Fit the basis anew: on the files, with the moments that are known already, or on what the bundle knows."""
+    known = originals
+    if known is None:
+        recalled = [RecalledModel(space.coefficients(name), space.rebuild(name), space.path) for name in space.names]
+        known = Zoo(recalled, space.names, Selection(new.view, new.selection.include), new.base)
+        moments = None
+    zoo = _joined(known, new)
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
+    try:
+        manifest = write_subspace(zoo, _options(space), _layer_options(space), Path(folder.name), progress, started,
+                                  moments=moments)
+        manifest = _after_refresh(space, new, manifest, originals is not None, Path(folder.name))
+    except BaseException:
+        folder.cleanup()
+        raise
+    return Subspace(Path(folder.name), manifest, base=space._base, keep=folder)
+
+
+def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, root: Path) -> Manifest:
+    """Give recalled models their old sources and count what they had lost before."""
+    discarded = dict(manifest.discarded)
+    report = dict(manifest.report)
+    if not exact:
+        sources = {model.name: moved(model.source, space.path.absolute(), root) for model in space.manifest.models}
+        models = [model.model_copy(update={"source": sources.get(model.name, model.source)}) for model in manifest.models]
+        lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
+        discarded = lost
+        sizes = space.report["bytes"]
+        counted = count_bytes(root, sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes, len(models))
+        report["bytes"] = vars(counted)
+        report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
+        manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
+    growth = Growth(new.names, exact, True, sum(discarded.values()), _statement(exact, True))
+    return manifest.model_copy(update={"report": {**report, "growth": vars(growth)}})
+
+
+def _options(space: Subspace) -> FitOptions:
+    """The options that the subspace was fitted with."""
+    saved = space.manifest.options
+    return FitOptions(tuple(saved["axes"]), dict(saved["rules"]), saved["center"], saved["dtype"], None, None, int(saved["seed"]))
+
+
+def _layer_options(space: Subspace) -> dict[str, FitOptions]:
+    """Where a budget or an error bound chose the ranks, every layer keeps its own."""
+    saved = space.manifest.options
+    if saved["budget"] is None and saved["max_error"] is None:
+        return {}
+    sizes = {"outputs": 0, "inputs": 1}
+    return {name: replace(_options(space), rules={axis: basis.ranks.get(axis, basis.layer.shape[sizes.get(axis, 0)]) for axis in space.axes})
+            for name, basis in space.layers.items()}

@@ -1,0 +1,111 @@
+"""Plan: error against bytes for the axes and ranks that a user could choose, from the moments alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from eigenzoo.errors import UsageError
+from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.subspace.allocation import LayerSpectra, collect_spectra, fixed_bytes
+from eigenzoo.subspace.bytes import break_even
+from eigenzoo.subspace.fit import opened
+from eigenzoo.subspace.options import DTYPES
+from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.stack import BLOCK_BYTES
+from eigenzoo.zoo.zoo import Zoo
+
+CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One choice of axes and rank.
+
+    Attributes:
+        axes, rank: the choice; a rank above what a layer has means all of it.
+        residual: share of the analysed energy that is lost, in-sample: exact for one axis, an upper bound for more.
+        exact: whether `residual` is exact.
+        bytes: of the whole bundle, headers and carried tensors included, moments not; within a few percent of the saved one.
+        ratio: bytes of the zoo's files over `bytes`.
+        per_model: bytes that one more model adds.
+        break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
+    """
+
+    axes: tuple[str, ...]
+    rank: int
+    residual: float
+    exact: bool
+    bytes: int
+    ratio: float
+    per_model: int
+    break_even_models: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The zoo's size, the control (the mean alone), and the choices."""
+
+    num_models: int
+    num_layers: int
+    view: str
+    whole_zoo: int
+    mean_only_residual: float
+    rows: tuple[PlanRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return dict(plain(self))
+
+
+def plan(zoo: Zoo | Source, *, axes: Sequence[str] | None = None, center: str = "models", dtype: str = "float32",
+         progress: Progress = no_progress) -> Plan:
+    """Print-ready table of error against bytes; one pass over the weights, no basis.
+
+    Args:
+        zoo: an opened zoo, or what `open_zoo` takes.
+        axes: one choice of axes to look at; by default all the useful ones. The outputs' and inputs' moments of large
+            layers cost N·D·(O + I) products and an O³ eigendecomposition: name `models` alone to be spared them.
+        center: what is removed first.
+        dtype: what bases would be stored in.
+        progress: called as progress(stage, done, total).
+    """
+    check_choice(center, CENTERS, "center")
+    itemsize: int = getattr(torch, check_choice(dtype, DTYPES, "dtype")).itemsize
+    source = opened(zoo)
+    if source.view == "update" and center in ("columns", "global"):
+        raise UsageError(f"center {center!r} with view 'update'", rule="updates are centered on the models' mean or not at all")
+    choices = CHOICES if axes is None else (check_axes(axes),)
+    wanted = tuple(axis for axis in AXES if any(axis in choice for choice in choices))
+    # The models' Gram is always collected: without it nothing is known of the mean.
+    spectra = collect_spectra(source, ("models", *(axis for axis in wanted if axis != "models")), center, BLOCK_BYTES, progress)
+    energy = sum(layer.energy for layer in spectra.values())
+    rows = [_row(spectra, choice, rank, source, itemsize, energy) for choice in choices for rank in _ranks(spectra, choice)]
+    mean_only = sum(layer.variance for layer in spectra.values()) / energy if energy > 0 else 0.0
+    return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
+
+
+def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int]:
+    """Powers of two below the largest complete rank, and that one."""
+    largest = max(layer.whole(axis) for layer in spectra.values() for axis in axes)
+    powers = [2**power for power in range(32) if 2**power < largest]
+    return [0, *powers, largest] if "models" in axes and len(axes) == 1 else [*powers, max(largest, 1)]
+
+
+def _row(spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, zoo: Zoo, itemsize: int, energy: float) -> PlanRow:
+    num_models, lost, fixed, per_model = len(zoo), 0.0, 0, 0
+    for layer in spectra.values():
+        ranks = {axis: min(rank, layer.whole(axis)) for axis in axes}
+        lost += layer.error(ranks)
+        basis = layer.num_bytes(ranks, 0, itemsize)
+        fixed += basis
+        per_model += layer.num_bytes(ranks, 1, itemsize) - basis
+    per_model += ceil(fixed_bytes(zoo) / num_models)
+    whole = fixed + per_model * num_models
+    return PlanRow(axes, rank, lost / energy if energy > 0 else 0.0, len(axes) == 1, whole, zoo.num_bytes / whole, per_model,
+                   break_even(fixed, per_model, zoo.num_bytes / num_models))
