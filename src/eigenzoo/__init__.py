@@ -39,8 +39,18 @@ if TYPE_CHECKING:
     from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 _ERRORS = (
-    "BudgetError", "BundleError", "DataError", "EigenzooError", "FormatError", "MismatchError", "OutputError", "RankError",
-    "UnsafePathError", "UnsupportedError", "UsageError", "ZooError",
+    "BudgetError",
+    "BundleError",
+    "DataError",
+    "EigenzooError",
+    "FormatError",
+    "MismatchError",
+    "OutputError",
+    "RankError",
+    "UnsafePathError",
+    "UnsupportedError",
+    "UsageError",
+    "ZooError",
 )
 _HOMES = {
     "Coefficients": "subspace.coefficients",

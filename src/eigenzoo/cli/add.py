@@ -15,11 +15,20 @@ from eigenzoo.cli.fit import render_bytes
 def command(
     bundle: options.BundleArgument,
     models: Annotated[list[str], typer.Argument(help="The new models.", metavar="MODEL...", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The grown bundle; by default BUNDLE itself is replaced.",
-                                                show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The grown bundle; by default BUNDLE itself is replaced.", show_default=False
+        ),
+    ] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Fit the basis anew for all models.")] = False,
-    old: Annotated[list[str] | None, typer.Option(help="Where the old models' files are now (repeatable).", show_default=False)] = None,
-    base: options.Base = None, allow_pickle: options.AllowPickle = False, force: options.Force = False, json: options.Json = False,
+    old: Annotated[
+        list[str] | None, typer.Option(help="Where the old models' files are now (repeatable).", show_default=False)
+    ] = None,
+    base: options.Base = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""

@@ -12,9 +12,12 @@ from eigenzoo.cli.console import complain
 from eigenzoo.errors import EigenzooError
 
 app = typer.Typer(
-    name="eigenzoo", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="eigenzoo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Find the weight subspace that many models of one architecture share, and use it. "
-         "Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input.",
+    "Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input.",
 )
 app.command("inspect")(inspect.command)
 app.command("fit")(fit.command)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eigenzoo.cli import options
 from eigenzoo.cli import fit as fit_command
 from eigenzoo.cli import inspect as inspect_command
+from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
@@ -21,11 +21,18 @@ HELD_OUT = 6
 
 
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for everything that the demo makes.")] = Path("demo"),
-    kind: Annotated[str, typer.Option(help="digits-vit (fine-tunes of one parent) or digits-lora (adapters of one parent).")] = "digits-vit",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for everything that the demo makes.")
+    ] = Path("demo"),
+    kind: Annotated[
+        str, typer.Option(help="digits-vit (fine-tunes of one parent) or digits-lora (adapters of one parent).")
+    ] = "digits-vit",
     num_models: Annotated[int | None, typer.Option(help="How many models to train.", show_default=False)] = None,
     rank: Annotated[int, typer.Option(help="Directions per layer.")] = 16,
-    seed: options.Seed = 0, force: options.Force = False, json: options.Json = False, quiet: options.Quiet = False,
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a zoo → inspect → fit most of it → project and rebuild the models held out → measure what they can still do."""
     import eigenzoo as ez
@@ -54,7 +61,16 @@ def command(
             rows = _measure(space, zoo.select(names=held_out), folder, progress)
         report = ez.load(folder / "bundle").report
         if json:
-            print_json({"kind": kind, "rank": rank, "num_fitted": len(fitted), "heldout": rows, "mean": _averages(rows), "fit": report})
+            print_json(
+                {
+                    "kind": kind,
+                    "rank": rank,
+                    "num_fitted": len(fitted),
+                    "heldout": rows,
+                    "mean": _averages(rows),
+                    "fit": report,
+                }
+            )
         else:
             fit_command.render(report, most=8)
             _render(rows, rank)
@@ -76,13 +92,16 @@ def _measure(space: Subspace, held_out: Any, folder: Path, progress: Progress) -
         task = _task(coefficients)
         space.rebuild(coefficients).save(folder / "rebuilt" / name)
         space.rebuild(coefficients, mean_only=True).save(folder / "mean" / name)
-        rows.append({
-            "name": name, "residual": coefficients.residual,
-            "original": nursery.accuracy(folder / "zoo" / name, task=task, base=base),
-            "rebuilt": nursery.accuracy(folder / "rebuilt" / name, task=task, base=base),
-            "mean": nursery.accuracy(folder / "mean" / name, task=task, base=base),
-            "parent": nursery.accuracy(base, task=task),
-        })
+        rows.append(
+            {
+                "name": name,
+                "residual": coefficients.residual,
+                "original": nursery.accuracy(folder / "zoo" / name, task=task, base=base),
+                "rebuilt": nursery.accuracy(folder / "rebuilt" / name, task=task, base=base),
+                "mean": nursery.accuracy(folder / "mean" / name, task=task, base=base),
+                "parent": nursery.accuracy(base, task=task),
+            }
+        )
         progress("measuring", number + 1, len(held_out))
     return rows
 
@@ -93,11 +112,15 @@ def _task(coefficients: Coefficients) -> str:
 
 
 def _averages(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in ("residual", "original", "rebuilt", "mean", "parent")}
+    return {
+        key: sum(row[key] for row in rows) / len(rows) for key in ("residual", "original", "rebuilt", "mean", "parent")
+    }
 
 
 def _render(rows: list[dict[str, Any]], rank: int) -> None:
-    say(f"\n4. held-out models, never seen by the fit: accuracy on their task's 500 test images, {rank} numbers per layer")
+    say(
+        f"\n4. held-out models, never seen by the fit: accuracy on their task's 500 test images, {rank} numbers per layer"
+    )
     keys = ("original", "rebuilt", "mean", "parent")
     table = [(row["name"], *(in_percent(row[key]) for key in keys), in_percent(row["residual"])) for row in rows]
     averages = _averages(rows)

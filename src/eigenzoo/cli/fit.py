@@ -17,14 +17,31 @@ from eigenzoo.weights.roles import role
 def command(
     zoo: options.ZooArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
-    rank: options.Rank = None, axes: options.Axes = None, view: options.View = None, base: options.Base = None,
-    center: options.Center = "models", include: options.Include = None, exclude: options.Exclude = None,
-    budget: Annotated[str | None, typer.Option(help="Bytes of the whole bundle, such as 20MB: ranks are spent where they buy most.",
-                                               show_default=False)] = None,
-    max_error: Annotated[float | None, typer.Option(help="Share of the energy that may be lost.", show_default=False)] = None,
-    dtype: options.Dtype = "float32", device: options.Device = "cpu", max_memory: options.MaxMemory = None, seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False, allow_missing: options.AllowMissing = False, force: options.Force = False,
-    json: options.Json = False, quiet: options.Quiet = False,
+    rank: options.Rank = None,
+    axes: options.Axes = None,
+    view: options.View = None,
+    base: options.Base = None,
+    center: options.Center = "models",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the whole bundle, such as 20MB: ranks are spent where they buy most.", show_default=False
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Share of the energy that may be lost.", show_default=False)
+    ] = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
+    seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit the shared subspace of a zoo and save it with every model's coefficients."""
     import eigenzoo as ez
@@ -35,11 +52,29 @@ def command(
     check_free(output, force=force, replaceable=is_bundle)
     output.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(quiet=quiet or json) as progress:
-        opened = ez.open_zoo(options.one_or_many(zoo), view=view, base=base, include=include or (), exclude=exclude or (),
-                             allow_pickle=allow_pickle, allow_missing=allow_missing, progress=progress)
-        space = ez.fit(opened, options.parse_rank(rank), options.parse_axes(axes), center=center, dtype=dtype,
-                       budget=options.parse_bytes(budget, "--budget"), max_error=max_error, seed=seed,
-                       max_memory=options.parse_bytes(max_memory, "--max-memory"), progress=progress, workspace=output.parent)
+        opened = ez.open_zoo(
+            options.one_or_many(zoo),
+            view=view,
+            base=base,
+            include=include or (),
+            exclude=exclude or (),
+            allow_pickle=allow_pickle,
+            allow_missing=allow_missing,
+            progress=progress,
+        )
+        space = ez.fit(
+            opened,
+            options.parse_rank(rank),
+            options.parse_axes(axes),
+            center=center,
+            dtype=dtype,
+            budget=options.parse_bytes(budget, "--budget"),
+            max_error=max_error,
+            seed=seed,
+            max_memory=options.parse_bytes(max_memory, "--max-memory"),
+            progress=progress,
+            workspace=output.parent,
+        )
         space.save(output, force=force)
     report = ez.load(output).report
     if json:
@@ -51,21 +86,34 @@ def command(
 
 def render(report: Mapping[str, Any], most: int = 100) -> None:
     """Print a fit by role: means over its layers, in-sample beside held-out, null and mean-only beside both."""
-    say(f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
-        f"center {report['center']}")
+    say(
+        f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
+        f"center {report['center']}"
+    )
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for name, layer in report["layers"].items():
         groups.setdefault(role(name), []).append(layer)
     largest = sorted(groups, key=lambda name: -sum(prod(layer["shape"]) for layer in groups[name]))[:most]
     print_table(
-        "by role (means over layers)" if len(largest) == len(groups) else f"the {len(largest)} largest of {len(groups)} roles (means over layers)",
+        "by role (means over layers)"
+        if len(largest) == len(groups)
+        else f"the {len(largest)} largest of {len(groups)} roles (means over layers)",
         ("role", "layers", "rank", "mean's energy", "variance kept", "… held out", "… null", "lost"),
-        [(name, len(layers), _ranks(layers), *(in_percent(_mean(layers, key)) for key in
-                                               ("mean_energy", "captured", "heldout", "null", "residual")))
-         for name, layers in groups.items() if name in largest],
+        [
+            (
+                name,
+                len(layers),
+                _ranks(layers),
+                *(in_percent(_mean(layers, key)) for key in ("mean_energy", "captured", "heldout", "null", "residual")),
+            )
+            for name, layers in groups.items()
+            if name in largest
+        ],
     )
-    say("mean's energy and lost: shares of all energy. Variance kept: share of the variance about the mean, in-sample; held out: of "
-        "models left out of the fit (five folds); null: of unrelated models with the same norms.")
+    say(
+        "mean's energy and lost: shares of all energy. Variance kept: share of the variance about the mean, in-sample; "
+        "held out: of models left out of the fit (five folds); null: of unrelated models with the same norms."
+    )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())
         say(f"note: {count} of {report['num_layers']} layers: {note}")
@@ -86,21 +134,42 @@ def _render_rest(report: Mapping[str, Any]) -> None:
     for warning in report["warnings"]:
         say(f"warning: {warning}")
     render_bytes(report["bytes"])
-    say(f"lost: {in_percent(report['residual'])} of all energy, in-sample · {report['seconds']:.1f} s · "
-        f"peak memory {in_bytes(report['peak_memory'])}")
+    say(
+        f"lost: {in_percent(report['residual'])} of all energy, in-sample · {report['seconds']:.1f} s · "
+        f"peak memory {in_bytes(report['peak_memory'])}"
+    )
 
 
 def render_bytes(sizes: Mapping[str, Any]) -> None:
     """Print the bytes of the analysed layers and of the whole, and when the bundle pays."""
-    print_table("", ("bytes", "zoo", "bundle", "ratio"), [
-        ("analysed layers", in_bytes(sizes["zoo"]), in_bytes(sizes["bundle"]), f"{sizes['zoo'] / max(sizes['bundle'], 1):.2f}×"),
-        ("whole", in_bytes(sizes["whole_zoo"]), in_bytes(sizes["whole_bundle"]),
-         f"{sizes['whole_zoo'] / max(sizes['whole_bundle'], 1):.2f}×"),
-    ])
+    print_table(
+        "",
+        ("bytes", "zoo", "bundle", "ratio"),
+        [
+            (
+                "analysed layers",
+                in_bytes(sizes["zoo"]),
+                in_bytes(sizes["bundle"]),
+                f"{sizes['zoo'] / max(sizes['bundle'], 1):.2f}×",
+            ),
+            (
+                "whole",
+                in_bytes(sizes["whole_zoo"]),
+                in_bytes(sizes["whole_bundle"]),
+                f"{sizes['whole_zoo'] / max(sizes['whole_bundle'], 1):.2f}×",
+            ),
+        ],
+    )
     even = sizes["break_even_models"]
-    say(f"one more model: {in_bytes(sizes['per_model'])} · " + (
-        f"smaller than the models' files from {even:,} models on" if even is not None else "never smaller than the models' files")
-        + f" · moments, apart: {in_bytes(sizes['moments'])}")
+    say(
+        f"one more model: {in_bytes(sizes['per_model'])} · "
+        + (
+            f"smaller than the models' files from {even:,} models on"
+            if even is not None
+            else "never smaller than the models' files"
+        )
+        + f" · moments, apart: {in_bytes(sizes['moments'])}"
+    )
 
 
 def _ranks(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def command(
-    zoo: options.ZooArgument, view: options.View = None, base: options.Base = None, include: options.Include = None,
-    exclude: options.Exclude = None, allow_pickle: options.AllowPickle = False, allow_missing: options.AllowMissing = False,
-    json: options.Json = False, quiet: options.Quiet = False,
+    zoo: options.ZooArgument,
+    view: options.View = None,
+    base: options.Base = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show models, layers by role, sizes, what is left out and why, duplicates, and NaN or Inf. Reads everything once.
 
@@ -25,8 +31,16 @@ def command(
     import eigenzoo as ez
 
     with progress_bar(quiet=quiet or json) as progress:
-        opened = ez.open_zoo(options.one_or_many(zoo), view=view, base=base, include=include or (), exclude=exclude or (),
-                             allow_pickle=allow_pickle, allow_missing=allow_missing, progress=progress)
+        opened = ez.open_zoo(
+            options.one_or_many(zoo),
+            view=view,
+            base=base,
+            include=include or (),
+            exclude=exclude or (),
+            allow_pickle=allow_pickle,
+            allow_missing=allow_missing,
+            progress=progress,
+        )
         found = ez.inspect(opened, progress=progress)
     if json:
         print_json(found.to_dict())
@@ -38,22 +52,55 @@ def command(
 
 def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
     """Print an inspection as tables; long lists are cut, and say by how much."""
-    say(f"{found.num_models} models, {found.num_layers} layers, view {found.view}: "
-        f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files")
-    print_table("models", ("name", "format", "bytes", "values", "dtypes", "ranks"), [
-        (model.name, model.format, in_bytes(model.num_bytes), f"{model.num_values:,}", ", ".join(model.dtypes),
-         ", ".join(map(str, model.ranks)) or "–") for model in found.models[:most]
-    ], left=2)
+    say(
+        f"{found.num_models} models, {found.num_layers} layers, view {found.view}: "
+        f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files"
+    )
+    print_table(
+        "models",
+        ("name", "format", "bytes", "values", "dtypes", "ranks"),
+        [
+            (
+                model.name,
+                model.format,
+                in_bytes(model.num_bytes),
+                f"{model.num_values:,}",
+                ", ".join(model.dtypes),
+                ", ".join(map(str, model.ranks)) or "–",
+            )
+            for model in found.models[:most]
+        ],
+        left=2,
+    )
     _more(len(found.models), most, "models")
     roles = sorted(found.roles, key=lambda row: -row.num_values)[:most_roles]
-    print_table("layers of one model", ("role", "shape", "unfolding", "dtype", "layers", "values", "bytes", "ranks"), [
-        (row.role, f"{row.shape[0]} × {row.shape[1]}", row.unfolding, row.dtype, row.num_layers, f"{row.num_values:,}",
-         in_bytes(row.num_bytes), ", ".join(map(str, row.ranks)) or "–") for row in found.roles if row in roles
-    ], left=4)
+    print_table(
+        "layers of one model",
+        ("role", "shape", "unfolding", "dtype", "layers", "values", "bytes", "ranks"),
+        [
+            (
+                row.role,
+                f"{row.shape[0]} × {row.shape[1]}",
+                row.unfolding,
+                row.dtype,
+                row.num_layers,
+                f"{row.num_values:,}",
+                in_bytes(row.num_bytes),
+                ", ".join(map(str, row.ranks)) or "–",
+            )
+            for row in found.roles
+            if row in roles
+        ],
+        left=4,
+    )
     _more(len(found.roles), most_roles, "roles")
     if found.left_out:
-        print_table("left out, carried unchanged", ("tensor", "why", "models"),
-                    [(item.tensor, item.reason, item.num_models) for item in found.left_out[:most]], left=2)
+        print_table(
+            "left out, carried unchanged",
+            ("tensor", "why", "models"),
+            [(item.tensor, item.reason, item.num_models) for item in found.left_out[:most]],
+            left=2,
+        )
         _more(len(found.left_out), most, "tensors")
     _render_faults(found)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import print_json, progress_bar, say
+from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 
 app = typer.Typer(no_args_is_help=True, help="Train small real zoos on scikit-learn's handwritten digits.")
 
@@ -20,24 +20,46 @@ def _nursery() -> None:
 
 @app.command("make")
 def command(
-    kind: Annotated[str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The zoo to write.", show_default=False)],
     num_models: Annotated[int | None, typer.Option(help="How many of the 126 tasks.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    random_labels: Annotated[bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")] = False,
+    random_labels: Annotated[
+        bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")
+    ] = False,
     train_head: Annotated[bool, typer.Option("--train-head", help="Train the task head too (digits-vit).")] = False,
-    own_init: Annotated[bool | None, typer.Option("--own-init/--shared-init", help="An initialisation per model, or one for all.",
-                                                  show_default=False)] = None,
-    force: options.Force = False, json: options.Json = False, quiet: options.Quiet = False,
+    own_init: Annotated[
+        bool | None,
+        typer.Option(
+            "--own-init/--shared-init", help="An initialisation per model, or one for all.", show_default=False
+        ),
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a zoo in about a minute; every model is a real checkpoint or adapter with its task in its metadata."""
     from eigenzoo import nursery
 
     with progress_bar(quiet=quiet or json) as progress:
-        recipe = nursery.make(kind, output, num_models=num_models, seed=seed, random_labels=random_labels, train_head=train_head,
-                              own_init=own_init, force=force, progress=progress)
+        recipe = nursery.make(
+            kind,
+            output,
+            num_models=num_models,
+            seed=seed,
+            random_labels=random_labels,
+            train_head=train_head,
+            own_init=own_init,
+            force=force,
+            progress=progress,
+        )
     if json:
         print_json(recipe.to_dict())
     else:
-        say(f"{recipe.num_models} models of kind {recipe.kind} in {output}")
+        say(
+            f"{recipe.plan.num_models} models of kind {recipe.plan.kind} in {output}: test accuracy "
+            f"{in_percent(recipe.mean_test_accuracy)}, on what they were trained on {in_percent(recipe.mean_train_accuracy)}"
+        )
         say(f"next: eigenzoo inspect {output}")

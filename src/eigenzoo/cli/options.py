@@ -10,23 +10,49 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from eigenzoo.errors import RankError, UsageError
 
-ZooArgument = Annotated[list[str], typer.Argument(help="The zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
-                                                  metavar="ZOO", show_default=False)]
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle that `eigenzoo fit` wrote.", metavar="BUNDLE", show_default=False)]
-View = Annotated[str | None, typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False)]
+ZooArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="The zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
+        metavar="ZOO",
+        show_default=False,
+    ),
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(help="A bundle that `eigenzoo fit` wrote.", metavar="BUNDLE", show_default=False)
+]
+View = Annotated[
+    str | None,
+    typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False),
+]
 Base = Annotated[Path | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
-Axes = Annotated[str | None, typer.Option(help="Truncated axes, comma-separated: models, outputs, inputs.", show_default=False)]
-Rank = Annotated[str | None, typer.Option(help="Directions per axis: a number, a share such as 0.95 (1.0 is everything), auto, "
-                                               "or one per axis: outputs=64,inputs=64.", show_default=False)]
+Axes = Annotated[
+    str | None, typer.Option(help="Truncated axes, comma-separated: models, outputs, inputs.", show_default=False)
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        help="Directions per axis: a number, a share such as 0.95 (1.0 is everything), auto, "
+        "or one per axis: outputs=64,inputs=64.",
+        show_default=False,
+    ),
+]
 Center = Annotated[str, typer.Option(help="What is removed first: models (their mean), columns, none, global.")]
-Include = Annotated[list[str] | None, typer.Option(help="Only layers that match this glob (repeatable).", show_default=False)]
-Exclude = Annotated[list[str] | None, typer.Option(help="Carry layers that match this glob unchanged (repeatable).", show_default=False)]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Only layers that match this glob (repeatable).", show_default=False)
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Carry layers that match this glob unchanged (repeatable).", show_default=False)
+]
 Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="Where products run; this version: cpu.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory for blocks of weights, such as 2GB.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin files too (tensors only).")]
-AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted.")]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind.")]
@@ -60,7 +86,9 @@ def _parse_rule(text: str) -> int | float | str:
     try:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
-        raise RankError(f"rank {text!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'") from None
+        raise RankError(
+            f"rank {text!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'"
+        ) from None
 
 
 def parse_bytes(text: str | None, option: str) -> int | None:
@@ -74,7 +102,9 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
-        raise UsageError(f"{text!r} is not a number of bytes", where=option, rule="write 500000, 200MB or 1.5GiB") from None
+        raise UsageError(
+            f"{text!r} is not a number of bytes", where=option, rule="write 500000, 200MB or 1.5GiB"
+        ) from None
 
 
 def check_device(device: str) -> None:

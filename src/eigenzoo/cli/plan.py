@@ -12,17 +12,33 @@ if TYPE_CHECKING:
 
 
 def command(
-    zoo: options.ZooArgument, axes: options.Axes = None, view: options.View = None, base: options.Base = None,
-    center: options.Center = "models", include: options.Include = None, exclude: options.Exclude = None,
-    dtype: options.Dtype = "float32", allow_pickle: options.AllowPickle = False, allow_missing: options.AllowMissing = False,
-    json: options.Json = False, quiet: options.Quiet = False,
+    zoo: options.ZooArgument,
+    axes: options.Axes = None,
+    view: options.View = None,
+    base: options.Base = None,
+    center: options.Center = "models",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    dtype: options.Dtype = "float32",
+    allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Print what each choice of axes and rank would lose and weigh, from one pass over the weights; nothing is written."""
     import eigenzoo as ez
 
     with progress_bar(quiet=quiet or json) as progress:
-        opened = ez.open_zoo(options.one_or_many(zoo), view=view, base=base, include=include or (), exclude=exclude or (),
-                             allow_pickle=allow_pickle, allow_missing=allow_missing, progress=progress)
+        opened = ez.open_zoo(
+            options.one_or_many(zoo),
+            view=view,
+            base=base,
+            include=include or (),
+            exclude=exclude or (),
+            allow_pickle=allow_pickle,
+            allow_missing=allow_missing,
+            progress=progress,
+        )
         made = ez.plan(opened, axes=options.parse_axes(axes), center=center, dtype=dtype, progress=progress)
     if json:
         print_json(made.to_dict())
@@ -32,10 +48,26 @@ def command(
 
 def render(made: Plan) -> None:
     """Print a plan as one table."""
-    say(f"{made.num_models} models, {made.num_layers} layers, view {made.view}, {in_bytes(made.whole_zoo)} in files; "
-        f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy")
-    print_table("", ("axes", "rank", "lost", "bundle", "ratio", "one more model", "smaller from"), [
-        (", ".join(row.axes), row.rank, ("" if row.exact else "≤ ") + in_percent(row.residual), in_bytes(row.bytes), f"{row.ratio:.2f}×",
-         in_bytes(row.per_model), "never" if row.break_even_models is None else f"{row.break_even_models:,} models") for row in made.rows
-    ])
-    say("lost: share of all energy, in-sample; ≤ marks an upper bound. Geometry is not function: measure the rebuilt models.")
+    say(
+        f"{made.num_models} models, {made.num_layers} layers, view {made.view}, {in_bytes(made.whole_zoo)} in files; "
+        f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
+    )
+    print_table(
+        "",
+        ("axes", "rank", "lost", "bundle", "ratio", "one more model", "smaller from"),
+        [
+            (
+                ", ".join(row.axes),
+                row.rank,
+                ("" if row.exact else "≤ ") + in_percent(row.residual),
+                in_bytes(row.bytes),
+                f"{row.ratio:.2f}×",
+                in_bytes(row.per_model),
+                "never" if row.break_even_models is None else f"{row.break_even_models:,} models",
+            )
+            for row in made.rows
+        ],
+    )
+    say(
+        "lost: share of all energy, in-sample; ≤ marks an upper bound. Geometry is not function: measure the rebuilt models."
+    )

@@ -12,8 +12,13 @@ from eigenzoo.cli.console import in_percent, print_json, print_table, progress_b
 
 def command(
     bundle: options.BundleArgument,
-    models: Annotated[list[str], typer.Argument(help="Models, in the bundle or not.", metavar="MODEL...", show_default=False)],
-    base: options.Base = None, allow_pickle: options.AllowPickle = False, json: options.Json = False, quiet: options.Quiet = False,
+    models: Annotated[
+        list[str], typer.Argument(help="Models, in the bundle or not.", metavar="MODEL...", show_default=False)
+    ],
+    base: options.Base = None,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Project models onto a bundle's subspace and print the share of their energy that lies outside."""
     import eigenzoo as ez
@@ -24,7 +29,16 @@ def command(
     if json:
         print_json({"models": {name: coefficients.to_dict() for name, coefficients in projected.items()}})
         return
-    print_table("share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²", ("model", "all layers", "worst layer", ""), [
-        (name, in_percent(coefficients.residual), in_percent(max(coefficients.residuals.values())),
-         max(coefficients.residuals, key=lambda layer: coefficients.residuals[layer])) for name, coefficients in projected.items()
-    ])
+    print_table(
+        "share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²",
+        ("model", "all layers", "worst layer", ""),
+        [
+            (
+                name,
+                in_percent(coefficients.residual),
+                in_percent(max(coefficients.residuals.values())),
+                max(coefficients.residuals, key=lambda layer: coefficients.residuals[layer]),
+            )
+            for name, coefficients in projected.items()
+        ],
+    )

@@ -13,11 +13,22 @@ from eigenzoo.cli.console import in_percent, print_json, say
 
 def command(
     bundle: options.BundleArgument,
-    name: Annotated[str, typer.Argument(help="A model of the bundle, or the path of any model, which is projected first.", metavar="NAME",
-                                        show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A model of the bundle, or the path of any model, which is projected first.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The model to write.", show_default=False)],
-    mean_only: Annotated[bool, typer.Option("--mean-only", help="The zoo's mean in the model's place: the control.")] = False,
-    base: options.Base = None, allow_pickle: options.AllowPickle = False, force: options.Force = False, json: options.Json = False,
+    mean_only: Annotated[
+        bool, typer.Option("--mean-only", help="The zoo's mean in the model's place: the control.")
+    ] = False,
+    base: options.Base = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Rebuild one model: layers from the subspace, everything else as it was."""
     import eigenzoo as ez
@@ -30,7 +41,16 @@ def command(
     coefficients = space.coefficients(name) if known else space.project(space.open(name, allow_pickle=allow_pickle))
     space.rebuild(coefficients, mean_only=mean_only).save(output, force=force)
     if json:
-        print_json({"name": coefficients.name, "output": str(output), "mean_only": mean_only, "residual": coefficients.residual})
+        print_json(
+            {
+                "name": coefficients.name,
+                "output": str(output),
+                "mean_only": mean_only,
+                "residual": coefficients.residual,
+            }
+        )
         return
-    say(f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
-        + ("" if mean_only else f" · {in_percent(coefficients.residual)} of its energy is lost"))
+    say(
+        f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
+        + ("" if mean_only else f" · {in_percent(coefficients.residual)} of its energy is lost")
+    )

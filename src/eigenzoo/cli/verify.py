@@ -18,10 +18,21 @@ def command(bundle: options.BundleArgument, json: options.Json = False) -> None:
     space = ez.load(bundle)
     faults = list(space.verify())
     if json:
-        print_json({"bundle": str(bundle), "ok": not faults, "num_models": len(space.names), "num_layers": len(space.layers), "faults": faults})
+        print_json(
+            {
+                "bundle": str(bundle),
+                "ok": not faults,
+                "num_models": len(space.names),
+                "num_layers": len(space.layers),
+                "faults": faults,
+            }
+        )
     else:
         for fault in faults:
             say(f"fault: {fault}")
-        say(f"{bundle}: {len(space.names)} models, {len(space.layers)} layers, " + ("whole" if not faults else f"{len(faults)} faults"))
+        say(
+            f"{bundle}: {len(space.names)} models, {len(space.layers)} layers, "
+            + ("whole" if not faults else f"{len(faults)} faults")
+        )
     if faults:
         raise typer.Exit(1)

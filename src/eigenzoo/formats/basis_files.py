@@ -110,5 +110,7 @@ class BasisFiles:
 
     def _shard(self, name: str) -> SafetensorsFile:
         if name not in self._place:
-            raise BundleError(f"the basis has no tensor {name!r}", where=str(self.paths[0].parent), rule="see docs/bundle-format.md")
+            raise BundleError(
+                f"the basis has no tensor {name!r}", where=str(self.paths[0].parent), rule="see docs/bundle-format.md"
+            )
         return self._place[name]

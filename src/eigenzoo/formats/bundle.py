@@ -31,12 +31,16 @@ def is_bundle(folder: Path) -> bool:
 def read_manifest(path: Path) -> Manifest:
     """Read and check a bundle's manifest, and that every file that it names is there."""
     if not (path / MANIFEST).is_file():
-        raise BundleError(f"there is no {MANIFEST}", where=str(path), rule="a bundle is a folder that eigenzoo fit wrote")
+        raise BundleError(
+            f"there is no {MANIFEST}", where=str(path), rule="a bundle is a folder that eigenzoo fit wrote"
+        )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))
     for name in manifest.files:
         if not inside(path, name).is_file():
-            raise BundleError(f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole")
+            raise BundleError(
+                f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole"
+            )
     unlisted = [model.coefficients for model in manifest.models if model.coefficients not in manifest.files]
     if unlisted:
         raise BundleError(f"{unlisted[0]!r} is not among the manifest's files", where=str(path))
@@ -48,14 +52,18 @@ def open_basis(path: Path) -> BasisFiles:
     return BasisFiles(sorted(path.glob("basis*.safetensors")), path)
 
 
-def read_coefficients(root: Path, file: str, basis_id: str, num_coefficients: int, num_layers: int) -> tuple[Tensor, Tensor]:
+def read_coefficients(
+    root: Path, file: str, basis_id: str, num_coefficients: int, num_layers: int
+) -> tuple[Tensor, Tensor]:
     """Read one model's coefficients (all layers in one vector) and its residual per layer, checked against the layers."""
     opened = SafetensorsFile(root / file, root)
     where = f"{root}/{file}"
     expected = {"coefficients": (num_coefficients,), "residual": (num_layers,)}
     found = {name: info.shape for name, info in opened.tensors.items()}
     if found != expected or any(info.dtype != torch.float32 for info in opened.tensors.values()):
-        raise BundleError(f"holds {found}", where=where, rule=f"float32 tensors {expected} match the layers of this bundle")
+        raise BundleError(
+            f"holds {found}", where=where, rule=f"float32 tensors {expected} match the layers of this bundle"
+        )
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
     return opened.read("coefficients"), opened.read("residual")

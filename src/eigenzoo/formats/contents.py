@@ -62,7 +62,9 @@ class ContentStore:
         digest = hashlib.sha256(f"{kind} {list(values.shape)} ".encode())
         digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         layout = TensorLayout(VALUE, kind, tuple(values.shape))
-        return self._put(digest.hexdigest()[:32], ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {}))
+        return self._put(
+            digest.hexdigest()[:32], ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {})
+        )
 
     def put_bytes(self, data: bytes, suffix: str) -> str:
         """Store bytes under their hash, with a suffix that says what they are: `.json` or `.bin`."""
@@ -98,8 +100,16 @@ def put_template(store: ContentStore, template: Template) -> dict[str, Any]:
 class StoredTemplate(Template):
     """A template read back from a bundle, lazily."""
 
-    def __init__(self, root: Path, *, layout: str, config: str | None, metadata: Mapping[str, Mapping[str, str]],
-                 side_files: Mapping[str, str], carried: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        layout: str,
+        config: str | None,
+        metadata: Mapping[str, Mapping[str, str]],
+        side_files: Mapping[str, str],
+        carried: Mapping[str, str],
+    ) -> None:
         self._root, self._side_files, self._carried = root, side_files, carried
         self._layout, self._config = layout, config
         self.metadata = metadata

@@ -55,5 +55,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     """
     name = _NAMES.get(dtype)
     if name is None:
-        raise UnsupportedError(f"safetensors cannot hold {dtype}", rule=f"writable dtypes are {', '.join(str(d) for d in _NAMES)}")
+        raise UnsupportedError(
+            f"safetensors cannot hold {dtype}", rule=f"writable dtypes are {', '.join(str(d) for d in _NAMES)}"
+        )
     return name

@@ -127,7 +127,9 @@ def _check_types(config: Mapping[str, Any]) -> None:
             raise FormatError(f"{key} is {_shown(config[key])}", where=CONFIG_FILE, rule="it is true or false")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key), dict | None):
-            raise FormatError(f"{key} is {_shown(config[key])}", where=CONFIG_FILE, rule="it maps module names to numbers")
+            raise FormatError(
+                f"{key} is {_shown(config[key])}", where=CONFIG_FILE, rule="it maps module names to numbers"
+            )
 
 
 def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:

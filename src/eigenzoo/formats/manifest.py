@@ -58,7 +58,7 @@ class LayerRecord(_Strict):
             raise ValueError("a layer's shape is (outputs, inputs), both positive")
         if prod(self.tensor_shape) != prod(self.shape):
             raise ValueError("tensor_shape and shape hold different numbers of values")
-        if (self.form != "tucker" and set(self.ranks) != {"models"}):
+        if self.form != "tucker" and set(self.ranks) != {"models"}:
             raise ValueError(f"form {self.form} with ranks of {sorted(self.ranks)}")
         for axis, size in (("outputs", self.shape[0]), ("inputs", self.shape[1])):
             if self.ranks.get(axis, 0) > size:  # type: ignore[call-overload]
@@ -116,21 +116,37 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        for what, names in (("layer", [layer.name for layer in self.layers]), ("model", [model.name for model in self.models])):
+        for what, names in (
+            ("layer", [layer.name for layer in self.layers]),
+            ("model", [model.name for model in self.models]),
+        ):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {what} is listed twice")
         return self
+
+
+def make_manifest(**fields: Any) -> Manifest:
+    """Make a manifest, every field checked."""
+    return Manifest.model_validate(fields)
 
 
 def parse_manifest(document: dict[str, Any], where: str) -> Manifest:
     """Check a parsed manifest.json; raises BundleError with the first few things that are wrong."""
     version = document.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise BundleError(f"the bundle has schema version {version}", where=where, rule=f"this eigenzoo reads up to {SCHEMA_VERSION}",
-                          next_step="upgrade eigenzoo")
+        raise BundleError(
+            f"the bundle has schema version {version}",
+            where=where,
+            rule=f"this eigenzoo reads up to {SCHEMA_VERSION}",
+            next_step="upgrade eigenzoo",
+        )
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(str(part) for part in fault['loc'])[:100]}: {fault['msg'][:200]}" for fault in error.errors()[:4])
-        raise BundleError(f"manifest.json does not follow the format: {faults}", where=where,
-                          rule="see docs/bundle-format.md") from error
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])[:100]}: {fault['msg'][:200]}"
+            for fault in error.errors()[:4]
+        )
+        raise BundleError(
+            f"manifest.json does not follow the format: {faults}", where=where, rule="see docs/bundle-format.md"
+        ) from error

@@ -109,7 +109,9 @@ class Model(ABC):
         """Read B (outputs, rank) and A (rank, inputs) of one update in their own dtype, the scale not applied."""
         update = self.updates[module]
         outputs, inputs = update.shape
-        return self.read(update.key_b).reshape(outputs, update.rank), self.read(update.key_a).reshape(update.rank, inputs)
+        return self.read(update.key_b).reshape(outputs, update.rank), self.read(update.key_a).reshape(
+            update.rank, inputs
+        )
 
     @property
     def other_tensors(self) -> tuple[str, ...]:

@@ -45,7 +45,9 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
             next_step="download the index too",
         )
     if kind == "pickle-shards":
-        raise UnsupportedError("a checkpoint of pickled shards", where=str(path), next_step="convert the model to safetensors")
+        raise UnsupportedError(
+            "a checkpoint of pickled shards", where=str(path), next_step="convert the model to safetensors"
+        )
     raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=_READABLE)
 
 

@@ -13,7 +13,9 @@ from eigenzoo.errors import OutputError
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def new_folder(
+    target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Give a temporary folder beside `target` to fill; it takes the target's name at the end, or vanishes on any error.
 
     An existing target is refused; with `force` it is replaced, but only where `replaceable` says that it is an output of
@@ -40,12 +42,18 @@ def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path
     if not os.path.lexists(target):
         return
     if not force:
-        raise OutputError("exists already", where=str(target), next_step="choose another name, or --force to replace it")
+        raise OutputError(
+            "exists already", where=str(target), next_step="choose another name, or --force to replace it"
+        )
     if target.is_symlink() or not target.is_dir():
         raise OutputError("is no folder", where=str(target), rule="--force replaces folders of the same kind only")
     if any(target.iterdir()) and not (replaceable and replaceable(target)):
-        raise OutputError("is a folder of another kind", where=str(target), rule="--force replaces folders of the same kind only",
-                          next_step="choose another name")
+        raise OutputError(
+            "is a folder of another kind",
+            where=str(target),
+            rule="--force replaces folders of the same kind only",
+            next_step="choose another name",
+        )
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

@@ -19,7 +19,9 @@ def relative_name(file: str) -> str:
     """
     fault = _name_fault(file)
     if fault:
-        raise UnsafePathError(f"the file name {file[:100]!r} {fault}", rule="files of a model are named relative to its own folder")
+        raise UnsafePathError(
+            f"the file name {file[:100]!r} {fault}", rule="files of a model are named relative to its own folder"
+        )
     return file
 
 
@@ -80,7 +82,9 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=where) from error
     if len(data) > max_bytes:
-        raise FormatError(f"{path.stat().st_size} bytes", where=where, rule=f"a file of this kind has at most {max_bytes} bytes")
+        raise FormatError(
+            f"{path.stat().st_size} bytes", where=where, rule=f"a file of this kind has at most {max_bytes} bytes"
+        )
     return data
 
 

@@ -80,7 +80,9 @@ def _header_bytes(path: Path, file: str, size: int) -> bytes:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise FormatError(f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read")
+            raise FormatError(
+                f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
+            )
         if 8 + length > size:
             raise FormatError(f"a header of {length} bytes in a file of {size}", where=file)
         data = stream.read(length)
@@ -117,7 +119,9 @@ def _tensor(name: str, entry: Any, file: str) -> tuple[TensorInfo, int, int]:
     except FormatError as error:
         raise error.at(where) from None
     if offsets[1] - offsets[0] != info.nbytes:
-        raise FormatError(f"{offsets[1] - offsets[0]} bytes for {dtype} {tuple(shape)}, which takes {info.nbytes}", where=where)
+        raise FormatError(
+            f"{offsets[1] - offsets[0]} bytes for {dtype} {tuple(shape)}, which takes {info.nbytes}", where=where
+        )
     return info, offsets[0], offsets[1]
 
 

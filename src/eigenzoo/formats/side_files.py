@@ -57,7 +57,9 @@ def _check(folder: Path, name: str) -> None:
         raise FormatError(f"{name!r} is no plain file", where=str(folder))
     size = target.stat().st_size
     if size > MAX_SIDE_BYTES:
-        raise FormatError(f"{name!r} has {size} bytes", where=str(folder), rule=f"such a file has at most {MAX_SIDE_BYTES} bytes")
+        raise FormatError(
+            f"{name!r} has {size} bytes", where=str(folder), rule=f"such a file has at most {MAX_SIDE_BYTES} bytes"
+        )
 
 
 def refuse_quantised(folder: Path, side_files: tuple[str, ...]) -> None:

@@ -107,7 +107,9 @@ def write_lora(
     ]
     missing = [tensor.name for tensor in tensors if tensor.name not in values]
     if missing or len(values) != len(tensors):
-        raise UsageError(f"tensors missing or too many: {', '.join(missing[:5])}", rule="all of the layout's are needed")
+        raise UsageError(
+            f"tensors missing or too many: {', '.join(missing[:5])}", rule="all of the layout's are needed"
+        )
     write_tensors(folder / WEIGHTS_FILE, tensors, values.__getitem__, metadata or DEFAULT_METADATA)
     text = json.dumps(merged_config(config, rank), indent=2, sort_keys=True)
     _write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
@@ -115,7 +117,9 @@ def write_lora(
         _write_bytes(folder / name, data)
 
 
-def write_tensors(path: Path, tensors: Sequence[TensorLayout], read: Callable[[str], Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Sequence[TensorLayout], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write one safetensors file of known contents; wider dtypes first, as the library does, to keep them aligned."""
     ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
     entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
@@ -170,7 +174,9 @@ def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) ->
             if entries != _weight_map(layout):
                 raise FormatError("its weight_map does not fit the files that are written", where=name[:100])
         elif name not in SIDE_FILES:
-            raise FormatError(f"{name[:100]!r} is no known side file", rule=f"known are {', '.join(sorted(SIDE_FILES))}")
+            raise FormatError(
+                f"{name[:100]!r} is no known side file", rule=f"known are {', '.join(sorted(SIDE_FILES))}"
+            )
     return side_files
 
 

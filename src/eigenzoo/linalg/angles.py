@@ -11,7 +11,8 @@ def principal_cosines(basis_KD: Tensor, other_LD: Tensor) -> Tensor:
 
     The cosine cannot tell angles below 1e-8; for those use `subspace_gap`.
     """
-    return torch.linalg.svdvals(basis_KD @ other_LD.T).clamp_max(1)
+    cosines: Tensor = torch.linalg.svdvals(basis_KD @ other_LD.T).clamp_max(1)
+    return cosines
 
 
 def subspace_gap(basis_KD: Tensor, other_LD: Tensor) -> float:

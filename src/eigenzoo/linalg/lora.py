@@ -27,7 +27,8 @@ def inner_products(left: Sequence[Factors], right: Sequence[Factors]) -> Tensor:
     b_right, a_right, owner_right = stack_factors(right)
     products_PP = (b_left.T @ b_right).mul_(a_left @ a_right.T)
     rows_NP = products_PP.new_zeros(len(left), products_PP.shape[1]).index_add_(0, owner_left, products_PP)
-    return rows_NP.new_zeros(len(left), len(right)).index_add_(1, owner_right, rows_NP)
+    products_NN: Tensor = rows_NP.new_zeros(len(left), len(right)).index_add_(1, owner_right, rows_NP)
+    return products_NN
 
 
 def stack_factors(factors: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,8 @@ def output_factor(factors: Factors) -> Tensor:
     b_OR, a_RI = factors
     # eigh and not Cholesky: a rank-deficient A (unused ranks are zero rows) has a singular Gram.
     values_R, vectors_RR = torch.linalg.eigh(a_RI @ a_RI.T)
-    return b_OR @ (vectors_RR * values_R.clamp_min(0).sqrt())
+    factor_OR: Tensor = b_OR @ (vectors_RR * values_R.clamp_min(0).sqrt())
+    return factor_OR
 
 
 def truncated(left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None) -> tuple[Factors, float]:

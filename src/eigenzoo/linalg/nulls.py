@@ -72,7 +72,8 @@ def axis_null(size: int, energies_N: Tensor, columns_per_model: float, *, draws:
     """Spectra of an outputs' or inputs' moment (size × size) when every entry of every model is unrelated noise.
 
     Each model brings `columns_per_model` independent columns (a full matrix: its other side; an update: its rank), weighted
-    by its energy; uneven energies count as fewer columns, (Σe)² / Σe² models' worth. Rows of the result are draws: eigenvalues, descending, over their sum.
+    by its energy; uneven energies count as fewer columns, (Σe)² / Σe² models' worth.
+    Rows of the result are draws: eigenvalues, descending, over their sum.
     """
     energies_N = energies_N.double().clamp_min(0)
     effective_models = float(energies_N.sum() ** 2 / energies_N.square().sum()) if float(energies_N.sum()) > 0 else 1.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eigenzoo.errors import RankError
@@ -59,7 +58,9 @@ def choose_rank(rule: RankRule, values_K: Tensor, total: float, null: Tensor | N
         if rule == 1.0:
             return RankChoice(available, "everything above round-off")
         shares = values_K.cumsum(0) / total if total > 0 else values_K
-        return RankChoice(min(available, int((shares < rule).sum()) + 1) if available else 0, f"{rule:.0%} of the variance")
+        return RankChoice(
+            min(available, int((shares < rule).sum()) + 1) if available else 0, f"{rule:.0%} of the variance"
+        )
     if rule >= available:
         return RankChoice(available, "all there are" if rule > available else "as asked")
     return RankChoice(rule, "as asked")

@@ -65,7 +65,9 @@ def make(
     return make_zoo(plan, Path(out), force, progress)
 
 
-def accuracy(path: str | os.PathLike[str], *, task: str | None = None, base: str | os.PathLike[str] | None = None) -> float:
+def accuracy(
+    path: str | os.PathLike[str], *, task: str | None = None, base: str | os.PathLike[str] | None = None
+) -> float:
     """Return the share of right answers of one saved model: checkpoint folder, adapter folder or .safetensors file.
 
     `task`, by default the one in the file's metadata, decides what is measured. A true task such as

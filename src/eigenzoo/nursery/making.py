@@ -151,7 +151,9 @@ def _refuse_overwriting(out: Path, force: bool) -> None:
         raise OutputError("exists already", where=str(out), next_step="choose another path or pass force=True")
     # Force means "make this zoo again", not "delete whatever lies here".
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / RECIPE).is_file()):
-        raise OutputError("is not a zoo", where=str(out), rule=f"force replaces an empty folder or one that holds {RECIPE}")
+        raise OutputError(
+            "is not a zoo", where=str(out), rule=f"force replaces an empty folder or one that holds {RECIPE}"
+        )
 
 
 @contextmanager

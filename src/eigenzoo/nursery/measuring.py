@@ -81,7 +81,9 @@ def _load_checkpoint(folder: Path) -> Any:
     """Load with transformers, but refuse what it would fill with random values."""
     reader: Any = ViTForImageClassification
     with quietly():
-        model, found = reader.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        model, found = reader.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     wrong = {problem: sorted(map(str, names)) for problem, names in found.items() if names}
     if wrong:
         raise MismatchError(f"not a complete digits-vit: {wrong}", where=str(folder))

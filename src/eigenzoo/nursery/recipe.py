@@ -122,7 +122,9 @@ class Recipe:
         return sum(float(model[fact]) for model in self.models.values()) / len(self.models)
 
 
-def plan_zoo(kind: str, num_models: int | None, seed: int, random_labels: bool, train_head: bool, own_init: bool | None) -> Plan:
+def plan_zoo(
+    kind: str, num_models: int | None, seed: int, random_labels: bool, train_head: bool, own_init: bool | None
+) -> Plan:
     """Resolve the defaults and refuse, with `UsageError`, what the kind cannot do."""
     if kind not in DEFAULTS:
         raise UsageError(f"no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")

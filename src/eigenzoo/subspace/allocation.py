@@ -47,24 +47,32 @@ class LayerSpectra:
     def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: int) -> int:
         """Bytes of the layer in a bundle: center, bases, and all models' coefficients."""
         axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
-        return (basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks)
-                + num_models * coefficient_bytes(self.layer, ranks, axes))
+        return basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks) + num_models * coefficient_bytes(
+            self.layer, ranks, axes
+        )
 
 
 def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
     """Take the spectra of a layer's moments."""
     values: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
-    for axis, moment in (("models", moments.centered_NN), ("outputs", moments.outputs_OO), ("inputs", moments.inputs_II)):
+    for axis, moment in (
+        ("models", moments.centered_NN),
+        ("outputs", moments.outputs_OO),
+        ("inputs", moments.inputs_II),
+    ):
         if axis in axes and moment is not None:
-            varies = moments.variance > 0 or (axis != "models" and float(moment.diagonal().sum()) > 0)
+            holds_mean = axis != "models" and isinstance(stack, UpdateStack)
+            varies = moments.variance > 0 or (holds_mean and float(moment.diagonal().sum()) > 0)
             values[axis] = eigenpairs(moment)[0] if varies else moment.new_zeros(0)
             totals[axis] = float(moment.diagonal().sum()) if varies else 0.0
     update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
     return LayerSpectra(stack.layer, values, totals, float(moments.energies_N.sum()), moments.variance, update_ranks)
 
 
-def collect_spectra(zoo: Zoo, axes: tuple[str, ...], center: str, block_bytes: int, progress: Progress) -> dict[str, LayerSpectra]:
+def collect_spectra(
+    zoo: Zoo, axes: tuple[str, ...], center: str, block_bytes: int, progress: Progress
+) -> dict[str, LayerSpectra]:
     """Collect the spectra of all layers; one pass over the weights."""
     spectra = {}
     for number, name in enumerate(zoo.layers):
@@ -76,10 +84,17 @@ def collect_spectra(zoo: Zoo, axes: tuple[str, ...], center: str, block_bytes: i
 
 def fixed_bytes(zoo: Zoo) -> int:
     """Bytes that a bundle has at any rank: headers, the manifest, and what is carried (each tensor once per model)."""
-    carried = sum(model.tensors[name].nbytes + 100 for place, model in enumerate(zoo.models) for name in zoo.carried(place))
+    carried = sum(
+        model.tensors[name].nbytes + 100 for place, model in enumerate(zoo.models) for name in zoo.carried(place)
+    )
     side_files = {name: len(zoo.models[0].read_side_file(name)) for name in zoo.models[0].side_files}
     per_layer = sum(600 + 9 * len(name.encode()) for name in zoo.layers)
-    return carried + sum(side_files.values()) + len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers)) + 3 * per_layer
+    return (
+        carried
+        + sum(side_files.values())
+        + len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers))
+        + 3 * per_layer
+    )
 
 
 def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress) -> dict[str, FitOptions]:
@@ -91,7 +106,9 @@ def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress
     return {name: replace(options, rules=ranks[name]) for name in spectra}
 
 
-def spend(spectra: Mapping[str, LayerSpectra], options: FitOptions, num_models: int, fixed: int) -> dict[str, dict[str, int]]:
+def spend(
+    spectra: Mapping[str, LayerSpectra], options: FitOptions, num_models: int, fixed: int
+) -> dict[str, dict[str, int]]:
     """Raise ranks one direction at a time, best gain per byte first; pure in the spectra."""
     itemsize = options.torch_dtype.itemsize
     ranks = {name: dict.fromkeys(options.axes, 0) for name in spectra}
@@ -100,17 +117,26 @@ def spend(spectra: Mapping[str, LayerSpectra], options: FitOptions, num_models: 
     energy = sum(layer.energy for layer in spectra.values())
     allowed = None if options.max_error is None else options.max_error * energy
     if options.budget is not None and spent > options.budget:
-        raise BudgetError(f"a budget of {options.budget:,} bytes, but means, carried tensors and headers alone take {spent:,}",
-                          next_step="raise the budget, exclude layers, or choose other axes")
+        raise BudgetError(
+            f"a budget of {options.budget:,} bytes, but means, carried tensors and headers alone take {spent:,}",
+            next_step="raise the budget, exclude layers, or choose other axes",
+        )
     lost = sum(errors.values())
-    heap = [entry for name in spectra for axis in options.axes if (entry := _next(spectra[name], name, axis, 0, ranks[name], num_models, itemsize))]
+    heap = [
+        entry
+        for name in spectra
+        for axis in options.axes
+        if (entry := _next(spectra[name], name, axis, 0, ranks[name], num_models, itemsize))
+    ]
     heapq.heapify(heap)
     while heap and (allowed is None or lost > allowed):
         _, name, axis, rank = heapq.heappop(heap)
         if rank != ranks[name][axis]:
             continue
         grown = {**ranks[name], axis: rank + 1}
-        cost = spectra[name].num_bytes(grown, num_models, itemsize) - spectra[name].num_bytes(ranks[name], num_models, itemsize)
+        cost = spectra[name].num_bytes(grown, num_models, itemsize) - spectra[name].num_bytes(
+            ranks[name], num_models, itemsize
+        )
         if options.budget is not None and spent + cost > options.budget:
             continue
         ranks[name], spent = grown, spent + cost
@@ -122,8 +148,9 @@ def spend(spectra: Mapping[str, LayerSpectra], options: FitOptions, num_models: 
     return ranks
 
 
-def _next(layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int,
-          itemsize: int) -> tuple[float, str, str, int] | None:
+def _next(
+    layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: int
+) -> tuple[float, str, str, int] | None:
     """The heap's entry for one more direction of an axis: minus the gain per byte."""
     if rank >= layer.whole(axis):
         return None
@@ -132,4 +159,3 @@ def _next(layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[s
     more, now = {**others, axis: rank + 1}, {**others, axis: rank}
     cost = layer.num_bytes(more, num_models, itemsize) - layer.num_bytes(now, num_models, itemsize)
     return -float(layer.values[axis][rank]) / max(cost, 1), name, axis, rank
-

@@ -22,7 +22,9 @@ MANIFEST_PER_MODEL = 900
 """What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
 
 
-def basis_bytes(layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int, update_ranks: int = 0) -> int:
+def basis_bytes(
+    layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int, update_ranks: int = 0
+) -> int:
     """Bytes of a layer's center and bases; `update_ranks` is ΣR, the ranks of all models' updates, for form `stacked`."""
     outputs, inputs = layer.shape
     if tuple(axes) == ("models",):
@@ -32,7 +34,9 @@ def basis_bytes(layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], ite
     kept_outputs, kept_inputs = ranks.get("outputs", outputs), ranks.get("inputs", inputs)
     core = kept_outputs * kept_inputs
     mean = core if layer.kind == "update" else layer.num_values
-    sides = (outputs * kept_outputs if kept_outputs < outputs else 0) + (inputs * kept_inputs if kept_inputs < inputs else 0)
+    sides = (outputs * kept_outputs if kept_outputs < outputs else 0) + (
+        inputs * kept_inputs if kept_inputs < inputs else 0
+    )
     return itemsize * (mean + sides + ranks.get("models", 0) * core)
 
 
@@ -65,5 +69,12 @@ def count_bytes(folder: Path, zoo_layers: int, zoo_whole: int, num_models: int) 
     rest = sum(size for name, size in sizes.items() if name.startswith("rest/"))
     per_model = (coefficients + rest) // num_models + MANIFEST_PER_MODEL
     whole = basis + per_model * num_models
-    return ByteCount(zoo_layers, basis + coefficients, per_model, zoo_whole, whole, sizes.get(MOMENTS, 0),
-                     break_even(basis, per_model, zoo_whole / num_models))
+    return ByteCount(
+        zoo_layers,
+        basis + coefficients,
+        per_model,
+        zoo_whole,
+        whole,
+        sizes.get(MOMENTS, 0),
+        break_even(basis, per_model, zoo_whole / num_models),
+    )

@@ -13,20 +13,33 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     """Write the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
     report, sizes = manifest.report, manifest.report["bytes"]
     lines = [
-        "---", "library_name: eigenzoo", "tags: [eigenzoo, weight-subspace]", "---", "",
-        f"# A shared weight subspace of {len(manifest.models)} models", "",
-        f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes {', '.join(f'`{axis}`' for axis in manifest.axes)}, "
-        f"center `{manifest.center}`, bases in {manifest.dtype}.", "",
-        "| | bytes |", "|---|---|",
+        "---",
+        "library_name: eigenzoo",
+        "tags: [eigenzoo, weight-subspace]",
+        "---",
+        "",
+        f"# A shared weight subspace of {len(manifest.models)} models",
+        "",
+        f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
+        f"center `{manifest.center}`, bases in {manifest.dtype}.",
+        "",
+        "| | bytes |",
+        "|---|---|",
         f"| the models' files | {sizes['whole_zoo']:,} |",
         f"| this bundle, everything but the moments | {sizes['whole_bundle']:,} |",
         f"| one more model | {sizes['per_model']:,} |",
-        f"| moments (optional) | {sizes['moments']:,} |", "",
-        _break_even(sizes["break_even_models"]), "",
-        f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}", "",
-        "| model | source |", "|---|---|",
-        *(f"| {_escape(model.name)} | {_escape(model.source.path)} |" for model in manifest.models), "",
-        "Licences: those of the models it was made from. Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.", "",
+        f"| moments (optional) | {sizes['moments']:,} |",
+        "",
+        _break_even(sizes["break_even_models"]),
+        "",
+        f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}",
+        "",
+        "| model | source |",
+        "|---|---|",
+        *(f"| {_escape(model.name)} | {_escape(model.source.path)} |" for model in manifest.models),
+        "",
+        "Licences: those of the models it was made from. Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
+        "",
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
@@ -45,8 +58,10 @@ def _heldout(report: dict[str, object]) -> str:
     if not shares:
         return "Held-out error was not measured by the fit: project models that it has not seen."
     inside = [layer["captured"] for layer in layers.values() if layer["heldout"] is not None]
-    return (f"Of the variance about the mean, the kept directions hold {sum(inside) / len(inside):.1%} in-sample and "
-            f"{sum(shares) / len(shares):.1%} of models held out (five folds, average over {len(shares)} layers).")
+    return (
+        f"Of the variance about the mean, the kept directions hold {sum(inside) / len(inside):.1%} in-sample and "
+        f"{sum(shares) / len(shares):.1%} of models held out (five folds, average over {len(shares)} layers)."
+    )
 
 
 def _escape(text: str) -> str:

@@ -35,4 +35,3 @@ class Coefficients:
         """Return the residuals as plain JSON values."""
         layers = {layer: {"residual": value} for layer, value in self.residuals.items()}
         return {"residual": self.residual, "layers": layers}
-

@@ -17,7 +17,7 @@ import torch
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.formats.bundle import file_sha256, open_basis
-from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord
+from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
 from eigenzoo.linalg.gram import squared_distances
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
@@ -90,15 +90,22 @@ def fit(
     per_layer = allocate(source, options, block_bytes, progress)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     try:
-        manifest = write_subspace(source, options, per_layer, Path(folder.name), progress, started, block_bytes=block_bytes)
+        manifest = write_subspace(
+            source, options, per_layer, Path(folder.name), progress, started, block_bytes=block_bytes
+        )
     except BaseException:
         folder.cleanup()
         raise
     return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
 
 
-def opened(zoo: Zoo | Source, view: str | None = None, base: str | os.PathLike[str] | None = None,
-           include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> Zoo:
+def opened(
+    zoo: Zoo | Source,
+    view: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Zoo:
     """Open a source, or choose anew from an opened zoo."""
     if not isinstance(zoo, Zoo):
         return open_zoo(zoo, view=view, base=base, include=include or (), exclude=exclude or ())
@@ -109,25 +116,51 @@ def opened(zoo: Zoo | Source, view: str | None = None, base: str | os.PathLike[s
     return zoo.select(view=view, include=include, exclude=exclude)
 
 
-def write_subspace(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], folder: Path, progress: Progress, started: float, *,
-                   block_bytes: int = BLOCK_BYTES, moments: Mapping[str, LayerMoments] | None = None) -> Manifest:
+def write_subspace(
+    zoo: Zoo,
+    options: FitOptions,
+    per_layer: Mapping[str, FitOptions],
+    folder: Path,
+    progress: Progress,
+    started: float,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    moments: Mapping[str, LayerMoments] | None = None,
+) -> Manifest:
     """Fit layer after layer into `folder`; where the moments of the models axis are known already, the pass for them is saved."""
     fitted, collected = _fit_layers(zoo, options, per_layer, folder, progress, block_bytes, moments or {})
     basis_id = identify(open_basis(folder).paths)
     models = write_models(zoo, fitted, collected, basis_id, folder)
     write_moments(folder, collected)
-    return Manifest(
-        schema_version=SCHEMA_VERSION, eigenzoo_version=version("eigenzoo"), basis_id=basis_id, view=zoo.view, axes=list(options.axes),
-        center=options.center, dtype=options.dtype, options=plain(options),
+    return make_manifest(
+        schema_version=SCHEMA_VERSION,
+        eigenzoo_version=version("eigenzoo"),
+        basis_id=basis_id,
+        view=zoo.view,
+        axes=list(options.axes),
+        center=options.center,
+        dtype=options.dtype,
+        options=plain(options),
         base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
-        layers=[layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()],
-        models=models, discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
-        report=_report(zoo, options, fitted, collected, folder, started).to_dict(), files={},
+        layers=[
+            layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()
+        ],
+        models=models,
+        discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
+        report=_report(zoo, options, fitted, collected, folder, started).to_dict(),
+        files={},
     )
 
 
-def _fit_layers(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], folder: Path, progress: Progress, block_bytes: int,
-                known: Mapping[str, LayerMoments]) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
+def _fit_layers(
+    zoo: Zoo,
+    options: FitOptions,
+    per_layer: Mapping[str, FitOptions],
+    folder: Path,
+    progress: Progress,
+    block_bytes: int,
+    known: Mapping[str, LayerMoments],
+) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
     """Only the Gram of a layer's moments outlives it."""
     writer = BasisWriter(folder, list(zoo.layers))
     fitted: dict[str, FittedLayer] = {}
@@ -148,15 +181,24 @@ def _fit_layers(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOption
     return fitted, moments
 
 
-def write_models(zoo: Zoo, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], basis_id: str,
-                 folder: Path) -> list[ModelRecord]:
+def write_models(
+    zoo: Zoo, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], basis_id: str, folder: Path
+) -> list[ModelRecord]:
     """Write every model's coefficients and contents."""
-    shares = {name: layer.outside_N / moments[name].energies_N.clamp_min(torch.finfo(torch.float64).tiny)
-              for name, layer in fitted.items()}
+    shares = {
+        name: layer.outside_N / moments[name].energies_N.clamp_min(torch.finfo(torch.float64).tiny)
+        for name, layer in fitted.items()
+    }
     return [
-        write_model(folder, name, basis_id, [layer.coefficients[place] for layer in fitted.values()],
-                    [float(share_N[place]) for share_N in shares.values()], ZooTemplate(zoo, place),
-                    source_record(zoo.models[place], folder))
+        write_model(
+            folder,
+            name,
+            basis_id,
+            [layer.coefficients[place] for layer in fitted.values()],
+            [float(share_N[place]) for share_N in shares.values()],
+            ZooTemplate(zoo, place),
+            source_record(zoo.models[place], folder),
+        )
         for place, name in enumerate(zoo.names)
     ]
 
@@ -166,15 +208,31 @@ def identify(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
 
 
-def _report(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], folder: Path,
-            started: float) -> FitReport:
+def _report(
+    zoo: Zoo,
+    options: FitOptions,
+    fitted: Mapping[str, FittedLayer],
+    moments: Mapping[str, LayerMoments],
+    folder: Path,
+    started: float,
+) -> FitReport:
     energy = sum(float(layer.energies_N.sum()) for layer in moments.values())
     lost = sum(float(layer.outside_N.sum()) for layer in fitted.values())
     return FitReport(
-        num_models=len(zoo), num_layers=len(zoo.layers), view=zoo.view, center=options.center, axes=options.axes,
-        layers={name: layer.record for name, layer in fitted.items()}, energy=energy, residual=lost / energy if energy > 0 else 0.0,
-        duplicates=find_duplicates(zoo.names, moments.values()), bytes=count_bytes(folder, zoo.layer_bytes, zoo.num_bytes, len(zoo)),
-        left_out=zoo.left_out, skipped=zoo.skipped, warnings=zoo.warnings, seconds=time.perf_counter() - started,
+        num_models=len(zoo),
+        num_layers=len(zoo.layers),
+        view=zoo.view,
+        center=options.center,
+        axes=options.axes,
+        layers={name: layer.record for name, layer in fitted.items()},
+        energy=energy,
+        residual=lost / energy if energy > 0 else 0.0,
+        duplicates=find_duplicates(zoo.names, moments.values()),
+        bytes=count_bytes(folder, zoo.layer_bytes, zoo.num_bytes, len(zoo)),
+        left_out=zoo.left_out,
+        skipped=zoo.skipped,
+        warnings=zoo.warnings,
+        seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
 

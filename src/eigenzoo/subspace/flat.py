@@ -20,8 +20,15 @@ ORTHONORMAL = 1e-6
 """Deviation from orthonormality above which directions are corrected; float32 storage alone gives about 1e-7."""
 
 
-def write_flat(stack: DenseStack, moments: LayerMoments, weights_NK: Tensor, coefficients_NK: Tensor, dtype: torch.dtype,
-               writer: TensorWriter, block_bytes: int = BLOCK_BYTES) -> Tensor:
+def write_flat(
+    stack: DenseStack,
+    moments: LayerMoments,
+    weights_NK: Tensor,
+    coefficients_NK: Tensor,
+    dtype: torch.dtype,
+    writer: TensorWriter,
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
     """Write the center and the directions V = Wᵀ(X − M) in one pass over the weights; returns the coefficients.
 
     Directions of small eigenvalues inherit the Gram's round-off and lean on each other; one Cholesky step makes them
@@ -50,13 +57,22 @@ def write_flat(stack: DenseStack, moments: LayerMoments, weights_NK: Tensor, coe
                 writer.write_flat(f"{layer.name}/models", number * layer.num_values + block.start, direction)
     if deviation_from_identity(gram_KK) <= max(ORTHONORMAL, 4 * torch.finfo(dtype).eps):
         return coefficients_NK
-    return _orthonormalize(writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype, block_bytes)
+    return _orthonormalize(
+        writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype, block_bytes
+    )
 
 
-def _orthonormalize(writer: TensorWriter, name: str, gram_KK: Tensor, coefficients_NK: Tensor, num_values: int,
-                    dtype: torch.dtype, block_bytes: int) -> Tensor:
+def _orthonormalize(
+    writer: TensorWriter,
+    name: str,
+    gram_KK: Tensor,
+    coefficients_NK: Tensor,
+    num_values: int,
+    dtype: torch.dtype,
+    block_bytes: int,
+) -> Tensor:
     """Replace V by L⁻¹V in place, with LLᵀ = VVᵀ, and return C·L (CholeskyQR, Yamamoto et al. 2015)."""
-    lower_KK = torch.linalg.cholesky(gram_KK)
+    lower_KK: Tensor = torch.linalg.cholesky(gram_KK)
     num_kept = gram_KK.shape[0]
     per_block = max(1, block_bytes // (8 * num_kept))
     for start in range(0, num_values, per_block):
@@ -126,6 +142,10 @@ class FlatBasis(LayerBasis):
             stop = min(start + per_block, num_values)
             directions = torch.empty(num_kept, stop - start, dtype=torch.float64)
             for number in range(num_kept):
-                self.tensors.read_flat(self._name("models"), number * num_values + start, number * num_values + stop,
-                                       out=directions[number])
+                self.tensors.read_flat(
+                    self._name("models"),
+                    number * num_values + start,
+                    number * num_values + stop,
+                    out=directions[number],
+                )
             yield start, stop, directions

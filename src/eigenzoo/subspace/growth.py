@@ -59,8 +59,14 @@ class Growth:
     statement: str
 
 
-def add(space: Subspace, source: Source | Zoo, *, refresh: bool = False, old: Source | None = None,
-        progress: Progress = no_progress) -> Subspace:
+def add(
+    space: Subspace,
+    source: Source | Zoo,
+    *,
+    refresh: bool = False,
+    old: Source | None = None,
+    progress: Progress = no_progress,
+) -> Subspace:
     """Return a new Subspace that holds more models.
 
     Args:
@@ -79,8 +85,11 @@ def add(space: Subspace, source: Source | Zoo, *, refresh: bool = False, old: So
     new = space.open(source)
     taken = sorted(set(new.names) & set(space.names))
     if taken:
-        raise UsageError(f"a model called {taken[0]!r} is in the subspace already", where=str(space.path),
-                         next_step="rename the new model's folder")
+        raise UsageError(
+            f"a model called {taken[0]!r} is in the subspace already",
+            where=str(space.path),
+            next_step="rename the new model's folder",
+        )
     originals = _originals(space, old)
     moments = _grown_moments(space, new, originals, progress)
     if refresh:
@@ -94,14 +103,21 @@ def _originals(space: Subspace, old: Source | None) -> Zoo | None:
         zoo = space.open(old)
         missing = [name for name in space.names if name not in zoo.names]
         if missing:
-            raise UsageError(f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace")
+            raise UsageError(
+                f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
+            )
         return zoo.select(names=space.names)
     records = {model.name: model.source for model in space.manifest.models}
     if not all(is_at_hand(record, space.path) for record in records.values()):
         return None
-    return space.open(open_zoo([space.path / record.path for record in records.values()], view=space.view,
-                               base=space.base.path if space.view == "delta" and space.base else None,
-                               allow_pickle=_from_pickles(space))).renamed(list(records))
+    return space.open(
+        open_zoo(
+            [space.path / record.path for record in records.values()],
+            view=space.view,
+            base=space.base.path if space.view == "delta" and space.base else None,
+            allow_pickle=_from_pickles(space),
+        )
+    ).renamed(list(records))
 
 
 def _from_pickles(space: Subspace) -> bool:
@@ -114,7 +130,9 @@ def _joined(first: Zoo, second: Zoo) -> Zoo:
     return Zoo([*first.models, *second.models], [*first.names, *second.names], selection, first.base or second.base)
 
 
-def _grown_moments(space: Subspace, new: Zoo, originals: Zoo | None, progress: Progress) -> dict[str, LayerMoments] | None:
+def _grown_moments(
+    space: Subspace, new: Zoo, originals: Zoo | None, progress: Progress
+) -> dict[str, LayerMoments] | None:
     """All layers' moments with the new models' border; None where the bundle has none, or cannot know them."""
     if not space.has_moments:
         return None
@@ -167,15 +185,22 @@ def _extend_updates(moments: LayerMoments, stack: UpdateStack) -> LayerMoments:
 
 def _zero_centered(raw_NN: Tensor) -> dict[str, Any]:
     about_mean = from_raw_gram(raw_NN, 0)
-    return {"gram_NN": about_mean.gram_NN, "cross_N": about_mean.cross_N, "reference_energy": about_mean.reference_energy,
-            "shift_N": about_mean.cross_N, "shift_energy": about_mean.reference_energy}
+    return {
+        "gram_NN": about_mean.gram_NN,
+        "cross_N": about_mean.cross_N,
+        "reference_energy": about_mean.reference_energy,
+        "shift_N": about_mean.cross_N,
+        "shift_energy": about_mean.reference_energy,
+    }
 
 
 def _bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor | None) -> LayerMoments:
     """Put a border (M, N + M) around the Gram."""
     num_old = moments.num_models
     top = torch.cat([moments.gram_NN, border[:, :num_old].T], 1)
-    gram_NN = torch.cat([top, torch.cat([border[:, :num_old], (border[:, num_old:] + border[:, num_old:].T) / 2], 1)], 0)
+    gram_NN = torch.cat(
+        [top, torch.cat([border[:, :num_old], (border[:, num_old:] + border[:, num_old:].T) / 2], 1)], 0
+    )
     shift_N = torch.cat([moments.shift_N, shift]) if moments.shift_N is not None and shift is not None else None
     return replace(moments, gram_NN=gram_NN, cross_N=torch.cat([moments.cross_N, cross]), shift_N=shift_N)
 
@@ -202,7 +227,9 @@ def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
     return grown
 
 
-def _extended(space: Subspace, new: Zoo, moments: Mapping[str, LayerMoments] | None, exact: bool, progress: Progress) -> Subspace:
+def _extended(
+    space: Subspace, new: Zoo, moments: Mapping[str, LayerMoments] | None, exact: bool, progress: Progress
+) -> Subspace:
     """Keep the basis, add coefficients."""
     projected = space.project_many(new, progress=progress)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
@@ -212,15 +239,27 @@ def _extended(space: Subspace, new: Zoo, moments: Mapping[str, LayerMoments] | N
         records = [_write_projected(root, space, new, coefficients) for coefficients in projected.values()]
         if moments is not None:
             write_moments(root, moments)
-        old = [model.model_copy(update={"source": moved(model.source, space.path.absolute(), root)}) for model in space.manifest.models]
+        old = [
+            model.model_copy(update={"source": moved(model.source, space.path.absolute(), root)})
+            for model in space.manifest.models
+        ]
         discarded, energy = dict(space.manifest.discarded), space.report["energy"]
         for coefficients in projected.values():
             energy += sum(coefficients.energies.values())
             for name, share in coefficients.residuals.items():
                 discarded[name] += share * coefficients.energies[name]
         base = space.manifest.base and moved(space.manifest.base, space.path.absolute(), root)
-        manifest = space.manifest.model_copy(update={"models": [*old, *records], "discarded": discarded, "base": base, "files": {}})
-        manifest = _with_growth(manifest, space, new, root, energy, Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False)))
+        manifest = space.manifest.model_copy(
+            update={"models": [*old, *records], "discarded": discarded, "base": base, "files": {}}
+        )
+        manifest = _with_growth(
+            manifest,
+            space,
+            new,
+            root,
+            energy,
+            Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False)),
+        )
     except BaseException:
         folder.cleanup()
         raise
@@ -231,8 +270,15 @@ def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coeffi
     place = new.place(coefficients.name)
     values = [coefficients.values[name] for name in space.layers]
     residuals = [coefficients.residuals[name] for name in space.layers]
-    return write_model(root, coefficients.name, space.manifest.basis_id, values, residuals, coefficients.template,
-                       source_record(new.models[place], root))
+    return write_model(
+        root,
+        coefficients.name,
+        space.manifest.basis_id,
+        values,
+        residuals,
+        coefficients.template,
+        source_record(new.models[place], root),
+    )
 
 
 def _link_files(space: Subspace, root: Path) -> None:
@@ -248,21 +294,39 @@ def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, ener
     sizes = space.report["bytes"]
     num_models = len(manifest.models)
     counted = count_bytes(root, sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes, num_models)
-    report = {**space.report, "num_models": num_models, "bytes": vars(counted), "growth": vars(growth), "energy": energy}
+    report = {
+        **space.report,
+        "num_models": num_models,
+        "bytes": vars(counted),
+        "growth": vars(growth),
+        "energy": energy,
+    }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
     return manifest.model_copy(update={"report": report})
 
 
 def _statement(exact: bool, refreshed: bool) -> str:
     if refreshed:
-        return ("fitted anew on all models' files" if exact else
-                "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost")
-    return ("the basis is unchanged and the moments are exact" if exact else
-            "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only")
+        return (
+            "fitted anew on all models' files"
+            if exact
+            else "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost"
+        )
+    return (
+        "the basis is unchanged and the moments are exact"
+        if exact
+        else "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only"
+    )
 
 
-def _refreshed(space: Subspace, new: Zoo, originals: Zoo | None, moments: Mapping[str, LayerMoments] | None, progress: Progress,
-               started: float) -> Subspace:
+def _refreshed(
+    space: Subspace,
+    new: Zoo,
+    originals: Zoo | None,
+    moments: Mapping[str, LayerMoments] | None,
+    progress: Progress,
+    started: float,
+) -> Subspace:
     """Fit the basis anew: on the files, with the moments that are known already, or on what the bundle knows."""
     known = originals
     if known is None:
@@ -272,8 +336,9 @@ def _refreshed(space: Subspace, new: Zoo, originals: Zoo | None, moments: Mappin
     zoo = _joined(known, new)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
     try:
-        manifest = write_subspace(zoo, _options(space), _layer_options(space), Path(folder.name), progress, started,
-                                  moments=moments)
+        manifest = write_subspace(
+            zoo, _options(space), _layer_options(space), Path(folder.name), progress, started, moments=moments
+        )
         manifest = _after_refresh(space, new, manifest, originals is not None, Path(folder.name))
     except BaseException:
         folder.cleanup()
@@ -287,7 +352,9 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
     report = dict(manifest.report)
     if not exact:
         sources = {model.name: moved(model.source, space.path.absolute(), root) for model in space.manifest.models}
-        models = [model.model_copy(update={"source": sources.get(model.name, model.source)}) for model in manifest.models]
+        models = [
+            model.model_copy(update={"source": sources.get(model.name, model.source)}) for model in manifest.models
+        ]
         lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
         discarded = lost
         sizes = space.report["bytes"]
@@ -302,7 +369,9 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
 def _options(space: Subspace) -> FitOptions:
     """The options that the subspace was fitted with."""
     saved = space.manifest.options
-    return FitOptions(tuple(saved["axes"]), dict(saved["rules"]), saved["center"], saved["dtype"], None, None, int(saved["seed"]))
+    return FitOptions(
+        tuple(saved["axes"]), dict(saved["rules"]), saved["center"], saved["dtype"], None, None, int(saved["seed"])
+    )
 
 
 def _layer_options(space: Subspace) -> dict[str, FitOptions]:
@@ -311,5 +380,10 @@ def _layer_options(space: Subspace) -> dict[str, FitOptions]:
     if saved["budget"] is None and saved["max_error"] is None:
         return {}
     sizes = {"outputs": 0, "inputs": 1}
-    return {name: replace(_options(space), rules={axis: basis.ranks.get(axis, basis.layer.shape[sizes.get(axis, 0)]) for axis in space.axes})
-            for name, basis in space.layers.items()}
+    return {
+        name: replace(
+            _options(space),
+            rules={axis: basis.ranks.get(axis, basis.layer.shape[sizes.get(axis, 0)]) for axis in space.axes},
+        )
+        for name, basis in space.layers.items()
+    }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eigenzoo.linalg.heldout import cross_validated_capture
@@ -94,16 +93,25 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     captured, outside_N = _tucker_energies(stack, moments, cores, coefficients)
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
     record = _record(stack, moments, options, shown, reasons, captured, float(outside_N.sum()))
-    return FittedLayer(TUCKER, ranks, cores.mean is not None and cores.mean.numel() > 0, coefficients, outside_N, record)
+    return FittedLayer(
+        TUCKER, ranks, cores.mean is not None and cores.mean.numel() > 0, coefficients, outside_N, record
+    )
 
 
-def _side(axis: str, moment: Tensor, stack: Stack, moments: LayerMoments, options: FitOptions) -> tuple[RankChoice, Tensor]:
+def _side(
+    axis: str, moment: Tensor, stack: Stack, moments: LayerMoments, options: FitOptions
+) -> tuple[RankChoice, Tensor]:
     """Rank and basis (O, P) of the outputs or (I, Q) of the inputs."""
-    if moments.variance == 0 and float(moment.diagonal().sum()) <= 0:
+    # Equal updates still have their mean in these moments; equal full weights have round-off only.
+    if moments.variance == 0 and (isinstance(stack, DenseStack) or float(moment.diagonal().sum()) <= 0):
         return RankChoice(0, "no variance"), moment[:, :0]
     values, vectors = eigenpairs(moment)
     rule = options.rules[axis]
-    null = axis_null(moment.shape[0], moments.energies_N, _columns(stack, axis), seed=options.seed) if rule == AUTO else None
+    null = (
+        axis_null(moment.shape[0], moments.energies_N, _columns(stack, axis), seed=options.seed)
+        if rule == AUTO
+        else None
+    )
     choice = choose_rank(rule, values, float(moment.diagonal().sum()), null)
     return choice, vectors[:, : choice.rank].contiguous()
 
@@ -139,8 +147,15 @@ def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coeffici
     return float(kept_N.sum()), outside_N.clamp_min(0)
 
 
-def _record(stack: Stack, moments: LayerMoments, options: FitOptions, ranks: dict[str, int], reasons: dict[str, str],
-            captured: float, outside: float) -> LayerFit:
+def _record(
+    stack: Stack,
+    moments: LayerMoments,
+    options: FitOptions,
+    ranks: dict[str, int],
+    reasons: dict[str, str],
+    captured: float,
+    outside: float,
+) -> LayerFit:
     total, energy = moments.variance, float(moments.energies_N.sum())
     heldout = null = None
     if total > 0 and options.axes == ("models",) and options.center == "models":
@@ -149,8 +164,14 @@ def _record(stack: Stack, moments: LayerMoments, options: FitOptions, ranks: dic
         spectra = norm_matched_spectra(moments.centered_NN.diagonal(), moments.num_values, draws=5, seed=options.seed)
         null = float(spectra.mean(0)[: ranks["models"]].sum())
     return LayerFit(
-        shape=stack.layer.shape, rank=ranks, reason=reasons, captured=min(captured / total, 1.0) if total > 0 else None,
-        heldout=heldout, null=null, mean_energy=moments.mean_share, residual=outside / energy if energy > 0 else 0.0,
+        shape=stack.layer.shape,
+        rank=ranks,
+        reason=reasons,
+        captured=min(captured / total, 1.0) if total > 0 else None,
+        heldout=heldout,
+        null=null,
+        mean_energy=moments.mean_share,
+        residual=outside / energy if energy > 0 else 0.0,
         note=_note(moments, ranks, total),
     )
 

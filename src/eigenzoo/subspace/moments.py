@@ -82,7 +82,9 @@ class LayerMoments:
         return self.num_models * float(self.raw_NN.mean()) / total if total > 0 else 0.0
 
 
-def collect(stack: Stack, axes: tuple[str, ...] = ("models",), center: str = "models", block_bytes: int = BLOCK_BYTES) -> LayerMoments:
+def collect(
+    stack: Stack, axes: tuple[str, ...] = ("models",), center: str = "models", block_bytes: int = BLOCK_BYTES
+) -> LayerMoments:
     """Collect a layer's moments in one pass (a second one where the outputs' moment of a stack larger than a block is asked).
 
     Products run in the stack's dtype on rows whose mean has been removed inside the block, and are summed in float64:
@@ -99,7 +101,11 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
     gram_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
     cross_N = torch.zeros(num_models, dtype=torch.float64)
     columns_NI = torch.zeros(num_models, inputs, dtype=torch.float64) if center in ("columns", "global") else None
-    mean_OI = torch.empty(outputs, inputs, dtype=torch.float64) if {"outputs", "inputs"} & set(axes) or columns_NI is not None else None
+    mean_OI = (
+        torch.empty(outputs, inputs, dtype=torch.float64)
+        if {"outputs", "inputs"} & set(axes) or columns_NI is not None
+        else None
+    )
     inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if "inputs" in axes else None
     mean_energy = 0.0
     for block in stack.blocks(block_bytes):
@@ -114,7 +120,9 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         if inputs_II is not None:
             wide = rows.view(-1, inputs)
             inputs_II += (wide.T @ wide).double()
-    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, inputs_II=inputs_II)
+    moments = LayerMoments(
+        center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, inputs_II=inputs_II
+    )
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
@@ -157,7 +165,9 @@ def _shifted_to_zero(moments: LayerMoments) -> LayerMoments:
     return replace(moments, shift_N=moments.cross_N, shift_energy=moments.reference_energy, removed=zero)
 
 
-def _shifted(moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_NI: Tensor | None, center: str) -> LayerMoments:
+def _shifted(
+    moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_NI: Tensor | None, center: str
+) -> LayerMoments:
     """Move moments about the mean to moments about the center: Σ(Y + d)(Y + d)ᵀ = ΣYYᵀ + N·ddᵀ, for Σ Y = 0."""
     if moments.inputs_II is not None:
         moments = replace(moments, inputs_II=moments.inputs_II + moments.num_models * shift_OI.T @ shift_OI)
@@ -167,7 +177,9 @@ def _shifted(moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_N
     if columns_NI is None:
         return _shifted_to_zero(moments)
     constant_I = center_of(mean_OI, center).expand(1, mean_OI.shape[1])[0]
-    return replace(moments, shift_N=moments.cross_N - columns_NI @ constant_I, shift_energy=float(shift_OI.square().sum()))
+    return replace(
+        moments, shift_N=moments.cross_N - columns_NI @ constant_I, shift_energy=float(shift_OI.square().sum())
+    )
 
 
 def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:

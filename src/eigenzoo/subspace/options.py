@@ -44,8 +44,15 @@ class FitOptions:
         return dtype
 
 
-def resolve_options(rank: Rank | None, axes: Iterable[str] | None, center: str, dtype: str, budget: int | None,
-                    max_error: float | None, seed: int) -> FitOptions:
+def resolve_options(
+    rank: Rank | None,
+    axes: Iterable[str] | None,
+    center: str,
+    dtype: str,
+    budget: int | None,
+    max_error: float | None,
+    seed: int,
+) -> FitOptions:
     """Resolve what a user wrote; raises UsageError for what cannot be meant together."""
     if budget is not None and max_error is not None:
         raise UsageError("budget and max_error are both given", rule="one of them decides the ranks")
@@ -57,8 +64,15 @@ def resolve_options(rank: Rank | None, axes: Iterable[str] | None, center: str, 
         raise BudgetError(f"an error bound of {max_error}", rule="it is a share of the energy in [0, 1)")
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
-    return FitOptions(chosen, rules, check_choice(center, CENTERS, "center"), check_choice(dtype, DTYPES, "dtype"), budget,
-                      max_error, seed)
+    return FitOptions(
+        chosen,
+        rules,
+        check_choice(center, CENTERS, "center"),
+        check_choice(dtype, DTYPES, "dtype"),
+        budget,
+        max_error,
+        seed,
+    )
 
 
 def _axes_of(rank: Rank | None) -> tuple[str, ...]:
@@ -71,8 +85,11 @@ def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
         return {axis: check_rule(rank) for axis in axes}
     strange = [axis for axis in rank if axis not in axes]
     if strange:
-        raise RankError(f"a rank for axis {strange[0]!r}", rule=f"the truncated axes are {', '.join(axes)}",
-                        next_step=f"choose among {', '.join(AXES)} with axes=…")
+        raise RankError(
+            f"a rank for axis {strange[0]!r}",
+            rule=f"the truncated axes are {', '.join(axes)}",
+            next_step=f"choose among {', '.join(AXES)} with axes=…",
+        )
     missing = [axis for axis in axes if axis not in rank]
     if missing:
         raise RankError(f"no rank for axis {missing[0]!r}", rule="a rank per axis names every truncated axis")
@@ -82,11 +99,16 @@ def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
 def check_against(options: FitOptions, view: str, num_models: int) -> None:
     """Raise for ranks and centers that a zoo cannot have, before any work starts."""
     if view == "update" and options.center in ("columns", "global"):
-        raise UsageError(f"center {options.center!r} with view 'update'", rule="updates are centered on the models' mean or not at all",
-                         next_step="use view 'factors', as the paper's scripts do, or center 'models' or 'none'")
+        raise UsageError(
+            f"center {options.center!r} with view 'update'",
+            rule="updates are centered on the models' mean or not at all",
+            next_step="use view 'factors', as the paper's scripts do, or center 'models' or 'none'",
+        )
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models
     if isinstance(rule, int) and rule > spanned:
         after = " after centering" if options.center == "models" else ""
-        raise RankError(f"rank {rule}, but {num_models} models span at most {spanned} directions{after}",
-                        next_step=f"ask for rank <= {spanned} or add models")
+        raise RankError(
+            f"rank {rule}, but {num_models} models span at most {spanned} directions{after}",
+            next_step=f"ask for rank <= {spanned} or add models",
+        )

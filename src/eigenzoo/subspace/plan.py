@@ -63,8 +63,14 @@ class Plan:
         return dict(plain(self))
 
 
-def plan(zoo: Zoo | Source, *, axes: Sequence[str] | None = None, center: str = "models", dtype: str = "float32",
-         progress: Progress = no_progress) -> Plan:
+def plan(
+    zoo: Zoo | Source,
+    *,
+    axes: Sequence[str] | None = None,
+    center: str = "models",
+    dtype: str = "float32",
+    progress: Progress = no_progress,
+) -> Plan:
     """Print-ready table of error against bytes; one pass over the weights, no basis.
 
     Args:
@@ -79,13 +85,19 @@ def plan(zoo: Zoo | Source, *, axes: Sequence[str] | None = None, center: str = 
     itemsize: int = getattr(torch, check_choice(dtype, DTYPES, "dtype")).itemsize
     source = opened(zoo)
     if source.view == "update" and center in ("columns", "global"):
-        raise UsageError(f"center {center!r} with view 'update'", rule="updates are centered on the models' mean or not at all")
+        raise UsageError(
+            f"center {center!r} with view 'update'", rule="updates are centered on the models' mean or not at all"
+        )
     choices = CHOICES if axes is None else (check_axes(axes),)
     wanted = tuple(axis for axis in AXES if any(axis in choice for choice in choices))
     # The models' Gram is always collected: without it nothing is known of the mean.
-    spectra = collect_spectra(source, ("models", *(axis for axis in wanted if axis != "models")), center, BLOCK_BYTES, progress)
+    spectra = collect_spectra(
+        source, ("models", *(axis for axis in wanted if axis != "models")), center, BLOCK_BYTES, progress
+    )
     energy = sum(layer.energy for layer in spectra.values())
-    rows = [_row(spectra, choice, rank, source, itemsize, energy) for choice in choices for rank in _ranks(spectra, choice)]
+    rows = [
+        _row(spectra, choice, rank, source, itemsize, energy) for choice in choices for rank in _ranks(spectra, choice)
+    ]
     mean_only = sum(layer.variance for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
 
@@ -97,7 +109,9 @@ def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int
     return [0, *powers, largest] if "models" in axes and len(axes) == 1 else [*powers, max(largest, 1)]
 
 
-def _row(spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, zoo: Zoo, itemsize: int, energy: float) -> PlanRow:
+def _row(
+    spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, zoo: Zoo, itemsize: int, energy: float
+) -> PlanRow:
     num_models, lost, fixed, per_model = len(zoo), 0.0, 0, 0
     for layer in spectra.values():
         ranks = {axis: min(rank, layer.whole(axis)) for axis in axes}
@@ -107,5 +121,13 @@ def _row(spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, 
         per_model += layer.num_bytes(ranks, 1, itemsize) - basis
     per_model += ceil(fixed_bytes(zoo) / num_models)
     whole = fixed + per_model * num_models
-    return PlanRow(axes, rank, lost / energy if energy > 0 else 0.0, len(axes) == 1, whole, zoo.num_bytes / whole, per_model,
-                   break_even(fixed, per_model, zoo.num_bytes / num_models))
+    return PlanRow(
+        axes,
+        rank,
+        lost / energy if energy > 0 else 0.0,
+        len(axes) == 1,
+        whole,
+        zoo.num_bytes / whole,
+        per_model,
+        break_even(fixed, per_model, zoo.num_bytes / num_models),
+    )

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, EigenzooError
@@ -26,8 +25,15 @@ class RebuiltModel:
         name: the model's name.
     """
 
-    def __init__(self, name: str, layers: Mapping[str, LayerBasis], values: Mapping[str, Tensor], template: Template, view: str,
-                 base: Callable[[], Model]) -> None:
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[str, LayerBasis],
+        values: Mapping[str, Tensor],
+        template: Template,
+        view: str,
+        base: Callable[[], Model],
+    ) -> None:
         self.name = name
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
@@ -95,7 +101,15 @@ class RebuiltModel:
         others = {name: template.read_carried(name) for name in template.carried if name not in used}
         metadata = next(iter(template.metadata.values()), None)
         side_files = {name: template.read_side_file(name) for name in template.side_files}
-        write_lora(folder, layout, dict(template.config or {}), factors, others=others, metadata=metadata, side_files=side_files)
+        write_lora(
+            folder,
+            layout,
+            dict(template.config or {}),
+            factors,
+            others=others,
+            metadata=metadata,
+            side_files=side_files,
+        )
 
     def _adapter_factors(self, module: str) -> Factors:
         """B and A of one module: from the subspace, or, where it was excluded, as carried."""
@@ -104,12 +118,18 @@ class RebuiltModel:
         update = self._template.layout.updates[module]
         names = (f"{module}.lora_B", f"{module}.lora_A")
         keys, shapes = (update.key_b, update.key_a), ((update.shape[0], update.rank), (update.rank, update.shape[1]))
-        b_OR, a_RI = (self.layer(name) if name in self._layers else self._carried(key) for name, key in zip(names, keys, strict=True))
+        b_OR, a_RI = (
+            self.layer(name) if name in self._layers else self._carried(key)
+            for name, key in zip(names, keys, strict=True)
+        )
         return b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of a rebuilt checkpoint by its name in the files, in the files' dtypes."""
         if self._template.config is not None:
-            raise EigenzooError("an adapter has no state dict of full weights", where=self.name, next_step="save it, and load it with PEFT")
+            raise EigenzooError(
+                "an adapter has no state dict of full weights",
+                where=self.name,
+                next_step="save it, and load it with PEFT",
+            )
         return {name: self._read(name) for name in self._template.layout.tensors}
-

@@ -25,8 +25,11 @@ class RecalledModel(Model):
         self._rebuilt, self._template = rebuilt, coefficients.template
         layout = self._template.layout
         self.name, self.path = coefficients.name, path
-        self.tensors = {tensor.name: TensorInfo(tensor.name, tensor.torch_dtype, tensor.shape, file)
-                        for file, tensors in layout.files.items() for tensor in tensors}
+        self.tensors = {
+            tensor.name: TensorInfo(tensor.name, tensor.torch_dtype, tensor.shape, file)
+            for file, tensors in layout.files.items()
+            for tensor in tensors
+        }
         self.metadata = self._template.metadata
         self.side_files, self.ignored_files = self._template.side_files, ()
         self._updates = {module: replace(update, scale=1.0) for module, update in layout.updates.items()}

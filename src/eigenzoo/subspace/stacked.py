@@ -101,9 +101,12 @@ class StackedBasis(LayerBasis):
     def _factors(self) -> list[Factors]:
         ranks = self.tensors.read(self._name("ranks")).long().tolist()
         scales = self.tensors.read(self._name("scales")).tolist()
-        b_PO = self.tensors.read(self._name("factors_b")).double().split(ranks)
-        a_PI = self.tensors.read(self._name("factors_a")).double().split(ranks)
-        return [(b.T * scale, a) for b, a, scale in zip(b_PO, a_PI, scales, strict=True)]
+        b_PO = self.tensors.read(self._name("factors_b")).double()
+        a_PI = self.tensors.read(self._name("factors_a")).double()
+        return [
+            (b.T * scale, a)
+            for b, a, scale in zip(torch.split(b_PO, ranks), torch.split(a_PI, ranks), scales, strict=True)
+        ]
 
     def _inner_products(self, b_OR: Tensor, a_RI: Tensor) -> Tensor:
         """⟨X_n, BA⟩ for every model of the basis: two thin products and a sum over each model's ranks."""

@@ -27,23 +27,39 @@ from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.stacked import StackedBasis
 from eigenzoo.subspace.tucker import TuckerBasis
 
-
 REFERENCE = "reference_models"
 """Metadata of the moments: how many models the reference is the mean of."""
 
 
 def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bool) -> LayerRecord:
     """Describe a fitted layer for the manifest."""
-    return LayerRecord.model_validate({
-        "name": layer.name, "kind": layer.kind, "form": form, "shape": list(layer.shape), "tensor_shape": list(layer.tensor_shape),
-        "unfolding": layer.unfolding, "dtype": layer.dtype, "num_bytes": layer.num_bytes, "ranks": dict(ranks), "has_mean": has_mean,
-    })
+    return LayerRecord.model_validate(
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "form": form,
+            "shape": list(layer.shape),
+            "tensor_shape": list(layer.tensor_shape),
+            "unfolding": layer.unfolding,
+            "dtype": layer.dtype,
+            "num_bytes": layer.num_bytes,
+            "ranks": dict(ranks),
+            "has_mean": has_mean,
+        }
+    )
 
 
 def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasis:
     """Return a layer's basis, its tensors' shapes checked against the record."""
-    layer = Layer(record.name, record.kind, (record.shape[0], record.shape[1]), tuple(record.tensor_shape), record.unfolding,
-                  record.dtype, record.num_bytes)
+    layer = Layer(
+        record.name,
+        record.kind,
+        (record.shape[0], record.shape[1]),
+        tuple(record.tensor_shape),
+        record.unfolding,
+        record.dtype,
+        record.num_bytes,
+    )
     ranks: dict[str, int] = dict(record.ranks)  # type: ignore[arg-type]
     basis: LayerBasis
     if record.form == STACKED:
@@ -62,23 +78,35 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
     if isinstance(basis, StackedBasis):
         rows, (num_models,) = files.shape(f"{layer.name}/factors_b")[0], files.shape(f"{layer.name}/ranks")
         size = 1 + ranks["models"]
-        expected = {"factors_b": (rows, layer.shape[0]), "factors_a": (rows, layer.shape[1]), "scales": (num_models,),
-                    "weights": (size, num_models), "products": (size, size)}
+        expected = {
+            "factors_b": (rows, layer.shape[0]),
+            "factors_a": (rows, layer.shape[1]),
+            "scales": (num_models,),
+            "weights": (size, num_models),
+            "products": (size, size),
+        }
     elif isinstance(basis, FlatBasis):
         expected = {"models": (ranks["models"], *layer.shape)}
     elif isinstance(basis, TuckerBasis):
-        expected = {axis: (layer.shape[side], ranks[axis]) for side, axis in enumerate(("outputs", "inputs")) if axis in ranks}
+        expected = {
+            axis: (layer.shape[side], ranks[axis]) for side, axis in enumerate(("outputs", "inputs")) if axis in ranks
+        }
         if "models" in ranks:
             expected["models"] = (ranks["models"], *basis.core_shape)
     for part, shape in expected.items():
         if prod(shape) and files.shape(f"{layer.name}/{part}") != shape:
-            raise BundleError(f"shape {list(files.shape(f'{layer.name}/{part}'))}", where=f"tensor '{layer.name}/{part}'",
-                              rule=f"the manifest says {list(shape)}")
+            raise BundleError(
+                f"shape {list(files.shape(f'{layer.name}/{part}'))}",
+                where=f"tensor '{layer.name}/{part}'",
+                rule=f"the manifest says {list(shape)}",
+            )
     if has_mean and not isinstance(basis, StackedBasis):
         whole = basis.core_shape if isinstance(basis, TuckerBasis) and layer.kind == "update" else layer.shape
         found = files.shape(f"{layer.name}/mean")
         if len(found) != 2 or any(size not in (1, full) for size, full in zip(found, whole, strict=True)):
-            raise BundleError(f"shape {list(found)}", where=f"tensor '{layer.name}/mean'", rule=f"it is broadcast to {list(whole)}")
+            raise BundleError(
+                f"shape {list(found)}", where=f"tensor '{layer.name}/mean'", rule=f"it is broadcast to {list(whole)}"
+            )
 
 
 def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
@@ -97,24 +125,41 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
 
 def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerMoments:
     """Read one layer's moments, their shapes checked."""
+
     def read(part: str, shape: tuple[int, ...]) -> Tensor:
         info = file.tensors.get(f"{layer.name}/{part}")
         if info is None or info.shape != shape or info.dtype != torch.float64:
-            raise BundleError("is missing or of another shape", where=f"moment '{layer.name}/{part}'", rule=f"float64 {list(shape)}")
+            raise BundleError(
+                "is missing or of another shape", where=f"moment '{layer.name}/{part}'", rule=f"float64 {list(shape)}"
+            )
         return file.read(info.name)
 
     count = file.metadata.get(REFERENCE, "")
     if not (count.isascii() and count.isdigit() and len(count) < 9 and 1 <= int(count) <= num_models):
-        raise BundleError(f"the reference is of {count[:20]!r} models", where=str(file.path), rule=f"a number from 1 to {num_models}")
-    moments = LayerMoments(read("gram", (num_models, num_models)), read("cross", (num_models,)), float(read("reference_energy", (1,))),
-                           layer.num_values, int(count))
+        raise BundleError(
+            f"the reference is of {count[:20]!r} models", where=str(file.path), rule=f"a number from 1 to {num_models}"
+        )
+    moments = LayerMoments(
+        read("gram", (num_models, num_models)),
+        read("cross", (num_models,)),
+        float(read("reference_energy", (1,))),
+        layer.num_values,
+        int(count),
+    )
     if f"{layer.name}/shift" not in file.tensors:
         return moments
     return replace(moments, shift_N=read("shift", (num_models,)), shift_energy=float(read("shift_energy", (1,))))
 
 
-def write_model(folder: Path, name: str, basis_id: str, values: Sequence[Tensor], residuals: Sequence[float], template: Template,
-                source: SourceRecord) -> ModelRecord:
+def write_model(
+    folder: Path,
+    name: str,
+    basis_id: str,
+    values: Sequence[Tensor],
+    residuals: Sequence[float],
+    template: Template,
+    source: SourceRecord,
+) -> ModelRecord:
     """Write one model's coefficients and contents; returns its record."""
     file = coefficient_file(name)
     flat = torch.cat([value.reshape(-1).float() for value in values]) if values else torch.zeros(0)
@@ -142,7 +187,10 @@ def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> Sour
     """Return a source's record with its path from another folder, and checksums of the files that are still there."""
     path = old_root / record.path
     folder = path if path.is_dir() else path.parent
-    files = {name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)}) for name, file in record.files.items()}
+    files = {
+        name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)})
+        for name, file in record.files.items()
+    }
     return moved(record, old_root, new_root).model_copy(update={"files": files})
 
 
@@ -168,7 +216,9 @@ def is_at_hand(record: SourceRecord, root: Path) -> bool:
             return False
         if status.st_size != known.bytes:
             return False
-        if status.st_mtime_ns != known.mtime_ns and (known.sha256 is None or file_sha256(folder / name) != known.sha256):
+        if status.st_mtime_ns != known.mtime_ns and (
+            known.sha256 is None or file_sha256(folder / name) != known.sha256
+        ):
             return False
     return bool(record.files)
 

@@ -56,8 +56,14 @@ class Subspace:
         manifest: everything about it but the values.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, base: Model | None = None,
-                 keep: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        base: Model | None = None,
+        keep: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
         self.path, self.manifest = path, manifest
         self._base, self._keep = base, keep
         if keep is not None:
@@ -90,7 +96,9 @@ class Subspace:
     def layers(self) -> Mapping[str, LayerBasis]:
         """Every layer's basis by name."""
         files = open_basis(self.path)
-        return MappingProxyType({record.name: read_basis(record, self.manifest.center, files) for record in self.manifest.layers})
+        return MappingProxyType(
+            {record.name: read_basis(record, self.manifest.center, files) for record in self.manifest.layers}
+        )
 
     @cached_property
     def _records(self) -> Mapping[str, ModelRecord]:
@@ -100,9 +108,17 @@ class Subspace:
         """Return a kept model's coefficients, read from its own small file."""
         record = self._record(name)
         expected = sum(basis.num_coefficients for basis in self.layers.values())
-        flat, residual = read_coefficients(self.path, record.coefficients, self.manifest.basis_id, expected, len(self.layers))
-        template = StoredTemplate(self.path, layout=record.layout, config=record.config, metadata=record.metadata,
-                                  side_files=record.side_files, carried=record.carried)
+        flat, residual = read_coefficients(
+            self.path, record.coefficients, self.manifest.basis_id, expected, len(self.layers)
+        )
+        template = StoredTemplate(
+            self.path,
+            layout=record.layout,
+            config=record.config,
+            metadata=record.metadata,
+            side_files=record.side_files,
+            carried=record.carried,
+        )
         residuals = dict(zip(self.layers, residual.tolist(), strict=True))
         energies = self._energies(name)
         weights = energies or dict.fromkeys(self.layers, 1.0)
@@ -125,7 +141,9 @@ class Subspace:
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments; raises BundleError where the bundle was saved without them."""
         if not self.has_moments:
-            raise BundleError("the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them")
+            raise BundleError(
+                "the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them"
+            )
         basis = self.layers[layer]
         moments = read_moments(self._moments_file, basis.layer, len(self.names))
         return moments if moments.shift_N is None else replace(moments, removed=basis.removed())
@@ -140,8 +158,12 @@ class Subspace:
         if self._base is None and self.manifest.base is not None:
             path = self.path / self.manifest.base.path
             if not path.exists():
-                raise BundleError("the base is not at hand", where=str(path), rule="view 'delta' adds its layers to the base",
-                                  next_step="name the base with base=… or --base")
+                raise BundleError(
+                    "the base is not at hand",
+                    where=str(path),
+                    rule="view 'delta' adds its layers to the base",
+                    next_step="name the base with base=… or --base",
+                )
             self._base = open_model(path)
             self._check_base(self._base)
         return self._base
@@ -159,7 +181,13 @@ class Subspace:
         view, base = self.view, self.base if self.view == "delta" else None
         names = list(self.layers)
         if not isinstance(source, Zoo):
-            source = open_zoo(source, view=view, base=None if base is None else base.path, include=_literal(names), allow_pickle=allow_pickle)
+            source = open_zoo(
+                source,
+                view=view,
+                base=None if base is None else base.path,
+                include=_literal(names),
+                allow_pickle=allow_pickle,
+            )
         elif source.view != view or list(source.layers) != names:
             source = source.select(view=view, include=_literal(names), exclude=())
         source.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
@@ -173,7 +201,9 @@ class Subspace:
         """
         projected = list(self.project_many(source, progress=progress).values())
         if len(projected) != 1:
-            raise UsageError(f"{len(projected)} models are named", rule="project takes one", next_step="use project_many")
+            raise UsageError(
+                f"{len(projected)} models are named", rule="project takes one", next_step="use project_many"
+            )
         return projected[0]
 
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
@@ -185,7 +215,10 @@ class Subspace:
             for place in range(len(zoo)):
                 projections[place][name] = basis.project(stack, place)
             progress("projecting layers", number + 1, len(self.layers))
-        return {name: _coefficients(name, projections[place], ZooTemplate(zoo, place)) for place, name in enumerate(zoo.names)}
+        return {
+            name: _coefficients(name, projections[place], ZooTemplate(zoo, place))
+            for place, name in enumerate(zoo.names)
+        }
 
     def rebuild(self, model: Coefficients | str, *, mean_only: bool = False) -> RebuiltModel:
         """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control)."""
@@ -195,15 +228,27 @@ class Subspace:
             raise UsageError("the coefficients are of another subspace", where=coefficients.name)
         for name, basis in self.layers.items():
             if tuple(values[name].shape) != basis.coefficient_shape:
-                raise UsageError(f"coefficients of shape {list(values[name].shape)}", where=f"layer '{name}' of {coefficients.name}",
-                                 rule=f"this subspace has {list(basis.coefficient_shape)}")
+                raise UsageError(
+                    f"coefficients of shape {list(values[name].shape)}",
+                    where=f"layer '{name}' of {coefficients.name}",
+                    rule=f"this subspace has {list(basis.coefficient_shape)}",
+                )
             if not bool(torch.isfinite(values[name]).all()):
                 raise DataError("coefficients are NaN or Inf", where=f"layer '{name}' of {coefficients.name}")
             if mean_only:
                 values[name] = torch.zeros_like(values[name])
-        return RebuiltModel(coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base))
+        return RebuiltModel(
+            coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base)
+        )
 
-    def add(self, source: Source | Zoo, *, refresh: bool = False, old: Source | None = None, progress: Progress = no_progress) -> Subspace:
+    def add(
+        self,
+        source: Source | Zoo,
+        *,
+        refresh: bool = False,
+        old: Source | None = None,
+        progress: Progress = no_progress,
+    ) -> Subspace:
         """Return a new Subspace with more models; see `eigenzoo.subspace.growth.add`."""
         from eigenzoo.subspace.growth import add
 
@@ -223,10 +268,14 @@ class Subspace:
                 (staging / file).parent.mkdir(exist_ok=True)
                 link_or_copy(self.path / file, staging / file)
             root = target.absolute()
-            sources = [model.model_copy(update={"source": with_checksums(model.source, self.path.absolute(), root)})
-                       for model in self.manifest.models]
+            sources = [
+                model.model_copy(update={"source": with_checksums(model.source, self.path.absolute(), root)})
+                for model in self.manifest.models
+            ]
             base = self.manifest.base and with_checksums(self.manifest.base, self.path.absolute(), root)
-            manifest = self.manifest.model_copy(update={"files": record_files(staging), "models": sources, "base": base})
+            manifest = self.manifest.model_copy(
+                update={"files": record_files(staging), "models": sources, "base": base}
+            )
             _write_counted(staging, manifest)
         return target
 
@@ -261,7 +310,11 @@ class Subspace:
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:
             near = ", ".join(self.names[:5])
-            raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=f"the bundle has {len(self.names)}: {near}, …")
+            raise UsageError(
+                f"no model is called {name!r}",
+                where=str(self.path),
+                rule=f"the bundle has {len(self.names)}: {near}, …",
+            )
         return self._records[name]
 
 
@@ -283,9 +336,15 @@ def _write_counted(folder: Path, manifest: Manifest) -> None:
     for _ in range(8):
         write_manifest(folder, manifest)
         write_card(folder, manifest)
-        sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder}
+        sizes = {
+            path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder
+        }
         whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        counted = {**manifest.report["bytes"], "moments": sizes.get(MOMENTS, 0), "whole_bundle": whole - sizes.get(MOMENTS, 0)}
+        counted = {
+            **manifest.report["bytes"],
+            "moments": sizes.get(MOMENTS, 0),
+            "whole_bundle": whole - sizes.get(MOMENTS, 0),
+        }
         if counted == manifest.report["bytes"]:
             return
         manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})
@@ -295,9 +354,15 @@ def _coefficients(name: str, projections: Mapping[str, Projection], template: Zo
     energy = sum(projection.energy for projection in projections.values())
     outside = sum(projection.outside for projection in projections.values())
     return Coefficients(
-        name, {layer: projection.coefficients.float() for layer, projection in projections.items()},
-        {layer: projection.outside / projection.energy if projection.energy > 0 else 0.0 for layer, projection in projections.items()},
-        outside / energy if energy > 0 else 0.0, {layer: projection.energy for layer, projection in projections.items()}, template,
+        name,
+        {layer: projection.coefficients.float() for layer, projection in projections.items()},
+        {
+            layer: projection.outside / projection.energy if projection.energy > 0 else 0.0
+            for layer, projection in projections.items()
+        },
+        outside / energy if energy > 0 else 0.0,
+        {layer: projection.energy for layer, projection in projections.items()},
+        template,
     )
 
 
@@ -310,4 +375,3 @@ def _some(model: Model | None) -> Model:
     if model is None:
         raise BundleError("the bundle names no base")
     return model
-

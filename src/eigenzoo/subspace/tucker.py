@@ -47,7 +47,9 @@ def stack_mean(stack: DenseStack) -> Tensor:
 def collect_cores(stack: Stack, moments: LayerMoments, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Cores:
     """Reduce every model to its core Uᵀ(X − M)V; one pass over the weights (two for center `models` of full weights)."""
     if isinstance(stack, UpdateStack):
-        cores_NPQ = torch.stack([_reduce_update(stack.factors(place), outputs_OP, inputs_IQ) for place in range(len(stack))])
+        cores_NPQ = torch.stack(
+            [_reduce_update(stack.factors(place), outputs_OP, inputs_IQ) for place in range(len(stack))]
+        )
         if moments.removed is not None:
             return Cores(cores_NPQ, None)
         mean_PQ = cores_NPQ.mean(0)
@@ -69,8 +71,15 @@ def _reduce_update(factors: Factors, outputs_OP: Tensor | None, inputs_IQ: Tenso
     return left @ (a_RI if inputs_IQ is None else a_RI @ inputs_IQ)
 
 
-def write_tucker(name: str, cores: Cores, outputs_OP: Tensor | None, inputs_IQ: Tensor | None, shared_KPQ: Tensor | None,
-                 dtype: torch.dtype, writer: TensorWriter) -> None:
+def write_tucker(
+    name: str,
+    cores: Cores,
+    outputs_OP: Tensor | None,
+    inputs_IQ: Tensor | None,
+    shared_KPQ: Tensor | None,
+    dtype: torch.dtype,
+    writer: TensorWriter,
+) -> None:
     """Write the mean, the bases of the sides, and the shared cores."""
     for part, tensor in (("mean", cores.mean), ("outputs", outputs_OP), ("inputs", inputs_IQ), ("models", shared_KPQ)):
         if tensor is not None and tensor.numel():
@@ -163,7 +172,10 @@ def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -
 def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Factors:
     """Balanced factors of U·C·Vᵀ: the SVD of the core, carried to the sides."""
     identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
-    (left, right), _ = lora.truncated(identity, core_PQ) if core_PQ.numel() else ((core_PQ.new_zeros(core_PQ.shape[0], 1),
-                                                                                  core_PQ.new_zeros(1, core_PQ.shape[1])), 0.0)
+    (left, right), _ = (
+        lora.truncated(identity, core_PQ)
+        if core_PQ.numel()
+        else ((core_PQ.new_zeros(core_PQ.shape[0], 1), core_PQ.new_zeros(1, core_PQ.shape[1])), 0.0)
+    )
     b_OR = left if outputs_OP is None else outputs_OP @ left
     return b_OR, right if inputs_IQ is None else right @ inputs_IQ.T

@@ -47,7 +47,9 @@ def lora_alpha(config: Mapping[str, Any], module: str) -> float:
     if type(value) not in (int, float) or not -1e300 < value < 1e300:
         raise FormatError(f"{key} is {_shown(value)}", rule="alpha is a finite number")
     if value < 0:
-        raise FormatError(f"{key} is {_shown(value)}", rule="alpha is not negative", next_step="negate the B factors instead")
+        raise FormatError(
+            f"{key} is {_shown(value)}", rule="alpha is not negative", next_step="negate the B factors instead"
+        )
     return float(value)
 
 

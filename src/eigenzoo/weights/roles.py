@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-TASK_HEAD = re.compile(r"(^|\.)(classifier|lm_head|score|head|heads|qa_outputs|pre_classifier|fc)(\.\d+)?(\.(weight|bias))?$")
+TASK_HEAD = re.compile(
+    r"(^|\.)(classifier|lm_head|score|head|heads|qa_outputs|pre_classifier|fc)(\.\d+)?(\.(weight|bias))?$"
+)
 """The names by which the libraries call what maps features to one task's answers (transformers, timm, torchvision)."""
 
 PEFT_PREFIX = "base_model.model."

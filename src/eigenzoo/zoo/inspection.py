@@ -96,8 +96,18 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
         answers.append(_answers(model))
         progress("reading models", place + 1, len(zoo))
     return Inspection(
-        len(zoo), len(zoo.layers), zoo.view, tuple(reports), _roles(zoo), zoo.left_out, zoo.skipped, zoo.warnings,
-        _groups((report.content, report.name) for report in reports), _same_function(zoo.names, answers), zoo.layer_bytes, zoo.num_bytes,
+        len(zoo),
+        len(zoo.layers),
+        zoo.view,
+        tuple(reports),
+        _roles(zoo),
+        zoo.left_out,
+        zoo.skipped,
+        zoo.warnings,
+        _groups((report.content, report.name) for report in reports),
+        _same_function(zoo.names, answers),
+        zoo.layer_bytes,
+        zoo.num_bytes,
     )
 
 
@@ -114,9 +124,17 @@ def _model_report(model: Model, name: str) -> ModelReport:
             bad += [key] if count else []
     infos = model.tensors.values()
     return ModelReport(
-        name, str(model.path), model.format, model.nbytes, sum(torch.Size(info.shape).numel() for info in infos),
-        tuple(sorted({dtype_name(info.dtype) for info in infos})), tuple(sorted({update.rank for update in model.updates.values()})),
-        content.hexdigest(), num_bad, tuple(bad), model.ignored_files,
+        name,
+        str(model.path),
+        model.format,
+        model.nbytes,
+        sum(torch.Size(info.shape).numel() for info in infos),
+        tuple(sorted({dtype_name(info.dtype) for info in infos})),
+        tuple(sorted({update.rank for update in model.updates.values()})),
+        content.hexdigest(),
+        num_bad,
+        tuple(bad),
+        model.ignored_files,
     )
 
 
@@ -125,9 +143,21 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
     rows = []
     for (called, shape, unfolding, dtype), count in groups.items():
         layers = [layer for name, layer in zoo.layers.items() if (role(name), layer.shape) == (called, shape)]
-        ranks = {model.updates[layer.name].rank for layer in layers for model in zoo.models if layer.name in model.updates}
-        rows.append(RoleReport(called, shape, unfolding, dtype, count, sum(layer.num_values for layer in layers),
-                               sum(layer.num_bytes for layer in layers), tuple(sorted(ranks))))
+        ranks = {
+            model.updates[layer.name].rank for layer in layers for model in zoo.models if layer.name in model.updates
+        }
+        rows.append(
+            RoleReport(
+                called,
+                shape,
+                unfolding,
+                dtype,
+                count,
+                sum(layer.num_values for layer in layers),
+                sum(layer.num_bytes for layer in layers),
+                tuple(sorted(ranks)),
+            )
+        )
     return tuple(rows)
 
 
@@ -156,7 +186,8 @@ def _same_function(names: tuple[str, ...], answers: list[dict[str, Tensor]]) -> 
 
 def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
-        float((first[module] - second[module]).norm()) <= SAME_FUNCTION * float(first[module].norm()) for module in first
+        float((first[module] - second[module]).norm()) <= SAME_FUNCTION * float(first[module].norm())
+        for module in first
     )
 
 

@@ -36,13 +36,15 @@ def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
     if view in ("update", "factors"):
         if not model.updates:
             raise UsageError(
-                f"view {view!r} needs LoRA adapters, and this is a {model.format}", where=model.name,
+                f"view {view!r} needs LoRA adapters, and this is a {model.format}",
+                where=model.name,
                 next_step="use view 'weight', or 'delta' with a base",
             )
         return _update_sources(model) if view == "update" else _factor_sources(model)
     if model.updates:
         raise UsageError(
-            f"view {view!r} needs full weights, and this is a LoRA adapter", where=model.name,
+            f"view {view!r} needs full weights, and this is a LoRA adapter",
+            where=model.name,
             next_step="use view 'update' or 'factors'",
         )
     sources = {}

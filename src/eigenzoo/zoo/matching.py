@@ -69,21 +69,33 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     if problems:
         raise _all_in_one(problems)
     if not layers:
-        raise ZooError("no layer is left to analyse", rule="a layer is a floating tensor that all models have in one shape",
-                       next_step="widen --include or narrow --exclude")
+        raise ZooError(
+            "no layer is left to analyse",
+            rule="a layer is a floating tensor that all models have in one shape",
+            next_step="widen --include or narrow --exclude",
+        )
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
-    return Match(layers, tuple({name: sources[name] for name in layers} for sources in found),
-                 tuple(left_out + _unread(models, found)))
+    return Match(
+        layers,
+        tuple({name: sources[name] for name in layers} for sources in found),
+        tuple(left_out + _unread(models, found)),
+    )
 
 
 def _difference(
-    layer: str, count: int, found: list[dict[str, LayerSource]], names: Sequence[str], base: dict[str, LayerSource] | None
+    layer: str,
+    count: int,
+    found: list[dict[str, LayerSource]],
+    names: Sequence[str],
+    base: dict[str, LayerSource] | None,
 ) -> MismatchError | None:
     """Return the first way in which a layer differs between models, or between them and their base."""
     first = next(place for place, sources in enumerate(found) if layer in sources)
     if count < len(found):
         missing = next(place for place, sources in enumerate(found) if layer not in sources)
-        return _mismatch(f"{names[missing]} has no such layer, {names[first]} has ({len(found) - count} models lack it)", layer)
+        return _mismatch(
+            f"{names[missing]} has no such layer, {names[first]} has ({len(found) - count} models lack it)", layer
+        )
     shape = found[first][layer].layer.tensor_shape
     for place, sources in enumerate(found):
         other = sources[layer].layer.tensor_shape
@@ -103,8 +115,9 @@ def _mismatch(what: str, layer: str) -> MismatchError:
     next_step = f"--exclude '{role(layer)}' or --allow-missing carries it unchanged"
     if layer.endswith((".lora_A", ".lora_B")):
         next_step += "; view 'update' takes mixed ranks"
-    return MismatchError(what, where=f"layer '{layer}'", rule="every model of a zoo has every layer in one shape",
-                         next_step=next_step)
+    return MismatchError(
+        what, where=f"layer '{layer}'", rule="every model of a zoo has every layer in one shape", next_step=next_step
+    )
 
 
 def _all_in_one(problems: list[MismatchError]) -> MismatchError:
@@ -112,8 +125,12 @@ def _all_in_one(problems: list[MismatchError]) -> MismatchError:
     others = ", ".join(f"{problem.where} ({problem.what})" for problem in problems[1:6])
     if len(problems) > 6:
         others += f" and {len(problems) - 6} more"
-    return MismatchError(first.what, where=first.where, rule=first.rule,
-                         next_step=first.next_step + (f". Also: {others}" if others else ""))
+    return MismatchError(
+        first.what,
+        where=first.where,
+        rule=first.rule,
+        next_step=first.next_step + (f". Also: {others}" if others else ""),
+    )
 
 
 def _merged(layer: str, found: list[dict[str, LayerSource]]) -> Layer:

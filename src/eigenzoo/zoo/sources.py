@@ -28,7 +28,9 @@ def find_models(source: Source) -> list[Path]:
     paths = list(dict.fromkeys(_expand(source)))
     if not paths:
         raise ZooError(
-            "no model is found", where=repr(source), rule="a zoo is a folder of models, a glob, a list, or a .txt file of paths"
+            "no model is found",
+            where=repr(source),
+            rule="a zoo is a folder of models, a glob, a list, or a .txt file of paths",
         )
     return paths
 
@@ -67,7 +69,9 @@ def _in_glob(pattern: str) -> list[Path]:
     found: list[Path] = []
     for name in sorted(glob.glob(pattern, recursive=True), key=_natural):
         path = Path(name)
-        if not path.name.startswith((".", "_")) and (is_model(path) if path.is_dir() else path.suffix in WEIGHT_SUFFIXES):
+        if not path.name.startswith((".", "_")) and (
+            is_model(path) if path.is_dir() else path.suffix in WEIGHT_SUFFIXES
+        ):
             found.append(path)
     return found
 
@@ -103,6 +107,11 @@ def name_models(paths: list[Path]) -> list[str]:
         return stems
     resolved = [Path(os.path.abspath(path)) for path in paths]
     common = Path(os.path.commonpath([path.parent for path in resolved]))
-    return [path.relative_to(common).with_suffix("").as_posix() if stem in repeated and path.suffix in WEIGHT_SUFFIXES
-            else path.relative_to(common).as_posix() if stem in repeated else stem
-            for path, stem in zip(resolved, stems, strict=True)]
+    return [
+        path.relative_to(common).with_suffix("").as_posix()
+        if stem in repeated and path.suffix in WEIGHT_SUFFIXES
+        else path.relative_to(common).as_posix()
+        if stem in repeated
+        else stem
+        for path, stem in zip(resolved, stems, strict=True)
+    ]

@@ -35,8 +35,14 @@ class Block:
 class DenseStack:
     """A layer of full weights (or of LoRA factors) across all models, minus a base where one is given."""
 
-    def __init__(self, layer: Layer, models: Sequence[Model], names: Sequence[str], sources: Sequence[LayerSource],
-                 base: Model | None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        models: Sequence[Model],
+        names: Sequence[str],
+        sources: Sequence[LayerSource],
+        base: Model | None,
+    ) -> None:
         self.layer, self.names = layer, tuple(names)
         self._models, self._sources, self._base = tuple(models), tuple(sources), base
         small = len(models) * layer.num_values <= EXACT_VALUES
@@ -94,7 +100,9 @@ class UpdateStack:
 
     dtype = torch.float64
 
-    def __init__(self, layer: Layer, models: Sequence[Model], names: Sequence[str], sources: Sequence[LayerSource]) -> None:
+    def __init__(
+        self, layer: Layer, models: Sequence[Model], names: Sequence[str], sources: Sequence[LayerSource]
+    ) -> None:
         self.layer, self.names = layer, tuple(names)
         self._models, self._sources = tuple(models), tuple(sources)
 
@@ -127,6 +135,8 @@ Stack = DenseStack | UpdateStack
 
 def _not_finite(model: str, layer: str, bad: int) -> DataError:
     return DataError(
-        f"{bad} values are NaN or Inf", where=f"layer '{layer}' of {model}", rule="a subspace is fitted to finite weights only",
+        f"{bad} values are NaN or Inf",
+        where=f"layer '{layer}' of {model}",
+        rule="a subspace is fitted to finite weights only",
         next_step="leave the model out, or --exclude the layer so that it is carried unchanged",
     )

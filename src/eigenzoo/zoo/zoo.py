@@ -39,13 +39,21 @@ class Zoo:
         warnings: what a reader of any result must know.
     """
 
-    def __init__(self, models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None = None,
-                 skipped: Sequence[SkippedModel] = ()) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        names: Sequence[str],
+        selection: Selection,
+        base: Model | None = None,
+        skipped: Sequence[SkippedModel] = (),
+    ) -> None:
         self.models, self.names = tuple(models), tuple(names)
         self.selection, self.base, self.skipped = selection, base, tuple(skipped)
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
-            raise ZooError(f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique")
+            raise ZooError(
+                f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique"
+            )
         self._match: Match = match_models(self.models, self.names, selection, base)
         self.warnings = tuple(_warnings(self.models, self.names))
 
@@ -88,8 +96,14 @@ class Zoo:
             return UpdateStack(spec, self.models, self.names, sources)
         return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None)
 
-    def select(self, *, view: str | None = None, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None,
-               names: Sequence[str] | None = None) -> Zoo:
+    def select(
+        self,
+        *,
+        view: str | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Zoo:
         """Return the same models under another view or choice of layers, or only some of the models."""
         chosen = Selection(
             self.view if view is None else check_choice(view, VIEWS, "view"),
@@ -98,7 +112,13 @@ class Zoo:
             self.selection.allow_missing,
         )
         places = range(len(self)) if names is None else [self.place(name) for name in names]
-        return Zoo([self.models[place] for place in places], [self.names[place] for place in places], chosen, self.base, self.skipped)
+        return Zoo(
+            [self.models[place] for place in places],
+            [self.names[place] for place in places],
+            chosen,
+            self.base,
+            self.skipped,
+        )
 
     def renamed(self, names: Sequence[str]) -> Zoo:
         """Return the same zoo with other names for its models."""
@@ -114,10 +134,13 @@ class Zoo:
         """Raise MismatchError unless this zoo has these layers in these shapes and no others."""
         for name, layer in layers.items():
             if name not in self.layers:
-                raise MismatchError(f"{self.names[0]} has no such layer", where=f"layer '{name}'", rule=f"{what} has it")
+                raise MismatchError(
+                    f"{self.names[0]} has no such layer", where=f"layer '{name}'", rule=f"{what} has it"
+                )
             if self.layers[name].shape != layer.shape:
                 raise MismatchError(
-                    f"shape {list(self.layers[name].shape)} in {self.names[0]}", where=f"layer '{name}'",
+                    f"shape {list(self.layers[name].shape)} in {self.names[0]}",
+                    where=f"layer '{name}'",
                     rule=f"{what} has {list(layer.shape)}",
                 )
 
@@ -177,8 +200,9 @@ def open_zoo(
     return Zoo(models, names, selection, base_model, skipped)
 
 
-def _open_all(paths: list[Path], allow_missing: bool, allow_pickle: bool,
-              progress: Progress) -> tuple[list[Model], list[SkippedModel]]:
+def _open_all(
+    paths: list[Path], allow_missing: bool, allow_pickle: bool, progress: Progress
+) -> tuple[list[Model], list[SkippedModel]]:
     models: list[Model] = []
     skipped: list[SkippedModel] = []
     for number, path in enumerate(paths):
@@ -195,7 +219,11 @@ def _open_all(paths: list[Path], allow_missing: bool, allow_pickle: bool,
 def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
     """Warn of what each file says and of adapters that name different base models."""
     texts = [f"{name}: {text}" for model, name in zip(models, names, strict=True) for text in model.warnings]
-    bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if isinstance(model, LoraAdapter)})
+    bases = sorted(
+        {str(model.config.get("base_model_name_or_path")) for model in models if isinstance(model, LoraAdapter)}
+    )
     if len(bases) > 1:
-        texts.append(f"the adapters name {len(bases)} different base models: {', '.join(bases[:3])}{', …' if len(bases) > 3 else ''}")
+        texts.append(
+            f"the adapters name {len(bases)} different base models: {', '.join(bases[:3])}{', …' if len(bases) > 3 else ''}"
+        )
     return texts
