@@ -1,4 +1,4 @@
-"""One thread: at the size of tests, threads cost more than they bring, ten times more beside a busy process."""
+"""One thread: at the size of tests a second one costs more than it brings, ten times more beside a busy process."""
 
 from __future__ import annotations
 

@@ -7,7 +7,16 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 import torch
-from reference_algebra import axis_basis, center_of, hooi_error, hosvd_error, largest_sine, numerical_rank, relative_gap, squares
+from reference_algebra import (
+    axis_basis,
+    center_of,
+    hooi_error,
+    hosvd_error,
+    largest_sine,
+    numerical_rank,
+    relative_gap,
+    squares,
+)
 from reference_cases import SHAPES, energy, rebuilt_stack, stacks, stored, write_zoo
 
 import eigenzoo as ez
@@ -51,6 +60,9 @@ def test_error_is_between_the_best_and_that_of_hosvd(fitted, axes, layer):
         assert lost <= bound
         return
     ranks = {axis: min(RANKS[axis], numerical_rank(centered_NOI, axis)) for axis in axes}
+    if "models" in axes:
+        # TensorLy warns of more shared cores than a core has values.
+        ranks["models"] = min(ranks["models"], ranks.get("outputs", stack_NOI.shape[1]) * ranks.get("inputs", stack_NOI.shape[2]))
     assert lost <= hosvd_error(centered_NOI, ranks) + bound
     assert lost <= sum(squares(centered_NOI, axis)[ranks[axis]:].sum() for axis in axes) + bound
     # De Lathauwer, De Moor, Vandewalle 2000: within the number of axes of the best, which iteration comes near from above.

@@ -167,6 +167,8 @@ def load_adapter(kind: str, folder: Path) -> PeftModel:
 
 def load_checkpoint(kind: str, folder: Path) -> PreTrainedModel:
     """Load a checkpoint as a user would; nothing may be missing, unexpected or of another shape."""
+    # Without it the library builds its default model, of seven billion weights for a Llama.
+    assert (folder / "config.json").is_file()
     model, info = CLASSES[kind].from_pretrained(folder, output_loading_info=True)
     faults = {key: value for key, value in info.items() if value}
     assert not faults, faults

@@ -214,7 +214,7 @@ EXCLUDED = {
 
 @pytest.mark.parametrize("kind", EXCLUDED)
 def test_excluded_layers_are_bit_equal(tmp_path: Path, checkpoint_zoo: Callable, kind: str) -> None:
-    """By a name's glob and by a role; the rest is truncated and therefore differs."""
+    """By globs of names, and by a role as listings show it; the rest is truncated and therefore differs."""
     zoo = checkpoint_zoo(kind)
     space = ez.load(ez.fit(ez.open_zoo(zoo.folder, exclude=EXCLUDED[kind]), rank=1).save(tmp_path / "bundle"))
     for name in space.names:

@@ -33,11 +33,11 @@ def command(
 ) -> None:
     """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle import is_bundle
+    from eigenzoo.formats.bundle import is_only_a_bundle
     from eigenzoo.formats.output import check_free
 
     target = bundle if output is None else output
-    check_free(target, force=force or output is None, replaceable=is_bundle)
+    check_free(target, force=force or output is None, replaceable=is_only_a_bundle)
     space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:
         new = space.open(models, allow_pickle=allow_pickle)

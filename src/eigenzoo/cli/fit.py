@@ -45,11 +45,11 @@ def command(
 ) -> None:
     """Fit the shared subspace of a zoo and save it with every model's coefficients."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle import is_bundle
+    from eigenzoo.formats.bundle import is_only_a_bundle
     from eigenzoo.formats.output import check_free
 
     options.check_device(device)
-    check_free(output, force=force, replaceable=is_bundle)
+    check_free(output, force=force, replaceable=is_only_a_bundle)
     output.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(quiet=quiet or json) as progress:
         opened = ez.open_zoo(

@@ -32,10 +32,10 @@ def command(
 ) -> None:
     """Rebuild one model: layers from the subspace, everything else as it was."""
     import eigenzoo as ez
-    from eigenzoo.formats.opening import is_model
+    from eigenzoo.formats.opening import is_only_a_model
     from eigenzoo.formats.output import check_free
 
-    check_free(output, force=force, replaceable=is_model)
+    check_free(output, force=force, replaceable=is_only_a_model)
     space = ez.load(bundle, base=base)
     known = name in space.names or not Path(name).exists()
     coefficients = space.coefficients(name) if known else space.project(space.open(name, allow_pickle=allow_pickle))

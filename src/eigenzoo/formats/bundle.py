@@ -28,6 +28,17 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
 
 
+def is_only_a_bundle(folder: Path) -> bool:
+    """Tell whether a folder is a bundle and nothing else, so that replacing it removes nobody's other files."""
+    own = (MANIFEST, CARD, MOMENTS)
+    return is_bundle(folder) and all(
+        entry.name in own
+        or (entry.name in ("coefficients", "rest") and entry.is_dir())
+        or (entry.name.startswith("basis") and entry.suffix in (".safetensors", ".json"))
+        for entry in folder.iterdir()
+    )
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read and check a bundle's manifest, and that every file that it names is there."""
     if not (path / MANIFEST).is_file():

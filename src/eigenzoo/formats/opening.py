@@ -13,6 +13,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder
 from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.formats.pickle_file import FOLDER_FILE, SUFFIXES, PickleStateDict, pickles_of
+from eigenzoo.formats.side_files import SIDE_FILES
 
 _READABLE = (
     f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
@@ -54,6 +55,14 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
 def is_model(path: str | Path) -> bool:
     """Tell by file names alone whether `path` is meant to be one model, readable or not."""
     return _kind(Path(path)) is not None
+
+
+def is_only_a_model(folder: Path) -> bool:
+    """Tell whether a folder is a model and nothing else, so that replacing it removes nobody's other files."""
+    return is_model(folder) and all(
+        path.is_file() and (path.suffix == ".safetensors" or path.name in {*SIDE_FILES, *INDEXES, CONFIG_FILE})
+        for path in folder.iterdir()
+    )
 
 
 def _kind(path: Path) -> str | None:

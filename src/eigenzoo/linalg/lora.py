@@ -14,6 +14,9 @@ from torch import Tensor
 Factors = tuple[Tensor, Tensor]
 """(B with shape (O, R), A with shape (R, I)); the update is B @ A."""
 
+ROUND_OFF = 2.0**-46
+"""Share of the energy of float32 coefficients and of the center that is their round-off: eps², several times what it is."""
+
 TRUNCATION = 1e-10
 """Share of an update's energy that its rebuilt factors may leave out: 1e-5 of its norm.
 
@@ -52,11 +55,14 @@ def output_factor(factors: Factors) -> Tensor:
     return factor_OR
 
 
-def truncated(left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None) -> tuple[Factors, float]:
+def truncated(
+    left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None, noise: float = 0.0
+) -> tuple[Factors, float]:
     """Return the balanced factors of least rank of the product left · right, and the share of energy that they leave out.
 
-    QR of both sides, SVD of the small core. The rank is the least that leaves out at most `TRUNCATION` of the energy,
-    or `max_rank` where that is less; rank 1 with zeros for a zero product. Float64; cost (O + I)·P² + P³.
+    QR of both sides, SVD of the small core. The rank is the least that leaves out at most `TRUNCATION` of the energy, or
+    the energy `noise` (round-off of what cancelled in the product, which its own energy does not show), or `max_rank` where
+    that is less; rank 1 with zeros for a zero product. Float64; cost (O + I)·P² + P³.
     """
     q_left, r_left = torch.linalg.qr(left_OP)
     q_right, r_right = torch.linalg.qr(right_PI.T)
@@ -64,7 +70,7 @@ def truncated(left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None) ->
     energies_P = values_P.square()
     total = float(energies_P.sum())
     tails = total - energies_P.cumsum(0)
-    rank = max(1, min(values_P.numel(), int((tails > TRUNCATION * total).sum()) + 1))
+    rank = max(1, min(values_P.numel(), int((tails > max(TRUNCATION * total, noise)).sum()) + 1))
     rank = rank if max_rank is None else min(rank, max_rank)
     root_R = values_P[:rank].sqrt()
     left_out = max(float(tails[rank - 1]), 0.0) / total if total > 0 and rank < values_P.numel() else 0.0

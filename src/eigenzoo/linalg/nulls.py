@@ -35,7 +35,8 @@ def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20
     if float(norms_N.sum()) == 0:
         return spectra
     for draw in range(draws):
-        factor = _bartlett_factor(num_models, num_values, generator) * norms_N[:, None]
+        factor = _bartlett_factor(num_models, num_values, generator)
+        factor = factor * (norms_N / factor.square().sum(1).sqrt())[:, None]
         values_N = torch.linalg.eigvalsh(center_gram(factor @ factor.T)).flip(0).clamp_min(0)
         spectra[draw] = values_N / values_N.sum()
     return spectra
@@ -54,10 +55,9 @@ def _uncentered_energies(energies_N: Tensor) -> Tensor:
 
 
 def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
-    """Factor whose Gram is that of N unrelated unit directions in D dimensions: lower-triangular, or D wide where D is small."""
+    """Factor whose Gram is that of N rows of D unrelated normals: lower-triangular, or the rows themselves where D is small."""
     if num_values <= num_models + EXACT_FREEDOM:
-        factor = torch.randn(num_models, num_values, dtype=torch.float64, generator=generator)
-        return factor / factor.square().sum(1, keepdim=True).sqrt()
+        return torch.randn(num_models, num_values, dtype=torch.float64, generator=generator)
     width = num_models
     factor = torch.randn(num_models, width, dtype=torch.float64, generator=generator).tril(-1)
     # torch's gamma sampler takes no generator; the Wilson-Hilferty cube of a normal is exact enough from EXACT_FREEDOM on.
@@ -65,19 +65,21 @@ def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generato
     freedom = num_values - torch.arange(width, dtype=torch.float64)
     cube = (1 - 2 / (9 * freedom) + normal * (2 / (9 * freedom)).sqrt()) ** 3
     factor[torch.arange(width), torch.arange(width)] = (freedom * cube).sqrt()
-    return factor / factor.square().sum(1, keepdim=True).sqrt()
+    return factor
 
 
-def axis_null(size: int, energies_N: Tensor, columns_per_model: float, *, draws: int = 5, seed: int = 0) -> Tensor:
+def axis_null(
+    size: int, energies_N: Tensor, columns_per_model: float, *, centered: bool = False, draws: int = 20, seed: int = 0
+) -> Tensor:
     """Spectra of an outputs' or inputs' moment (size × size) when every entry of every model is unrelated noise.
 
     Each model brings `columns_per_model` independent columns (a full matrix: its other side; an update: its rank), weighted
-    by its energy; uneven energies count as fewer columns, (Σe)² / Σe² models' worth.
+    by its energy; uneven energies count as fewer columns, (Σe)² / Σe² models' worth; centring on the models takes one model's.
     Rows of the result are draws: eigenvalues, descending, over their sum.
     """
     energies_N = energies_N.double().clamp_min(0)
     effective_models = float(energies_N.sum() ** 2 / energies_N.square().sum()) if float(energies_N.sum()) > 0 else 1.0
-    freedom = max(1, round(effective_models * columns_per_model))
+    freedom = max(1, round((effective_models - centered) * columns_per_model))
     generator = torch.Generator().manual_seed(seed)
     spectra = torch.zeros(draws, size, dtype=torch.float64)
     for draw in range(draws):

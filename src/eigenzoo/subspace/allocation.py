@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from eigenzoo.errors import BudgetError
@@ -56,16 +57,14 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
     """Take the spectra of a layer's moments."""
     values: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
-    for axis, moment in (
-        ("models", moments.centered_NN),
-        ("outputs", moments.outputs_OO),
-        ("inputs", moments.inputs_II),
-    ):
-        if axis in axes and moment is not None:
-            holds_mean = axis != "models" and isinstance(stack, UpdateStack)
-            varies = moments.variance > 0 or (holds_mean and float(moment.diagonal().sum()) > 0)
-            values[axis] = eigenpairs(moment)[0] if varies else moment.new_zeros(0)
-            totals[axis] = float(moment.diagonal().sum()) if varies else 0.0
+    if "models" in axes:
+        values["models"] = eigenpairs(moments.centered_NN)[0] if moments.variance > 0 else torch.zeros(0)
+        totals["models"] = moments.variance
+    for axis, side in (("outputs", moments.outputs), ("inputs", moments.inputs)):
+        if axis in axes and side is not None:
+            varies = moments.variance > 0 or isinstance(stack, UpdateStack)
+            values[axis] = side.eigenpairs()[0] if varies else torch.zeros(0)
+            totals[axis] = side.trace if varies else 0.0
     update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
     return LayerSpectra(stack.layer, values, totals, float(moments.energies_N.sum()), moments.variance, update_ranks)
 

@@ -173,7 +173,7 @@ def _fit_layers(
             else:
                 whole = collect(stack, options.axes, options.center, block_bytes)
             fitted[name] = fit_layer(stack, whole, per_layer.get(name, options), writer)
-            moments[name] = replace(whole, outputs_OO=None, inputs_II=None)
+            moments[name] = replace(whole, outputs=None, inputs=None)
             progress("fitting layers", number + 1, len(zoo.layers))
         writer.finish()
     finally:

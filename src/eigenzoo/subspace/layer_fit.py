@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from eigenzoo.linalg.heldout import cross_validated_capture
 from eigenzoo.linalg.nulls import axis_null, norm_matched_spectra
 from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
+from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import LayerFit
 from eigenzoo.subspace.basis import FLAT, STACKED, TUCKER, TensorWriter
@@ -77,12 +79,12 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     ranks: dict[str, int] = {}
     reasons: dict[str, str] = {}
     bases: dict[str, Tensor | None] = {"outputs": None, "inputs": None}
-    for axis, moment in (("outputs", moments.outputs_OO), ("inputs", moments.inputs_II)):
+    for axis, moment in (("outputs", moments.outputs), ("inputs", moments.inputs)):
         if axis in options.axes and moment is not None:
             choice, basis = _side(axis, moment, stack, moments, options)
             reasons[axis] = choice.reason
             # A side kept whole needs no basis: U = 1.
-            if choice.rank < moment.shape[0]:
+            if choice.rank < moment.size:
                 ranks[axis], bases[axis] = choice.rank, basis
     cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
     coefficients, shared_KPQ = cores.cores_NPQ, None
@@ -99,20 +101,19 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
 
 
 def _side(
-    axis: str, moment: Tensor, stack: Stack, moments: LayerMoments, options: FitOptions
+    axis: str, moment: SideMoment, stack: Stack, moments: LayerMoments, options: FitOptions
 ) -> tuple[RankChoice, Tensor]:
     """Rank and basis (O, P) of the outputs or (I, Q) of the inputs."""
     # Equal updates still have their mean in these moments; equal full weights have round-off only.
-    if moments.variance == 0 and (isinstance(stack, DenseStack) or float(moment.diagonal().sum()) <= 0):
-        return RankChoice(0, "no variance"), moment[:, :0]
-    values, vectors = eigenpairs(moment)
+    if moments.variance == 0 and (isinstance(stack, DenseStack) or moment.trace <= 0):
+        return RankChoice(0, "no variance"), torch.zeros(moment.size, 0, dtype=torch.float64)
+    values, vectors = moment.eigenpairs()
     rule = options.rules[axis]
-    null = (
-        axis_null(moment.shape[0], moments.energies_N, _columns(stack, axis), seed=options.seed)
-        if rule == AUTO
-        else None
-    )
-    choice = choose_rank(rule, values, float(moment.diagonal().sum()), null)
+    null = None
+    if rule == AUTO:
+        centered = isinstance(stack, DenseStack) and moments.removed is None
+        null = axis_null(moment.size, moments.energies_N, _columns(stack, axis), centered=centered, seed=options.seed)
+    choice = choose_rank(rule, values, moment.trace, null)
     return choice, vectors[:, : choice.rank].contiguous()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
+from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import NO_VARIANCE
 from eigenzoo.zoo.stack import BLOCK_BYTES, Block, DenseStack, Stack, UpdateStack
 
@@ -32,7 +33,7 @@ class LayerMoments:
         num_reference: how many models R is the mean of; the first ones.
         removed: M, broadcastable over (O, I); None for center `models`, where only a pass over the weights can give it.
         shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
-        outputs_OO, inputs_II: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
+        outputs, inputs: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
             are taken about zero, so that the bases hold the mean too (see `tucker`).
     """
 
@@ -44,8 +45,8 @@ class LayerMoments:
     removed: Tensor | None = None
     shift_N: Tensor | None = None
     shift_energy: float = 0.0
-    outputs_OO: Tensor | None = None
-    inputs_II: Tensor | None = None
+    outputs: SideMoment | None = None
+    inputs: SideMoment | None = None
 
     @property
     def num_models(self) -> int:
@@ -120,16 +121,17 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         if inputs_II is not None:
             wide = rows.view(-1, inputs)
             inputs_II += (wide.T @ wide).double()
-    moments = LayerMoments(
-        center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, inputs_II=inputs_II
-    )
+    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models)
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
     shift_OI = mean_OI - removed
     if "outputs" in axes:
-        moments = replace(moments, outputs_OO=_outputs_moment(stack, removed))
-    return _shifted(moments, mean_OI, shift_OI, columns_NI, center)
+        moments = replace(moments, outputs=SideMoment(_outputs_moment(stack, removed)))
+    if inputs_II is not None:
+        # Σ(Y + d)ᵀ(Y + d) = ΣYᵀY + N·dᵀd, for Σ Y = 0.
+        moments = replace(moments, inputs=SideMoment(inputs_II + num_models * shift_OI.T @ shift_OI))
+    return moments if center == "models" else _shifted(moments, mean_OI, shift_OI, columns_NI, center)
 
 
 def centered_rows(block: Block) -> tuple[Tensor, Tensor]:
@@ -168,18 +170,12 @@ def _shifted_to_zero(moments: LayerMoments) -> LayerMoments:
 def _shifted(
     moments: LayerMoments, mean_OI: Tensor, shift_OI: Tensor, columns_NI: Tensor | None, center: str
 ) -> LayerMoments:
-    """Move moments about the mean to moments about the center: Σ(Y + d)(Y + d)ᵀ = ΣYYᵀ + N·ddᵀ, for Σ Y = 0."""
-    if moments.inputs_II is not None:
-        moments = replace(moments, inputs_II=moments.inputs_II + moments.num_models * shift_OI.T @ shift_OI)
-    if center == "models":
-        return moments
-    moments = replace(moments, removed=center_of(mean_OI, center))
+    """Say where the center lies from the mean: ⟨R − M, Y⟩ from the sums of Y's columns, since M is constant along them."""
     if columns_NI is None:
         return _shifted_to_zero(moments)
-    constant_I = center_of(mean_OI, center).expand(1, mean_OI.shape[1])[0]
-    return replace(
-        moments, shift_N=moments.cross_N - columns_NI @ constant_I, shift_energy=float(shift_OI.square().sum())
-    )
+    removed = center_of(mean_OI, center)
+    shift_N = moments.cross_N - columns_NI @ removed.expand(1, mean_OI.shape[1])[0]
+    return replace(moments, removed=removed, shift_N=shift_N, shift_energy=float(shift_OI.square().sum()))
 
 
 def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:
@@ -189,7 +185,7 @@ def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, blo
     for axis in ("outputs", "inputs"):
         if axis in axes:
             moment = _update_moment(stack, axis)
-            moments = replace(moments, outputs_OO=moment) if axis == "outputs" else replace(moments, inputs_II=moment)
+            moments = replace(moments, outputs=moment) if axis == "outputs" else replace(moments, inputs=moment)
     return moments
 
 
@@ -221,12 +217,18 @@ def _tiles(stack: UpdateStack, tile_bytes: int) -> list[range]:
     return [range(start, min(start + num_tile, len(stack))) for start in range(0, len(stack), num_tile)]
 
 
-def _update_moment(stack: UpdateStack, axis: str) -> Tensor:
-    """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero."""
+def _update_moment(stack: UpdateStack, axis: str) -> SideMoment:
+    """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero; as a factor while all ranks together are fewer than the side."""
     size = stack.layer.shape[0 if axis == "outputs" else 1]
-    moment = torch.zeros(size, size, dtype=torch.float64)
+    fits = sum(stack.ranks) < size
+    moment_SS = torch.zeros(0 if fits else size, 0 if fits else size, dtype=torch.float64)
+    columns: list[Tensor] = []
     for place in range(len(stack)):
         b_OR, a_RI = stack.factors(place)
-        factor = lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T))
-        moment.addmm_(factor, factor.T)
-    return moment
+        columns.append(lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T)))
+        # One product of many thin factors: each alone would only move the moment through memory.
+        if not fits and (place + 1 == len(stack) or sum(column.shape[1] for column in columns) >= size // 4):
+            factor = torch.cat(columns, 1)
+            moment_SS.addmm_(factor, factor.T)
+            columns = []
+    return SideMoment(factor_SP=torch.cat(columns, 1)) if fits else SideMoment(moment_SS)

@@ -6,16 +6,18 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, EigenzooError
 from eigenzoo.formats.contents import Template
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.opening import is_model
+from eigenzoo.formats.opening import is_only_a_model
 from eigenzoo.formats.output import new_folder
 from eigenzoo.formats.writers import write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.weights.roles import VARIANCE
 
 
 class RebuiltModel:
@@ -59,7 +61,7 @@ class RebuiltModel:
         dict keeps its file name. With `force` an existing model folder is replaced.
         """
         target = Path(folder)
-        with new_folder(target, force=force, replaceable=is_model) as staging:
+        with new_folder(target, force=force, replaceable=is_only_a_model) as staging:
             if self._template.config is not None:
                 self._save_adapter(staging)
             else:
@@ -80,7 +82,10 @@ class RebuiltModel:
     def exact(self, name: str) -> Tensor:
         """Return one layer's weight in float64 before it is rounded to the files' dtype; with view `delta`, base included."""
         values = self.layer(name)
-        return values + self._base().read(name).double() if self._view == "delta" else values
+        if self._view == "delta":
+            values = values + self._base().read(name).double()
+        # The root of a negative variance is NaN, and so is then everything that the model answers.
+        return values.clamp_min(torch.finfo(torch.float32).tiny) if VARIANCE.search(name) else values
 
     def _carried(self, name: str) -> Tensor:
         if name not in self._template.carried:

@@ -83,7 +83,11 @@ class StackedBasis(LayerBasis):
         used_P = (combined_N != 0)[owner_P]
         b_PO = self.tensors.read(self._name("factors_b")).double()[used_P]
         a_PI = self.tensors.read(self._name("factors_a")).double()[used_P]
-        factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI)
+        # A model near zero is a difference of the mean and the directions: their round-off is no rank of its own.
+        noise = lora.ROUND_OFF * (
+            float(self.tensors.read(self._name("products"))[0, 0]) + float(coefficients.double().square().sum())
+        )
+        factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI, noise=noise)
         return factors
 
     def orthonormality(self) -> float:

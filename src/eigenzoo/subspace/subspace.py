@@ -18,7 +18,7 @@ from eigenzoo.errors import BundleError, DataError, UsageError
 from eigenzoo.formats.bundle import (
     MOMENTS,
     find_faults,
-    is_bundle,
+    is_only_a_bundle,
     open_basis,
     read_coefficients,
     read_manifest,
@@ -37,7 +37,14 @@ from eigenzoo.subspace.card import write_card
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel
-from eigenzoo.subspace.storage import link_or_copy, read_basis, read_moments, split_coefficients, with_checksums
+from eigenzoo.subspace.storage import (
+    is_at_hand,
+    link_or_copy,
+    read_basis,
+    read_moments,
+    split_coefficients,
+    with_checksums,
+)
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -169,9 +176,9 @@ class Subspace:
         return self._base
 
     def _check_base(self, base: Model) -> None:
-        known = [file.bytes for file in self.manifest.base.files.values()] if self.manifest.base else []
-        if sorted(known) != sorted(path.stat().st_size for path in base.weight_files()):
-            raise BundleError("is not the base that was subtracted: its size differs", where=str(base.path))
+        record = self.manifest.base
+        if record is None or not is_at_hand(record.model_copy(update={"path": str(base.path.absolute())}), self.path):
+            raise BundleError("is not the base that was subtracted: its weights differ", where=str(base.path))
 
     def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
         """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
@@ -261,7 +268,7 @@ class Subspace:
         the Grams, which evidence, plan and exact growth need.
         """
         target = Path(folder)
-        with new_folder(target, force=force, replaceable=is_bundle) as staging:
+        with new_folder(target, force=force, replaceable=is_only_a_bundle) as staging:
             for file in self.files():
                 if file == MOMENTS and not moments:
                     continue

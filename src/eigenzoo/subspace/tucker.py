@@ -112,13 +112,15 @@ class TuckerBasis(LayerBasis):
             factors = stack.factors(place)
             energy = lora.energy(factors)
             whole = _reduce_update(factors, outputs_OP, inputs_IQ)
-            core, outside = whole - mean, max(energy - float(whole.square().sum()), 0.0)
-        else:
-            matrix_OI = stack.matrix(place).double()
-            energy = float(matrix_OI.square().sum())
-            centered = matrix_OI - mean
-            core = _reduce(centered, outputs_OP, inputs_IQ)
-            outside = float((centered - _expand(core, outputs_OP, inputs_IQ)).square().sum())
+            core = whole - mean
+            coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
+            kept = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+            return Projection(coefficients, _outside(energy, whole, kept, outputs_OP, inputs_IQ), energy)
+        matrix_OI = stack.matrix(place).double()
+        energy = float(matrix_OI.square().sum())
+        centered = matrix_OI - mean
+        core = _reduce(centered, outputs_OP, inputs_IQ)
+        outside = float((centered - _expand(core, outputs_OP, inputs_IQ)).square().sum())
         if shared_KPQ is None:
             return Projection(core, outside, energy)
         coefficients = shared_KPQ.flatten(1) @ core.flatten()
@@ -133,7 +135,9 @@ class TuckerBasis(LayerBasis):
             core = torch.tensordot(core, shared_KPQ, 1)
         if self.layer.kind != "update":
             return self.removed() + _expand(core, outputs_OP, inputs_IQ)
-        return _update_factors(core + self.removed(), outputs_OP, inputs_IQ)
+        mean = self.removed()
+        noise = lora.ROUND_OFF * float(core.square().sum() + mean.square().sum())
+        return _update_factors(core + mean, outputs_OP, inputs_IQ, noise)
 
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
@@ -164,18 +168,24 @@ class TuckerBasis(LayerBasis):
         return self.tensors.read(self._name("models")).double()
 
 
+def _outside(energy: float, whole: Tensor, kept: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> float:
+    """‖X − U·K·Vᵀ‖² = ‖X‖² − 2⟨UᵀXV, K⟩ + ⟨K, UᵀU·K·VᵀV⟩: right also for bases that float32 left not quite orthonormal."""
+    turned = kept if outputs_OP is None else (outputs_OP.T @ outputs_OP) @ kept
+    turned = turned if inputs_IQ is None else turned @ (inputs_IQ.T @ inputs_IQ)
+    return max(energy - 2 * float((whole * kept).sum()) + float((kept * turned).sum()), 0.0)
+
+
 def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
     left = core if outputs_OP is None else outputs_OP @ core
     return left if inputs_IQ is None else left @ inputs_IQ.T
 
 
-def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Factors:
+def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None, noise: float) -> Factors:
     """Balanced factors of U·C·Vᵀ: the SVD of the core, carried to the sides."""
     identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
-    (left, right), _ = (
-        lora.truncated(identity, core_PQ)
-        if core_PQ.numel()
-        else ((core_PQ.new_zeros(core_PQ.shape[0], 1), core_PQ.new_zeros(1, core_PQ.shape[1])), 0.0)
-    )
+    if core_PQ.numel():
+        (left, right), _ = lora.truncated(identity, core_PQ, noise=noise)
+    else:
+        left, right = core_PQ.new_zeros(core_PQ.shape[0], 1), core_PQ.new_zeros(1, core_PQ.shape[1])
     b_OR = left if outputs_OP is None else outputs_OP @ left
     return b_OR, right if inputs_IQ is None else right @ inputs_IQ.T

@@ -9,6 +9,9 @@ TASK_HEAD = re.compile(
 )
 """The names by which the libraries call what maps features to one task's answers (transformers, timm, torchvision)."""
 
+VARIANCE = re.compile(r"(^|\.)running_var$")
+"""The name of a batch norm's running variance, which a sum of directions may take below zero."""
+
 PEFT_PREFIX = "base_model.model."
 
 

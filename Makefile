@@ -1,0 +1,40 @@
+# Every target sets up what it needs, on a fresh machine too.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: .venv/nursery
+	$(BIN)/eigenzoo demo --force
+
+test: .venv/test
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+check: .venv/check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_project.py
+
+bench: .venv/nursery
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv demo
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/nursery: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[nursery]'
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[test]'
+	touch $@
+
+.venv/check: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[test,check]'
+	touch $@

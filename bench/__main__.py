@@ -1,0 +1,5 @@
+"""Run every benchmark."""
+
+from bench.memory import main
+
+main()

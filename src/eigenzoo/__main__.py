@@ -1,0 +1,5 @@
+"""`python -m eigenzoo`."""
+
+from eigenzoo.cli.app import main
+
+main()
