@@ -12,17 +12,30 @@ HIDDEN, KV = 4096, 1024
 MODULES = {"q_proj": HIDDEN, "k_proj": KV, "v_proj": KV}
 
 
-def write_adapters(folder: Path, num_models: int, *, num_layers: int = 4, rank: int = 16, planted: int = 8, seed: int = 0) -> None:
+def write_adapters(
+    folder: Path, num_models: int, *, num_layers: int = 4, rank: int = 16, planted: int = 8, seed: int = 0
+) -> None:
     """Write adapters whose factors lie near a few shared ones: A = mix of `planted` A's + noise, B likewise."""
     draw = torch.Generator().manual_seed(seed)
     shared = {
-        (layer, module): (torch.randn(planted, rank, HIDDEN, generator=draw) / 64, torch.randn(planted, outputs, rank, generator=draw) / 64)
+        (layer, module): (
+            torch.randn(planted, rank, HIDDEN, generator=draw) / 64,
+            torch.randn(planted, outputs, rank, generator=draw) / 64,
+        )
         for layer in range(num_layers)
         for module, outputs in MODULES.items()
     }
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(MODULES), "base_model_name_or_path": "synthetic", "fan_in_fan_out": False, "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(MODULES),
+        "base_model_name_or_path": "synthetic",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
     }
     for model in range(num_models):
         tensors = {}

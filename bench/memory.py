@@ -29,10 +29,27 @@ def measure(counts: tuple[int, ...] = COUNTS) -> list[dict[str, object]]:
             for count in counts:
                 listing = folder / "zoo.txt"
                 listing.write_text("\n".join(paths[:count]))
-                command = [sys.executable, "-m", "eigenzoo", "fit", str(listing), "-o", str(folder / "bundle"), "--force", "--json"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "eigenzoo",
+                    "fit",
+                    str(listing),
+                    "-o",
+                    str(folder / "bundle"),
+                    "--force",
+                    "--json",
+                ]
                 done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
                 report = json.loads(done.stdout)
-                rows.append({"choice": choice, "num_models": count, "peak_memory": report["peak_memory"], "seconds": report["seconds"]})
+                rows.append(
+                    {
+                        "choice": choice,
+                        "num_models": count,
+                        "peak_memory": report["peak_memory"],
+                        "seconds": report["seconds"],
+                    }
+                )
     return rows
 
 

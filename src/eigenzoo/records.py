@@ -97,6 +97,8 @@ class LayerFit:
     Attributes:
         rank: directions kept, per truncated axis.
         reason: why so many, per truncated axis.
+        energy: Σ‖X‖² over the models, the denominator of `mean_energy` and `residual`.
+        variance: Σ‖X − M‖² about the center, the denominator of `captured`, `heldout` and `null`; zero where it is round-off.
         captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance.
         heldout: the same of models left out of the fit, five-fold cross-validated; None where it is not computed.
         null: what the same number of directions captures of unrelated models with the same norms; models axis only.
@@ -108,6 +110,8 @@ class LayerFit:
     shape: tuple[int, int]
     rank: dict[str, int]
     reason: dict[str, str]
+    energy: float
+    variance: float
     captured: float | None
     heldout: float | None
     null: float | None

@@ -13,6 +13,8 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
 from eigenzoo.weights.roles import role
 
+SHARES = ("mean_energy", "captured", "heldout", "null", "residual")
+
 
 def command(
     zoo: options.ZooArgument,
@@ -85,7 +87,7 @@ def command(
 
 
 def render(report: Mapping[str, Any], most: int = 100) -> None:
-    """Print a fit by role: means over its layers, in-sample beside held-out, null and mean-only beside both."""
+    """Print a fit by role: in-sample beside held-out, the null and the mean's energy beside both."""
     say(
         f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
         f"center {report['center']}"
@@ -94,25 +96,19 @@ def render(report: Mapping[str, Any], most: int = 100) -> None:
     for name, layer in report["layers"].items():
         groups.setdefault(role(name), []).append(layer)
     largest = sorted(groups, key=lambda name: -sum(prod(layer["shape"]) for layer in groups[name]))[:most]
+    shown = {name: layers for name, layers in groups.items() if name in largest}
+    shown["all layers"] = list(report["layers"].values())
     print_table(
-        "by role (means over layers)"
-        if len(largest) == len(groups)
-        else f"the {len(largest)} largest of {len(groups)} roles (means over layers)",
+        "by role" if len(largest) == len(groups) else f"the {len(largest)} largest of {len(groups)} roles",
         ("role", "layers", "rank", "mean's energy", "variance kept", "… held out", "… null", "lost"),
         [
-            (
-                name,
-                len(layers),
-                _ranks(layers),
-                *(in_percent(_mean(layers, key)) for key in ("mean_energy", "captured", "heldout", "null", "residual")),
-            )
-            for name, layers in groups.items()
-            if name in largest
+            (name, len(layers), _ranks(layers), *(in_percent(share(layers, key)) for key in SHARES))
+            for name, layers in shown.items()
         ],
     )
     say(
         "mean's energy and lost: shares of all energy. Variance kept: share of the variance about the mean, in-sample; "
-        "held out: of models left out of the fit (five folds); null: of unrelated models with the same norms."
+        "held out: of models left out of the fit (five folds); null: of unrelated models with the same norms, in-sample."
     )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())
@@ -182,6 +178,9 @@ def _ranks(layers: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def _mean(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [layer[key] for layer in layers if layer[key] is not None]
-    return sum(values) / len(values) if values else None
+def share(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """A share over several layers, weighted by what it is a share of; None where no layer has it."""
+    weight = "energy" if key in ("mean_energy", "residual") else "variance"
+    known = [layer for layer in layers if layer[key] is not None]
+    whole = sum(layer[weight] for layer in known)
+    return sum(layer[key] * layer[weight] for layer in known) / whole if whole > 0 else None

@@ -11,6 +11,9 @@ from torch import Tensor
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.spectrum import eigenpairs
 
+FLOOR = 1e-7
+"""Eigenvalues below this share of the largest are left out: they may be a float32 product's round-off, and are divided by."""
+
 
 def captured_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Energy of held-out models that the fitted models' leading directions capture.
@@ -27,7 +30,7 @@ def captured_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> tuple[Tens
     mean_energy = block_TT.mean()
     energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
     cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
-    values_K, vectors_TK = eigenpairs(center_gram(block_TT))
+    values_K, vectors_TK = eigenpairs(center_gram(block_TT), FLOOR)
     energy_KH = (vectors_TK.T @ cross_TH).square() / values_K[:, None]
     return energy_KH.sum(1).cumsum(0), energies_H.clamp_min(0).sum()
 

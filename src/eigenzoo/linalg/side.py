@@ -1,6 +1,6 @@
 """The second moment of one side of a stack: its outputs or its inputs.
 
-Legend: S size of the side, P columns of a factor, K kept directions.
+Legend: S size of the side, P columns of a factor, K directions above round-off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.spectrum import NUMERICAL_RANK, eigenpairs
+from eigenzoo.linalg.spectrum import eigenpairs
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,26 @@ class SideMoment:
             return self.factor_SP @ self.factor_SP.T
         return torch.zeros(0, 0, dtype=torch.float64) if self.dense_SS is None else self.dense_SS
 
-    def eigenpairs(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues above round-off, descending, and orthonormal eigenvectors (S, K)."""
+    def eigenvectors(self) -> Eigenvectors:
+        """Eigenvalues above round-off, and a basis of as many leading directions as are then asked for."""
         if self.factor_SP is None:
-            return eigenpairs(self.matrix_SS)
-        values_K, vectors_PK = eigenpairs(self.factor_SP.T @ self.factor_SP, NUMERICAL_RANK)
+            return Eigenvectors(*eigenpairs(self.matrix_SS), None)
+        return Eigenvectors(*eigenpairs(self.factor_SP.T @ self.factor_SP), self.factor_SP)
+
+
+@dataclass(frozen=True)
+class Eigenvectors:
+    """Eigenvalues (descending) of a moment, and its eigenvectors: dense, or behind a factor."""
+
+    values_K: Tensor
+    vectors: Tensor
+    factor_SP: Tensor | None
+
+    def basis(self, rank: int) -> Tensor:
+        """Return the leading `rank` eigenvectors as orthonormal columns (S, rank)."""
+        vectors = self.vectors[:, :rank]
+        if self.factor_SP is None:
+            return vectors.contiguous()
         # Small eigenvalues leave F·w short of orthogonal by eps · largest / own; QR mends it and keeps the order.
-        vectors_SK, _ = torch.linalg.qr(self.factor_SP @ (vectors_PK / values_K.sqrt()))
-        return values_K, vectors_SK
+        basis: Tensor = torch.linalg.qr(self.factor_SP @ (vectors / self.values_K[:rank].sqrt()))[0]
+        return basis.contiguous()

@@ -63,7 +63,7 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
     for axis, side in (("outputs", moments.outputs), ("inputs", moments.inputs)):
         if axis in axes and side is not None:
             varies = moments.variance > 0 or isinstance(stack, UpdateStack)
-            values[axis] = side.eigenpairs()[0] if varies else torch.zeros(0)
+            values[axis] = side.eigenvectors().values_K if varies else torch.zeros(0)
             totals[axis] = side.trace if varies else 0.0
     update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
     return LayerSpectra(stack.layer, values, totals, float(moments.energies_N.sum()), moments.variance, update_ranks)

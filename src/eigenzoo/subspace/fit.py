@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.basis_files import BasisFiles, BasisWriter
 from eigenzoo.formats.bundle import file_sha256, open_basis
 from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
 from eigenzoo.linalg.gram import squared_distances
@@ -25,7 +25,7 @@ from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
 from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
-from eigenzoo.subspace.storage import layer_record, source_record, write_model, write_moments
+from eigenzoo.subspace.storage import layer_record, read_basis, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import BLOCK_BYTES
@@ -175,10 +175,30 @@ def _fit_layers(
             fitted[name] = fit_layer(stack, whole, per_layer.get(name, options), writer)
             moments[name] = replace(whole, outputs=None, inputs=None)
             progress("fitting layers", number + 1, len(zoo.layers))
-        writer.finish()
+        basis = writer.finish()
     finally:
         writer.close()
+    if options.torch_dtype.itemsize < 4:
+        fitted = {name: _as_stored(zoo, layer, moments[name], options, basis) for name, layer in fitted.items()}
     return fitted, moments
+
+
+def _as_stored(
+    zoo: Zoo, fitted: FittedLayer, moments: LayerMoments, options: FitOptions, basis: BasisFiles
+) -> FittedLayer:
+    """Project all models anew onto a basis that half precision has moved: what is stated is what is stored."""
+    name = fitted.name
+    record = layer_record(zoo.layers[name], fitted.form, fitted.ranks, fitted.has_mean)
+    stored, stack = read_basis(record, options.center, basis), zoo.stack(name)
+    projections = [stored.project(stack, place) for place in range(len(zoo))]
+    outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
+    energy = float(moments.energies_N.sum())
+    return replace(
+        fitted,
+        coefficients=torch.stack([projection.coefficients for projection in projections]),
+        outside_N=outside_N,
+        record=replace(fitted.record, residual=float(outside_N.sum()) / energy if energy > 0 else 0.0),
+    )
 
 
 def write_models(

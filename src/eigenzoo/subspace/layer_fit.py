@@ -29,6 +29,7 @@ from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 class FittedLayer:
     """A layer's form and ranks, its coefficients (N, …) in float64, energy lost per model, and its record."""
 
+    name: str
     form: str
     ranks: dict[str, int]
     has_mean: bool
@@ -59,7 +60,7 @@ def _fit_models(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     outside_N = (moments.centered_NN.diagonal() - coefficients_NK.square().sum(1)).clamp_min(0)
     captured = float(values_K.sum())
     record = _record(stack, moments, options, ranks, {"models": choice.reason}, captured, float(outside_N.sum()))
-    return FittedLayer(form, ranks, has_mean, coefficients_NK, outside_N, record)
+    return FittedLayer(stack.layer.name, form, ranks, has_mean, coefficients_NK, outside_N, record)
 
 
 def _models_axis(gram_NN: Tensor, moments: LayerMoments, options: FitOptions) -> tuple[RankChoice, Tensor, Tensor]:
@@ -96,7 +97,13 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
     record = _record(stack, moments, options, shown, reasons, captured, float(outside_N.sum()))
     return FittedLayer(
-        TUCKER, ranks, cores.mean is not None and cores.mean.numel() > 0, coefficients, outside_N, record
+        stack.layer.name,
+        TUCKER,
+        ranks,
+        cores.mean is not None and cores.mean.numel() > 0,
+        coefficients,
+        outside_N,
+        record,
     )
 
 
@@ -107,14 +114,14 @@ def _side(
     # Equal updates still have their mean in these moments; equal full weights have round-off only.
     if moments.variance == 0 and (isinstance(stack, DenseStack) or moment.trace <= 0):
         return RankChoice(0, "no variance"), torch.zeros(moment.size, 0, dtype=torch.float64)
-    values, vectors = moment.eigenpairs()
+    found = moment.eigenvectors()
     rule = options.rules[axis]
     null = None
     if rule == AUTO:
         centered = isinstance(stack, DenseStack) and moments.removed is None
         null = axis_null(moment.size, moments.energies_N, _columns(stack, axis), centered=centered, seed=options.seed)
-    choice = choose_rank(rule, values, moment.trace, null)
-    return choice, vectors[:, : choice.rank].contiguous()
+    choice = choose_rank(rule, found.values_K, moment.trace, null)
+    return choice, found.basis(choice.rank)
 
 
 def _columns(stack: Stack, axis: str) -> float:
@@ -168,6 +175,8 @@ def _record(
         shape=stack.layer.shape,
         rank=ranks,
         reason=reasons,
+        energy=energy,
+        variance=total,
         captured=min(captured / total, 1.0) if total > 0 else None,
         heldout=heldout,
         null=null,
