@@ -47,8 +47,10 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_stacks(root: Path, stacks: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> list[Path]:
     """Write stacks (N, …) as N checkpoints m0, m1, …; returns their folders."""
     num_models = len(next(iter(stacks.values())))
-    return [write_model(root / f"m{place}", {name: stack[place].to(dtype) for name, stack in stacks.items()})
-            for place in range(num_models)]
+    return [
+        write_model(root / f"m{place}", {name: stack[place].to(dtype) for name, stack in stacks.items()})
+        for place in range(num_models)
+    ]
 
 
 def edit_model(folder: Path, file: str = "model.safetensors", **changes: Tensor | None) -> Path:
@@ -64,8 +66,9 @@ def edit_model(folder: Path, file: str = "model.safetensors", **changes: Tensor 
     return folder
 
 
-def random_factors(modules: Mapping[str, tuple[int, int]], rank: int, seed: int,
-                   dtype: torch.dtype = torch.float32) -> dict[str, Factors]:
+def random_factors(
+    modules: Mapping[str, tuple[int, int]], rank: int, seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Factors]:
     """Random non-zero factors per module of the given (outputs, inputs), entries of ΔW about 1."""
     draw = seeded(seed)
 
@@ -75,13 +78,25 @@ def random_factors(modules: Mapping[str, tuple[int, int]], rank: int, seed: int,
     return {module: (normal(outputs, rank), normal(rank, inputs)) for module, (outputs, inputs) in modules.items()}
 
 
-def write_adapter(folder: Path, factors: Mapping[str, Factors], *, others: Mapping[str, Tensor] | None = None,
-                  **config: Any) -> Path:
+def write_adapter(
+    folder: Path, factors: Mapping[str, Factors], *, others: Mapping[str, Tensor] | None = None, **config: Any
+) -> Path:
     """Write factors as a PEFT adapter; rank from the first module, alpha = rank unless `config` says otherwise."""
     rank = next(iter(factors.values()))[1].shape[0]
-    full = {"peft_type": "LORA", "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "r": rank,
-            "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": sorted(factors),
-            "task_type": None, **config}
+    full = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted(factors),
+        "task_type": None,
+        **config,
+    }
     tensors = dict(others or {})
     for module, (b_OR, a_RI) in factors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a_RI.contiguous()
@@ -100,9 +115,15 @@ def regauge(factors: Mapping[str, Factors], seed: int, scale: float = 1.0) -> di
         rank = a_RI.shape[0]
         rotation, _ = torch.linalg.qr(torch.randn(rank, rank, generator=draw, dtype=torch.float64))
         # Between a third and three: far from orthogonal, and well enough conditioned for float32.
-        rows = torch.exp(torch.empty(rank, 1, dtype=torch.float64).uniform_(-math.log(3), math.log(3), generator=draw)) * scale
+        rows = (
+            torch.exp(torch.empty(rank, 1, dtype=torch.float64).uniform_(-math.log(3), math.log(3), generator=draw))
+            * scale
+        )
         matrix_RR = rows * rotation
-        changed[module] = ((b_OR.double() @ torch.linalg.inv(matrix_RR)).to(b_OR.dtype), (matrix_RR @ a_RI.double()).to(a_RI.dtype))
+        changed[module] = (
+            (b_OR.double() @ torch.linalg.inv(matrix_RR)).to(b_OR.dtype),
+            (matrix_RR @ a_RI.double()).to(a_RI.dtype),
+        )
     return changed
 
 

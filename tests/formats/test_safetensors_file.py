@@ -237,5 +237,7 @@ entries = st.fixed_dictionaries(
 
 @given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3))
 @settings(max_examples=300, deadline=None)
-def test_random_headers_are_opened_or_refused(tmp_path_factory: pytest.TempPathFactory, header: dict[str, object]) -> None:
+def test_random_headers_are_opened_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, header: dict[str, object]
+) -> None:
     opens_or_refuses(tmp_path_factory.getbasetemp() / "header.safetensors", raw(header))

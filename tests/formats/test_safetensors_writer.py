@@ -107,7 +107,9 @@ def test_what_cannot_be_meant_is_refused_at_once(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(max_size=4), unique=True, max_size=8), st.integers(0, 2**40))
 @settings(max_examples=50, deadline=None)
-def test_the_counted_header_is_the_header(tmp_path_factory: pytest.TempPathFactory, names: list[str], first: int) -> None:
+def test_the_counted_header_is_the_header(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], first: int
+) -> None:
     """With exactly the bytes that the header takes nothing is refused; with eight less the last tensor is."""
     path = tmp_path_factory.getbasetemp() / "counted.safetensors"
     tensors = [(name, torch.uint8, (first if name == names[0] else 3,)) for name in names]

@@ -44,7 +44,9 @@ def test_a_checkpoint_is_written_back_byte_for_byte(tmp_path: Path, shards: str,
     out.mkdir()
     layout = stored(layout_of(opened))
     write_checkpoint(out, layout, opened.read, metadata=opened.metadata, side_files=side_files(opened))
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
     loaded = quietly(kind.from_pretrained, out)
     for name, value in make().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
@@ -176,7 +178,9 @@ def test_factors_of_no_rank_and_narrow_dtypes_are_written(adapter: Path, tmp_pat
     again = LoraAdapter(tmp_path / "out")
     for module, update in again.updates.items():
         assert (update.rank, update.scale) == (1, 1.0)
-        assert all(torch.equal(f, torch.zeros_like(f)) and f.dtype == torch.bfloat16 for f in again.read_factors(module))
+        assert all(
+            torch.equal(f, torch.zeros_like(f)) and f.dtype == torch.bfloat16 for f in again.read_factors(module)
+        )
 
 
 def test_factors_that_do_not_fit_are_refused(adapter: Path, tmp_path: Path) -> None:
@@ -259,7 +263,9 @@ def test_random_layouts_are_read_or_refused(value: object) -> None:
 
 def test_a_file_whose_order_misaligns_is_written_aligned(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
-    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\7" + torch.ones(1).numpy().tobytes())
     opened = StateDict(path)
     (tmp_path / "out").mkdir()

@@ -16,7 +16,10 @@ RANKS = (1, 4, 2, 8, 4)
 
 
 def updates(ranks: tuple[int, ...] = RANKS, seed: int = 0) -> list[Factors]:
-    return [random_factors({"m": (OUTPUTS, INPUTS)}, rank, seed + number, torch.float64)["m"] for number, rank in enumerate(ranks)]
+    return [
+        random_factors({"m": (OUTPUTS, INPUTS)}, rank, seed + number, torch.float64)["m"]
+        for number, rank in enumerate(ranks)
+    ]
 
 
 def dense(factors: list[Factors]) -> Tensor:
@@ -32,7 +35,8 @@ def test_inner_products_of_mixed_ranks_equal_the_dense_ones():
     found = inner_products(left, right)
     assert float((found - dense(left) @ dense(right).T).abs().max()) <= bound(dense(left), dense(right))
     assert [energy(factors) for factors in left] == pytest.approx(
-        dense(left).square().sum(1).tolist(), abs=bound(dense(left)))
+        dense(left).square().sum(1).tolist(), abs=bound(dense(left))
+    )
 
 
 def test_inner_products_do_not_depend_on_the_gauge():
@@ -73,7 +77,9 @@ def test_truncated_gives_the_product_by_balanced_factors_of_least_rank(rank):
     assert left.shape[1] == rank
     assert left_out <= tolerance(OUTPUTS * INPUTS)
     product = wide_b @ wide_a
-    assert float((left @ right - product).abs().max()) <= tolerance(INPUTS, scale=float(b_OR.abs().max() * a_RI.abs().max()) * rank)
+    assert float((left @ right - product).abs().max()) <= tolerance(
+        INPUTS, scale=float(b_OR.abs().max() * a_RI.abs().max()) * rank
+    )
     assert float((left.T @ left - right @ right.T).abs().max()) <= bound(product)
 
 
@@ -97,11 +103,15 @@ def test_truncated_leaves_out_no_more_than_it_may():
     least = next(rank for rank in range(1, 10) if float(squares[rank:].sum()) <= TRUNCATION * float(squares.sum()))
     assert left.shape[1] == least
     assert left_out <= TRUNCATION
-    assert float(((left_basis * values) @ right_basis.T - left @ right).square().sum()) <= TRUNCATION * float(squares.sum())
+    assert float(((left_basis * values) @ right_basis.T - left @ right).square().sum()) <= TRUNCATION * float(
+        squares.sum()
+    )
 
 
 def test_a_zero_product_is_one_zero_direction():
-    (left, right), left_out = truncated(torch.zeros(OUTPUTS, 3, dtype=torch.float64), torch.zeros(3, INPUTS, dtype=torch.float64))
+    (left, right), left_out = truncated(
+        torch.zeros(OUTPUTS, 3, dtype=torch.float64), torch.zeros(3, INPUTS, dtype=torch.float64)
+    )
     assert left.shape == (OUTPUTS, 1)
     assert right.shape == (1, INPUTS)
     assert float((left @ right).abs().max()) == left_out == 0

@@ -56,7 +56,9 @@ def test_norm_matched_spectra_are_those_of_unrelated_weights(num_models, num_val
     # Five standard errors of the difference of both means; a hundredth of the largest share besides, since the models'
     # energies about their mean tell their norms only to within the noise of that mean.
     error_N = (found.var(0) / 100 + expected.var(0) / 100).sqrt()
-    assert torch.all((found.mean(0) - expected.mean(0)).abs() <= 5 * error_N + 0.01 * expected.mean(0)[0] + tolerance(num_models))
+    assert torch.all(
+        (found.mean(0) - expected.mean(0)).abs() <= 5 * error_N + 0.01 * expected.mean(0)[0] + tolerance(num_models)
+    )
     assert found.sum(1).tolist() == pytest.approx([1.0] * 100, abs=tolerance(num_models))
 
 
@@ -138,7 +140,10 @@ def test_noise_on_the_sides_passes_for_a_finding_once_in_twenty():
         for norms in ("even", "uneven"):
             norms_N = NORMS[norms](num_models)
             for seed in range(trials):
-                stack_NOI = torch.randn(num_models, outputs, inputs, generator=draw, dtype=torch.float64) * norms_N[:, None, None]
+                stack_NOI = (
+                    torch.randn(num_models, outputs, inputs, generator=draw, dtype=torch.float64)
+                    * norms_N[:, None, None]
+                )
                 unfolded = (stack_NOI - stack_NOI.mean(0)).transpose(0, 1).flatten(1)
                 moment_OO = unfolded @ unfolded.T
                 null = axis_null(outputs, stack_NOI.flatten(1).square().sum(1), inputs, centered=True, seed=seed)

@@ -12,18 +12,21 @@ from tolerance import tolerance
 VALUES = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("rule", "rank", "reason"), [
-    (0, 0, "as asked"),
-    (3, 3, "as asked"),
-    (4, 4, "as asked"),
-    (9, 4, "all there are"),
-    (1.0, 4, "everything above round-off"),
-    (0.4, 1, "40% of the variance"),
-    (0.41, 2, "41% of the variance"),
-    (0.7, 2, "70% of the variance"),
-    (0.9, 3, "90% of the variance"),
-    (0.91, 4, "91% of the variance"),
-])
+@pytest.mark.parametrize(
+    ("rule", "rank", "reason"),
+    [
+        (0, 0, "as asked"),
+        (3, 3, "as asked"),
+        (4, 4, "as asked"),
+        (9, 4, "all there are"),
+        (1.0, 4, "everything above round-off"),
+        (0.4, 1, "40 % of the variance"),
+        (0.41, 2, "41 % of the variance"),
+        (0.7, 2, "70 % of the variance"),
+        (0.9, 3, "90 % of the variance"),
+        (0.91, 4, "91 % of the variance"),
+    ],
+)
 def test_numbers_and_shares(rule, rank, reason):
     choice = choose_rank(rule, VALUES, 10.0)
     assert (choice.rank, choice.reason) == (rank, reason)
@@ -53,15 +56,18 @@ def test_auto_does_not_take_round_off_for_a_finding():
     assert choose_rank("auto", above, 1.0, null).rank == 0
 
 
-@pytest.mark.parametrize(("rule", "text"), [
-    (True, r"rank True is not a rule\. A rank is a number, a share in \(0, 1\], or 'auto'"),
-    (None, r"rank None is not a rule"),
-    ("half", r"rank 'half' is not a rule"),
-    (0.0, r"rank 0\.0 is not a share\. A float rank is a share of the variance in \(0, 1\]"),
-    (1.5, r"rank 1\.5 is not a share"),
-    (float("nan"), r"rank nan is not a share"),
-    (-1, r"rank -1 is negative"),
-])
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (True, r"rank True is not a rule\. A rank is a number, a share in \(0, 1\], or 'auto'"),
+        (None, r"rank None is not a rule"),
+        ("half", r"rank 'half' is not a rule"),
+        (0.0, r"rank 0\.0 is not a share\. A float rank is a share of the variance in \(0, 1\]"),
+        (1.5, r"rank 1\.5 is not a share"),
+        (float("nan"), r"rank nan is not a share"),
+        (-1, r"rank -1 is negative"),
+    ],
+)
 def test_what_is_no_rule(rule, text):
     with pytest.raises(RankError, match=text):
         check_rule(rule)

@@ -36,7 +36,9 @@ def test_a_factor_has_the_eigenpairs_of_its_moment(size, columns, span):
             assert subspace_gap(moment.eigenvectors().basis(rank).T, expected.T) <= angle_tolerance(size, gap)
 
 
-@pytest.mark.parametrize("side", [SideMoment(torch.zeros(4, 4).double()), SideMoment(factor_SP=torch.zeros(4, 2).double())])
+@pytest.mark.parametrize(
+    "side", [SideMoment(torch.zeros(4, 4).double()), SideMoment(factor_SP=torch.zeros(4, 2).double())]
+)
 def test_a_side_without_energy_has_no_directions(side):
     found = side.eigenvectors()
     assert side.trace == 0

@@ -27,7 +27,9 @@ def test_centering_a_gram_is_centering_its_rows(shape):
     rows_ND = rows(*shape)
     centered_ND = rows_ND - rows_ND.mean(0)
     found = center_gram(rows_ND @ rows_ND.T)
-    assert float((found - centered_ND @ centered_ND.T).abs().max()) <= tolerance(shape[1], scale=float(rows_ND.square().max()))
+    assert float((found - centered_ND @ centered_ND.T).abs().max()) <= tolerance(
+        shape[1], scale=float(rows_ND.square().max())
+    )
     assert torch.equal(found, found.T)
 
 
@@ -97,15 +99,18 @@ def test_eigenpairs_leave_out_what_is_round_off(rank):
     assert np.abs(values_K.numpy() - squares).max() <= tolerance(60, scale=squares[0])
 
 
-@pytest.mark.parametrize(("spectrum", "expected"), [
-    ([1.0], 1.0),
-    ([0.25] * 4, 4.0),
-    ([0.5, 0.5, 0.0, 0.0], 2.0),
-    ([2.0, 2.0, 2.0], 3.0),
-    ([0.9, 0.1], math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))),
-    ([0.0, 0.0], 0.0),
-    ([], 0.0),
-])
+@pytest.mark.parametrize(
+    ("spectrum", "expected"),
+    [
+        ([1.0], 1.0),
+        ([0.25] * 4, 4.0),
+        ([0.5, 0.5, 0.0, 0.0], 2.0),
+        ([2.0, 2.0, 2.0], 3.0),
+        ([0.9, 0.1], math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))),
+        ([0.0, 0.0], 0.0),
+        ([], 0.0),
+    ],
+)
 def test_effective_rank_in_closed_form(spectrum, expected):
     assert effective_rank(torch.tensor(spectrum, dtype=torch.float64)) == pytest.approx(expected, abs=tolerance(4))
 
@@ -114,4 +119,6 @@ def test_effective_rank_of_a_geometric_spectrum():
     # Shares (1 − q) qⁱ have entropy −log(1 − q) − q log(q) / (1 − q); the cut at 200 leaves 2^-200 of them.
     q = 0.5
     entropy = -math.log(1 - q) - q / (1 - q) * math.log(q)
-    assert effective_rank(q ** torch.arange(200, dtype=torch.float64)) == pytest.approx(math.exp(entropy), abs=tolerance(200))
+    assert effective_rank(q ** torch.arange(200, dtype=torch.float64)) == pytest.approx(
+        math.exp(entropy), abs=tolerance(200)
+    )

@@ -32,7 +32,9 @@ def test_a_label_is_0_for_the_class_that_holds_digit_0() -> None:
     assert Task((0, 2, 4, 6, 8)).label(torch.arange(10)).tolist() == [0, 1] * 5
 
 
-@pytest.mark.parametrize("task", [Task((0, 2, 4, 6, 8)), Task((0, 1, 2, 3, 9), labels_seed=41), Task((0, 1, 2, 3, 9), 0)])
+@pytest.mark.parametrize(
+    "task", [Task((0, 2, 4, 6, 8)), Task((0, 1, 2, 3, 9), labels_seed=41), Task((0, 1, 2, 3, 9), 0)]
+)
 def test_a_task_is_read_as_written(task: Task) -> None:
     assert Task.parse(str(task)) == task
 

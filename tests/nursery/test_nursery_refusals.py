@@ -32,7 +32,9 @@ TASK = "5-against-5:0,1,2,3,4"
         ("digits-vit", {"own_init": True}, "digits-vit: no such option: own_init. Its models are fine-tunes"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_training(tmp_path: Path, kind: str, options: dict[str, Any], text: str) -> None:
+def test_what_cannot_be_meant_is_refused_before_training(
+    tmp_path: Path, kind: str, options: dict[str, Any], text: str
+) -> None:
     with pytest.raises(UsageError, match=text):
         make(kind, tmp_path / "zoo", **options)
     assert not list(tmp_path.iterdir())

@@ -105,7 +105,9 @@ def test_the_parent_is_measured_on_a_task_that_is_given(hasty: Hasty) -> None:
         assert hasty(kind).recipe.parent["ten_class_test_accuracy"] > 0.6
 
 
-def test_an_adapter_loaded_by_peft_answers_as_the_model_trained(hasty: Hasty, tmp_path: Path, hasty_plan: Planner) -> None:
+def test_an_adapter_loaded_by_peft_answers_as_the_model_trained(
+    hasty: Hasty, tmp_path: Path, hasty_plan: Planner
+) -> None:
     base = hasty("digits-lora").folder / "_base"
     data, task = digits.load(), digits.tasks()[17]
     plan = hasty_plan("digits-lora", steps=20)
@@ -187,7 +189,9 @@ def test_the_same_seed_gives_the_same_bytes(hasty: Hasty, kind: str, tmp_path: P
     make_zoo(hasty_plan(kind, **options), tmp_path / "two", False, None)
     assert torch.equal(torch.get_rng_state(), state)
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*") if path.is_file())
+    assert files == sorted(
+        path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*") if path.is_file()
+    )
     accuracy(hasty(kind).model(next(iter(hasty(kind).recipe.models))))
     assert torch.equal(torch.get_rng_state(), state)
     for file in files:

@@ -19,8 +19,12 @@ MODES = {"models": 0, "outputs": 1, "inputs": 2}
 def center_of(stack_NOI: Array, center: str) -> Array:
     """What is removed, broadcastable over the stack."""
     mean_OI = stack_NOI.mean(0)
-    return {"models": mean_OI, "columns": mean_OI.mean(0, keepdims=True), "global": mean_OI.mean(keepdims=True),
-            "none": np.zeros((1, 1))}[center]
+    return {
+        "models": mean_OI,
+        "columns": mean_OI.mean(0, keepdims=True),
+        "global": mean_OI.mean(keepdims=True),
+        "none": np.zeros((1, 1)),
+    }[center]
 
 
 def unfold(stack_NOI: Array, axis: str) -> Array:

@@ -14,8 +14,18 @@ from eigenzoo.subspace.subspace import Subspace
 
 NUM_MODELS = 9
 SHAPES: dict[str, tuple[int, ...]] = {
-    "random": (6, 5), "wide": (3, 22), "low_rank": (6, 5), "noisy": (6, 5), "thin_sides": (6, 5), "repeated": (6, 5),
-    "tied": (6, 5), "zero": (6, 5), "bias": (7,), "kernel": (4, 3, 2, 2), "scalar": (), "few_values": (2, 1),
+    "random": (6, 5),
+    "wide": (3, 22),
+    "low_rank": (6, 5),
+    "noisy": (6, 5),
+    "thin_sides": (6, 5),
+    "repeated": (6, 5),
+    "tied": (6, 5),
+    "zero": (6, 5),
+    "bias": (7,),
+    "kernel": (4, 3, 2, 2),
+    "scalar": (),
+    "few_values": (2, 1),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -28,7 +38,10 @@ def stacks(num_models: int = NUM_MODELS) -> dict[str, Tensor]:
     found["noisy"] = low["noisy"] + 0.05 * found["noisy"]
     # Only two outputs and three inputs are ever used.
     draw = seeded(50)
-    left, right = torch.randn(6, 2, generator=draw, dtype=torch.float64), torch.randn(3, 5, generator=draw, dtype=torch.float64)
+    left, right = (
+        torch.randn(6, 2, generator=draw, dtype=torch.float64),
+        torch.randn(3, 5, generator=draw, dtype=torch.float64),
+    )
     found["thin_sides"] = left @ random_stack(num_models, (2, 3), 52) @ right
     found["repeated"] = found["repeated"][torch.arange(num_models) % 3]
     found["tied"] = found["tied"][:1].expand(num_models, -1, -1).clone()

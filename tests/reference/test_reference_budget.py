@@ -25,7 +25,9 @@ MODULES = {f"model.layers.{place}.self_attn.q_proj": (48, 32) for place in range
 def falling_stacks() -> dict[str, torch.Tensor]:
     """Layers whose spectra fall at unlike rates, the last with a long name and few values."""
     found = {}
-    for place, name in enumerate(["encoder.layer.0.attention.self.query.weight", "b", "encoder.layer.11.output.dense.weight"]):
+    for place, name in enumerate(
+        ["encoder.layer.0.attention.self.query.weight", "b", "encoder.layer.11.output.dense.weight"]
+    ):
         weights = torch.linalg.qr(random_stack(NUM_MODELS, (NUM_MODELS,), place))[0]
         falling = (0.9 - 0.25 * place) ** torch.arange(NUM_MODELS, dtype=torch.float64)
         found[name] = torch.tensordot(weights * falling, random_stack(NUM_MODELS, (24 + 8 * place, 30), 10 + place), 1)
@@ -72,8 +74,12 @@ def test_the_error_bound_is_met_and_true(zoo, axes, max_error):
     lost = whole = 0.0
     for name in zoo.layers:
         stack = zoo.stack(name)
-        dense = np.stack([(torch.mm(*stack.factors(place)) if hasattr(stack, "factors") else stack.matrix(place)).numpy()
-                          for place in range(NUM_MODELS)])
+        dense = np.stack(
+            [
+                (torch.mm(*stack.factors(place)) if hasattr(stack, "factors") else stack.matrix(place)).numpy()
+                for place in range(NUM_MODELS)
+            ]
+        )
         lost, whole = lost + float(((dense - rebuilt_stack(space, name)) ** 2).sum()), whole + float((dense**2).sum())
     assert lost / whole <= max_error + tolerance(1, dtype=torch.float32) ** 2 + 1e-10 * (zoo.view == "update")
 
@@ -83,10 +89,12 @@ def test_an_error_bound_on_one_axis_is_met_with_no_direction_to_spare(tmp_path, 
     stacks = falling_stacks()
     space = ez.fit(write_stacks(tmp_path, stacks), max_error=max_error)
     whole = sum(float((stored(stack, torch.float32) ** 2).sum()) for stack in stacks.values())
-    spectra = {name: squares(values - values.mean(0), "models") for name, values in
-               ((name, stored(stack, torch.float32)) for name, stack in stacks.items())}
+    spectra = {
+        name: squares(values - values.mean(0), "models")
+        for name, values in ((name, stored(stack, torch.float32)) for name, stack in stacks.items())
+    }
     ranks = {name: record["rank"]["models"] for name, record in space.report["layers"].items()}
-    lost = sum(float(values[ranks[name]:].sum()) for name, values in spectra.items())
+    lost = sum(float(values[ranks[name] :].sum()) for name, values in spectra.items())
     assert lost <= max_error * whole
     # The last direction taken was needed: of those kept, give back the one that saves least per byte, and the bound is broken.
     kept = [name for name, rank in ranks.items() if rank]
@@ -111,15 +119,25 @@ def test_a_budget_is_spent_as_well_as_any_choice_of_ranks(tmp_path):
     assert tails["a"][ranks[0]] + tails["b"][ranks[1]] == pytest.approx(best, rel=tolerance(100))
 
 
-@pytest.mark.parametrize(("options", "kind", "text"), [
-    ({"budget": 500}, BudgetError,
-     r"a budget of 500 bytes, but means, carried tensors and headers alone take [\d,]+\. Raise the budget"),
-    ({"budget": 0}, BudgetError, r"a budget of 0 bytes\. A budget is positive"),
-    ({"max_error": 1.0}, BudgetError, r"an error bound of 1\.0\. It is a share of the energy in \[0, 1\)"),
-    ({"max_error": -0.1}, BudgetError, r"an error bound of -0\.1"),
-    ({"budget": 10**6, "max_error": 0.1}, UsageError, r"budget and max_error are both given\. One of them decides the ranks"),
-    ({"budget": 10**6, "rank": 3}, UsageError, r"a rank is given beside a budget or an error bound"),
-])
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        (
+            {"budget": 500},
+            BudgetError,
+            r"a budget of 500 bytes, but means, carried tensors and headers alone take [\d,]+\. Raise the budget",
+        ),
+        ({"budget": 0}, BudgetError, r"a budget of 0 bytes\. A budget is positive"),
+        ({"max_error": 1.0}, BudgetError, r"an error bound of 1\.0\. It is a share of the energy in \[0, 1\)"),
+        ({"max_error": -0.1}, BudgetError, r"an error bound of -0\.1"),
+        (
+            {"budget": 10**6, "max_error": 0.1},
+            UsageError,
+            r"budget and max_error are both given\. One of them decides the ranks",
+        ),
+        ({"budget": 10**6, "rank": 3}, UsageError, r"a rank is given beside a budget or an error bound"),
+    ],
+)
 def test_budgets_that_cannot_be(zoo, options, kind, text):
     with pytest.raises(kind, match=text):
         ez.fit(zoo, **options)

@@ -26,13 +26,19 @@ MODULES = {"h.0.q": (10, 8), "h.1.up": (14, 6)}
 
 def random_stacks(seed: int, num_models: int = NUM_MODELS) -> dict[str, Tensor]:
     """Layers of unlike sizes and scales, so that no residual hides behind another."""
-    return {name: (1 + place) * random_stack(num_models, shape, 10 * seed + place)
-            for place, (name, shape) in enumerate(SHAPES.items())}
+    return {
+        name: (1 + place) * random_stack(num_models, shape, 10 * seed + place)
+        for place, (name, shape) in enumerate(SHAPES.items())
+    }
 
 
 def write_updates(root: Path, seed: int) -> list[Path]:
-    return [write_adapter(root / f"m{place}", random_factors(MODULES, 2 + place % 3, 100 * seed + place), lora_alpha=4 + place)
-            for place in range(NUM_MODELS)]
+    return [
+        write_adapter(
+            root / f"m{place}", random_factors(MODULES, 2 + place % 3, 100 * seed + place), lora_alpha=4 + place
+        )
+        for place in range(NUM_MODELS)
+    ]
 
 
 def dense_stacks(source: ez.Zoo) -> dict[str, np.ndarray]:
@@ -40,8 +46,10 @@ def dense_stacks(source: ez.Zoo) -> dict[str, np.ndarray]:
     found = {}
     for name in source.layers:
         stack = source.stack(name)
-        matrices = [torch.mm(*stack.factors(place)) if hasattr(stack, "factors") else stack.matrix(place)
-                    for place in range(len(source))]
+        matrices = [
+            torch.mm(*stack.factors(place)) if hasattr(stack, "factors") else stack.matrix(place)
+            for place in range(len(source))
+        ]
         found[name] = torch.stack(matrices).double().numpy()
     return found
 
@@ -101,7 +109,9 @@ def test_what_lies_in_the_subspace_comes_back_and_projects_to_itself(zoo, axes, 
 
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
 def test_error_never_rises_with_rank(zoo, axes):
-    residuals = [ez.fit(zoo, rank=dict.fromkeys(axes, rank), center="models").report["residual"] for rank in (0, 1, 2, 4, 7)]
+    residuals = [
+        ez.fit(zoo, rank=dict.fromkeys(axes, rank), center="models").report["residual"] for rank in (0, 1, 2, 4, 7)
+    ]
     for lower, higher in zip(residuals[1:], residuals, strict=False):
         assert lower <= higher + tolerance(1)
     # Seven directions hold eight centred models; of sides seven are not always all.
@@ -156,7 +166,8 @@ def test_saving_and_loading_changes_no_bit(zoo, axes, tmp_path):
     for layer in space.layers:
         assert torch.equal(space.moments(layer).raw_NN, loaded.moments(layer).raw_NN)
     assert {key: value for key, value in loaded.report.items() if key != "bytes"} == {
-        key: value for key, value in space.report.items() if key != "bytes"}
+        key: value for key, value in space.report.items() if key != "bytes"
+    }
 
 
 def test_as_many_directions_as_models_are_called_trivial(zoo):
@@ -177,7 +188,7 @@ def test_reported_held_out_share_is_that_of_models_left_out_of_the_fit(tmp_path,
     order = torch.randperm(NUM_MODELS, generator=seeded(seed))
     lost = dict.fromkeys(stacks, 0.0)
     total = dict.fromkeys(stacks, 0.0)
-    for held in order.chunk(5):
+    for held in order.tensor_split(5):
         rest = [place for place in range(NUM_MODELS) if place not in held]
         space = ez.fit([folders[place] for place in rest], rank=2, dtype="float64")
         for place in held.tolist():
@@ -200,7 +211,12 @@ def test_a_share_keeps_the_least_rank_that_reaches_it(tmp_path, seed, axis):
             values_NOI = stored(stack, torch.float32)
             centered_NOI = values_NOI - values_NOI.mean(0)
             mode = ("models", "outputs", "inputs").index(axis)
-            values = np.linalg.svd(np.moveaxis(centered_NOI, mode, 0).reshape(centered_NOI.shape[mode], -1), compute_uv=False) ** 2
+            values = (
+                np.linalg.svd(
+                    np.moveaxis(centered_NOI, mode, 0).reshape(centered_NOI.shape[mode], -1), compute_uv=False
+                )
+                ** 2
+            )
             reached = np.cumsum(values) / values.sum()
             rank = space.report["layers"][layer]["rank"][axis]
             assert rank == int((reached < share).sum()) + 1
@@ -212,23 +228,39 @@ def test_auto_finds_what_was_planted_and_nothing_else(tmp_path, seed):
     noise = torch.randn(24, 20, 15, generator=draw, dtype=torch.float64)
     weights = torch.linalg.qr(torch.randn(24, 5, generator=draw, dtype=torch.float64))[0]
     # Five times the noise's largest singular value, √24 + √300.
-    planted = noise + torch.tensordot(5 * (sqrt(24) + sqrt(300)) * weights, torch.linalg.qr(
-        torch.randn(300, 5, generator=draw, dtype=torch.float64))[0].T.view(5, 20, 15), 1)
+    planted = noise + torch.tensordot(
+        5 * (sqrt(24) + sqrt(300)) * weights,
+        torch.linalg.qr(torch.randn(300, 5, generator=draw, dtype=torch.float64))[0].T.view(5, 20, 15),
+        1,
+    )
     uneven = noise * torch.logspace(-0.5, 0.5, 24, dtype=torch.float64)[:, None, None]
-    space = ez.fit(write_stacks(tmp_path, {"planted": planted, "noise": noise, "uneven": uneven, "scaled": 1e-6 * planted}))
+    space = ez.fit(
+        write_stacks(tmp_path, {"planted": planted, "noise": noise, "uneven": uneven, "scaled": 1e-6 * planted})
+    )
     assert {name: layer["rank"]["models"] for name, layer in space.report["layers"].items()} == {
-        "planted": 5, "noise": 0, "uneven": 0, "scaled": 5}
+        "planted": 5,
+        "noise": 0,
+        "uneven": 0,
+        "scaled": 5,
+    }
 
 
-@pytest.mark.parametrize(("rank", "axes", "text"), [
-    (8, None, r"rank 8, but 8 models span at most 7 directions after centering\. Ask for rank <= 7 or add models"),
-    ({"models": 99}, None, r"rank 99, but 8 models span at most 7 directions"),
-    ({"outputs": 2}, ["models"], r"a rank for axis 'outputs'\. The truncated axes are models"),
-    ({"outputs": 2}, ["outputs", "inputs"], r"no rank for axis 'inputs'\. A rank per axis names every truncated axis"),
-    (-2, None, r"rank -2 is negative"),
-    (2.0, None, r"rank 2\.0 is not a share"),
-    ("all", None, r"rank 'all' is not a rule"),
-])
+@pytest.mark.parametrize(
+    ("rank", "axes", "text"),
+    [
+        (8, None, r"rank 8, but 8 models span at most 7 directions after centering\. Ask for rank <= 7 or add models"),
+        ({"models": 99}, None, r"rank 99, but 8 models span at most 7 directions"),
+        ({"outputs": 2}, ["models"], r"a rank for axis 'outputs'\. The truncated axes are models"),
+        (
+            {"outputs": 2},
+            ["outputs", "inputs"],
+            r"no rank for axis 'inputs'\. A rank per axis names every truncated axis",
+        ),
+        (-2, None, r"rank -2 is negative"),
+        (2.0, None, r"rank 2\.0 is not a share"),
+        ("all", None, r"rank 'all' is not a rule"),
+    ],
+)
 def test_ranks_that_cannot_be(tmp_path, rank, axes, text):
     zoo = write_stacks(tmp_path, random_stacks(0))
     with pytest.raises(RankError, match=text):

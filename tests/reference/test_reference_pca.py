@@ -68,14 +68,19 @@ def test_spectrum_energies_directions_and_reconstruction(fitted, dtype, layer):
     gap = relative_gap(centered_NOI, "models", rank)
     if gap > NUMERICAL_RANK:
         directions = basis.tensors.read(f"{layer}/models").reshape(rank, -1).double().numpy()
-        assert np.abs(directions @ directions.T - np.eye(rank)).max() <= 1e-6  # flat.ORTHONORMAL: corrected only above it
+        assert (
+            np.abs(directions @ directions.T - np.eye(rank)).max() <= 1e-6
+        )  # flat.ORTHONORMAL: corrected only above it
         assert largest_sine(directions.T, model_directions(centered_NOI, rank).T) <= angle_tolerance(size, gap)
     # A float32 coefficient loses eps of itself; where there is no gap, errors are equal though directions differ.
     bound = tolerance(rank + 1, dtype=torch.float32, scale=float(np.abs(centered_NOI).max()) + 1e-300)
     rebuilt_NOI = rebuilt_stack(space, layer)
     if gap > 1e-6:
         assert np.abs(rebuilt_NOI - removed - project_models(centered_NOI, rank)).max() <= bound
-    assert abs(energy(stack_NOI - rebuilt_NOI) - left_out) <= tolerance(size, dtype=torch.float32, scale=total) + 1e-12 * whole
+    assert (
+        abs(energy(stack_NOI - rebuilt_NOI) - left_out)
+        <= tolerance(size, dtype=torch.float32, scale=total) + 1e-12 * whole
+    )
 
 
 def test_the_same_as_scikit_learn(zoo, dtype):
@@ -90,7 +95,8 @@ def test_the_same_as_scikit_learn(zoo, dtype):
         assert largest_sine(directions.T, pca.components_.T) <= angle_tolerance(flat_ND.shape[1], gap)
         rebuilt_ND = rebuilt_stack(space, layer).reshape(len(zoo), -1)
         assert np.abs(rebuilt_ND - pca.inverse_transform(pca.transform(flat_ND))).max() <= tolerance(
-            RANK + 1, dtype=torch.float32, scale=np.abs(flat_ND).max())
+            RANK + 1, dtype=torch.float32, scale=np.abs(flat_ND).max()
+        )
 
 
 @pytest.mark.parametrize("axes", [("models",), ("outputs",), ("outputs", "inputs"), ("models", "outputs", "inputs")])

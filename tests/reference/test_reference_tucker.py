@@ -23,7 +23,9 @@ import eigenzoo as ez
 from tolerance import angle_tolerance, tolerance
 
 AXES = ("models", "outputs", "inputs")
-SUBSETS = [axes for axes in chain.from_iterable(combinations(AXES, count) for count in (1, 2, 3)) if axes != ("models",)]
+SUBSETS = [
+    axes for axes in chain.from_iterable(combinations(AXES, count) for count in (1, 2, 3)) if axes != ("models",)
+]
 RANKS = {"models": 3, "outputs": 2, "inputs": 2}
 
 
@@ -62,12 +64,14 @@ def test_error_is_between_the_best_and_that_of_hosvd(fitted, axes, layer):
     ranks = {axis: min(RANKS[axis], numerical_rank(centered_NOI, axis)) for axis in axes}
     if "models" in axes:
         # TensorLy warns of more shared cores than a core has values.
-        ranks["models"] = min(ranks["models"], ranks.get("outputs", stack_NOI.shape[1]) * ranks.get("inputs", stack_NOI.shape[2]))
+        ranks["models"] = min(
+            ranks["models"], ranks.get("outputs", stack_NOI.shape[1]) * ranks.get("inputs", stack_NOI.shape[2])
+        )
     assert lost <= hosvd_error(centered_NOI, ranks) + bound
-    assert lost <= sum(squares(centered_NOI, axis)[ranks[axis]:].sum() for axis in axes) + bound
+    assert lost <= sum(squares(centered_NOI, axis)[ranks[axis] :].sum() for axis in axes) + bound
     # De Lathauwer, De Moor, Vandewalle 2000: within the number of axes of the best, which iteration comes near from above.
     assert lost <= len(axes) * hooi_error(centered_NOI, ranks) + bound
-    assert lost >= max(squares(centered_NOI, axis)[ranks[axis]:].sum() for axis in axes) - bound
+    assert lost >= max(squares(centered_NOI, axis)[ranks[axis] :].sum() for axis in axes) - bound
     kept = space.report["layers"][layer]["captured"] * total
     assert kept == pytest.approx(total - lost, abs=bound)
 

@@ -33,7 +33,9 @@ MODULES = {"h.0.q": (10, 8), "h.0.up": (14, 8), "h.1.q": (10, 8)}
 RANKS = (2, 4, 8, 3, 4, 2, 1)
 ALPHAS = (2.0, 1.0, 16.0, 3.0, 0.5, 8.0, 4.0)
 AXES = ("models", "outputs", "inputs")
-SUBSETS = [axes for axes in chain.from_iterable(combinations(AXES, count) for count in (1, 2, 3)) if axes != ("models",)]
+SUBSETS = [
+    axes for axes in chain.from_iterable(combinations(AXES, count) for count in (1, 2, 3)) if axes != ("models",)
+]
 
 
 def write_updates(root, dtype=torch.float32) -> tuple[list, dict[str, Array]]:
@@ -108,7 +110,9 @@ def test_models_axis_is_pca_of_the_dense_updates(written, center, rank):
         expected_NOI = removed + project_models(centered_NOI, kept)
         # Float32 coefficients; and factors of least rank leave out TRUNCATION of each update's energy at most.
         for rebuilt_OI, expected_OI in zip(rebuilt_NOI, expected_NOI, strict=True):
-            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(kept + 1, dtype=torch.float32, scale=sqrt(energy(stack_NOI)))
+            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(
+                kept + 1, dtype=torch.float32, scale=sqrt(energy(stack_NOI))
+            )
             assert sqrt(energy(rebuilt_OI - expected_OI)) <= room
         share = squares(centered_NOI, "models")[kept:].sum() / energy(stack_NOI)
         assert space.report["layers"][module]["residual"] == pytest.approx(share, abs=tolerance(100))
@@ -123,8 +127,10 @@ def test_sides_come_from_the_updates_about_zero_and_hold_the_mean(written, axes,
     space = ez.fit(folders[:num_models], rank=ranks, center=center, dtype="float64")
     for module, whole_NOI in dense.items():
         stack_NOI = whole_NOI[:num_models]
-        left, right = (axis_basis(stack_NOI, axis, 3 if axis in axes else stack_NOI.shape[mode])
-                       for mode, axis in ((1, "outputs"), (2, "inputs")))
+        left, right = (
+            axis_basis(stack_NOI, axis, 3 if axis in axes else stack_NOI.shape[mode])
+            for mode, axis in ((1, "outputs"), (2, "inputs"))
+        )
         for axis, expected in (("outputs", left), ("inputs", right)):
             if axis in axes:
                 found = space.layers[module].tensors.read(f"{module}/{axis}").numpy()
@@ -137,7 +143,9 @@ def test_sides_come_from_the_updates_about_zero_and_hold_the_mean(written, axes,
         expected_NOI = left @ cores_NPQ @ right.T
         rebuilt_NOI = rebuilt_stack(space, module)
         for rebuilt_OI, expected_OI in zip(rebuilt_NOI, expected_NOI, strict=True):
-            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(4, dtype=torch.float32, scale=sqrt(energy(stack_NOI)))
+            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(
+                4, dtype=torch.float32, scale=sqrt(energy(stack_NOI))
+            )
             assert sqrt(energy(rebuilt_OI - expected_OI)) <= room
         share = energy(stack_NOI - expected_NOI) / energy(stack_NOI)
         assert space.report["layers"][module]["residual"] == pytest.approx(share, abs=tolerance(100))
@@ -167,7 +175,9 @@ def test_an_update_outside_the_zoo_is_projected_as_the_dense_one(written, tmp_pa
             share = energy(update_OI - expected_OI) / energy(update_OI)
             assert coefficients.residuals[module] == pytest.approx(share, abs=tolerance(100))
             rebuilt_OI = space.rebuild(coefficients).layer(module).numpy()
-            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(4, dtype=torch.float32, scale=sqrt(energy(stack_NOI)))
+            room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(
+                4, dtype=torch.float32, scale=sqrt(energy(stack_NOI))
+            )
             assert sqrt(energy(rebuilt_OI - expected_OI)) <= room
 
 
@@ -226,6 +236,8 @@ def test_equal_updates_keep_their_mean(tmp_path):
         for module, (b_OR, a_RI) in factors.items():
             expected_OI = (b_OR.double() @ a_RI.double()).numpy()
             for rebuilt_OI in rebuilt_stack(space, module):
-                room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(3, dtype=torch.float32, scale=sqrt(energy(expected_OI)))
+                room = sqrt(TRUNCATION * energy(expected_OI)) + tolerance(
+                    3, dtype=torch.float32, scale=sqrt(energy(expected_OI))
+                )
                 assert sqrt(energy(rebuilt_OI - expected_OI)) <= room
             assert space.report["layers"][module]["note"] == "no variance"

@@ -34,35 +34,71 @@ TOLERANCE = 1e-5
 
 
 def make_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, initializer_range=0.15)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.15,
+    )
     return LlamaForCausalLM(config)
 
 
 def make_gpt2() -> GPT2LMHeadModel:
     """Conv1D projections (outputs and inputs swapped in the file) and a head tied to the embedding."""
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=16, initializer_range=0.15,
-                                      bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            vocab_size=VOCABULARY,
+            n_positions=16,
+            initializer_range=0.15,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def make_vit() -> ViTForImageClassification:
-    return ViTForImageClassification(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-                                               image_size=16, patch_size=8, num_labels=5, initializer_range=0.15))
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+            num_labels=5,
+            initializer_range=0.15,
+        )
+    )
 
 
 def make_t5() -> T5ForConditionalGeneration:
     """One embedding shared by encoder, decoder and head."""
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
-                                               decoder_start_token_id=0))
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
+    )
 
 
 def make_resnet() -> ResNetForImageClassification:
     """Convolutions, and batch norms with running variances and integer counters."""
-    return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=5))
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], num_labels=5)
+    )
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": make_llama, "gpt2": make_gpt2, "vit": make_vit, "t5": make_t5, "resnet": make_resnet,
+    "llama": make_llama,
+    "gpt2": make_gpt2,
+    "vit": make_vit,
+    "t5": make_t5,
+    "resnet": make_resnet,
 }
 
 
@@ -113,21 +149,38 @@ ADAPTERS: dict[str, list[dict[str, Any]]] = {
     "llama": [
         {"r": 16, "lora_alpha": 32, "target_modules": LLAMA},
         {"r": 4, "lora_alpha": 3, "target_modules": LLAMA, "use_rslora": True},
-        {"r": 3, "lora_alpha": 6, "target_modules": LLAMA, "use_rslora": True,
-         "rank_pattern": {r".*\.0\.self_attn\.(q|v)_proj": 2, "up_proj": 5},
-         "alpha_pattern": {r"^model.layers.1.self_attn.q_proj": 9, "layers.0.mlp.up_proj": 1}},
+        {
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": LLAMA,
+            "use_rslora": True,
+            "rank_pattern": {r".*\.0\.self_attn\.(q|v)_proj": 2, "up_proj": 5},
+            "alpha_pattern": {r"^model.layers.1.self_attn.q_proj": 9, "layers.0.mlp.up_proj": 1},
+        },
     ],
     "gpt2": [
         {"r": 16, "lora_alpha": 32, "target_modules": GPT2, "fan_in_fan_out": True},
-        {"r": 2, "lora_alpha": 5, "target_modules": GPT2, "fan_in_fan_out": True,
-         "rank_pattern": {r"h\.1\..*": 6}, "alpha_pattern": {r"h\.\d\.mlp\.c_fc": 3}},
+        {
+            "r": 2,
+            "lora_alpha": 5,
+            "target_modules": GPT2,
+            "fan_in_fan_out": True,
+            "rank_pattern": {r"h\.1\..*": 6},
+            "alpha_pattern": {r"h\.\d\.mlp\.c_fc": 3},
+        },
         {"r": 5, "lora_alpha": 4, "target_modules": GPT2, "fan_in_fan_out": True, "use_rslora": True},
     ],
     # `projection` is the convolution that cuts the image into patches.
     "vit": [
         {"r": 16, "lora_alpha": 32, "target_modules": VIT},
         {"r": 3, "lora_alpha": 6, "target_modules": VIT, "use_rslora": True},
-        {"r": 4, "lora_alpha": 2, "target_modules": VIT, "rank_pattern": {r".*layers\.1\..*": 7}, "alpha_pattern": {"v_proj": 5}},
+        {
+            "r": 4,
+            "lora_alpha": 2,
+            "target_modules": VIT,
+            "rank_pattern": {r".*layers\.1\..*": 7},
+            "alpha_pattern": {"v_proj": 5},
+        },
     ],
 }
 """Adapters of one zoo: mixed ranks, alphas, patterns and rsLoRA."""
@@ -176,6 +229,9 @@ def load_checkpoint(kind: str, folder: Path) -> PreTrainedModel:
 
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel, "vit": ViTForImageClassification, "t5": T5ForConditionalGeneration,
+    "llama": LlamaForCausalLM,
+    "gpt2": GPT2LMHeadModel,
+    "vit": ViTForImageClassification,
+    "t5": T5ForConditionalGeneration,
     "resnet": ResNetForImageClassification,
 }

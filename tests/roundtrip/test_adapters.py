@@ -26,7 +26,9 @@ def assert_same_answers(kind: str, folder: Path, expected: torch.Tensor, base: t
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
-def test_rebuilt_adapters_answer_as_the_originals(tmp_path: Path, adapter_zoo: Callable, kind: str, axes: tuple[str, ...]) -> None:
+def test_rebuilt_adapters_answer_as_the_originals(
+    tmp_path: Path, adapter_zoo: Callable, kind: str, axes: tuple[str, ...]
+) -> None:
     zoo = adapter_zoo(kind)
     space = ez.fit(ez.open_zoo(zoo.folder), rank=1.0, axes=axes)
     assert space.view == "update"
@@ -50,7 +52,9 @@ def test_the_factors_of_adapters_of_one_rank_answer_as_the_originals(tmp_path: P
 
 
 def test_the_factors_of_mixed_ranks_are_refused(adapter_zoo: Callable) -> None:
-    with pytest.raises(ez.MismatchError, match=r"layer '.*lora_[AB]': shape .* in a\d but .* view 'update' takes mixed ranks"):
+    with pytest.raises(
+        ez.MismatchError, match=r"layer '.*lora_[AB]': shape .* in a\d but .* view 'update' takes mixed ranks"
+    ):
         ez.fit(adapter_zoo("llama").folder, rank=1.0, view="factors")
 
 
@@ -60,8 +64,13 @@ def test_peft_multiplies_out_the_same_updates(tmp_path: Path, adapter_zoo: Calla
     zoo = adapter_zoo(kind)
     space = ez.fit(zoo.folder, rank=1.0)
     for name in space.names:
-        original, rebuilt = load_adapter(kind, zoo.path(name)), load_adapter(kind, space.rebuild(name).save(tmp_path / name))
-        deltas = {module: layer.get_delta_weight("default") for module, layer in original.named_modules() if is_lora(layer)}
+        original, rebuilt = (
+            load_adapter(kind, zoo.path(name)),
+            load_adapter(kind, space.rebuild(name).save(tmp_path / name)),
+        )
+        deltas = {
+            module: layer.get_delta_weight("default") for module, layer in original.named_modules() if is_lora(layer)
+        }
         assert len(deltas) == len(space.layers)
         for module, delta in deltas.items():
             found = rebuilt.get_submodule(module).get_delta_weight("default")
@@ -98,8 +107,14 @@ def test_the_saved_config_says_what_is_in_the_file(tmp_path: Path, adapter_zoo: 
         folder = space.rebuild(name).save(tmp_path / name)
         after = json.loads((folder / "adapter_config.json").read_text())
         rank = max([before["r"], *before["rank_pattern"].values()])
-        changed = {"r": after["r"], "lora_alpha": after["r"], "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
-                   "init_lora_weights": True}
+        changed = {
+            "r": after["r"],
+            "lora_alpha": after["r"],
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "use_rslora": False,
+            "init_lora_weights": True,
+        }
         assert after == {**before, **changed}
         # No more than the original needs: round-off must not be kept as directions.
         assert after["r"] <= rank
@@ -110,12 +125,17 @@ def test_the_saved_config_says_what_is_in_the_file(tmp_path: Path, adapter_zoo: 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("axes", AXES[:2], ids="+".join)
-def test_a_loaded_bundle_rebuilds_the_same_files(tmp_path: Path, adapter_zoo: Callable, kind: str, axes: tuple[str, ...]) -> None:
+def test_a_loaded_bundle_rebuilds_the_same_files(
+    tmp_path: Path, adapter_zoo: Callable, kind: str, axes: tuple[str, ...]
+) -> None:
     space = ez.fit(adapter_zoo(kind).folder, rank=1.0, axes=axes)
     loaded = ez.load(space.save(tmp_path / "bundle"))
     assert list(loaded.verify()) == []
     for name in space.names:
-        first, second = space.rebuild(name).save(tmp_path / name), loaded.rebuild(name).save(tmp_path / f"{name}-loaded")
+        first, second = (
+            space.rebuild(name).save(tmp_path / name),
+            loaded.rebuild(name).save(tmp_path / f"{name}-loaded"),
+        )
         assert files_of(first) == files_of(second)
 
 
@@ -139,13 +159,21 @@ def test_a_bundle_rebuilds_without_its_zoo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
-def test_an_unseen_adapter_inside_the_span_comes_back(tmp_path: Path, adapter_zoo: Callable, axes: tuple[str, ...]) -> None:
+def test_an_unseen_adapter_inside_the_span_comes_back(
+    tmp_path: Path, adapter_zoo: Callable, axes: tuple[str, ...]
+) -> None:
     """A copy under another name, of other factors and another alpha: the same function, so the same rebuilt adapter."""
     zoo = adapter_zoo("llama")
     config = json.loads((zoo.path("a1") / "adapter_config.json").read_text())
     tensors = load_file(zoo.path("a1") / "adapter_model.safetensors")
-    factors = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"):
-               (tensors[key.replace("lora_A", "lora_B")] / 4, tensors[key]) for key in tensors if "lora_A" in key}
+    factors = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): (
+            tensors[key.replace("lora_A", "lora_B")] / 4,
+            tensors[key],
+        )
+        for key in tensors
+        if "lora_A" in key
+    }
     write_adapter(tmp_path / "unseen", factors, **{**config, "lora_alpha": 4 * config["lora_alpha"]})
     coefficients = ez.fit(zoo.folder, rank=1.0, axes=axes).project(tmp_path / "unseen")
     assert coefficients.name == "unseen"
@@ -154,7 +182,9 @@ def test_an_unseen_adapter_inside_the_span_comes_back(tmp_path: Path, adapter_zo
 
 
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
-def test_an_unseen_adapter_between_two_others_comes_back(tmp_path: Path, adapter_zoo: Callable, axes: tuple[str, ...]) -> None:
+def test_an_unseen_adapter_between_two_others_comes_back(
+    tmp_path: Path, adapter_zoo: Callable, axes: tuple[str, ...]
+) -> None:
     """The mean of two updates has the ranks of both together, and lies in the span of any full-rank fit."""
     zoo = adapter_zoo("vit")
     space = ez.fit(zoo.folder, rank=1.0, axes=axes)
@@ -245,7 +275,9 @@ def test_embeddings_and_convolutions_answer_as_the_originals(tmp_path: Path, cas
 
 def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
     for number, rank in enumerate((2, 4)):
-        peft = add_adapter(make("llama"), number, r=rank, lora_alpha=3 * rank, target_modules=["q_proj"]).to(torch.bfloat16)
+        peft = add_adapter(make("llama"), number, r=rank, lora_alpha=3 * rank, target_modules=["q_proj"]).to(
+            torch.bfloat16
+        )
         save_adapter(peft, tmp_path / "zoo" / f"a{number}")
     space = ez.fit(tmp_path / "zoo", rank=1.0)
     for name in space.names:
@@ -254,7 +286,11 @@ def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:
         for module in space.layers:
             before = read_update(tmp_path / "zoo" / name, module)
             # Two factors, each rounded to 8 bits.
-            assert 1e-5 < (read_update(folder, module) - before).norm() / before.norm() < 2 * torch.finfo(torch.bfloat16).eps
+            assert (
+                1e-5
+                < (read_update(folder, module) - before).norm() / before.norm()
+                < 2 * torch.finfo(torch.bfloat16).eps
+            )
 
 
 def test_the_mean_alone_is_another_adapter(tmp_path: Path, adapter_zoo: Callable) -> None:

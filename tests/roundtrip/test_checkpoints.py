@@ -35,7 +35,9 @@ def assert_same_answers(kind: str, folder: Path, expected: torch.Tensor, base: t
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("shards", SHARDS)
-def test_rebuilt_checkpoints_answer_as_the_originals(tmp_path: Path, checkpoint_zoo: Callable, kind: str, shards: str) -> None:
+def test_rebuilt_checkpoints_answer_as_the_originals(
+    tmp_path: Path, checkpoint_zoo: Callable, kind: str, shards: str
+) -> None:
     zoo = checkpoint_zoo(kind, "1KB" if kind == "resnet" and shards != "5GB" else shards)
     space = ez.fit(zoo.folder, rank=1.0)
     assert set(space.names) == set(zoo.logits)
@@ -48,7 +50,9 @@ def test_rebuilt_checkpoints_answer_as_the_originals(tmp_path: Path, checkpoint_
 
 @pytest.mark.parametrize("kind", ["gpt2", "resnet"])
 @pytest.mark.parametrize("axes", AXES[1:], ids="+".join)
-def test_tucker_forms_answer_as_the_originals(tmp_path: Path, checkpoint_zoo: Callable, kind: str, axes: tuple[str, ...]) -> None:
+def test_tucker_forms_answer_as_the_originals(
+    tmp_path: Path, checkpoint_zoo: Callable, kind: str, axes: tuple[str, ...]
+) -> None:
     zoo = checkpoint_zoo(kind)
     space = ez.fit(zoo.folder, rank=1.0, axes=axes)
     for name, expected in zoo.logits.items():
@@ -70,13 +74,18 @@ def test_a_loaded_bundle_rebuilds_the_same_files(tmp_path: Path, checkpoint_zoo:
     loaded = ez.load(space.save(tmp_path / "bundle"))
     assert list(loaded.verify()) == []
     for name in space.names:
-        first, second = space.rebuild(name).save(tmp_path / name), loaded.rebuild(name).save(tmp_path / f"{name}-loaded")
+        first, second = (
+            space.rebuild(name).save(tmp_path / name),
+            loaded.rebuild(name).save(tmp_path / f"{name}-loaded"),
+        )
         assert names_of(first) == names_of(second)
         assert all((first / file).read_bytes() == (second / file).read_bytes() for file in names_of(first))
 
 
 @pytest.mark.parametrize("shards", SHARDS)
-def test_files_keep_their_tensors_dtypes_metadata_and_configs(tmp_path: Path, checkpoint_zoo: Callable, shards: str) -> None:
+def test_files_keep_their_tensors_dtypes_metadata_and_configs(
+    tmp_path: Path, checkpoint_zoo: Callable, shards: str
+) -> None:
     zoo = checkpoint_zoo("gpt2", shards)
     folder = ez.fit(zoo.folder, rank=1.0).rebuild("m1").save(tmp_path / "out")
     for path in zoo.path("m1").iterdir():
@@ -94,8 +103,11 @@ def test_files_keep_their_tensors_dtypes_metadata_and_configs(tmp_path: Path, ch
 def test_metadata_of_a_model_s_own_is_carried(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / "zoo" / f"m{number}").mkdir(parents=True)
-        save_file({"a.weight": torch.randn(4, 3)}, tmp_path / "zoo" / f"m{number}" / "model.safetensors",
-                  {"format": "pt", "run": f"number {number}, «é»"})
+        save_file(
+            {"a.weight": torch.randn(4, 3)},
+            tmp_path / "zoo" / f"m{number}" / "model.safetensors",
+            {"format": "pt", "run": f"number {number}, «é»"},
+        )
     space = ez.load(ez.fit(tmp_path / "zoo", rank=1.0).save(tmp_path / "bundle"))
     with safe_open(space.rebuild("m1").save(tmp_path / "out") / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "run": "number 1, «é»"}
@@ -140,7 +152,9 @@ def test_tied_weights_are_neither_demanded_nor_written(tmp_path: Path, checkpoin
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 @pytest.mark.parametrize("view", ["weight", "delta"])
-def test_bfloat16_checkpoints_come_back_in_bfloat16(tmp_path: Path, checkpoint_zoo: Callable, kind: str, view: str) -> None:
+def test_bfloat16_checkpoints_come_back_in_bfloat16(
+    tmp_path: Path, checkpoint_zoo: Callable, kind: str, view: str
+) -> None:
     zoo = checkpoint_zoo(kind, dtype=torch.bfloat16)
     opened = ez.open_zoo(zoo.folder, base=zoo.folder / "_base" if view == "delta" else None)
     assert opened.view == view
@@ -169,7 +183,9 @@ def test_differences_from_a_base_come_back_on_the_base(tmp_path: Path, checkpoin
         assert_same_answers(kind, loaded.rebuild(name).save(tmp_path / f"loaded{number}"), expected, zoo.base_logits)
     coefficients = loaded.project(zoo.path("m1"))
     assert coefficients.residual < 1e-10
-    assert_same_answers(kind, loaded.rebuild(coefficients).save(tmp_path / "projected"), zoo.logits["m1"], zoo.base_logits)
+    assert_same_answers(
+        kind, loaded.rebuild(coefficients).save(tmp_path / "projected"), zoo.logits["m1"], zoo.base_logits
+    )
 
 
 def test_the_bundle_of_differences_does_not_hold_the_base(tmp_path: Path, checkpoint_zoo: Callable) -> None:

@@ -16,9 +16,12 @@ from builders import edit_model, random_factors, random_stack, write_adapter, wr
 SHAPES = {"block.0.weight": (6, 5), "block.1.weight": (6, 5), "norm.bias": (6,)}
 MODULES = {"layers.0.q_proj": (8, 6), "layers.1.q_proj": (8, 6)}
 
+
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    write_stacks(tmp_path / "zoo", {name: random_stack(4, shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())})
+    write_stacks(
+        tmp_path / "zoo", {name: random_stack(4, shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+    )
     return tmp_path / "zoo"
 
 
@@ -35,10 +38,14 @@ def test_a_value_that_is_not_finite_is_named(zoo: Path, value: float, axes: tupl
     bad = torch.zeros(6, 5)
     bad[2, 3] = bad[5, 4] = value
     edit_model(zoo / "m2", block__1__weight=bad)
-    with pytest.raises(ez.DataError, match=r"layer 'block\.1\.weight' of m2: 2 values are NaN or Inf.*--exclude the layer"):
+    with pytest.raises(
+        ez.DataError, match=r"layer 'block\.1\.weight' of m2: 2 values are NaN or Inf.*--exclude the layer"
+    ):
         ez.fit(zoo, rank=1, axes=axes)
     carried = ez.fit(ez.open_zoo(zoo, exclude=["block.1.weight"]), rank=1.0, axes=axes)
-    assert torch.equal(carried.rebuild("m2").state_dict()["block.1.weight"].nan_to_num(7, 8, 9), bad.nan_to_num(7, 8, 9))
+    assert torch.equal(
+        carried.rebuild("m2").state_dict()["block.1.weight"].nan_to_num(7, 8, 9), bad.nan_to_num(7, 8, 9)
+    )
 
 
 @pytest.mark.parametrize("axes", [("models",), ("outputs", "inputs")], ids="+".join)
@@ -86,7 +93,9 @@ def test_another_shape_is_named(zoo: Path) -> None:
 
 def test_every_layer_that_differs_is_named_at_once(zoo: Path) -> None:
     edit_model(zoo / "m3", block__0__weight=torch.zeros(5, 6), norm__bias=None)
-    with pytest.raises(ez.MismatchError, match=r"layer 'block\.0\.weight': shape.*Also: layer 'norm\.bias' \(m3 has no such layer"):
+    with pytest.raises(
+        ez.MismatchError, match=r"layer 'block\.0\.weight': shape.*Also: layer 'norm\.bias' \(m3 has no such layer"
+    ):
         ez.fit(zoo, rank=1)
 
 
@@ -107,7 +116,9 @@ def test_task_heads_of_other_shapes_are_carried(zoo: Path, tmp_path: Path) -> No
 
 def test_a_head_that_some_models_lack_is_an_error(zoo: Path) -> None:
     edit_model(zoo / "m0", classifier__weight=torch.randn(3, 6))
-    with pytest.raises(ez.MismatchError, match=r"layer 'classifier\.weight': m1 has no such layer, m0 has \(3 models lack it\)"):
+    with pytest.raises(
+        ez.MismatchError, match=r"layer 'classifier\.weight': m1 has no such layer, m0 has \(3 models lack it\)"
+    ):
         ez.fit(zoo, rank=1)
 
 
@@ -174,7 +185,9 @@ def test_coefficients_of_another_subspace_are_refused(zoo: Path) -> None:
     with pytest.raises(ez.UsageError, match="m0: the coefficients are of another subspace"):
         space.rebuild(other.coefficients("m0"))
     wider = ez.fit(zoo, rank=2)
-    with pytest.raises(ez.UsageError, match=r"layer 'block\.0\.weight' of m0: coefficients of shape \[2\]\. This subspace has"):
+    with pytest.raises(
+        ez.UsageError, match=r"layer 'block\.0\.weight' of m0: coefficients of shape \[2\]\. This subspace has"
+    ):
         space.rebuild(wider.coefficients("m0"))
 
 
@@ -182,11 +195,15 @@ def test_unseen_models_that_do_not_fit_are_named(zoo: Path, tmp_path: Path) -> N
     space = ez.fit(zoo, rank=1)
     shutil.copytree(zoo / "m0", tmp_path / "short")
     edit_model(tmp_path / "short", block__0__weight=None)
-    with pytest.raises(ez.MismatchError, match=r"layer 'block\.0\.weight': short has no such layer\. The subspace has it"):
+    with pytest.raises(
+        ez.MismatchError, match=r"layer 'block\.0\.weight': short has no such layer\. The subspace has it"
+    ):
         space.project(tmp_path / "short")
     shutil.copytree(zoo / "m0", tmp_path / "other")
     edit_model(tmp_path / "other", block__0__weight=torch.zeros(7, 5))
-    with pytest.raises(ez.MismatchError, match=r"layer 'block\.0\.weight': shape \[7, 5\] in other.*The subspace has \[6, 5\]"):
+    with pytest.raises(
+        ez.MismatchError, match=r"layer 'block\.0\.weight': shape \[7, 5\] in other.*The subspace has \[6, 5\]"
+    ):
         space.project(tmp_path / "other")
 
 

@@ -28,7 +28,10 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     """One zoo by two gauges: ranks 2 to 4, and in the second alphas four times as large over factors B a quarter as large."""
     ranks = [2, 3, 4, 3, 2]
     factors = [random_factors(MODULES, rank, seed) for seed, rank in enumerate(ranks)]
-    changed = [{name: (b / 4, a) for name, (b, a) in regauge(model, 50 + number).items()} for number, model in enumerate(factors)]
+    changed = [
+        {name: (b / 4, a) for name, (b, a) in regauge(model, 50 + number).items()}
+        for number, model in enumerate(factors)
+    ]
     plain = write_zoo(tmp_path / "plain", factors, [2 * rank for rank in ranks])
     return plain, write_zoo(tmp_path / "changed", changed, [8 * rank for rank in ranks])
 

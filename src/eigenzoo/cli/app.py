@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-import click
 import typer
 
 from eigenzoo.cli import add, demo, fit, inspect, nursery, plan, project, rebuild, verify
 from eigenzoo.cli.console import complain
 from eigenzoo.errors import EigenzooError
+
+INTERRUPTED = 130
+
+ClickException: type[Exception] = next(
+    parent for parent in typer.BadParameter.__mro__ if parent.__name__ == "ClickException"
+)
+"""What typer raises for bad usage: click's own class, or since typer 0.26 that of the click inside it."""
 
 app = typer.Typer(
     name="eigenzoo",
@@ -32,25 +39,35 @@ app.add_typer(nursery.app, name="nursery")
 
 def main() -> None:
     """Run the command line; deliberate refusals are one message on standard error and exit code 2."""
+    code = _run()
+    if code == INTERRUPTED:
+        complain("interrupted: nothing was written")
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
-        complain("interrupted: nothing was written")
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
-    except KeyboardInterrupt:
-        complain("interrupted: nothing was written")
-        sys.exit(130)
+        # Outside its standalone mode click hands an exit code back instead of leaving with it.
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except ClickException as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
     except EigenzooError as error:
         complain(f"{type(error).__name__}: {error}")
-        sys.exit(2)
+        return 2
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        # The reader has gone: what is still buffered must not fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return 2
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ def complain(text: str) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one JSON document and nothing else."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON escapes most of what moves a terminal; the rest (C1 controls, half surrogates of odd file names) is escaped here.
+    sys.stdout.write(
+        "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text) + "\n"
+    )
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:

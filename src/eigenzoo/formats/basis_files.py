@@ -15,8 +15,8 @@ from eigenzoo.formats.safetensors_writer import SafetensorsWriter
 SHARD_BYTES = 4 * 2**30
 """A shard is closed when it has passed this size; a layer's tensors may make it longer."""
 
-PARTS_PER_LAYER = 8
-"""More than any form writes: what the header has room for."""
+PART_BYTES = 160
+"""What a tensor takes in a header besides its name, at most."""
 
 
 def shard_name(number: int) -> str:
@@ -24,12 +24,17 @@ def shard_name(number: int) -> str:
     return "basis.safetensors" if number == 0 else f"basis-{number + 1:05d}.safetensors"
 
 
+def header_room(layers: Sequence[str], parts: int) -> int:
+    """Bytes that are reserved for the header of a shard of layers with at most `parts` tensors each."""
+    return 256 + sum(parts * (PART_BYTES + len(name.encode())) for name in layers)
+
+
 class BasisWriter:
     """Write the tensors of many layers into shards in a folder, one layer after the other."""
 
-    def __init__(self, folder: Path, layers: Sequence[str]) -> None:
+    def __init__(self, folder: Path, layers: Sequence[str], parts: int = 6) -> None:
         self.folder = folder
-        self._capacity = 1024 + sum(PARTS_PER_LAYER * (160 + len(name.encode())) for name in layers)
+        self._capacity = header_room(layers, parts)
         self._shards: list[SafetensorsWriter] = []
         self._bytes = 0
         self._place: dict[str, SafetensorsWriter] = {}

@@ -11,11 +11,11 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, FormatError
+from eigenzoo.errors import BundleError, FormatError, UnsafePathError
 from eigenzoo.formats.basis_files import BasisFiles
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.manifest import FileRecord, Manifest, parse_manifest
-from eigenzoo.formats.paths import inside
+from eigenzoo.formats.paths import inside, is_regular
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
@@ -67,8 +67,13 @@ def read_coefficients(
     root: Path, file: str, basis_id: str, num_coefficients: int, num_layers: int
 ) -> tuple[Tensor, Tensor]:
     """Read one model's coefficients (all layers in one vector) and its residual per layer, checked against the layers."""
-    opened = SafetensorsFile(root / file, root)
     where = f"{root}/{file}"
+    try:
+        opened = SafetensorsFile(root / file, root)
+    except UnsafePathError:
+        raise
+    except FormatError as error:
+        raise BundleError(error.what, where=where, rule=error.rule, next_step=error.next_step) from error
     expected = {"coefficients": (num_coefficients,), "residual": (num_layers,)}
     found = {name: info.shape for name, info in opened.tensors.items()}
     if found != expected or any(info.dtype != torch.float32 for info in opened.tensors.values()):
@@ -90,11 +95,30 @@ def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: the checksum differs from the manifest's"
         elif name.startswith("rest/") and not name.endswith(".safetensors") and record.sha256[:32] != Path(name).stem:
             yield f"{name}: the name is not the hash of the content"
+    yield from _models_faults(path, manifest)
     known = {*manifest.files, MANIFEST, CARD}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if file.is_file() and name not in known:
+        if (file.is_symlink() or not file.is_dir()) and name not in known:
             yield f"{name}: no such file is in the manifest"
+
+
+def _models_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Check that every model's file names it, and that the contents of its record are files of the bundle."""
+    for model in manifest.models:
+        try:
+            named = SafetensorsFile(path / model.coefficients, path).metadata.get("model")
+        except FormatError:
+            named = model.name  # what cannot be read is another check's
+        if named != model.name:
+            yield f"{model.coefficients}: belongs to model {named!r}, not {model.name!r}"
+        contents = [f"rest/{model.layout}.json"]
+        contents += [f"rest/{model.config}.json"] if model.config else []
+        contents += [f"rest/{content}.bin" for content in model.side_files.values()]
+        contents += [f"rest/{content}.safetensors" for content in model.carried.values()]
+        for content in contents:
+            if content not in manifest.files:
+                yield f"{content}: model {model.name!r} needs it, and it is not in the manifest"
 
 
 def coefficient_file(model: str) -> str:
@@ -136,6 +160,8 @@ def file_record(path: Path) -> FileRecord:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
+    if not is_regular(path):
+        raise FormatError("is no plain file", where=str(path))
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

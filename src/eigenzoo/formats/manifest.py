@@ -22,6 +22,7 @@ def _safe_name(name: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_safe_name)]
 Count = Annotated[int, Field(ge=0)]
+Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ContentId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -36,6 +37,10 @@ class FileRecord(_Strict):
 
     bytes: Count
     sha256: Sha256
+
+
+MAX_VALUES = 2**40
+"""Values of one layer: a hundred times the largest there is, and little enough that sizes below it are not nonsense."""
 
 
 class LayerRecord(_Strict):
@@ -56,6 +61,8 @@ class LayerRecord(_Strict):
     def _consistent(self) -> LayerRecord:
         if len(self.shape) != 2 or 0 in self.shape:
             raise ValueError("a layer's shape is (outputs, inputs), both positive")
+        if prod(self.shape) > MAX_VALUES or len(self.tensor_shape) > 64:
+            raise ValueError(f"a layer has at most {MAX_VALUES} values in 64 dimensions")
         if prod(self.tensor_shape) != prod(self.shape):
             raise ValueError("tensor_shape and shape hold different numbers of values")
         if self.form != "tucker" and set(self.ranks) != {"models"}:
@@ -63,6 +70,11 @@ class LayerRecord(_Strict):
         for axis, size in (("outputs", self.shape[0]), ("inputs", self.shape[1])):
             if self.ranks.get(axis, 0) > size:  # type: ignore[call-overload]
                 raise ValueError(f"rank {self.ranks[axis]} of {size} {axis}")  # type: ignore[index]
+        core = self.ranks.get("outputs", self.shape[0]) * self.ranks.get("inputs", self.shape[1])
+        if self.ranks.get("models", 0) > core:
+            raise ValueError(f"{self.ranks['models']} directions of {core} dimensions")
+        if self.form == "flat" and self.kind != "dense":
+            raise ValueError("form flat is for full weights")
         if self.form == "stacked" and self.kind != "update":
             raise ValueError("form stacked is for updates")
         return self
@@ -96,6 +108,58 @@ class ModelRecord(_Strict):
     carried: dict[str, ContentId]
 
 
+class _Options(BaseModel):
+    """The options that growth reads again; versions may add others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    axes: list[Literal["models", "outputs", "inputs"]]
+    rules: dict[str, Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1)] | Literal["auto"]]
+    center: Literal["models", "columns", "none", "global"]
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    budget: Count | None
+    max_error: Energy | None
+    seed: int
+
+
+class _Bytes(_Strict):
+    zoo: Count
+    bundle: Count
+    per_model: Count
+    whole_zoo: Count
+    whole_bundle: Count
+    moments: Count
+    break_even_models: Count | None
+
+
+class _LayerReport(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    captured: Energy | None
+    heldout: Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+class _Report(BaseModel):
+    """What saving, growing and the card read again of a fit's report; versions may add others."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    bytes: _Bytes
+    energy: Energy
+    residual: Energy
+    layers: dict[str, _LayerReport]
+
+
+def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+    _Options.model_validate(options)
+    return options
+
+
+def _known_report(report: dict[str, Any]) -> dict[str, Any]:
+    _Report.model_validate(report)
+    return report
+
+
 class Manifest(_Strict):
     """The whole manifest."""
 
@@ -106,12 +170,12 @@ class Manifest(_Strict):
     axes: list[Literal["models", "outputs", "inputs"]]
     center: Literal["models", "columns", "none", "global"]
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
-    options: dict[str, Any]
+    options: Annotated[dict[str, Any], AfterValidator(_known_options)]
     base: SourceRecord | None
     layers: list[LayerRecord]
     models: list[ModelRecord]
-    discarded: dict[str, float]
-    report: dict[str, Any]
+    discarded: dict[str, Energy]
+    report: Annotated[dict[str, Any], AfterValidator(_known_report)]
     files: dict[FileName, FileRecord]
 
     @model_validator(mode="after")
@@ -122,6 +186,8 @@ class Manifest(_Strict):
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {what} is listed twice")
+        if set(self.discarded) != {layer.name for layer in self.layers}:
+            raise ValueError("discarded does not name the layers")
         return self
 
 

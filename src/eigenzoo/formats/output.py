@@ -22,9 +22,12 @@ def new_folder(
     this kind: nobody's other folder is ever removed.
     """
     check_free(target, force=force, replaceable=replaceable)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    staging.mkdir()
+    staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot be made ({error.strerror})", where=str(target)) from error
     try:
         yield staging
         _sync(staging)

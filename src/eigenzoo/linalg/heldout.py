@@ -47,7 +47,7 @@ def cross_validated_capture(gram_NN: Tensor, ranks: list[int], *, folds: int = 5
     order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
     captured = torch.zeros(len(ranks), dtype=torch.float64)
     total = 0.0
-    for held in order.chunk(min(folds, num_models)):
+    for held in order.tensor_split(min(folds, num_models)):
         fitted = order[~torch.isin(order, held)]
         cumulative_K, energy = captured_energy(gram_NN, fitted, held)
         total += float(energy)

@@ -14,7 +14,9 @@ EXACT_FREEDOM = 32
 """Degrees of freedom from which chi-square is drawn by Wilson and Hilferty's approximation: there its mean is right to 1e-5."""
 
 
-def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0) -> Tensor:
+def norm_matched_spectra(
+    energies_N: Tensor, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0
+) -> Tensor:
     """Centred spectra of models that keep their norms and point in unrelated directions of `num_values` dimensions.
 
     The Gram of N unrelated unit directions in D dimensions is a Wishart matrix over D. It is drawn through Bartlett's
@@ -22,22 +24,25 @@ def norm_matched_spectra(energies_N: Tensor, num_values: int, *, draws: int = 20
     to eig(H diag(energies) H), the analytic form. Rows of the result are draws: eigenvalues, descending, over their sum.
 
     Args:
-        energies_N: the models' centred energies ‖x_n − mean‖².
+        energies_N: the models' energies about what was removed from them.
         num_values: D, the number of values of the layer.
+        centered: whether that was the models' own mean; the spectra are then centred too.
 
     Returns:
         (draws, N) explained variance ratios in float64; all zero where there is no energy.
     """
     generator = torch.Generator().manual_seed(seed)
     num_models = energies_N.numel()
-    norms_N = _uncentered_energies(energies_N.double()).sqrt()
+    energies_N = energies_N.double().clamp_min(0)
+    norms_N = (_uncentered_energies(energies_N) if centered else energies_N).sqrt()
     spectra = torch.zeros(draws, num_models, dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
     for draw in range(draws):
         factor = _bartlett_factor(num_models, num_values, generator)
         factor = factor * (norms_N / factor.square().sum(1).sqrt())[:, None]
-        values_N = torch.linalg.eigvalsh(center_gram(factor @ factor.T)).flip(0).clamp_min(0)
+        gram_NN = factor @ factor.T
+        values_N = torch.linalg.eigvalsh(center_gram(gram_NN) if centered else gram_NN).flip(0).clamp_min(0)
         spectra[draw] = values_N / values_N.sum()
     return spectra
 
@@ -69,7 +74,13 @@ def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generato
 
 
 def axis_null(
-    size: int, energies_N: Tensor, columns_per_model: float, *, centered: bool = False, draws: int = 20, seed: int = 0
+    size: int,
+    energies_N: Tensor,
+    columns_per_model: float,
+    *,
+    centered: bool = False,
+    draws: int | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Spectra of an outputs' or inputs' moment (size × size) when every entry of every model is unrelated noise.
 
@@ -81,6 +92,8 @@ def axis_null(
     effective_models = float(energies_N.sum() ** 2 / energies_N.square().sum()) if float(energies_N.sum()) > 0 else 1.0
     freedom = max(1, round((effective_models - centered) * columns_per_model))
     generator = torch.Generator().manual_seed(seed)
+    # A large side averages itself: the spread of its largest eigenvalue falls as size^(-2/3).
+    draws = draws or (20 if size <= 512 else 4)
     spectra = torch.zeros(draws, size, dtype=torch.float64)
     for draw in range(draws):
         factor = _bartlett_factor(size, freedom, generator)

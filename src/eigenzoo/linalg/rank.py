@@ -7,6 +7,7 @@ analysis, Horn 1965, against a null). Each answer comes with its reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -28,10 +29,12 @@ class RankChoice:
 
 
 def check_rule(rule: RankRule) -> RankRule:
-    """Return a rank rule unchanged, or raise RankError for one that means nothing."""
-    if isinstance(rule, bool) or not isinstance(rule, int | float | str):
-        raise RankError(f"rank {rule!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'")
-    if isinstance(rule, str) and rule != AUTO:
+    """Return a rank rule as int, float or "auto" (numpy's numbers too), or raise RankError for one that means nothing."""
+    if isinstance(rule, Integral) and not isinstance(rule, bool):
+        rule = int(rule)
+    elif isinstance(rule, Real) and not isinstance(rule, bool):
+        rule = float(rule)
+    elif rule != AUTO:
         raise RankError(f"rank {rule!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'")
     if isinstance(rule, float) and not 0 < rule <= 1:
         raise RankError(f"rank {rule} is not a share", rule="a float rank is a share of the variance in (0, 1]")
@@ -59,7 +62,7 @@ def choose_rank(rule: RankRule, values_K: Tensor, total: float, null: Tensor | N
             return RankChoice(available, "everything above round-off")
         shares = values_K.cumsum(0) / total if total > 0 else values_K
         return RankChoice(
-            min(available, int((shares < rule).sum()) + 1) if available else 0, f"{rule:.0%} of the variance"
+            min(available, int((shares < rule).sum()) + 1) if available else 0, f"{100 * rule:g} % of the variance"
         )
     if rule >= available:
         return RankChoice(available, "all there are" if rule > available else "as asked")

@@ -15,6 +15,9 @@ The squared distance between float32 weights that agree to 1e-6 of their norm: s
 update differ by about 1e-7 of it.
 """
 
+FLOAT32_ROUND_OFF = 1e-7
+"""The same for a moment of float32 products: measured, their sum over blocks is right to a few 1e-8 of the largest."""
+
 NUMERICAL_RANK = 1e-13
 """Eigenvalues below this share of the largest are round-off of a float64 moment; see `eigenpairs`."""
 

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BudgetError
+from eigenzoo.formats.basis_files import header_room
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer, Progress
-from eigenzoo.subspace.bytes import FILE_OVERHEAD, MANIFEST_PER_MODEL, basis_bytes, coefficient_bytes
+from eigenzoo.subspace.basis import PARTS, form_of
+from eigenzoo.subspace.bytes import (
+    CARD_AND_REPORT,
+    FILE_OVERHEAD,
+    MANIFEST_PER_LAYER,
+    MANIFEST_PER_MODEL,
+    basis_bytes,
+    coefficient_bytes,
+)
 from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.zoo.stack import Stack, UpdateStack
@@ -58,7 +67,9 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
     values: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
     if "models" in axes:
-        values["models"] = eigenpairs(moments.centered_NN)[0] if moments.variance > 0 else torch.zeros(0)
+        values["models"] = (
+            eigenpairs(moments.centered_NN, moments.round_off)[0] if moments.variance > 0 else torch.zeros(0)
+        )
         totals["models"] = moments.variance
     for axis, side in (("outputs", moments.outputs), ("inputs", moments.inputs)):
         if axis in axes and side is not None:
@@ -81,19 +92,21 @@ def collect_spectra(
     return spectra
 
 
-def fixed_bytes(zoo: Zoo) -> int:
-    """Bytes that a bundle has at any rank: headers, the manifest, and what is carried (each tensor once per model)."""
+def fixed_bytes(zoo: Zoo, axes: tuple[str, ...]) -> int:
+    """Bytes that a bundle has at any rank, at most: headers, the manifest, and what is carried, each tensor once per model."""
     carried = sum(
-        model.tensors[name].nbytes + 100 for place, model in enumerate(zoo.models) for name in zoo.carried(place)
+        model.tensors[name].nbytes + 200 for place, model in enumerate(zoo.models) for name in zoo.carried(place)
     )
-    side_files = {name: len(zoo.models[0].read_side_file(name)) for name in zoo.models[0].side_files}
-    per_layer = sum(600 + 9 * len(name.encode()) for name in zoo.layers)
-    return (
-        carried
-        + sum(side_files.values())
-        + len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers))
-        + 3 * per_layer
+    model = zoo.models[0]
+    layout = sum(60 + len(name.encode()) for name in model.tensors)
+    side_files = sum(len(model.read_side_file(name)) for name in model.side_files)
+    parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
+    layers = header_room(list(zoo.layers), parts) + sum(
+        MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
+    models = len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers))
+    models += sum(6 * len(name.encode()) for name in zoo.names) + sum(len(str(model.metadata)) for model in zoo.models)
+    return CARD_AND_REPORT + carried + layout + side_files + layers + models
 
 
 def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress) -> dict[str, FitOptions]:
@@ -101,7 +114,7 @@ def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress
     if options.budget is None and options.max_error is None:
         return {}
     spectra = collect_spectra(zoo, options.axes, options.center, block_bytes, progress)
-    ranks = spend(spectra, options, len(zoo), fixed_bytes(zoo))
+    ranks = spend(spectra, options, len(zoo), fixed_bytes(zoo, options.axes))
     return {name: replace(options, rules=ranks[name]) for name in spectra}
 
 

@@ -10,7 +10,7 @@ Three forms, one file each:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
@@ -23,6 +23,15 @@ from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import Stack
 
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
+PARTS = {FLAT: 2, TUCKER: 4, STACKED: 6}
+"""How many tensors a layer of each form has, at most."""
+
+
+def form_of(layer_kinds: Iterable[str], axes: Sequence[str]) -> str:
+    """Return the form that a fit of these kinds of layers and axes writes."""
+    if tuple(axes) != ("models",):
+        return TUCKER
+    return STACKED if "update" in layer_kinds else FLAT
 
 
 class TensorReader(Protocol):

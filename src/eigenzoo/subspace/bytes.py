@@ -15,10 +15,16 @@ from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.records import ByteCount, Layer
 
 COEFFICIENT_BYTES = 4
-FILE_OVERHEAD = 320
-"""Header of one model's file in a bundle, measured, within 100 bytes."""
+FILE_OVERHEAD = 280
+"""Header of one model's file in a bundle, measured, its name apart."""
 
-MANIFEST_PER_MODEL = 900
+MANIFEST_PER_LAYER = 700
+"""What a layer takes in the manifest, at most: its record, its fit, and what it has discarded; its name apart."""
+
+CARD_AND_REPORT = 2300
+"""What a card and a report take besides, measured."""
+
+MANIFEST_PER_MODEL = 580
 """What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
 
 

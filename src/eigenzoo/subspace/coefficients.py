@@ -18,7 +18,8 @@ class Coefficients:
     Attributes:
         name: the model's name.
         values: per layer, (K,) numbers or a (P, Q) core, float32.
-        residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace.
+        residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace; above 1 for a small
+            update in a zoo of a large mean.
         residual: the same over all layers.
         energies: per layer ‖X‖², center included; empty where a bundle was saved without its moments.
         template: what a rebuilt model needs besides.

@@ -21,6 +21,7 @@ from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, mak
 from eigenzoo.linalg.gram import squared_distances
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
+from eigenzoo.subspace.basis import PARTS, form_of
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
 from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
@@ -162,12 +163,14 @@ def _fit_layers(
     known: Mapping[str, LayerMoments],
 ) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
     """Only the Gram of a layer's moments outlives it."""
-    writer = BasisWriter(folder, list(zoo.layers))
+    form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
+    writer = BasisWriter(folder, list(zoo.layers), PARTS[form])
     fitted: dict[str, FittedLayer] = {}
     moments: dict[str, LayerMoments] = {}
     try:
         for number, name in enumerate(zoo.layers):
-            stack = zoo.stack(name)
+            # "Everything" is meant to the last bit, where float32 products would lose the smallest directions.
+            stack = zoo.stack(name, exact=per_layer.get(name, options).wants_everything)
             if name in known and options.axes == ("models",) and options.center == "models":
                 whole = from_raw_gram(known[name].raw_NN, known[name].num_values)
             else:

@@ -23,20 +23,21 @@ from torch import Tensor
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
+from eigenzoo.formats.model import Model
 from eigenzoo.linalg import lora
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fit import write_subspace
-from eigenzoo.subspace.moments import LayerMoments, from_raw_gram
+from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.recall import RecalledModel
 from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
-from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.subspace import Subspace, _literal
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
-from eigenzoo.zoo.zoo import Zoo, open_zoo
+from eigenzoo.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,38 @@ def _originals(space: Subspace, old: Source | None) -> Zoo | None:
             raise UsageError(
                 f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
             )
-        return zoo.select(names=space.names)
+        zoo = zoo.select(names=space.names)
+        for record, model in zip(space.manifest.models, zoo.models, strict=True):
+            there = record.source.model_copy(update={"path": str(model.path.absolute())})
+            known = all(file.sha256 for file in there.files.values())
+            if (known and not is_at_hand(there, space.path)) or _other_scales(space, record.name, model):
+                raise UsageError(
+                    f"the files of {record.name!r} are not those that were fitted",
+                    where=str(model.path),
+                    next_step="leave old= out: the bundle alone then stands for the old models",
+                )
+        return zoo
     records = {model.name: model.source for model in space.manifest.models}
     if not all(is_at_hand(record, space.path) for record in records.values()):
         return None
-    return space.open(
-        open_zoo(
-            [space.path / record.path for record in records.values()],
-            view=space.view,
-            base=space.base.path if space.view == "delta" and space.base else None,
-            allow_pickle=_from_pickles(space),
-        )
-    ).renamed(list(records))
+    paths = [space.path / record.path for record in records.values()]
+    zoo = space.open(paths, allow_pickle=_from_pickles(space)).renamed(list(records))
+    if any(_other_scales(space, name, model) for name, model in zip(zoo.names, zoo.models, strict=True)):
+        return None
+    return zoo
+
+
+def _other_scales(space: Subspace, name: str, model: Model) -> bool:
+    """Tell whether an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
+    if not model.updates or not _was_exact(space):
+        return False
+    fitted = space.coefficients(name).template.layout.updates
+    return any(fitted[module].scale != update.scale for module, update in model.updates.items() if module in fitted)
+
+
+def _was_exact(space: Subspace) -> bool:
+    """Tell whether the old models' files took part in every growth so far: else moments hold what the bundle knew of them."""
+    return bool(space.report.get("growth", {}).get("history_exact", True))
 
 
 def _from_pickles(space: Subspace) -> bool:
@@ -125,8 +146,13 @@ def _from_pickles(space: Subspace) -> bool:
     return any(not name.endswith(".safetensors") for model in space.manifest.models for name in model.source.files)
 
 
-def _joined(first: Zoo, second: Zoo) -> Zoo:
-    selection = Selection(first.view, first.selection.include, first.selection.exclude)
+def _selection(space: Subspace) -> Selection:
+    """The subspace's layers and no others, whatever else the models have."""
+    return Selection(space.view, tuple(_literal(list(space.layers))))
+
+
+def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:
+    selection = _selection(space)
     return Zoo([*first.models, *second.models], [*first.names, *second.names], selection, first.base or second.base)
 
 
@@ -138,10 +164,14 @@ def _grown_moments(
         return None
     if originals is None:
         return _moments_inside(space, new) if space.manifest.center == "models" else None
-    zoo = _joined(originals, new)
+    exact = _was_exact(space)
+    if not exact and space.manifest.center != "models":
+        return None
+    zoo = _joined(space, originals, new)
     grown = {}
     for number, name in enumerate(space.layers):
-        grown[name] = extend(space.moments(name), zoo.stack(name))
+        stack = zoo.stack(name)
+        grown[name] = extend(space.moments(name), stack) if exact else collect(stack)
         progress("extending moments", number + 1, len(space.layers))
     return grown
 
@@ -331,9 +361,9 @@ def _refreshed(
     known = originals
     if known is None:
         recalled = [RecalledModel(space.coefficients(name), space.rebuild(name), space.path) for name in space.names]
-        known = Zoo(recalled, space.names, Selection(new.view, new.selection.include), new.base)
+        known = Zoo(recalled, space.names, _selection(space), new.base)
         moments = None
-    zoo = _joined(known, new)
+    zoo = _joined(space, known, new)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
     try:
         manifest = write_subspace(

@@ -68,9 +68,11 @@ def _models_axis(gram_NN: Tensor, moments: LayerMoments, options: FitOptions) ->
     total = moments.variance
     if total == 0:
         return RankChoice(0, "no variance"), gram_NN.new_zeros(0), gram_NN.new_zeros(gram_NN.shape[0], 0)
-    values_N, vectors_NN = eigenpairs(gram_NN)
-    rule = options.rules["models"]
-    null = norm_matched_spectra(gram_NN.diagonal(), moments.num_values, seed=options.seed) if rule == AUTO else None
+    values_N, vectors_NN = eigenpairs(gram_NN, moments.round_off)
+    rule, null = options.rules["models"], None
+    if rule == AUTO:
+        centered = moments.removed is None
+        null = norm_matched_spectra(gram_NN.diagonal(), moments.num_values, centered=centered, seed=options.seed)
     choice = choose_rank(rule, values_N, total, null)
     return choice, values_N[: choice.rank], vectors_NN[:, : choice.rank]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
 from eigenzoo.linalg.side import SideMoment
-from eigenzoo.linalg.spectrum import NO_VARIANCE
+from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF, NO_VARIANCE, NUMERICAL_RANK
 from eigenzoo.zoo.stack import BLOCK_BYTES, Block, DenseStack, Stack, UpdateStack
 
 
@@ -30,6 +30,7 @@ class LayerMoments:
         cross_N: ⟨R, Y_i⟩.
         reference_energy: ⟨R, R⟩.
         num_values: D.
+        round_off: share of the largest eigenvalue below which eigenvalues are the products' round-off.
         num_reference: how many models R is the mean of; the first ones.
         removed: M, broadcastable over (O, I); None for center `models`, where only a pass over the weights can give it.
         shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
@@ -42,6 +43,7 @@ class LayerMoments:
     reference_energy: float
     num_values: int
     num_reference: int
+    round_off: float = NUMERICAL_RANK
     removed: Tensor | None = None
     shift_N: Tensor | None = None
     shift_energy: float = 0.0
@@ -121,7 +123,8 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         if inputs_II is not None:
             wide = rows.view(-1, inputs)
             inputs_II += (wide.T @ wide).double()
-    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models)
+    round_off = NUMERICAL_RANK if stack.dtype == torch.float64 else FLOAT32_ROUND_OFF
+    moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, round_off)
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)

@@ -38,6 +38,11 @@ class FitOptions:
     seed: int
 
     @property
+    def wants_everything(self) -> bool:
+        """Whether an axis is to keep all its variance."""
+        return any(isinstance(rule, float) and rule == 1.0 for rule in self.rules.values())
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that bases are stored in."""
         dtype: torch.dtype = getattr(torch, self.dtype)

@@ -119,7 +119,7 @@ def _row(
         basis = layer.num_bytes(ranks, 0, itemsize)
         fixed += basis
         per_model += layer.num_bytes(ranks, 1, itemsize) - basis
-    per_model += ceil(fixed_bytes(zoo) / num_models)
+    per_model += ceil(fixed_bytes(zoo, axes) / num_models)
     whole = fixed + per_model * num_models
     return PlanRow(
         axes,

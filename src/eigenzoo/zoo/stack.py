@@ -42,11 +42,12 @@ class DenseStack:
         names: Sequence[str],
         sources: Sequence[LayerSource],
         base: Model | None,
+        exact: bool = False,
     ) -> None:
         self.layer, self.names = layer, tuple(names)
         self._models, self._sources, self._base = tuple(models), tuple(sources), base
         small = len(models) * layer.num_values <= EXACT_VALUES
-        self.dtype = torch.float64 if small or layer.dtype == "float64" else torch.float32
+        self.dtype = torch.float64 if small or exact or layer.dtype == "float64" else torch.float32
 
     def __len__(self) -> int:
         return len(self._models)

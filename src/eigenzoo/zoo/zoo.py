@@ -88,13 +88,13 @@ class Zoo:
         """Bytes of the analysed layers in the files of all models."""
         return sum(source.layer.num_bytes for sources in self._match.sources for source in sources.values())
 
-    def stack(self, layer: str) -> Stack:
-        """Return one layer across all models, unread."""
+    def stack(self, layer: str, *, exact: bool = False) -> Stack:
+        """Return one layer across all models, unread; `exact` asks for float64 whatever its size."""
         spec = self._match.layers[layer]
         sources = [sources[layer] for sources in self._match.sources]
         if spec.kind == "update":
             return UpdateStack(spec, self.models, self.names, sources)
-        return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None)
+        return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None, exact)
 
     def select(
         self,
