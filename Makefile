@@ -17,7 +17,7 @@ check: .venv/check
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_project.py
 
-bench: .venv/nursery
+bench: .venv/bench
 	$(BIN)/python -m bench
 
 clean:
@@ -29,6 +29,10 @@ clean:
 
 .venv/nursery: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[nursery]'
+	touch $@
+
+.venv/bench: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[bench]'
 	touch $@
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt

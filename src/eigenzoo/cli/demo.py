@@ -56,7 +56,7 @@ def command(
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
         tell(f"\n3. fitting the shared subspace of {len(fitted)} of them; {len(held_out)} are held out")
         with progress_bar(quiet=quiet or json) as progress:
-            space = ez.fit(fitted, rank=min(rank, len(fitted) - 1), seed=seed, progress=progress, workspace=folder)
+            space = ez.fit(fitted, rank=min(rank, len(fitted) - 1), seed=seed, progress=progress)
             space.save(folder / "bundle")
             rows = _measure(space, zoo.select(names=held_out), folder, progress)
         report = ez.load(folder / "bundle").report

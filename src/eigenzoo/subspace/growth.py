@@ -25,13 +25,13 @@ from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.formats.model import Model
 from eigenzoo.linalg import lora
-from eigenzoo.records import Progress, no_progress
+from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fit import write_subspace
 from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
 from eigenzoo.subspace.options import FitOptions
-from eigenzoo.subspace.recall import RecalledModel
+from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace, _literal
 from eigenzoo.zoo.matching import Selection
@@ -130,15 +130,15 @@ def _originals(space: Subspace, old: Source | None) -> Zoo | None:
 
 def _other_scales(space: Subspace, name: str, model: Model) -> bool:
     """Tell whether an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
-    if not model.updates or not _was_exact(space):
+    if not model.updates:
         return False
     fitted = space.coefficients(name).template.layout.updates
     return any(fitted[module].scale != update.scale for module, update in model.updates.items() if module in fitted)
 
 
 def _was_exact(space: Subspace) -> bool:
-    """Tell whether the old models' files took part in every growth so far: else moments hold what the bundle knew of them."""
-    return bool(space.report.get("growth", {}).get("history_exact", True))
+    """Tell whether the old models' files took part in the last growth: else the moments hold what the bundle knew of them."""
+    return bool(space.report.get("growth", {}).get("exact", True))
 
 
 def _from_pickles(space: Subspace) -> bool:
@@ -328,7 +328,7 @@ def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, ener
         **space.report,
         "num_models": num_models,
         "bytes": vars(counted),
-        "growth": vars(growth),
+        "growth": plain(growth),
         "energy": energy,
     }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
@@ -377,14 +377,11 @@ def _refreshed(
 
 
 def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, root: Path) -> Manifest:
-    """Give recalled models their old sources and count what they had lost before."""
+    """Give recalled models their own records again, and count what they had lost before."""
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
     if not exact:
-        sources = {model.name: moved(model.source, space.path.absolute(), root) for model in space.manifest.models}
-        models = [
-            model.model_copy(update={"source": sources.get(model.name, model.source)}) for model in manifest.models
-        ]
+        models = restore_records(space, manifest, root)
         lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
         discarded = lost
         sizes = space.report["bytes"]
@@ -393,14 +390,20 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
         report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
         manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
     growth = Growth(new.names, exact, True, sum(discarded.values()), _statement(exact, True))
-    return manifest.model_copy(update={"report": {**report, "growth": vars(growth)}})
+    return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 
 
 def _options(space: Subspace) -> FitOptions:
     """The options that the subspace was fitted with."""
     saved = space.manifest.options
     return FitOptions(
-        tuple(saved["axes"]), dict(saved["rules"]), saved["center"], saved["dtype"], None, None, int(saved["seed"])
+        tuple(saved["axes"]),
+        dict(saved["rules"]),
+        saved["center"],
+        saved["dtype"],
+        saved["budget"],
+        saved["max_error"],
+        int(saved["seed"]),
     )
 
 

@@ -18,7 +18,8 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import LayerFit
 from eigenzoo.subspace.basis import FLAT, STACKED, TUCKER, TensorWriter
 from eigenzoo.subspace.flat import write_flat
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.heldout import tucker_capture
+from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.stacked import write_stacked
 from eigenzoo.subspace.tucker import Cores, collect_cores, write_tucker
@@ -97,7 +98,12 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     write_tucker(stack.layer.name, cores, bases["outputs"], bases["inputs"], shared_KPQ, options.torch_dtype, writer)
     captured, outside_N = _tucker_energies(stack, moments, cores, coefficients)
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
-    record = _record(stack, moments, options, shown, reasons, captured, float(outside_N.sum()))
+    heldout = None
+    if options.center == "models":
+        heldout = tucker_capture(
+            stack, moments, ranks, lambda part: collect(part, options.axes, options.center), seed=options.seed
+        )
+    record = _record(stack, moments, options, shown, reasons, captured, float(outside_N.sum()), heldout)
     return FittedLayer(
         stack.layer.name,
         TUCKER,
@@ -165,9 +171,10 @@ def _record(
     reasons: dict[str, str],
     captured: float,
     outside: float,
+    heldout: float | None = None,
 ) -> LayerFit:
     total, energy = moments.variance, float(moments.energies_N.sum())
-    heldout = null = None
+    null = None
     if total > 0 and options.axes == ("models",) and options.center == "models":
         folds = cross_validated_capture(moments.centered_NN, [ranks["models"]], seed=options.seed)
         heldout = folds[0] if folds is not None else None

@@ -1,8 +1,11 @@
-"""Models read back from a bundle, as if they were files: what a zoo is made of when its own files are gone."""
+"""Models read back from a bundle, as if they were files: what a zoo is made of when its own files are gone.
+
+A rebuilt update is a sum of many models' updates: its rank is its own, and mostly larger than the original's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,9 +14,13 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
+from eigenzoo.formats.bundle import write_coefficients
+from eigenzoo.formats.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.storage import link_or_copy, moved
+from eigenzoo.subspace.subspace import Subspace
 
 
 class RecalledModel(Model):
@@ -25,6 +32,7 @@ class RecalledModel(Model):
         self._rebuilt, self._template = rebuilt, coefficients.template
         layout = self._template.layout
         self.name, self.path = coefficients.name, path
+        self._held_updates = frozenset(coefficients.values)
         self.tensors = {
             tensor.name: TensorInfo(tensor.name, tensor.torch_dtype, tensor.shape, file)
             for file, tensors in layout.files.items()
@@ -32,7 +40,10 @@ class RecalledModel(Model):
         }
         self.metadata = self._template.metadata
         self.side_files, self.ignored_files = self._template.side_files, ()
-        self._updates = {module: replace(update, scale=1.0) for module, update in layout.updates.items()}
+        self._updates = {
+            module: replace(update, scale=1.0, rank=self._rank(module, update))
+            for module, update in layout.updates.items()
+        }
         self._held: tuple[str, Tensor] = ("", torch.empty(0))
 
     @property
@@ -65,6 +76,10 @@ class RecalledModel(Model):
         """No file of its own."""
         return ()
 
+    def _rank(self, module: str, update: LoraUpdate) -> int:
+        """Rank of a rebuilt update; of one that the subspace does not hold as an update, the rank that it had."""
+        return self._rebuilt.factors(module)[1].shape[0] if module in self._held_updates else update.rank
+
     def _layer_of(self, key: str) -> str:
         """The layer that a tensor is: itself, or the factor that it holds."""
         for module, update in self._updates.items():
@@ -73,3 +88,53 @@ class RecalledModel(Model):
         if key not in self.tensors:
             raise BundleError(f"no tensor {key!r}", where=self.name)
         return key
+
+
+def restore_records(space: Subspace, manifest: Manifest, root: Path) -> list[ModelRecord]:
+    """Make a bundle in `root` that was fitted to recalled models speak of the models themselves again.
+
+    Their records, with layouts, configs and sources, are the old ones; their residuals are bounds against the originals:
+    ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖, per layer.
+    """
+    refitted = Subspace(root, manifest)
+    old = {model.name: model for model in space.manifest.models}
+    models = []
+    for record in manifest.models:
+        if record.name in old:
+            source = moved(old[record.name].source, space.path.absolute(), root)
+            update = {"source": source, "coefficients": record.coefficients}
+            record = old[record.name].model_copy(update=update)
+            _bound_residuals(space, refitted, record)
+        models.append(record)
+    needed = {file for model in models for file in _contents(model)}
+    for path in list((root / "rest").iterdir()):
+        if f"rest/{path.name}" not in needed:
+            path.unlink()
+    for file in sorted(needed):
+        if not (root / file).exists():
+            link_or_copy(space.path / file, root / file)
+    return models
+
+
+def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -> None:
+    before, after = space.coefficients(record.name), refitted.coefficients(record.name)
+    bounds = []
+    for layer, residual in after.residuals.items():
+        # Without the old moments the originals' energy is not known, and their rebuilt selves' stands for it.
+        recalled = after.energies[layer]
+        energy = before.energies.get(layer, recalled)
+        lost = residual * recalled / energy if energy > 0 else 0.0
+        bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
+    flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])
+    path = refitted.path / record.coefficients
+    path.unlink()
+    write_coefficients(path, record.name, refitted.manifest.basis_id, flat, torch.tensor(bounds))
+
+
+def _contents(model: ModelRecord) -> Iterator[str]:
+    """The files in rest/ that a model's record needs."""
+    yield f"rest/{model.layout}.json"
+    if model.config is not None:
+        yield f"rest/{model.config}.json"
+    yield from (f"rest/{content}.bin" for content in model.side_files.values())
+    yield from (f"rest/{content}.safetensors" for content in model.carried.values())

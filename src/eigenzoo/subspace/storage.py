@@ -76,7 +76,7 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
     layer, ranks = basis.layer, basis.ranks
     expected: dict[str, tuple[int, ...]] = {}
     if isinstance(basis, StackedBasis):
-        rows, (num_models,) = files.shape(f"{layer.name}/factors_b")[0], files.shape(f"{layer.name}/ranks")
+        rows, num_models = _stacked_sizes(layer.name, files)
         size = 1 + ranks["models"]
         expected = {
             "factors_b": (rows, layer.shape[0]),
@@ -107,6 +107,21 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
             raise BundleError(
                 f"shape {list(found)}", where=f"tensor '{layer.name}/mean'", rule=f"it is broadcast to {list(whole)}"
             )
+
+
+def _stacked_sizes(layer: str, files: BasisFiles) -> tuple[int, int]:
+    """Rows of the stacked factors and number of models, once their ranks are known to add up."""
+    factors, models = files.shape(f"{layer}/factors_b"), files.shape(f"{layer}/ranks")
+    if len(factors) != 2 or len(models) != 1:
+        raise BundleError(f"shapes {list(factors)} and {list(models)}", where=f"tensors '{layer}/factors_b' and ranks")
+    ranks = files.read(f"{layer}/ranks").long()
+    if bool((ranks < 0).any()) or int(ranks.sum()) != factors[0]:
+        raise BundleError(
+            f"ranks that add up to {int(ranks.sum())}",
+            where=f"tensor '{layer}/ranks'",
+            rule=f"its factors have {factors[0]} rows",
+        )
+    return factors[0], models[0]
 
 
 def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:

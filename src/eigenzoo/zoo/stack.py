@@ -52,6 +52,12 @@ class DenseStack:
     def __len__(self) -> int:
         return len(self._models)
 
+    def subset(self, places: Sequence[int]) -> DenseStack:
+        """Return the same layer of some of the models."""
+        chosen = [self._models[place] for place in places], [self.names[place] for place in places]
+        sources = [self._sources[place] for place in places]
+        return DenseStack(self.layer, *chosen, sources, self._base, self.dtype == torch.float64)
+
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         """Read the stack in blocks of whole output rows with the rows of all models; one buffer, reused.
 
@@ -109,6 +115,11 @@ class UpdateStack:
 
     def __len__(self) -> int:
         return len(self._models)
+
+    def subset(self, places: Sequence[int]) -> UpdateStack:
+        """Return the same layer of some of the models."""
+        chosen = [self._models[place] for place in places], [self.names[place] for place in places]
+        return UpdateStack(self.layer, *chosen, [self._sources[place] for place in places])
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -1,0 +1,89 @@
+"""A bundle appears whole or not at all, also when the process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundle_files import fit_form, write_bundle, write_zoo
+
+import eigenzoo as ez
+
+STEPS = ["write_card", "write_manifest", "record_files", "link_or_copy"]
+
+SCRIPT = """
+import os, signal, sys
+import eigenzoo as ez
+from eigenzoo.subspace import subspace
+space = ez.load(sys.argv[1])
+step, calls = getattr(subspace, sys.argv[3]), 0
+def dying(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args, **kwargs)
+setattr(subspace, sys.argv[3], dying)
+space.save(sys.argv[2], force=True)
+"""
+
+
+@pytest.mark.parametrize(("step", "call"), [("write_card", 1), ("record_files", 1), ("link_or_copy", 3)])
+def test_a_killed_save_leaves_no_half_bundle(tmp_path: Path, step: str, call: int) -> None:
+    bundle = write_bundle(tmp_path)
+    for name in ("new", "bundle"):
+        target = tmp_path / name
+        command = [sys.executable, "-c", SCRIPT, str(bundle), str(target), step, str(call)]
+        done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == -signal.SIGKILL
+        assert target.exists() is (name == "bundle")
+    assert list(ez.load(bundle).verify()) == [], "the bundle that was to be replaced is harmed"
+    # What is left is hidden, and names its kind: a later save is not in its way.
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("bundle", "zoo")]
+    assert all(name.startswith((".new.tmp-", ".bundle.tmp-")) for name in left)
+    ez.load(bundle).save(tmp_path / "new")
+    assert list(ez.load(tmp_path / "new").verify()) == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    space = fit_form(write_zoo(tmp_path / "zoo", "flat"), "flat")
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"eigenzoo.subspace.subspace.{step}", failing)
+    with pytest.raises(OSError, match="No space left"):
+        space.save(tmp_path / "bundle")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+    monkeypatch.undo()
+    space.save(tmp_path / "bundle")
+    assert list(ez.load(tmp_path / "bundle").verify()) == []
+
+
+def test_a_fit_that_fails_leaves_no_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_zoo(tmp_path / "zoo", "flat")
+    (tmp_path / "work").mkdir()
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eigenzoo.subspace.fit.write_moments", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ez.fit(paths, 2, workspace=tmp_path / "work")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_temporary_folders_go_with_their_subspace(tmp_path: Path) -> None:
+    paths = write_zoo(tmp_path / "zoo", "flat")
+    (tmp_path / "work").mkdir()
+    space = ez.fit(paths, 2, workspace=tmp_path / "work")
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    space.save(tmp_path / "bundle")
+    del space
+    assert list((tmp_path / "work").iterdir()) == []
+    assert list(ez.load(tmp_path / "bundle").verify()) == []

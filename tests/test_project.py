@@ -1,0 +1,59 @@
+"""The project's own promises: every public name is documented, importing is light, and tests can fail."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import eigenzoo
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_public_name_is_there_has_a_docstring_and_stands_in_the_docs():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in eigenzoo.__all__:
+        assert inspect.getdoc(getattr(eigenzoo, name)), name
+        assert f"| `{name}` |" in page, name
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == set(eigenzoo.__all__)
+
+
+def test_public_methods_have_docstrings():
+    for name in eigenzoo.__all__:
+        value = getattr(eigenzoo, name)
+        if inspect.isclass(value):
+            for method, function in vars(value).items():
+                if not method.startswith("_") and callable(function):
+                    assert inspect.getdoc(function), f"{name}.{method}"
+
+
+def test_importing_is_light():
+    code = "import sys, eigenzoo; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {module.partition(".")[0] for module in done.stdout.split()}
+    assert "eigenzoo" in loaded
+    assert not loaded & {"torch", "transformers", "peft", "plotly", "dask", "sklearn", "rich", "typer", "pydantic"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import pytest
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        eigenzoo.nothing  # noqa: B018
+
+
+def test_every_expected_error_says_what_it_expects():
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"pytest\.raises\(", line) and "match" not in line and not line.rstrip().endswith("("):
+                raise AssertionError(f"{path.relative_to(ROOT)}:{number}: pytest.raises without match=")
+
+
+def test_every_file_past_400_lines_says_why():
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 400 or "400 lines" in "\n".join(lines[:12]), path.name
