@@ -1,1 +1,10 @@
-"""This file puts its folder on the path of the tests, so that all of them can import `builders`."""
+"""Puts its folder on the path, so that all tests can import `builders`; and pins threads, since tests run side by side."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)

@@ -175,7 +175,7 @@ def replace_layout(bundle: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 @pytest.mark.parametrize(
-    "file", ["../evil.safetensors", "/tmp/evil.safetensors", "a/../../evil.safetensors", "x\\evil.safetensors"]
+    "file", ["../evil.safetensors", "/evil.safetensors", "a/../../evil.safetensors", "x\\evil.safetensors"]
 )
 def test_a_layout_that_names_files_elsewhere_writes_nothing(flat: Path, file: str) -> None:
     replace_layout(flat, lambda layout: layout.update(files={file: next(iter(layout["files"].values()))}))

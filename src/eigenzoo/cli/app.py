@@ -48,7 +48,7 @@ def main() -> None:
 def _run() -> int:
     try:
         # Outside its standalone mode click hands an exit code back instead of leaving with it.
-        code = app(standalone_mode=False)
+        code = app(prog_name="eigenzoo", standalone_mode=False)
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED

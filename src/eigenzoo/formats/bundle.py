@@ -127,9 +127,11 @@ def coefficient_file(model: str) -> str:
     >>> coefficient_file("run 1/last")
     'coefficients/run%201%2Flast.safetensors'
     """
-    encoded = quote(model, safe="").replace(".", "%2E") if model.strip(".") == "" else quote(model, safe="")
+    encoded = quote(model, safe="", errors="surrogatepass")
+    if model.strip(".") == "":
+        encoded = encoded.replace(".", "%2E")
     if len(encoded) > 150:
-        encoded = f"{encoded[:100]}-{hashlib.sha256(model.encode()).hexdigest()[:32]}"
+        encoded = f"{encoded[:100]}-{hashlib.sha256(model.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
     return f"coefficients/{encoded}.safetensors"
 
 
@@ -144,7 +146,8 @@ def write_coefficients(path: Path, model: str, basis_id: str, coefficients: Tens
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json."""
     text = json.dumps(manifest.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # Names of files that are no UTF-8 hold half surrogates, which only an escape can write; JSON's is Python's.
+    (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

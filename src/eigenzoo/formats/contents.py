@@ -72,7 +72,7 @@ class ContentStore:
 
     def put_json(self, document: Any) -> str:
         """Store a JSON document in one canonical form."""
-        return self.put_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode(), ".json")
+        return self.put_bytes(canonical_json(document), ".json")
 
     def _put(self, content: str, suffix: str, write: Callable[[Path], object]) -> str:
         path = self.folder / f"{content}{suffix}"
@@ -80,6 +80,11 @@ class ContentStore:
             self.folder.mkdir(exist_ok=True)
             write(path)
         return content
+
+
+def canonical_json(document: Any) -> bytes:
+    """Write a JSON document in the one form that is stored and hashed."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from eigenzoo.errors import BudgetError
 from eigenzoo.formats.basis_files import header_room
+from eigenzoo.formats.contents import canonical_json
+from eigenzoo.formats.layout import layout_of
+from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.basis import PARTS, form_of
@@ -24,6 +27,7 @@ from eigenzoo.subspace.bytes import (
     FILE_OVERHEAD,
     MANIFEST_PER_LAYER,
     MANIFEST_PER_MODEL,
+    RECORD_BYTES,
     basis_bytes,
     coefficient_bytes,
 )
@@ -98,7 +102,7 @@ def fixed_bytes(zoo: Zoo, axes: tuple[str, ...]) -> int:
         model.tensors[name].nbytes + 200 for place, model in enumerate(zoo.models) for name in zoo.carried(place)
     )
     model = zoo.models[0]
-    layout = sum(60 + len(name.encode()) for name in model.tensors)
+    layout = sum(len(text) + RECORD_BYTES for text in _texts(zoo))
     side_files = sum(len(model.read_side_file(name)) for name in model.side_files)
     parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
     layers = header_room(list(zoo.layers), parts) + sum(
@@ -107,6 +111,13 @@ def fixed_bytes(zoo: Zoo, axes: tuple[str, ...]) -> int:
     models = len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers))
     models += sum(6 * len(name.encode()) for name in zoo.names) + sum(len(str(model.metadata)) for model in zoo.models)
     return CARD_AND_REPORT + carried + layout + side_files + layers + models
+
+
+def _texts(zoo: Zoo) -> set[bytes]:
+    """Layouts and configs of all models, as a bundle stores them: once per content, and adapters of other scales differ."""
+    documents = [layout_of(model).to_json() for model in zoo.models]
+    documents += [dict(model.config) for model in zoo.models if isinstance(model, LoraAdapter)]
+    return {canonical_json(document) for document in documents}
 
 
 def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress) -> dict[str, FitOptions]:

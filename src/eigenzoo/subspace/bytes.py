@@ -28,6 +28,10 @@ MANIFEST_PER_MODEL = 580
 """What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
 
 
+RECORD_BYTES = 140
+"""What a file of rest/ takes in the manifest's list of files: name, bytes and checksum."""
+
+
 def basis_bytes(
     layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int, update_ranks: int = 0
 ) -> int:

@@ -18,25 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.formats.model import Model
-from eigenzoo.linalg import lora
 from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.subspace.border import bordered, extend
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fit import write_subspace
-from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
+from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace, _literal
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 
@@ -176,65 +174,6 @@ def _grown_moments(
     return grown
 
 
-def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
-    """Extend the moments of a stack's first models to all of it: exact, one read and M·(N + M)·D products."""
-    if isinstance(stack, UpdateStack):
-        return _extend_updates(moments, stack)
-    num_old, num_all = moments.num_models, len(stack)
-    border = torch.zeros(num_all - num_old, num_all, dtype=torch.float64)
-    cross = torch.zeros(num_all - num_old, dtype=torch.float64)
-    shift = torch.zeros_like(cross)
-    for block in stack.blocks():
-        reference = block.rows[: moments.num_reference].mean(0, dtype=torch.float64)
-        rows = block.rows.sub_(reference.to(block.rows.dtype))
-        border += (rows[num_old:] @ rows.T).double()
-        cross += (rows[num_old:] @ reference.to(rows.dtype)).double()
-        if moments.removed is not None:
-            shift += rows[num_old:].double() @ _shift_of(reference, moments.removed, stack)
-    return _bordered(moments, border, cross, shift if moments.shift_N is not None else None)
-
-
-def _shift_of(reference: Tensor, removed: Tensor, stack: DenseStack) -> Tensor:
-    """R − M over one block of whole output rows."""
-    return (reference.view(-1, stack.layer.shape[1]) - removed).view(-1)
-
-
-def _extend_updates(moments: LayerMoments, stack: UpdateStack) -> LayerMoments:
-    num_old, num_all = moments.num_models, len(stack)
-    new = [stack.factors(place) for place in range(num_old, num_all)]
-    raw_NN = torch.zeros(num_all, num_all, dtype=torch.float64)
-    raw_NN[:num_old, :num_old] = moments.raw_NN
-    for place in range(num_all):
-        products = lora.inner_products(new, [stack.factors(place)])[:, 0]
-        raw_NN[num_old:, place] = products
-        raw_NN[place, num_old:] = products
-    if moments.shift_N is None:
-        return from_raw_gram(raw_NN, moments.num_values)
-    return replace(moments, **_zero_centered(raw_NN), num_reference=num_all)
-
-
-def _zero_centered(raw_NN: Tensor) -> dict[str, Any]:
-    about_mean = from_raw_gram(raw_NN, 0)
-    return {
-        "gram_NN": about_mean.gram_NN,
-        "cross_N": about_mean.cross_N,
-        "reference_energy": about_mean.reference_energy,
-        "shift_N": about_mean.cross_N,
-        "shift_energy": about_mean.reference_energy,
-    }
-
-
-def _bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor | None) -> LayerMoments:
-    """Put a border (M, N + M) around the Gram."""
-    num_old = moments.num_models
-    top = torch.cat([moments.gram_NN, border[:, :num_old].T], 1)
-    gram_NN = torch.cat(
-        [top, torch.cat([border[:, :num_old], (border[:, num_old:] + border[:, num_old:].T) / 2], 1)], 0
-    )
-    shift_N = torch.cat([moments.shift_N, shift]) if moments.shift_N is not None and shift is not None else None
-    return replace(moments, gram_NN=gram_NN, cross_N=torch.cat([moments.cross_N, cross]), shift_N=shift_N)
-
-
 def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
     """Moments from the bundle alone: inner products with old models are those of coefficients, exact inside the subspace.
 
@@ -253,7 +192,7 @@ def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
         border[places, moments.num_models + places] += torch.tensor([projection.outside for projection in projections])
         energies = torch.tensor([projection.energy for projection in projections], dtype=torch.float64)
         cross = (energies - border[places, moments.num_models + places] - moments.reference_energy) / 2
-        grown[name] = _bordered(moments, border, cross, None)
+        grown[name] = bordered(moments, border, cross, None)
     return grown
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.formats.model import Model
-from eigenzoo.records import LeftOut, Progress, SkippedModel, no_progress, plain
+from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.zoo import Zoo
@@ -139,10 +138,11 @@ def _model_report(model: Model, name: str) -> ModelReport:
 
 
 def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
-    groups = Counter((role(name), layer.shape, layer.unfolding, layer.dtype) for name, layer in zoo.layers.items())
+    groups: dict[tuple[str, tuple[int, int], str, str], list[Layer]] = {}
+    for name, layer in zoo.layers.items():
+        groups.setdefault((role(name), layer.shape, layer.unfolding, layer.dtype), []).append(layer)
     rows = []
-    for (called, shape, unfolding, dtype), count in groups.items():
-        layers = [layer for name, layer in zoo.layers.items() if (role(name), layer.shape) == (called, shape)]
+    for (called, shape, unfolding, dtype), layers in groups.items():
         ranks = {
             model.updates[layer.name].rank for layer in layers for model in zoo.models if layer.name in model.updates
         }
@@ -152,7 +152,7 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
                 shape,
                 unfolding,
                 dtype,
-                count,
+                len(layers),
                 sum(layer.num_values for layer in layers),
                 sum(layer.num_bytes for layer in layers),
                 tuple(sorted(ranks)),

@@ -1,0 +1,143 @@
+"""Every command on small zoos: what it prints, and that its JSON keeps the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import Run
+from safetensors.torch import load_file
+
+import eigenzoo as ez
+from builders import random_factors, read_update, write_adapter
+
+COMMANDS = ["inspect", "fit", "plan", "project", "rebuild", "add", "verify", "demo", "nursery", "nursery make"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.code == 0
+    assert result.err == ""
+    assert f"Usage: eigenzoo {command}".strip() in " ".join(result.out.split())
+    if command == "":
+        assert all(name in result.out for name in COMMANDS if " " not in name)
+
+
+def test_fit_keeps_the_contract(run: Run, zoo: Path, tmp_path: Path) -> None:
+    document = run("fit", zoo, "-o", tmp_path / "bundle", "--rank", 2, "--json").json
+    assert {"num_models", "num_layers", "axes", "layers", "bytes", "seconds", "peak_memory"} <= document.keys()
+    assert document["num_models"] == 6
+    assert document["num_layers"] == 3
+    assert document["axes"] == ["models"]
+    keys = {"zoo", "bundle", "per_model", "whole_zoo", "whole_bundle", "break_even_models"}
+    assert keys <= document["bytes"].keys()
+    assert set(document["layers"]) == {"block.weight", "block.bias", "head.weight"}
+    fitted = ez.fit(zoo, 2)
+    for name, layer in document["layers"].items():
+        assert layer["rank"] == {"models": 2}
+        assert layer["captured"] == pytest.approx(fitted.report["layers"][name]["captured"], rel=1e-9)
+    files = [path for path in (tmp_path / "bundle").rglob("*") if path.is_file() and path.name != "moments.safetensors"]
+    assert document["bytes"]["whole_bundle"] == sum(path.stat().st_size for path in files)
+    assert document["bytes"]["whole_zoo"] == sum(path.stat().st_size for path in zoo.rglob("*.safetensors"))
+    assert document["seconds"] > 0
+    assert document["peak_memory"] > 10_000_000
+
+
+def test_project_keeps_the_contract(run: Run, zoo: Path, bundle: Path) -> None:
+    document = run("project", bundle, zoo / "m5", zoo / "m0", "--json").json
+    assert set(document) == {"models"}
+    assert list(document["models"]) == ["m5", "m0"]
+    space = ez.load(bundle)
+    for name in ("m5", "m0"):
+        rebuilt = space.rebuild(space.project(zoo / name))
+        truth = load_file(zoo / name / "model.safetensors")
+        lost = {layer: float((truth[layer].double() - rebuilt.layer(layer)).square().sum()) for layer in truth}
+        energy = {layer: float(truth[layer].double().square().sum()) for layer in truth}
+        model = document["models"][name]
+        assert set(model) >= {"residual", "layers"}
+        assert model["residual"] == pytest.approx(sum(lost.values()) / sum(energy.values()), rel=1e-4)
+        for layer in truth:
+            assert model["layers"][layer]["residual"] == pytest.approx(lost[layer] / energy[layer], rel=1e-4)
+    assert "share of the energy outside" in run("project", bundle, zoo / "m5").out
+
+
+def test_rebuild_writes_a_model_of_the_bundle_or_any_other(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:
+    space = ez.load(bundle)
+    for name, word in (("m0", "m0"), ("m5", zoo / "m5")):
+        document = run("rebuild", bundle, word, "-o", tmp_path / f"out-{name}", "--json").json
+        assert document["name"] == name
+        expected = space.rebuild("m0") if name == "m0" else space.rebuild(space.project(zoo / "m5"))
+        written = load_file(tmp_path / f"out-{name}" / "model.safetensors")
+        assert written.keys() == space.layers.keys()
+        assert all(torch.equal(written[layer], expected.layer(layer).float()) for layer in written)
+    result = run("rebuild", bundle, "m0", "-o", tmp_path / "mean", "--mean-only")
+    assert "the mean, in the place of m0" in result.out
+    mean = load_file(tmp_path / "mean" / "model.safetensors")["block.bias"]
+    stack = torch.stack([load_file(zoo / f"m{place}" / "model.safetensors")["block.bias"] for place in range(5)])
+    assert torch.allclose(mean, stack.mean(0), atol=1e-6)
+
+
+def test_add_grows_the_bundle_in_place_or_beside(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:
+    document = run("add", bundle, zoo / "m5", "-o", tmp_path / "beside", "--refresh", "--json").json
+    assert document["growth"]["added"] == ["m5"]
+    assert document["growth"]["refreshed"]
+    assert ez.load(bundle).names == tuple(f"m{place}" for place in range(5))
+    result = run("add", bundle, zoo / "m5")
+    assert result.code == 0
+    assert "added m5: 6 models" in result.out
+    assert "the basis is unchanged and the moments are exact" in result.out
+    assert ez.load(bundle).names[-1] == "m5"
+    assert list(ez.load(bundle).verify()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "bundle", "zoo"]
+
+
+def test_add_from_the_bundle_alone_says_so(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:
+    for place in range(5):
+        (zoo / f"m{place}").rename(tmp_path / f"m{place}")
+    result = run("add", bundle, zoo / "m5", "-o", tmp_path / "alone")
+    assert "the old files are gone" in result.out
+    paths = [word for place in range(5) for word in ("--old", tmp_path / f"m{place}")]
+    assert "the moments are exact" in run("add", bundle, zoo / "m5", "-o", tmp_path / "found", *paths).out
+
+
+def test_verify_says_whole_or_what_is_wrong(run: Run, bundle: Path) -> None:
+    result = run("verify", bundle)
+    assert result.code == 0
+    assert "5 models, 3 layers, whole" in result.out
+    assert run("verify", bundle, "--json").json["ok"] is True
+    (bundle / "extra").write_text("")
+    result = run("verify", bundle)
+    assert result.code == 1
+    assert "fault: extra: no such file is in the manifest" in result.out
+    result = run("verify", bundle, "--json")
+    assert result.code == 1
+    assert result.json["faults"] == ["extra: no such file is in the manifest"]
+    assert result.json["ok"] is False
+    (bundle / "extra").unlink()
+    (bundle / "coefficients" / "m0.safetensors").unlink()
+    result = run("verify", bundle, "--json")
+    assert result.code == 1, "a bundle that cannot be loaded has failed the check"
+    assert "m0.safetensors' is missing" in result.json["faults"][0]
+    result = run("project", bundle, "whatever")
+    assert result.code == 2
+    assert "is missing" in result.err
+
+
+def test_adapters_go_round(run: Run, tmp_path: Path) -> None:
+    modules = {"block.q": (7, 6), "block.v": (5, 8)}
+    for place in range(4):
+        write_adapter(tmp_path / "zoo" / f"a{place}", random_factors(modules, 2, place), lora_alpha=8)
+    document = run("fit", f"{tmp_path}/zoo/a*", "-o", tmp_path / "bundle", "--rank", "1.0", "--json").json
+    assert document["view"] == "update"
+    assert run("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "back").code == 0
+    for module in modules:
+        expected = read_update(tmp_path / "zoo" / "a1", module)
+        assert torch.allclose(read_update(tmp_path / "back", module), expected, atol=1e-4)
+
+
+def test_nursery_says_what_it_cannot_make(refused: object, tmp_path: Path) -> None:
+    message = refused("nursery", "make", "digits-rnn", "-o", tmp_path / "zoo")  # type: ignore[operator]
+    assert "digits-rnn" in message
+    assert not (tmp_path / "zoo").exists()

@@ -1,0 +1,51 @@
+"""The demo, end to end with few models: what it prints is true of what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli_runner import Run
+
+import eigenzoo as ez
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+
+def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    document = run("demo", "-o", folder, "--num-models", 12, "--rank", 4, "--json").json
+    assert document["num_fitted"] == 10
+    assert [row["name"] for row in document["heldout"]] == list(ez.open_zoo(folder / "zoo").names)[5::6]
+    mean = document["mean"]
+    assert mean["original"] > 0.9
+    assert mean["mean"] < mean["original"] - 0.15, "the mean alone must not do the models' work"
+    assert 0 < mean["residual"] < 1
+    space = ez.load(folder / "bundle")
+    assert list(space.verify()) == []
+    for row in document["heldout"]:
+        projected = space.project(folder / "zoo" / row["name"])
+        assert projected.residual == pytest.approx(row["residual"], rel=1e-6)
+        assert (folder / "rebuilt" / row["name"]).is_dir()
+        assert row["name"] not in space.names
+    assert document["fit"]["num_models"] == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+
+def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for words, message in (
+        (("-o", tmp_path / "mine"), "exists already"),
+        (("-o", tmp_path / "mine", "--force"), "is a folder of another kind"),
+        (("-o", tmp_path / "new", "--kind", "digits-cnn"), "the demo has no kind 'digits-cnn'"),
+        (("-o", tmp_path / "new", "--num-models", 0), "models"),
+        (("-o", tmp_path / "new", "--num-models", 3), "models"),
+        (("-o", tmp_path / "new", "--rank", -1), "rank"),
+    ):
+        result = run("demo", *words)
+        assert result.code == 2, (words, result)
+        assert message in result.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]

@@ -1,0 +1,158 @@
+"""The plan against what fits and saved bundles then are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import Run
+
+import eigenzoo as ez
+from builders import random_factors, random_stack, write_adapter, write_stacks
+
+MODULES = {"block.0.q": (96, 80), "block.1.q": (64, 112)}
+
+
+def write_zoo(root: Path, kind: str) -> Path:
+    """Big enough that headers are a small part of the bytes, as in any real zoo."""
+    if kind == "adapters":
+        for place in range(9):
+            write_adapter(
+                root / f"a{place}", random_factors(MODULES, [4, 8, 6][place % 3], place), lora_alpha=3 + place
+            )
+        return root
+    stacks = {
+        "0.w": random_stack(9, (64, 96), 0, rank=5),
+        "1.w": random_stack(9, (80, 40), 1),
+        "conv": random_stack(9, (32, 16, 3, 3), 2),
+    }
+    stacks["1.w"] = stacks["1.w"] * 0.3 + 2.0
+    paths = write_stacks(root, {**stacks, "bias": random_stack(9, (48,), 3)})
+    for path in paths:
+        (path / "config.json").write_text('{"model_type": "small"}')
+    return root
+
+
+def fitted(root: Path, axes: tuple[str, ...], rank: int, **options: Any) -> ez.Subspace:
+    # A rank above what a layer has means all of it, but for models, where more than there are is refused.
+    return ez.fit(root, {axis: min(rank, 8) if axis == "models" else rank for axis in axes}, **options)
+
+
+@pytest.mark.parametrize("kind", ["weights", "adapters"])
+def test_the_plan_is_what_a_fit_then_does(tmp_path: Path, kind: str) -> None:
+    root = write_zoo(tmp_path / "zoo", kind)
+    plan = ez.plan(root)
+    zoo = ez.open_zoo(root)
+    assert plan.num_models == 9
+    assert plan.whole_zoo == zoo.num_bytes == sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+    assert {row.axes for row in plan.rows} == {
+        ("models",),
+        ("outputs",),
+        ("inputs",),
+        ("outputs", "inputs"),
+        ("models", "outputs", "inputs"),
+    }
+    seen = small = 0
+    for number, row in enumerate(plan.rows):
+        if row.rank in (0, 2, 8) or row.rank == max(other.rank for other in plan.rows if other.axes == row.axes):
+            seen += 1
+            space = fitted(root, row.axes, row.rank)
+            assert row.exact is (len(row.axes) == 1)
+            if row.exact:
+                assert row.residual == pytest.approx(space.report["residual"], abs=1e-6), row
+            else:
+                assert row.residual >= space.report["residual"] - 1e-9, row
+            bundle = space.save(tmp_path / f"b{number}")
+            sizes = {path.name: path.stat().st_size for path in bundle.rglob("*") if path.is_file()}
+            whole = (
+                sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) - sizes["moments.safetensors"]
+            )
+            # Headers and the card are counted at most: 2 kB more than they are, which only a toy's bytes feel.
+            assert row.bytes == pytest.approx(whole, rel=0.05, abs=2300), (row, whole)
+            small += whole < 46_000
+            assert row.ratio == pytest.approx(plan.whole_zoo / row.bytes)
+    assert seen >= 12
+    assert small <= seen / 2, "most rows must be large enough for the five percent to be what is tested"
+
+
+@pytest.mark.parametrize("axes", [("outputs", "inputs"), ("models", "outputs", "inputs")], ids=",".join)
+def test_a_budget_holds_for_adapters_whose_configs_differ(tmp_path: Path, axes: tuple[str, ...]) -> None:
+    """Every adapter has an alpha of its own: its config and layout are stored once more, and count."""
+    root = write_zoo(tmp_path / "zoo", "adapters")
+    for budget in (60_000, 160_000):
+        bundle = ez.fit(root, axes=axes, budget=budget).save(tmp_path / f"b{budget}", moments=False)
+        whole = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+        assert 0.9 * budget <= whole <= budget
+
+
+def test_several_axes_are_bounded_from_above_and_the_bound_is_of_use(tmp_path: Path) -> None:
+    root = write_zoo(tmp_path / "zoo", "weights")
+    plan = ez.plan(root, axes=("outputs", "inputs"))
+    bounds = {row.rank: row.residual for row in plan.rows}
+    losses = {rank: fitted(root, ("outputs", "inputs"), rank).report["residual"] for rank in (2, 16, 32)}
+    for rank, loss in losses.items():
+        assert loss <= bounds[rank] + 1e-9
+        # The best of two axes loses at least the larger tail, and the bound is their sum, or all the variance.
+        assert bounds[rank] <= 2 * loss + 1e-9
+    assert bounds[max(bounds)] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_control_is_the_mean_alone(tmp_path: Path) -> None:
+    for kind in ("weights", "adapters"):
+        root = write_zoo(tmp_path / kind, kind)
+        plan = ez.plan(root, axes=("models",))
+        assert plan.mean_only_residual == pytest.approx(ez.fit(root, 0).report["residual"], abs=1e-9)
+        rows = [row.residual for row in plan.rows]
+        assert rows[0] == pytest.approx(plan.mean_only_residual)
+        assert rows == sorted(rows, reverse=True)
+        assert rows[-1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("center", "dtype"), [("columns", "bfloat16"), ("none", "float64"), ("global", "float32")])
+def test_centers_and_dtypes_are_planned_for(tmp_path: Path, center: str, dtype: str) -> None:
+    root = write_zoo(tmp_path / "zoo", "weights")
+    for row in ez.plan(root, axes=("models",), center=center, dtype=dtype).rows:
+        if row.rank in (1, 4):
+            space = fitted(root, row.axes, row.rank, center=center, dtype=dtype)
+            slack = (
+                1e-6 if dtype != "bfloat16" else torch.finfo(torch.bfloat16).eps
+            )  # the fit states what rounding adds
+            assert row.residual == pytest.approx(space.report["residual"], abs=slack)
+            # The center of these is smaller than the mean that the plan counts, by at most one layer.
+            bundle = space.save(tmp_path / f"b{row.rank}", moments=False)
+            whole = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+            assert row.bytes >= 0.95 * whole
+
+
+def test_breaking_even_is_where_the_bundle_becomes_smaller(tmp_path: Path) -> None:
+    root = write_zoo(tmp_path / "zoo", "weights")
+    rows = ez.plan(root, axes=("outputs", "inputs")).rows
+    assert any(row.break_even_models for row in rows)
+    assert any(row.break_even_models is None for row in rows)
+    per_model = ez.open_zoo(root).num_bytes / 9
+    for row in rows:
+        fixed = row.bytes - 9 * row.per_model
+        if row.break_even_models is None:
+            assert row.per_model >= per_model
+        else:
+            assert fixed + row.break_even_models * row.per_model < row.break_even_models * per_model
+            before = row.break_even_models - 1
+            assert fixed + before * row.per_model >= before * per_model
+
+
+def test_the_command_prints_every_row_and_marks_bounds(run: Run, tmp_path: Path) -> None:
+    root = write_zoo(tmp_path / "zoo", "weights")
+    document = run("plan", root, "--json").json
+    text = run("plan", root).out
+    assert len(document["rows"]) == len(ez.plan(root).rows)
+    for row in document["rows"]:
+        line = next(
+            line
+            for line in text.splitlines()
+            if line.split("  ")[0].strip() == ", ".join(row["axes"]) and f" {row['rank']} " in line
+        )
+        assert ("≤" in line) is not row["exact"]
+    assert run("plan", root, "--axes", "inputs", "--json").json["rows"][0]["axes"] == ["inputs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
