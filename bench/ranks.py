@@ -12,7 +12,7 @@ from pathlib import Path
 import eigenzoo as ez
 from eigenzoo import nursery
 from eigenzoo.cli.demo import HELD_OUT
-from eigenzoo.cli.fit import share
+from eigenzoo.records import weighted_share
 
 RANKS = (1, 2, 4, 8, 16, 32, 59)
 
@@ -40,7 +40,7 @@ def measure(zoo_folder: Path) -> dict[str, list[float]]:
             table["rank"].append(rank)
             table["rebuilt"].append(sum(scores) / len(scores))
             for key in ("captured", "heldout", "null"):
-                table[key].append(share(list(report["layers"].values()), key) or 0.0)
+                table[key].append(weighted_share(list(report["layers"].values()), key) or 0.0)
             table["ratio"].append(report["bytes"]["whole_zoo"] / report["bytes"]["whole_bundle"])
             table["per_model"].append(report["bytes"]["per_model"])
         table["original"] = [_average(nursery.accuracy(zoo_folder / model, base=base) for model in held_out)]

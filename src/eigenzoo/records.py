@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -145,3 +145,11 @@ class FitReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
         return dict(plain(self))
+
+
+def weighted_share(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """A share over several layers, weighted by what it is a share of; None where no layer has it."""
+    weight = "energy" if key in ("mean_energy", "residual") else "variance"
+    known = [layer for layer in layers if layer[key] is not None]
+    whole = sum(layer[weight] for layer in known)
+    return sum(layer[key] * layer[weight] for layer in known) / whole if whole > 0 else None

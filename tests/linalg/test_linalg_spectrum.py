@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from builders import seeded
-from eigenzoo.linalg.gram import center_gram, identity_like, shift_gram, split_gram, squared_distances
+from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram, squared_distances
 from eigenzoo.linalg.spectrum import effective_rank, eigenpairs, explained_variance_ratio
 from tolerance import tolerance
 
@@ -55,7 +55,7 @@ def test_squared_distances_are_those_of_the_rows_whatever_the_origin():
     for origin in (0.0, 1.0):
         moved_ND = rows_ND + origin
         assert float((squared_distances(moved_ND @ moved_ND.T) - expected).abs().max()) <= bound
-    assert float(squared_distances(identity_like(expected)).diagonal().abs().max()) == 0
+    assert float(squared_distances(torch.eye(len(expected), dtype=expected.dtype)).diagonal().abs().max()) == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4])

@@ -41,7 +41,14 @@ def command(
     space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:
         new = space.open(models, allow_pickle=allow_pickle)
-        grown = space.add(new, refresh=refresh, old=options.one_or_many(old) if old else None, progress=progress)
+        grown = space.add(
+            new,
+            refresh=refresh,
+            old=options.one_or_many(old) if old else None,
+            allow_pickle=allow_pickle,
+            workspace=target.absolute().parent,
+            progress=progress,
+        )
         grown.save(target, force=force or output is None)
     report = ez.load(target).report
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -39,10 +40,16 @@ app.add_typer(nursery.app, name="nursery")
 
 def main() -> None:
     """Run the command line; deliberate refusals are one message on standard error and exit code 2."""
+    # What batch systems send before they kill: then too, temporary folders are removed on the way out.
+    signal.signal(signal.SIGTERM, _interrupt)
     code = _run()
     if code == INTERRUPTED:
         complain("interrupted: nothing was written")
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _run() -> int:

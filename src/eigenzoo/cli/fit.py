@@ -11,6 +11,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.records import weighted_share
 from eigenzoo.weights.roles import role
 
 SHARES = ("mean_energy", "captured", "heldout", "null", "residual")
@@ -52,7 +53,6 @@ def command(
 
     options.check_device(device)
     check_free(output, force=force, replaceable=is_only_a_bundle)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(quiet=quiet or json) as progress:
         opened = ez.open_zoo(
             options.one_or_many(zoo),
@@ -64,6 +64,7 @@ def command(
             allow_missing=allow_missing,
             progress=progress,
         )
+        output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.fit(
             opened,
             options.parse_rank(rank),
@@ -102,13 +103,13 @@ def render(report: Mapping[str, Any], most: int = 100) -> None:
         "by role" if len(largest) == len(groups) else f"the {len(largest)} largest of {len(groups)} roles",
         ("role", "layers", "rank", "mean's energy", "variance kept", "… held out", "… null", "lost"),
         [
-            (name, len(layers), _ranks(layers), *(in_percent(share(layers, key)) for key in SHARES))
+            (name, len(layers), _ranks(layers), *(in_percent(weighted_share(layers, key)) for key in SHARES))
             for name, layers in shown.items()
         ],
     )
     say(
         "mean's energy and lost: shares of all energy. Variance kept: share of the variance about the mean, in-sample; "
-        "held out: of models left out of the fit (five folds); null: of unrelated models with the same norms, in-sample."
+        "held out: of models left out of the fit; null: of unrelated models with the same norms, in-sample."
     )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())
@@ -176,11 +177,3 @@ def _ranks(layers: Sequence[Mapping[str, Any]]) -> str:
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
         parts.append(shown if len(layers[0]["rank"]) == 1 else f"{axis} {shown}")
     return ", ".join(parts)
-
-
-def share(layers: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """A share over several layers, weighted by what it is a share of; None where no layer has it."""
-    weight = "energy" if key in ("mean_energy", "residual") else "variance"
-    known = [layer for layer in layers if layer[key] is not None]
-    whole = sum(layer[weight] for layer in known)
-    return sum(layer[key] * layer[weight] for layer in known) / whole if whole > 0 else None

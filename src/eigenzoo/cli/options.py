@@ -47,7 +47,7 @@ Exclude = Annotated[
 Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="Where products run; this version: cpu.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Memory for blocks of weights, such as 2GB.", show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.")]
+Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", min=0, max=2**63 - 1)]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin files too (tensors only).")]
 AllowMissing = Annotated[
     bool,

@@ -50,6 +50,13 @@ class Template(ABC):
         """Read a file beside the weights."""
 
 
+def tensor_id(values: Tensor) -> str:
+    """Return the id of a tensor's content: the hash of its dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{dtype_name(values.dtype)} {list(values.shape)} ".encode())
+    digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
 class ContentStore:
     """Write contents into a folder, each once; returns the id that finds it again."""
 
@@ -58,12 +65,9 @@ class ContentStore:
 
     def put_tensor(self, values: Tensor) -> str:
         """Store a tensor under the hash of its dtype, shape and bytes."""
-        kind = dtype_name(values.dtype)
-        digest = hashlib.sha256(f"{kind} {list(values.shape)} ".encode())
-        digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        layout = TensorLayout(VALUE, kind, tuple(values.shape))
+        layout = TensorLayout(VALUE, dtype_name(values.dtype), tuple(values.shape))
         return self._put(
-            digest.hexdigest()[:32], ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {})
+            tensor_id(values), ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {})
         )
 
     def put_bytes(self, data: bytes, suffix: str) -> str:

@@ -164,7 +164,7 @@ class Manifest(_Strict):
     """The whole manifest."""
 
     schema_version: Literal[1]
-    eigenzoo_version: str
+    eigenzoo_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z.+!-]{1,64}$")]
     basis_id: Sha256
     view: Literal["weight", "delta", "update", "factors"]
     axes: list[Literal["models", "outputs", "inputs"]]

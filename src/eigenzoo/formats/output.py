@@ -65,7 +65,11 @@ def _put_in_place(staging: Path, target: Path) -> None:
         return
     old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
     target.rename(old)
-    staging.rename(target)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old)
 
 

@@ -5,7 +5,6 @@ Legend: N models, D values of one flattened layer.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -35,8 +34,3 @@ def squared_distances(gram_NN: Tensor) -> Tensor:
     """Return ‖x_i − x_j‖² for all pairs; any Gram of the rows will do, since a common offset drops out."""
     diagonal = gram_NN.diagonal()
     return (diagonal[:, None] + diagonal[None, :] - 2 * gram_NN).clamp_min(0)
-
-
-def identity_like(gram_NN: Tensor) -> Tensor:
-    """Return the identity of a Gram's size and dtype."""
-    return torch.eye(gram_NN.shape[0], dtype=gram_NN.dtype)

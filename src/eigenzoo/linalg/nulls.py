@@ -43,7 +43,7 @@ def norm_matched_spectra(
         factor = factor * (norms_N / factor.square().sum(1).sqrt())[:, None]
         gram_NN = factor @ factor.T
         values_N = torch.linalg.eigvalsh(center_gram(gram_NN) if centered else gram_NN).flip(0).clamp_min(0)
-        spectra[draw] = values_N / values_N.sum()
+        spectra[draw] = values_N / values_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return spectra
 
 

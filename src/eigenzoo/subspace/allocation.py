@@ -7,18 +7,22 @@ bounds the error from above (De Lathauwer et al. 2000), and that bound is what i
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from eigenzoo.errors import BudgetError
 from eigenzoo.formats.basis_files import header_room
-from eigenzoo.formats.contents import canonical_json
+from eigenzoo.formats.contents import canonical_json, tensor_id
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.basis import PARTS, form_of
@@ -28,6 +32,7 @@ from eigenzoo.subspace.bytes import (
     MANIFEST_PER_LAYER,
     MANIFEST_PER_MODEL,
     RECORD_BYTES,
+    TENSOR_HEADER,
     basis_bytes,
     coefficient_bytes,
 )
@@ -46,6 +51,7 @@ class LayerSpectra:
     totals: Mapping[str, float]
     energy: float
     variance: float
+    about_mean: float
     update_ranks: int
 
     def error(self, ranks: Mapping[str, int]) -> float:
@@ -61,9 +67,12 @@ class LayerSpectra:
     def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: int) -> int:
         """Bytes of the layer in a bundle: center, bases, and all models' coefficients."""
         axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
-        return basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks) + num_models * coefficient_bytes(
-            self.layer, ranks, axes
-        )
+        basis = basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks, num_models)
+        return basis + num_models * self.coefficient_bytes(ranks)
+
+    def coefficient_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Bytes of one model's coefficients."""
+        return coefficient_bytes(self.layer, ranks, tuple(ranks))
 
 
 def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
@@ -81,7 +90,15 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
             values[axis] = side.eigenvectors().values_K if varies else torch.zeros(0)
             totals[axis] = side.trace if varies else 0.0
     update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
-    return LayerSpectra(stack.layer, values, totals, float(moments.energies_N.sum()), moments.variance, update_ranks)
+    return LayerSpectra(
+        stack.layer,
+        values,
+        totals,
+        float(moments.energies_N.sum()),
+        moments.variance,
+        float(center_gram(moments.gram_NN).diagonal().sum()),
+        update_ranks,
+    )
 
 
 def collect_spectra(
@@ -96,28 +113,46 @@ def collect_spectra(
     return spectra
 
 
-def fixed_bytes(zoo: Zoo, axes: tuple[str, ...]) -> int:
-    """Bytes that a bundle has at any rank, at most: headers, the manifest, and what is carried, each tensor once per model."""
-    carried = sum(
-        model.tensors[name].nbytes + 200 for place, model in enumerate(zoo.models) for name in zoo.carried(place)
-    )
-    model = zoo.models[0]
-    layout = sum(len(text) + RECORD_BYTES for text in _texts(zoo))
-    side_files = sum(len(model.read_side_file(name)) for name in model.side_files)
+@dataclass(frozen=True)
+class Overhead:
+    """Bytes that a bundle has at any rank, at most: what is there once, and what every model brings on average."""
+
+    shared: int
+    per_model: int
+
+
+def overhead(zoo: Zoo, axes: tuple[str, ...]) -> Overhead:
+    """Count headers, the manifest, and what is carried, each content once; reads what is carried."""
+    uses: Counter[str] = Counter()
+    sizes: dict[str, int] = {}
+    for place in range(len(zoo)):
+        found = _contents(zoo, place)
+        uses.update(found.keys())
+        sizes.update(found)
+    own = sum(size for content, size in sizes.items() if uses[content] == 1)
     parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
     layers = header_room(list(zoo.layers), parts) + sum(
         MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
-    models = len(zoo) * (FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers))
-    models += sum(6 * len(name.encode()) for name in zoo.names) + sum(len(str(model.metadata)) for model in zoo.models)
-    return CARD_AND_REPORT + carried + layout + side_files + layers + models
+    carried = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
+    texts = sum(6 * len(name.encode()) for name in zoo.names) + sum(len(str(model.metadata)) for model in zoo.models)
+    per_model = FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((own + carried + texts) / len(zoo))
+    return Overhead(CARD_AND_REPORT + layers + sum(sizes.values()) - own, per_model)
 
 
-def _texts(zoo: Zoo) -> set[bytes]:
-    """Layouts and configs of all models, as a bundle stores them: once per content, and adapters of other scales differ."""
-    documents = [layout_of(model).to_json() for model in zoo.models]
-    documents += [dict(model.config) for model in zoo.models if isinstance(model, LoraAdapter)]
-    return {canonical_json(document) for document in documents}
+def _contents(zoo: Zoo, place: int) -> dict[str, int]:
+    """Bytes in rest/ of everything that one model needs besides its coefficients, by content."""
+    model = zoo.models[place]
+    documents = [layout_of(model).to_json()]
+    documents += [dict(model.config)] if isinstance(model, LoraAdapter) else []
+    found = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
+    for file in model.side_files:
+        data = model.read_side_file(file)
+        found[hashlib.sha256(data).hexdigest()] = len(data)
+    for name in zoo.carried(place):
+        values = zoo.read_carried(place, name)
+        found[tensor_id(values)] = values.nbytes + TENSOR_HEADER
+    return {content: size + RECORD_BYTES for content, size in found.items()}
 
 
 def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress) -> dict[str, FitOptions]:
@@ -125,7 +160,8 @@ def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress
     if options.budget is None and options.max_error is None:
         return {}
     spectra = collect_spectra(zoo, options.axes, options.center, block_bytes, progress)
-    ranks = spend(spectra, options, len(zoo), fixed_bytes(zoo, options.axes))
+    known = overhead(zoo, options.axes)
+    ranks = spend(spectra, options, len(zoo), known.shared + known.per_model * len(zoo))
     return {name: replace(options, rules=ranks[name]) for name in spectra}
 
 
@@ -134,7 +170,7 @@ def spend(
 ) -> dict[str, dict[str, int]]:
     """Raise ranks one direction at a time, best gain per byte first; pure in the spectra."""
     itemsize = options.torch_dtype.itemsize
-    ranks = {name: dict.fromkeys(options.axes, 0) for name in spectra}
+    ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in spectra.items()}
     spent = fixed + sum(layer.num_bytes(ranks[name], num_models, itemsize) for name, layer in spectra.items())
     errors = {name: layer.error(ranks[name]) for name, layer in spectra.items()}
     energy = sum(layer.energy for layer in spectra.values())
@@ -148,7 +184,7 @@ def spend(
     heap = [
         entry
         for name in spectra
-        for axis in options.axes
+        for axis in ranks[name]
         if (entry := _next(spectra[name], name, axis, 0, ranks[name], num_models, itemsize))
     ]
     heapq.heapify(heap)

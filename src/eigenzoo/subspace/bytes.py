@@ -5,6 +5,7 @@ Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept dir
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.manifest import ModelRecord
 from eigenzoo.records import ByteCount, Layer
 
 COEFFICIENT_BYTES = 4
@@ -28,26 +30,36 @@ MANIFEST_PER_MODEL = 580
 """What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
 
 
+TENSOR_HEADER = 110
+"""What a tensor's own file in rest/ has besides its values."""
+
 RECORD_BYTES = 140
 """What a file of rest/ takes in the manifest's list of files: name, bytes and checksum."""
 
 
 def basis_bytes(
-    layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int, update_ranks: int = 0
+    layer: Layer,
+    ranks: Mapping[str, int],
+    axes: Sequence[str],
+    itemsize: int,
+    update_ranks: int = 0,
+    num_models: int = 0,
 ) -> int:
-    """Bytes of a layer's center and bases; `update_ranks` is ΣR, the ranks of all models' updates, for form `stacked`."""
+    """Bytes of a layer's center and bases; for form `stacked`, of ΣR = `update_ranks` factors and the table of weights."""
     outputs, inputs = layer.shape
     if tuple(axes) == ("models",):
         if layer.kind == "update":
-            return update_ranks * (outputs + inputs) * torch.finfo(getattr(torch, layer.dtype)).bits // 8
-        return itemsize * layer.num_values * (1 + ranks["models"])
+            factors = update_ranks * (outputs + inputs) * torch.finfo(getattr(torch, layer.dtype)).bits // 8
+            rows = 1 + ranks["models"]
+            return factors + 8 * (rows * (num_models + rows) + num_models) + 4 * num_models
+        return layer.num_values * (max(itemsize, 4) + itemsize * ranks["models"])
     kept_outputs, kept_inputs = ranks.get("outputs", outputs), ranks.get("inputs", inputs)
     core = kept_outputs * kept_inputs
     mean = core if layer.kind == "update" else layer.num_values
     sides = (outputs * kept_outputs if kept_outputs < outputs else 0) + (
         inputs * kept_inputs if kept_inputs < inputs else 0
     )
-    return itemsize * (mean + sides + ranks.get("models", 0) * core)
+    return max(itemsize, 4) * mean + itemsize * (sides + ranks.get("models", 0) * core)
 
 
 def coefficient_bytes(layer: Layer, ranks: Mapping[str, int], axes: Sequence[str]) -> int:
@@ -67,24 +79,35 @@ def break_even(fixed: int, per_model: float, zoo_per_model: float) -> int | None
     return ceil(fixed / saved + 1e-9) if saved > 0 else None
 
 
-def count_bytes(folder: Path, zoo_layers: int, zoo_whole: int, num_models: int) -> ByteCount:
-    """Count a subspace's files beside the zoo they came from: everything but the card; the moments apart.
+def count_bytes(
+    folder: Path, models: Sequence[ModelRecord], num_layers: int, zoo_layers: int, zoo_whole: int
+) -> ByteCount:
+    """Count a subspace's files beside the zoo they came from: everything but the moments, which are counted apart.
 
-    `per_model` is the average of what models brought: their coefficients' files and the contents in rest/. The manifest is
-    counted by what a model and a layer take in it, since it holds this count itself.
+    `per_model` is the average of what models bring and do not share: their coefficients' files, their records, and the
+    contents in rest/ that no other model has. The manifest is counted by what models and layers take in it, since it
+    holds this count itself.
     """
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     basis = sum(size for name, size in sizes.items() if name.startswith("basis"))
     coefficients = sum(size for name, size in sizes.items() if name.startswith("coefficients/"))
-    rest = sum(size for name, size in sizes.items() if name.startswith("rest/"))
-    per_model = (coefficients + rest) // num_models + MANIFEST_PER_MODEL
-    whole = basis + per_model * num_models
+    uses = Counter(content for model in models for content in set(_contents(model)))
+    rest = {Path(name).stem: size + RECORD_BYTES for name, size in sizes.items() if name.startswith("rest/")}
+    own = sum(size for content, size in rest.items() if uses[content] < 2 or len(models) == 1)
+    per_model = (coefficients + own) // len(models) + MANIFEST_PER_MODEL
+    fixed = basis + sum(rest.values()) - own + CARD_AND_REPORT + MANIFEST_PER_LAYER * num_layers
     return ByteCount(
         zoo_layers,
         basis + coefficients,
         per_model,
         zoo_whole,
-        whole,
+        fixed + per_model * len(models),
         sizes.get(MOMENTS, 0),
-        break_even(basis, per_model, zoo_whole / num_models),
+        break_even(fixed, per_model, zoo_whole / len(models)),
     )
+
+
+def _contents(model: ModelRecord) -> list[str]:
+    """Ids of everything in rest/ that a model needs."""
+    config = [] if model.config is None else [model.config]
+    return [model.layout, *config, *model.side_files.values(), *model.carried.values()]

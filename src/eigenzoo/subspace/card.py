@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eigenzoo.formats.bundle import CARD
 from eigenzoo.formats.manifest import Manifest
+from eigenzoo.records import weighted_share
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -54,13 +55,13 @@ def _heldout(report: dict[str, object]) -> str:
     """The mean held-out share of the variance over the layers that have one."""
     layers = report["layers"]
     assert isinstance(layers, dict)
-    shares = [layer["heldout"] for layer in layers.values() if layer["heldout"] is not None]
-    if not shares:
+    known = [layer for layer in layers.values() if layer["heldout"] is not None]
+    if not known:
         return "Held-out error was not measured by the fit: project models that it has not seen."
-    inside = [layer["captured"] for layer in layers.values() if layer["heldout"] is not None]
+    inside, outside = (weighted_share(known, key) or 0.0 for key in ("captured", "heldout"))
     return (
-        f"Of the variance about the mean, the kept directions hold {sum(inside) / len(inside):.1%} in-sample and "
-        f"{sum(shares) / len(shares):.1%} of models held out (five folds, average over {len(shares)} layers)."
+        f"Of the variance about the mean, the kept directions hold {inside:.1%} in-sample and {outside:.1%} of models "
+        f"held out of the fit ({len(known)} of {len(layers)} layers)."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import tempfile
@@ -13,20 +12,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.basis_files import BasisFiles, BasisWriter
-from eigenzoo.formats.bundle import file_sha256, open_basis
+from eigenzoo.formats.bundle import open_basis
 from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
 from eigenzoo.linalg.gram import squared_distances
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
-from eigenzoo.subspace.basis import PARTS, form_of
+from eigenzoo.subspace.basis import PARTS, TUCKER, form_of
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
-from eigenzoo.subspace.moments import LayerMoments, collect, from_raw_gram
+from eigenzoo.subspace.moments import LayerMoments, collect, recentered
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
-from eigenzoo.subspace.storage import layer_record, read_basis, source_record, write_model, write_moments
+from eigenzoo.subspace.storage import identify, layer_record, read_basis, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import BLOCK_BYTES
@@ -148,7 +148,7 @@ def write_subspace(
         ],
         models=models,
         discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
-        report=_report(zoo, options, fitted, collected, folder, started).to_dict(),
+        report=_report(zoo, options, fitted, collected, folder, models, started).to_dict(),
         files={},
     )
 
@@ -172,10 +172,11 @@ def _fit_layers(
             # "Everything" is meant to the last bit, where float32 products would lose the smallest directions.
             stack = zoo.stack(name, exact=per_layer.get(name, options).wants_everything)
             if name in known and options.axes == ("models",) and options.center == "models":
-                whole = from_raw_gram(known[name].raw_NN, known[name].num_values)
+                whole = recentered(known[name])
             else:
                 whole = collect(stack, options.axes, options.center, block_bytes)
-            fitted[name] = fit_layer(stack, whole, per_layer.get(name, options), writer)
+            layer = fit_layer(stack, whole, per_layer.get(name, options), writer)
+            fitted[name] = replace(layer, coefficients=layer.coefficients.float())
             moments[name] = replace(whole, outputs=None, inputs=None)
             progress("fitting layers", number + 1, len(zoo.layers))
         basis = writer.finish()
@@ -184,6 +185,14 @@ def _fit_layers(
     if options.torch_dtype.itemsize < 4:
         fitted = {name: _as_stored(zoo, layer, moments[name], options, basis) for name, layer in fitted.items()}
     return fitted, moments
+
+
+def _captured(fitted: FittedLayer, moments: LayerMoments, outside_N: Tensor) -> float:
+    """Share of the variance that a rounded basis holds; below zero where it is worse than the mean."""
+    if fitted.form == TUCKER and fitted.record.captured is not None:
+        # The mean of updates lies in the basis too: what is lost of it is no loss of variance.
+        return min(fitted.record.captured, 1 - float(outside_N.sum()) / moments.variance)
+    return 1 - float(outside_N.sum()) / moments.variance
 
 
 def _as_stored(
@@ -200,7 +209,11 @@ def _as_stored(
         fitted,
         coefficients=torch.stack([projection.coefficients for projection in projections]),
         outside_N=outside_N,
-        record=replace(fitted.record, residual=float(outside_N.sum()) / energy if energy > 0 else 0.0),
+        record=replace(
+            fitted.record,
+            residual=float(outside_N.sum()) / energy if energy > 0 else 0.0,
+            captured=None if fitted.record.captured is None else _captured(fitted, moments, outside_N),
+        ),
     )
 
 
@@ -226,17 +239,13 @@ def write_models(
     ]
 
 
-def identify(paths: Sequence[Path]) -> str:
-    """Return the id of a basis: the hash of its shards' checksums."""
-    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
-
-
 def _report(
     zoo: Zoo,
     options: FitOptions,
     fitted: Mapping[str, FittedLayer],
     moments: Mapping[str, LayerMoments],
     folder: Path,
+    models: Sequence[ModelRecord],
     started: float,
 ) -> FitReport:
     energy = sum(float(layer.energies_N.sum()) for layer in moments.values())
@@ -251,7 +260,7 @@ def _report(
         energy=energy,
         residual=lost / energy if energy > 0 else 0.0,
         duplicates=find_duplicates(zoo.names, moments.values()),
-        bytes=count_bytes(folder, zoo.layer_bytes, zoo.num_bytes, len(zoo)),
+        bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
         warnings=zoo.warnings,

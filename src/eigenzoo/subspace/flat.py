@@ -36,17 +36,18 @@ def write_flat(
     """
     layer, num_kept = stack.layer, weights_NK.shape[1]
     centered_on_models = moments.removed is None
+    mean_dtype = torch.promote_types(dtype, torch.float32)
     if centered_on_models:
-        writer.begin(f"{layer.name}/mean", dtype, layer.shape)
+        writer.begin(f"{layer.name}/mean", mean_dtype, layer.shape)
     elif float(moments.removed.abs().max()) > 0:  # type: ignore[union-attr]
-        writer.append(f"{layer.name}/mean", moments.removed.to(dtype))  # type: ignore[union-attr]
+        writer.append(f"{layer.name}/mean", moments.removed.to(mean_dtype))  # type: ignore[union-attr]
     if num_kept:
         writer.begin(f"{layer.name}/models", dtype, (num_kept, *layer.shape))
     gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
     for block in stack.blocks(block_bytes):
         if centered_on_models:
             rows, mean_D = centered_rows(block)
-            writer.write_flat(f"{layer.name}/mean", block.start, mean_D.to(dtype))
+            writer.write_flat(f"{layer.name}/mean", block.start, mean_D.to(mean_dtype))
         else:
             rows = block.rows
             rows.view(len(stack), -1, layer.shape[1]).sub_(moments.removed.to(rows.dtype))  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ Legend: N old models, M new ones, R the reference (see `moments`).
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.pickle_file import SUFFIXES as PICKLES
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.border import bordered, extend
 from eigenzoo.subspace.bytes import count_bytes
@@ -32,7 +34,7 @@ from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
-from eigenzoo.subspace.subspace import Subspace, _literal
+from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -64,6 +66,8 @@ def add(
     *,
     refresh: bool = False,
     old: Source | None = None,
+    allow_pickle: bool = False,
+    workspace: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> Subspace:
     """Return a new Subspace that holds more models.
@@ -73,6 +77,8 @@ def add(
         source: the new models.
         refresh: fit the basis anew for all models; otherwise it stays, and only coefficients are added.
         old: where the old models' files are now; by default where they were when they were read.
+        allow_pickle: whether old models that were pickles may be read again; without it they count as gone.
+        workspace: a folder on the disk where the bundle will be saved; it is put together there.
         progress: called as progress(stage, done, total).
 
     The moments grow by one border: one read of all weights and M·(N + M)·D products where the old files are at hand
@@ -89,17 +95,17 @@ def add(
             where=str(space.path),
             next_step="rename the new model's folder",
         )
-    originals = _originals(space, old)
+    originals = _originals(space, old, allow_pickle)
     moments = _grown_moments(space, new, originals, progress)
     if refresh:
-        return _refreshed(space, new, originals, moments, progress, started)
-    return _extended(space, new, moments, originals is not None, progress)
+        return _refreshed(space, new, originals, moments, progress, started, workspace)
+    return _extended(space, new, moments, originals is not None, progress, workspace)
 
 
-def _originals(space: Subspace, old: Source | None) -> Zoo | None:
+def _originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | None:
     """The old models' own files as a zoo in the subspace's order, or None where they are gone or have changed."""
     if old is not None:
-        zoo = space.open(old)
+        zoo = space.open(old, allow_pickle=allow_pickle)
         missing = [name for name in space.names if name not in zoo.names]
         if missing:
             raise UsageError(
@@ -117,10 +123,13 @@ def _originals(space: Subspace, old: Source | None) -> Zoo | None:
                 )
         return zoo
     records = {model.name: model.source for model in space.manifest.models}
+    # What a bundle says of its sources is no permission to unpickle them.
+    if _from_pickles(space) and not allow_pickle:
+        return None
     if not all(is_at_hand(record, space.path) for record in records.values()):
         return None
     paths = [space.path / record.path for record in records.values()]
-    zoo = space.open(paths, allow_pickle=_from_pickles(space)).renamed(list(records))
+    zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
     if any(_other_scales(space, name, model) for name, model in zip(zoo.names, zoo.models, strict=True)):
         return None
     return zoo
@@ -140,13 +149,17 @@ def _was_exact(space: Subspace) -> bool:
 
 
 def _from_pickles(space: Subspace) -> bool:
-    """Pickles that were read once with permission are read again."""
-    return any(not name.endswith(".safetensors") for model in space.manifest.models for name in model.source.files)
+    """Tell whether a source is anything but safetensors, by the names of its files and its own."""
+    return any(
+        not name.endswith(".safetensors")
+        for model in space.manifest.models
+        for name in (*model.source.files, *([model.source.path] if Path(model.source.path).suffix in PICKLES else []))
+    )
 
 
 def _selection(space: Subspace) -> Selection:
     """The subspace's layers and no others, whatever else the models have."""
-    return Selection(space.view, tuple(_literal(list(space.layers))))
+    return Selection(space.view, only=frozenset(space.layers))
 
 
 def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:
@@ -197,11 +210,16 @@ def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
 
 
 def _extended(
-    space: Subspace, new: Zoo, moments: Mapping[str, LayerMoments] | None, exact: bool, progress: Progress
+    space: Subspace,
+    new: Zoo,
+    moments: Mapping[str, LayerMoments] | None,
+    exact: bool,
+    progress: Progress,
+    workspace: str | os.PathLike[str] | None,
 ) -> Subspace:
     """Keep the basis, add coefficients."""
     projected = space.project_many(new, progress=progress)
-    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     root = Path(folder.name)
     try:
         _link_files(space, root)
@@ -262,7 +280,9 @@ def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, ener
     """Bring the report up to date: number of models, bytes, what is lost."""
     sizes = space.report["bytes"]
     num_models = len(manifest.models)
-    counted = count_bytes(root, sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes, num_models)
+    counted = count_bytes(
+        root, manifest.models, len(space.layers), sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes
+    )
     report = {
         **space.report,
         "num_models": num_models,
@@ -295,6 +315,7 @@ def _refreshed(
     moments: Mapping[str, LayerMoments] | None,
     progress: Progress,
     started: float,
+    workspace: str | os.PathLike[str] | None,
 ) -> Subspace:
     """Fit the basis anew: on the files, with the moments that are known already, or on what the bundle knows."""
     known = originals
@@ -303,7 +324,7 @@ def _refreshed(
         known = Zoo(recalled, space.names, _selection(space), new.base)
         moments = None
     zoo = _joined(space, known, new)
-    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-")
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     try:
         manifest = write_subspace(
             zoo, _options(space), _layer_options(space), Path(folder.name), progress, started, moments=moments
@@ -324,7 +345,9 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
         lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
         discarded = lost
         sizes = space.report["bytes"]
-        counted = count_bytes(root, sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes, len(models))
+        counted = count_bytes(
+            root, models, len(space.layers), sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes
+        )
         report["bytes"] = vars(counted)
         report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
         manifest = manifest.model_copy(update={"models": models, "discarded": discarded})

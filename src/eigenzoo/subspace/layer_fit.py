@@ -19,7 +19,7 @@ from eigenzoo.records import LayerFit
 from eigenzoo.subspace.basis import FLAT, STACKED, TUCKER, TensorWriter
 from eigenzoo.subspace.flat import write_flat
 from eigenzoo.subspace.heldout import tucker_capture
-from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.moments import LARGEST_SIDE, LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.stacked import write_stacked
 from eigenzoo.subspace.tucker import Cores, collect_cores, write_tucker
@@ -84,7 +84,9 @@ def _fit_tucker(stack: Stack, moments: LayerMoments, options: FitOptions, writer
     reasons: dict[str, str] = {}
     bases: dict[str, Tensor | None] = {"outputs": None, "inputs": None}
     for axis, moment in (("outputs", moments.outputs), ("inputs", moments.inputs)):
-        if axis in options.axes and moment is not None:
+        if axis in options.axes and moment is None:
+            reasons[axis] = f"kept whole: more than {LARGEST_SIDE:,} {axis}"
+        elif axis in options.axes and moment is not None:
             choice, basis = _side(axis, moment, stack, moments, options)
             reasons[axis] = choice.reason
             # A side kept whole needs no basis: U = 1.

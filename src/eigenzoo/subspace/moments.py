@@ -6,7 +6,6 @@ Legend: N models, D values of one flattened layer, O outputs, I inputs, P stacke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +15,11 @@ from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF, NO_VARIANCE, NUMERICAL_RANK
 from eigenzoo.zoo.stack import BLOCK_BYTES, Block, DenseStack, Stack, UpdateStack
+
+DENSE, FACTOR = "dense", "factor"
+
+LARGEST_SIDE = 16384
+"""More outputs or inputs than this are kept whole: their moment would take gigabytes, and its eigenvectors minutes."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,14 @@ class LayerMoments:
         """N."""
         return self.gram_NN.shape[0]
 
-    @cached_property
+    @property
     def centered_NN(self) -> Tensor:
         """Gram of X_n − M, the second moment of the models axis."""
         if self.shift_N is None:
             return center_gram(self.gram_NN)
         return shift_gram(self.gram_NN, self.shift_N, self.shift_energy)
 
-    @cached_property
+    @property
     def raw_NN(self) -> Tensor:
         """Gram of X_n, nothing removed."""
         return shift_gram(self.gram_NN, self.cross_N, self.reference_energy)
@@ -70,7 +74,7 @@ class LayerMoments:
     @property
     def energies_N(self) -> Tensor:
         """‖X_n‖² of each model."""
-        return self.raw_NN.diagonal().clamp_min(0)
+        return (self.gram_NN.diagonal() + 2 * self.cross_N + self.reference_energy).clamp_min(0)
 
     @property
     def variance(self) -> float:
@@ -104,12 +108,9 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
     gram_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
     cross_N = torch.zeros(num_models, dtype=torch.float64)
     columns_NI = torch.zeros(num_models, inputs, dtype=torch.float64) if center in ("columns", "global") else None
-    mean_OI = (
-        torch.empty(outputs, inputs, dtype=torch.float64)
-        if {"outputs", "inputs"} & set(axes) or columns_NI is not None
-        else None
-    )
-    inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if "inputs" in axes else None
+    needs_mean = bool({"outputs", "inputs"} & set(axes)) or columns_NI is not None
+    mean_OI = torch.empty(outputs, inputs, dtype=torch.float64) if needs_mean else None
+    inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if side_form(stack, "inputs", axes) == DENSE else None
     mean_energy = 0.0
     for block in stack.blocks(block_bytes):
         rows, mean_D = centered_rows(block)
@@ -129,12 +130,40 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
     shift_OI = mean_OI - removed
-    if "outputs" in axes:
-        moments = replace(moments, outputs=SideMoment(_outputs_moment(stack, removed)))
     if inputs_II is not None:
         # Σ(Y + d)ᵀ(Y + d) = ΣYᵀY + N·dᵀd, for Σ Y = 0.
         moments = replace(moments, inputs=SideMoment(inputs_II + num_models * shift_OI.T @ shift_OI))
+    moments = replace(
+        moments,
+        inputs=moments.inputs or _side_moment(stack, "inputs", axes, removed),
+        outputs=_side_moment(stack, "outputs", axes, removed),
+    )
     return moments if center == "models" else _shifted(moments, mean_OI, shift_OI, columns_NI, center)
+
+
+def side_form(stack: DenseStack, axis: str, axes: tuple[str, ...]) -> str:
+    """Say how a side's moment is held: dense, as a factor where all columns together are fewer than the side, or not at all."""
+    if axis not in axes:
+        return ""
+    side, other = stack.layer.shape if axis == "outputs" else stack.layer.shape[::-1]
+    if len(stack) * other < side:
+        return FACTOR
+    return DENSE if side <= LARGEST_SIDE else ""
+
+
+def _side_moment(stack: DenseStack, axis: str, axes: tuple[str, ...], removed: Tensor) -> SideMoment | None:
+    """Σ (X_n − M)(X_n − M)ᵀ or its mirror, model by model: rows of one block see only their own outputs."""
+    form = side_form(stack, axis, axes)
+    if not form or (form == DENSE and axis == "inputs"):
+        return None
+    matrices = ((stack.matrix(place) - removed).to(stack.dtype) for place in range(len(stack)))
+    if form == FACTOR:
+        columns = [(matrix if axis == "outputs" else matrix.T).double() for matrix in matrices]
+        return SideMoment(factor_SP=torch.cat(columns, 1))
+    moment_OO = torch.zeros(stack.layer.shape[0], stack.layer.shape[0], dtype=torch.float64)
+    for matrix_OI in matrices:
+        moment_OO += (matrix_OI @ matrix_OI.T).double()
+    return SideMoment(moment_OO)
 
 
 def centered_rows(block: Block) -> tuple[Tensor, Tensor]:
@@ -153,16 +182,6 @@ def center_of(mean_OI: Tensor, center: str) -> Tensor:
     if center == "global":
         return mean_OI.mean().view(1, 1)
     return mean_OI.new_zeros(1, 1)
-
-
-def _outputs_moment(stack: DenseStack, removed: Tensor) -> Tensor:
-    """Σ (X_n − M)(X_n − M)ᵀ, model by model: rows of one block see only their own outputs."""
-    outputs = stack.layer.shape[0]
-    moment_OO = torch.zeros(outputs, outputs, dtype=torch.float64)
-    for place in range(len(stack)):
-        matrix_OI = (stack.matrix(place) - removed).to(stack.dtype)
-        moment_OO += (matrix_OI @ matrix_OI.T).double()
-    return moment_OO
 
 
 def _shifted_to_zero(moments: LayerMoments) -> LayerMoments:
@@ -196,6 +215,14 @@ def from_raw_gram(raw_NN: Tensor, num_values: int) -> LayerMoments:
     """Return moments about the models' mean from the Gram of the models as they are."""
     gram_NN, cross_N, energy = split_gram(raw_NN)
     return LayerMoments(gram_NN, cross_N, energy, num_values, raw_NN.shape[0])
+
+
+def recentered(moments: LayerMoments) -> LayerMoments:
+    """Return the same moments about the mean of all models; nothing but sums of what is known, and no large mean cancels."""
+    gram_NN, cross_N = center_gram(moments.gram_NN), moments.cross_N - moments.cross_N.mean()
+    cross_N = cross_N + moments.gram_NN.mean(1) - moments.gram_NN.mean()
+    energy = moments.reference_energy + 2 * float(moments.cross_N.mean()) + float(moments.gram_NN.mean())
+    return LayerMoments(gram_NN, cross_N, energy, moments.num_values, moments.num_models, moments.round_off)
 
 
 def raw_gram(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> Tensor:

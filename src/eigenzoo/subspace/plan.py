@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
 
 from eigenzoo.errors import UsageError
 from eigenzoo.records import Progress, no_progress, plain
-from eigenzoo.subspace.allocation import LayerSpectra, collect_spectra, fixed_bytes
+from eigenzoo.subspace.allocation import LayerSpectra, Overhead, collect_spectra, overhead
 from eigenzoo.subspace.bytes import break_even
 from eigenzoo.subspace.fit import opened
 from eigenzoo.subspace.options import DTYPES
@@ -95,32 +94,39 @@ def plan(
         source, ("models", *(axis for axis in wanted if axis != "models")), center, BLOCK_BYTES, progress
     )
     energy = sum(layer.energy for layer in spectra.values())
+    known = {choice: overhead(source, choice) for choice in choices}
     rows = [
-        _row(spectra, choice, rank, source, itemsize, energy) for choice in choices for rank in _ranks(spectra, choice)
+        _row(spectra, choice, rank, source, itemsize, energy, known[choice])
+        for choice in choices
+        for rank in _ranks(spectra, choice)
     ]
-    mean_only = sum(layer.variance for layer in spectra.values()) / energy if energy > 0 else 0.0
+    mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
 
 
 def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int]:
     """Powers of two below the largest complete rank, and that one."""
-    largest = max(layer.whole(axis) for layer in spectra.values() for axis in axes)
+    largest = max((layer.whole(axis) for layer in spectra.values() for axis in axes if axis in layer.values), default=1)
     powers = [2**power for power in range(32) if 2**power < largest]
     return [0, *powers, largest] if "models" in axes and len(axes) == 1 else [*powers, max(largest, 1)]
 
 
 def _row(
-    spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, zoo: Zoo, itemsize: int, energy: float
+    spectra: Mapping[str, LayerSpectra],
+    axes: tuple[str, ...],
+    rank: int,
+    zoo: Zoo,
+    itemsize: int,
+    energy: float,
+    known: Overhead,
 ) -> PlanRow:
-    num_models, lost, fixed, per_model = len(zoo), 0.0, 0, 0
+    num_models, lost, whole, per_model = len(zoo), 0.0, known.shared, known.per_model
     for layer in spectra.values():
-        ranks = {axis: min(rank, layer.whole(axis)) for axis in axes}
+        ranks = {axis: min(rank, layer.whole(axis)) for axis in axes if axis in layer.values}
         lost += layer.error(ranks)
-        basis = layer.num_bytes(ranks, 0, itemsize)
-        fixed += basis
-        per_model += layer.num_bytes(ranks, 1, itemsize) - basis
-    per_model += ceil(fixed_bytes(zoo, axes) / num_models)
-    whole = fixed + per_model * num_models
+        whole += layer.num_bytes(ranks, num_models, itemsize)
+        per_model += layer.coefficient_bytes(ranks)
+    whole += known.per_model * num_models
     return PlanRow(
         axes,
         rank,
@@ -129,5 +135,5 @@ def _row(
         whole,
         zoo.num_bytes / whole,
         per_model,
-        break_even(fixed, per_model, zoo.num_bytes / num_models),
+        break_even(whole - per_model * num_models, per_model, zoo.num_bytes / num_models),
     )

@@ -14,9 +14,10 @@ from eigenzoo.formats.contents import Template
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import is_only_a_model
 from eigenzoo.formats.output import new_folder
-from eigenzoo.formats.writers import write_checkpoint, write_lora
+from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.weights.roles import VARIANCE
 
 
@@ -77,7 +78,7 @@ class RebuiltModel:
         """Read one tensor of the rebuilt checkpoint, in the dtype of its layout."""
         if name not in self._layers:
             return self._carried(name)
-        return self.exact(name).to(self._template.layout.tensors[name].torch_dtype)
+        return cast_to(self._template.layout.tensors[name], self.exact(name))
 
     def exact(self, name: str) -> Tensor:
         """Return one layer's weight in float64 before it is rounded to the files' dtype; with view `delta`, base included."""
@@ -98,10 +99,7 @@ class RebuiltModel:
         factors: dict[str, Factors] = {}
         used: set[str] = set()
         for module, update in layout.updates.items():
-            factors[module] = tuple(  # type: ignore[assignment]
-                factor.to(layout.tensors[key].torch_dtype).contiguous()
-                for factor, key in zip(self._adapter_factors(module), (update.key_b, update.key_a), strict=True)
-            )
+            factors[module] = self._adapter_factors(module)
             used |= {update.key_a, update.key_b}
         others = {name: template.read_carried(name) for name in template.carried if name not in used}
         metadata = next(iter(template.metadata.values()), None)
@@ -138,3 +136,19 @@ class RebuiltModel:
                 next_step="save it, and load it with PEFT",
             )
         return {name: self._read(name) for name in self._template.layout.tensors}
+
+
+def check_layout(layers: Mapping[str, LayerBasis], coefficients: Coefficients) -> None:
+    """Raise unless the model's files have every layer in its shape: before any of it is computed."""
+    layout = coefficients.template.layout
+    tensors = {name: tensor.shape for name, tensor in layout.tensors.items()}
+    shapes = {**tensors, **{module: update.shape for module, update in layout.updates.items()}}
+    for module, update in layout.updates.items():
+        shapes |= {f"{module}.lora_A": tensors[update.key_a], f"{module}.lora_B": tensors[update.key_b]}
+    for name, basis in layers.items():
+        if shapes.get(name) != basis.layer.tensor_shape:
+            raise BundleError(
+                f"{coefficients.name} has shape {shapes.get(name)}",
+                where=f"layer '{name}'",
+                rule=f"the basis has {basis.layer.tensor_shape}",
+            )

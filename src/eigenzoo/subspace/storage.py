@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,7 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
     for name, layer in moments.items():
         values[f"{name}/gram"], values[f"{name}/cross"] = layer.gram_NN, layer.cross_N
         values[f"{name}/reference_energy"] = torch.tensor([layer.reference_energy], dtype=torch.float64)
+        values[f"{name}/round_off"] = torch.tensor([layer.round_off], dtype=torch.float64)
         if layer.shift_N is not None:
             values[f"{name}/shift"] = layer.shift_N
             values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
@@ -161,6 +163,7 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerM
         layer.num_values,
         int(count),
     )
+    moments = replace(moments, round_off=float(read("round_off", (1,))))
     if f"{layer.name}/shift" not in file.tensors:
         return moments
     return replace(moments, shift_N=read("shift", (num_models,)), shift_energy=float(read("shift_energy", (1,))))
@@ -190,12 +193,12 @@ def source_record(model: Model, root: Path) -> SourceRecord:
         status = path.stat()
         key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
         files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
-    return SourceRecord(path=os.path.relpath(model.path, root), files=files)
+    return SourceRecord(path=_relative(model.path, root), files=files)
 
 
 def moved(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
     """Return a source's record with its path from another folder."""
-    return record.model_copy(update={"path": os.path.relpath(old_root / record.path, new_root)})
+    return record.model_copy(update={"path": _relative(old_root / record.path, new_root)})
 
 
 def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
@@ -253,3 +256,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def identify(paths: Sequence[Path]) -> str:
+    """Return the id of a basis: the hash of its shards' checksums."""
+    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+
+
+def _relative(path: Path, root: Path) -> str:
+    """Path from a folder to a model, both with their links followed: `..` leads elsewhere below a link."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eigenzoo.errors import BundleError, DataError, UsageError
 from eigenzoo.formats.bundle import (
@@ -36,8 +37,9 @@ from eigenzoo.subspace.basis import LayerBasis, Projection
 from eigenzoo.subspace.card import write_card
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.moments import LayerMoments
-from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.subspace.storage import (
+    identify,
     is_at_hand,
     link_or_copy,
     read_basis,
@@ -45,9 +47,10 @@ from eigenzoo.subspace.storage import (
     split_coefficients,
     with_checksums,
 )
+from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
-from eigenzoo.zoo.zoo import Zoo, open_zoo
+from eigenzoo.zoo.zoo import Zoo, open_models
 
 ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
 """Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
@@ -138,7 +141,12 @@ class Subspace:
         if not self.has_moments:
             return {}
         place = self.names.index(name)
-        return {layer: float(self.moments(layer).energies_N[place]) for layer in self.layers}
+        return {layer: float(energies_N[place]) for layer, energies_N in self._all_energies.items()}
+
+    @cached_property
+    def _all_energies(self) -> Mapping[str, Tensor]:
+        """‖X_n‖² of every layer's models, read once."""
+        return {layer: self.moments(layer).energies_N for layer in self.layers}
 
     @property
     def has_moments(self) -> bool:
@@ -185,20 +193,14 @@ class Subspace:
 
         What the models have besides is carried unchanged.
         """
-        view, base = self.view, self.base if self.view == "delta" else None
-        names = list(self.layers)
-        if not isinstance(source, Zoo):
-            source = open_zoo(
-                source,
-                view=view,
-                base=None if base is None else base.path,
-                include=_literal(names),
-                allow_pickle=allow_pickle,
-            )
-        elif source.view != view or list(source.layers) != names:
-            source = source.select(view=view, include=_literal(names), exclude=())
-        source.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
-        return source
+        base = self.base if self.view == "delta" else None
+        selection = Selection(self.view, only=frozenset(self.layers))
+        found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
+        if base is not None and isinstance(found, Zoo) and found.base is not None:
+            self._check_base(found.base)
+        zoo = Zoo(found.models, found.names, selection, base, found.skipped)
+        zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
+        return zoo
 
     def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
         """Project one model, in the zoo or not, onto the subspace.
@@ -233,6 +235,7 @@ class Subspace:
         values = dict(coefficients.values)
         if set(values) != set(self.layers):
             raise UsageError("the coefficients are of another subspace", where=coefficients.name)
+        check_layout(self.layers, coefficients)
         for name, basis in self.layers.items():
             if tuple(values[name].shape) != basis.coefficient_shape:
                 raise UsageError(
@@ -254,12 +257,16 @@ class Subspace:
         *,
         refresh: bool = False,
         old: Source | None = None,
+        allow_pickle: bool = False,
+        workspace: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Subspace:
         """Return a new Subspace with more models; see `eigenzoo.subspace.growth.add`."""
         from eigenzoo.subspace.growth import add
 
-        return add(self, source, refresh=refresh, old=old, progress=progress)
+        return add(
+            self, source, refresh=refresh, old=old, allow_pickle=allow_pickle, workspace=workspace, progress=progress
+        )
 
     def save(self, folder: str | os.PathLike[str], *, force: bool = False, moments: bool = True) -> Path:
         """Save as a bundle in a new folder, which appears whole or not at all; returns the folder.
@@ -296,6 +303,8 @@ class Subspace:
         """Yield every fault: checksums, unknown files, values that are not finite, bases that are not orthonormal,
         coefficients that do not match their layers."""
         if self.manifest.files:
+            if identify(open_basis(self.path).paths) != self.manifest.basis_id:
+                yield "basis: it is not the one that the coefficients belong to"
             yield from find_faults(self.path, self.manifest)
         files = open_basis(self.path)
         for name in files.names:
@@ -371,11 +380,6 @@ def _coefficients(name: str, projections: Mapping[str, Projection], template: Zo
         {layer: projection.energy for layer, projection in projections.items()},
         template,
     )
-
-
-def _literal(names: list[str]) -> list[str]:
-    """Globs that match exactly these names."""
-    return ["".join(f"[{char}]" if char in "*?[" else char for char in name) for name in names]
 
 
 def _some(model: Model | None) -> Model:

@@ -83,7 +83,9 @@ def write_tucker(
     """Write the mean, the bases of the sides, and the shared cores."""
     for part, tensor in (("mean", cores.mean), ("outputs", outputs_OP), ("inputs", inputs_IQ), ("models", shared_KPQ)):
         if tensor is not None and tensor.numel():
-            writer.append(f"{name}/{part}", tensor.to(dtype).contiguous())
+            # A rounded mean would cost more than what the directions add.
+            kept = torch.promote_types(dtype, torch.float32) if part == "mean" else dtype
+            writer.append(f"{name}/{part}", tensor.to(kept).contiguous())
 
 
 @dataclass(frozen=True)

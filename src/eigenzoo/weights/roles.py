@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 TASK_HEAD = re.compile(
-    r"(^|\.)(classifier|lm_head|score|head|heads|qa_outputs|pre_classifier|fc)(\.\d+)?(\.(weight|bias))?$"
+    r"(^|(^|\.)(?=classifier|lm_head|score|qa_outputs|pre_classifier))"
+    r"(classifier|lm_head|score|qa_outputs|pre_classifier|head|heads|fc)(\.\d+)?(\.(weight|bias))?$"
 )
 """The names by which the libraries call what maps features to one task's answers (transformers, timm, torchvision)."""
 

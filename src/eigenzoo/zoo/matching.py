@@ -29,9 +29,12 @@ class Selection:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_missing: bool = False
+    only: frozenset[str] | None = None
 
     def excludes(self, layer: str) -> bool:
-        """Tell whether the globs leave a layer out."""
+        """Tell whether the globs leave a layer out; `only` names layers to the letter."""
+        if self.only is not None:
+            return layer not in self.only
         names = (layer, role(layer))
         if self.include and not any(fnmatchcase(name, glob) for name in names for glob in self.include):
             return True
@@ -62,7 +65,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         problem = _difference(layer_name, count, found, names, base_sources)
         if problem is None:
             layers[layer_name] = _merged(layer_name, found)
-        elif selection.allow_missing or (is_task_head(layer_name) and not _has_gap(count, found)):
+        elif selection.allow_missing or (is_task_head(layer_name) and count == len(found)):
             reasons[layer_name] = problem.what
         else:
             problems.append(problem)
@@ -105,10 +108,6 @@ def _difference(
         there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
         return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
     return None
-
-
-def _has_gap(count: int, found: list[dict[str, LayerSource]]) -> bool:
-    return count < len(found)
 
 
 def _mismatch(what: str, layer: str) -> MismatchError:

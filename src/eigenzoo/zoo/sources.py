@@ -25,7 +25,14 @@ def find_models(source: Source) -> list[Path]:
     A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
     `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there.
     """
-    paths = list(dict.fromkeys(_expand(source)))
+    try:
+        paths = list(dict.fromkeys(_expand(source)))
+    except RecursionError as error:
+        raise ZooError(
+            "a list of models names itself", where=repr(source), rule="a .txt file lists models, not itself"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ZooError("a list of models is not UTF-8 text", where=repr(source)) from error
     if not paths:
         raise ZooError(
             "no model is found",

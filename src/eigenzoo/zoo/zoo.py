@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -49,6 +50,8 @@ class Zoo:
     ) -> None:
         self.models, self.names = tuple(models), tuple(names)
         self.selection, self.base, self.skipped = selection, base, tuple(skipped)
+        if selection.view == "delta" and base is None:
+            raise UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             raise ZooError(
@@ -110,6 +113,7 @@ class Zoo:
             self.selection.include if include is None else tuple(include),
             self.selection.exclude if exclude is None else tuple(exclude),
             self.selection.allow_missing,
+            self.selection.only if view is None and include is None and exclude is None else None,
         )
         places = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(
@@ -137,11 +141,11 @@ class Zoo:
                 raise MismatchError(
                     f"{self.names[0]} has no such layer", where=f"layer '{name}'", rule=f"{what} has it"
                 )
-            if self.layers[name].shape != layer.shape:
+            if self.layers[name].tensor_shape != layer.tensor_shape:
                 raise MismatchError(
-                    f"shape {list(self.layers[name].shape)} in {self.names[0]}",
+                    f"shape {list(self.layers[name].tensor_shape)} in {self.names[0]}",
                     where=f"layer '{name}'",
-                    rule=f"{what} has {list(layer.shape)}",
+                    rule=f"{what} has {list(layer.tensor_shape)}",
                 )
 
     def carried(self, place: int) -> tuple[str, ...]:
@@ -188,16 +192,37 @@ def open_zoo(
     Raises:
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
+    models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
+    base_model = open_model(Path(base), allow_pickle=allow_pickle) if base is not None else None
+    chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
+    if chosen != "delta" and base_model is not None:
+        raise UsageError(f"a base is given with view {chosen!r}", rule="only view 'delta' subtracts a base")
+    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing)
+    return Zoo(models, names, selection, base_model, skipped)
+
+
+@dataclass(frozen=True)
+class OpenedModels:
+    """Models that are opened and named, and not matched yet."""
+
+    models: tuple[Model, ...]
+    names: tuple[str, ...]
+    skipped: tuple[SkippedModel, ...] = ()
+
+
+def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
+    """Open models without matching them: for whoever knows the layers already."""
+    models, names, _ = _open_named(source, False, allow_pickle, no_progress)
+    return OpenedModels(tuple(models), tuple(names))
+
+
+def _open_named(
+    source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
+) -> tuple[list[Model], list[str], list[SkippedModel]]:
     models, skipped = _open_all(find_models(source), allow_missing, allow_pickle, progress)
     if not models:
         raise ZooError("no model can be read", where=repr(source), rule=skipped[0].reason if skipped else "")
-    names = name_models([model.path for model in models])
-    base_model = open_model(Path(base), allow_pickle=allow_pickle) if base is not None else None
-    chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
-    if chosen == "delta" and base_model is None:
-        raise UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
-    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing)
-    return Zoo(models, names, selection, base_model, skipped)
+    return models, name_models([model.path for model in models]), skipped
 
 
 def _open_all(
