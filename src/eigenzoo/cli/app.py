@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -27,6 +29,23 @@ app = typer.Typer(
     help="Find the weight subspace that many models of one architecture share, and use it. "
     "Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"eigenzoo {version('eigenzoo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 app.command("inspect")(inspect.command)
 app.command("fit")(fit.command)
 app.command("plan")(plan.command)

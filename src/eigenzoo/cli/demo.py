@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -134,8 +136,13 @@ def _render(rows: list[dict[str, Any]], rank: int) -> None:
 
 
 def _what_next(folder: Path, name: str) -> None:
+    here = "eigenzoo" if which("eigenzoo") else sys.argv[0]
+    commands = {
+        f"plan {folder}/zoo": "what other axes and ranks would lose and weigh",
+        f"project {folder}/bundle {folder}/zoo/{name}": "one model's residual; layer by layer with --json",
+        f"add {folder}/bundle {folder}/zoo/{name}": "one more model for a few numbers",
+        f"demo -o {folder}-lora --kind digits-lora": "the same with LoRA adapters",
+    }
     say(f"\nEverything is in {folder}/. Try next:")
-    say(f"  eigenzoo plan {folder}/zoo                                what other axes and ranks would lose and weigh")
-    say(f"  eigenzoo project {folder}/bundle {folder}/zoo/{name}      one model's residual, layer by layer with --json")
-    say(f"  eigenzoo add {folder}/bundle {folder}/zoo/{name}          one more model for a few numbers")
-    say(f"  eigenzoo demo -o {folder}-lora --kind digits-lora        the same with LoRA adapters")
+    for command, purpose in commands.items():
+        say(f"  {here} {command:<{max(map(len, commands))}}   {purpose}")
