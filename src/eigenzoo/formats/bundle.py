@@ -20,7 +20,7 @@ from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
 MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"
-MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 def is_bundle(folder: Path) -> bool:

@@ -12,6 +12,9 @@ from eigenzoo.errors import FormatError, UnsupportedError
 
 CONFIG_FILE = "adapter_config.json"
 
+MAX_PATTERNS = 10_000
+"""Entries of a rank or alpha pattern: each is a regular expression that is tried on every module."""
+
 _MERGE = "merge it into its base model (merge_and_unload) and open that as a checkpoint"
 _RETRAIN = "train the adapter without it"
 _REFUSED = {
@@ -129,6 +132,10 @@ def _check_types(config: Mapping[str, Any]) -> None:
         if not isinstance(config.get(key), dict | None):
             raise FormatError(
                 f"{key} is {_shown(config[key])}", where=CONFIG_FILE, rule="it maps module names to numbers"
+            )
+        if len(config.get(key) or {}) > MAX_PATTERNS:
+            raise FormatError(
+                f"{key} has {len(config[key])} entries", where=CONFIG_FILE, rule=f"at most {MAX_PATTERNS}"
             )
 
 

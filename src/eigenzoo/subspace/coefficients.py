@@ -20,7 +20,7 @@ class Coefficients:
         values: per layer, (K,) numbers or a (P, Q) core, float32.
         residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace; above 1 for a small
             update in a zoo of a large mean.
-        residual: the same over all layers.
+        residual: the same over all layers; the layers' plain mean where a bundle was saved without its moments.
         energies: per layer ‖X‖², center included; empty where a bundle was saved without its moments.
         template: what a rebuilt model needs besides.
     """

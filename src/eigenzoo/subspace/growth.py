@@ -29,7 +29,7 @@ from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.border import bordered, extend
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.fit import write_subspace
+from eigenzoo.subspace.fit import find_duplicates, write_subspace
 from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.options import FitOptions
 from eigenzoo.subspace.recall import RecalledModel, restore_records
@@ -246,6 +246,7 @@ def _extended(
             root,
             energy,
             Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False)),
+            moments,
         )
     except BaseException:
         folder.cleanup()
@@ -276,8 +277,16 @@ def _link_files(space: Subspace, root: Path) -> None:
             link_or_copy(space.path / file, root / file)
 
 
-def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, energy: float, growth: Growth) -> Manifest:
-    """Bring the report up to date: number of models, bytes, what is lost."""
+def _with_growth(
+    manifest: Manifest,
+    space: Subspace,
+    new: Zoo,
+    root: Path,
+    energy: float,
+    growth: Growth,
+    moments: Mapping[str, LayerMoments] | None,
+) -> Manifest:
+    """Bring the report up to date: number of models, bytes, what is lost, duplicates; its layers stay those of the fit."""
     sizes = space.report["bytes"]
     num_models = len(manifest.models)
     counted = count_bytes(
@@ -291,6 +300,8 @@ def _with_growth(manifest: Manifest, space: Subspace, new: Zoo, root: Path, ener
         "energy": energy,
     }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
+    if moments is not None:
+        report["duplicates"] = plain(find_duplicates([model.name for model in manifest.models], moments.values()))
     return manifest.model_copy(update={"report": report})
 
 

@@ -16,6 +16,9 @@ from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.zoo import Zoo
 
+NUM_LISTENERS = 8
+"""How many numbers are kept of an update's answer: two different updates agree in all of them with probability zero."""
+
 SAME_FUNCTION = 1e-5
 """Relative difference of two adapters' answers to random inputs below which they are the same update, factored twice."""
 
@@ -162,18 +165,20 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
 
 
 def _answers(model: Model) -> dict[str, Tensor]:
-    """Each update's answer s·B·A·x to one fixed random x per module; nothing for a model of full weights."""
+    """Each update's yᵀ(s·B·A)x for a fixed random x and eight y per module; nothing for a model of full weights."""
     answers = {}
     for module, update in model.updates.items():
         seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little")
-        probe = torch.randn(update.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        draw = torch.Generator().manual_seed(seed)
+        probe = torch.randn(update.shape[1], generator=draw, dtype=torch.float64)
+        listeners = torch.randn(NUM_LISTENERS, update.shape[0], generator=draw, dtype=torch.float64)
         b_OR, a_RI = model.read_factors(module)
-        answers[module] = update.scale * (b_OR.double() @ (a_RI.double() @ probe))
+        answers[module] = update.scale * (listeners @ (b_OR.double() @ (a_RI.double() @ probe)))
     return answers
 
 
 def _same_function(names: tuple[str, ...], answers: list[dict[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """Group models whose answers agree; compared with the first of each group, among those of nearly equal length."""
+    """Group models whose answers agree with those of a group's first model."""
     groups: list[list[int]] = []
     for place, answer in enumerate(answers):
         home = next((group for group in groups if answer and _agree(answers[group[0]], answer)), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer
 from eigenzoo.weights.unfolding import unfolded_shape, unfolding
@@ -64,6 +64,14 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
     sources = {}
     for module, update in model.updates.items():
         info_a, info_b = model.tensors[update.key_a], model.tensors[update.key_b]
+        for info in (info_a, info_b):
+            if info.dtype not in FLOATS:
+                raise UnsupportedError(
+                    f"a factor of {dtype_name(info.dtype)}",
+                    where=f"layer '{module}' of {model.name}",
+                    rule=f"factors are {', '.join(map(dtype_name, FLOATS))}",
+                    next_step="convert the adapter",
+                )
         dtype = widest(info_a.dtype, info_b.dtype)
         num_bytes = info_a.nbytes + info_b.nbytes
         layer = Layer(module, "update", update.shape, update.shape, "matrix", dtype_name(dtype), num_bytes)
