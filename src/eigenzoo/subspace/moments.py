@@ -226,9 +226,9 @@ def recentered(moments: LayerMoments) -> LayerMoments:
 
 
 def raw_gram(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Return ⟨X_i, X_j⟩ of all updates, tile by tile of models whose factors fill a block."""
+    """Return ⟨X_i, X_j⟩ of all updates, tile by tile of models whose factors fill half a block."""
     raw_NN = torch.zeros(len(stack), len(stack), dtype=torch.float64)
-    tiles = _tiles(stack, block_bytes)
+    tiles = _tiles(stack, block_bytes // 2)
     for number, tile in enumerate(tiles):
         left = [stack.factors(place) for place in tile]
         raw_NN[tile[0] : tile[-1] + 1, tile[0] : tile[-1] + 1] = lora.inner_products(left, left)
