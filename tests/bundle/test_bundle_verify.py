@@ -61,7 +61,11 @@ def test_a_flipped_byte_is_found_in_every_file(bundle: Path) -> None:
 def test_a_missing_file_is_found(bundle: Path) -> None:
     for name in read_manifest(bundle)["files"]:
         (bundle / name).rename(bundle.parent / "away")
-        assert any("is missing" in fault and name in fault for fault in faults(bundle)), name
+        # The moments are optional: without them a bundle is whole.
+        if name == "moments.safetensors":
+            assert faults(bundle) == []
+        else:
+            assert any("is missing" in fault and name in fault for fault in faults(bundle)), name
         (bundle.parent / "away").rename(bundle / name)
     assert faults(bundle) == []
 

@@ -34,7 +34,7 @@ def test_ranks_and_axes(run: Run, zoo: Path, tmp_path: Path) -> None:
         (["--center", "columns", "--rank", "2"], {"center": "columns", "rank": 2}),
         (["--exclude", "head*", "--exclude", "*.bias", "--rank", "2"], {"exclude": ["head*", "*.bias"], "rank": 2}),
         (
-            ["--include", "block.*", "--rank", "2", "--max-memory", "2MB", "--seed", "3"],
+            ["--include", "block.*", "--rank", "2", "--max-memory", "32MB", "--seed", "3"],
             {"include": ["block.*"], "rank": 2},
         ),
     ]
@@ -70,6 +70,7 @@ def test_ranks_and_axes(run: Run, zoo: Path, tmp_path: Path) -> None:
         (["--max-error", "nan"], "an error bound of nan"),
         (["--max-error", "some"], "'--max-error': Input should be a valid number"),
         (["--max-memory", "lots"], "--max-memory: 'lots' is not a number of bytes"),
+        (["--max-memory", "2MB"], "Blocks take at least"),
         (["--device", "cuda"], "device 'cuda'"),
         (["--dtype", "int8"], "int8"),
         (["--center", "median"], "median"),

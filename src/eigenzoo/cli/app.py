@@ -60,7 +60,8 @@ app.add_typer(nursery.app, name="nursery")
 def main() -> None:
     """Run the command line; deliberate refusals are one message on standard error and exit code 2."""
     # What batch systems send before they kill: then too, temporary folders are removed on the way out.
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     code = _run()
     if code == INTERRUPTED:
         complain("interrupted: nothing was written")

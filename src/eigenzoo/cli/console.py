@@ -22,9 +22,17 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
 
 
+class _Output(Console):
+    """A console whose reader may leave: then the command ends quietly, as it does for plain writes."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so in Python's own way."""
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """The console for results; as wide as it takes in a pipe, so that nothing is cut."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def say(text: str) -> None:

@@ -53,6 +53,7 @@ def command(
 
     options.check_device(device)
     check_free(output, force=force, replaceable=is_only_a_bundle)
+    asked = options.parse_rank(rank)
     with progress_bar(quiet=quiet or json) as progress:
         opened = ez.open_zoo(
             options.one_or_many(zoo),
@@ -67,7 +68,7 @@ def command(
         output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.fit(
             opened,
-            options.parse_rank(rank),
+            asked,
             options.parse_axes(axes),
             center=center,
             dtype=dtype,

@@ -13,7 +13,10 @@ from eigenzoo.cli.console import in_percent, print_json, print_table, progress_b
 def command(
     bundle: options.BundleArgument,
     models: Annotated[
-        list[str], typer.Argument(help="Models, in the bundle or not.", metavar="MODEL...", show_default=False)
+        list[str],
+        typer.Argument(
+            help="Paths of models, in the zoo of the bundle or not.", metavar="MODEL...", show_default=False
+        ),
     ],
     base: options.Base = None,
     allow_pickle: options.AllowPickle = False,

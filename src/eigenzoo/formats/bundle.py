@@ -48,7 +48,7 @@ def read_manifest(path: Path) -> Manifest:
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))
     for name in manifest.files:
-        if not inside(path, name).is_file():
+        if name != MOMENTS and not inside(path, name).is_file():
             raise BundleError(
                 f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole"
             )
@@ -64,7 +64,7 @@ def open_basis(path: Path) -> BasisFiles:
 
 
 def read_coefficients(
-    root: Path, file: str, basis_id: str, num_coefficients: int, num_layers: int
+    root: Path, file: str, model: str, basis_id: str, num_coefficients: int, num_layers: int
 ) -> tuple[Tensor, Tensor]:
     """Read one model's coefficients (all layers in one vector) and its residual per layer, checked against the layers."""
     where = f"{root}/{file}"
@@ -82,6 +82,12 @@ def read_coefficients(
         )
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
+    if opened.metadata.get("model") != model:
+        raise BundleError(
+            f"holds the coefficients of {opened.metadata.get('model')!r}",
+            where=where,
+            rule=f"the manifest says {model!r}",
+        )
     return opened.read("coefficients"), opened.read("residual")
 
 
@@ -89,6 +95,8 @@ def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
     """Check every file against the manifest: sizes, checksums, contents' ids, and files that nobody names."""
     for name, record in manifest.files.items():
         file = inside(path, name)
+        if name == MOMENTS and not file.exists():
+            continue
         if file.stat().st_size != record.bytes:
             yield f"{name}: {file.stat().st_size} bytes, but the manifest says {record.bytes}"
         elif file_sha256(file) != record.sha256:

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -139,13 +139,24 @@ class StoredTemplate(Template):
         file = SafetensorsFile(inside(self._root, f"rest/{self._carried[name]}.safetensors"))
         if VALUE not in file.tensors:
             raise BundleError(f"rest/{self._carried[name]}.safetensors has no tensor {VALUE!r}", where=str(self._root))
-        return file.read(VALUE)
+        values = file.read(VALUE)
+        return values if tensor_id(values) == self._carried[name] else _changed(file.path)
 
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""
         file = f"rest/{self._side_files[name]}.bin"
-        return read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file)
+        return self._bytes(file)
+
+    def _bytes(self, file: str) -> bytes:
+        data = read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file)
+        return data if hashlib.sha256(data).hexdigest()[:32] == Path(file).stem else _changed(self._root / file)
 
     def _json(self, content: str) -> dict[str, Any]:
         file = f"rest/{content}.json"
-        return parse_json(read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file), where=file)
+        return parse_json(self._bytes(file), where=file)
+
+
+def _changed(path: Path) -> NoReturn:
+    raise BundleError(
+        "the content is not what its name says", where=str(path), next_step="copy the bundle again, whole"
+    )

@@ -21,7 +21,7 @@ from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, mak
 from eigenzoo.linalg.gram import squared_distances
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
-from eigenzoo.subspace.basis import PARTS, TUCKER, form_of
+from eigenzoo.subspace.basis import PARTS, STACKED, TUCKER, form_of
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
 from eigenzoo.subspace.moments import LayerMoments, collect, recentered
@@ -35,6 +35,9 @@ from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 DUPLICATE = 1e-10
 """Squared distance over mean energy below which two models are the same function: 1e-5 of the norm, float32 factors' round-off."""
+
+LEAST_MEMORY = 16 * 2**20
+"""The least `max_memory`: with less, a block would be a few rows."""
 
 
 def fit(
@@ -87,6 +90,8 @@ def fit(
     source = opened(zoo, view, base, include, exclude)
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed)
     check_against(options, source.view, len(source))
+    if max_memory is not None and max_memory < LEAST_MEMORY:
+        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
     block_bytes = BLOCK_BYTES if max_memory is None else max(2**20, min(BLOCK_BYTES, max_memory // 8))
     per_layer = allocate(source, options, block_bytes, progress)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
@@ -263,10 +268,16 @@ def _report(
         bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
-        warnings=zoo.warnings,
+        warnings=(*zoo.warnings, *_dtype_warnings(options, fitted.values())),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[str]:
+    if options.dtype == "float32" or not any(layer.form == STACKED for layer in fitted):
+        return []
+    return [f"dtype {options.dtype} has no effect on axis models of updates: the factors keep the dtype of their files"]
 
 
 def find_duplicates(names: Sequence[str], moments: Iterable[LayerMoments]) -> tuple[tuple[str, str], ...]:

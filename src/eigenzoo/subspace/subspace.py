@@ -119,7 +119,7 @@ class Subspace:
         record = self._record(name)
         expected = sum(basis.num_coefficients for basis in self.layers.values())
         flat, residual = read_coefficients(
-            self.path, record.coefficients, self.manifest.basis_id, expected, len(self.layers)
+            self.path, record.coefficients, name, self.manifest.basis_id, expected, len(self.layers)
         )
         template = StoredTemplate(
             self.path,
@@ -296,7 +296,7 @@ class Subspace:
     def files(self) -> list[str]:
         """Every file but the manifest and the card, relative to the folder."""
         if self.manifest.files:
-            return list(self.manifest.files)
+            return [file for file in self.manifest.files if (self.path / file).exists()]
         return [path.relative_to(self.path).as_posix() for path in sorted(self.path.rglob("*")) if path.is_file()]
 
     def verify(self) -> Iterator[str]:

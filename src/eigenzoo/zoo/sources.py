@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eigenzoo.errors import ZooError
+from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.opening import is_model
 
 Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
@@ -46,6 +47,12 @@ def _expand(source: Source) -> list[Path]:
     if not isinstance(source, str | os.PathLike):
         return [path for item in source for path in _expand(item)]
     path = Path(source)
+    if path.is_dir() and is_bundle(path):
+        raise ZooError(
+            "this is a bundle, not a zoo or a model",
+            where=str(path),
+            next_step="use verify, project, rebuild or add on it, or name the models it was made from",
+        )
     if path.is_dir():
         return [path] if is_model(path) else _in_folder(path, MAX_DEPTH)
     if path.suffix == ".txt" and path.is_file():
@@ -63,9 +70,9 @@ def _in_folder(folder: Path, depth: int) -> list[Path]:
         if child.name.startswith((".", "_")):
             continue
         if child.is_dir():
-            if is_model(child):
+            if is_model(child) and not is_bundle(child):
                 found.append(child)
-            elif depth > 1 and not child.is_symlink():
+            elif depth > 1 and not child.is_symlink() and not is_bundle(child):
                 found.extend(_in_folder(child, depth - 1))
         elif child.suffix in WEIGHT_SUFFIXES:
             found.append(child)
@@ -108,7 +115,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def name_models(paths: list[Path]) -> list[str]:
     """Name models by their folder or file; where two agree, by the path below their common folder."""
-    stems = [path.stem if path.suffix in WEIGHT_SUFFIXES else path.resolve().name for path in paths]
+    stems = [path.stem if path.suffix in WEIGHT_SUFFIXES else _folder_name(path) for path in paths]
     repeated = {stem for stem, count in Counter(stems).items() if count > 1}
     if not repeated:
         return stems
@@ -122,3 +129,8 @@ def name_models(paths: list[Path]) -> list[str]:
         else stem
         for path, stem in zip(resolved, stems, strict=True)
     ]
+
+
+def _folder_name(path: Path) -> str:
+    """The name that the user wrote, a link's own; where it says nothing (`.`), the folder's."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
