@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.adapters import write_adapters
 
@@ -18,9 +19,9 @@ CHOICES = {
 }
 
 
-def measure(counts: tuple[int, ...] = COUNTS) -> list[dict[str, object]]:
+def measure(counts: tuple[int, ...] = COUNTS) -> list[dict[str, Any]]:
     """Return peak memory (bytes) and time (s) per choice and number of adapters; everything is made in a temporary folder."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_adapters(folder / "zoo", max(counts))
@@ -57,7 +58,7 @@ def main() -> None:
     """Print the table."""
     print(f"{'fit of 4 layers q/k/v, hidden 4096, kv 1024, rank 16':<54}{'adapters':>9}{'peak memory':>13}{'time':>8}")
     for row in measure():
-        print(f"{row['choice']:<54}{row['num_models']:>9}{row['peak_memory'] / 1e6:>10.0f} MB{row['seconds']:>6.1f} s")  # type: ignore[operator]
+        print(f"{row['choice']:<54}{row['num_models']:>9}{row['peak_memory'] / 1e6:>10.0f} MB{row['seconds']:>6.1f} s")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ python -m bench.ranks demo/zoo docs/pictures/ranks.png
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import eigenzoo as ez
@@ -50,9 +52,8 @@ def measure(zoo_folder: Path) -> dict[str, list[float]]:
     return table
 
 
-def _average(values: object) -> float:
-    found = list(values)  # type: ignore[call-overload]
-    return float(sum(found) / len(found))
+def _average(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
 
 
 def draw(table: dict[str, list[float]], path: Path) -> None:

@@ -35,22 +35,22 @@ def write_flat(
     orthonormal again and hands the coefficients the inverse, so that C·V stays what it was.
     """
     layer, num_kept = stack.layer, weights_NK.shape[1]
-    centered_on_models = moments.removed is None
+    removed = moments.removed
     mean_dtype = torch.promote_types(dtype, torch.float32)
-    if centered_on_models:
+    if removed is None:
         writer.begin(f"{layer.name}/mean", mean_dtype, layer.shape)
-    elif float(moments.removed.abs().max()) > 0:  # type: ignore[union-attr]
-        writer.append(f"{layer.name}/mean", moments.removed.to(mean_dtype))  # type: ignore[union-attr]
+    elif float(removed.abs().max()) > 0:
+        writer.append(f"{layer.name}/mean", removed.to(mean_dtype))
     if num_kept:
         writer.begin(f"{layer.name}/models", dtype, (num_kept, *layer.shape))
     gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
     for block in stack.blocks(block_bytes):
-        if centered_on_models:
+        if removed is None:
             rows, mean_D = centered_rows(block)
             writer.write_flat(f"{layer.name}/mean", block.start, mean_D.to(mean_dtype))
         else:
             rows = block.rows
-            rows.view(len(stack), -1, layer.shape[1]).sub_(moments.removed.to(rows.dtype))  # type: ignore[union-attr]
+            rows.view(len(stack), -1, layer.shape[1]).sub_(removed.to(rows.dtype))
         if num_kept:
             directions = (weights_NK.T.to(rows.dtype) @ rows).to(dtype)
             gram_KK += (directions.to(rows.dtype) @ directions.T.to(rows.dtype)).double()
