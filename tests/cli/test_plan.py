@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import Run
+from safetensors.torch import save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
@@ -156,3 +157,19 @@ def test_the_command_prints_every_row_and_marks_bounds(run: Run, tmp_path: Path)
         assert ("≤" in line) is not row["exact"]
     assert run("plan", root, "--axes", "inputs", "--json").json["rows"][0]["axes"] == ["inputs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_what_is_kept_of_models_held_out_is_what_the_fit_says(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(5)
+    shared = torch.randn(2, 48, generator=draw)
+    for number in range(9):
+        home = tmp_path / f"m{number}"
+        home.mkdir()
+        weights = torch.randn(2, generator=draw) @ shared + 0.3 * torch.randn(48, generator=draw)
+        save_file({"w": weights.view(8, 6)}, home / "model.safetensors")
+    layer = ez.fit(tmp_path, rank=2).report["layers"]["w"]
+    row = next(row for row in ez.plan(tmp_path, axes=["models"]).rows if row.rank == 2)
+    assert row.captured == pytest.approx(layer["captured"], rel=1e-9)
+    assert row.heldout == pytest.approx(layer["heldout"], rel=1e-9)
+    assert 0.3 < row.heldout < row.captured
+    assert all(row.heldout is None for row in ez.plan(tmp_path, axes=["outputs"]).rows)

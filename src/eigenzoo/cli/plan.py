@@ -54,12 +54,14 @@ def render(made: Plan) -> None:
     )
     print_table(
         "",
-        ("axes", "rank", "lost", "bundle", "ratio", "one more model", "smaller from"),
+        ("axes", "rank", "lost", "variance kept", "… held out", "bundle", "ratio", "one more model", "smaller from"),
         [
             (
                 ", ".join(row.axes),
                 row.rank,
                 ("" if row.exact else "≤ ") + in_percent(row.residual),
+                in_percent(row.captured),
+                in_percent(row.heldout),
                 in_bytes(row.bytes),
                 f"{row.ratio:.2f}×",
                 in_bytes(row.per_model),
@@ -69,5 +71,6 @@ def render(made: Plan) -> None:
         ],
     )
     say(
-        "lost: share of all energy, in-sample; ≤ marks an upper bound. Geometry is not function: measure the rebuilt models."
+        "lost: share of all energy, in-sample; ≤ marks an upper bound. Variance kept: about the mean, in-sample; "
+        "held out: of models left out; –: only a fit can tell. Geometry is not function: measure the rebuilt models."
     )

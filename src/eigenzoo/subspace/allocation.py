@@ -53,6 +53,7 @@ class LayerSpectra:
     variance: float
     about_mean: float
     update_ranks: int
+    gram_NN: Tensor
 
     def error(self, ranks: Mapping[str, int]) -> float:
         """Energy lost at most: the tails' sum, and never more than what there is to lose."""
@@ -98,6 +99,7 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
         moments.variance,
         float(center_gram(moments.gram_NN).diagonal().sum()),
         update_ranks,
+        moments.gram_NN,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from eigenzoo.errors import UsageError
+from eigenzoo.linalg.heldout import cross_validated_capture
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.allocation import LayerSpectra, Overhead, collect_spectra, overhead
 from eigenzoo.subspace.bytes import break_even
@@ -30,6 +31,8 @@ class PlanRow:
         axes, rank: the choice; a rank above what a layer has means all of it.
         residual: share of the analysed energy that is lost, in-sample: exact for one axis, an upper bound for more.
         exact: whether `residual` is exact.
+        captured, heldout: for axis and center `models`, the share of the variance about the mean that is kept, in-sample and
+            of models left out of the fit (five folds); elsewhere None, since only a fit can tell.
         bytes: of the whole bundle, headers and carried tensors included, moments not; within a few percent of the saved one.
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
@@ -40,6 +43,8 @@ class PlanRow:
     rank: int
     residual: float
     exact: bool
+    captured: float | None
+    heldout: float | None
     bytes: int
     ratio: float
     per_model: int
@@ -96,7 +101,7 @@ def plan(
     energy = sum(layer.energy for layer in spectra.values())
     known = {choice: overhead(source, choice) for choice in choices}
     rows = [
-        _row(spectra, choice, rank, source, itemsize, energy, known[choice])
+        _row(spectra, choice, rank, source, itemsize, energy, known[choice], center)
         for choice in choices
         for rank in _ranks(spectra, choice)
     ]
@@ -119,6 +124,7 @@ def _row(
     itemsize: int,
     energy: float,
     known: Overhead,
+    center: str,
 ) -> PlanRow:
     num_models, lost, whole, per_model = len(zoo), 0.0, known.shared, known.per_model
     for layer in spectra.values():
@@ -132,8 +138,27 @@ def _row(
         rank,
         lost / energy if energy > 0 else 0.0,
         len(axes) == 1,
+        *_captures(spectra, axes, rank, center),
         whole,
         zoo.num_bytes / whole,
         per_model,
         break_even(whole - per_model * num_models, per_model, zoo.num_bytes / num_models),
     )
+
+
+def _captures(
+    spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, center: str
+) -> tuple[float | None, float | None]:
+    """Shares of the variance kept in-sample and held out, over all layers weighted by their variance."""
+    variance = sum(layer.about_mean for layer in spectra.values())
+    if axes != ("models",) or center != "models" or variance <= 0:
+        return None, None
+    kept = sum(float(layer.values["models"][:rank].sum()) for layer in spectra.values())
+    found = [
+        (cross_validated_capture(layer.gram_NN, [rank]), layer.variance)
+        for layer in spectra.values()
+        if layer.variance > 0
+    ]
+    heldout = [(folds[0] * weight, weight) for folds, weight in found if folds is not None]
+    whole = sum(weight for _, weight in heldout)
+    return kept / variance, sum(part for part, _ in heldout) / whole if whole > 0 else None
