@@ -5,6 +5,9 @@ Legend: N models, T fitted ones, H held-out ones, K directions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,28 +17,101 @@ from eigenzoo.linalg.spectrum import eigenpairs
 FLOOR = 1e-7
 """Eigenvalues below this share of the largest are left out: they may be a float32 product's round-off, and are divided by."""
 
+SECULAR_STEPS = 8
+"""Steps of the secular equation; convergence is quadratic, and a test compares with leaving out one by one."""
+
+SMALLEST = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Energies of held-out models along the fitted models' leading directions.
+
+    Held-out models are seen twice: from the fitted models' mean, as a user meets them; and from their own mean
+    (`contrast`), which shares nothing with the fitted ones, so that chance can be stated exactly.
+
+    Attributes:
+        in_sample_K: cumulative energy of the fitted models in 1, 2, … directions; fitted_energy: all of it.
+        captured_K, energy: the same of the held-out models about the fitted mean.
+        contrast_K, contrast_energy: the same about the held-out models' own mean.
+        contrast_square: Σ of the squared eigenvalues that unrelated held-out models of these energies would have.
+        cloud: energy of the contrasts along the fitted models' average direction: what a direction of no distinction holds.
+    """
+
+    in_sample_K: Tensor
+    fitted_energy: float
+    captured_K: Tensor
+    energy: float
+    contrast_K: Tensor
+    contrast_energy: float
+    contrast_square: float
+    cloud: float
+
+
+def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> HeldOut:
+    """Fit directions to some models and measure others along them: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j.
+
+    u, λ are of the fitted models' centred Gram. Exact; no weight is read. Cost T³.
+    """
+    block_TT, cross_TH = gram_NN[fitted][:, fitted], gram_NN[fitted][:, held]
+    own_HH = gram_NN[held][:, held]
+    mean_cross_H, mean_energy = cross_TH.mean(0), block_TT.mean()
+    energies_H = own_HH.diagonal() - 2 * mean_cross_H + mean_energy
+    cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
+    contrast_TH = cross_TH - cross_TH.mean(1, keepdim=True)
+    centered_TT = center_gram(block_TT)
+    values_K, vectors_TK = eigenpairs(centered_TT, FLOOR)
+    captured_K = ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0)
+    contrast_K = ((vectors_TK.T @ contrast_TH).square() / values_K[:, None]).sum(1).cumsum(0)
+    fitted_energy = float(centered_TT.diagonal().sum())
+    contrast_HH = center_gram(own_HH)
+    return HeldOut(
+        values_K.cumsum(0),
+        fitted_energy,
+        captured_K,
+        float(energies_H.clamp_min(0).sum()),
+        contrast_K,
+        float(contrast_HH.diagonal().sum().clamp_min(0)),
+        float(center_gram(torch.diag(contrast_HH.diagonal().clamp_min(0))).square().sum()),
+        float(contrast_TH.square().sum()) / fitted_energy if fitted_energy > 0 else 0.0,
+    )
+
 
 def captured_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy of held-out models that the fitted models' leading directions capture.
-
-    Held-out models are centred by the fitted models' mean: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j with u, λ of the
-    fitted models' centred Gram. Exact; no weight is read. Cost T³.
-
-    Returns:
-        (cumulative energy captured by 1, 2, … directions, summed over the held-out models; their total energy).
-    """
-    block_TT = gram_NN[fitted][:, fitted]
-    cross_TH = gram_NN[fitted][:, held]
-    mean_cross_H = cross_TH.mean(0)
-    mean_energy = block_TT.mean()
-    energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
-    cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
-    values_K, vectors_TK = eigenpairs(center_gram(block_TT), FLOOR)
-    energy_KH = (vectors_TK.T @ cross_TH).square() / values_K[:, None]
-    return energy_KH.sum(1).cumsum(0), energies_H.clamp_min(0).sum()
+    """Return the cumulative energy that 1, 2, … directions capture of held-out models, summed over them, and all they have."""
+    found = hold_out(gram_NN, fitted, held)
+    return found.captured_K, torch.tensor(found.energy, dtype=torch.float64)
 
 
-def cross_validated_capture(gram_NN: Tensor, ranks: list[int], *, folds: int = 5, seed: int = 0) -> list[float] | None:
+def deal(num_models: int, folds: int, seed: int = 0) -> list[Tensor]:
+    """Deal models to folds of nearly equal size by a seeded permutation."""
+    order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
+    return list(order.tensor_split(min(folds, num_models)))
+
+
+def deal_whole(groups: Sequence[Sequence[int]], folds: int) -> list[Tensor]:
+    """Deal whole groups of models to folds: the largest first, always to the smallest fold."""
+    dealt: list[list[int]] = [[] for _ in range(min(folds, len(groups)))]
+    for group in sorted(groups, key=len, reverse=True):
+        min(dealt, key=len).extend(group)
+    return [torch.tensor(sorted(fold)) for fold in dealt]
+
+
+def others(num_models: int, held: Tensor) -> Tensor:
+    """Return the models that are not held out, ascending."""
+    kept = torch.ones(num_models, dtype=torch.bool)
+    kept[held] = False
+    return kept.nonzero().flatten()
+
+
+def up_to(cumulative_K: Tensor, rank: int) -> float:
+    """Return a cumulative energy at a rank; beyond what was spanned, all that was spanned."""
+    return float(cumulative_K[min(rank, cumulative_K.numel()) - 1]) if rank > 0 and cumulative_K.numel() else 0.0
+
+
+def cross_validated_capture(
+    gram_NN: Tensor, ranks: Iterable[int], *, folds: int = 5, seed: int = 0
+) -> list[float] | None:
     """Share of held-out models' centred energy that the top k directions of the others capture, for each k of `ranks`.
 
     Models are dealt to `folds` folds by a seeded permutation. A k beyond what the fitted models span counts as all that
@@ -44,14 +120,56 @@ def cross_validated_capture(gram_NN: Tensor, ranks: list[int], *, folds: int = 5
     num_models = gram_NN.shape[0]
     if num_models < 3:
         return None
-    order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
-    captured = torch.zeros(len(ranks), dtype=torch.float64)
-    total = 0.0
-    for held in order.tensor_split(min(folds, num_models)):
-        fitted = order[~torch.isin(order, held)]
-        cumulative_K, energy = captured_energy(gram_NN, fitted, held)
-        total += float(energy)
-        for place, rank in enumerate(ranks):
-            if rank > 0 and cumulative_K.numel():
-                captured[place] += float(cumulative_K[min(rank, cumulative_K.numel()) - 1])
-    return (captured / total).tolist() if total > 0 else None
+    found = [hold_out(gram_NN, others(num_models, held), held) for held in deal(num_models, folds, seed)]
+    total = sum(fold.energy for fold in found)
+    return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None
+
+
+def leave_one_out(centered_NN: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Energy that 1, 2, … `rank` directions of all other models capture of each model, summed; and all that there is.
+
+    Leaving out y_h and its share of the mean takes ρ·y_h y_hᵀ from the covariance, ρ = N / (N − 1). In the eigenbasis of the
+    whole, with a_j the model's scores and λ_j the eigenvalues, the new eigenvalues μ are roots of Σ a_j²/(λ_j − μ) = 1/ρ
+    (Golub 1973), one between each two λ, and direction k captures 1 / Σ a_j²/(λ_j − μ_k)² of x_h − mean of the others.
+    Exact; N·rank·N operations a step instead of N eigendecompositions.
+    """
+    num_models = centered_NN.shape[0]
+    values_R, vectors_NR = eigenpairs(centered_NN, FLOOR)
+    squares_NR = vectors_NR.square() * values_R
+    factor = num_models / (num_models - 1)
+    energy = factor**2 * float(centered_NN.diagonal().sum())
+    rank = max(0, min(rank, num_models - 2, values_R.numel() - 1))
+    captured_K = torch.zeros(rank, dtype=torch.float64)
+    for k in range(rank):
+        gaps_NR = values_R - _secular_roots(squares_NR, values_R, k, 1 / factor)[:, None]
+        weights_N = (squares_NR / gaps_NR.square().clamp_min(SMALLEST)).sum(1)
+        captured_K[k] = (1 / weights_N.clamp_min(SMALLEST)).sum()
+    return captured_K.cumsum(0), energy
+
+
+def _secular_roots(squares_NR: Tensor, values_R: Tensor, pole: int, level: float) -> Tensor:
+    """Roots between λ_pole+1 and λ_pole of Σ a²/(λ − μ) = level, of all models at once.
+
+    What lies above and what lies below is each replaced by one pole of the same value and slope ("the middle way", Li 1993):
+    quadratic convergence, kept inside the bracket that the signs so far leave.
+    """
+    upper, lower = values_R[pole], values_R[pole + 1]
+    width = upper - lower
+    low_N, high_N = lower.expand(squares_NR.shape[0]), upper.expand(squares_NR.shape[0])
+    root_N = (low_N + high_N) / 2
+    for _ in range(SECULAR_STEPS):
+        inverse_NR = 1 / (values_R - root_N[:, None])
+        terms_NR = squares_NR * inverse_NR
+        slopes_NR = terms_NR * inverse_NR
+        whole_N = terms_NR.sum(1) - level
+        low_N, high_N = torch.where(whole_N < 0, root_N, low_N), torch.where(whole_N < 0, high_N, root_N)
+        above_N, below_N = slopes_NR[:, : pole + 1].sum(1), slopes_NR[:, pole + 1 :].sum(1)
+        rest_N = whole_N - (upper - root_N) * above_N - (lower - root_N) * below_N
+        top_N, bottom_N = (upper - root_N).square() * above_N, (lower - root_N).square() * below_N
+        # rest + top/(upper - x) - bottom/(x - lower) = 0 with x = lower + width·t: the root in (0, 1) without cancellation.
+        middle_N = rest_N * width + top_N + bottom_N
+        guess_N = lower + width * 2 * bottom_N / (
+            middle_N + (middle_N.square() - 4 * rest_N * width * bottom_N).clamp_min(0).sqrt()
+        )
+        root_N = torch.minimum(torch.maximum(guess_N, low_N), high_N)
+    return root_N

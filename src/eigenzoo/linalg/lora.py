@@ -46,6 +46,14 @@ def energy(factors: Factors) -> float:
     return float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum())
 
 
+def singular_values(factors: Factors) -> Tensor:
+    """Return the singular values of BA, descending, at most R: those of the product of two small triangles. Cost (O + I)·R²."""
+    b_OR, a_RI = factors
+    left, right = torch.linalg.qr(b_OR, mode="r")[1], torch.linalg.qr(a_RI.T, mode="r")[1]
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
+
+
 def output_factor(factors: Factors) -> Tensor:
     """Return F (O, R) with F Fᵀ = (BA)(BA)ᵀ; the factor of the input moment is the same function of (Aᵀ, Bᵀ)."""
     b_OR, a_RI = factors

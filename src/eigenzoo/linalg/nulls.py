@@ -8,10 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eigenzoo.linalg import lora
 from eigenzoo.linalg.gram import center_gram
 
 EXACT_FREEDOM = 32
 """Degrees of freedom from which chi-square is drawn by Wilson and Hilferty's approximation: there its mean is right to 1e-5."""
+
+LARGEST_DRAW = 1024
+"""Ranks of all updates together up to which random ones are drawn by their factors: P²·(O + I) products a draw."""
 
 
 def norm_matched_spectra(
@@ -31,19 +35,88 @@ def norm_matched_spectra(
     Returns:
         (draws, N) explained variance ratios in float64; all zero where there is no energy.
     """
-    generator = torch.Generator().manual_seed(seed)
-    num_models = energies_N.numel()
     energies_N = energies_N.double().clamp_min(0)
     norms_N = (_uncentered_energies(energies_N) if centered else energies_N).sqrt()
-    spectra = torch.zeros(draws, num_models, dtype=torch.float64)
+    return _spectra(norms_N, None, num_values, centered, draws, seed)
+
+
+def permuted_spectra(
+    energies_N: Tensor, sums_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0
+) -> Tensor:
+    """Centred spectra when each model's own entries (its deviations from the mean) are shuffled among its places.
+
+    A shuffle keeps a model's norm and the sum of its entries: two shuffled models have the sums' product over D in common,
+    and are otherwise unrelated in D − 1 dimensions (Hoeffding's combinatorial limit; the entries' higher moments matter at
+    order 1/D). So nothing but the norms and the sums needs to be known. Shapes as `norm_matched_spectra`.
+
+    Args:
+        energies_N: the models' energies about the models' mean.
+        sums_N: the sum of each model's deviations from it.
+        num_values: D.
+    """
+    whole_N = _uncentered_energies(energies_N.double().clamp_min(0))
+    level_N = sums_N.double() / num_values**0.5
+    norms_N = (whole_N - level_N.square()).clamp_min(0).sqrt()
+    return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
+
+
+def _spectra(
+    norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int
+) -> Tensor:
+    """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
+    generator = torch.Generator().manual_seed(seed)
+    spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
     for draw in range(draws):
-        factor = _bartlett_factor(num_models, num_values, generator)
+        factor = bartlett_factor(norms_N.numel(), num_values, generator)
         factor = factor * (norms_N / factor.square().sum(1).sqrt())[:, None]
         gram_NN = factor @ factor.T
-        values_N = torch.linalg.eigvalsh(center_gram(gram_NN) if centered else gram_NN).flip(0).clamp_min(0)
-        spectra[draw] = values_N / values_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        if level_N is not None:
+            gram_NN += level_N[:, None] * level_N
+        spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
+    return spectra
+
+
+def _shares(gram_NN: Tensor) -> Tensor:
+    values_N = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min(0)
+    return values_N / values_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def iid_spectra(
+    num_models: int, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0
+) -> Tensor:
+    """Spectra of models whose entries are independent and of one variance: what is wrong to expect of models of uneven norms."""
+    generator = torch.Generator().manual_seed(seed)
+    spectra = torch.zeros(draws, num_models, dtype=torch.float64)
+    for draw in range(draws):
+        factor = bartlett_factor(num_models, num_values, generator)
+        gram_NN = factor @ factor.T
+        spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
+    return spectra
+
+
+def spectrum_matched_spectra(
+    singular_NR: Tensor, shape: tuple[int, int], *, centered: bool = True, draws: int = 5, seed: int = 0
+) -> Tensor:
+    """Spectra of LoRA updates that keep their singular values and get random singular vectors on both sides.
+
+    Drawn by factors up to `LARGEST_DRAW` ranks in all. Beyond, by the limit: the inner product of two such updates has mean
+    zero and variance ‖X‖²‖X′‖²/(O·I) whatever their ranks, so the spectrum is that of matched norms in O·I dimensions.
+    Shapes as `norm_matched_spectra`.
+    """
+    num_models, rank = singular_NR.shape
+    energies_N = singular_NR.double().square().sum(1)
+    if num_models * rank > LARGEST_DRAW or rank > min(shape):
+        return _spectra(energies_N.sqrt(), None, shape[0] * shape[1], centered, draws, seed)
+    generator = torch.Generator().manual_seed(seed)
+    spectra = torch.zeros(draws, num_models, dtype=torch.float64)
+    for draw in range(draws if float(energies_N.sum()) > 0 else 0):
+        sides = [torch.randn(num_models, size, rank, dtype=torch.float64, generator=generator) for size in shape]
+        outputs_NOR, inputs_NIR = (torch.linalg.qr(side)[0] for side in sides)
+        outputs_NOR = outputs_NOR * singular_NR.double()[:, None, :]
+        gram_NN = lora.inner_products(*(2 * [list(zip(outputs_NOR, inputs_NIR.mT, strict=True))]))
+        spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
     return spectra
 
 
@@ -59,8 +132,8 @@ def _uncentered_energies(energies_N: Tensor) -> Tensor:
     return ((energies_N - energies_N.sum() / (num_models * (num_models - 1))) / (1 - 2 / num_models)).clamp_min(0)
 
 
-def _bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
-    """Factor whose Gram is that of N rows of D unrelated normals: lower-triangular, or the rows themselves where D is small."""
+def bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
+    """Return a factor whose Gram is that of N rows of D unrelated normals: triangular, or the rows themselves for small D."""
     if num_values <= num_models + EXACT_FREEDOM:
         return torch.randn(num_models, num_values, dtype=torch.float64, generator=generator)
     width = num_models
@@ -96,7 +169,7 @@ def axis_null(
     draws = draws or (20 if size <= 512 else 4)
     spectra = torch.zeros(draws, size, dtype=torch.float64)
     for draw in range(draws):
-        factor = _bartlett_factor(size, freedom, generator)
+        factor = bartlett_factor(size, freedom, generator)
         values = torch.linalg.eigvalsh(factor @ factor.T).flip(0).clamp_min(0)
         spectra[draw] = values / values.sum()
     return spectra

@@ -40,6 +40,10 @@ class LayerMoments:
         shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
         outputs, inputs: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
             are taken about zero, so that the bases hold the mean too (see `tucker`).
+        sums_N: the sum of each model's entries, ⟨1, X_n⟩; None where growth from a bundle alone could not know it, as all below.
+        singular_NR: for LoRA updates, their singular values, descending, padded with zeros.
+        starts_NN: for LoRA updates, the inner products of their A-factors (of the rows that all have): what tells a
+            shared initialisation, which the update itself need not show.
     """
 
     gram_NN: Tensor
@@ -53,6 +57,9 @@ class LayerMoments:
     shift_energy: float = 0.0
     outputs: SideMoment | None = None
     inputs: SideMoment | None = None
+    sums_N: Tensor | None = None
+    singular_NR: Tensor | None = None
+    starts_NN: Tensor | None = None
 
     @property
     def num_models(self) -> int:
@@ -111,9 +118,11 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
     needs_mean = bool({"outputs", "inputs"} & set(axes)) or columns_NI is not None
     mean_OI = torch.empty(outputs, inputs, dtype=torch.float64) if needs_mean else None
     inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if side_form(stack, "inputs", axes) == DENSE else None
+    sums_N = torch.zeros(num_models, dtype=torch.float64)
     mean_energy = 0.0
     for block in stack.blocks(block_bytes):
         rows, mean_D = centered_rows(block)
+        sums_N += rows.sum(1, dtype=torch.float64) + mean_D.sum()
         gram_NN += (rows @ rows.T).double()
         cross_N += (rows @ mean_D.to(rows.dtype)).double()
         mean_energy += float(mean_D.square().sum())
@@ -126,6 +135,7 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
             inputs_II += (wide.T @ wide).double()
     round_off = NUMERICAL_RANK if stack.dtype == torch.float64 else FLOAT32_ROUND_OFF
     moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, round_off)
+    moments = replace(moments, sums_N=sums_N)
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
@@ -201,7 +211,8 @@ def _shifted(
 
 
 def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, block_bytes: int) -> LayerMoments:
-    moments = from_raw_gram(raw_gram(stack, block_bytes), stack.layer.num_values)
+    raw_NN, starts_NN = update_grams(stack, block_bytes)
+    moments = replace(from_raw_gram(raw_NN, stack.layer.num_values), starts_NN=starts_NN, **update_traits(stack))
     if center == "none":
         moments = _shifted_to_zero(moments)
     for axis in ("outputs", "inputs"):
@@ -209,6 +220,18 @@ def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, blo
             moment = _update_moment(stack, axis)
             moments = replace(moments, outputs=moment) if axis == "outputs" else replace(moments, inputs=moment)
     return moments
+
+
+def update_traits(stack: UpdateStack) -> dict[str, Tensor]:
+    """Return each update's sum of entries and singular values, from its factors alone."""
+    sums_N = torch.zeros(len(stack), dtype=torch.float64)
+    singular_NR = torch.zeros(len(stack), max(stack.ranks), dtype=torch.float64)
+    for place in range(len(stack)):
+        b_OR, a_RI = stack.factors(place)
+        sums_N[place] = b_OR.sum(0) @ a_RI.sum(1)
+        values = lora.singular_values((b_OR, a_RI))
+        singular_NR[place, : values.numel()] = values
+    return {"sums_N": sums_N, "singular_NR": singular_NR}
 
 
 def from_raw_gram(raw_NN: Tensor, num_values: int) -> LayerMoments:
@@ -219,24 +242,44 @@ def from_raw_gram(raw_NN: Tensor, num_values: int) -> LayerMoments:
 
 def recentered(moments: LayerMoments) -> LayerMoments:
     """Return the same moments about the mean of all models; nothing but sums of what is known, and no large mean cancels."""
-    gram_NN, cross_N = center_gram(moments.gram_NN), moments.cross_N - moments.cross_N.mean()
-    cross_N = cross_N + moments.gram_NN.mean(1) - moments.gram_NN.mean()
+    cross_N = moments.cross_N - moments.cross_N.mean() + moments.gram_NN.mean(1) - moments.gram_NN.mean()
     energy = moments.reference_energy + 2 * float(moments.cross_N.mean()) + float(moments.gram_NN.mean())
-    return LayerMoments(gram_NN, cross_N, energy, moments.num_values, moments.num_models, moments.round_off)
+    return replace(
+        moments,
+        gram_NN=center_gram(moments.gram_NN),
+        cross_N=cross_N,
+        reference_energy=energy,
+        num_reference=moments.num_models,
+        removed=None,
+        shift_N=None,
+        shift_energy=0.0,
+        outputs=None,
+        inputs=None,
+    )
 
 
-def raw_gram(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Return ⟨X_i, X_j⟩ of all updates, tile by tile of models whose factors fill half a block."""
-    raw_NN = torch.zeros(len(stack), len(stack), dtype=torch.float64)
+def update_grams(stack: UpdateStack, block_bytes: int = BLOCK_BYTES) -> tuple[Tensor, Tensor]:
+    """Return ⟨X_i, X_j⟩ of all updates, and of the leading rows of their A-factors, tile by tile of models.
+
+    The factors of a tile fill half a block. The rows are as many as the smallest rank has: PEFT draws A row by row, so that
+    one seed gives the same leading rows at any rank.
+    """
+    raw_NN, starts_NN = torch.zeros(2, len(stack), len(stack), dtype=torch.float64)
+    num_rows = min(stack.ranks)
     tiles = _tiles(stack, block_bytes // 2)
     for number, tile in enumerate(tiles):
         left = [stack.factors(place) for place in tile]
-        raw_NN[tile[0] : tile[-1] + 1, tile[0] : tile[-1] + 1] = lora.inner_products(left, left)
-        for other in tiles[number + 1 :]:
-            products = lora.inner_products(left, [stack.factors(place) for place in other])
-            raw_NN[tile[0] : tile[-1] + 1, other[0] : other[-1] + 1] = products
-            raw_NN[other[0] : other[-1] + 1, tile[0] : tile[-1] + 1] = products.T
-    return (raw_NN + raw_NN.T) / 2
+        for other in tiles[number:]:
+            right = left if other == tile else [stack.factors(place) for place in other]
+            columns, rows = slice(other[0], other[-1] + 1), slice(tile[0], tile[-1] + 1)
+            raw_NN[rows, columns] = lora.inner_products(left, right)
+            starts_NN[rows, columns] = leading_rows(left, num_rows) @ leading_rows(right, num_rows).T
+    return raw_NN.triu() + raw_NN.triu(1).T, starts_NN.triu() + starts_NN.triu(1).T
+
+
+def leading_rows(factors: list[lora.Factors], num_rows: int) -> Tensor:
+    """Return the leading rows of each A-factor, flattened."""
+    return torch.stack([a_RI[:num_rows].flatten() for _, a_RI in factors])
 
 
 def _tiles(stack: UpdateStack, tile_bytes: int) -> list[range]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -135,6 +135,8 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
         if layer.shift_N is not None:
             values[f"{name}/shift"] = layer.shift_N
             values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
+        traits = {"sums": layer.sums_N, "singular": layer.singular_NR, "starts": layer.starts_NN}
+        values |= {f"{name}/{part}": value for part, value in traits.items() if value is not None}
     layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
     num_reference = next(iter(moments.values())).num_reference
     write_tensors(folder / MOMENTS, layout, values.__getitem__, {REFERENCE: str(num_reference)})
@@ -163,10 +165,23 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerM
         layer.num_values,
         int(count),
     )
-    moments = replace(moments, round_off=float(read("round_off", (1,))))
+    moments = replace(moments, round_off=float(read("round_off", (1,))), **_traits(file, layer, num_models, read))
     if f"{layer.name}/shift" not in file.tensors:
         return moments
     return replace(moments, shift_N=read("shift", (num_models,)), shift_energy=float(read("shift_energy", (1,))))
+
+
+def _traits(
+    file: SafetensorsFile, layer: Layer, num_models: int, read: Callable[[str, tuple[int, ...]], Tensor]
+) -> dict[str, Tensor]:
+    """The traits that were stored; growth from a bundle alone leaves none."""
+    singular = file.tensors.get(f"{layer.name}/singular")
+    width = singular.shape[1] if singular is not None and len(singular.shape) == 2 else 0
+    shapes = {"sums": (num_models,), "singular": (num_models, width), "starts": (num_models, num_models)}
+    fields = {"sums": "sums_N", "singular": "singular_NR", "starts": "starts_NN"}
+    return {
+        fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors
+    }
 
 
 def write_model(
