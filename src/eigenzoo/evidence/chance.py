@@ -1,0 +1,108 @@
+"""Chance: is the centred spectrum steeper than that of models that share nothing?
+
+Asked of the spectrum of one layer's stack. The controls are spectra of unrelated models: of even norms (iid), of the zoo's own
+norms (norm-matched), with each model's entries shuffled (permuted), and for LoRA updates with each model's singular values kept
+and its singular vectors random (spectrum-matched).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.nulls import iid_spectra, norm_matched_spectra, permuted_spectra, spectrum_matched_spectra
+from eigenzoo.linalg.rank import AUTO, choose_rank
+from eigenzoo.linalg.spectrum import effective_rank, eigenpairs
+from eigenzoo.subspace.moments import LayerMoments
+
+LARGE_ZOO = 128
+"""From this many models on a spectrum averages itself, and fewer draws tell as much: its spread falls as N^(-2/3)."""
+
+BAND = (0.05, 0.95)
+"""Quantiles of the null's draws that are given as its band."""
+
+
+@dataclass(frozen=True)
+class Chance:
+    """A layer's spectrum beside chance.
+
+    Attributes:
+        explained_variance_ratio: of the stack about its center, over the total; N − 1 values about the models' mean.
+        effective_rank: exp of the spectrum's entropy.
+        norm_matched: the mean spectrum of unrelated models of the same norms; `low` and `high`: its band.
+        iid: of unrelated models of one norm.
+        permuted: of the same models with each one's entries shuffled; None where the sums of entries are not known.
+        spectrum_matched: for LoRA updates, of random singular vectors; None for other layers.
+        auto: how many leading directions exceed the norm-matched null (parallel analysis).
+        var90: how many hold 90 % of the variance.
+    """
+
+    explained_variance_ratio: tuple[float, ...]
+    effective_rank: float
+    norm_matched: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    iid: tuple[float, ...]
+    permuted: tuple[float, ...] | None
+    spectrum_matched: tuple[float, ...] | None
+    auto: int
+    var90: int
+
+
+NOTHING = Chance((), 0.0, (), (), (), (), None, None, 0, 0)
+"""A layer without variance."""
+
+
+def chance(moments: LayerMoments, shape: tuple[int, int], seed: int = 0) -> Chance:
+    """Compare a layer's spectrum with chance; from the moments alone. Cost: N³ a draw."""
+    if moments.variance == 0:
+        return NOTHING
+    centered = moments.shift_N is None
+    gram_NN = moments.centered_NN
+    num_values, draws = moments.num_values, num_draws(moments.num_models)
+    length = moments.num_models - centered
+    values_K, _ = eigenpairs(gram_NN, moments.round_off)
+    ratio_K = values_K / moments.variance
+    energies_N = gram_NN.diagonal()
+    null = norm_matched_spectra(energies_N, num_values, centered=centered, draws=draws, seed=seed)
+    few = max(2, draws // 4)
+    permuted = spectrum = None
+    if centered and moments.sums_N is not None:
+        sums_N = moments.sums_N - moments.sums_N.mean()
+        permuted = permuted_spectra(energies_N, sums_N, num_values, draws=few, seed=seed)
+    if moments.singular_NR is not None:
+        spectrum = spectrum_matched_spectra(moments.singular_NR, shape, centered=centered, draws=few, seed=seed)
+    low, high = (null.quantile(quantile, dim=0) for quantile in BAND)
+    return Chance(
+        _listed(ratio_K, length),
+        effective_rank(ratio_K),
+        _listed(null.mean(0), length),
+        _listed(low, length),
+        _listed(high, length),
+        _iid(moments.num_models, num_values, centered, few, seed)[:length],
+        None if permuted is None else _listed(permuted.mean(0), length),
+        None if spectrum is None else _listed(spectrum.mean(0), length),
+        choose_rank(AUTO, values_K, moments.variance, null).rank,
+        choose_rank(0.9, values_K, moments.variance).rank,
+    )
+
+
+def num_draws(num_models: int) -> int:
+    """How many draws of a null a zoo of this size needs."""
+    return 20 if num_models <= LARGE_ZOO else 8
+
+
+def _listed(values: Tensor, length: int) -> tuple[float, ...]:
+    """A spectrum of exactly `length` values: zeros where a rank-deficient stack has none."""
+    padded = torch.zeros(length, dtype=torch.float64)
+    padded[: min(length, values.numel())] = values[:length]
+    return tuple(padded.tolist())
+
+
+@lru_cache(maxsize=256)
+def _iid(num_models: int, num_values: int, centered: bool, draws: int, seed: int) -> tuple[float, ...]:
+    """The same for every layer of one size."""
+    return tuple(iid_spectra(num_models, num_values, centered=centered, draws=draws, seed=seed).mean(0).tolist())

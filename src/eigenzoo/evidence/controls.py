@@ -1,0 +1,220 @@
+"""The controls of a whole zoo as sentences: what was asked, what was found, what chance or the control gives, how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.summary import percent, shown_place
+from eigenzoo.evidence.unseen import NUM_FOLDS
+
+if TYPE_CHECKING:
+    from eigenzoo.evidence.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control: the question, the statistic and its value, the control and its value, the uncertainty, and all in a sentence."""
+
+    name: str
+    question: str
+    statistic: str
+    value: float | None
+    control: str
+    control_value: float | None
+    uncertainty: str
+    sentence: str
+
+
+def controls(found: Evidence) -> list[Control]:
+    """Say each control of a zoo; the figures are averages over layers weighted by their number of values, unless said otherwise."""
+    varying = [layer for layer in found.layers.values() if layer.variance > 0]
+    if not varying:
+        return []
+    return [
+        control
+        for control in (
+            _chance(varying),
+            _mean(found),
+            _unseen(found),
+            _universality(varying),
+            _growth(found),
+            _lineage(found),
+            _secondary(varying),
+            _suitability(found),
+        )
+        if control is not None
+    ]
+
+
+def _average(layers: Sequence[LayerEvidence], values: Sequence[float]) -> float:
+    weights = [layer.layer.num_values for layer in layers]
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _chance(layers: Sequence[LayerEvidence]) -> Control:
+    top = _average(layers, [layer.chance.explained_variance_ratio[0] for layer in layers])
+    null, iid = (
+        _average(layers, [getattr(layer.chance, kind)[0] for layer in layers]) for kind in ("norm_matched", "iid")
+    )
+    ranks = [layer.chance.auto for layer in layers]
+    fooled = f"; a null of even norms, which uneven norms fool, gives {percent(iid)}" if null > 1.2 * iid else ""
+    return Control(
+        "chance",
+        "Is the spectrum steeper than that of unrelated models?",
+        "share of the variance in the first direction",
+        top,
+        "unrelated models of the same norms",
+        null,
+        "parallel analysis against the 95 % quantile of the null's draws",
+        f"The first direction holds {percent(top)} of the variance; unrelated models of the same norms give {percent(null)}{fooled}. "
+        f"{min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on average over {len(layers)} layers).",
+    )
+
+
+def _mean(found: Evidence) -> Control:
+    summary = found.summary
+    return Control(
+        "mean",
+        "How much is what all models have in common?",
+        "share of a left-out model's energy that the others' mean removes",
+        summary.mean_heldout,
+        "the mean of unrelated models",
+        summary.mean_null,
+        f"{NUM_FOLDS} folds",
+        f"The mean of the others removes {percent(summary.mean_heldout)} of a left-out model's energy (in-sample it holds "
+        f"{percent(summary.mean_energy)}); the mean of unrelated models would remove {percent(summary.mean_null)}.",
+    )
+
+
+def _unseen(found: Evidence) -> Control | None:
+    pooled, test = found.summary.dealt, found.summary.directions
+    place = shown_place(pooled)
+    if place is None:
+        return None
+    captured, null = pooled.captured[place], pooled.null[place]
+    return Control(
+        "unseen",
+        "Do directions found on some models hold the others?",
+        f"share of left-out models' variance in the top {pooled.rank[place]} directions of each layer",
+        captured,
+        "unrelated models of the same norms",
+        null,
+        f"{NUM_FOLDS} folds; p = {test.p_value:.1g} at {test.rank} directions, all layers together",
+        f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
+        f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times what an "
+        f"average one does. {len(found.names) - 1} directions hold all models that were fitted: that many is trivial.",
+    )
+
+
+def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
+    known = [(layer, layer.halves) for layer in layers if layer.halves is not None]
+    if not known:
+        return None
+    which = [layer for layer, _ in known]
+    first = _average(which, [half.cosines[0] for _, half in known])
+    null = _average(which, [half.null_cosines[0] for _, half in known])
+    whole = _average(which, [fmean(half.cosines) for _, half in known])
+    splits = known[0][1].num_splits
+    return Control(
+        "universality",
+        "Do disjoint halves of the zoo give the same subspace?",
+        "cosine of the smallest principal angle between the halves' subspaces",
+        first,
+        "unrelated subspaces of the same rank",
+        null,
+        f"{splits} random splits",
+        f"Subspaces from disjoint halves agree to a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average over "
+        f"directions; unrelated subspaces of the same rank reach {null:.2f}.",
+    )
+
+
+def _growth(found: Evidence) -> Control | None:
+    grown = found.growth
+    if grown is None:
+        return None
+    few, many = grown.num_models[0], grown.num_models[-1]
+    return Control(
+        "growth",
+        "Does the dimension saturate as models are added?",
+        f"directions for 90 % of the variance of {many} models",
+        grown.var90_rank[-1],
+        f"the same of {few} models",
+        grown.var90_rank[0],
+        f"{grown.num_draws} random orders; standard deviation of the held-out share {percent(grown.spread[-1])}",
+        f"From {few} to {many} models, directions for 90 % of the variance go from {grown.var90_rank[0]:.1f} to "
+        f"{grown.var90_rank[-1]:.1f}, and the share of always the same left-out models that up to {grown.rank} directions hold from "
+        f"{percent(grown.captured[0])} to {percent(grown.captured[-1])} (chance {percent(grown.null[-1])}).",
+    )
+
+
+def _lineage(found: Evidence) -> Control:
+    origin, across = found.lineage, found.summary.across
+    grouped = sum(map(len, origin.groups))
+    value = control = None
+    held = ""
+    place = shown_place(across) if across is not None else None
+    if across is not None and place is not None:
+        dealt = found.summary.dealt
+        control, value = across.captured[place], dealt.captured[min(place, len(dealt.captured) - 1)]
+        held = f" Across origins the top {across.rank[place]} directions hold {percent(control)} of left-out models' variance (chance {percent(across.null[place])})."
+    groups = (
+        f"{len(origin.groups)} groups of common origin hold {grouped} of {len(found.names)} models, the largest {len(origin.groups[0])}"
+        if origin.groups
+        else "No group of common origin"
+    )
+    copies = f"; {len(origin.duplicates)} models are copies of another" if origin.duplicates else ""
+    return Control(
+        "lineage",
+        "Is what is shared more than a common initialisation or parent?",
+        "share of left-out models' variance in the top directions, models held out at random",
+        value,
+        "whole lineages held out",
+        control,
+        f"cosines of {origin.measure}, average linkage",
+        f"{groups}, by cosines of {origin.measure}{copies}.{held}",
+    )
+
+
+def _secondary(layers: Sequence[LayerEvidence]) -> Control | None:
+    known = [(layer, layer.secondary) for layer in layers if layer.secondary is not None]
+    if not known:
+        return None
+    which = [layer for layer, _ in known]
+    captured, null, inside = (
+        _average(which, [getattr(second, part) for _, second in known]) for part in ("captured", "null", "in_sample")
+    )
+    return Control(
+        "secondary",
+        "Is anything shared outside the top directions?",
+        "share of left-out models' variance in the next directions after the kept ones",
+        captured,
+        "unrelated models of the same norms",
+        null,
+        f"{NUM_FOLDS} folds",
+        f"The directions after the kept ones hold {percent(inside)} of the fitted models' variance, {percent(captured)} of left-out "
+        f"models' and {percent(null)} by chance.",
+    )
+
+
+def _suitability(found: Evidence) -> Control | None:
+    known = [layer for layer in found.layers.values() if layer.suitability.exponents]
+    if not known:
+        return None
+    limits = found.thresholds
+    suited = sum(layer.suitability.is_suited(limits) for layer in known)
+    middle = fmean(layer.suitability.mean or 0.0 for layer in known)
+    return Control(
+        "suitability",
+        "Are the spectra the power laws of trained layers?",
+        "share of layers whose exponents are in range and agree",
+        suited / len(known),
+        f"exponents from {limits.low:g} to {limits.high:g}",
+        None,
+        "random halves of the zoo",
+        f"{suited} of {len(known)} layers have exponents from {limits.low:g} to {limits.high:g} that agree between halves to "
+        f"{limits.spread:g}; the mean exponent is {middle:.2f}.",
+    )

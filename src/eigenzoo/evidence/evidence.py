@@ -1,0 +1,214 @@
+"""Evidence: is there a shared subspace, beyond chance, beyond the mean, beyond a common origin?"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import UsageError
+from eigenzoo.evidence import growth as growing
+from eigenzoo.evidence.document import document
+from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
+from eigenzoo.evidence.lineage import Cosines, Lineage, as_lineages, lineage
+from eigenzoo.evidence.source import AxisSpectrum, MomentSource, open_source
+from eigenzoo.evidence.suitability import Thresholds
+from eigenzoo.evidence.summary import Summary, Verdict, decide, summarize
+from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.heldout import deal_whole
+from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.fit import find_duplicates
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.weights.views import CENTERS, check_axes, check_choice
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.zoo import Zoo
+
+MAX_LINEAGE_FOLDS = 10
+"""Lineages are dealt to at most so many folds."""
+
+SMALLEST_GROUP, MOST_GROUPS = 8, 5
+"""Groups that are looked at on their own: large enough to hold models out, and the largest few."""
+
+MAP_DIMENSIONS = 3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a zoo shows under every control; frozen. `to_dict` gives the documented JSON.
+
+    Attributes:
+        names: the models.
+        view, center: how layers become matrices, and what is removed before their spectrum.
+        layers: each layer's controls.
+        axes: spectra of the sides that were asked for.
+        lineage: groups of common origin, duplicates, cosines.
+        growth: the zoo at growing sizes; None for fewer than five models.
+        summary: all layers together.
+        map: the models in the first coefficients, all layers together; `map_shares`: share of all variance of each.
+        thresholds: of layer suitability.
+        verdict: the verdict on the zoo.
+        warnings: what a reader of any figure must know.
+    """
+
+    names: tuple[str, ...]
+    view: str
+    center: str
+    seed: int
+    layers: dict[str, LayerEvidence]
+    axes: dict[str, dict[str, AxisSpectrum]]
+    lineage: Lineage
+    growth: growing.Growth | None
+    summary: Summary
+    map: tuple[tuple[float, ...], ...]
+    map_shares: tuple[float, ...]
+    thresholds: Thresholds
+    verdict: Verdict
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; docs/evidence.md lists the keys."""
+        return document(self)
+
+
+def evidence(
+    source: Zoo | Subspace | Source,
+    *,
+    axes: Iterable[str] = (),
+    center: str = "models",
+    seed: int = 0,
+    thresholds: Thresholds | None = None,
+    view: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress = no_progress,
+) -> Evidence:
+    """Put a zoo to every control, and give one verdict.
+
+    Args:
+        source: an opened zoo, what `open_zoo` takes, a subspace, or the folder of a bundle: then nothing but its moments is read.
+        axes: `outputs`, `inputs`, or both: their spectra too (a zoo only; an O³ or I³ eigendecomposition each).
+        center: what is removed before spectra; all that is said of held-out models is about the models' mean.
+        seed: of draws, folds and halves.
+        thresholds: of layer suitability.
+        view, base, include, exclude: as in `open_zoo`.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        A frozen record; `.verdict.code`, `.verdict.text`, `.to_dict()`.
+
+    Cost: one pass over the weights (none for a bundle), then about forty N × N eigendecompositions a layer, layers side by side on
+    as many threads as torch has. Memory: the layers' Grams.
+    """
+    started = time.perf_counter()
+    sides = check_axes(axes) if (axes := tuple(axes)) else ()
+    if "models" in sides:
+        sides = tuple(axis for axis in sides if axis != "models")
+    check_choice(center, CENTERS, "center")
+    measured = open_source(
+        source, sides, center, seed, progress, view=view, base=base, include=include, exclude=exclude
+    )
+    if len(measured.names) < 2:
+        raise UsageError("one model", rule="evidence compares models", next_step="name two or more")
+    origin, pooled = _gather(measured)
+    lineages = as_lineages(measured.names, origin.groups)
+    several = origin.groups and len(lineages) > 1
+    folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
+    places = {name: place for place, name in enumerate(measured.names)}
+    # A group that is the whole zoo has been looked at already.
+    groups = [
+        torch.tensor([places[name] for name in group])
+        for group in origin.groups[:MOST_GROUPS]
+        if SMALLEST_GROUP <= len(group) < len(measured.names)
+    ]
+    layers = _measure_all(measured, folds, groups, seed, progress)
+    grown = [(layer.growth, layer.layer.num_values) for layer in layers.values() if layer.growth is not None]
+    summary = summarize(list(layers.values()))
+    coordinates, shares = _map(pooled)
+    return Evidence(
+        names=tuple(measured.names),
+        view=measured.view,
+        center=measured.center,
+        seed=seed,
+        layers=layers,
+        axes={name: dict(measured.axes(name)) for name in layers},
+        lineage=origin,
+        growth=growing.growth(grown, len(measured.names)),
+        summary=summary,
+        map=coordinates,
+        map_shares=shares,
+        thresholds=thresholds or Thresholds(),
+        verdict=decide(layers, summary, origin, len(measured.names), measured.view, len(lineages)),
+        warnings=tuple(measured.warnings),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _gather(measured: MomentSource) -> tuple[Lineage, Tensor]:
+    """Cosines and duplicates over all layers, and the Gram of all layers together."""
+    num_models = len(measured.names)
+    cosines = Cosines(num_models, measured.view)
+    pooled = torch.zeros(num_models, num_models, dtype=torch.float64)
+
+    def each() -> Iterable[Any]:
+        for name, layer in measured.layers.items():
+            moments = measured.moments(name)
+            cosines.add(layer, moments)
+            if moments.variance > 0:
+                pooled.add_(moments.gram_NN)
+            yield moments
+
+    pairs = find_duplicates(measured.names, each())
+    return lineage(measured.names, cosines, pairs), pooled
+
+
+def _measure_all(
+    measured: MomentSource, folds: list[Tensor] | None, groups: list[Tensor], seed: int, progress: Progress
+) -> dict[str, LayerEvidence]:
+    """Layers side by side: each is some forty small eigendecompositions, which torch's own threads only slow down."""
+
+    def measure(name: str) -> LayerEvidence:
+        return measure_layer(measured.layers[name], measured.moments(name), folds, groups, seed)
+
+    found: dict[str, LayerEvidence] = {}
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        try:
+            for name, layer in zip(measured.layers, pool.map(measure, measured.layers), strict=True):
+                found[name] = layer
+                progress("weighing layers", len(found), len(measured.layers))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+@contextmanager
+def _one_thread_each() -> Any:
+    """Give the number of threads that torch had, and leave each of them one while inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _map(pooled_NN: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+    """The models' first coefficients, all layers taken together as one."""
+    centered = center_gram(pooled_NN)
+    values, vectors = eigenpairs(centered)
+    kept = min(MAP_DIMENSIONS, values.numel())
+    coordinates = torch.zeros(centered.shape[0], MAP_DIMENSIONS, dtype=torch.float64)
+    coordinates[:, :kept] = vectors[:, :kept] * values[:kept].sqrt()
+    total = float(centered.diagonal().sum())
+    shares = (values[:kept] / total).tolist() if total > 0 else []
+    return tuple(tuple(row) for row in coordinates.tolist()), (*shares, *(0.0,) * (MAP_DIMENSIONS - len(shares)))

@@ -1,0 +1,106 @@
+"""Growth: does the dimension of the subspace saturate as models are added, and do more models hold unseen ones better?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.heldout import hold_out, up_to
+from eigenzoo.subspace.moments import LayerMoments
+
+RANK = 16
+"""Directions kept at each size, or all that so few models span."""
+
+SIZES = (0.125, 0.25, 0.5, 0.75, 1.0)
+NUM_DRAWS = 4
+NUM_DRAWS_LARGE = 2
+LARGE_ZOO = 200
+HELD_OUT = 5
+"""One model in this many is kept out of all sizes."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The zoo at growing sizes: averages over layers, weighted by their number of values.
+
+    Attributes:
+        num_models: sizes of the fitted part.
+        var90_rank: least k at which the top k directions of each layer hold 90 % of the fitted models' variance on average.
+        in_sample, captured: share of the variance of the fitted and of always the same held-out models in the top `rank`.
+        null: the share that as many directions of no distinction hold, k / D.
+        spread: standard deviation of `captured` over the draws.
+        rank: directions kept, or all that a size spans.
+        num_draws: random orders of the models.
+    """
+
+    num_models: tuple[int, ...]
+    var90_rank: tuple[float, ...]
+    in_sample: tuple[float, ...]
+    captured: tuple[float, ...]
+    null: tuple[float, ...]
+    spread: tuple[float, ...]
+    rank: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
+class LayerGrowth:
+    """One layer's shares: (draws, sizes, ranks) cumulative in-sample, and (draws, sizes) of the others."""
+
+    in_sample: Tensor
+    captured: Tensor
+    null: Tensor
+
+
+def sizes(num_models: int) -> tuple[int, ...]:
+    """Sizes that growth is looked at; none for fewer than five models, of which one is held out."""
+    most = num_models - max(1, num_models // HELD_OUT)
+    return tuple(sorted({max(3, round(share * most)) for share in SIZES})) if num_models >= HELD_OUT else ()
+
+
+def layer_growth(moments: LayerMoments, seed: int = 0) -> LayerGrowth | None:
+    """Fit directions to nested parts of the zoo and measure the same held-out models; from the Gram. Cost about N³ a draw."""
+    num_models, looked = moments.num_models, sizes(moments.num_models)
+    if not looked or moments.variance == 0:
+        return None
+    draws = NUM_DRAWS if num_models <= LARGE_ZOO else NUM_DRAWS_LARGE
+    generator = torch.Generator().manual_seed(seed)
+    in_sample = torch.ones(draws, len(looked), num_models, dtype=torch.float64)
+    captured, null = torch.zeros(2, draws, len(looked), dtype=torch.float64)
+    for draw in range(draws):
+        order = torch.randperm(num_models, generator=generator)
+        held, rest = order[looked[-1] :], order[: looked[-1]]
+        for place, size in enumerate(looked):
+            found = hold_out(moments.gram_NN, rest[:size], held)
+            rank = min(RANK, size - 1)
+            if found.fitted_energy > 0:
+                in_sample[draw, place, : found.in_sample_K.numel()] = found.in_sample_K / found.fitted_energy
+            captured[draw, place] = up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0
+            null[draw, place] = min(rank / moments.num_values, 1.0)
+    return LayerGrowth(in_sample, captured, null)
+
+
+def growth(layers: Sequence[tuple[LayerGrowth, float]], num_models: int) -> Growth | None:
+    """Average over layers by weight."""
+    if not layers:
+        return None
+    total = sum(weight for _, weight in layers)
+    in_sample, captured, null = (
+        torch.stack([getattr(layer, part) * weight for layer, weight in layers]).sum(0) / total
+        for part in ("in_sample", "captured", "null")
+    )
+    looked = sizes(num_models)
+    at_rank = torch.stack([in_sample[:, place, min(RANK, size - 1) - 1] for place, size in enumerate(looked)], 1)
+    return Growth(
+        looked,
+        tuple(((in_sample < 0.9).sum(-1) + 1).double().mean(0).tolist()),
+        tuple(at_rank.mean(0).tolist()),
+        tuple(captured.mean(0).tolist()),
+        tuple(null.mean(0).tolist()),
+        tuple(captured.std(0).tolist()),
+        RANK,
+        in_sample.shape[0],
+    )

@@ -1,0 +1,163 @@
+"""Lineage: which models share an initialisation or a parent, and is what the zoo shares more than that?
+
+Models of common origin have a common part, which shows as cosines far from zero: of the weights, or of LoRA's A-factors, which
+training moves least from their random start. Groups are found by average linkage; the cut lies in the largest gap between the
+levels at which clusters join, since origins are few and far apart while a mere subspace joins its models at every level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.records import Layer
+from eigenzoo.subspace.moments import LayerMoments
+
+GAP = 0.2
+"""Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""
+
+FACTOR_A = ".lora_A"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Groups of common origin.
+
+    Attributes:
+        groups: names of the models of each group of two or more, the largest first.
+        duplicates: pairs of models that are one function: the first of them, and each other.
+        measure: what cosines are of: `weights`, `A-factors`, or `differences` from the base.
+        cosines: N × N, in the zoo's order of models; weighted over layers by their number of values.
+        order: the models clustered, for a picture.
+        level: the cosine at which groups are told apart; None where nothing joins.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    duplicates: tuple[tuple[str, str], ...]
+    measure: str
+    cosines: tuple[tuple[float, ...], ...]
+    order: tuple[int, ...]
+    level: float | None
+
+
+class Cosines:
+    """Cosines between models, gathered layer by layer."""
+
+    def __init__(self, num_models: int, view: str) -> None:
+        self.view = view
+        self.measure = {"weight": "weights", "delta": "differences"}.get(view, "A-factors")
+        self._sum_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
+        self._weights = 0.0
+
+    def add(self, layer: Layer, moments: LayerMoments) -> None:
+        """Add one layer: its A-factors where it is a LoRA update; a layer that is equal in all models says nothing."""
+        if self.view == "factors" and not layer.name.endswith(FACTOR_A):
+            return
+        if self.view != "update":
+            gram_NN = moments.raw_NN if moments.variance > 0 else None
+            weight = layer.num_values
+        else:
+            gram_NN, weight = moments.starts_NN, layer.shape[1]
+        if gram_NN is None:
+            return
+        norms_N = gram_NN.diagonal().clamp_min(0).sqrt()
+        if float(norms_N.min()) > 0:
+            self._sum_NN += weight * gram_NN / (norms_N[:, None] * norms_N)
+            self._weights += weight
+
+    @property
+    def mean_NN(self) -> Tensor:
+        """The weighted mean over layers; the identity where no layer told anything."""
+        if self._weights == 0:
+            return torch.eye(self._sum_NN.shape[0], dtype=torch.float64)
+        return (self._sum_NN / self._weights).clamp(-1, 1)
+
+
+def lineage(names: Sequence[str], cosines: Cosines, pairs: Iterable[tuple[str, str]]) -> Lineage:
+    """Group the models of a zoo; `pairs` are those that are one function. Cost N² log N."""
+    cosines_NN = cosines.mean_NN
+    duplicates = stars(pairs)
+    places = {name: place for place, name in enumerate(names)}
+    copies = {places[other]: places[first] for first, other in duplicates}
+    groups, level = find_groups(cosines_NN, copies)
+    return Lineage(
+        tuple(tuple(names[place] for place in group) for group in groups),
+        duplicates,
+        cosines.measure,
+        tuple(tuple(row) for row in cosines_NN.tolist()),
+        tuple(_leaves(cosines_NN)),
+        level,
+    )
+
+
+def stars(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Keep of all pairs of duplicates those with the first of each set: 196 and not 19,306 for 197 copies.
+
+    >>> stars([("a", "b"), ("a", "c"), ("b", "c")])
+    (('a', 'b'), ('a', 'c'))
+    """
+    known = list(pairs)
+    later = {other for _, other in known}
+    return tuple((first, other) for first, other in known if first not in later)
+
+
+def find_groups(cosines_NN: Tensor, copies: Mapping[int, int]) -> tuple[list[list[int]], float | None]:
+    """Groups of two or more models, the largest first, and the cosine that tells them apart.
+
+    Copies are one model while groups are looked for, so that what is equal does not hide what is only akin.
+    """
+    single = [place for place in range(cosines_NN.shape[0]) if place not in copies]
+    level = None
+    clusters = [[place] for place in single]
+    if len(single) > 1:
+        from scipy.cluster.hierarchy import fcluster
+
+        tree = _tree(cosines_NN[single][:, single])
+        level = _largest_gap([1 - height for height in tree[:, 2]])
+        if level is not None:
+            labels = fcluster(tree, 1 - level, criterion="distance")
+            clusters = [[single[i] for i in (labels == label).nonzero()[0]] for label in sorted(set(labels))]
+    with_copies = [
+        sorted([*cluster, *(copy for copy, first in copies.items() if first in cluster)]) for cluster in clusters
+    ]
+    groups = sorted((cluster for cluster in with_copies if len(cluster) > 1), key=lambda group: (-len(group), group))
+    return groups, level
+
+
+def _largest_gap(levels: Sequence[float]) -> float | None:
+    """The middle of the largest gap between levels of joining, unrelated models' zero the last of them; None where it is small."""
+    falling = sorted(levels, reverse=True)
+    if falling[-1] > 0:
+        falling.append(0.0)
+    gaps = [(above - below, (above + below) / 2) for above, below in pairwise(falling)]
+    widest = max(gaps, default=(0.0, 0.0))
+    return widest[1] if widest[0] >= GAP else None
+
+
+def _tree(cosines_NN: Tensor) -> Any:
+    """The tree of average linkage, as SciPy's array: heights are one minus the cosine at which clusters join."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    distances = (1 - cosines_NN).clamp_min(0)
+    distances = ((distances + distances.T) / 2).fill_diagonal_(0)
+    return linkage(squareform(distances.numpy(), checks=False), method="average")
+
+
+def _leaves(cosines_NN: Tensor) -> list[int]:
+    from scipy.cluster.hierarchy import leaves_list
+
+    return [int(leaf) for leaf in leaves_list(_tree(cosines_NN))] if cosines_NN.shape[0] > 1 else [0]
+
+
+def as_lineages(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Every model's place, by lineage: the groups, and every other model as its own."""
+    places = {name: place for place, name in enumerate(names)}
+    grouped = [[places[name] for name in group] for group in groups]
+    inside = {place for group in grouped for place in group}
+    return [*grouped, *([place] for place in range(len(names)) if place not in inside)]

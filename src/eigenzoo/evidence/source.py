@@ -1,0 +1,151 @@
+"""Where evidence gets its moments: a zoo's weights, read once, or a bundle, whose moments are all that is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.linalg.nulls import axis_null
+from eigenzoo.linalg.side import SideMoment
+from eigenzoo.records import Layer, Progress
+from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.subspace import Subspace, load
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.stack import UpdateStack
+from eigenzoo.zoo.zoo import Zoo, open_zoo
+
+LARGE_SIDE = 2048
+"""One draw of the null is enough above: the spectrum averages itself, and a draw costs size³."""
+
+
+@dataclass(frozen=True)
+class AxisSpectrum:
+    """Spectrum of a layer's outputs or inputs beside that of unrelated noise; about which center they are taken is named.
+
+    Attributes:
+        explained_variance_ratio: eigenvalues over their total.
+        null: the same of independent noise with the models' energies.
+        center: what was removed; `none` for LoRA updates, whose sides hold the mean too.
+    """
+
+    explained_variance_ratio: tuple[float, ...]
+    null: tuple[float, ...]
+    center: str
+
+
+class MomentSource(Protocol):
+    """Models, layers and their moments."""
+
+    names: Sequence[str]
+    view: str
+    center: str
+    layers: Mapping[str, Layer]
+    warnings: Sequence[str]
+
+    def moments(self, layer: str) -> LayerMoments:
+        """Return a layer's moments."""
+
+    def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
+        """Return the spectra of the layer's sides that were asked for."""
+
+
+class ZooMoments:
+    """The moments of a zoo: one pass over the weights, sides' spectra taken at once and their moments let go."""
+
+    def __init__(self, zoo: Zoo, axes: Sequence[str], center: str, seed: int, progress: Progress) -> None:
+        self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
+        self.center = center
+        self._moments: dict[str, LayerMoments] = {}
+        self._axes: dict[str, dict[str, AxisSpectrum]] = {}
+        for number, name in enumerate(zoo.layers):
+            stack = zoo.stack(name)
+            whole = collect(stack, tuple(axes), center)
+            about = "none" if isinstance(stack, UpdateStack) else center
+            columns = stack.ranks if isinstance(stack, UpdateStack) else None
+            self._axes[name] = {
+                axis: _axis_spectrum(
+                    side, whole, axis, about, None if columns is None else sum(columns) / len(columns), seed
+                )
+                for axis, side in (("outputs", whole.outputs), ("inputs", whole.inputs))
+                if side is not None
+            }
+            self._moments[name] = replace(whole, outputs=None, inputs=None)
+            progress("collecting moments", number + 1, len(zoo.layers))
+
+    def moments(self, layer: str) -> LayerMoments:
+        """Return a layer's moments."""
+        return self._moments[layer]
+
+    def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
+        """Return the spectra of the sides that were asked for."""
+        return self._axes[layer]
+
+
+class BundleMoments:
+    """The moments that a bundle keeps; no weight file is touched."""
+
+    def __init__(self, space: Subspace) -> None:
+        self.names, self.view, self.center = space.names, space.view, space.manifest.center
+        self.layers = {name: basis.layer for name, basis in space.layers.items()}
+        self.warnings = tuple(space.report.get("warnings", ()))
+        self.moments = space.moments
+
+    def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
+        """Return nothing: a bundle keeps the models' Gram alone."""
+        return {}
+
+
+def open_source(
+    source: Zoo | Subspace | Source,
+    axes: Sequence[str],
+    center: str,
+    seed: int,
+    progress: Progress,
+    *,
+    view: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> MomentSource:
+    """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
+    if isinstance(source, str | os.PathLike) and is_bundle(Path(source)):
+        source = load(source)
+    chosen = view is not None or base is not None or bool(include) or bool(exclude)
+    if isinstance(source, Subspace):
+        if axes or chosen or center != "models":
+            raise UsageError(
+                "axes, center, view, base, include or exclude of a bundle",
+                rule="a bundle keeps the models' Gram of its own layers, about their mean",
+                next_step="name the zoo instead",
+            )
+        return BundleMoments(source)
+    if isinstance(source, Zoo):
+        if chosen:
+            raise UsageError("view, base, include or exclude of an opened zoo", next_step="give them to open_zoo")
+        return ZooMoments(source, axes, center, seed, progress)
+    zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)
+    return ZooMoments(zoo, axes, center, seed, progress)
+
+
+def _axis_spectrum(
+    side: SideMoment, moments: LayerMoments, axis: str, center: str, columns: float | None, seed: int
+) -> AxisSpectrum:
+    total = side.trace
+    values = side.eigenvectors().values_K / total if total > 0 else side.eigenvectors().values_K
+    energies_N = moments.energies_N if center == "none" else moments.centered_NN.diagonal()
+    width = columns if columns is not None else moments.num_values / side.size
+    null = axis_null(
+        side.size,
+        energies_N,
+        width,
+        centered=center == "models",
+        draws=1 if side.size > LARGE_SIDE else None,
+        seed=seed,
+    )
+    padding = (0.0,) * (side.size - values.numel())
+    return AxisSpectrum((*values.tolist(), *padding), tuple(null.mean(0).tolist()), center)

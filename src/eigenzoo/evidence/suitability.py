@@ -1,0 +1,130 @@
+"""Layer suitability: is a layer's spectrum a power law of the exponent that trained layers have?
+
+Eigenvalues λ ≥ x_min with density ∝ λ^(−α): α by maximum likelihood, x_min where the Kolmogorov–Smirnov distance is least (Clauset,
+Shalizi and Newman 2009). Trained layers have α between about 2 and 6 (Martin and Mahoney 2021). A layer has one exponent per
+random half of the zoo; layers whose exponents lie in range, agree, and do so often enough are suited for a shared subspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from statistics import fmean, pstdev
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.subspace.moments import LayerMoments
+
+MIN_TAIL = 4
+"""Fewer eigenvalues above x_min fit any exponent."""
+
+NUM_HALVES = 8
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a suited layer's exponents must fulfil: mean in [low, high], spread at most, share in range and q at least."""
+
+    low: float = 2.0
+    high: float = 6.0
+    spread: float = 1.0
+    share: float = 0.5
+    q: float = 0.2
+
+
+@dataclass(frozen=True)
+class Suitability:
+    """A layer's exponents.
+
+    Attributes:
+        exponent, xmin, num_values: of the whole zoo's spectrum, its smallest eigenvalue in the fit, and how many are in it.
+        exponents: of random halves of the zoo; mean and spread (standard deviation) are theirs.
+    """
+
+    exponent: float | None
+    xmin: float | None
+    num_values: int
+    exponents: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean exponent over the halves."""
+        return fmean(self.exponents) if self.exponents else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the halves."""
+        return pstdev(self.exponents) if self.exponents else None
+
+    def share(self, thresholds: Thresholds) -> float:
+        """Share of the halves whose exponent is in range."""
+        inside = sum(thresholds.low <= exponent <= thresholds.high for exponent in self.exponents)
+        return inside / len(self.exponents) if self.exponents else 0.0
+
+    def q(self, thresholds: Thresholds) -> float:
+        """Share in range over one plus the spread: 1 where all halves agree inside the range, 0 where none is inside."""
+        return self.share(thresholds) / (1 + (self.spread or 0.0))
+
+    def is_suited(self, thresholds: Thresholds) -> bool:
+        """Tell whether the layer is retained."""
+        mean, spread = self.mean, self.spread
+        return (
+            mean is not None
+            and spread is not None
+            and thresholds.low <= mean <= thresholds.high
+            and spread <= thresholds.spread
+            and self.share(thresholds) >= thresholds.share
+            and self.q(thresholds) >= thresholds.q
+        )
+
+
+NOTHING = Suitability(None, None, 0, ())
+
+
+def suitability(moments: LayerMoments, seed: int = 0) -> Suitability:
+    """Fit the exponents of a layer's spectrum, of the zoo and of random halves of it; from the Gram alone."""
+    if moments.variance == 0:
+        return NOTHING
+    exponent, xmin, num_values = power_law(eigenpairs(moments.centered_NN, moments.round_off)[0])
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(NUM_HALVES // 2):
+        for half in torch.randperm(moments.num_models, generator=generator).tensor_split(2):
+            values_K = eigenpairs(center_gram(moments.gram_NN[half][:, half]), moments.round_off)[0]
+            found.append(power_law(values_K)[0])
+    return Suitability(exponent, xmin, num_values, tuple(value for value in found if value is not None))
+
+
+def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
+    """Exponent α and x_min of a continuous power law, and how many values are at or above x_min; None for too few values.
+
+    Agrees with the package `powerlaw` (Alstott et al. 2014) to round-off. Every value but the largest ones is tried as x_min: K²
+    operations, all at once.
+    """
+    rising = values_K[values_K > 0].double().flip(0)
+    num = rising.numel()
+    if num < MIN_TAIL:
+        return None, None, 0
+    starts = torch.arange(num - 1)
+    logs = rising.log()
+    counts = num - starts
+    tails = logs.flip(0).cumsum(0).flip(0)[:-1] - counts * logs[:-1]
+    alphas = 1 + counts / tails
+    # Rows: candidates for x_min; columns: the values at or above it, with the fitted and the empirical distribution.
+    places = torch.arange(num)[None, :] - starts[:, None]
+    theory = 1 - torch.exp((1 - alphas)[:, None] * (logs[None, :] - logs[:-1, None]))
+    empirical = places / counts[:, None]
+    distances = torch.where(places >= 0, (theory - empirical).abs(), torch.zeros(())).amax(1)
+    distances = torch.where(alphas.isfinite() & (counts >= MIN_TAIL), distances, torch.inf)
+    best = int(distances.argmin())
+    alpha = float(alphas[best])
+    return (alpha, float(rising[best]), int(counts[best])) if isfinite(alpha) else (None, None, 0)
+
+
+def retained(layers: Sequence[tuple[str, Suitability]], thresholds: Thresholds) -> list[str]:
+    """Names of the layers that are suited."""
+    return [name for name, layer in layers if layer.is_suited(thresholds)]

@@ -1,0 +1,217 @@
+"""All layers together: pooled figures, and the verdict in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eigenzoo.evidence import verdict as rule
+from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.lineage import Lineage
+from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Shares of the variance, averaged over layers by their number of values.
+
+    Attributes:
+        rank: directions per layer.
+        in_sample, captured, null: shares of the fitted models' variance, of the held-out models', and what unrelated models give.
+    """
+
+    rank: tuple[int, ...]
+    in_sample: tuple[float, ...]
+    captured: tuple[float, ...]
+    null: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All layers together.
+
+    Attributes:
+        energy, variance: Σ over layers.
+        mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
+            held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
+        dealt: held-out models; across: held-out lineages, where there are several; within: inside each large group.
+        directions, across_directions: the test on all layers together.
+    """
+
+    energy: float
+    variance: float
+    mean_energy: float
+    mean_heldout: float
+    mean_null: float
+    dealt: Pooled
+    across: Pooled | None
+    within: tuple[Pooled, ...]
+    directions: rule.Directions
+    across_directions: rule.Directions | None
+    mean_across: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a zoo.
+
+    Attributes:
+        code: `no-shared-structure`, `shared-mean`, `shared-lineage` or `shared-subspace`.
+        text: the same in a sentence, with figures.
+        decided_by: the control that decided.
+        layers: how many layers have each code (`no-variance` among them).
+        values: share of the values of all layers with variance that lie in layers of each code.
+    """
+
+    code: str
+    text: str
+    decided_by: str
+    layers: dict[str, int]
+    values: dict[str, float]
+
+
+def summarize(layers: Sequence[LayerEvidence]) -> Summary:
+    """Average over layers, each weighted by its number of values: a bias of few dimensions has few, whatever its energy."""
+    varying = [layer for layer in layers if layer.variance > 0]
+
+    def average(shares: Sequence[float]) -> float:
+        weights = [layer.layer.num_values for layer in varying]
+        return sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights) if varying else 0.0
+
+    dealt = [(layer.sums, layer.layer.num_values) for layer in varying if layer.sums is not None]
+    across = [(layer.across_sums, layer.layer.num_values) for layer in varying if layer.across_sums is not None]
+    groups = len(varying[0].within_sums) if varying else 0
+    return Summary(
+        energy=sum(layer.energy for layer in layers),
+        variance=sum(layer.variance for layer in layers),
+        mean_energy=average([layer.mean.share for layer in varying]),
+        mean_heldout=average([layer.mean.heldout for layer in varying]),
+        mean_null=average([layer.mean.null for layer in varying]),
+        dealt=pool(dealt),
+        across=pool(across) if across else None,
+        within=tuple(
+            pool([(s, layer.layer.num_values) for layer in varying if (s := layer.within_sums[place]) is not None])
+            for place in range(groups)
+        ),
+        directions=rule.directions(dealt),
+        across_directions=rule.directions(across) if across else None,
+        mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
+        if across
+        else None,
+    )
+
+
+def pool(sums: Sequence[tuple[Capture, float]]) -> Pooled:
+    """Average shares over layers by weight, at the ranks of the longest one; a layer of fewer dimensions counts with all it has."""
+    known = [(layer, weight) for layer, weight in sums if layer.fitted > 0 and layer.energy > 0]
+    if not known:
+        return Pooled((), (), (), ())
+    rank = max((layer.rank for layer, _ in known), key=lambda ranks: ranks[-1])
+    total = sum(weight for _, weight in known)
+
+    def shares(part: str, whole: str) -> tuple[float, ...]:
+        return tuple(
+            sum(weight * _at(layer, getattr(layer, part), k) / getattr(layer, whole) for layer, weight in known) / total
+            for k in rank
+        )
+
+    return Pooled(rank, shares("in_sample", "fitted"), shares("captured", "energy"), shares("null", "energy"))
+
+
+def _at(layer: Capture, values: Sequence[float], rank: int) -> float:
+    """A cumulative energy at a rank: that of the largest known rank at or below it."""
+    below = [value for known, value in zip(layer.rank, values, strict=True) if known <= rank]
+    return below[-1] if below else 0.0
+
+
+def decide(
+    layers: Mapping[str, LayerEvidence],
+    summary: Summary,
+    lineage: Lineage,
+    num_models: int,
+    view: str,
+    num_lineages: int,
+) -> Verdict:
+    """Apply the rule of `verdict` to all layers, and say it."""
+    codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
+    together = None
+    if summary.directions.shared:
+        gone = summary.across_directions is not None and not summary.across_directions.shared
+        together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
+    code, decided_by, counts, values = rule.judge_zoo(codes, together)
+    text = _sentence(code, decided_by, summary, lineage, num_models, view, num_lineages)
+    return Verdict(code, f"{text} {_denominator(code, counts, values)}", decided_by, counts, values)
+
+
+def _sentence(
+    code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str, num_lineages: int
+) -> str:
+    if decided_by == "variance":
+        return f"The {num_models} models are copies of one: no analysed layer differs between them."
+    found = _held(summary.dealt)
+    if code == rule.SHARED_SUBSPACE:
+        within = ", within one lineage" if view in ("delta", "update") or num_lineages == 1 else ""
+        strength = (
+            "" if summary.directions.material else " It is there beyond chance, and too little to store models in."
+        )
+        return f"Shared subspace{within}: {found}; {_mean(summary)}.{strength}"
+    if code == rule.SHARED_LINEAGE:
+        largest = len(lineage.groups[0]) if lineage.groups else 0
+        held = f"{_percent_at(summary.dealt)} of left-out models' variance but {_percent_at(summary.across)} of left-out lineages'"
+        return (
+            f"Shared lineage: what is shared comes from models of common origin ({len(lineage.groups)} groups, the largest of "
+            f"{largest} of the {num_models} models) and is gone across origins: the top directions hold {held}."
+        )
+    if code == rule.SHARED_MEAN:
+        return f"Shared mean, and no subspace beyond it: {_mean(summary)}; around it {found}."
+    if num_models < MIN_MODELS:
+        return f"No shared structure can be shown: {num_models} models are too few to hold any out; {_mean(summary)}."
+    return f"No shared structure: {found}; {_mean(summary)}."
+
+
+def shown_place(pooled: Pooled) -> int | None:
+    """The rank that sentences quote: the largest up to 16."""
+    places = [place for place, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
+    return places[-1] if places else None
+
+
+def _held(pooled: Pooled) -> str:
+    place = shown_place(pooled)
+    if place is None:
+        return "too few models to hold any out"
+    return (
+        f"the top {pooled.rank[place]} directions of each layer hold {percent(pooled.captured[place])} of the variance of models "
+        f"left out of the fit (in-sample {percent(pooled.in_sample[place])}, chance {percent(pooled.null[place])})"
+    )
+
+
+def _percent_at(pooled: Pooled | None) -> str:
+    place = shown_place(pooled) if pooled is not None else None
+    return "–" if pooled is None or place is None else percent(pooled.captured[place])
+
+
+def _mean(summary: Summary) -> str:
+    return (
+        f"the mean alone holds {percent(summary.mean_heldout)} of a left-out model's energy "
+        f"(chance {percent(summary.mean_null)})"
+    )
+
+
+def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, float]) -> str:
+    still = counts[rule.NO_VARIANCE]
+    varying = sum(counts.values()) - still
+    equal = f"; {still} more are equal in all models and count for nothing" if still else ""
+    return (
+        f"So say {counts[code]} of {varying} layers with variance, {percent(values[code])} of their values{equal}."
+        if varying
+        else ""
+    ).strip()
+
+
+def percent(share: float) -> str:
+    """Write a share.
+
+    >>> percent(0.1234), percent(0.01234), percent(-0.02)
+    ('12.3 %', '1.23 %', '-2 %')
+    """
+    return f"{100 * share:.3g} %" if abs(share) < 0.1 else f"{100 * share:.1f} %"

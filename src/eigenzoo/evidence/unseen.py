@@ -1,0 +1,173 @@
+"""Unseen models: do directions found on some models hold the others?
+
+In-sample beside held out, cross-validated and leave-one-out, all from the Gram. Chance is stated twice. A held-out model seen
+from the fitted models' mean (`captured`, what a user meets) is compared with unrelated models of the same norms. Held-out
+models seen from their own mean (`contrast`) share nothing with the fitted ones, so that chance is exact there; that is what
+is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.heldout import deal, hold_out, leave_one_out, others, up_to
+from eigenzoo.subspace.moments import LayerMoments
+
+NUM_FOLDS = 5
+MIN_MODELS = 4
+"""Fewer leave no two models to hold out and two to fit on."""
+
+TESTED_RANK = 16
+"""The most directions that are tested: what "low-dimensional" means here, the hypothesis' own number."""
+
+DISPERSION = 2.0
+"""Folds share models, so their captures vary together: measured variance over that of independent folds is 1.3 to 1.9."""
+
+LEFT_OUT_RANK = 16
+LEFT_OUT_RANK_LARGE = 8
+LARGE_ZOO = 200
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Sums over folds, per rank: what verdicts are made of, and what adds up over layers.
+
+    Attributes:
+        rank: the ranks.
+        in_sample, fitted: energy captured of the fitted models at each rank, and all of it.
+        captured, energy: the same of held-out models about the fitted mean.
+        contrast, contrast_energy: the same about the held-out models' own mean.
+        cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
+        null: energy that unrelated models of the same norms would have captured of them (`captured`).
+        freedom: degrees of freedom of the contrasts, per direction.
+        num_values: D.
+    """
+
+    rank: tuple[int, ...]
+    in_sample: tuple[float, ...]
+    fitted: float
+    captured: tuple[float, ...]
+    energy: float
+    contrast: tuple[float, ...]
+    contrast_energy: float
+    cloud: float
+    null: tuple[float, ...]
+    freedom: float
+    num_values: int
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Captured of the contrasts over what as many directions of no distinction hold, per rank."""
+        return tuple(
+            found / (rank * self.cloud) if self.cloud > 0 else 0.0
+            for rank, found in zip(self.rank, self.contrast, strict=True)
+        )
+
+    @property
+    def over_chance(self) -> tuple[float, ...]:
+        """Captured of the contrasts over the share k / D that any k directions hold of unrelated models, per rank."""
+        chance = self.contrast_energy / self.num_values
+        return tuple(
+            found / (min(rank, self.num_values) * chance) if chance > 0 else 0.0
+            for rank, found in zip(self.rank, self.contrast, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Shares of the variance that the top k directions hold, in-sample and of models left out of the fit.
+
+    Attributes:
+        rank: the ranks: powers of two and the largest that the smallest fold spans.
+        in_sample, captured: shares of the fitted and of the held-out models' energy about the fitted mean, five folds.
+        null: `captured` of unrelated models of the same norms.
+        left_out_rank, left_out: the same with every model left out once.
+    """
+
+    rank: tuple[int, ...]
+    in_sample: tuple[float, ...]
+    captured: tuple[float, ...]
+    null: tuple[float, ...]
+    left_out_rank: tuple[int, ...]
+    left_out: tuple[float, ...]
+
+
+def ranks_up_to(largest: int) -> tuple[int, ...]:
+    """Powers of two below `largest`, and `largest`.
+
+    >>> ranks_up_to(9)
+    (1, 2, 4, 8, 9)
+    """
+    if largest < 1:
+        return ()
+    return (*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest)
+
+
+def capture(moments: LayerMoments, folds: Sequence[Tensor] | None = None, seed: int = 0) -> Capture | None:
+    """Hold out each fold in turn, and add up; None for fewer than `MIN_MODELS` models and without variance. Cost folds · N³."""
+    num_models, gram_NN = moments.num_models, moments.gram_NN
+    if num_models < MIN_MODELS or moments.variance == 0:
+        return None
+    dealt = list(folds) if folds is not None else deal(num_models, min(NUM_FOLDS, num_models // 2), seed)
+    found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
+    rank = ranks_up_to(min(num_models - max(map(len, dealt)) - 1, moments.num_values))
+    square = sum(fold.contrast_square for fold in found)
+    contrast_energy = sum(fold.contrast_energy for fold in found)
+    energy = sum(fold.energy for fold in found)
+    return Capture(
+        rank=rank,
+        in_sample=_summed([fold.in_sample_K for fold in found], rank),
+        fitted=sum(fold.fitted_energy for fold in found),
+        captured=_summed([fold.captured_K for fold in found], rank),
+        energy=energy,
+        contrast=_summed([fold.contrast_K for fold in found], rank),
+        contrast_energy=contrast_energy,
+        cloud=sum(fold.cloud for fold in found),
+        null=tuple(share * energy for share in _null_shares(moments, dealt, rank)),
+        freedom=contrast_energy**2 / square / DISPERSION if square > 0 else 0.0,
+        num_values=moments.num_values,
+    )
+
+
+def _summed(cumulative: Sequence[Tensor], rank: Sequence[int]) -> tuple[float, ...]:
+    """Add up cumulative energies of several folds at each rank."""
+    return tuple(sum(up_to(fold_K, k) for fold_K in cumulative) for k in rank)
+
+
+def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
+    """Shares captured of unrelated models: those of orthogonal ones with these norms, and k / D more.
+
+    Orthogonal ones are not free of it: the mean of models of uneven norms leans to the largest, as the first direction does.
+    """
+    few = dealt if moments.num_models <= LARGE_ZOO else dealt[:1]
+    orthogonal = torch.diag(moments.gram_NN.diagonal().clamp_min(0))
+    found = [hold_out(orthogonal, others(moments.num_models, held), held) for held in few]
+    total = sum(fold.energy for fold in found)
+    if total <= 0:
+        return [0.0] * len(rank)
+    limits = _summed([fold.captured_K for fold in found], rank)
+    return [
+        min(1.0, limit / total + (1 - limit / total) * min(k / moments.num_values, 1.0))
+        for k, limit in zip(rank, limits, strict=True)
+    ]
+
+
+def unseen(moments: LayerMoments, sums: Capture | None) -> Unseen | None:
+    """Turn the sums over folds into shares, and add leave-one-out."""
+    if sums is None:
+        return None
+    largest = LEFT_OUT_RANK if moments.num_models <= LARGE_ZOO else LEFT_OUT_RANK_LARGE
+    left_out_K, energy = leave_one_out(moments.centered_NN, largest)
+    ranks = ranks_up_to(left_out_K.numel())
+    return Unseen(
+        sums.rank,
+        tuple(value / sums.fitted for value in sums.in_sample),
+        tuple(value / sums.energy for value in sums.captured),
+        tuple(value / sums.energy for value in sums.null),
+        ranks,
+        tuple(up_to(left_out_K, rank) / energy for rank in ranks),
+    )
