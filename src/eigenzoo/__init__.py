@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         UsageError,
         ZooError,
     )
+    from eigenzoo.evidence.evidence import Evidence, evidence
+    from eigenzoo.evidence.function import evaluate
     from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.fit import fit
     from eigenzoo.subspace.plan import plan
@@ -43,6 +45,7 @@ _ERRORS = (
     "BundleError",
     "DataError",
     "EigenzooError",
+    "Evidence",
     "FormatError",
     "MismatchError",
     "OutputError",
@@ -57,6 +60,9 @@ _HOMES = {
     "RebuiltModel": "subspace.rebuilt",
     "Subspace": "subspace.subspace",
     "Zoo": "zoo.zoo",
+    "Evidence": "evidence.evidence",
+    "evaluate": "evidence.function",
+    "evidence": "evidence.evidence",
     "fit": "subspace.fit",
     "inspect": "zoo.inspection",
     "load": "subspace.subspace",
@@ -71,6 +77,7 @@ __all__ = [
     "Coefficients",
     "DataError",
     "EigenzooError",
+    "Evidence",
     "FormatError",
     "MismatchError",
     "OutputError",
@@ -82,6 +89,8 @@ __all__ = [
     "UsageError",
     "Zoo",
     "ZooError",
+    "evaluate",
+    "evidence",
     "fit",
     "inspect",
     "load",

@@ -21,6 +21,14 @@ ZooArgument = Annotated[
 BundleArgument = Annotated[
     Path, typer.Argument(help="A bundle that `eigenzoo fit` wrote.", metavar="BUNDLE", show_default=False)
 ]
+ZooOrBundleArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="A bundle; or a zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
+        metavar="ZOO|BUNDLE",
+        show_default=False,
+    ),
+]
 View = Annotated[
     str | None,
     typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False),
@@ -116,3 +124,10 @@ def check_device(device: str) -> None:
 def one_or_many(zoo: list[str]) -> str | list[str]:
     """A single word may be a folder, a glob or a list; several are paths of models."""
     return zoo[0] if len(zoo) == 1 else zoo
+
+
+def is_bundle(path: str) -> bool:
+    """Tell whether a word names the folder of a bundle."""
+    from eigenzoo.formats.bundle import is_bundle
+
+    return is_bundle(Path(path))

@@ -7,15 +7,23 @@ and its singular vectors random (spectrum-matched).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.nulls import iid_spectra, norm_matched_spectra, permuted_spectra, spectrum_matched_spectra
+from eigenzoo.linalg.nulls import (
+    edge_null,
+    iid_spectra,
+    norm_matched_spectra,
+    permuted_spectra,
+    scaled_shares,
+    spectrum_matched_spectra,
+)
 from eigenzoo.linalg.rank import AUTO, choose_rank
-from eigenzoo.linalg.spectrum import effective_rank, eigenpairs
+from eigenzoo.linalg.spectrum import effective_rank
 from eigenzoo.subspace.moments import LayerMoments
 
 LARGE_ZOO = 128
@@ -23,6 +31,12 @@ LARGE_ZOO = 128
 
 BAND = (0.05, 0.95)
 """Quantiles of the null's draws that are given as its band."""
+
+EVEN = 1e-9
+"""Least standard deviation of the null: where k directions are all there are, every draw holds everything."""
+
+LARGEST_DEVIATE = 20.0
+"""The most that a standard deviation estimated from so few draws can say."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +70,14 @@ NOTHING = Chance((), 0.0, (), (), (), (), None, None, 0, 0)
 """A layer without variance."""
 
 
-def chance(moments: LayerMoments, shape: tuple[int, int], seed: int = 0) -> Chance:
-    """Compare a layer's spectrum with chance; from the moments alone. Cost: N³ a draw."""
+def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed: int = 0) -> Chance:
+    """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance; from the moments alone. Cost: N³ a draw."""
     if moments.variance == 0:
         return NOTHING
     centered = moments.shift_N is None
     gram_NN = moments.centered_NN
     num_values, draws = moments.num_values, num_draws(moments.num_models)
     length = moments.num_models - centered
-    values_K, _ = eigenpairs(gram_NN, moments.round_off)
     ratio_K = values_K / moments.variance
     energies_N = gram_NN.diagonal()
     null = norm_matched_spectra(energies_N, num_values, centered=centered, draws=draws, seed=seed)
@@ -88,6 +101,23 @@ def chance(moments: LayerMoments, shape: tuple[int, int], seed: int = 0) -> Chan
         choose_rank(AUTO, values_K, moments.variance, null).rank,
         choose_rank(0.9, values_K, moments.variance).rank,
     )
+
+
+def edges(scaled: tuple[Tensor, Tensor], rank: Sequence[int], dimensions: Sequence[float]) -> list[tuple[float, ...]]:
+    """Standard deviations by which the top k eigenvalues exceed those of unrelated models, for each k of `rank`.
+
+    Every model is scaled to one norm (`scaled`, from `scale_models`), in the null as in the zoo, so that none outweighs the others.
+    `dimensions` are the numbers in which the models lie without direction: D, or fewer where their entries are related; each
+    has its own answer.
+    """
+    places = torch.tensor(rank) - 1
+    found = scaled_shares(*scaled).cumsum(0)[places]
+    answers = []
+    for number in dimensions:
+        middle, spread = edge_null(scaled[0].shape[0], number)
+        deviates = (found - middle[places]) / spread[places].clamp_min(EVEN)
+        answers.append(tuple(deviates.clamp(-LARGEST_DEVIATE, LARGEST_DEVIATE).tolist()))
+    return answers
 
 
 def num_draws(num_models: int) -> int:

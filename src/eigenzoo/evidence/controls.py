@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from eigenzoo.evidence.layer_evidence import LayerEvidence
-from eigenzoo.evidence.summary import percent, shown_place
+from eigenzoo.evidence.summary import groups_of, percent, shown_place
 from eigenzoo.evidence.unseen import NUM_FOLDS
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ def _chance(layers: Sequence[LayerEvidence]) -> Control:
         "unrelated models of the same norms",
         null,
         "parallel analysis against the 95 % quantile of the null's draws",
-        f"The first direction holds {percent(top)} of the variance; unrelated models of the same norms give {percent(null)}{fooled}. "
-        f"{min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on average over {len(layers)} layers).",
+        f"The first direction holds {percent(top)} of the variance; unrelated models of the same norms give "
+        f"{percent(null)}{fooled}. {min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on "
+        f"average over {len(layers)} layers).",
     )
 
 
@@ -105,8 +106,8 @@ def _unseen(found: Evidence) -> Control | None:
         null,
         f"{NUM_FOLDS} folds; p = {test.p_value:.1g} at {test.rank} directions, all layers together",
         f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
-        f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times what an "
-        f"average one does. {len(found.names) - 1} directions hold all models that were fitted: that many is trivial.",
+        f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times "
+        f"what an average one does. {len(found.names) - 1} directions hold all {len(found.names)} models: that many is trivial.",
     )
 
 
@@ -127,8 +128,8 @@ def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
         "unrelated subspaces of the same rank",
         null,
         f"{splits} random splits",
-        f"Subspaces from disjoint halves agree to a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average over "
-        f"directions; unrelated subspaces of the same rank reach {null:.2f}.",
+        f"Subspaces from disjoint halves agree to a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average "
+        f"over directions; unrelated subspaces of the same rank reach {null:.2f}.",
     )
 
 
@@ -146,8 +147,8 @@ def _growth(found: Evidence) -> Control | None:
         grown.var90_rank[0],
         f"{grown.num_draws} random orders; standard deviation of the held-out share {percent(grown.spread[-1])}",
         f"From {few} to {many} models, directions for 90 % of the variance go from {grown.var90_rank[0]:.1f} to "
-        f"{grown.var90_rank[-1]:.1f}, and the share of always the same left-out models that up to {grown.rank} directions hold from "
-        f"{percent(grown.captured[0])} to {percent(grown.captured[-1])} (chance {percent(grown.null[-1])}).",
+        f"{grown.var90_rank[-1]:.1f}, and the share of always the same left-out models that up to {grown.rank} directions hold "
+        f"from {percent(grown.captured[0])} to {percent(grown.captured[-1])} (chance {percent(grown.null[-1])}).",
     )
 
 
@@ -158,14 +159,17 @@ def _lineage(found: Evidence) -> Control:
     held = ""
     place = shown_place(across) if across is not None else None
     if across is not None and place is not None:
-        dealt = found.summary.dealt
-        control, value = across.captured[place], dealt.captured[min(place, len(dealt.captured) - 1)]
-        held = f" Across origins the top {across.rank[place]} directions hold {percent(control)} of left-out models' variance (chance {percent(across.null[place])})."
-    groups = (
-        f"{len(origin.groups)} groups of common origin hold {grouped} of {len(found.names)} models, the largest {len(origin.groups[0])}"
-        if origin.groups
-        else "No group of common origin"
-    )
+        value, control = found.summary.contrasts.captured[place], across.captured[place]
+        held = (
+            f" The top {across.rank[place]} directions hold {percent(value)} of the variance of models held out at random and "
+            f"{percent(control)} of that of whole lineages held out (chance {percent(across.null[place])})."
+        )
+    groups = "No group of common origin"
+    if origin.groups:
+        count = groups_of(len(origin.groups))
+        groups = (
+            f"{count} of common origin: {grouped} of {len(found.names)} models, the largest {len(origin.groups[0])}"
+        )
     copies = f"; {len(origin.duplicates)} models are copies of another" if origin.duplicates else ""
     return Control(
         "lineage",
@@ -195,8 +199,8 @@ def _secondary(layers: Sequence[LayerEvidence]) -> Control | None:
         "unrelated models of the same norms",
         null,
         f"{NUM_FOLDS} folds",
-        f"The directions after the kept ones hold {percent(inside)} of the fitted models' variance, {percent(captured)} of left-out "
-        f"models' and {percent(null)} by chance.",
+        f"The directions after the kept ones hold {percent(inside)} of the fitted models' variance, {percent(captured)} of "
+        f"left-out models' and {percent(null)} by chance.",
     )
 
 

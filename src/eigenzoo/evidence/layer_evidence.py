@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
+from eigenzoo.linalg.gram import scale_models
 from eigenzoo.linalg.heldout import deal
+from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer
 from eigenzoo.subspace.moments import LayerMoments, recentered
 
@@ -21,7 +23,7 @@ class LayerEvidence:
         layer: what it is.
         energy, variance: Σ‖X‖² and Σ‖X − mean‖² over the models, the denominators.
         dealt, across: findings on models held out at random, and on whole lineages held out.
-        sums, across_sums: the energies behind them.
+        weighed, across_weighed: the figures behind them; within: of each large group alone.
         code, decided_by: the verdict on the layer and the control that decided.
     """
 
@@ -37,10 +39,9 @@ class LayerEvidence:
     growth: growth.LayerGrowth | None
     dealt: verdict.Findings
     across: verdict.Findings | None
-    sums: unseen.Capture | None
-    across_sums: unseen.Capture | None
-    within_sums: tuple[unseen.Capture | None, ...]
-    within_means: tuple[mean.MeanShare, ...]
+    weighed: verdict.Weighed | None
+    across_weighed: verdict.Weighed | None
+    within: tuple[verdict.Weighed | None, ...]
     code: str
     decided_by: str
 
@@ -62,11 +63,15 @@ def measure_layer(
         seed: of draws, folds and halves.
     """
     about_mean = recentered(moments)
-    spectrum = chance.chance(moments, layer.shape, seed)
-    dealt, sums = findings(about_mean, None, seed)
-    across, across_sums = (None, None) if lineages is None else findings(about_mean, lineages, seed)
-    inside = [findings(subset(about_mean, group), None, seed) for group in groups]
+    values_K, vectors_NK = eigenpairs(about_mean.centered_NN, about_mean.round_off)
+    about_center_K = values_K if moments.shift_N is None else eigenpairs(moments.centered_NN, moments.round_off)[0]
+    spectrum = chance.chance(moments, about_center_K, layer.shape, seed)
+    num_values = layer.num_values
+    dealt, weighed = findings(about_mean, num_values, None, seed)
+    across, across_weighed = (None, None) if lineages is None else findings(about_mean, num_values, lineages, seed)
+    inside = [findings(subset(about_mean, group), num_values, None, seed) for group in groups]
     rank = max(spectrum.auto, 1)
+    sums = None if weighed is None else weighed.sums
     code, decided_by = verdict.judge(dealt, across) if about_mean.variance > 0 else (verdict.NO_VARIANCE, "variance")
     return LayerEvidence(
         layer=layer,
@@ -74,31 +79,38 @@ def measure_layer(
         variance=about_mean.variance,
         chance=spectrum,
         mean=dealt.mean,
-        unseen=unseen.unseen(about_mean, sums),
+        unseen=unseen.unseen(sums, values_K, vectors_NK),
         halves=universality.halves(about_mean, rank, seed),
         secondary=secondary.secondary(sums, rank),
-        suitability=suitability.suitability(about_mean, seed),
+        suitability=suitability.suitability(about_mean, values_K, seed),
         growth=growth.layer_growth(about_mean, seed),
         dealt=dealt,
         across=across,
-        sums=sums,
-        across_sums=across_sums,
-        within_sums=tuple(found for _, found in inside),
-        within_means=tuple(found.mean for found, _ in inside),
+        weighed=weighed,
+        across_weighed=across_weighed,
+        within=tuple(found for _, found in inside),
         code=code,
         decided_by=decided_by,
     )
 
 
 def findings(
-    moments: LayerMoments, folds: Sequence[Tensor] | None, seed: int
-) -> tuple[verdict.Findings, unseen.Capture | None]:
-    """Hold models out, fold by fold (five random ones where none are given), and say what they show."""
-    sums = unseen.capture(moments, folds, seed)
-    cloud = sums.cloud / sums.contrast_energy if sums is not None and sums.contrast_energy > 0 else 0.0
-    dealt = list(folds) if folds is not None else deal(moments.num_models, unseen.NUM_FOLDS, seed)
+    moments: LayerMoments, num_values: int, lineages: Sequence[Tensor] | None, seed: int
+) -> tuple[verdict.Findings, verdict.Weighed | None]:
+    """Hold models out, fold by fold (five random ones, or whole lineages), and say what they show."""
+    scaled = scale_models(moments.gram_NN)
+    sums = unseen.capture(moments, lineages, seed, scaled)
+    weighed, cloud = None, 0.0
+    if sums is not None and sums.contrast_energy > 0 and sums.cloud > 0:
+        cloud = sums.cloud / sums.contrast_energy
+        edges = cloud_edges = None
+        if lineages is None:
+            dimensions = (moments.num_values, min(1 / cloud, moments.num_values))
+            edges, cloud_edges = chance.edges(scaled, sums.rank, dimensions)
+        weighed = verdict.Weighed(sums, edges, cloud_edges, num_values)
+    dealt = list(lineages) if lineages is not None else deal(moments.num_models, unseen.NUM_FOLDS, seed)
     share = mean.mean_share(moments, dealt, cloud)
-    return verdict.Findings(verdict.directions([(sums, 1.0)]) if sums is not None else verdict.NOWHERE, share), sums
+    return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 
 
 def subset(moments: LayerMoments, places: Tensor) -> LayerMoments:

@@ -41,11 +41,25 @@ class AxisSpectrum:
 class MomentSource(Protocol):
     """Models, layers and their moments."""
 
-    names: Sequence[str]
-    view: str
-    center: str
-    layers: Mapping[str, Layer]
-    warnings: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the models."""
+
+    @property
+    def view(self) -> str:
+        """How a layer becomes a matrix."""
+
+    @property
+    def center(self) -> str:
+        """What is removed before the spectrum."""
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """Every layer by name."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What a reader of any figure must know."""
 
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments."""
@@ -93,7 +107,11 @@ class BundleMoments:
         self.names, self.view, self.center = space.names, space.view, space.manifest.center
         self.layers = {name: basis.layer for name, basis in space.layers.items()}
         self.warnings = tuple(space.report.get("warnings", ()))
-        self.moments = space.moments
+        self._space = space
+
+    def moments(self, layer: str) -> LayerMoments:
+        """Return a layer's moments."""
+        return self._space.moments(layer)
 
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return nothing: a bundle keeps the models' Gram alone."""

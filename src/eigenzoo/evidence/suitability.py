@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.subspace.moments import LayerMoments
 
 MIN_TAIL = 4
 """Fewer eigenvalues above x_min fit any exponent."""
 
 NUM_HALVES = 8
+NUM_HALVES_LARGE = 4
+LARGE_ZOO = 200
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,17 @@ class Suitability:
 NOTHING = Suitability(None, None, 0, ())
 
 
-def suitability(moments: LayerMoments, seed: int = 0) -> Suitability:
-    """Fit the exponents of a layer's spectrum, of the zoo and of random halves of it; from the Gram alone."""
+def suitability(moments: LayerMoments, values_K: Tensor, seed: int = 0) -> Suitability:
+    """Fit the exponents of a layer's spectrum (`values_K`, above round-off), and of those of random halves of the zoo."""
     if moments.variance == 0:
         return NOTHING
-    exponent, xmin, num_values = power_law(eigenpairs(moments.centered_NN, moments.round_off)[0])
+    exponent, xmin, num_values = power_law(values_K)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for _ in range(NUM_HALVES // 2):
+    for _ in range((NUM_HALVES if moments.num_models <= LARGE_ZOO else NUM_HALVES_LARGE) // 2):
         for half in torch.randperm(moments.num_models, generator=generator).tensor_split(2):
-            values_K = eigenpairs(center_gram(moments.gram_NN[half][:, half]), moments.round_off)[0]
-            found.append(power_law(values_K)[0])
+            values = torch.linalg.eigvalsh(center_gram(moments.gram_NN[half][:, half])).flip(0)
+            found.append(power_law(values[values > moments.round_off * values[:1]])[0])
     return Suitability(exponent, xmin, num_values, tuple(value for value in found if value is not None))
 
 

@@ -10,6 +10,9 @@ from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
 from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
 
+SMALLEST = 1e-300
+"""Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""
+
 
 @dataclass(frozen=True)
 class Pooled:
@@ -34,7 +37,8 @@ class Summary:
         energy, variance: Σ over layers.
         mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
             held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
-        dealt: held-out models; across: held-out lineages, where there are several; within: inside each large group.
+        dealt: held-out models; contrasts: the same seen from their own mean; across: held-out lineages, likewise, where there
+            are several; within: inside each large group.
         directions, across_directions: the test on all layers together.
     """
 
@@ -44,6 +48,7 @@ class Summary:
     mean_heldout: float
     mean_null: float
     dealt: Pooled
+    contrasts: Pooled
     across: Pooled | None
     within: tuple[Pooled, ...]
     directions: rule.Directions
@@ -76,11 +81,15 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
 
     def average(shares: Sequence[float]) -> float:
         weights = [layer.layer.num_values for layer in varying]
-        return sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights) if varying else 0.0
+        return (
+            sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights)
+            if varying
+            else 0.0
+        )
 
-    dealt = [(layer.sums, layer.layer.num_values) for layer in varying if layer.sums is not None]
-    across = [(layer.across_sums, layer.layer.num_values) for layer in varying if layer.across_sums is not None]
-    groups = len(varying[0].within_sums) if varying else 0
+    dealt = [layer.weighed for layer in varying if layer.weighed is not None]
+    across = [layer.across_weighed for layer in varying if layer.across_weighed is not None]
+    groups = len(varying[0].within) if varying else 0
     return Summary(
         energy=sum(layer.energy for layer in layers),
         variance=sum(layer.variance for layer in layers),
@@ -88,10 +97,10 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         mean_heldout=average([layer.mean.heldout for layer in varying]),
         mean_null=average([layer.mean.null for layer in varying]),
         dealt=pool(dealt),
-        across=pool(across) if across else None,
+        contrasts=pool(dealt, contrasts=True),
+        across=pool(across, contrasts=True) if across else None,
         within=tuple(
-            pool([(s, layer.layer.num_values) for layer in varying if (s := layer.within_sums[place]) is not None])
-            for place in range(groups)
+            pool([found for layer in varying if (found := layer.within[place]) is not None]) for place in range(groups)
         ),
         directions=rule.directions(dealt),
         across_directions=rule.directions(across) if across else None,
@@ -101,9 +110,16 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
     )
 
 
-def pool(sums: Sequence[tuple[Capture, float]]) -> Pooled:
-    """Average shares over layers by weight, at the ranks of the longest one; a layer of fewer dimensions counts with all it has."""
-    known = [(layer, weight) for layer, weight in sums if layer.fitted > 0 and layer.energy > 0]
+def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
+    """Average shares over layers by weight, at the ranks of the longest one; a layer of fewer dimensions counts with all it has.
+
+    With `contrasts`, held-out models are seen from their own mean: where lineages are held out, the fitted models' mean
+    would bring their lineage in.
+    """
+    parts = (("captured", "energy"), ("null", "energy"))
+    if contrasts:
+        parts = (("contrast", "contrast_energy"), ("contrast_null", "contrast_energy"))
+    known = [(layer.sums, layer.weight) for layer in layers if layer.sums.fitted > 0 and layer.sums.energy > 0]
     if not known:
         return Pooled((), (), (), ())
     rank = max((layer.rank for layer, _ in known), key=lambda ranks: ranks[-1])
@@ -111,11 +127,15 @@ def pool(sums: Sequence[tuple[Capture, float]]) -> Pooled:
 
     def shares(part: str, whole: str) -> tuple[float, ...]:
         return tuple(
-            sum(weight * _at(layer, getattr(layer, part), k) / getattr(layer, whole) for layer, weight in known) / total
+            sum(
+                weight * _at(layer, getattr(layer, part), k) / max(getattr(layer, whole), SMALLEST)
+                for layer, weight in known
+            )
+            / total
             for k in rank
         )
 
-    return Pooled(rank, shares("in_sample", "fitted"), shares("captured", "energy"), shares("null", "energy"))
+    return Pooled(rank, shares("in_sample", "fitted"), *(shares(part, whole) for part, whole in parts))
 
 
 def _at(layer: Capture, values: Sequence[float], rank: int) -> float:
@@ -157,10 +177,17 @@ def _sentence(
         return f"Shared subspace{within}: {found}; {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
-        held = f"{_percent_at(summary.dealt)} of left-out models' variance but {_percent_at(summary.across)} of left-out lineages'"
+        place = shown_place(summary.across) if summary.across is not None else None
+        held = ""
+        if summary.across is not None and place is not None:
+            held = (
+                f": the top {summary.across.rank[place]} directions hold {percent(summary.contrasts.captured[place])} of the "
+                f"variance of left-out models, but {percent(summary.across.captured[place])} of left-out lineages (chance "
+                f"{percent(summary.across.null[place])})"
+            )
         return (
-            f"Shared lineage: what is shared comes from models of common origin ({len(lineage.groups)} groups, the largest of "
-            f"{largest} of the {num_models} models) and is gone across origins: the top directions hold {held}."
+            f"Shared lineage: what is shared comes from models of common origin ({groups_of(len(lineage.groups))}, the largest of "
+            f"{largest} of the {num_models} models) and is gone across origins{held}."
         )
     if code == rule.SHARED_MEAN:
         return f"Shared mean, and no subspace beyond it: {_mean(summary)}; around it {found}."
@@ -185,11 +212,6 @@ def _held(pooled: Pooled) -> str:
     )
 
 
-def _percent_at(pooled: Pooled | None) -> str:
-    place = shown_place(pooled) if pooled is not None else None
-    return "–" if pooled is None or place is None else percent(pooled.captured[place])
-
-
 def _mean(summary: Summary) -> str:
     return (
         f"the mean alone holds {percent(summary.mean_heldout)} of a left-out model's energy "
@@ -206,6 +228,15 @@ def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, floa
         if varying
         else ""
     ).strip()
+
+
+def groups_of(count: int) -> str:
+    """Write a number of groups.
+
+    >>> groups_of(1), groups_of(2)
+    ('1 group', '2 groups')
+    """
+    return f"{count} group" + ("" if count == 1 else "s")
 
 
 def percent(share: float) -> str:

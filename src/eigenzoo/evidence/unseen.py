@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.heldout import deal, hold_out, leave_one_out, others, up_to
+from eigenzoo.linalg.gram import scale_models
+from eigenzoo.linalg.heldout import contrast, deal, hold_out, leave_one_out, others, up_to
 from eigenzoo.subspace.moments import LayerMoments
 
 NUM_FOLDS = 5
@@ -34,15 +35,15 @@ LARGE_ZOO = 200
 
 @dataclass(frozen=True)
 class Capture:
-    """Sums over folds, per rank: what verdicts are made of, and what adds up over layers.
+    """Sums over folds, per rank: what is said of a layer's held-out models, and what verdicts are made of.
 
     Attributes:
         rank: the ranks.
         in_sample, fitted: energy captured of the fitted models at each rank, and all of it.
         captured, energy: the same of held-out models about the fitted mean.
-        contrast, contrast_energy: the same about the held-out models' own mean.
-        cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
         null: energy that unrelated models of the same norms would have captured of them (`captured`).
+        contrast, contrast_energy: of held-out models about their own mean, every model at one norm.
+        cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
         freedom: degrees of freedom of the contrasts, per direction.
         num_values: D.
     """
@@ -52,12 +53,17 @@ class Capture:
     fitted: float
     captured: tuple[float, ...]
     energy: float
+    null: tuple[float, ...]
     contrast: tuple[float, ...]
     contrast_energy: float
     cloud: float
-    null: tuple[float, ...]
     freedom: float
     num_values: int
+
+    @property
+    def contrast_null(self) -> tuple[float, ...]:
+        """The energy k / D that any k directions hold of unrelated models' contrasts, per rank."""
+        return tuple(min(rank / self.num_values, 1.0) * self.contrast_energy for rank in self.rank)
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -70,10 +76,8 @@ class Capture:
     @property
     def over_chance(self) -> tuple[float, ...]:
         """Captured of the contrasts over the share k / D that any k directions hold of unrelated models, per rank."""
-        chance = self.contrast_energy / self.num_values
         return tuple(
-            found / (min(rank, self.num_values) * chance) if chance > 0 else 0.0
-            for rank, found in zip(self.rank, self.contrast, strict=True)
+            found / null if null > 0 else 0.0 for found, null in zip(self.contrast, self.contrast_null, strict=True)
         )
 
 
@@ -107,16 +111,24 @@ def ranks_up_to(largest: int) -> tuple[int, ...]:
     return (*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest)
 
 
-def capture(moments: LayerMoments, folds: Sequence[Tensor] | None = None, seed: int = 0) -> Capture | None:
-    """Hold out each fold in turn, and add up; None for fewer than `MIN_MODELS` models and without variance. Cost folds · N³."""
+def capture(
+    moments: LayerMoments,
+    folds: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    scaled: tuple[Tensor, Tensor] | None = None,
+) -> Capture | None:
+    """Hold out each fold in turn, and add up; None for fewer than `MIN_MODELS` models and without variance. Cost folds · N³.
+
+    `scaled` is what `scale_models` makes of the Gram, where it is known already.
+    """
     num_models, gram_NN = moments.num_models, moments.gram_NN
     if num_models < MIN_MODELS or moments.variance == 0:
         return None
     dealt = list(folds) if folds is not None else deal(num_models, min(NUM_FOLDS, num_models // 2), seed)
+    scaled_NN, level_N = scale_models(gram_NN) if scaled is None else scaled
     found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
+    contrasts = [contrast(scaled_NN, level_N, others(num_models, held), held) for held in dealt]
     rank = ranks_up_to(min(num_models - max(map(len, dealt)) - 1, moments.num_values))
-    square = sum(fold.contrast_square for fold in found)
-    contrast_energy = sum(fold.contrast_energy for fold in found)
     energy = sum(fold.energy for fold in found)
     return Capture(
         rank=rank,
@@ -124,11 +136,11 @@ def capture(moments: LayerMoments, folds: Sequence[Tensor] | None = None, seed: 
         fitted=sum(fold.fitted_energy for fold in found),
         captured=_summed([fold.captured_K for fold in found], rank),
         energy=energy,
-        contrast=_summed([fold.contrast_K for fold in found], rank),
-        contrast_energy=contrast_energy,
-        cloud=sum(fold.cloud for fold in found),
         null=tuple(share * energy for share in _null_shares(moments, dealt, rank)),
-        freedom=contrast_energy**2 / square / DISPERSION if square > 0 else 0.0,
+        contrast=_summed([fold.captured_K for fold in contrasts], rank),
+        contrast_energy=sum(fold.energy for fold in contrasts),
+        cloud=sum(fold.cloud for fold in contrasts),
+        freedom=sum(fold.freedom for fold in contrasts) / DISPERSION,
         num_values=moments.num_values,
     )
 
@@ -156,12 +168,12 @@ def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[
     ]
 
 
-def unseen(moments: LayerMoments, sums: Capture | None) -> Unseen | None:
-    """Turn the sums over folds into shares, and add leave-one-out."""
+def unseen(sums: Capture | None, values_K: Tensor, vectors_NK: Tensor) -> Unseen | None:
+    """Turn the sums over folds into shares, and add leave-one-out from the centred Gram's eigenpairs."""
     if sums is None:
         return None
-    largest = LEFT_OUT_RANK if moments.num_models <= LARGE_ZOO else LEFT_OUT_RANK_LARGE
-    left_out_K, energy = leave_one_out(moments.centered_NN, largest)
+    largest = LEFT_OUT_RANK if vectors_NK.shape[0] <= LARGE_ZOO else LEFT_OUT_RANK_LARGE
+    left_out_K, energy = leave_one_out(values_K, vectors_NK, largest)
     ranks = ranks_up_to(left_out_K.numel())
     return Unseen(
         sums.rank,

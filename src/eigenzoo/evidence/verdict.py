@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from math import erfc, sqrt
 
 from eigenzoo.evidence.mean import MeanShare
 from eigenzoo.evidence.unseen import TESTED_RANK, Capture
@@ -20,7 +19,7 @@ NO_VARIANCE = "no-variance"
 CODES = (NO_SHARED_STRUCTURE, SHARED_MEAN, SHARED_LINEAGE, SHARED_SUBSPACE)
 """From the most to the least sceptical: on equal weights the former is said."""
 
-SIGNIFICANCE = 1e-3
+SIGNIFICANCE = 1e-4
 """Chance that a layer of noise is found to share directions; zoos have tens of layers."""
 
 DISTINCT = 1.25
@@ -34,14 +33,32 @@ MEAN_SHARE, MEAN_DEVIATIONS = 0.05, 4.0
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What directions are judged by: one layer's held-out energies, its spectrum's edges, and its weight (its number of values).
+
+    Attributes:
+        sums: energies of held-out models.
+        edges: how many standard deviations the top k eigenvalues lie above those of unrelated models of the same norms, k as in
+            `sums.rank`; None where whole lineages are held out, which says nothing new of the spectrum.
+        cloud_edges: the same above those of a cloud without directions.
+    """
+
+    sums: Capture
+    edges: tuple[float, ...] | None
+    cloud_edges: tuple[float, ...] | None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Directions:
     """Whether unseen models lie along the fitted ones' leading directions.
 
     Attributes:
         shared: the answer; `distinct` and `material` are the two ways to it.
         rank: the number of directions at which it is clearest.
-        p_value: of the contrasts at that rank against a cloud without directions, times the number of ranks tried.
-        ratio: captured over what as many average directions hold.
+        p_value: of spectrum and held-out models together at that rank, times the number of ranks tried; against a cloud
+            without directions where they are distinct, else against unrelated models.
+        ratio: captured of held-out models over what as many average directions hold.
     """
 
     shared: bool
@@ -68,17 +85,18 @@ class Findings:
         return self.mean.common >= MEAN_SHARE and self.mean.deviations >= MEAN_DEVIATIONS
 
 
-def directions(layers: Sequence[tuple[Capture, float]]) -> Directions:
-    """Judge one layer, or several together, each with its weight (its number of values).
+def directions(layers: Sequence[Weighed]) -> Directions:
+    """Judge one layer, or several together.
 
-    Per rank, Σ w·f·(captured / average direction) is compared with a χ² of matched mean and variance (Satterthwaite 1946).
+    Two tests that are independent where nothing is shared, of the spectrum's edge in-sample and of held-out models, are added up
+    as normal deviates, over layers by weight (Stouffer 1949); the best of a few ranks counts, and pays for the choice.
     """
-    known = [(sums, weight) for sums, weight in layers if sums.freedom > 0 and sums.cloud > 0]
+    known = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
     if not known:
         return NOWHERE
-    shortest = min((sums.rank for sums, _ in known), key=len)
-    tested = [place for place, rank in enumerate(shortest) if rank <= TESTED_RANK and _same_rank(known, place)]
-    tried = [_at_rank(known, place, len(tested)) for place in tested]
+    common = set.intersection(*(set(layer.sums.rank) for layer in known))
+    tested = sorted(rank for rank in common if rank <= TESTED_RANK)
+    tried = [_at_rank(known, rank, len(tested)) for rank in tested]
     if not tried:
         return NOWHERE
     best = min(tried, key=lambda found: (not found.shared, found.p_value, -found.ratio))
@@ -92,31 +110,49 @@ def directions(layers: Sequence[tuple[Capture, float]]) -> Directions:
     )
 
 
-def _same_rank(layers: Sequence[tuple[Capture, float]], place: int) -> bool:
-    """Ranks are powers of two but for the last of each layer."""
-    return len({sums.rank[place] for sums, _ in layers}) == 1
+def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int) -> Directions:
+    total = sum(layer.weight for layer in layers)
+
+    def average(values: Sequence[float]) -> float:
+        return sum(value * layer.weight for value, layer in zip(values, layers, strict=True)) / total
+
+    places = [layer.sums.rank.index(rank) for layer in layers]
+    ratios = [layer.sums.ratio[place] for layer, place in zip(layers, places, strict=True)]
+    chances = [layer.sums.over_chance[place] for layer, place in zip(layers, places, strict=True)]
+    shares = [
+        layer.sums.contrast[place] / layer.sums.contrast_energy for layer, place in zip(layers, places, strict=True)
+    ]
+    against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
+    against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
+    distinct = against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
+    material = (
+        against_chance < SIGNIFICANCE and average(shares) >= MATERIAL_SHARE and average(chances) >= MATERIAL_RATIO
+    )
+    p_value = against_chance if material and not distinct else against_cloud
+    return Directions(distinct or material, distinct, material, rank, p_value, average(ratios))
 
 
-def _at_rank(layers: Sequence[tuple[Capture, float]], place: int, num_tried: int) -> Directions:
-    rank = layers[0][0].rank[place]
-    weighted = sum(weight * sums.freedom for sums, weight in layers)
-    squared = sum(weight**2 * sums.freedom for sums, weight in layers)
-    ratio = sum(weight * sums.freedom * sums.ratio[place] for sums, weight in layers) / weighted
-    freedom = rank * weighted**2 / squared
-    p_value = min(1.0, _chi_square_tail(ratio * freedom, freedom) * num_tried)
-    distinct = p_value < SIGNIFICANCE and ratio >= DISTINCT
-    total = sum(weight for _, weight in layers)
-    share = sum(weight * sums.contrast[place] / sums.contrast_energy for sums, weight in layers) / total
-    chance = sum(weight * sums.over_chance[place] for sums, weight in layers) / total
-    isotropic = min(1.0, _chi_square_tail(chance * freedom, freedom) * num_tried)
-    material = share >= MATERIAL_SHARE and chance >= MATERIAL_RATIO and isotropic < SIGNIFICANCE
-    decisive = isotropic if material and not distinct else p_value
-    return Directions(distinct or material, distinct, material, rank, decisive, ratio)
+def _p_value(
+    layers: Sequence[Weighed],
+    places: Sequence[int],
+    ratios: Sequence[float],
+    edges: Sequence[tuple[float, ...] | None],
+) -> float:
+    """One-sided p of Σ w·z / √Σ w² over all tests of all layers."""
+    score = square = 0.0
+    for layer, place, ratio, edge in zip(layers, places, ratios, edges, strict=True):
+        deviates = [_deviate(ratio, layer.sums.freedom * layer.sums.rank[place])]
+        if edge is not None:
+            deviates.append(edge[place])
+        score += layer.weight * sum(deviates)
+        square += layer.weight**2 * len(deviates)
+    return erfc(score / sqrt(2 * square)) / 2
 
 
-def _chi_square_tail(value: float, freedom: float) -> float:
-    halves = torch.tensor([freedom / 2, value / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(halves[0], halves[1]))
+def _deviate(ratio: float, freedom: float) -> float:
+    """The normal deviate of a χ² over its degrees of freedom (Wilson and Hilferty 1931)."""
+    spread = 2 / (9 * freedom)
+    return float((ratio ** (1 / 3) - (1 - spread)) / sqrt(spread)) if ratio > 0 else -sqrt(1 / spread)
 
 
 def judge(dealt: Findings, across: Findings | None) -> tuple[str, str]:

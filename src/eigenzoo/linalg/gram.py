@@ -5,7 +5,14 @@ Legend: N models, D values of one flattened layer.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+SCALING_ROUNDS = 5
+"""Rounds of norms and mean, from the plain mean on: enough where norms range over two decades."""
+
+LEAST_SQUARE = 1e-4
+"""Models of less than this share of the mean energy are not scaled up further: they may be copies of the mean."""
 
 
 def center_gram(gram_NN: Tensor) -> Tensor:
@@ -34,3 +41,37 @@ def squared_distances(gram_NN: Tensor) -> Tensor:
     """Return ‖x_i − x_j‖² for all pairs; any Gram of the rows will do, since a common offset drops out."""
     diagonal = gram_NN.diagonal()
     return (diagonal[:, None] + diagonal[None, :] - 2 * gram_NN).clamp_min(0)
+
+
+def unit(vector_N: Tensor) -> Tensor:
+    """Return a vector at length one; zero stays zero."""
+    length = vector_N.norm()
+    return vector_N / length if float(length) > 0 else vector_N
+
+
+def project_out(gram_NN: Tensor, unit_N: Tensor) -> Tensor:
+    """Return PGP with P = I − uuᵀ: `center_gram` for a direction other than that of ones."""
+    gram_NN = gram_NN - torch.outer(unit_N, unit_N @ gram_NN)
+    gram_NN = gram_NN - torch.outer(gram_NN @ unit_N, unit_N)
+    return (gram_NN + gram_NN.T) / 2
+
+
+def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale every row to one norm about the common mean; returns the scaled Gram and the direction that the mean then takes.
+
+    With x_n = mean + y_n and s_n = ‖y_n‖, rows x_n / s_n contain the mean times 1 / s_n: projecting out the vector of 1 / s_n
+    removes it whatever it is, and leaves noise of one variance. That is the generalised least squares mean, which models of
+    large norm do not pull; its weights need s_n, and s_n the mean: a few rounds, each model seen from the mean of the others.
+    """
+    squares_N = gram_NN.new_ones(gram_NN.shape[0])
+    for number in range(SCALING_ROUNDS):
+        weights_NN = (1 / squares_N).expand_as(gram_NN).clone().fill_diagonal_(0)
+        weights_NN /= weights_NN.sum(1, keepdim=True)
+        reached_NN = weights_NN @ gram_NN
+        distances_N = gram_NN.diagonal() - 2 * reached_NN.diagonal() + (reached_NN * weights_NN).sum(1)
+        least = max(LEAST_SQUARE * float(distances_N.mean()), torch.finfo(torch.float64).tiny)
+        # ‖x_n − mean of the others‖² = s_n² + the others' own noise in their mean, which the first round does not know.
+        noise_N = weights_NN.square() @ squares_N if number else 0.0
+        squares_N = (distances_N - noise_N).clamp_min(least)
+    level_N = squares_N.rsqrt()
+    return level_N[:, None] * gram_NN * level_N, level_N

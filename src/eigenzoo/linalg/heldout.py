@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.gram import center_gram, project_out, unit
 from eigenzoo.linalg.spectrum import eigenpairs
 
 FLOOR = 1e-7
@@ -25,27 +25,17 @@ SMALLEST = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Energies of held-out models along the fitted models' leading directions.
-
-    Held-out models are seen twice: from the fitted models' mean, as a user meets them; and from their own mean
-    (`contrast`), which shares nothing with the fitted ones, so that chance can be stated exactly.
+    """Energies along the fitted models' leading directions, about the fitted models' mean.
 
     Attributes:
-        in_sample_K: cumulative energy of the fitted models in 1, 2, … directions; fitted_energy: all of it.
-        captured_K, energy: the same of the held-out models about the fitted mean.
-        contrast_K, contrast_energy: the same about the held-out models' own mean.
-        contrast_square: Σ of the squared eigenvalues that unrelated held-out models of these energies would have.
-        cloud: energy of the contrasts along the fitted models' average direction: what a direction of no distinction holds.
+        in_sample_K, fitted_energy: cumulative energy of the fitted models in 1, 2, … directions, and all of it.
+        captured_K, energy: the same of the held-out models.
     """
 
     in_sample_K: Tensor
     fitted_energy: float
     captured_K: Tensor
     energy: float
-    contrast_K: Tensor
-    contrast_energy: float
-    contrast_square: float
-    cloud: float
 
 
 def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> HeldOut:
@@ -54,26 +44,57 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> HeldOut:
     u, λ are of the fitted models' centred Gram. Exact; no weight is read. Cost T³.
     """
     block_TT, cross_TH = gram_NN[fitted][:, fitted], gram_NN[fitted][:, held]
-    own_HH = gram_NN[held][:, held]
     mean_cross_H, mean_energy = cross_TH.mean(0), block_TT.mean()
-    energies_H = own_HH.diagonal() - 2 * mean_cross_H + mean_energy
+    energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
     cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
-    contrast_TH = cross_TH - cross_TH.mean(1, keepdim=True)
     centered_TT = center_gram(block_TT)
     values_K, vectors_TK = eigenpairs(centered_TT, FLOOR)
-    captured_K = ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0)
-    contrast_K = ((vectors_TK.T @ contrast_TH).square() / values_K[:, None]).sum(1).cumsum(0)
-    fitted_energy = float(centered_TT.diagonal().sum())
-    contrast_HH = center_gram(own_HH)
     return HeldOut(
         values_K.cumsum(0),
-        fitted_energy,
-        captured_K,
+        float(centered_TT.diagonal().sum()),
+        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0),
         float(energies_H.clamp_min(0).sum()),
-        contrast_K,
-        float(contrast_HH.diagonal().sum().clamp_min(0)),
-        float(center_gram(torch.diag(contrast_HH.diagonal().clamp_min(0))).square().sum()),
-        float(contrast_TH.square().sum()) / fitted_energy if fitted_energy > 0 else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Energies of held-out models about their own mean, every model scaled to one norm: what chance can be stated of exactly.
+
+    Attributes:
+        captured_K, energy: cumulative energy along 1, 2, … of the fitted models' leading directions, and all of it.
+        cloud: energy along the fitted models' average direction: what a direction of no distinction holds.
+        freedom: independent contrasts: one less than the held-out models.
+    """
+
+    captured_K: Tensor
+    energy: float
+    cloud: float
+    freedom: int
+
+
+def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held: Tensor) -> Contrast:
+    """Measure held-out models, seen from their own mean, along directions of the fitted ones.
+
+    Args:
+        scaled_NN, level_N: from `gram.scale_models`.
+        fitted, held: places of the models.
+
+    The two means share nothing, so that without shared directions each contrast has a χ² of one degree of freedom along every
+    direction, in units of `cloud`.
+    """
+    left_T, right_H = unit(level_N[fitted]), unit(level_N[held])
+    block_TT = project_out(scaled_NN[fitted][:, fitted], left_T)
+    cross_TH = scaled_NN[fitted][:, held]
+    cross_TH = cross_TH - torch.outer(left_T, left_T @ cross_TH)
+    cross_TH = cross_TH - torch.outer(cross_TH @ right_H, right_H)
+    values_K, vectors_TK = eigenpairs(block_TT, FLOOR)
+    total = float(block_TT.diagonal().sum())
+    return Contrast(
+        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0),
+        float(project_out(scaled_NN[held][:, held], right_H).diagonal().sum().clamp_min(0)),
+        float(cross_TH.square().sum()) / total if total > 0 else 0.0,
+        len(held) - 1,
     )
 
 
@@ -125,19 +146,20 @@ def cross_validated_capture(
     return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None
 
 
-def leave_one_out(centered_NN: Tensor, rank: int) -> tuple[Tensor, float]:
+def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tensor, float]:
     """Energy that 1, 2, … `rank` directions of all other models capture of each model, summed; and all that there is.
 
     Leaving out y_h and its share of the mean takes ρ·y_h y_hᵀ from the covariance, ρ = N / (N − 1). In the eigenbasis of the
     whole, with a_j the model's scores and λ_j the eigenvalues, the new eigenvalues μ are roots of Σ a_j²/(λ_j − μ) = 1/ρ
     (Golub 1973), one between each two λ, and direction k captures 1 / Σ a_j²/(λ_j − μ_k)² of x_h − mean of the others.
-    Exact; N·rank·N operations a step instead of N eigendecompositions.
+    Exact; N·rank·N operations a step instead of N eigendecompositions. Takes the eigenpairs of the centred Gram.
     """
-    num_models = centered_NN.shape[0]
-    values_R, vectors_NR = eigenpairs(centered_NN, FLOOR)
+    num_models = vectors_NK.shape[0]
+    num_kept = int((values_K > FLOOR * values_K[:1]).sum())
+    values_R, vectors_NR = values_K[:num_kept], vectors_NK[:, :num_kept]
     squares_NR = vectors_NR.square() * values_R
     factor = num_models / (num_models - 1)
-    energy = factor**2 * float(centered_NN.diagonal().sum())
+    energy = factor**2 * float(values_K.sum())
     rank = max(0, min(rank, num_models - 2, values_R.numel() - 1))
     captured_K = torch.zeros(rank, dtype=torch.float64)
     for k in range(rank):

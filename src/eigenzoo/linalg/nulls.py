@@ -5,14 +5,23 @@ Legend: N models, D values of one flattened layer.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import floor, log, sqrt
+
 import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.gram import center_gram, project_out, scale_models, unit
 
 EXACT_FREEDOM = 32
 """Degrees of freedom from which chi-square is drawn by Wilson and Hilferty's approximation: there its mean is right to 1e-5."""
+
+FLOAT32_FROM = 256
+"""Spectra of chance with more models than this are taken in float32."""
+
+GRID = 1.1
+"""Ratio of neighbouring numbers of dimensions at which spectra of unrelated rows are drawn."""
 
 LARGEST_DRAW = 1024
 """Ranks of all updates together up to which random ones are drawn by their factors: P²·(O + I) products a draw."""
@@ -40,9 +49,7 @@ def norm_matched_spectra(
     return _spectra(norms_N, None, num_values, centered, draws, seed)
 
 
-def permuted_spectra(
-    energies_N: Tensor, sums_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0
-) -> Tensor:
+def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0) -> Tensor:
     """Centred spectra when each model's own entries (its deviations from the mean) are shuffled among its places.
 
     A shuffle keeps a model's norm and the sum of its entries: two shuffled models have the sums' product over D in common,
@@ -60,9 +67,7 @@ def permuted_spectra(
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
 
-def _spectra(
-    norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int
-) -> Tensor:
+def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int) -> Tensor:
     """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
     generator = torch.Generator().manual_seed(seed)
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
@@ -79,13 +84,14 @@ def _spectra(
 
 
 def _shares(gram_NN: Tensor) -> Tensor:
+    # The spread of a null is thousands of times what float32 loses, and large zoos have many layers.
+    gram_NN = gram_NN.float() if gram_NN.shape[0] > FLOAT32_FROM else gram_NN
     values_N = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min(0)
+    values_N = values_N.double()
     return values_N / values_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def iid_spectra(
-    num_models: int, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0
-) -> Tensor:
+def iid_spectra(num_models: int, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0) -> Tensor:
     """Spectra of models whose entries are independent and of one variance: what is wrong to expect of models of uneven norms."""
     generator = torch.Generator().manual_seed(seed)
     spectra = torch.zeros(draws, num_models, dtype=torch.float64)
@@ -94,6 +100,33 @@ def iid_spectra(
         gram_NN = factor @ factor.T
         spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
     return spectra
+
+
+def scaled_shares(scaled_NN: Tensor, level_N: Tensor) -> Tensor:
+    """Explained variance ratios of a stack whose models are all scaled to one norm (`scale_models`): N − 1 directions at most."""
+    return _shares(project_out(scaled_NN, unit(level_N)))
+
+
+@lru_cache(maxsize=4096)
+def edge_spectrum(num_models: int, num_values: int, draws: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the share of the top 1, 2, … directions of N unrelated models, scaled to one norm."""
+    generator = torch.Generator().manual_seed(1)
+    factors = (bartlett_factor(num_models, num_values, generator) for _ in range(draws))
+    cumulative = torch.stack([scaled_shares(*scale_models(factor @ factor.T)).cumsum(0) for factor in factors])
+    return cumulative.mean(0), cumulative.std(0)
+
+
+def edge_null(num_models: int, num_values: float, draws: int = 20) -> tuple[Tensor, Tensor]:
+    """`edge_spectrum` for any real number of dimensions, between those of a grid, so that many layers share a few draws.
+
+    Shares above 1/N fall with D^(-1/2) when D is large, and so does the interpolation.
+    """
+    step = log(max(num_values, 2.0)) / log(GRID)
+    below, above = (max(2, round(GRID**power)) for power in (floor(step), floor(step) + 1))
+    low, high = edge_spectrum(num_models, below, draws), edge_spectrum(num_models, above, draws)
+    inverse = [1 / sqrt(value) for value in (below, max(num_values, 2.0), above)]
+    part = (inverse[0] - inverse[1]) / (inverse[0] - inverse[2]) if above > below else 0.0
+    return low[0] + part * (high[0] - low[0]), low[1] + part * (high[1] - low[1])
 
 
 def spectrum_matched_spectra(

@@ -6,6 +6,7 @@ Legend: N models, D values of one flattened layer, O outputs, I inputs, P stacke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def _collect_updates(stack: UpdateStack, axes: tuple[str, ...], center: str, blo
     return moments
 
 
-def update_traits(stack: UpdateStack) -> dict[str, Tensor]:
+def update_traits(stack: UpdateStack) -> dict[str, Any]:
     """Return each update's sum of entries and singular values, from its factors alone."""
     sums_N = torch.zeros(len(stack), dtype=torch.float64)
     singular_NR = torch.zeros(len(stack), max(stack.ranks), dtype=torch.float64)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,15 +174,13 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerM
 
 def _traits(
     file: SafetensorsFile, layer: Layer, num_models: int, read: Callable[[str, tuple[int, ...]], Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The traits that were stored; growth from a bundle alone leaves none."""
     singular = file.tensors.get(f"{layer.name}/singular")
     width = singular.shape[1] if singular is not None and len(singular.shape) == 2 else 0
     shapes = {"sums": (num_models,), "singular": (num_models, width), "starts": (num_models, num_models)}
     fields = {"sums": "sums_N", "singular": "singular_NR", "starts": "starts_NN"}
-    return {
-        fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors
-    }
+    return {fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors}
 
 
 def write_model(

@@ -1,0 +1,163 @@
+"""`eigenzoo evidence ZOO|BUNDLE`: every control, and one verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eigenzoo import Evidence
+    from eigenzoo.evidence.layer_evidence import LayerEvidence
+    from eigenzoo.records import Progress
+
+Axes = Annotated[
+    str | None,
+    typer.Option(help="Also the spectra of outputs, inputs, or both, comma-separated.", show_default=False),
+]
+
+
+def command(
+    zoo: options.ZooOrBundleArgument,
+    axes: Axes = None,
+    view: options.View = None,
+    base: options.Base = None,
+    center: options.Center = "models",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Is there a shared subspace, beyond chance, beyond the mean, beyond a common origin? A bundle's moments are enough."""
+    options.check_device(device)
+    with progress_bar(quiet=quiet or json) as progress:
+        found = gather(zoo, axes, view, base, center, include, exclude, seed, allow_pickle, allow_missing, progress)
+    if json:
+        print_json(found.to_dict())
+        return
+    render(found)
+
+
+def gather(
+    zoo: list[str],
+    axes: str | None,
+    view: str | None,
+    base: object,
+    center: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    seed: int,
+    allow_pickle: bool,
+    allow_missing: bool,
+    progress: Progress,
+) -> Evidence:
+    """Open a zoo or a bundle as the shared options say, and collect its evidence."""
+    import eigenzoo as ez
+
+    source = options.one_or_many(zoo)
+    sides = options.parse_axes(axes) or ()
+    if isinstance(source, str) and options.is_bundle(source):
+        return ez.evidence(
+            source,
+            axes=sides,
+            center=center,
+            seed=seed,
+            view=view,
+            base=base,
+            include=include or (),
+            exclude=exclude or (),
+            progress=progress,
+        )
+    opened = ez.open_zoo(
+        source,
+        view=view,
+        base=base,
+        include=include or (),
+        exclude=exclude or (),
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+        progress=progress,
+    )
+    return ez.evidence(opened, axes=sides, center=center, seed=seed, progress=progress)
+
+
+def render(found: Evidence, most: int = 40) -> None:
+    """Print the verdict, the controls, and the layers by role."""
+    from eigenzoo.evidence.controls import controls
+
+    say(f"verdict: {found.verdict.code}")
+    say(found.verdict.text)
+    say(f"\n{len(found.names)} models, {len(found.layers)} layers, view {found.view}, center {found.center}")
+    for control in controls(found):
+        say(f"{control.name:>12}  {control.sentence}")
+    say("")
+    _render_roles(found, most)
+    for name, sides in found.axes.items():
+        for axis, side in sides.items():
+            kept = min(16, len(side.null))
+            say(
+                f"{name}, {axis} about {side.center}: top {kept} of {len(side.null)} directions hold "
+                f"{in_percent(sum(side.explained_variance_ratio[:kept]))}, chance {in_percent(sum(side.null[:kept]))}"
+            )
+    for group in found.lineage.groups[:5]:
+        say(f"common origin: {', '.join(group[:6])}{f', … ({len(group)} models)' if len(group) > 6 else ''}")
+    for first, other in found.lineage.duplicates[:5]:
+        say(f"copies: {first} and {other}")
+    if len(found.lineage.duplicates) > 5:
+        say(f"… and {len(found.lineage.duplicates) - 5} more copies")
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+
+
+def _render_roles(found: Evidence, most: int) -> None:
+    from eigenzoo.weights.roles import role
+
+    groups: dict[str, list[LayerEvidence]] = {}
+    for name, layer in found.layers.items():
+        groups.setdefault(role(name), []).append(layer)
+    largest = sorted(groups, key=lambda name: -sum(layer.layer.num_values for layer in groups[name]))[:most]
+    print_table(
+        "by role" if len(largest) == len(groups) else f"the {len(largest)} largest of {len(groups)} roles",
+        ("role", "layers", "verdict", "mean's energy", "beyond chance", "k", "variance kept", "… held out", "… chance"),
+        [(name, len(groups[name]), *_role_cells(groups[name])) for name in largest],
+        left=1,
+    )
+    say(
+        "mean's energy: share of all energy. Beyond chance: directions above the norm-matched null. Variance kept by the top k: share "
+        "of the variance about the mean, in-sample; held out: of models left out of the fit; chance: of unrelated models with the "
+        "same norms. Averages over layers with variance. Geometry is not function: `eigenzoo evaluate` measures what models can do."
+    )
+
+
+def _role_cells(layers: Sequence[LayerEvidence]) -> tuple[object, ...]:
+    codes = sorted({layer.code for layer in layers})
+    varying = [layer for layer in layers if layer.variance > 0]
+    verdicts = ", ".join(
+        f"{code} {sum(layer.code == code for layer in layers)}" if len(codes) > 1 else code for code in codes
+    )
+    held = [layer.unseen for layer in varying if layer.unseen is not None]
+    if not varying or not held:
+        return verdicts, "–", "–", "–", "–", "–", "–"
+    shared = sorted(set.intersection(*(set(unseen.rank) for unseen in held)))
+    rank = max((known for known in shared if known <= 16), default=shared[0] if shared else 0)
+    autos = sorted({layer.chance.auto for layer in varying})
+
+    def mean(part: str) -> float:
+        return sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in held) / len(held)
+
+    return (
+        verdicts,
+        in_percent(sum(layer.mean.share for layer in varying) / len(varying)),
+        str(autos[0]) if len(autos) == 1 else f"{autos[0]}–{autos[-1]}",
+        rank,
+        *(in_percent(mean(part)) for part in ("in_sample", "captured", "null")),
+    )

@@ -1,0 +1,319 @@
+"""The control "function, not only geometry": what rebuilt models can still do, beside what simpler things in their place can.
+
+A share of energy says how near weights are; a model far away may do the same, and one very near may do nothing. So a metric
+of the user's own is put to every held-out model, and to what takes its place:
+
+    original      the model itself, where it lies
+    parent        what all models started from; for adapters the base model alone (their updates zero)
+    mean          the zoo's mean: no coefficient at all
+    head_only     the parent (or else the mean) under the model's own task head, which may do all the work
+    rebuilt       the model from its first 1, 2, 4, … and all coefficients
+    random_basis  the model projected on as many random directions around the mean
+    secondary     the model without its first coefficients: do the leading directions carry the function?
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import DataError, EigenzooError, UsageError
+from eigenzoo.evidence.refit import hold_out, is_known
+from eigenzoo.evidence.variants import Variants, check_parent
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.opening import open_model
+from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.zoo import Zoo
+
+Metric = Callable[[Path], float]
+"""Called with the folder (or the file, where the zoo's models are files) of one model in the zoo's own format."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure per variant; None where there is no such variant. Mappings go from ranks to figures."""
+
+    original: float | None
+    parent: float | None
+    mean: float | None
+    head_only: float | None
+    rebuilt: Mapping[int, float | None]
+    random_basis: Mapping[int, float | None]
+    secondary: float | None
+
+
+@dataclass(frozen=True)
+class FunctionEvidence:
+    """What held-out models, and what stands in their place, can do by a user's metric.
+
+    Attributes:
+        metric: the metric's name.
+        num_models: how many models were measured.
+        heldout: whether none of them is in the subspace.
+        num_fitted: how many models the subspace has.
+        ranks: the numbers of coefficients that models were rebuilt from; the last is all of them.
+        secondary_rank: how many leading coefficients `secondary` lacks; None for a subspace of rank 1.
+        models: per model the metric of every variant.
+        mean: the averages over the models.
+        spread: the standard errors of these averages; None for a single model.
+        sentence: what follows, in words.
+    """
+
+    metric: str
+    num_models: int
+    heldout: bool
+    num_fitted: int
+    ranks: tuple[int, ...]
+    secondary_rank: int | None
+    models: Mapping[str, Measured]
+    mean: Measured
+    spread: Measured
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return dict(plain(self))
+
+
+def evaluate(
+    space: Subspace,
+    metric: Metric,
+    models: Source | Zoo | None = None,
+    *,
+    ranks: Sequence[int] | None = None,
+    parent: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> FunctionEvidence:
+    """Measure what held-out models can still do when they are rebuilt, beside parent, mean, head alone and random directions.
+
+    Args:
+        space: a fitted subspace.
+        metric: called as metric(path) with one saved model at a time; returns a finite number. A folder's name is the
+            model's name. Originals are given where they lie; they are never copied or changed.
+        models: models that the subspace was not fitted to, as `open_zoo` takes them. Without it, one fold of five (by a
+            seeded permutation) of the subspace's own models is held out and the subspace is fitted again to the rest
+            with the same options: their files must still be there.
+        ranks: numbers of coefficients to rebuild from, per layer at most what it has; by default powers of two. All
+            coefficients are always measured too.
+        parent: view `weight`: the checkpoint that the models started from. View `delta` knows it, the base; the parent
+            of adapters is the base model alone.
+        seed: of the fold and of the random directions.
+        progress: called as progress(stage, done, total).
+
+    Everything but the replaced weights is the model's own: names, dtypes, configs, metadata, and what it carries. Exact, to
+    the rounding of the files: original, parent and the head of `head_only`. From float32 coefficients: the rest. Of cores
+    (axes `outputs`, `inputs`) a rank is the leading corner of that many truncated rows and columns. With a center other than
+    the models' mean, `mean` is the mean as the subspace holds it.
+
+    `parent` is None where it is not known whole: a head of another shape, adapters that carry tensors of their own. `head_only`
+    is None where all models share one head.
+
+    Cost: 6 + log2(rank) calls of the metric per model. Disk: one model at a time, in a temporary folder. Memory: one layer and
+    a block, with adapters a layer's factors. Random directions of full weights: two draws of rank · values numbers per model.
+
+    Raises:
+        UsageError: the metric raises or returns no number; the models' files are gone and none are named.
+        DataError: the metric returns NaN or Inf. Both name the model and the variant.
+        MismatchError: models or parent of other layers.
+    """
+    checked = _checked_ranks(ranks)
+    ancestor = _open_parent(space, parent)
+    fitted, zoo = hold_out(space, seed, progress) if models is None else (space, space.open(models))
+    projected = fitted.project_many(zoo, progress=progress)
+    heldout = models is None or not is_known(fitted, projected.values())
+    variants = Variants(fitted, zoo, ancestor, seed)
+    full = variants.rank
+    powers = [2**power for power in range(full.bit_length()) if 2**power < full]
+    chosen = tuple(sorted({min(rank, full) for rank in (powers if checked is None else checked)} | {full}))
+    measured = {}
+    for number, (name, coefficients) in enumerate(projected.items()):
+        measured[name] = _measure(variants, coefficients, metric, chosen)
+        progress("measuring models", number + 1, len(projected))
+    return _record(metric, measured, chosen, heldout, len(fitted.names))
+
+
+def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
+    if ranks is None:
+        return None
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise UsageError(f"rank {rank!r}", rule="ranks to rebuild at are whole numbers from 1")
+    return list(ranks)
+
+
+def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Model | None:
+    """The checkpoint that models are compared with, if any."""
+    known = space.base if space.view == "delta" else None
+    if parent is None:
+        return known
+    if known is not None and os.path.realpath(parent) == os.path.realpath(known.path):
+        return known
+    if space.view != "weight":
+        whose = "the base" if space.view == "delta" else "the base model alone, their updates zero"
+        raise UsageError(
+            f"a parent is given with view {space.view!r}",
+            where=str(parent),
+            rule=f"there the models' parent is {whose}",
+            next_step="leave the parent out",
+        )
+    found = open_model(Path(parent))
+    check_parent(space, found)
+    return found
+
+
+def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ranks: Sequence[int]) -> Measured:
+    """Measure every variant of one model, one after the other."""
+    original = variants.zoo.models[variants.zoo.place(coefficients.name)].path
+
+    def measured(variant: str, make: Callable[[], RebuiltModel | None]) -> float | None:
+        where = f"model '{coefficients.name}', {variant}"
+        with tempfile.TemporaryDirectory(prefix="eigenzoo-") as scratch:
+            path = _saved(make, Path(scratch), original, where)
+            return None if path is None else _value(metric, path, where)
+
+    full = ranks[-1]
+    half = secondary_rank(full)
+    return Measured(
+        original=_value(metric, original, f"model '{coefficients.name}', original"),
+        parent=measured("parent", lambda: variants.parent(coefficients)),
+        mean=measured("mean only", lambda: variants.mean(coefficients)),
+        head_only=measured("head only", lambda: variants.head_only(coefficients)),
+        rebuilt={
+            rank: measured(f"rebuilt at rank {rank}", partial(variants.rebuilt, coefficients, rank)) for rank in ranks
+        },
+        random_basis={full: measured(f"random basis of {full}", lambda: variants.random(coefficients))},
+        secondary=None
+        if half is None
+        else measured(f"without the first {half}", lambda: variants.secondary(coefficients, half)),
+    )
+
+
+def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Path, where: str) -> Path | None:
+    """Save a variant under the original's own name; returns what a metric takes: a file where the original is one."""
+    try:
+        made = make()
+        if made is None:
+            return None
+        # Not the name in the subspace: a bundle that others wrote may have made it up.
+        name = original.stem if original.is_file() else Path(os.path.abspath(original)).name
+        folder = made.save(scratch / name)
+    except EigenzooError as error:
+        raise error.at(where) from error
+    return next(folder.glob("*.safetensors")) if original.is_file() else folder
+
+
+def secondary_rank(rank: int) -> int | None:
+    """How many leading directions are left out for the secondary ones: half of them; None for fewer than two."""
+    return rank // 2 if rank > 1 else None
+
+
+def _value(metric: Metric, path: Path, where: str) -> float:
+    """Call the metric; whatever it raises, or returns instead of a finite number, is told with its place."""
+    try:
+        value = float(metric(path))
+    except EigenzooError as error:
+        raise error.at(where) from error
+    # The metric is the user's code: its every failure is worth the model and the variant that it failed on.
+    except Exception as error:
+        raise UsageError(
+            f"the metric failed with {type(error).__name__}: {error}",
+            where=where,
+            rule="a metric takes the path of one saved model and returns a number",
+        ) from error
+    if not math.isfinite(value):
+        raise DataError(f"the metric returned {value}", where=where, rule="a metric is a finite number")
+    return value
+
+
+def _record(
+    metric: Metric, measured: Mapping[str, Measured], ranks: tuple[int, ...], heldout: bool, num_fitted: int
+) -> FunctionEvidence:
+    models = list(measured.values())
+    function = getattr(metric, "func", metric)  # what functools.partial wraps
+    name = getattr(function, "__name__", None) or type(function).__name__
+    mean, spread = _combined(models, statistics.fmean), _combined(models, _standard_error)
+    half = secondary_rank(ranks[-1])
+    which = f"{len(models)} model{'s' if len(models) > 1 else ''}"
+    known = f"held out of a fit to {num_fitted}" if heldout else "not all held out (some are in the subspace)"
+    sentence = _sentence(models, mean, name, ranks[-1], f"{which} {known}")
+    return FunctionEvidence(name, len(models), heldout, num_fitted, ranks, half, measured, mean, spread, sentence)
+
+
+def _combined(models: Sequence[Measured], combine: Callable[[list[float]], float | None]) -> Measured:
+    """Combine every variant's figures over the models; None where a model has none."""
+
+    def over(figures: Iterable[float | None]) -> float | None:
+        known = [figure for figure in figures if figure is not None]
+        return combine(known) if len(known) == len(models) else None
+
+    return Measured(
+        original=over(model.original for model in models),
+        parent=over(model.parent for model in models),
+        mean=over(model.mean for model in models),
+        head_only=over(model.head_only for model in models),
+        rebuilt={rank: over(model.rebuilt[rank] for model in models) for rank in models[0].rebuilt},
+        random_basis={rank: over(model.random_basis[rank] for model in models) for rank in models[0].random_basis},
+        secondary=over(model.secondary for model in models),
+    )
+
+
+def _standard_error(figures: Sequence[float]) -> float | None:
+    return statistics.stdev(figures) / math.sqrt(len(figures)) if len(figures) > 1 else None
+
+
+def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, known: str) -> str:
+    """Say what rebuilt models can do beside the originals, and first which simpler things do as well.
+
+    A control does as well where rebuilt models are not better by twice the standard error of the paired difference. Which
+    side is better is read off the control that is farthest from the originals.
+    """
+    originals, rebuilt = [_some(model.original) for model in models], [_some(model.rebuilt[rank]) for model in models]
+    found = {
+        "the mean alone": [model.mean for model in models],
+        "a random basis": [model.random_basis[rank] for model in models],
+        "the head alone": [model.head_only for model in models],
+        "the parent alone": [model.parent for model in models],
+    }
+    controls = {name: [_some(figure) for figure in figures] for name, figures in found.items() if None not in figures}
+    gaps = [statistics.fmean(originals) - statistics.fmean(figures) for figures in controls.values()]
+    better = math.copysign(1, max(gaps, key=abs))
+    as_well = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
+    first = f"{_listed(as_well)} {'does' if len(as_well) == 1 else 'do'} as well as rebuilt models: " if as_well else ""
+    shown = [
+        f"{_some(mean.original):.3g} as they are",
+        f"{_some(mean.rebuilt[rank]):.3g} rebuilt at rank {rank}",
+        *(f"{statistics.fmean(figures):.3g} with {name}" for name, figures in controls.items()),
+    ]
+    last = "the mean alone leaves nothing to recover"
+    if _is_better(originals, controls["the mean alone"], better):
+        of_mean = statistics.fmean(controls["the mean alone"])
+        share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
+        last = f"rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
+    text = f"{first}on {known} the average of {metric} is {_listed(shown)}; {last}."
+    return text[0].upper() + text[1:]
+
+
+def _is_better(figures: Sequence[float], others: Sequence[float], better: float) -> bool:
+    differences = [better * (figure - other) for figure, other in zip(figures, others, strict=True)]
+    return statistics.fmean(differences) > 2 * (_standard_error(differences) or 0.0)
+
+
+def _some(figure: float | None) -> float:
+    assert figure is not None
+    return figure
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,89 @@
+"""Models that a subspace was not fitted to: one fold of its own, held out of a second fit, or others that are told apart."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import UsageError
+from eigenzoo.evidence.variants import mean_values
+from eigenzoo.records import Progress
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.fit import fit
+from eigenzoo.subspace.storage import is_at_hand
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.zoo import Zoo
+
+NUM_FOLDS = 5
+
+SAME_MODEL = 1e-3
+"""Distance of two models' coefficients over their distance from the mean, below which they are one model: more than
+float32 and half precision leave, and less than any training."""
+
+
+def hold_out(space: Subspace, seed: int, progress: Progress) -> tuple[Subspace, Zoo]:
+    """Fit the subspace again to four folds of five of its own models, and open the fifth."""
+    if len(space.names) < 3:
+        raise UsageError(
+            f"{len(space.names)} models leave none to hold out",
+            where=str(space.path),
+            next_step="name models that the subspace was not fitted to with models=… or --models",
+        )
+    gone = [model.name for model in space.manifest.models if not is_at_hand(model.source, space.path)]
+    if gone:
+        raise UsageError(
+            f"the files of {gone[0]!r} are gone or have changed",
+            where=str(space.path),
+            rule="to hold models out, the subspace is fitted again to the rest",
+            next_step="name models that the subspace was not fitted to with models=… or --models",
+        )
+    # Their own paths, which do not lead through a temporary folder that may be gone before they are read.
+    paths = [os.path.realpath(space.path / model.source.path) for model in space.manifest.models]
+    zoo = space.open(paths).renamed(space.names)
+    order = torch.randperm(len(zoo), generator=torch.Generator().manual_seed(seed))
+    held = set(order.tensor_split(NUM_FOLDS)[0].tolist())
+    rest = zoo.select(names=[name for place, name in enumerate(zoo.names) if place not in held])
+    fitted = _fit_again(space, rest, progress)
+    return fitted, fitted.open(zoo.select(names=[name for place, name in enumerate(zoo.names) if place in held]))
+
+
+def _fit_again(space: Subspace, rest: Zoo, progress: Progress) -> Subspace:
+    """Fit fewer models with the same options; a number of directions is at most what they span."""
+    saved = space.manifest.options
+    spanned = len(rest) - 1 if saved["center"] == "models" else len(rest)
+    rules = dict(saved["rules"])
+    if isinstance(rules.get("models"), int):
+        rules["models"] = min(rules["models"], spanned)
+    bounded = saved["budget"] is not None or saved["max_error"] is not None
+    return fit(
+        rest,
+        None if bounded else rules,
+        saved["axes"],
+        center=saved["center"],
+        dtype=saved["dtype"],
+        budget=saved["budget"],
+        max_error=saved["max_error"],
+        seed=saved["seed"],
+        progress=progress,
+    )
+
+
+def is_known(space: Subspace, projected: Iterable[Coefficients]) -> bool:
+    """Tell whether one of the models is in the subspace already, by whatever name: the same coefficients, the same residuals."""
+
+    def flat(values: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([values[name].flatten().double() for name in space.layers])
+
+    mean = flat(mean_values(space))
+    kept = [space.coefficients(name) for name in space.names]
+    known = [(flat(model.values), torch.tensor(list(model.residuals.values()))) for model in kept]
+    for model in projected:
+        values, residuals = flat(model.values), torch.tensor(list(model.residuals.values()))
+        for other_values, other_residuals in known:
+            near = (values - other_values).norm() <= SAME_MODEL * (other_values - mean).norm()
+            if near and torch.allclose(residuals, other_residuals, rtol=SAME_MODEL, atol=1e-6):
+                return True
+    return False

@@ -1,0 +1,229 @@
+"""What is measured in a held-out model's place: its parent, the mean, its own head alone, truncations, random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import BundleError, MismatchError
+from eigenzoo.evidence.random_basis import rebuild_randomly
+from eigenzoo.formats.contents import Template, tensor_id
+from eigenzoo.formats.model import Model
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
+from eigenzoo.zoo.zoo import Zoo
+
+Reader = Callable[[str], Tensor | None]
+"""Reads a tensor of another model by its name; None where that model has none that fits."""
+
+
+class Variants:
+    """Makes every variant of a zoo's models; nothing is computed before a variant is saved.
+
+    Attributes:
+        zoo: the models, opened by the subspace.
+        rank: directions of the layer that has most.
+    """
+
+    def __init__(self, space: Subspace, zoo: Zoo, parent: Model | None, seed: int) -> None:
+        self._space, self.zoo, self._parent, self._seed = space, zoo, parent, seed
+        self.rank = max(num_directions(basis) for basis in space.layers.values())
+        self._mean = mean_values(space)
+        self._differing = _differing(space, zoo)
+        self._has_heads = any(_differs(name, model, self._differing) for model in zoo.models for name in heads(model))
+
+    def rebuilt(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
+        """The model from its first `rank` coefficients of every layer."""
+        values = {
+            name: first_directions(self._space.layers[name], value, rank) for name, value in coefficients.values.items()
+        }
+        return self._space.rebuild(replace(coefficients, values=values))
+
+    def secondary(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
+        """The model from all but its first `rank` coefficients; in those it is the mean."""
+        values = {
+            name: value - first_directions(self._space.layers[name], value - self._mean[name], rank)
+            for name, value in coefficients.values.items()
+        }
+        return self._space.rebuild(replace(coefficients, values=values))
+
+    def mean(self, coefficients: Coefficients) -> RebuiltModel:
+        """The mean in the model's place."""
+        return self._space.rebuild(replace(coefficients, values=self._mean))
+
+    def random(self, coefficients: Coefficients) -> RebuiltModel:
+        """The model projected on random directions around the mean."""
+        return _RandomlyRebuilt(self._space, self.zoo, replace(coefficients, values=self._mean), self._seed)
+
+    def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
+        """The parent in the model's place; None where it is not known whole, as with a head of another shape."""
+        place = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[place], self._reader(place)
+        if read is None:
+            return None
+        unknown = [name for name in model.tensors if _differs(name, model, self._differing) and read(name) is None]
+        return None if unknown else self._put_together(coefficients, {}, model.tensors, read)
+
+    def head_only(self, coefficients: Coefficients) -> RebuiltModel | None:
+        """The parent's body, or the mean's where no parent is known, under the model's own head; None where heads agree."""
+        if not self._has_heads:
+            return None
+        place = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[place], self._reader(place)
+        own = heads(model)
+        if read is not None:
+            other = read
+            return self._put_together(
+                coefficients, {}, model.tensors, lambda name: None if name in own else other(name)
+            )
+        body = {name: basis for name, basis in self._space.layers.items() if name not in own}
+        return self._put_together(coefficients, body, {*coefficients.template.carried, *own}, lambda name: None)
+
+    def _put_together(
+        self, coefficients: Coefficients, layers: Mapping[str, LayerBasis], carried: Collection[str], read: Reader
+    ) -> RebuiltModel:
+        """A model of the mean's layers and of tensors that `read` gives, or else its own files."""
+        place = self.zoo.place(coefficients.name)
+
+        def read_or_own(name: str) -> Tensor:
+            found = read(name)
+            return self.zoo.read_carried(place, name) if found is None else found
+
+        template = _Patched(coefficients.template, carried, read_or_own)
+        return RebuiltModel(
+            coefficients.name, layers, self._mean, template, self._space.view, lambda: _some(self._space)
+        )
+
+    def _reader(self, place: int) -> Reader | None:
+        """Reads the parent's tensors: those of its checkpoint, or factors whose update is zero; None for no parent."""
+        model = self.zoo.models[place]
+        if model.updates:
+            zeros = {update.key_b: model.tensors[update.key_b] for update in model.updates.values()}
+            kept = {update.key_a for update in model.updates.values()}
+            return lambda name: (
+                torch.zeros(zeros[name].shape, dtype=zeros[name].dtype)
+                if name in zeros
+                else model.read(name)
+                if name in kept
+                else None
+            )
+        parent = self._parent
+        return None if parent is None else lambda name: _read_alike(parent, name, model)
+
+
+class _RandomlyRebuilt(RebuiltModel):
+    """A model seen through random directions around the mean."""
+
+    def __init__(self, space: Subspace, zoo: Zoo, mean: Coefficients, seed: int) -> None:
+        super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, lambda: _some(space))
+        self._zoo, self._seed = zoo, seed
+
+    def _rebuild(self, name: str) -> Tensor | Factors:
+        mean, place = super()._rebuild(name), self._zoo.place(self.name)
+        return rebuild_randomly(self._layers[name], self._zoo.stack(name), place, mean, self._seed)
+
+
+class _Patched(Template):
+    """A model's template in which some tensors, layers too, are read from elsewhere."""
+
+    def __init__(self, own: Template, carried: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self.layout, self.config, self.metadata = own.layout, own.config, own.metadata
+        self.carried, self.side_files = tuple(carried), own.side_files
+        self._own, self._read = own, read
+
+    def read_carried(self, name: str) -> Tensor:
+        """Read a tensor from wherever it comes."""
+        return self._read(name)
+
+    def read_side_file(self, name: str) -> bytes:
+        """Read a file beside the weights."""
+        return self._own.read_side_file(name)
+
+
+def num_directions(basis: LayerBasis) -> int:
+    """Directions of a layer's axis `models`, else of its larger truncated side; 0 where both sides are kept whole."""
+    return basis.ranks.get("models", max(basis.ranks.values(), default=0))
+
+
+def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
+    """Keep the first `rank` numbers, or a core's leading corner (a side kept whole stays whole); zeros elsewhere."""
+    axes = ("models",) if "models" in basis.ranks else ("outputs", "inputs")
+    corner = tuple(slice(rank if axis in basis.ranks else None) for axis in axes)
+    kept = torch.zeros_like(values)
+    kept[corner] = values[corner]
+    return kept
+
+
+def mean_values(space: Subspace) -> dict[str, Tensor]:
+    """Coefficients of the mean: zeros, or where another center was removed, the average of the kept models'."""
+    zeros = {name: torch.zeros(basis.coefficient_shape) for name, basis in space.layers.items()}
+    if space.manifest.center == "models":
+        return zeros
+    sums = {name: values.double() for name, values in zeros.items()}
+    for model in space.names:
+        for name, values in space.coefficients(model).values.items():
+            sums[name] += values
+    return {name: (values / len(space.names)).float() for name, values in sums.items()}
+
+
+def heads(model: Model) -> set[str]:
+    """Names of the tensors that are a task head: its weights, or the factors of its update."""
+    modules = {key: update.module for update in model.updates.values() for key in (update.key_a, update.key_b)}
+    return {name for name in model.tensors if is_task_head(modules.get(name, name.removeprefix(PEFT_PREFIX)))}
+
+
+def check_parent(space: Subspace, parent: Model) -> None:
+    """Raise MismatchError unless a parent has every layer in its shape; its task head may be another."""
+    for name, basis in space.layers.items():
+        info = parent.tensors.get(name)
+        if not is_task_head(name) and (info is None or info.shape != basis.layer.tensor_shape):
+            raise MismatchError(
+                "is absent" if info is None else f"shape {list(info.shape)}",
+                where=f"layer '{name}' of the parent {parent.name}",
+                rule=f"the subspace has {list(basis.layer.tensor_shape)}",
+            )
+
+
+def _differing(space: Subspace, zoo: Zoo) -> set[str]:
+    """Names of the layers that vary over the fitted models, and of the carried tensors that are not the same in all."""
+    fitted: Mapping[str, Mapping[str, object]] = space.report["layers"]
+    names = {name for name in space.layers if fitted.get(name, {}).get("captured") is not None}
+    contents: dict[str, set[str]] = {}
+    for model in space.manifest.models:
+        for name, content in model.carried.items():
+            contents.setdefault(name, set()).add(content)
+    for place in range(len(zoo)):
+        for name in zoo.carried(place):
+            contents.setdefault(name, set()).add(tensor_id(zoo.read_carried(place, name)))
+    return names | {name for name, found in contents.items() if len(found) > 1}
+
+
+def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
+    """Tell whether a tensor, or the layer that it is a factor of, differs between models."""
+    layers = {name}
+    for update in model.updates.values():
+        if name in (update.key_a, update.key_b):
+            layers |= {update.module, f"{update.module}.{'lora_A' if name == update.key_a else 'lora_B'}"}
+    return not layers.isdisjoint(differing)
+
+
+def _read_alike(parent: Model, name: str, model: Model) -> Tensor | None:
+    """Read the parent's tensor where it can stand in the model's place: the same shape, and both weights or both counts."""
+    found, own = parent.tensors.get(name), model.tensors[name]
+    if found is None or found.shape != own.shape:
+        return None
+    castable = found.dtype.is_floating_point and own.dtype.is_floating_point
+    return parent.read(name) if castable or found.dtype == own.dtype else None
+
+
+def _some(space: Subspace) -> Model:
+    if space.base is None:
+        raise BundleError("the bundle names no base")
+    return space.base
