@@ -28,7 +28,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/nursery: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[nursery]'
+	$(PIP) -e '.[nursery,report]'
 	touch $@
 
 .venv/bench: .venv/bin/python pyproject.toml constraints.txt

@@ -45,7 +45,6 @@ _ERRORS = (
     "BundleError",
     "DataError",
     "EigenzooError",
-    "Evidence",
     "FormatError",
     "MismatchError",
     "OutputError",

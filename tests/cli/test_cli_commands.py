@@ -140,4 +140,9 @@ def test_adapters_go_round(run: Run, tmp_path: Path) -> None:
 def test_nursery_says_what_it_cannot_make(refused: object, tmp_path: Path) -> None:
     message = refused("nursery", "make", "digits-rnn", "-o", tmp_path / "zoo")  # type: ignore[operator]
     assert "digits-rnn" in message
+    for kind, option, text in (
+        ("digits-vit", "--permuted", "no such option: permuted"),
+        ("digits-cnn", "--same-task", "same_task and random_labels"),
+    ):
+        assert text in refused("nursery", "make", kind, "-o", tmp_path / "zoo", "--random-labels", option)  # type: ignore[operator]
     assert not (tmp_path / "zoo").exists()

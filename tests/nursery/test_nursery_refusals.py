@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.errors import FormatError, MismatchError, OutputError, UsageError
-from eigenzoo.nursery import accuracy, make
+from eigenzoo.nursery import accuracy, make, metric
 from eigenzoo.nursery.making import make_zoo
 
 Hasty = Callable[..., Any]
@@ -30,6 +30,10 @@ TASK = "5-against-5:0,1,2,3,4"
         ("digits-lora", {"train_head": True}, "digits-lora: no such option: train_head. Its adapters hold LoRA"),
         ("digits-cnn", {"train_head": True}, "digits-cnn: no such option: train_head. It trains all weights"),
         ("digits-vit", {"own_init": True}, "digits-vit: no such option: own_init. Its models are fine-tunes"),
+        ("digits-vit", {"permuted": True}, "digits-vit: no such option: permuted.*only digits-cnn"),
+        ("digits-lora", {"permuted": True}, "digits-lora: no such option: permuted.*only digits-cnn"),
+        ("digits-cnn", {"same_task": True, "num_models": 127}, "127 models asked for. A zoo has 126 seeds.*1 to 126"),
+        ("digits-cnn", {"same_task": True, "random_labels": True}, "same_task and random_labels are both asked for"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_training(
@@ -106,8 +110,15 @@ def test_a_model_without_a_task_needs_one(hasty: Hasty, tmp_path: Path) -> None:
 def test_an_adapter_without_its_parent_needs_one(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-lora")
     alone = shutil.copytree(zoo.folder / next(iter(zoo.recipe.models)), tmp_path / "adapter")
-    with pytest.raises(UsageError, match=r"parent '../_base' is not there.*Pass base="):
+    with pytest.raises(UsageError, match=r"parent '../_base' is not there.*Pass base=.*nursery.metric\(zoo\)"):
         accuracy(alone)
+
+
+def test_a_metric_is_bound_to_a_zoo_only(hasty: Hasty, tmp_path: Path) -> None:
+    zoo = hasty("digits-lora")
+    for folder in (tmp_path, tmp_path / "nothing", zoo.folder / "_base"):
+        with pytest.raises(UsageError, match=r"is no zoo of the nursery.*zoo.json"):
+            metric(folder)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

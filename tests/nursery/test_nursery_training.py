@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from eigenzoo.nursery import digits
-from eigenzoo.nursery.cnn import Cnn, CnnKind
+from eigenzoo.nursery.cnn import GROUP_SIZE, Cnn, CnnKind, permute
 from eigenzoo.nursery.recipe import Schedule, plan_zoo
 from eigenzoo.nursery.training import _batches, predict, rate, share, train
 
@@ -63,6 +64,36 @@ def test_the_rate_rises_then_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(0.25)
     assert rates[-1] < 1e-3
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_permuted_channels_are_the_same_function_of_other_weights(seed: int) -> None:
+    # Norms of a fresh network scale all channels alike, and would hide an order that they do not follow.
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: torch.randn(w.shape, generator=generator).double() for name, w in Cnn().named_parameters()}
+    state, images = torch.get_rng_state(), digits.load().test_images[:50].double()
+    moved = permute(weights, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    wanted, got = (functional_call(Cnn().double(), each, (images,)) for each in (weights, moved))
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    same = {name for name in weights if torch.equal(weights[name], moved[name])}
+    assert same == {"head.bias"}
+    again, other = permute(weights, seed), permute(weights, seed + 1)
+    assert all(torch.equal(moved[name], again[name]) for name in weights)
+    assert not any(torch.equal(moved[name], other[name]) for name in weights if name != "head.bias")
+
+
+def test_groups_change_places_and_channels_change_them_within_their_group() -> None:
+    weights = {name: weight.detach() for name, weight in Cnn().named_parameters()}
+    weights["norm2.weight"] = torch.arange(16.0)
+    drawn = torch.stack([permute(weights, seed)["norm2.weight"].int() for seed in range(40)])
+    assert (drawn.sort(1).values == torch.arange(16)).all()
+    groups = (drawn // GROUP_SIZE).view(40, 4, GROUP_SIZE)
+    assert (groups == groups[:, :, :1]).all()
+    # Every group was seen first, and every channel of a group first in it: in 40 draws none is missed by chance.
+    assert set(groups[:, 0, 0].tolist()) == set(range(4))
+    assert set((drawn % GROUP_SIZE)[:, 0].tolist()) == set(range(GROUP_SIZE))
 
 
 def test_predict_gives_each_model_its_own_classes() -> None:

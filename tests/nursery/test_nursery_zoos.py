@@ -14,10 +14,11 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
+from zoo_checks import ONE_IMAGE, weight_file
 
 from eigenzoo.nursery import KINDS, accuracy, digits
 from eigenzoo.nursery.lora import TARGETS, LoraKind
-from eigenzoo.nursery.making import choose_tasks, make_zoo
+from eigenzoo.nursery.making import choose_children, make_zoo
 from eigenzoo.nursery.recipe import plan_zoo
 from eigenzoo.nursery.training import train
 
@@ -27,16 +28,10 @@ Planner = Callable[..., Any]
 # PEFT 0.21 uses a name that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-# Of 500 images one may lie so near the border that the batched and the plain product decide it differently.
-ONE_IMAGE = 1 / 500 + 1e-9
 FILES = {
     "digits-vit": {"config.json", "model.safetensors"},
     "digits-lora": {"README.md", "adapter_config.json", "adapter_model.safetensors"},
 }
-
-
-def weight_file(path: Path) -> Path:
-    return path if path.is_file() else next(path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +195,8 @@ def test_the_same_seed_gives_the_same_bytes(hasty: Hasty, kind: str, tmp_path: P
 
 def test_a_larger_zoo_of_one_seed_holds_the_smaller_one_and_another_seed_chooses_anew(hasty_plan: Planner) -> None:
     def chosen(num_models: int, seed: int) -> list[tuple[digits.Task, int]]:
-        return choose_tasks(hasty_plan("digits-cnn", num_models=num_models, seed=seed))
+        children = choose_children(hasty_plan("digits-cnn", num_models=num_models, seed=seed))
+        return [(child.task, child.seed) for child in children]
 
     assert chosen(126, 0)[:5] == chosen(5, 0)
     assert {task for task, _ in chosen(126, 0)} == set(digits.tasks())

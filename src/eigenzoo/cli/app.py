@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from eigenzoo.cli import add, demo, fit, inspect, nursery, plan, project, rebuild, verify
+from eigenzoo.cli import add, demo, evaluate, evidence, fit, inspect, nursery, plan, project, rebuild, report, verify
 from eigenzoo.cli.console import complain
 from eigenzoo.errors import EigenzooError
 
@@ -49,10 +49,13 @@ def _options(
 app.command("inspect")(inspect.command)
 app.command("fit")(fit.command)
 app.command("plan")(plan.command)
+app.command("evidence")(evidence.command)
 app.command("project")(project.command)
 app.command("rebuild")(rebuild.command)
 app.command("add")(add.command)
 app.command("verify")(verify.command)
+app.command("evaluate")(evaluate.command)
+app.command("report")(report.command)
 app.command("demo")(demo.command)
 app.add_typer(nursery.app, name="nursery")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +45,16 @@ def complain(text: str) -> None:
     Console(stderr=True, highlight=False).print(Text(printable(text), style="red"), soft_wrap=True)
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document and nothing else."""
+def as_json(document: Mapping[str, Any]) -> str:
+    """Write a JSON document that no terminal is moved by."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     # JSON escapes most of what moves a terminal; the rest (C1 controls, half surrogates of odd file names) is escaped here.
-    sys.stdout.write(
-        "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text) + "\n"
-    )
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text) + "\n"
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document and nothing else."""
+    sys.stdout.write(as_json(document))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:

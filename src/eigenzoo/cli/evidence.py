@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eigenzoo import Evidence
+    from eigenzoo import Evidence, Subspace, Zoo
     from eigenzoo.evidence.layer_evidence import LayerEvidence
     from eigenzoo.records import Progress
 
@@ -38,56 +40,52 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Is there a shared subspace, beyond chance, beyond the mean, beyond a common origin? A bundle's moments are enough."""
+    import eigenzoo as ez
+
     options.check_device(device)
     with progress_bar(quiet=quiet or json) as progress:
-        found = gather(zoo, axes, view, base, center, include, exclude, seed, allow_pickle, allow_missing, progress)
+        source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
+        sides = options.parse_axes(axes) or ()
+        found = ez.evidence(source, axes=sides, center=center, seed=seed, progress=progress)
     if json:
         print_json(found.to_dict())
-        return
-    render(found)
+    else:
+        render(found)
 
 
-def gather(
+def open_source(
     zoo: list[str],
-    axes: str | None,
     view: str | None,
-    base: object,
-    center: str,
+    base: Path | None,
     include: list[str] | None,
     exclude: list[str] | None,
-    seed: int,
     allow_pickle: bool,
     allow_missing: bool,
     progress: Progress,
-) -> Evidence:
-    """Open a zoo or a bundle as the shared options say, and collect its evidence."""
+) -> Zoo | Subspace:
+    """Open a zoo, or a bundle, which has its own view and layers."""
     import eigenzoo as ez
 
     source = options.one_or_many(zoo)
-    sides = options.parse_axes(axes) or ()
-    if isinstance(source, str) and options.is_bundle(source):
-        return ez.evidence(
+    if not (isinstance(source, str) and options.is_bundle(source)):
+        return ez.open_zoo(
             source,
-            axes=sides,
-            center=center,
-            seed=seed,
             view=view,
             base=base,
             include=include or (),
             exclude=exclude or (),
+            allow_pickle=allow_pickle,
+            allow_missing=allow_missing,
             progress=progress,
         )
-    opened = ez.open_zoo(
-        source,
-        view=view,
-        base=base,
-        include=include or (),
-        exclude=exclude or (),
-        allow_pickle=allow_pickle,
-        allow_missing=allow_missing,
-        progress=progress,
-    )
-    return ez.evidence(opened, axes=sides, center=center, seed=seed, progress=progress)
+    if view is not None or include or exclude:
+        raise UsageError(
+            "--view, --include or --exclude of a bundle",
+            where=source,
+            rule="a bundle has its own view and layers",
+            next_step="name the zoo instead",
+        )
+    return ez.load(source, base=base)
 
 
 def render(found: Evidence, most: int = 40) -> None:
@@ -101,13 +99,7 @@ def render(found: Evidence, most: int = 40) -> None:
         say(f"{control.name:>12}  {control.sentence}")
     say("")
     _render_roles(found, most)
-    for name, sides in found.axes.items():
-        for axis, side in sides.items():
-            kept = min(16, len(side.null))
-            say(
-                f"{name}, {axis} about {side.center}: top {kept} of {len(side.null)} directions hold "
-                f"{in_percent(sum(side.explained_variance_ratio[:kept]))}, chance {in_percent(sum(side.null[:kept]))}"
-            )
+    _render_axes(found, most)
     for group in found.lineage.groups[:5]:
         say(f"common origin: {', '.join(group[:6])}{f', … ({len(group)} models)' if len(group) > 6 else ''}")
     for first, other in found.lineage.duplicates[:5]:
@@ -116,6 +108,25 @@ def render(found: Evidence, most: int = 40) -> None:
         say(f"… and {len(found.lineage.duplicates) - 5} more copies")
     for warning in found.warnings:
         say(f"warning: {warning}")
+
+
+def _render_axes(found: Evidence, most: int) -> None:
+    rows = [
+        (
+            name,
+            axis,
+            side.center,
+            len(side.null),
+            *(in_percent(sum(values[:16])) for values in (side.explained_variance_ratio, side.null)),
+        )
+        for name, sides in found.axes.items()
+        for axis, side in sides.items()
+    ]
+    if rows:
+        columns = ("layer", "axis", "center", "size", "variance in the top 16", "… chance")
+        print_table(
+            "sides of the layers" + (f", the first {most}" if len(rows) > most else ""), columns, rows[:most], left=3
+        )
 
 
 def _render_roles(found: Evidence, most: int) -> None:
@@ -132,9 +143,10 @@ def _render_roles(found: Evidence, most: int) -> None:
         left=1,
     )
     say(
-        "mean's energy: share of all energy. Beyond chance: directions above the norm-matched null. Variance kept by the top k: share "
-        "of the variance about the mean, in-sample; held out: of models left out of the fit; chance: of unrelated models with the "
-        "same norms. Averages over layers with variance. Geometry is not function: `eigenzoo evaluate` measures what models can do."
+        "mean's energy: share of all energy. Beyond chance: directions above the norm-matched null. Variance kept by the top k: "
+        "share of the variance about the mean, in-sample; held out: of models left out of the fit; chance: of unrelated models "
+        "with the same norms. Averages over layers with variance. Geometry is not function: `eigenzoo evaluate` measures what "
+        "models can do."
     )
 
 
@@ -152,7 +164,7 @@ def _role_cells(layers: Sequence[LayerEvidence]) -> tuple[object, ...]:
     autos = sorted({layer.chance.auto for layer in varying})
 
     def mean(part: str) -> float:
-        return sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in held) / len(held)
+        return float(sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in held) / len(held))
 
     return (
         verdicts,

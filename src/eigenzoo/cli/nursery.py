@@ -24,7 +24,7 @@ def command(
         str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The zoo to write.", show_default=False)],
-    num_models: Annotated[int | None, typer.Option(help="How many of the 126 tasks.", show_default=False)] = None,
+    num_models: Annotated[int | None, typer.Option(help="How many models, 126 at most.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
     random_labels: Annotated[
         bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")
@@ -36,6 +36,15 @@ def command(
             "--own-init/--shared-init", help="An initialisation per model, or one for all.", show_default=False
         ),
     ] = None,
+    permuted: Annotated[
+        bool,
+        typer.Option(
+            "--permuted", help="Each network's hidden channels in an order of its own, answers unchanged (digits-cnn)."
+        ),
+    ] = False,
+    same_task: Annotated[
+        bool, typer.Option("--same-task", help="One task for all, each model with its own order of batches.")
+    ] = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -52,6 +61,8 @@ def command(
             random_labels=random_labels,
             train_head=train_head,
             own_init=own_init,
+            permuted=permuted,
+            same_task=same_task,
             force=force,
             progress=progress,
         )

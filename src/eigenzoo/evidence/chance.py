@@ -66,18 +66,20 @@ class Chance:
     var90: int
 
 
-NOTHING = Chance((), 0.0, (), (), (), (), None, None, 0, 0)
-"""A layer without variance."""
+def _nothing(length: int) -> Chance:
+    """Return what a layer without variance has: zeros."""
+    zeros = (0.0,) * length
+    return Chance(zeros, 0.0, zeros, zeros, zeros, zeros, None, None, 0, 0)
 
 
 def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed: int = 0) -> Chance:
     """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance; from the moments alone. Cost: N³ a draw."""
-    if moments.variance == 0:
-        return NOTHING
     centered = moments.shift_N is None
+    length = moments.num_models - centered
+    if moments.variance == 0:
+        return _nothing(length)
     gram_NN = moments.centered_NN
     num_values, draws = moments.num_values, num_draws(moments.num_models)
-    length = moments.num_models - centered
     ratio_K = values_K / moments.variance
     energies_N = gram_NN.diagonal()
     null = norm_matched_spectra(energies_N, num_values, centered=centered, draws=draws, seed=seed)

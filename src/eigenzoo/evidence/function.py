@@ -135,7 +135,7 @@ def evaluate(
     heldout = models is None or not is_known(fitted, projected.values())
     variants = Variants(fitted, zoo, ancestor, seed)
     full = variants.rank
-    powers = [2**power for power in range(full.bit_length()) if 2**power < full]
+    powers = [2**power for power in range(full.bit_length())]
     chosen = tuple(sorted({min(rank, full) for rank in (powers if checked is None else checked)} | {full}))
     measured = {}
     for number, (name, coefficients) in enumerate(projected.items()):

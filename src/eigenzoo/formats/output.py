@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -57,6 +57,39 @@ def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path
             rule="--force replaces folders of the same kind only",
             next_step="choose another name",
         )
+
+
+def check_free_file(target: Path, *, force: bool = False) -> None:
+    """Raise OutputError unless `target` is free, or a plain file that `force` may replace; call it before long work starts."""
+    if not target.name:
+        raise OutputError("is no name for a file", where=str(target))
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_file():
+        raise OutputError("is no plain file", where=str(target), next_step="choose another name")
+    if not force:
+        raise OutputError(
+            "exists already", where=str(target), next_step="choose another name, or --force to replace it"
+        )
+
+
+def write_file(target: Path, text: str, *, force: bool = False) -> Path:
+    """Write a text file under a temporary name beside its own, flush it, and rename it; returns its path."""
+    check_free_file(target, force=force)
+    staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staging.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        check_free_file(target, force=force)
+        staging.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(target)) from error
+    finally:
+        staging.unlink(missing_ok=True)
+    return target
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

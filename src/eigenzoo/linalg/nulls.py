@@ -87,8 +87,8 @@ def _shares(gram_NN: Tensor) -> Tensor:
     # The spread of a null is thousands of times what float32 loses, and large zoos have many layers.
     gram_NN = gram_NN.float() if gram_NN.shape[0] > FLOAT32_FROM else gram_NN
     values_N = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min(0)
-    values_N = values_N.double()
-    return values_N / values_N.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    shares_N: Tensor = values_N.double() / values_N.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return shares_N
 
 
 def iid_spectra(num_models: int, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0) -> Tensor:

@@ -12,6 +12,9 @@ from torch.func import functional_call
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.training import Weights
 
+# Channels that are normalised together.
+GROUP_SIZE = 4
+
 
 class Cnn(nn.Module):
     """Three 3 x 3 convolutions (8, 16, 16 channels) with group norms, mean over places, two classes: 3,682 weights.
@@ -23,11 +26,11 @@ class Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
-        self.norm1 = nn.GroupNorm(2, 8)
+        self.norm1 = nn.GroupNorm(8 // GROUP_SIZE, 8)
         self.conv2 = nn.Conv2d(8, 16, 3, padding=1, stride=2)
-        self.norm2 = nn.GroupNorm(4, 16)
+        self.norm2 = nn.GroupNorm(16 // GROUP_SIZE, 16)
         self.conv3 = nn.Conv2d(16, 16, 3, padding=1)
-        self.norm3 = nn.GroupNorm(4, 16)
+        self.norm3 = nn.GroupNorm(16 // GROUP_SIZE, 16)
         self.head = nn.Linear(16, 2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,6 +40,33 @@ class Cnn(nn.Module):
         hidden = torch.relu(self.norm3(self.conv3(hidden)))
         logits: Tensor = self.head(hidden.mean((2, 3)))
         return logits
+
+
+_HIDDEN = (("conv1", "norm1", "conv2"), ("conv2", "norm2", "conv3"), ("conv3", "norm3", "head"))
+"""The layers that write a hidden layer's channels, normalise them and read them."""
+
+
+def permute(weights: Weights, seed: int) -> Weights:
+    """Return weights of a `Cnn` for the same function, the channels of all three hidden layers in an order of the seed.
+
+    Groups change places with each other and channels within their group: a group norm takes mean and variance over a
+    group, so any other permutation would change the function. Exact but for the order of sums inside a product.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moved = dict(weights)
+    for writer, norm, reader in _HIDDEN:
+        order = _draw_order(len(weights[f"{norm}.weight"]), generator)
+        for name in (f"{writer}.weight", f"{writer}.bias", f"{norm}.weight", f"{norm}.bias"):
+            moved[name] = moved[name].index_select(0, order)
+        moved[f"{reader}.weight"] = moved[f"{reader}.weight"].index_select(1, order)
+    return moved
+
+
+def _draw_order(num_channels: int, generator: torch.Generator) -> Tensor:
+    """Draw one of the orders of the channels that leave each group together."""
+    groups = torch.arange(num_channels).view(-1, GROUP_SIZE)
+    shuffled = groups[torch.randperm(len(groups), generator=generator)]
+    return torch.cat([group[torch.randperm(GROUP_SIZE, generator=generator)] for group in shuffled])
 
 
 class CnnKind:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +18,24 @@ from torch import Tensor
 
 from eigenzoo.errors import OutputError
 from eigenzoo.nursery import digits
+from eigenzoo.nursery.cnn import CnnKind, permute
 from eigenzoo.nursery.digits import Task
-from eigenzoo.nursery.recipe import Plan, Recipe, library_versions
+from eigenzoo.nursery.recipe import PARENT, RECIPE, Plan, Recipe, library_versions
 from eigenzoo.nursery.training import Weights, predict, share, train
 
 Progress = Callable[[str, int, int], None]
 
-PARENT = "_base"
-RECIPE = "zoo.json"
 # Time per model falls until about here (24 at once: 254 ms, 42: 216 ms); memory grows on.
 CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Child:
+    """One model to come: its name, what it learns, and the seed of all that is drawn for it alone."""
+
+    name: str
+    task: Task
+    seed: int
 
 
 class Kind(Protocol):
@@ -49,32 +58,35 @@ def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> R
     with torch.random.fork_rng(devices=[]), _one_thread(), _whole_or_nothing(out) as folder:
         kind, parent = _build(plan, folder, progress)
         models: dict[str, dict[str, Any]] = {}
-        for chunk in _chunks(choose_tasks(plan)):
+        for chunk in _chunks(choose_children(plan)):
             models |= _raise_chunk(plan, kind, chunk, folder, progress, len(models))
         recipe = Recipe(plan, dict(sorted(models.items())), parent, library_versions())
         (folder / RECIPE).write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
     return recipe
 
 
-def choose_tasks(plan: Plan) -> list[tuple[Task, int]]:
-    """Return each model's task and seed: a random choice of the 126 tasks, drawn by the zoo's seed.
+def choose_children(plan: Plan) -> list[Child]:
+    """Return the models of the plan: a random choice of the 126 tasks, drawn by the zoo's seed, or runs of the first.
 
-    A larger zoo of the same seed holds the tasks of the smaller one, with the same seeds.
+    A larger zoo of the same seed holds the models of the smaller one; zoos of two seeds share no model's seed.
     """
     every = digits.tasks()
+    first_seed = plan.seed * len(every) + 1
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(plan.seed)).tolist()
-    chosen = []
+    if plan.same_task:
+        task = every[order[0]]
+        return [Child(f"{task.name}-run-{run:03d}", task, first_seed + run) for run in range(plan.num_models)]
+    children = []
     for number in order[: plan.num_models]:
-        seed = plan.seed * len(every) + number + 1
-        chosen.append((Task(every[number].digits, seed if plan.random_labels else None), seed))
-    return chosen
+        seed = first_seed + number
+        task = Task(every[number].digits, seed if plan.random_labels else None)
+        children.append(Child(task.name, task, seed))
+    return children
 
 
 def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, dict[str, float]]:
     """Return the kind, its parent trained and saved, and what is to be told of the parent."""
     if plan.pretraining is None:
-        from eigenzoo.nursery.cnn import CnnKind
-
         return CnnKind(plan), {}
     from eigenzoo.nursery.vit import VitKind, pretrain, save_checkpoint
 
@@ -90,13 +102,13 @@ def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, d
 
 
 def _raise_chunk(
-    plan: Plan, kind: Kind, chunk: list[tuple[Task, int]], folder: Path, progress: Progress | None, before: int
+    plan: Plan, kind: Kind, chunk: list[Child], folder: Path, progress: Progress | None, before: int
 ) -> dict[str, dict[str, Any]]:
     """Train, measure and save some models at once; return what the recipe says of each."""
-    data, seeds = digits.load(), [seed for _, seed in chunk]
+    data, seeds = digits.load(), [child.seed for child in chunk]
     starts = [kind.start(seed) for seed in seeds]
     stacked = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
-    sets = [data.training_set(task) for task, _ in chunk]
+    sets = [data.training_set(child.task) for child in chunk]
     images, labels = sets[0][0], torch.stack([each for _, each in sets])
 
     def tick(step: int) -> None:
@@ -106,21 +118,27 @@ def _raise_chunk(
     trained = train(kind.forward, stacked, images, labels, plan.schedule, seeds, tick)
     fitted, tested = (predict(kind.forward, trained, each) for each in (images, data.test_images))
     models = {}
-    for row, (task, seed) in enumerate(chunk):
+    for row, child in enumerate(chunk):
         weights = {name: tensor[row].contiguous() for name, tensor in trained.items()}
-        _label(kind.save(weights, folder, task.name), _metadata(plan, task))
-        models[task.name] = {
-            "task": str(task),
-            "seed": seed,
-            "test_accuracy": share(tested[row], data.test_set(task)[1]),
+        if plan.permuted:
+            weights = permute(weights, child.seed)
+        _label(kind.save(weights, folder, child.name), _metadata(plan, child))
+        models[child.name] = {
+            "task": str(child.task),
+            "seed": child.seed,
+            "test_accuracy": share(tested[row], data.test_set(child.task)[1]),
             "train_accuracy": share(fitted[row], labels[row]),
         }
     return models
 
 
-def _metadata(plan: Plan, task: Task) -> dict[str, str]:
-    facts = {"task": str(task), "kind": plan.kind, "random_labels": json.dumps(plan.random_labels)}
-    return facts if task.labels_seed is None else {**facts, "labels_seed": str(task.labels_seed)}
+def _metadata(plan: Plan, child: Child) -> dict[str, str]:
+    facts = {"task": str(child.task), "kind": plan.kind, "random_labels": json.dumps(plan.random_labels)}
+    if child.task.labels_seed is not None:
+        facts["labels_seed"] = str(child.task.labels_seed)
+    if plan.permuted:
+        facts["permutation_seed"] = str(child.seed)
+    return facts
 
 
 def _label(path: Path, metadata: dict[str, str]) -> None:
@@ -137,7 +155,7 @@ def _label(path: Path, metadata: dict[str, str]) -> None:
     path.write_bytes(content[:8] + ordered + content[end:])
 
 
-def _chunks(models: list[tuple[Task, int]]) -> Iterator[list[tuple[Task, int]]]:
+def _chunks(models: list[Child]) -> Iterator[list[Child]]:
     """Cut into as few chunks as `CHUNK` allows, of nearly equal size."""
     count = -(-len(models) // CHUNK)
     for number in range(count):

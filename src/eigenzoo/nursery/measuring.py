@@ -113,6 +113,6 @@ def _recorded_base(folder: Path) -> Path:
             f"its parent {named!r} is not there",
             where=str(folder),
             rule="the parent is a folder, named relative to the adapter's",
-            next_step="pass base=",
+            next_step="pass base=, or measure with eigenzoo.nursery.metric(zoo), zoo being the folder that holds it",
         )
     return base

@@ -10,6 +10,8 @@ from typing import Any
 from eigenzoo.errors import UsageError
 
 NUM_TASKS = 126
+PARENT = "_base"
+RECIPE = "zoo.json"
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "numpy")
 
 
@@ -64,7 +66,7 @@ DEFAULTS: Mapping[str, Defaults] = {
         num_shuffled_models=100,
         schedule=Schedule(400, 32, 1e-2),
         shuffled_schedule=Schedule(600, 32, 1e-2),
-        options=frozenset({"own_init"}),
+        options=frozenset({"own_init", "permuted"}),
     ),
 }
 
@@ -79,6 +81,8 @@ class Plan:
     random_labels: bool
     train_head: bool
     own_init: bool
+    permuted: bool
+    same_task: bool
     schedule: Schedule
     pretraining: Schedule | None
 
@@ -123,7 +127,15 @@ class Recipe:
 
 
 def plan_zoo(
-    kind: str, num_models: int | None, seed: int, random_labels: bool, train_head: bool, own_init: bool | None
+    kind: str,
+    num_models: int | None,
+    seed: int,
+    random_labels: bool,
+    train_head: bool,
+    own_init: bool | None,
+    *,
+    permuted: bool = False,
+    same_task: bool = False,
 ) -> Plan:
     """Resolve the defaults and refuse, with `UsageError`, what the kind cannot do."""
     if kind not in DEFAULTS:
@@ -135,16 +147,21 @@ def plan_zoo(
         raise UsageError(
             f"{num_models} models asked for",
             where=kind,
-            rule=f"ten digits split into five against five in {NUM_TASKS} ways, one model each",
+            rule=f"a zoo has {NUM_TASKS} seeds of its own for its models"
+            if same_task
+            else f"ten digits split into five against five in {NUM_TASKS} ways, one model each",
             next_step=f"ask for 1 to {NUM_TASKS} models, or make a second zoo with another seed",
         )
     if not 0 <= seed < 2**31:
         raise UsageError(f"seed {seed}", where=kind, rule="a seed is a whole number from 0 to 2**31 - 1")
-    if train_head and "train_head" not in defaults.options:
-        why = "its adapters hold LoRA weights alone" if kind == "digits-lora" else "it trains all weights anyway"
-        raise UsageError("no such option: train_head", where=kind, rule=why, next_step="leave it out")
-    if own_init and "own_init" not in defaults.options:
-        raise UsageError("no such option: own_init", where=kind, rule="its models are fine-tunes of one parent")
+    _refuse_options(kind, {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted})
+    if same_task and random_labels:
+        raise UsageError(
+            "same_task and random_labels are both asked for",
+            where=kind,
+            rule="shuffled labels are each model's own, and so would be the task",
+            next_step="leave one of them out",
+        )
     return Plan(
         kind,
         num_models,
@@ -152,9 +169,25 @@ def plan_zoo(
         random_labels,
         train_head,
         defaults.own_init if own_init is None else own_init,
+        permuted,
+        same_task,
         defaults.shuffled_schedule if random_labels else defaults.schedule,
         defaults.pretraining,
     )
+
+
+def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
+    """Refuse an option that the kind does not have, with the reason."""
+    reasons = {
+        "train_head": "its adapters hold LoRA weights alone"
+        if kind == "digits-lora"
+        else "it trains all weights anyway",
+        "own_init": "its models are fine-tunes of one parent",
+        "permuted": "its models keep the order of their one parent; only digits-cnn is permuted",
+    }
+    for option, wanted in asked.items():
+        if wanted and option not in DEFAULTS[kind].options:
+            raise UsageError(f"no such option: {option}", where=kind, rule=reasons[option], next_step="leave it out")
 
 
 def library_versions() -> dict[str, str]:

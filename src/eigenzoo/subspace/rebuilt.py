@@ -43,17 +43,20 @@ class RebuiltModel:
 
     def layer(self, name: str) -> Tensor:
         """Return one rebuilt layer as a tensor of its shape in the files, float64; a LoRA update as the product B·A."""
-        rebuilt = self._layers[name].rebuild(self._values[name])
+        rebuilt = self._rebuild(name)
         if isinstance(rebuilt, tuple):
             return rebuilt[0] @ rebuilt[1]
         return rebuilt.reshape(self._layers[name].layer.tensor_shape)
 
     def factors(self, name: str) -> Factors:
         """Return one rebuilt LoRA update as (B, A), float64, the scale in B."""
-        rebuilt = self._layers[name].rebuild(self._values[name])
+        rebuilt = self._rebuild(name)
         if not isinstance(rebuilt, tuple):
             raise BundleError("is no LoRA update", where=f"layer '{name}'")
         return rebuilt
+
+    def _rebuild(self, name: str) -> Tensor | Factors:
+        return self._layers[name].rebuild(self._values[name])
 
     def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.

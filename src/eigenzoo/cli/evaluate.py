@@ -1,0 +1,142 @@
+"""`eigenzoo evaluate BUNDLE --metric module:function`: what rebuilt models can still do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.errors import EigenzooError, UsageError
+
+if TYPE_CHECKING:
+    from eigenzoo.evidence.function import FunctionEvidence, Metric
+
+
+def command(
+    bundle: options.BundleArgument,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="module:function, called with the path of one saved model; returns a number. Modules in the working "
+            "folder are found too.",
+            show_default=False,
+        ),
+    ],
+    metric_arg: Annotated[
+        str | None,
+        typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Models that the bundle was not fitted to (repeatable). Without it, a fifth of the bundle's own models "
+            "is held out and the rest is fitted again.",
+            show_default=False,
+        ),
+    ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="The checkpoint that full weights started from.", show_default=False)
+    ] = None,
+    base: options.Base = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Ranks to rebuild at, comma-separated; by default powers of two.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the fold and of the random basis.", min=0, max=2**63 - 1)] = 0,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure held-out models by a metric of your own: as they are, rebuilt, and with mean, head or random basis alone."""
+    import eigenzoo as ez
+
+    chosen = parse_ranks(ranks)
+    # A module or metric that prints must not print into the document.
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        measure = load_metric(metric, metric_arg)
+        space = ez.load(bundle, base=base)
+        with progress_bar(quiet=quiet or json) as progress:
+            held_out = space.open(models, allow_pickle=allow_pickle) if models else None
+            found = ez.evaluate(space, measure, held_out, ranks=chosen, parent=parent, seed=seed, progress=progress)
+    if json:
+        print_json(found.to_dict())
+    else:
+        render(found)
+
+
+def render(found: FunctionEvidence) -> None:
+    """Print every variant's average and its standard error, then what follows."""
+    variants = [
+        ("original", found.mean.original, found.spread.original),
+        ("parent", found.mean.parent, found.spread.parent),
+        ("mean only", found.mean.mean, found.spread.mean),
+        ("head only", found.mean.head_only, found.spread.head_only),
+        *((f"rebuilt, rank {rank}", value, found.spread.rebuilt[rank]) for rank, value in found.mean.rebuilt.items()),
+        *(
+            (f"random basis of {rank}", value, found.spread.random_basis[rank])
+            for rank, value in found.mean.random_basis.items()
+        ),
+        (f"without the first {found.secondary_rank or '…'}", found.mean.secondary, found.spread.secondary),
+    ]
+    whose = "held out" if found.heldout else "not all held out"
+    say(f"{found.metric} of {found.num_models} models, {whose}; the subspace is of {found.num_fitted}")
+    print_table(
+        "",
+        ("in a model's place", "average", "± standard error"),
+        [(name, _number(mean), _number(error)) for name, mean, error in variants],
+    )
+    say(f"\n{found.sentence}")
+
+
+def parse_ranks(text: str | None) -> list[int] | None:
+    """Read a comma-separated list of ranks.
+
+    >>> parse_ranks("1, 4,16")
+    [1, 4, 16]
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UsageError(f"{text!r} is not a list of ranks", where="--ranks", rule="write 1,4,16")
+    return [int(part) for part in parts]
+
+
+def load_metric(text: str, argument: str | None) -> Metric:
+    """Import module:function, from the working folder first; with an argument, call it once for the metric."""
+    module_name, _, function_name = text.partition(":")
+    if not module_name or not function_name:
+        raise UsageError(f"{text!r} names no function", where="--metric", rule="write module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    found = _called(f"module {module_name!r} cannot be imported", importlib.import_module, module_name)
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"module {module_name!r} has no {function_name!r}", where="--metric")
+        found = getattr(found, part)
+    if argument is not None:
+        found = _called(f"{text} failed for {argument!r}", found, argument)
+    if not callable(found):
+        raise UsageError(f"{text} is no function", where="--metric", rule="a metric is called with a path")
+    measure: Metric = found
+    return measure
+
+
+def _called(what: str, function: Any, argument: str) -> Any:
+    """Call the user's code; whatever it raises is told as what it is."""
+    try:
+        return function(argument)
+    except EigenzooError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} ({type(error).__name__}: {error})", where="--metric") from error
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

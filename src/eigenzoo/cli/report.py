@@ -1,0 +1,126 @@
+"""`eigenzoo report ZOO|BUNDLE -o FILE`: the evidence as a page, a table, or figures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import as_json, progress_bar, say
+from eigenzoo.cli.evaluate import load_metric
+from eigenzoo.cli.evidence import open_source
+from eigenzoo.errors import UsageError
+
+FIGURES = ("png", "svg")
+FORMATS = ("html", "md", "json", "csv", *FIGURES)
+
+
+def command(
+    zoo: options.ZooOrBundleArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; a folder for png and svg.", show_default=False)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(help="html, md, json, csv, png or svg; else what the file's name says.", show_default=False),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="module:function: measure rebuilt models too, as `evaluate` does.", show_default=False),
+    ] = None,
+    metric_arg: Annotated[
+        str | None,
+        typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
+    ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(help="Models held out of the bundle's fit, for the metric (repeatable).", show_default=False),
+    ] = None,
+    view: options.View = None,
+    base: options.Base = None,
+    center: options.Center = "models",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    allow_pickle: options.AllowPickle = False,
+    allow_missing: options.AllowMissing = False,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a self-contained page: the verdict, its controls, figures that move, and every number behind them."""
+    import eigenzoo as ez
+    from eigenzoo.evidence.presentation import present
+
+    options.check_device(device)
+    chosen = choose_format(output, format)
+    check_output(output, chosen, force)
+    measure = None if metric is None else load_metric(metric, metric_arg)
+    with progress_bar(quiet=quiet) as progress:
+        source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
+        if measure is not None and not isinstance(source, ez.Subspace):
+            raise UsageError(
+                "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"
+            )
+        found = ez.evidence(source, center=center, seed=seed, progress=progress)
+        function = None
+        if measure is not None and isinstance(source, ez.Subspace):
+            held_out = source.open(models, allow_pickle=allow_pickle) if models else None
+            function = ez.evaluate(source, measure, held_out, seed=seed, progress=progress)
+    document = present(
+        found,
+        source,
+        title=Path(zoo[0]).resolve().name,
+        command=shlex.join(["eigenzoo", *sys.argv[1:]]),
+        date=date.today().isoformat(),
+        function=function,
+    )
+    write(document, output, chosen, force)
+    say(found.verdict.text)
+    say(f"report: {output}")
+
+
+def choose_format(output: Path, asked: str | None) -> str:
+    """Return the format that is asked for, else the one that the file's name says.
+
+    >>> choose_format(Path("zoo.md"), None)
+    'md'
+    """
+    chosen = asked if asked is not None else output.suffix.lstrip(".").lower() or "html"
+    chosen = {"htm": "html", "markdown": "md"}.get(chosen, chosen)
+    if chosen not in FORMATS:
+        raise UsageError(f"format {chosen!r}", where=str(output), rule=f"a report is one of: {', '.join(FORMATS)}")
+    return chosen
+
+
+def check_output(output: Path, format: str, force: bool) -> None:
+    """Refuse an output that exists, before any work."""
+    from eigenzoo.formats.output import check_free, check_free_file
+
+    if format in FIGURES:
+        check_free(output, force=force, replaceable=_holds_only_figures)
+    else:
+        check_free_file(output, force=force)
+
+
+def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -> None:
+    """Render a document and write it whole or not at all."""
+    from eigenzoo import report
+    from eigenzoo.formats.output import new_folder, write_file
+
+    if format in FIGURES:
+        with new_folder(output, force=force, replaceable=_holds_only_figures) as folder:
+            report.write_figures(document, folder, (format,))
+        return
+    render = {"html": report.render_html, "md": report.render_markdown, "csv": report.render_csv, "json": as_json}
+    write_file(output, render[format](document), force=force)
+
+
+def _holds_only_figures(folder: Path) -> bool:
+    return all(path.suffix.lstrip(".") in FIGURES and path.is_file() for path in folder.iterdir())

@@ -1,0 +1,75 @@
+"""The document that the report room renders: evidence, sizes, residuals, a metric's figures, and what made it all."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from eigenzoo.errors import UsageError
+from eigenzoo.evidence.evidence import Evidence
+from eigenzoo.evidence.function import FunctionEvidence
+from eigenzoo.subspace.sizes import sizes
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.zoo import Zoo
+
+PACKAGES = ("eigenzoo", "torch", "numpy", "scipy")
+
+
+def present(
+    found: Evidence,
+    source: Zoo | Subspace,
+    *,
+    title: str,
+    command: str,
+    date: str,
+    function: FunctionEvidence | None = None,
+) -> dict[str, Any]:
+    """Return the document: plain JSON values, as `eigenzoo.report` lists them.
+
+    Args:
+        found: the evidence.
+        source: what it is of: a zoo, or a subspace, which adds the models' residuals.
+        title: what the zoo is called.
+        command, date: what made the document, and when.
+        function: what `evaluate` measured, if it did.
+    """
+    return {
+        "title": title,
+        "evidence": found.to_dict(),
+        "function": None if function is None else function.to_dict(),
+        "sizes": _sizes(source),
+        "models": _models(source),
+        "made_by": {
+            "command": command,
+            "versions": {**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},
+            "date": date,
+            "seed": found.seed,
+        },
+    }
+
+
+def _sizes(source: Zoo | Subspace) -> dict[str, Any] | None:
+    """Bytes by rank; nothing for a bundle of other axes than the models'."""
+    try:
+        return sizes(source).to_dict()
+    except UsageError:
+        return None
+
+
+def _models(source: Zoo | Subspace) -> dict[str, Mapping[str, Any]]:
+    if isinstance(source, Zoo):
+        return {
+            name: {"residual": None, "energy": None, "source": str(model.path)}
+            for name, model in zip(source.names, source.models, strict=True)
+        }
+    found: dict[str, Mapping[str, Any]] = {}
+    for record in source.manifest.models:
+        coefficients = source.coefficients(record.name)
+        found[record.name] = {
+            "residual": coefficients.residual,
+            "energy": sum(coefficients.energies.values()) if coefficients.energies else None,
+            "source": record.source.path,
+        }
+    return found

@@ -1,0 +1,90 @@
+"""Reports: records in, one self-contained page out.
+
+A document is plain JSON values, with these keys:
+
+* `title`: what the zoo is called;
+* `evidence`: what `Evidence.to_dict()` gives;
+* `function`: what `evaluate(...).to_dict()` gives, or None where no metric was run;
+* `sizes`: what a bundle of any rank weighs, or None: `whole_zoo`, `num_models`, `shared`, `per_model`, and for each of
+  `layers` its `fixed`, `per_direction` and `per_coefficient` bytes;
+* `models`: for each its `residual` (None without a bundle), `energy` and `source`;
+* `made_by`: `command`, `versions`, `date`, `seed`.
+
+Needs `pip install "eigenzoo[report]"`; importing this package does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import UsageError
+
+__all__ = ["render_csv", "render_html", "render_markdown", "write_figures"]
+
+Document = Mapping[str, Any]
+
+
+def render_html(document: Document) -> str:
+    """Return one HTML page that needs no network: verdict, controls, tables, and figures that move.
+
+    5 MB for a small zoo, most of it plotly.js; below 15 MB for 500 models of 200 layers. It can be read without JavaScript
+    and shows every name of the document as text only. The same document gives the same page.
+
+    Raises:
+        UsageError: the document holds no evidence, or a library is missing.
+    """
+    _require_libraries("plotly", "jinja2", "matplotlib")
+    from eigenzoo.report.page import render_html as render
+
+    return render(document)
+
+
+def render_markdown(document: Document) -> str:
+    """Return verdict, controls, every table and each figure's summary as Markdown, with every name inert in it.
+
+    Raises:
+        UsageError: the document holds no evidence.
+    """
+    from eigenzoo.report.markdown import render_markdown as render
+
+    return render(document)
+
+
+def render_csv(document: Document) -> str:
+    """Return every number as one long table: section, layer, model, series, x, y.
+
+    Numbers are those of the document, in full; a text cell that a spreadsheet would take for a formula gets a leading
+    apostrophe.
+
+    Raises:
+        UsageError: the document holds no evidence.
+    """
+    from eigenzoo.report.csv_text import render_csv as render
+
+    return render(document)
+
+
+def write_figures(document: Document, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write static figures for papers into a folder, those that the document has numbers for; returns their paths.
+
+    Raises:
+        UsageError: a format that is not png, svg or pdf; the document holds no evidence, or a library is missing.
+        OutputError: a file of that name exists already.
+    """
+    _require_libraries("matplotlib")
+    from eigenzoo.report.static_figures import write_figures as write
+
+    return write(document, folder, formats)
+
+
+def _require_libraries(*names: str) -> None:
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"not installed: {', '.join(missing)}",
+            where="eigenzoo.report",
+            next_step='run: pip install "eigenzoo[report]"',
+        )

@@ -1,0 +1,396 @@
+"""Figures of a report: which there are, what each shows and of what it is a share, and what it says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eigenzoo.report import curves
+from eigenzoo.report.document import Report, has_similarity
+from eigenzoo.report.numbers import NONE, at_rank, floats, in_bytes, in_number, in_percent, many, quantile
+from eigenzoo.report.sizes import SizeTable
+from eigenzoo.report.suitability import exponents
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        name: its place in the page, in the tidy table and among the static figures.
+        title: what it is.
+        what: axes and denominators.
+        summary: what it says, in words and numbers; also what is read out in its stead.
+        section: the section of the tidy table that holds its numbers.
+        by_layer: whether it follows the choice of a layer.
+        choices: quantities to choose from, as (key, label).
+        static: whether a static figure of the same name stands in where there is no JavaScript.
+        size: `wide`, `half`, `main` with a `side` beside it, or `square`.
+    """
+
+    name: str
+    title: str
+    what: str
+    summary: str
+    section: str
+    by_layer: bool = False
+    choices: tuple[tuple[str, str], ...] = ()
+    static: bool = False
+    size: str = "wide"
+
+
+def scree(report: Report) -> Figure | None:
+    """The spectrum with its null bands."""
+    found = curves.all_layers_spectrum(report)
+    if not len(found["rank"]):
+        return None
+    first = in_percent(float(found["spectrum"][0]))
+    null = f"; unrelated models of the same norms would give {in_percent(float(found['norm_matched'][0]))}" \
+        if "norm_matched" in found else ""  # fmt: skip
+    return Figure(
+        "scree",
+        "Scree: variance by direction",
+        "Share of the layer's whole variance about the mean in each direction, largest first; both axes are logarithmic. The "
+        "grey band holds 90 % of what unrelated models with the same norms would give.",
+        f"On average over layers the first direction holds {first} of the variance{null}.",
+        "spectrum",
+        by_layer=True,
+        static=True,
+    )
+
+
+def cumulative(report: Report) -> Figure | None:
+    """Running sums of the spectrum, beside what held-out models keep."""
+    found = curves.with_cumulative(curves.all_layers_spectrum(report))
+    if not len(found["rank"]):
+        return None
+    place = min(report.rank, len(found["rank"])) - 1
+    summary = report.evidence["summary"]
+    held = in_percent(at_rank(summary["rank"], summary["captured"], report.rank))
+    null = ""
+    if "norm_matched_sum" in found:
+        null = f"; so many of unrelated models hold {in_percent(float(found['norm_matched_sum'][place]))}, in-sample"
+    return Figure(
+        "cumulative",
+        "Cumulative explained variance",
+        "Share of the layer's whole variance about the mean in the first k directions: of the fitted models (in-sample), of "
+        "models held out of the fit, and in-sample of unrelated models.",
+        f"The first {many(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the fitted "
+        f"models' variance and {held} of held-out models'{null}.",
+        "spectrum",
+        by_layer=True,
+    )
+
+
+def axes(report: Report) -> Figure | None:
+    """Spectra of the sides."""
+    names = sorted({axis for layer in report.layers.values() for axis in layer["axes"]}, reverse=True)
+    if not names:
+        return None
+    have = sum(bool(layer["axes"]) for layer in report.layers.values())
+    return Figure(
+        "axes",
+        "Spectra of the layer's sides",
+        "Share of the stack's energy in each direction of its outputs or inputs, with the same of unrelated noise; LoRA "
+        "updates are taken with their mean, all else about it.",
+        f"{many(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
+        "axes",
+        by_layer=True,
+    )
+
+
+def heldout(report: Report) -> Figure | None:
+    """Held-out against in-sample and chance."""
+    summary = report.evidence["summary"]
+    if not summary["rank"] and not any(layer["heldout"]["rank"] for layer in report.layers.values()):
+        return None
+    shares = [
+        in_percent(at_rank(summary["rank"], summary[key], report.rank)) for key in ("in_sample", "captured", "null")
+    ]
+    return Figure(
+        "heldout",
+        "Variance kept: fitted, held-out and unrelated models",
+        "Share of the models' variance about the mean that k directions keep. Held out: the models of a fold, with mean and "
+        "directions from the others. Chance: unrelated models with the same norms.",
+        f"At rank {report.rank} the fitted models keep {shares[0]}, held-out models {shares[1]}, chance {shares[2]}.",
+        "heldout",
+        by_layer=True,
+        static=True,
+        size="main",
+    )
+
+
+def mean(report: Report) -> Figure | None:
+    """The mean alone."""
+    summary = report.evidence["summary"]
+    if summary["mean_energy"] is None and summary["mean_heldout"] is None:
+        return None
+    return Figure(
+        "mean",
+        "The mean alone",
+        "Share of the models' whole energy that their mean holds, without any direction; of a held-out model, what the "
+        "others' mean removes (below zero: it makes things worse).",
+        f"The mean holds {in_percent(summary['mean_energy'])} of all energy; of a held-out model it removes "
+        f"{in_percent(summary['mean_heldout'])}.",
+        "mean",
+        by_layer=True,
+        size="side",
+    )
+
+
+def role_map(report: Report) -> Figure | None:
+    """A number of each layer, by role and depth."""
+    if not report.layers:
+        return None
+    ranks = [layer["rank"]["auto"] for layer in report.layers.values()]
+    middle, most = quantile(ranks, 0.5), quantile(ranks, 1.0)
+    rank = report.rank
+    return Figure(
+        "rolemap",
+        "Layers by role and depth",
+        "One cell per role (row) and depth (column); where several layers fall into one cell it shows their average. Grey "
+        "cells have no number.",
+        f"The rank above chance is {in_number(middle)} in the median layer and {in_number(most)} at most, "
+        f"of {max(report.evidence['num_models'] - 1, 0):,} that the models can span.",
+        "layers",
+        choices=(
+            ("auto", "rank above chance"),
+            ("var90", "rank for 90 % of variance"),
+            ("captured", f"held-out variance kept at rank {rank}"),
+            ("beyond", f"held-out minus chance at rank {rank}"),
+        ),
+        static=True,
+    )
+
+
+def layer_ranks(report: Report) -> Figure | None:
+    """What each layer keeps at each rank."""
+    if not any(layer["heldout"]["rank"] for layer in report.layers.values()):
+        return None
+    shares = [
+        at_rank(layer["heldout"]["rank"], layer["heldout"]["captured"], report.rank) for layer in report.layers.values()
+    ]
+    low, high = quantile(shares, 0.1), quantile(shares, 0.9)
+    return Figure(
+        "layerranks",
+        "Layers by rank",
+        "One row per layer, by role and depth; one column per evaluated rank; colour: share of the layer's variance.",
+        f"At rank {report.rank} eight of ten layers keep between {in_percent(low)} and {in_percent(high)} of held-out "
+        "variance.",
+        "heldout",
+        choices=(
+            ("captured", "held-out variance kept"),
+            ("beyond", "held-out minus chance"),
+            ("in_sample", "in-sample variance kept"),
+        ),
+    )
+
+
+def similarity(report: Report) -> Figure | None:
+    """Cosines between the models."""
+    found = report.evidence["lineage"]
+    if not has_similarity(report):
+        return None
+    level = found["threshold"] if found["level"] is None else found["level"]
+    largest = max((len(group) for group in found["groups"]), default=0)
+    return Figure(
+        "similarity",
+        "Similarity of the models",
+        f"Cosine between each two models, of their {found['measure'] or 'weights'}, similar ones side by side; lineage groups "
+        f"(told apart at a cosine of {in_number(level)}) are outlined.",
+        f"{many(len(found['groups']), 'lineage group')}, the largest with {many(largest, 'model')}; "
+        f"{many(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
+        "similarity",
+        static=True,
+        size="square",
+    )
+
+
+def model_map(report: Report) -> Figure | None:
+    """The models in their first coefficients."""
+    if not report.evidence["map"]:
+        return None
+    shares = [in_percent(share) for share in report.evidence["map_shares"]]
+    held = f" They hold {', '.join(shares)} of all variance about the mean." if shares else ""
+    return Figure(
+        "map",
+        "Map of the models",
+        "Each model in two of the zoo's first coefficients, over all layers; colour and sign: lineage group. A map of few "
+        "directions shows only what they hold.",
+        f"{many(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
+        "map",
+        choices=(("0,1", "first and second"), ("0,2", "first and third"), ("1,2", "second and third")),
+        size="square",
+    )
+
+
+def growth_rank(report: Report) -> Figure | None:
+    """The rank for 90 % against the number of models."""
+    found = report.evidence["growth"]
+    if not found["num_models"] or not found["var90_rank"]:
+        return None
+    return Figure(
+        "growthrank",
+        "Rank for 90 % of the variance",
+        "Directions that hold 90 % of the fitted models' variance, by number of models; the dotted line is the most that so "
+        "many models can span (N − 1). A subspace that is shared levels off.",
+        f"{in_number(found['var90_rank'][0])} directions for {in_number(found['num_models'][0])} models, "
+        f"{in_number(found['var90_rank'][-1])} for {in_number(found['num_models'][-1])}.",
+        "growth",
+        static=True,
+        size="half",
+    )
+
+
+def growth_captured(report: Report) -> Figure | None:
+    """Held-out capture against the number of models."""
+    found = report.evidence["growth"]
+    if not found["num_models"] or not any(value is not None for value in found["captured"]):
+        return None
+    known = [value for value in found["captured"] if value is not None]
+    at = f" at rank {found['rank']}" if found["rank"] else ""
+    return Figure(
+        "growthcaptured",
+        f"Variance kept{at}",
+        "Share of variance about the mean that is kept, by number of fitted models: of models held out (± spread over draws), "
+        "in-sample, and by chance.",
+        f"Held-out models keep {in_percent(known[0])} with the fewest models and {in_percent(known[-1])} with all.",
+        "growth",
+        static=True,
+        size="half",
+    )
+
+
+def halves(report: Report) -> Figure | None:
+    """Principal angles between two halves."""
+    found = curves.all_layers_halves(report)
+    if not len(found["rank"]):
+        return None
+    cosine, null = (in_three_digits(float(found[name][0])) for name in ("cosine", "null"))
+    return Figure(
+        "halves",
+        "Do two halves of the zoo find the same subspace?",
+        "Cosines of the principal angles between the subspaces of two disjoint halves, largest first (1: the same direction); "
+        "the band holds 90 % of the splits; dotted: unrelated subspaces of the same rank.",
+        f"On average over layers the closest pair of directions has a cosine of {cosine}; of unrelated subspaces, {null}.",
+        "halves",
+        by_layer=True,
+        static=True,
+    )
+
+
+def in_three_digits(value: float) -> str:
+    """Write a cosine or an exponent; a dash where there is none.
+
+    >>> in_three_digits(0.98765)
+    '0.988'
+    """
+    return in_number(float(f"{value:.3g}")) if value == value else NONE
+
+
+def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
+    """Error against bytes."""
+    if sizes is None or not sizes.by_rank:
+        return None
+    row = sizes.by_rank[min(report.rank, len(sizes.by_rank) - 1)]
+    kept = [in_percent(None if share is None else 1 - share) for share in (row.in_sample, row.heldout)]
+    return Figure(
+        "sizes",
+        "Error against size",
+        "Share of the zoo's whole variance about the mean that is lost, against all bytes of the bundle; one point per "
+        "rank, the same in every layer, from rank 0 (the mean alone). The vertical line is the size of the models' files.",
+        f"At rank {row.rank} the bundle takes {in_bytes(row.bytes)} of {in_bytes(sizes.whole_zoo)} and loses {kept[0]} of "
+        f"the variance in-sample, {kept[1]} held out.",
+        "sizes",
+    )
+
+
+def suitability(report: Report) -> Figure | None:
+    """Power-law exponents by layer."""
+    means = [float(floats(found).mean()) for found in map(exponents, report.layers.values()) if found]
+    if not means:
+        return None
+    return Figure(
+        "suitability",
+        "Power-law exponent of each layer's spectrum",
+        "One mark per layer, by role and depth: mean over random halves of the zoo, with their spread (standard deviation); the "
+        "band holds the exponents that count as suitable.",
+        f"{len(means)} of {many(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
+        f"{in_three_digits(max(means))}.",
+        "suitability",
+        static=True,
+    )
+
+
+def secondary(report: Report) -> Figure | None:
+    """What comes after the first k directions."""
+    known = [layer["secondary"] for layer in report.layers.values() if layer["secondary"]["rank"] is not None]
+    if not known:
+        return None
+    middle = [in_percent(quantile((record[key] for record in known), 0.5)) for key in ("in_sample", "captured", "null")]
+    return Figure(
+        "secondary",
+        "What the next directions hold",
+        "The directions that follow those above chance, about as many again in each layer: share of the layer's variance about the "
+        "mean.",
+        f"In the median layer they keep {middle[0]} in-sample, {middle[1]} of held-out models, {middle[2]} by chance.",
+        "secondary",
+    )
+
+
+def function_curve(report: Report) -> Figure | None:
+    """The metric against rank."""
+    function = report.function
+    if function is None or not function["mean"]["rebuilt"]:
+        return None
+    rebuilt = function["mean"]["rebuilt"]
+    most = max(rebuilt, key=int)
+    return Figure(
+        "function",
+        f"Metric {function['metric']} against rank",
+        f"Mean over {function['num_models']:,} models ± standard error; horizontal lines: controls without a rank.",
+        f"The originals reach {in_number(function['mean']['original'])}, rebuilt from {most} directions "
+        f"{in_number(rebuilt[most])}, from the mean alone {in_number(function['mean']['mean'])}.",
+        "function",
+        static=True,
+    )
+
+
+def residuals(report: Report) -> Figure | None:
+    """Residuals of the models, sorted."""
+    known = [model["residual"] for model in report.models.values() if model["residual"] is not None]
+    if not known:
+        return None
+    return Figure(
+        "residuals",
+        "Residual of each model",
+        "Share of the model's own energy outside the fitted subspace, in-sample, largest first.",
+        f"{in_percent(quantile(known, 0.5))} in the median of {many(len(known), 'model')}, {in_percent(max(known))} at most.",
+        "residuals",
+    )
+
+
+SIMPLE: dict[str, Callable[[Report], Figure | None]] = {
+    "scree": scree,
+    "cumulative": cumulative,
+    "axes": axes,
+    "heldout": heldout,
+    "mean": mean,
+    "rolemap": role_map,
+    "layerranks": layer_ranks,
+    "similarity": similarity,
+    "map": model_map,
+    "growthrank": growth_rank,
+    "growthcaptured": growth_captured,
+    "halves": halves,
+    "suitability": suitability,
+    "secondary": secondary,
+    "function": function_curve,
+    "residuals": residuals,
+}
+
+
+def all_figures(report: Report, sizes: SizeTable | None) -> dict[str, Figure]:
+    """The figures that the document has numbers for."""
+    found = {name: make(report) for name, make in SIMPLE.items()} | {"sizes": size_curve(report, sizes)}
+    return {name: figure for name, figure in found.items() if figure is not None}

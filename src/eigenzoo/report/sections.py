@@ -1,0 +1,152 @@
+"""The order of a report: sections, what leads each, and what it holds. Page and Markdown both follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from eigenzoo.report import function_tables, tables
+from eigenzoo.report.document import Report
+from eigenzoo.report.figures import Figure
+from eigenzoo.report.numbers import many
+from eigenzoo.report.sizes import SizeTable
+from eigenzoo.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: figures and tables, and the name of what moves on the page, if anything does."""
+
+    name: str
+    short: str
+    title: str
+    lead: str
+    figures: tuple[Figure, ...]
+    tables: tuple[Table, ...] = ()
+    widget: str = ""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether any of its figures follows the choice of a layer."""
+        return any(figure.by_layer for figure in self.figures)
+
+
+def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | None) -> list[Section]:
+    """All sections after verdict, controls and zoo, which have forms of their own."""
+
+    def make(
+        name: str,
+        short: str,
+        title: str,
+        lead: str,
+        drawn: str,
+        tabled: tuple[Table | None, ...] = (),
+        widget: str = "",
+    ) -> Section:
+        present = tuple(figures[figure] for figure in drawn.split() if figure in figures)
+        kept = tuple(table for table in tabled if table is not None)
+        return Section(name, short, title, lead, present, kept, widget)
+
+    return [
+        make("spectrum", "Spectrum", "Spectrum against chance", _SPECTRUM, "scree cumulative axes"),
+        make("heldout", "Held out", "Held-out models against fitted ones", _HELDOUT, "heldout mean"),
+        make("layers", "Layers", "Layers", _layers_lead(report), "rolemap layerranks", (tables.layer_table(report),)),
+        make(
+            "similarity",
+            "Similarity",
+            "Similarity and lineage",
+            _lineage_lead(report),
+            "similarity",
+            (tables.lineage_table(report), tables.group_table(report), tables.duplicate_table(report)),
+        ),
+        make("map", "Map", "Map of the models", _MAP, "map"),
+        make("growth", "Growth", "Growth", _GROWTH, "growthrank growthcaptured", (tables.growth_table(report),)),
+        make("halves", "Halves", "Two halves", _HALVES, "halves"),
+        make(
+            "sizes",
+            "Sizes",
+            "Size against error",
+            _SIZES if sizes else _NO_SIZES,
+            "sizes",
+            (tables.size_row_table(sizes) if sizes else None,),
+            "sizes" if sizes else "",
+        ),
+        make(
+            "suitability",
+            "Suitability",
+            "Suitability of layers",
+            _SUITABILITY,
+            "suitability",
+            (tables.suitability_table(report),),
+            "suitability" if "suitability" in figures else "",
+        ),
+        make(
+            "secondary", "Secondary", "Secondary subspace", _SECONDARY, "secondary", (tables.secondary_table(report),)
+        ),
+        make(
+            "function",
+            "Function",
+            "Function",
+            _function_lead(report),
+            "function",
+            (function_tables.function_table(report), function_tables.function_model_table(report)),
+        ),
+        make(
+            "residuals",
+            "Residuals",
+            "Residuals",
+            _residual_lead(figures),
+            "residuals",
+            (tables.residual_table(report),),
+        ),
+    ]
+
+
+_SPECTRUM = (
+    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are "
+    "in-sample: they describe the fitted models, not new ones."
+)
+_HELDOUT = (
+    "A subspace that is shared must also hold models that it was not fitted to. The mean alone is the control: what it "
+    "explains needs no subspace."
+)
+_MAP = "Models that lie together here are alike in the zoo's largest directions."
+_GROWTH = "With more models a shared subspace levels off; without one, every model brings a direction of its own."
+_HALVES = "A subspace that belongs to all models is found again in each half of them."
+_SIZES = (
+    "What a bundle of any rank weighs and loses. Geometry is not function: a small error of weights can be a large error "
+    "of a model, and the other way round."
+)
+_NO_SIZES = "The document holds no sizes of files, so that nothing can be said about bytes."
+_SUITABILITY = (
+    "A rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that trained "
+    "layers have, and random halves of the zoo agree on it. The thresholds are conventions; move them and see what hangs on them."
+)
+_SECONDARY = (
+    "If all that is shared lies in the first directions, the next ones keep no more of held-out models than chance."
+)
+
+
+def _layers_lead(report: Report) -> str:
+    found = many(len(report.layers), "layer")
+    return f"{found}, each with a finding of its own. Ranks are counted above chance (parallel analysis)."
+
+
+def _lineage_lead(report: Report) -> str:
+    said = {control["name"]: control["sentence"] for control in report.evidence["controls"]}
+    found = report.evidence["lineage"]["sentence"] or said.get("lineage")
+    return str(found or "Which models share an origin, and what that explains.")
+
+
+def _function_lead(report: Report) -> str:
+    if report.function is None:
+        return "No metric was run: this report speaks of weights only. `eigenzoo evaluate` measures what models do."
+    return report.function["sentence"] or "What the models do, measured by a metric, beside controls of the same size."
+
+
+def _residual_lead(figures: Mapping[str, Figure]) -> str:
+    if "residuals" not in figures:
+        return "No subspace was fitted for this report, so that no model has a residual."
+    return (
+        "What the fitted subspace leaves out of each model's own weights. These models were fitted: new ones lose more."
+    )

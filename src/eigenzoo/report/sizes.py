@@ -1,0 +1,172 @@
+"""Sizes: what a bundle of any rank would weigh, and what it would lose; one row for every place of the two sliders.
+
+    bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + N · k · per_coefficient)
+
+A rank above the number of directions that a layer has means all of them; a layer without variance has none. Errors
+in-sample are exact. Held-out and chance are linear between the evaluated ranks, from 0 at rank 0 (the mean alone), and
+level after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+import numpy as np
+
+from eigenzoo.report.document import Report
+from eigenzoo.report.numbers import Floats, floats
+
+THRESHOLDS: tuple[float, ...] = (*(share / 100 for share in range(1, 100)), 0.995, 0.999)
+TOLERANCE = 1e-9
+"""Round-off of a running sum: a threshold is met when it is missed by no more."""
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """One place of a slider.
+
+    Attributes:
+        rank: the rank asked for in every layer; None where a threshold chose the ranks.
+        threshold: the share of its variance that each layer keeps at least; None where a rank was asked for.
+        ranks: the ranks of the varying layers, sorted.
+        in_sample, heldout, null: shares of all variance about the mean that are kept.
+        residual: share of all energy, mean included, that is lost in-sample.
+        per_model: bytes that one more model adds.
+        break_even_models: from how many models on the bundle is smaller than their files; None if never.
+    """
+
+    rank: int | None
+    threshold: float | None
+    ranks: tuple[int, ...]
+    bytes: int
+    in_sample: float | None
+    heldout: float | None
+    null: float | None
+    residual: float | None
+    ratio: float | None
+    per_model: int
+    break_even_models: int | None
+
+
+@dataclass(frozen=True)
+class SizeTable:
+    """Rows for every rank from 0 (the mean alone) and for every threshold."""
+
+    whole_zoo: int
+    num_models: int
+    by_rank: tuple[SizeRow, ...]
+    by_threshold: tuple[SizeRow, ...]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What sizes need of a layer; `kept_K3` holds its shares kept in-sample, held out and by chance at ranks 0, 1, …."""
+
+    fixed: int
+    per_direction: int
+    per_coefficient: int
+    variance: float
+    kept_K3: Floats
+
+    @property
+    def largest(self) -> int:
+        """The rank at which the layer is complete."""
+        return len(self.kept_K3) - 1
+
+    def rank_for(self, threshold: float) -> int:
+        """The least rank that keeps a share of the variance."""
+        return min(int(np.searchsorted(self.kept_K3[:, 0], threshold - TOLERANCE)), self.largest)
+
+
+def size_table(report: Report) -> SizeTable | None:
+    """Work out every place of both sliders; None where the document has no sizes."""
+    sizes = report.sizes
+    if sizes is None or not sizes["layers"]:
+        return None
+    sizes = {**sizes, "num_models": int(sizes["num_models"] or report.evidence["num_models"])}
+    layers = [_layer(report.layers.get(name), size) for name, size in sizes["layers"].items()]
+    largest = max(layer.largest for layer in layers)
+    energy = sum(layer["energy"] or 0.0 for layer in report.layers.values())
+    by_rank = (
+        _row(rank, None, [min(rank, layer.largest) for layer in layers], layers, sizes, energy)
+        for rank in range(largest + 1)
+    )
+    by_threshold = (
+        _row(None, share, [layer.rank_for(share) for layer in layers], layers, sizes, energy) for share in THRESHOLDS
+    )
+    return SizeTable(
+        int(sizes["whole_zoo"] or 0), sizes["num_models"], tuple(by_rank), tuple(by_threshold) if largest else ()
+    )
+
+
+def _layer(evidence: Mapping[str, Any] | None, size: Mapping[str, Any]) -> _Layer:
+    weights = (int(size.get("fixed") or 0), int(size.get("per_direction") or 0), int(size.get("per_coefficient") or 0))
+    if evidence is None or not evidence["variance"]:
+        return _Layer(*weights, 0.0, np.zeros((1, 3)))
+    values = np.nan_to_num(floats(evidence["explained_variance_ratio"]))
+    sums = np.concatenate([[0.0], np.cumsum(values[values > 0])])
+    heldout = evidence["heldout"]
+    curves = [_between(floats(heldout["rank"]), floats(heldout[key]), len(sums)) for key in ("captured", "null")]
+    return _Layer(*weights, float(evidence["variance"]), np.stack([sums, *curves], axis=1))
+
+
+def _between(ranks: Floats, values: Floats, length: int) -> Floats:
+    """A curve at ranks 0, 1, …, from its evaluated ranks."""
+    length_known = min(len(ranks), len(values))
+    ranks, values = ranks[:length_known], values[:length_known]
+    there = np.isfinite(values)
+    if not there.any():
+        return np.full(length, np.nan)
+    found: Floats = np.interp(np.arange(length), [0.0, *ranks[there]], [0.0, *values[there]])
+    return found
+
+
+def _row(
+    rank: int | None,
+    threshold: float | None,
+    ranks: Sequence[int],
+    layers: Sequence[_Layer],
+    sizes: Mapping[str, Any],
+    energy: float,
+) -> SizeRow:
+    num_models: int = sizes["num_models"]
+    basis = int(sizes["shared"] or 0) + sum(
+        layer.fixed + at * layer.per_direction for layer, at in zip(layers, ranks, strict=True)
+    )
+    coefficients = sum(at * layer.per_coefficient for layer, at in zip(layers, ranks, strict=True))
+    per_model = int(sizes["per_model"] or 0) + coefficients
+    whole, zoo = basis + num_models * per_model, int(sizes["whole_zoo"] or 0)
+    variance = sum(layer.variance for layer in layers)
+    in_sample, heldout, null = _shares(layers, ranks)
+    return SizeRow(
+        rank,
+        threshold,
+        tuple(sorted(at for layer, at in zip(layers, ranks, strict=True) if layer.variance)),
+        whole,
+        in_sample,
+        heldout,
+        null,
+        (1 - in_sample) * variance / energy if in_sample is not None and energy else None,
+        zoo / whole if whole else None,
+        per_model,
+        _break_even(basis, per_model, zoo / num_models if num_models else 0.0),
+    )
+
+
+def _shares(layers: Sequence[_Layer], ranks: Sequence[int]) -> tuple[float | None, float | None, float | None]:
+    """What is kept of the variance of the layers that know, weighted by it."""
+    kept = np.array([layer.kept_K3[rank] for layer, rank in zip(layers, ranks, strict=True) if layer.variance])
+    weights = floats(layer.variance for layer in layers if layer.variance)
+    shares: list[float | None] = []
+    for column in kept.T if len(kept) else np.zeros((3, 0)):
+        there = np.isfinite(column)
+        shares.append(float(np.average(column[there], weights=weights[there])) if there.any() else None)
+    return shares[0], shares[1], shares[2]
+
+
+def _break_even(basis: int, per_model: int, file_bytes: float) -> int | None:
+    saved = file_bytes - per_model
+    return floor(basis / saved) + 1 if saved > 0 else None

@@ -1,0 +1,159 @@
+"""The verdict in plain words, the four numbers that belong together, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from eigenzoo.report.document import Report
+from eigenzoo.report.numbers import at_rank, in_bytes, in_number, in_percent, many
+from eigenzoo.report.tables import in_words, statistic_text
+
+HEADLINES = {
+    "no-shared-structure": "These models share no subspace beyond chance.",
+    "shared-mean": "What these models share is their mean.",
+    "shared-lineage": "What is shared follows from lineage.",
+    "shared-subspace": "These models share a low-dimensional subspace.",
+    "no-variance": "These models do not differ.",
+}
+
+DECIDERS = {
+    "chance": "against chance",
+    "unseen": "models held out of the fit",
+    "mean": "the mean alone",
+    "universality": "two halves of the zoo",
+    "growth": "growth with the number of models",
+    "lineage": "whole lineages held out",
+    "secondary": "the directions after the first",
+    "suitability": "the shape of the spectra",
+    "variance": "there is no variance to look at",
+}
+
+VIEWS = {
+    "weight": "the weights themselves",
+    "delta": "differences from the base",
+    "update": "LoRA updates, scaled: s·B·A",
+    "factors": "LoRA factors, A and B as layers of their own",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One of the numbers at the top: its label, its value, and of what it is a share."""
+
+    label: str
+    value: str
+    of: str
+    tone: str
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control: question, statistic, control, uncertainty, and its sentence; places of both on a bar from 0 to 1."""
+
+    name: str
+    question: str
+    statistic: str
+    value: str
+    control: str
+    control_value: str
+    uncertainty: str
+    sentence: str
+    decided: bool
+    bar: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact about the zoo, with its denominator or meaning."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def headline(report: Report) -> str:
+    """The verdict as one plain sentence."""
+    code = report.evidence["verdict"]["code"]
+    return HEADLINES.get(code, f"Verdict: {in_words(code)}.")
+
+
+def decider(report: Report) -> str:
+    """The control that decided, in words."""
+    name = str(report.evidence["verdict"]["decided_by"])
+    return DECIDERS.get(name, name)
+
+
+def keys(report: Report) -> list[Key]:
+    """In-sample, held out, chance and the mean: none is shown without the others."""
+    summary, rank = report.evidence["summary"], report.rank
+    shares = [at_rank(summary["rank"], summary[key], rank) for key in ("in_sample", "captured", "null")]
+    of = f"of variance about the mean, rank {rank}"
+    return [
+        Key("held out", in_percent(shares[1]), of, "heldout"),
+        Key("in-sample", in_percent(shares[0]), of, "insample"),
+        Key("chance", in_percent(shares[2]), of, "null"),
+        Key("mean alone", in_percent(summary["mean_heldout"]), "of a held-out model's energy, rank 0", "mean"),
+    ]
+
+
+def controls(report: Report) -> list[Control]:
+    """The controls in the evidence's order."""
+    decided = report.evidence["verdict"]["decided_by"]
+    return [_control(control, control["name"] == decided) for control in report.evidence["controls"]]
+
+
+def _control(control: Mapping[str, Any], decided: bool) -> Control:
+    value, against = control["value"], control["control_value"]
+    shares = value is not None and against is not None and 0 <= value <= 1 and 0 <= against <= 1
+    return Control(
+        control["name"],
+        control["question"],
+        control["statistic"],
+        statistic_text(control, "value"),
+        control["control"],
+        statistic_text(control, "control_value") if against is not None else "",
+        control["uncertainty"],
+        control["sentence"],
+        decided,
+        (round(100 * value, 1), round(100 * against, 1)) if shares else None,
+    )
+
+
+def facts(report: Report) -> list[Fact]:
+    """What was looked at."""
+    evidence, summary = report.evidence, report.evidence["summary"]
+    values = sum(layer["num_values"] or 0 for layer in report.layers.values())
+    energy, variance = summary["energy"] or 0.0, summary["variance"] or 0.0
+    still = sum(not layer["variance"] for layer in report.layers.values())
+    found = [
+        Fact(
+            "models",
+            f"{evidence['num_models']:,}",
+            f"they span at most {max(evidence['num_models'] - 1, 0):,} directions",
+        ),
+        Fact("layers", f"{evidence['num_layers']:,}", f"{many(still, 'layer')} without variance" if still else ""),
+        Fact("view", evidence["view"] or "–", VIEWS.get(evidence["view"], "")),
+        Fact("centred on", evidence["center"] or "–", "what is removed before directions are sought"),
+        Fact("values per model", f"{values:,}", "in the analysed layers"),
+        Fact("energy Σ‖X‖²", in_number(energy), "of all models, all analysed layers"),
+        Fact("the mean's share", in_percent(summary["mean_energy"]), "of that energy"),
+        Fact("variance", in_percent(variance / energy if energy else None), "of that energy is about the mean"),
+    ]
+    if evidence["folds"]:
+        found.append(Fact("held-out folds", in_number(evidence["folds"]), f"drawn with seed {evidence['seed']}"))
+    if report.sizes is not None:
+        found.append(Fact("the models' files", in_bytes(report.sizes["whole_zoo"]), "everything in them"))
+    if evidence["seconds"] is not None:
+        found.append(Fact("evidence took", f"{evidence['seconds']:,.1f} s"))
+    return found
+
+
+def provenance(report: Report) -> list[Fact]:
+    """What made the report."""
+    made_by = report.made_by
+    found = [Fact("command", made_by["command"]), Fact("date", str(made_by["date"]))]
+    found += [Fact("seed", str(made_by["seed"]))] if made_by["seed"] is not None else []
+    found += [Fact(name, str(version)) for name, version in (made_by["versions"] or {}).items()]
+    return [fact for fact in found if fact.value]

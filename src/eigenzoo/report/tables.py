@@ -1,0 +1,353 @@
+"""Tables of a report, as text cells: the same for the page and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eigenzoo.report.document import Report
+from eigenzoo.report.numbers import NONE, at_rank, in_bytes, in_number, in_percent
+from eigenzoo.report.sizes import THRESHOLDS, SizeRow, SizeTable
+from eigenzoo.report.suitability import limits
+
+VERDICTS = {
+    "no-shared-structure": "nothing shared beyond chance",
+    "shared-mean": "only the mean is shared",
+    "shared-lineage": "shared within lineages",
+    "shared-subspace": "a shared subspace",
+    "no-variance": "the models do not differ",
+}
+"""Plain words for the codes of verdicts."""
+
+FOLDED = 24
+"""Rows from which a table is folded away on the page."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: what it is; also its accessible name.
+        columns: headers; a header ends with its denominator or unit where it has one.
+        kinds: of each column: `words`, `number`, or `prose`, which wants room.
+        rows: cells.
+        note: what a reader must know, in a sentence.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    kinds: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is long enough to be folded away."""
+        return len(self.rows) > FOLDED
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    words: int = 1,
+    prose: bool = False,
+    note: str = "",
+) -> Table | None:
+    """Make a table of `words` columns of words and, after numbers, one of prose; None where it has no rows.
+
+    Columns that hold nothing are left out.
+    """
+    made = [tuple(row) for row in rows]
+    if not made:
+        return None
+    last = len(columns) - 1
+    kinds = ["prose" if prose and at == last else "words" if at < words else "number" for at in range(last + 1)]
+    kept = [at for at in range(last + 1) if at == 0 or any(row[at] not in ("", NONE) for row in made)]
+    return Table(
+        title,
+        tuple(columns[at] for at in kept),
+        tuple(kinds[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in made),
+        note,
+    )
+
+
+def in_words(code: str) -> str:
+    """Say a verdict's code in words."""
+    return VERDICTS.get(code, code.replace("-", " ") or NONE)
+
+
+def shape_text(shape: Sequence[Any]) -> str:
+    """Write a layer's outputs × inputs."""
+    return " × ".join(in_number(length) for length in shape) or NONE
+
+
+def layer_table(report: Report) -> Table | None:
+    """Every layer with its single numbers and its sentence."""
+    rank = report.rank
+    columns = (
+        "layer",
+        "verdict",
+        "outputs × inputs",
+        "mean's share of energy",
+        "effective rank",
+        "rank above chance",
+        "rank for 90 % of variance",
+        f"in-sample, rank {rank}",
+        f"held out, rank {rank}",
+        f"chance, rank {rank}",
+        "mean alone, held out",
+        "over an average direction",
+        "p",
+        "exponent",
+        "finding",
+    )
+    rows = [_layer_row(name, layer, rank) for name, layer in report.layers.items()]
+    note = (
+        f"In-sample, held out and chance: share of the layer's variance about the mean that {rank} directions keep (the largest "
+        "evaluated rank up to it). Mean alone: share of a held-out model's energy that the others' mean removes. Over an "
+        "average direction: what leading directions hold of held-out models, over what an average one holds; p: of chance, at "
+        "the rank where it is clearest."
+    )
+    return table("All layers", columns, rows, words=2, note=note, prose=True)
+
+
+def _layer_row(name: str, layer: dict[str, Any], rank: int) -> tuple[str, ...]:
+    heldout = layer["heldout"]
+    return (
+        name,
+        in_words(layer["verdict"]),
+        shape_text(layer["shape"]),
+        in_percent(layer["mean_energy"]),
+        in_number(layer["effective_rank"]),
+        in_number(layer["rank"]["auto"]),
+        in_number(layer["rank"]["var90"]),
+        *(in_percent(at_rank(heldout["rank"], heldout[key], rank)) for key in ("in_sample", "captured", "null")),
+        in_percent(layer["mean"]["heldout"]),
+        NONE if layer["test"]["ratio"] is None else f"{layer['test']['ratio']:.2f} ×",
+        NONE if layer["test"]["p_value"] is None else in_number(float(f"{layer['test']['p_value']:.1g}")),
+        in_number(layer["suitability"]["exponent"]),
+        layer["sentence"],
+    )
+
+
+def layer_sentence(name: str, report: Report) -> str:
+    """What a layer shows, in words: the evidence's own sentence, or its numbers."""
+    layer, rank = report.layers[name], report.rank
+    if layer["sentence"] or not layer["variance"]:
+        return str(layer["sentence"] or "All models have the same values here.")
+    held = layer["heldout"]
+    shares = [in_percent(at_rank(held["rank"], held[key], rank)) for key in ("captured", "in_sample", "null")]
+    verdict = in_words(layer["verdict"]).capitalize()
+    return (
+        f"{verdict}. {rank} directions keep {shares[0]} of held-out models' variance, {shares[1]} in-sample, {shares[2]} by "
+        f"chance; the mean alone removes {in_percent(layer['mean']['heldout'])} of a held-out model's energy."
+    )
+
+
+def verdict_table(report: Report) -> Table | None:
+    """How many layers, and how much of all values, each verdict has."""
+    verdict = report.evidence["verdict"]
+    rows = [
+        (in_words(code), in_number(count), in_percent(verdict["values"].get(code)))
+        for code, count in verdict["layers"].items()
+        if count
+    ]
+    columns = ("verdict", f"layers of {report.evidence['num_layers']:,}", "values of layers with variance")
+    return table("Layers by verdict", columns, rows)
+
+
+def control_table(report: Report) -> Table | None:
+    """The controls as one table."""
+    rows = [
+        (
+            control["name"],
+            control["question"],
+            control["statistic"],
+            statistic_text(control, "value"),
+            control["control"],
+            statistic_text(control, "control_value"),
+            control["uncertainty"],
+            control["sentence"],
+        )
+        for control in report.evidence["controls"]
+    ]
+    columns = ("control", "question", "statistic", "value", "against", "its value", "uncertainty", "finding")
+    return table("Controls", columns, rows, words=3, prose=True)
+
+
+def statistic_text(control: Mapping[str, Any], key: str) -> str:
+    """Write a control's value: a share as percent, all else as a number."""
+    value = control[key]
+    return in_percent(value) if control["statistic"].startswith("share") else in_number(value)
+
+
+def group_table(report: Report) -> Table | None:
+    """The lineage groups and their members."""
+    rows = [
+        (f"group {number}", in_number(len(group)), ", ".join(group))
+        for number, group in enumerate(report.evidence["lineage"]["groups"], 1)
+    ]
+    return table("Lineage groups", ("group", "models", "members"), rows, prose=True)
+
+
+def duplicate_table(report: Report) -> Table | None:
+    """Pairs of models that are the same."""
+    rows = [tuple(pair[:2]) for pair in report.evidence["lineage"]["duplicates"]]
+    return table("Duplicates", ("model", "the same as"), rows, words=2)
+
+
+def lineage_table(report: Report) -> Table | None:
+    """What holds across whole lineages held out, and within each."""
+    found, rows = report.evidence["lineage"], []
+    across = found["across"]
+    if across["rank"]:
+        rows.append(("across, whole lineages held out", in_number(across["num_lineages"]) + " lineages", across, NONE))
+    for number, within in enumerate(found["within"], 1):
+        verdict = in_words(within.get("verdict") or "")
+        rows.append((f"within group {number}", in_number(within.get("num_models")) + " models", within, verdict))
+    cells = [(label, of, *_lineage_cells(record, report.rank), verdict) for label, of, record, verdict in rows]
+    columns = ("held out", "of", "rank", "captured", "chance", "mean alone", "verdict")
+    note = (
+        "Captured and chance: share of held-out variance about the mean; "
+        "mean alone: share of a held-out model's energy that the others' mean removes."
+    )
+    return table("Across and within lineages", columns, cells, words=2, note=note, prose=True)
+
+
+def _lineage_cells(record: dict[str, Any], rank: int) -> tuple[str, ...]:
+    ranks = record.get("rank") or []
+    used = max((at for at in ranks if at <= rank), default=None)
+    shares = (at_rank(ranks, record.get(key) or [], rank) for key in ("captured", "null"))
+    return (in_number(used), *(in_percent(share) for share in shares), in_percent(record.get("mean")))
+
+
+def growth_table(report: Report) -> Table | None:
+    """How rank and capture change with the number of models."""
+    found = report.evidence["growth"]
+    length = len(found["num_models"])
+    keys = ("var90_rank", "in_sample", "captured", "spread", "null")
+    parts = [[*found[key], *[None] * length][:length] for key in keys]
+    rows = [
+        (in_number(num), in_number(rank), *(in_percent(share) for share in shares))
+        for num, rank, *shares in zip(found["num_models"], *parts, strict=True)
+    ]
+    at = f", rank {found['rank']}" if found["rank"] else ""
+    columns = ("models", "rank for 90 %", f"in-sample{at}", f"held out{at}", "± over draws", f"chance{at}")
+    return table("Growth with the number of models", columns, rows, words=0)
+
+
+def size_row_table(sizes: SizeTable) -> Table | None:
+    """Sizes at the powers of two, and at four thresholds."""
+    largest = len(sizes.by_rank) - 1
+    ranks = sorted({0, *(2**power for power in range(32) if 2**power < largest), largest})
+    rows = [(f"rank {rank}" if rank else "the mean alone", *_size_cells(sizes.by_rank[rank])) for rank in ranks]
+    for place, share in enumerate(THRESHOLDS[: len(sizes.by_threshold)]):
+        if share in (0.5, 0.8, 0.9, 0.95, 0.99):
+            rows.append((f"{100 * share:.0f} % per layer", *_size_cells(sizes.by_threshold[place])))
+    columns = (
+        "kept",
+        "ranks of the layers",
+        "bundle",
+        "files ÷ bundle",
+        "lost of variance, in-sample",
+        "… held out",
+        "… by chance",
+        "lost of energy, in-sample",
+        "one more model",
+        "smaller from",
+    )
+    note = (
+        f"Files: {in_bytes(sizes.whole_zoo)} of {sizes.num_models:,} models. Bundle: all its files, basis, mean and what is "
+        "carried included. Held out and chance are linear between evaluated ranks."
+    )
+    return table("Sizes and errors", columns, rows, note=note)
+
+
+def _size_cells(row: SizeRow) -> tuple[str, ...]:
+    return (
+        rank_range(row.ranks),
+        in_bytes(row.bytes),
+        NONE if row.ratio is None else f"{row.ratio:.2f} ×",
+        *(in_percent(None if kept is None else 1 - kept) for kept in (row.in_sample, row.heldout, row.null)),
+        in_percent(row.residual),
+        in_bytes(row.per_model),
+        "never" if row.break_even_models is None else f"{row.break_even_models:,} models",
+    )
+
+
+def rank_range(ranks: Sequence[int]) -> str:
+    """Write the least and largest of sorted ranks.
+
+    >>> rank_range((3, 3)), rank_range((1, 4, 9))
+    ('3', '1 to 9')
+    """
+    if not ranks:
+        return NONE
+    return str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+
+
+def suitability_table(report: Report) -> Table | None:
+    """Every layer's exponents beside the rule."""
+    score = report.evidence["suitability"]
+    limit, retained = limits(score["thresholds"]), set(score["retained"])
+    rows = [
+        (
+            name,
+            "retained" if name in retained else "left out",
+            *(in_number(found[key]) for key in ("exponent", "num_values", "mean", "spread")),
+            in_percent(found["share"]),
+            in_number(found["q"]),
+        )
+        for name, found in ((name, layer["suitability"]) for name, layer in report.layers.items())
+        if found["exponent"] is not None or found["exponents"]
+    ]
+    columns = (
+        "layer",
+        "by the rule",
+        "exponent",
+        "eigenvalues in it",
+        "mean over halves",
+        "spread",
+        "halves in range",
+        "q",
+    )
+    note = (
+        f"Retained: mean over random halves of the zoo from {in_number(limit['low'])} to {in_number(limit['high'])}, spread at "
+        f"most {in_number(limit['spread'])}, at least {in_percent(limit['share'])} of the halves in range, and q = share in range "
+        f"/ (1 + spread) at least {in_number(limit['q'])}: {len(retained)} of {len(rows)} layers that have exponents."
+    )
+    return table("Exponents by layer", columns, rows, words=2, note=note)
+
+
+def secondary_table(report: Report) -> Table | None:
+    """What the directions after the first k hold, by layer."""
+    rows = [
+        (name, _span(found), *(in_percent(found[key]) for key in ("in_sample", "captured", "null")))
+        for name, found in ((name, layer["secondary"]) for name, layer in report.layers.items())
+        if found["rank"] is not None
+    ]
+    columns = ("layer", "directions", "in-sample", "held out", "chance")
+    return table("Secondary subspace by layer", columns, rows, note="Shares of the layer's variance about the mean.")
+
+
+def _span(found: Mapping[str, Any]) -> str:
+    """Which directions a secondary subspace holds."""
+    last = NONE if found["upto"] is None else in_number(found["upto"])
+    return f"{found['rank'] + 1:,} to {last}" if found["upto"] else f"after {found['rank']:,}"
+
+
+def residual_table(report: Report) -> Table | None:
+    """Every model's share of energy outside the fitted subspace, largest first."""
+    known = [(name, model) for name, model in report.models.items() if model["residual"] is not None]
+    known.sort(key=lambda item: -item[1]["residual"])
+    rows = [
+        (name, in_percent(model["residual"]), in_number(model["energy"]), model["source"] or NONE)
+        for name, model in known
+    ]
+    columns = ("model", "residual, share of its energy", "energy Σ‖X‖²", "source")
+    return table("Residuals by model", columns, rows, prose=True)

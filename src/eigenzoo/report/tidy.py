@@ -1,0 +1,214 @@
+"""Every number of a report as one long table: section, layer, model, series, x, y.
+
+A section here is a figure of the page: the same rows, thinned to about forty ranks, are behind its download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from eigenzoo.report import curves
+from eigenzoo.report.document import Report, has_similarity
+from eigenzoo.report.numbers import floats
+from eigenzoo.report.sizes import SizeTable
+
+Cell = str | int | float | None
+Row = tuple[str, str, str, str, Cell, Cell]
+Maker = Callable[[Report, bool], Iterator[Row]]
+
+HEADER = ("section", "layer", "model", "series", "x", "y")
+ALL_LAYERS = "(all layers)"
+SCALARS = ("num_values", "energy", "variance", "effective_rank", "mean_energy")
+
+
+def _points(section: str, layer: str, found: curves.Curves, x: str = "rank") -> Iterator[Row]:
+    places = found[x].tolist()
+    for series, values in found.items():
+        if series != x:
+            for place, value in zip(places, values.tolist(), strict=False):
+                if value == value:
+                    yield section, layer, "", series, int(place) if place == int(place) else place, value
+
+
+def layers(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Single numbers of every layer."""
+    for name, layer in report.layers.items():
+        for axis, length in zip(("outputs", "inputs"), layer["shape"], strict=False):
+            yield "layers", name, "", axis, "", length
+        for series in SCALARS:
+            yield "layers", name, "", series, "", layer[series]
+        for series in ("auto", "var90"):
+            yield "layers", name, "", f"rank_{series}", "", layer["rank"][series]
+        yield "layers", name, "", "mean_heldout", "", layer["mean"]["heldout"]
+        yield "layers", name, "", "mean_null", "", layer["mean"]["null"]
+        for series in ("rank", "p_value", "ratio"):
+            yield "layers", name, "", f"test_{series}", "", layer["test"][series]
+        yield "layers", name, "", "verdict", "", layer["verdict"]
+
+
+def spectrum(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Spectra, their nulls, and the running sums of both."""
+    known = {ALL_LAYERS: curves.all_layers_spectrum(report)}
+    known |= {name: curves.full_spectrum(layer) for name, layer in report.layers.items()}
+    for name, found in known.items():
+        if len(found["rank"]):
+            found = curves.with_cumulative(found)
+            yield from _points("spectrum", name, curves.thinned(found) if thin else found)
+
+
+def axes(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Spectra of the outputs' and inputs' sides."""
+    for name, layer in report.layers.items():
+        for axis, side in layer["axes"].items():
+            found = {
+                "rank": floats(range(1, len(side["explained_variance_ratio"]) + 1)),
+                axis: floats(side["explained_variance_ratio"]),
+                f"{axis}_null": floats(side.get("null")),
+            }
+            if len(found["rank"]):
+                found = {key: curves.fitted(value, len(found["rank"])) for key, value in found.items()}
+                yield from _points("axes", name, curves.thinned(found) if thin else found)
+
+
+def heldout(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Variance kept of fitted, held-out and unrelated models; the mean alone."""
+    yield from _points("heldout", ALL_LAYERS, curves.all_layers_heldout(report))
+    for name, layer in report.layers.items():
+        yield from _points("heldout", name, curves.heldout_curves(layer))
+        left = curves.leave_one_out(layer)
+        yield from _points("heldout", name, {"rank": left["rank"], "leave_one_out": left["heldout"]})
+
+
+def mean(report: Report, thin: bool = False) -> Iterator[Row]:
+    """The mean alone, as shares of energy."""
+    summary = report.evidence["summary"]
+    yield "mean", ALL_LAYERS, "", "in_sample", "", summary["mean_energy"]
+    yield "mean", ALL_LAYERS, "", "heldout", "", summary["mean_heldout"]
+    yield "mean", ALL_LAYERS, "", "null", "", summary["mean_null"]
+    for name, layer in report.layers.items():
+        yield "mean", name, "", "in_sample", "", layer["mean_energy"]
+        yield "mean", name, "", "heldout", "", layer["mean"]["heldout"]
+        yield "mean", name, "", "null", "", layer["mean"]["null"]
+
+
+def halves(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Cosines of the principal angles between two halves of the zoo."""
+    yield from _points("halves", ALL_LAYERS, curves.all_layers_halves(report))
+    for name, layer in report.layers.items():
+        yield from _points("halves", name, curves.halves_curves(layer))
+
+
+def similarity(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Cosines between models, each pair once; the series is the second model."""
+    if not has_similarity(report):
+        return
+    names, cosines = report.evidence["names"], report.evidence["lineage"]["cosines"]
+    for place, row in enumerate(cosines):
+        for other in range(place + 1, len(row)):
+            yield "similarity", "", names[place], names[other], "", row[other]
+
+
+def lineage(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Lineage groups, duplicates, and what is captured across and within lineages."""
+    found = report.evidence["lineage"]
+    for number, group in enumerate(found["groups"], 1):
+        for model in group:
+            yield "lineage", "", model, "group", "", number
+    for first, second in found["duplicates"]:
+        yield "lineage", "", first, "duplicate_of", "", second
+    kinds = [("across", found["across"])] if found["across"]["rank"] else []
+    kinds += [(f"within_{number}", within) for number, within in enumerate(found["within"], 1)]
+    for kind, record in kinds:
+        for series in ("captured", "null"):
+            for rank, value in zip(record.get("rank") or [], record.get(series) or [], strict=False):
+                yield "lineage", "", "", f"{kind}_{series}", rank, value
+        yield "lineage", "", "", f"{kind}_mean", "", record.get("mean")
+
+
+def model_map(report: Report, thin: bool = False) -> Iterator[Row]:
+    """The models' first coefficients and the shares of variance that they hold."""
+    for model, place in report.evidence["map"].items():
+        for number, value in enumerate(place, 1):
+            yield "map", "", model, "coefficient", number, value
+    for number, value in enumerate(report.evidence["map_shares"], 1):
+        yield "map", "", "", "share", number, value
+
+
+def growth(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Rank and capture against the number of models."""
+    found = report.evidence["growth"]
+    for series in ("var90_rank", "captured", "in_sample", "null", "spread"):
+        for num_models, value in zip(found["num_models"], found[series], strict=False):
+            yield "growth", "", "", series, num_models, value
+
+
+def suitability(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Power-law exponents of the zoo and of random halves, and what the rule makes of them."""
+    for name, layer in report.layers.items():
+        for series in ("exponent", "xmin", "mean", "spread", "share", "q"):
+            yield "suitability", name, "", series, "", layer["suitability"][series]
+        for number, value in enumerate(layer["suitability"]["exponents"], 1):
+            yield "suitability", name, "", "exponent_of_half", number, value
+
+
+def secondary(report: Report, thin: bool = False) -> Iterator[Row]:
+    """The directions after the first k."""
+    for name, layer in report.layers.items():
+        for series in ("in_sample", "captured", "null"):
+            yield "secondary", name, "", series, layer["secondary"]["rank"], layer["secondary"][series]
+
+
+def function(report: Report, thin: bool = False) -> Iterator[Row]:
+    """The metric of every model, their mean, and its standard error."""
+    if report.function is None:
+        return
+    known = {"(mean)": report.function["mean"], "(standard error)": report.function["spread"]}
+    for model, outcome in {**known, **report.function["models"]}.items():
+        for series in ("original", "parent", "mean", "head_only", "secondary"):
+            yield "function", "", model, series, "", outcome[series]
+        for series in ("rebuilt", "random_basis"):
+            for rank, value in outcome[series].items():
+                yield "function", "", model, series, int(rank), value
+
+
+def residuals(report: Report, thin: bool = False) -> Iterator[Row]:
+    """The share of every model's energy outside the fitted subspace."""
+    for model, record in report.models.items():
+        yield "residuals", "", model, "residual", "", record["residual"]
+        yield "residuals", "", model, "energy", "", record["energy"]
+
+
+def size_rows(table: SizeTable) -> Iterator[Row]:
+    """What every rank and every threshold would weigh and lose."""
+    for kind, rows in (("rank", table.by_rank), ("threshold", table.by_threshold)):
+        for row in rows:
+            at = row.rank if kind == "rank" else row.threshold
+            values: dict[str, Any] = {
+                "bytes": row.bytes,
+                "in_sample": row.in_sample,
+                "heldout": row.heldout,
+                "null": row.null,
+                "residual": row.residual,
+                "break_even_models": row.break_even_models,
+            }
+            for series, value in values.items():
+                yield "sizes", "", "", f"{series}_by_{kind}", at, value
+
+
+MAKERS: dict[str, Maker] = {
+    "layers": layers,
+    "spectrum": spectrum,
+    "axes": axes,
+    "heldout": heldout,
+    "mean": mean,
+    "halves": halves,
+    "similarity": similarity,
+    "lineage": lineage,
+    "map": model_map,
+    "growth": growth,
+    "suitability": suitability,
+    "secondary": secondary,
+    "function": function,
+    "residuals": residuals,
+}
