@@ -12,7 +12,21 @@ from safetensors.torch import load_file
 import eigenzoo as ez
 from builders import random_factors, read_update, write_adapter
 
-COMMANDS = ["inspect", "fit", "plan", "project", "rebuild", "add", "verify", "demo", "nursery", "nursery make"]
+COMMANDS = [
+    "inspect",
+    "fit",
+    "plan",
+    "evidence",
+    "evaluate",
+    "report",
+    "project",
+    "rebuild",
+    "add",
+    "verify",
+    "demo",
+    "nursery",
+    "nursery make",
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

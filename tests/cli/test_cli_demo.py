@@ -28,9 +28,13 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     for row in document["heldout"]:
         projected = space.project(folder / "zoo" / row["name"])
         assert projected.residual == pytest.approx(row["residual"], rel=1e-6)
-        assert (folder / "rebuilt" / row["name"]).is_dir()
+        assert row["random_basis"] < row["rebuilt"]
         assert row["name"] not in space.names
     assert document["fit"]["num_models"] == 10
+    assert document["verdict"]["code"] == ez.evidence(space).verdict.code == "shared-subspace"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert document["verdict"]["text"].split(":")[0] in page
+    assert document["heldout"][0]["name"] in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
 

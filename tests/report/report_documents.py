@@ -334,6 +334,7 @@ def make_document(
         keys = list(layers)
         layers = {(HOSTILE[at] if at < len(HOSTILE) else key): layers[key] for at, key in enumerate(keys)}
         layers[HOSTILE[0]]["role"] = HOSTILE[0]
+        layers[HOSTILE[4]]["role"] = HOSTILE[4]
         layers[HOSTILE[1]]["sentence"] = HOSTILE[1]
     known = [record for record in layers.values() if record["variance"]]
     energy, variance = (sum(record[key] for record in layers.values()) for key in ("energy", "variance"))

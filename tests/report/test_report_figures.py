@@ -67,6 +67,7 @@ def test_hostile_names_are_letters_and_not_formulas(tmp_path):
         assert not tags & {"script", "foreignObject", "a"}
     roles = ElementTree.fromstring((tmp_path / "one" / "rolemap.svg").read_text(encoding="utf-8"))
     assert "<img src=x onerror=alert(1)>" in "".join(roles.itertext())
+    assert "$x^2$" in "".join(roles.itertext())
 
 
 def test_the_same_document_gives_the_same_figures(tmp_path):

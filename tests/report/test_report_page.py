@@ -207,7 +207,9 @@ def test_nan_becomes_nothing():
     first = next(iter(document["evidence"]["layers"].values()))
     first["heldout"]["captured"][0] = float("nan")
     first["effective_rank"] = float("inf")
-    assert "NaN" not in read(render_html(document)).block("report-data")
+    found = read(render_html(document))
+    assert "NaN" not in found.block("report-data")
+    assert not {"nan", "inf", "nan %", "inf %"} & set(found.texts)
 
 
 def test_a_document_without_evidence_is_refused():

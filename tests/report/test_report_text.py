@@ -114,7 +114,7 @@ def test_markdown_says_verdict_controls_and_numbers(document):
     )
     name, layer = next(iter(evidence["layers"].items()))
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} | a shared subspace |")]
-    assert f"| {100 * layer['heldout']['captured'][3]:.1f} % |" in row
+    assert f"| {100 * layer['heldout']['captured'][place]:.1f} % |" in row
     assert f"| {layer['rank']['var90']} |" in row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 from shutil import which
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +14,18 @@ from eigenzoo.cli import fit as fit_command
 from eigenzoo.cli import inspect as inspect_command
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.records import plain
 
 if TYPE_CHECKING:
-    from eigenzoo import Coefficients, Subspace
-    from eigenzoo.records import Progress
+    from collections.abc import Mapping
+
+    from eigenzoo import Coefficients
+    from eigenzoo.evidence.function import FunctionEvidence
 
 HELD_OUT = 6
 """One model in this many is kept out of the fit."""
+
+SCORES = ("original", "rebuilt", "mean", "parent", "random_basis")
 
 
 def command(
@@ -36,12 +42,14 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a zoo → inspect → fit most of it → project and rebuild the models held out → measure what they can still do."""
+    """Train a zoo → inspect → fit most of it → rebuild and measure the models held out → the verdict, and a report."""
     import eigenzoo as ez
     from eigenzoo import nursery
     from eigenzoo.errors import UsageError
+    from eigenzoo.evidence.presentation import present
     from eigenzoo.formats.output import new_folder
     from eigenzoo.linalg.rank import check_rule
+    from eigenzoo.report import render_html
 
     if kind not in ("digits-vit", "digits-lora"):
         raise UsageError(f"the demo has no kind {kind!r}", rule="it compares with a parent: digits-vit or digits-lora")
@@ -62,10 +70,39 @@ def command(
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
         tell(f"\n3. fitting the shared subspace of {len(fitted)} of them; {len(held_out)} are held out")
         with progress_bar(quiet=quiet or json) as progress:
-            space = ez.fit(fitted, rank=min(rank, len(fitted) - 1), seed=seed, progress=progress)
-            space.save(folder / "bundle")
-            rows = _measure(space, zoo.select(names=held_out), folder, progress)
-        report = ez.load(folder / "bundle").report
+            ez.fit(fitted, rank=min(rank, len(fitted) - 1), seed=seed, progress=progress).save(folder / "bundle")
+            space = ez.load(folder / "bundle")
+        if not json:
+            fit_command.render(space.report, most=8)
+        tell(
+            f"\n4. held-out models, never seen by the fit: accuracy on their task's 500 test images, {rank} numbers per layer"
+        )
+        with progress_bar(quiet=quiet or json) as progress:
+            unseen = zoo.select(names=held_out)
+            function = ez.evaluate(
+                space,
+                nursery.metric(folder / "zoo"),
+                unseen,
+                parent=_parent(kind, folder),
+                seed=seed,
+                progress=progress,
+            )
+            rows = _rows(function, space.project_many(unseen))
+        if not json:
+            _render(rows)
+            say(function.sentence)
+        tell("\n5. is the subspace real?")
+        with progress_bar(quiet=quiet or json) as progress:
+            evidence = ez.evidence(space, seed=seed, progress=progress)
+            document = present(
+                evidence,
+                space,
+                title=f"{output.name}/bundle",
+                command=f"eigenzoo report {output}/bundle -o {output}/report.html",
+                date=date.today().isoformat(),
+                function=function,
+            )
+            (folder / "report.html").write_text(render_html(document), encoding="utf-8")
         if json:
             print_json(
                 {
@@ -74,65 +111,61 @@ def command(
                     "num_fitted": len(fitted),
                     "heldout": rows,
                     "mean": _averages(rows),
-                    "fit": report,
+                    "fit": space.report,
+                    "verdict": plain(evidence.verdict),
+                    "report": str(output / "report.html"),
                 }
             )
-        else:
-            fit_command.render(report, most=8)
-            _render(rows, rank)
     if not json:
+        say(f"verdict: {evidence.verdict.code}")
+        say(evidence.verdict.text)
         _what_next(output, held_out[0])
+        say(f"\nThe report, with every control and figure: {output}/report.html")
 
 
 def _silent(text: str) -> None:
     """Say nothing."""
 
 
-def _measure(space: Subspace, held_out: Any, folder: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Rebuild each held-out model, and measure it on its task's test images beside the original, the mean and the parent."""
-    from eigenzoo import nursery
-
-    base = folder / "zoo" / "_base"
-    rows = []
-    for number, (name, coefficients) in enumerate(space.project_many(held_out).items()):
-        task = _task(coefficients)
-        space.rebuild(coefficients).save(folder / "rebuilt" / name)
-        space.rebuild(coefficients, mean_only=True).save(folder / "mean" / name)
-        rows.append(
-            {
-                "name": name,
-                "residual": coefficients.residual,
-                "original": nursery.accuracy(folder / "zoo" / name, task=task, base=base),
-                "rebuilt": nursery.accuracy(folder / "rebuilt" / name, task=task, base=base),
-                "mean": nursery.accuracy(folder / "mean" / name, task=task, base=base),
-                "parent": nursery.accuracy(base, task=task),
-            }
-        )
-        progress("measuring", number + 1, len(held_out))
-    return rows
+def _parent(kind: str, folder: Path) -> Path | None:
+    """The checkpoint that full weights started from; adapters know theirs."""
+    return folder / "zoo" / "_base" if kind == "digits-vit" else None
 
 
-def _task(coefficients: Coefficients) -> str:
-    """The task that the model's own file names."""
-    return next(entries["task"] for entries in coefficients.template.metadata.values() if "task" in entries)
+def _rows(function: FunctionEvidence, projected: Mapping[str, Coefficients]) -> list[dict[str, Any]]:
+    """Per held-out model what it scores as it is, rebuilt, by the mean alone and by the parent, and what it lost."""
+    return [
+        {
+            "name": name,
+            "residual": projected[name].residual,
+            "original": measured.original,
+            "rebuilt": measured.rebuilt[function.ranks[-1]],
+            "mean": measured.mean,
+            "parent": measured.parent,
+            "random_basis": measured.random_basis[function.ranks[-1]],
+        }
+        for name, measured in function.models.items()
+    ]
 
 
 def _averages(rows: list[dict[str, Any]]) -> dict[str, float]:
-    return {
-        key: sum(row[key] for row in rows) / len(rows) for key in ("residual", "original", "rebuilt", "mean", "parent")
-    }
+    return {key: sum(row[key] for row in rows) / len(rows) for key in ("residual", *SCORES)}
 
 
-def _render(rows: list[dict[str, Any]], rank: int) -> None:
-    say(
-        f"\n4. held-out models, never seen by the fit: accuracy on their task's 500 test images, {rank} numbers per layer"
+def _render(rows: list[dict[str, Any]]) -> None:
+    averages = {"name": "average", **_averages(rows)}
+    print_table(
+        "",
+        ("model", "original", "rebuilt", "mean only", "parent", "random basis", "energy lost"),
+        [
+            (row["name"], *(in_percent(row[key]) for key in SCORES), in_percent(row["residual"]))
+            for row in (*rows, averages)
+        ],
     )
-    keys = ("original", "rebuilt", "mean", "parent")
-    table = [(row["name"], *(in_percent(row[key]) for key in keys), in_percent(row["residual"])) for row in rows]
-    averages = _averages(rows)
-    table.append(("average", *(in_percent(averages[key]) for key in keys), in_percent(averages["residual"])))
-    print_table("", ("model", "original", "rebuilt", "mean only", "parent", "energy lost"), table)
-    say("mean only: the same model with all its numbers set to zero, the control. Two classes: guessing scores 50 %.")
+    say(
+        "Controls: the mean only (all numbers zero), and as many random directions in the subspace's place. Two classes: guessing "
+        "scores 50 %."
+    )
 
 
 def _what_next(folder: Path, name: str) -> None:

@@ -79,11 +79,12 @@ def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed
     if moments.variance == 0:
         return _nothing(length)
     gram_NN = moments.centered_NN
-    num_values, draws = moments.num_values, num_draws(moments.num_models)
+    num_models, num_values = moments.num_models, moments.num_values
+    draws = num_draws(num_models)
     ratio_K = values_K / moments.variance
     energies_N = gram_NN.diagonal()
     null = norm_matched_spectra(energies_N, num_values, centered=centered, draws=draws, seed=seed)
-    few = max(2, draws // 4)
+    few = 5 if num_models <= LARGE_ZOO else 1
     permuted = spectrum = None
     if centered and moments.sums_N is not None:
         sums_N = moments.sums_N - moments.sums_N.mean()
@@ -97,7 +98,7 @@ def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed
         _listed(null.mean(0), length),
         _listed(low, length),
         _listed(high, length),
-        _iid(moments.num_models, num_values, centered, few, seed)[:length],
+        _iid(num_models, num_values, centered, draws, seed)[:length],
         None if permuted is None else _listed(permuted.mean(0), length),
         None if spectrum is None else _listed(spectrum.mean(0), length),
         choose_rank(AUTO, values_K, moments.variance, null).rank,

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from eigenzoo.evidence.layer_evidence import LayerEvidence
-from eigenzoo.evidence.summary import groups_of, percent, shown_place
+from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
 from eigenzoo.evidence.unseen import NUM_FOLDS
 
 if TYPE_CHECKING:
@@ -157,9 +157,10 @@ def _lineage(found: Evidence) -> Control:
     grouped = sum(map(len, origin.groups))
     value = control = None
     held = ""
-    place = shown_place(across) if across is not None else None
-    if across is not None and place is not None:
-        value, control = found.summary.contrasts.captured[place], across.captured[place]
+    places = shown_places(found.summary.contrasts, across)
+    if across is not None and places is not None:
+        place = places[1]
+        value, control = found.summary.contrasts.captured[places[0]], across.captured[place]
         held = (
             f" The top {across.rank[place]} directions hold {percent(value)} of the variance of models held out at random and "
             f"{percent(control)} of that of whole lineages held out (chance {percent(across.null[place])})."

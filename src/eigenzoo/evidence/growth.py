@@ -15,6 +15,7 @@ RANK = 16
 """Directions kept at each size, or all that so few models span."""
 
 SIZES = (0.125, 0.25, 0.5, 0.75, 1.0)
+SIZES_LARGE = (0.125, 0.25, 0.5, 1.0)
 NUM_DRAWS = 4
 NUM_DRAWS_LARGE = 2
 LARGE_ZOO = 200
@@ -58,7 +59,8 @@ class LayerGrowth:
 def sizes(num_models: int) -> tuple[int, ...]:
     """Sizes that growth is looked at; none for fewer than five models, of which one is held out."""
     most = num_models - max(1, num_models // HELD_OUT)
-    return tuple(sorted({max(3, round(share * most)) for share in SIZES})) if num_models >= HELD_OUT else ()
+    shares = SIZES if num_models <= LARGE_ZOO else SIZES_LARGE
+    return tuple(sorted({max(3, round(share * most)) for share in shares})) if num_models >= HELD_OUT else ()
 
 
 def layer_growth(moments: LayerMoments, seed: int = 0) -> LayerGrowth | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
 from eigenzoo.linalg.gram import scale_models
 from eigenzoo.linalg.heldout import deal
-from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
 from eigenzoo.subspace.moments import LayerMoments, recentered
 
@@ -101,7 +101,8 @@ def findings(
     scaled = scale_models(moments.gram_NN)
     sums = unseen.capture(moments, lineages, seed, scaled)
     weighed, cloud = None, 0.0
-    if sums is not None and sums.contrast_energy > 0 and sums.cloud > 0:
+    # At one norm the models' energies are about one each, but held-out models that are copies of each other differ by round-off.
+    if sums is not None and sums.contrast_energy > NO_VARIANCE * moments.num_models and sums.cloud > 0:
         cloud = sums.cloud / sums.contrast_energy
         edges = cloud_edges = None
         if lineages is None:

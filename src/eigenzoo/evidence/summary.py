@@ -177,13 +177,14 @@ def _sentence(
         return f"Shared subspace{within}: {found}; {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
-        place = shown_place(summary.across) if summary.across is not None else None
         held = ""
-        if summary.across is not None and place is not None:
+        places = shown_places(summary.contrasts, summary.across)
+        if summary.across is not None and places is not None:
+            dealt, across = places
             held = (
-                f": the top {summary.across.rank[place]} directions hold {percent(summary.contrasts.captured[place])} of the "
-                f"variance of left-out models, but {percent(summary.across.captured[place])} of left-out lineages (chance "
-                f"{percent(summary.across.null[place])})"
+                f": the top {summary.across.rank[across]} directions hold {percent(summary.contrasts.captured[dealt])} of the "
+                f"variance of left-out models, but {percent(summary.across.captured[across])} of left-out lineages (chance "
+                f"{percent(summary.across.null[across])})"
             )
         return (
             f"Shared lineage: what is shared comes from models of common origin ({groups_of(len(lineage.groups))}, the largest of "
@@ -200,6 +201,14 @@ def shown_place(pooled: Pooled) -> int | None:
     """The rank that sentences quote: the largest up to 16."""
     places = [place for place, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
     return places[-1] if places else None
+
+
+def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
+    """Where the largest rank up to 16 that both have stands in each: folds of whole lineages are larger, and span less."""
+    if across is None:
+        return None
+    both = [rank for rank in dealt.rank if rank in across.rank and rank <= TESTED_RANK]
+    return (dealt.rank.index(both[-1]), across.rank.index(both[-1])) if both else None
 
 
 def _held(pooled: Pooled) -> str:

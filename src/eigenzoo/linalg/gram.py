@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCALING_ROUNDS = 5
-"""Rounds of norms and mean, from the plain mean on: enough where norms range over two decades."""
+SCALING_ROUNDS = 8
+"""The most rounds of norms and mean, from the plain mean on: enough where norms range over two decades."""
+
+SETTLED = 1e-3
+"""Relative change of all squared norms below which no round follows: a tenth of what chance does to them in 10⁴ dimensions."""
 
 LEAST_SQUARE = 1e-4
 """Models of less than this share of the mean energy are not scaled up further: they may be copies of the mean."""
@@ -72,6 +75,8 @@ def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
         least = max(LEAST_SQUARE * float(distances_N.mean()), torch.finfo(torch.float64).tiny)
         # ‖x_n − mean of the others‖² = s_n² + the others' own noise in their mean, which the first round does not know.
         noise_N = weights_NN.square() @ squares_N if number else 0.0
-        squares_N = (distances_N - noise_N).clamp_min(least)
+        known_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)
+        if float((squares_N / known_N - 1).abs().max()) < SETTLED:
+            break
     level_N = squares_N.rsqrt()
     return level_N[:, None] * gram_NN * level_N, level_N

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import center_gram, project_out, unit
-from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 
 FLOOR = 1e-7
 """Eigenvalues below this share of the largest are left out: they may be a float32 product's round-off, and are divided by."""
 
+FLOAT32_FROM = 256
+"""Contrasts with more fitted models than this are taken along directions from a float32 eigendecomposition."""
+
+FLOAT32_FLOOR = 1e-5
+"""The same floor there."""
+
 SECULAR_STEPS = 8
 """Steps of the secular equation; convergence is quadratic, and a test compares with leaving out one by one."""
 
-SMALLEST = torch.finfo(torch.float64).tiny
+LEAST_SQUARE, DISTINCT = 1e-32, 1e-15
+"""Squared scores and distances of eigenvalues, relative, below what float64 can tell: the secular equation needs both above zero."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> HeldOut:
     mean_cross_H, mean_energy = cross_TH.mean(0), block_TT.mean()
     energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
     cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
-    centered_TT = center_gram(block_TT)
+    centered_TT = _above_round_off(center_gram(block_TT), block_TT)
     values_K, vectors_TK = eigenpairs(centered_TT, FLOOR)
     return HeldOut(
         values_K.cumsum(0),
@@ -84,18 +91,28 @@ def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held: Tensor) -
     direction, in units of `cloud`.
     """
     left_T, right_H = unit(level_N[fitted]), unit(level_N[held])
-    block_TT = project_out(scaled_NN[fitted][:, fitted], left_T)
+    whole_TT = scaled_NN[fitted][:, fitted]
+    block_TT = _above_round_off(project_out(whole_TT, left_T), whole_TT)
     cross_TH = scaled_NN[fitted][:, held]
     cross_TH = cross_TH - torch.outer(left_T, left_T @ cross_TH)
     cross_TH = cross_TH - torch.outer(cross_TH @ right_H, right_H)
-    values_K, vectors_TK = eigenpairs(block_TT, FLOOR)
     total = float(block_TT.diagonal().sum())
+    floor = FLOOR
+    if len(fitted) > FLOAT32_FROM:
+        # Half the time, for leading directions that are compared with chance, whose spread is thousands of times the error.
+        block_TT, cross_TH, floor = block_TT.float(), cross_TH.float(), FLOAT32_FLOOR
+    values_K, vectors_TK = eigenpairs(block_TT, floor)
     return Contrast(
-        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0),
+        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0).double(),
         float(project_out(scaled_NN[held][:, held], right_H).diagonal().sum().clamp_min(0)),
         float(cross_TH.square().sum()) / total if total > 0 else 0.0,
         len(held) - 1,
     )
+
+
+def _above_round_off(part_TT: Tensor, whole_TT: Tensor) -> Tensor:
+    """What is left of a Gram, or zero where that is round-off: copies of one model have no directions."""
+    return part_TT if float(part_TT.diagonal().sum()) > NO_VARIANCE * float(whole_TT.diagonal().sum()) else 0 * part_TT
 
 
 def captured_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,42 +173,59 @@ def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tens
     """
     num_models = vectors_NK.shape[0]
     num_kept = int((values_K > FLOOR * values_K[:1]).sum())
-    values_R, vectors_NR = values_K[:num_kept], vectors_NK[:, :num_kept]
-    squares_NR = vectors_NR.square() * values_R
+    values_R = _told_apart(values_K[:num_kept])
+    squares_NR = vectors_NK[:, :num_kept].square().clamp_min(LEAST_SQUARE) * values_R
     factor = num_models / (num_models - 1)
     energy = factor**2 * float(values_K.sum())
     rank = max(0, min(rank, num_models - 2, values_R.numel() - 1))
     captured_K = torch.zeros(rank, dtype=torch.float64)
     for k in range(rank):
-        gaps_NR = values_R - _secular_roots(squares_NR, values_R, k, 1 / factor)[:, None]
-        weights_N = (squares_NR / gaps_NR.square().clamp_min(SMALLEST)).sum(1)
-        captured_K[k] = (1 / weights_N.clamp_min(SMALLEST)).sum()
+        gaps_NR = _secular_gaps(squares_NR, values_R, k, 1 / factor)
+        captured_K[k] = (1 / (squares_NR / gaps_NR.square()).sum(1)).sum()
     return captured_K.cumsum(0), energy
 
 
-def _secular_roots(squares_NR: Tensor, values_R: Tensor, pole: int, level: float) -> Tensor:
-    """Roots between λ_pole+1 and λ_pole of Σ a²/(λ − μ) = level, of all models at once.
+def _told_apart(values_R: Tensor) -> Tensor:
+    """Eigenvalues that each lie at least round-off below the one before: equal ones would leave no bracket for a root."""
+    values = values_R.tolist()
+    for place in range(1, len(values)):
+        values[place] = min(values[place], values[place - 1] * (1 - DISTINCT))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _secular_gaps(squares_NR: Tensor, values_R: Tensor, pole: int, level: float) -> Tensor:
+    """λ_j − μ for the roots μ between λ_pole+1 and λ_pole of Σ a²/(λ − μ) = level, of all models at once.
 
     What lies above and what lies below is each replaced by one pole of the same value and slope ("the middle way", Li 1993):
-    quadratic convergence, kept inside the bracket that the signs so far leave.
+    quadratic convergence, kept inside the bracket that the signs so far leave. Roots are told from the nearer of the two
+    poles: that of a model near the mean, a merged one say, lies closer to it than float64 can write beside λ.
     """
     upper, lower = values_R[pole], values_R[pole + 1]
     width = upper - lower
-    low_N, high_N = lower.expand(squares_NR.shape[0]), upper.expand(squares_NR.shape[0])
+    above = (squares_NR / (values_R - lower - width / 2)).sum(1) < level
+    poles_NR = values_R - torch.where(above, upper, lower)[:, None]
+    low_N, high_N = torch.where(above, -width / 2, 0.0), torch.where(above, 0.0, width / 2)
     root_N = (low_N + high_N) / 2
     for _ in range(SECULAR_STEPS):
-        inverse_NR = 1 / (values_R - root_N[:, None])
+        gaps_NR = poles_NR - root_N[:, None]
+        inverse_NR = 1 / gaps_NR
         terms_NR = squares_NR * inverse_NR
         slopes_NR = terms_NR * inverse_NR
         whole_N = terms_NR.sum(1) - level
         low_N, high_N = torch.where(whole_N < 0, root_N, low_N), torch.where(whole_N < 0, high_N, root_N)
         above_N, below_N = slopes_NR[:, : pole + 1].sum(1), slopes_NR[:, pole + 1 :].sum(1)
-        rest_N = whole_N - (upper - root_N) * above_N - (lower - root_N) * below_N
-        top_N, bottom_N = (upper - root_N).square() * above_N, (lower - root_N).square() * below_N
-        # rest + top/(upper - x) - bottom/(x - lower) = 0 with x = lower + width·t: the root in (0, 1) without cancellation.
-        middle_N = rest_N * width + top_N + bottom_N
-        guess_N = lower + width * 2 * bottom_N / (
-            middle_N + (middle_N.square() - 4 * rest_N * width * bottom_N).clamp_min(0).sqrt()
-        )
-        root_N = torch.minimum(torch.maximum(guess_N, low_N), high_N)
-    return root_N
+        up_N, down_N = gaps_NR[:, pole], -gaps_NR[:, pole + 1]
+        rest_N = (whole_N - up_N * above_N + down_N * below_N) * width
+        top_N, bottom_N = up_N.square() * above_N, down_N.square() * below_N
+        # rest + top/(1 - t) - bottom/t = 0, the root at t of the width from the lower pole, or at 1 - t from the upper one.
+        guess_N = width * torch.where(above, -_part(top_N, bottom_N, -rest_N), _part(bottom_N, top_N, rest_N))
+        guess_N = torch.minimum(torch.maximum(guess_N, low_N), high_N)
+        root_N = torch.where(guess_N.isfinite() & (guess_N != 0), guess_N, (low_N + high_N) / 2)
+    return poles_NR - root_N[:, None]
+
+
+def _part(near_N: Tensor, far_N: Tensor, rest_N: Tensor) -> Tensor:
+    """The t in (0, 1) with rest + far/(1 - t) - near/t = 0, by the form of the quadratic's root that does not cancel."""
+    middle_N = near_N + far_N + rest_N
+    root_N = (middle_N.square() - 4 * rest_N * near_N).clamp_min(0).sqrt()
+    return torch.where(middle_N > 0, 2 * near_N / (middle_N + root_N), (middle_N - root_N) / (2 * rest_N))

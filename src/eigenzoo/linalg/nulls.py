@@ -20,6 +20,9 @@ EXACT_FREEDOM = 32
 FLOAT32_FROM = 256
 """Spectra of chance with more models than this are taken in float32."""
 
+MOST_DRAWS = 1024
+"""Draws of one seed that never meet those of the next."""
+
 GRID = 1.1
 """Ratio of neighbouring numbers of dimensions at which spectra of unrelated rows are drawn."""
 
@@ -67,20 +70,27 @@ def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, dra
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
 
-def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int) -> Tensor:
+def _spectra(
+    norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int
+) -> Tensor:
     """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
-    generator = torch.Generator().manual_seed(seed)
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
     for draw in range(draws):
-        factor = bartlett_factor(norms_N.numel(), num_values, generator)
-        factor = factor * (norms_N / factor.square().sum(1).sqrt())[:, None]
-        gram_NN = factor @ factor.T
+        gram_NN = norms_N[:, None] * _cosines(norms_N.numel(), num_values, draw, seed) * norms_N
         if level_N is not None:
             gram_NN += level_N[:, None] * level_N
         spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
     return spectra
+
+
+@lru_cache(maxsize=64)
+def _cosines(num_models: int, num_values: int, draw: int, seed: int) -> Tensor:
+    """Cosines between N unrelated directions in D dimensions: one draw, the same for every layer of that size."""
+    factor = bartlett_factor(num_models, num_values, torch.Generator().manual_seed(seed * MOST_DRAWS + draw))
+    factor = factor / factor.square().sum(1, keepdim=True).sqrt()
+    return factor @ factor.T
 
 
 def _shares(gram_NN: Tensor) -> Tensor:

@@ -73,17 +73,17 @@ function line(kind, x, y, more = {}) {
 
 // A band between two curves; the lower one is there only to be filled to.
 function band(name, colour, x, low, high) {
-  const edge = { type: "scatter", mode: "lines", x, line: { width: 0 }, hovertemplate: "%{y:.4~g}" };
+  const edge = { type: "scatter", mode: "lines", x, line: { width: 0 } };
   return [
-    { ...edge, y: low, name: name + ", low", showlegend: false, legendgroup: name },
-    { ...edge, y: high, name, fill: "tonexty", fillcolor: faded(colour, 0.22), legendgroup: name },
+    { ...edge, y: low, name, hovertemplate: "from %{y:.4~g}", showlegend: false, legendgroup: name },
+    { ...edge, y: high, name, hovertemplate: "to %{y:.4~g}", fill: "tonexty", fillcolor: faded(colour, 0.22), legendgroup: name },
   ];
 }
 
 function axis(c, title, more = {}) {
   return {
     title: { text: title, font: { size: 12, color: c.muted }, standoff: 8 }, color: c.muted, gridcolor: c.line,
-    linecolor: c.line, zeroline: false, automargin: true, ticks: "outside", tickcolor: c.line, ticklen: 4, ...more,
+    unifiedhovertitle: { text: title + ": %{x}" }, linecolor: c.line, zeroline: false, automargin: true, ticks: "outside", tickcolor: c.line, ticklen: 4, ...more,
   };
 }
 

@@ -1,0 +1,267 @@
+"""The verdicts on small real zoos, beside what rebuilt models can do: the tables and the picture of docs/findings.md.
+
+    python -m bench.findings [FOLDER] [--write]
+
+FOLDER (`demo/findings`) keeps the zoos: one that is there, trained by the same recipe with the same libraries, is not trained
+again. `--write` puts the tables between the marks in docs/findings.md and draws its picture; the text around them stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import eigenzoo as ez
+from eigenzoo import nursery
+from eigenzoo.cli.demo import HELD_OUT
+from eigenzoo.evidence.function import FunctionEvidence, Measured
+from eigenzoo.evidence.summary import percent
+from eigenzoo.evidence.verdict import NO_SHARED_STRUCTURE, NO_VARIANCE
+from eigenzoo.nursery.recipe import PARENT, RECIPE, library_versions, plan_zoo
+
+RANK, FEW = 16, 4
+"""Directions per layer, all of them and the first few."""
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PICTURE = DOCS / "findings.md", DOCS / "pictures" / "findings.png"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One row of the tables: a zoo of the nursery, how it is trained and how it is looked at."""
+
+    title: str
+    folder: str
+    kind: str
+    options: Mapping[str, bool] = field(default_factory=dict)
+    view: str | None = None
+    common_start: bool = True
+
+
+REGIMES = (
+    Regime("ViT fine-tunes, head frozen", "vit-head-frozen", "digits-vit", view="delta"),
+    Regime("… as weights", "vit-head-frozen", "digits-vit", view="weight"),
+    Regime("ViT fine-tunes, head trained", "vit-head-trained", "digits-vit", {"train_head": True}, "delta"),
+    Regime("LoRA, own seeds", "lora-own-seeds", "digits-lora"),
+    Regime("LoRA, one seed", "lora-one-seed", "digits-lora", {"own_init": False}),
+    Regime("CNN, one start", "cnn-one-start", "digits-cnn"),
+    Regime("CNN, own starts", "cnn-own-starts", "digits-cnn", {"own_init": True}, common_start=False),
+    Regime("CNN, one start, permuted", "cnn-permuted", "digits-cnn", {"permuted": True}, common_start=False),
+    Regime("CNN, same task, one start", "cnn-same-task", "digits-cnn", {"same_task": True}),
+    Regime(
+        "CNN, same task, own starts",
+        "cnn-same-task-own-starts",
+        "digits-cnn",
+        {"same_task": True, "own_init": True},
+        common_start=False,
+    ),
+    Regime("CNN, random labels, one start", "cnn-random-labels", "digits-cnn", {"random_labels": True}),
+    Regime("ViT, random labels", "vit-random-labels", "digits-vit", {"random_labels": True}, "delta"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one regime shows: geometry of all models, function of every sixth."""
+
+    regime: Regime
+    evidence: ez.Evidence
+    function: FunctionEvidence
+
+
+def train(regime: Regime, folder: Path) -> Path:
+    """Return the regime's zoo, trained now unless it is there already."""
+    path = folder / regime.folder
+    if _recipe(path) != _wanted(regime):
+        _tell(f"training {regime.folder}")
+        nursery.make(regime.kind, path, force=True, **regime.options)
+    return path
+
+
+def _wanted(regime: Regime) -> dict[str, Any]:
+    options = {"random_labels": False, "train_head": False, "own_init": None, **regime.options}
+    plan = plan_zoo(regime.kind, num_models=None, seed=0, **options)
+    return {**asdict(plan), "versions": library_versions()}
+
+
+def _recipe(path: Path) -> dict[str, Any] | None:
+    """What decided how a zoo came out; None where there is none."""
+    try:
+        saved = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return {key: value for key, value in saved.items() if key not in OUTCOMES}
+
+
+OUTCOMES = ("mean_test_accuracy", "mean_train_accuracy", "parent", "models")
+"""What a zoo's recipe says of the trained models."""
+
+
+def measure(regime: Regime, folder: Path) -> Found:
+    """Put one zoo to every control, and its held-out models to their tasks."""
+    path = train(regime, folder)
+    _tell(f"measuring {regime.folder}")
+    parent = path / PARENT
+    base = parent if regime.view == "delta" else None
+    zoo = ez.open_zoo(path, view=regime.view, base=base)
+    held_out = zoo.names[HELD_OUT - 1 :: HELD_OUT]
+    fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
+    with tempfile.TemporaryDirectory() as workspace:
+        space = ez.fit(fitted, rank=RANK, workspace=Path(workspace))
+        function = ez.evaluate(
+            space,
+            nursery.metric(path),
+            models=zoo.select(names=held_out),
+            ranks=[FEW, RANK],
+            parent=parent if regime.view == "weight" else None,
+        )
+    return Found(regime, ez.evidence(zoo), function)
+
+
+def geometry_table(rows: Sequence[Found]) -> list[str]:
+    head = ["zoo", "models", "verdict", "values that say so", f"held out, k = {RANK}", "in-sample", "chance"]
+    return _table([*head, "mean, held out", "common origin", "auto rank"], map(_geometry, rows))
+
+
+def _geometry(found: Found) -> list[str]:
+    evidence = found.evidence
+    summary, verdict = evidence.to_dict()["summary"], evidence.verdict
+    groups = [len(group) for group in evidence.lineage.groups]
+    autos = [layer.chance.auto for layer in evidence.layers.values() if layer.variance > 0]
+    place = summary["rank"].index(RANK)
+    return [
+        found.regime.title,
+        str(len(evidence.names)),
+        f"`{verdict.code}`",
+        percent(verdict.values[verdict.code]),
+        *(percent(summary[key][place]) for key in ("captured", "in_sample", "null")),
+        percent(summary["mean_heldout"]),
+        f"{len(groups)} (largest {groups[0]})" if groups else "none",
+        f"{min(autos)}–{max(autos)} ({statistics.median(autos):g})",
+    ]
+
+
+def function_table(rows: Sequence[Found]) -> list[str]:
+    head = ["zoo", "held out", "original", "parent", "mean only", "head only", f"random, {RANK}"]
+    head += [f"rebuilt, {FEW}", f"rebuilt, {RANK}", f"without the first {RANK // 2}"]
+    return _table(head, map(_function, rows))
+
+
+def _function(found: Found) -> list[str]:
+    means, errors = (_figures(part) for part in (found.function.mean, found.function.spread))
+    cells = (
+        "–" if mean is None else f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True)
+    )
+    return [found.regime.title, str(found.function.num_models), *cells]
+
+
+def _figures(part: Measured) -> list[Any]:
+    few, full = part.rebuilt[FEW], part.rebuilt[RANK]
+    return [part.original, part.parent, part.mean, part.head_only, part.random_basis[RANK], few, full, part.secondary]
+
+
+def layer_table(rows: Iterable[Found]) -> list[str]:
+    """The tests of every layer of some zoos."""
+    head = ["zoo", "layer", "values", "verdict", "at k", "p", "ratio"]
+    return _table(
+        [*head, f"held out, k = {RANK}", "in-sample", "chance", "mean, two models", "deviations"],
+        (_layer(found, name) for found in rows for name in found.evidence.layers),
+    )
+
+
+def _layer(found: Found, name: str) -> list[str]:
+    layer = found.evidence.layers[name]
+    if layer.code == NO_VARIANCE or layer.unseen is None:
+        return [found.regime.title, name, str(layer.layer.num_values), f"`{layer.code}`", *["–"] * 8]
+    test, held = layer.dealt.directions, layer.unseen
+    place = max(place for place, rank in enumerate(held.rank) if rank <= RANK)
+    return [
+        found.regime.title,
+        name,
+        str(layer.layer.num_values),
+        f"`{layer.code}`",
+        str(test.rank),
+        f"{test.p_value:.1g}",
+        f"{test.ratio:.2f}",
+        *(percent(part[place]) for part in (held.captured, held.in_sample, held.null)),
+        percent(layer.mean.common),
+        f"{layer.mean.deviations:.1f}",
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def recovered(function: FunctionEvidence) -> tuple[float, float] | None:
+    """Share of the gap between mean and originals that rebuilt models close, and its standard error (of a ratio of means).
+
+    None where the originals are not better than the mean by twice the standard error: there is nothing to recover.
+    """
+    rows = [_figures(model) for model in function.models.values()]
+    gaps, gains = [row[0] - row[2] for row in rows], [row[6] - row[2] for row in rows]
+    gap = statistics.fmean(gaps)
+    if gap <= 2 * statistics.stdev(gaps) / sqrt(len(gaps)):
+        return None
+    share = statistics.fmean(gains) / gap
+    rest = [gain - share * whole for gain, whole in zip(gains, gaps, strict=True)]
+    return share, statistics.stdev(rest) / sqrt(len(rest)) / gap
+
+
+def draw(rows: Sequence[Found], path: Path) -> None:
+    """Draw geometry across and function up."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Print the tables; write them and the picture if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/findings"))
+    parser.add_argument("--write", action="store_true", help="write docs/findings.md and its picture")
+    asked = parser.parse_args()
+    started = time.perf_counter()
+    rows = [measure(regime, asked.folder) for regime in REGIMES]
+    unrelated = [found for found in rows if not found.regime.common_start]
+    tables = {"geometry": geometry_table(rows), "function": function_table(rows), "layers": layer_table(unrelated)}
+    for lines in tables.values():
+        print("\n".join(lines), end="\n\n")
+    if asked.write:
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        draw(rows, PICTURE)
+    _tell(f"{time.perf_counter() - started:.0f} s")
+
+
+def with_tables(page: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """Put each table between its marks, `<!-- name -->` and `<!-- end of name -->`."""
+    for name, lines in tables.items():
+        before, opening, rest = page.partition(f"<!-- {name} -->")
+        _, closing, after = rest.partition(f"<!-- end of {name} -->")
+        if not opening or not closing:
+            sys.exit(f"{PAGE}: no marks for the table {name!r}: <!-- {name} --> … <!-- end of {name} -->")
+        page = "\n".join([before + opening, *lines, closing + after])
+    return page
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
