@@ -10,8 +10,8 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from builders import seeded
-from eigenzoo.linalg.angles import principal_cosines, subspace_gap
+from builders import random_stack, seeded
+from eigenzoo.linalg.angles import half_cosines, principal_cosines, subspace_gap
 from tolerance import tolerance
 
 
@@ -45,3 +45,36 @@ def test_a_subspace_inside_another_has_no_gap_and_cosines_of_one():
     assert subspace_gap(whole, part) == pytest.approx(1, abs=tolerance(15))
     assert principal_cosines(part, whole).tolist() == pytest.approx([1.0] * 4, abs=tolerance(15))
     assert float(principal_cosines(part, whole).max()) <= 1
+
+
+HALVES = {
+    "noise": random_stack(13, (50,), seed=1),
+    "a shared subspace": random_stack(13, (50,), seed=2, rank=3) + 0.1 * random_stack(13, (50,), seed=3),
+    "exactly low rank": random_stack(13, (50,), seed=4, rank=3),
+    "fewer values than models": random_stack(13, (4,), seed=5),
+    "uneven norms": random_stack(13, (50,), seed=6) * torch.logspace(-1, 1, 13, dtype=torch.float64)[:, None],
+}
+
+
+@pytest.mark.parametrize("rank", [1, 3, 9])
+@pytest.mark.parametrize("name", HALVES)
+def test_cosines_of_halves_are_those_of_their_explicit_bases(name, rank):
+    rows_ND = HALVES[name] + 10
+    order = torch.randperm(13, generator=seeded(rank))
+    parts = [order[:6], order[6:]]
+    bases, spread = [], 1.0
+    for part in parts:
+        centered_ND = rows_ND[part] - rows_ND[part].mean(0)
+        _, values, vectors_KD = np.linalg.svd(centered_ND.numpy(), full_matrices=False)
+        kept = min(rank, int((values > 1e-6 * values[0]).sum()))
+        bases.append(vectors_KD[:kept])
+        # Vectors turn by round-off over the gap between kept and lost eigenvalues, and are scaled by the smallest kept one.
+        gap = values[kept - 1] ** 2 - (values[kept] ** 2 if kept < len(values) and kept == rank else 0.0)
+        spread = max(spread, values[0] ** 2 / min(gap, values[kept - 1] ** 2))
+    expected = np.sort(np.cos(subspace_angles(bases[0].T, bases[1].T)))[::-1]
+    found = half_cosines(rows_ND @ rows_ND.T, *parts, rank)
+    assert len(found) == len(expected)
+    # The common offset of ten passes through the Gram.
+    offset = float(rows_ND.square().sum() / (rows_ND - rows_ND.mean(0)).square().sum())
+    assert np.abs(found.numpy() - expected).max() <= tolerance(50, scale=spread * offset)
+    assert float(found.max()) <= 1

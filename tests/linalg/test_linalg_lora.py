@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from builders import Factors, random_factors, regauge, seeded
-from eigenzoo.linalg.lora import TRUNCATION, energy, inner_products, output_factor, stack_factors, truncated
+from eigenzoo.linalg.lora import (
+    TRUNCATION,
+    energy,
+    inner_products,
+    output_factor,
+    singular_values,
+    stack_factors,
+    truncated,
+)
 from tolerance import tolerance
 
 OUTPUTS, INPUTS = 9, 13
@@ -115,3 +123,18 @@ def test_a_zero_product_is_one_zero_direction():
     assert left.shape == (OUTPUTS, 1)
     assert right.shape == (1, INPUTS)
     assert float((left @ right).abs().max()) == left_out == 0
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9, 12])
+def test_singular_values_are_those_of_the_product(rank):
+    """Ranks up to and beyond a side, and a factor with unused rows."""
+    b_OR, a_RI = updates((rank,))[0]
+    unused = a_RI.clone()
+    unused[rank // 2 :] = 0
+    for factors in ((b_OR, a_RI), (b_OR, unused)):
+        expected = np.linalg.svd((factors[0] @ factors[1]).numpy(), compute_uv=False)
+        found = singular_values(factors).numpy()
+        count = min(len(found), len(expected))
+        assert np.abs(found[:count] - expected[:count]).max() <= tolerance(INPUTS * rank, scale=expected[0])
+        assert np.abs(expected[count:]).max(initial=0) <= tolerance(INPUTS * rank, scale=expected[0])
+        assert np.abs(found[count:]).max(initial=0) <= tolerance(INPUTS * rank, scale=expected[0])

@@ -104,11 +104,16 @@ def _unseen(found: Evidence) -> Control | None:
         captured,
         "unrelated models of the same norms",
         null,
-        f"{NUM_FOLDS} folds; p = {test.p_value:.1g} at {test.rank} directions, all layers together",
+        f"{NUM_FOLDS} folds; p {_p(test.p_value)} at {test.rank} directions, all layers together",
         f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times "
         f"what an average one does. {len(found.names) - 1} directions hold all {len(found.names)} models: that many is trivial.",
     )
+
+
+def _p(value: float) -> str:
+    """Write a p-value; floats end where it does not."""
+    return f"= {value:.1g}" if value > 1e-300 else "< 1e-300"
 
 
 def _universality(layers: Sequence[LayerEvidence]) -> Control | None:

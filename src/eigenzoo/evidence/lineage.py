@@ -118,7 +118,7 @@ def find_groups(cosines_NN: Tensor, copies: Mapping[int, int]) -> tuple[list[lis
         from scipy.cluster.hierarchy import fcluster
 
         tree = _tree(cosines_NN[single][:, single])
-        level = _largest_gap([1 - height for height in tree[:, 2]])
+        level = _largest_gap([1 - height for height in tree[:, 2].tolist()])
         if level is not None:
             labels = fcluster(tree, 1 - level, criterion="distance")
             clusters = [[single[i] for i in (labels == label).nonzero()[0]] for label in sorted(set(labels))]

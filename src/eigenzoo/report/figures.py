@@ -111,7 +111,7 @@ def heldout(report: Report) -> Figure | None:
         "heldout",
         "Variance kept: fitted, held-out and unrelated models",
         "Share of the models' variance about the mean that k directions keep. Held out: the models of a fold, with mean and "
-        "directions from the others. Chance: unrelated models with the same norms.",
+        "directions from the others; in-sample: those others. Chance: unrelated models with the same norms.",
         f"At rank {report.rank} the fitted models keep {shares[0]}, held-out models {shares[1]}, chance {shares[2]}.",
         "heldout",
         by_layer=True,

@@ -23,6 +23,9 @@ VERDICTS = {
 FOLDED = 24
 """Rows from which a table is folded away on the page."""
 
+LONG_NAME = 20
+"""Letters from which a name wants a wide column."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -46,6 +49,11 @@ class Table:
     def folded(self) -> bool:
         """Whether it is long enough to be folded away."""
         return len(self.rows) > FOLDED
+
+    @property
+    def long_names(self) -> bool:
+        """Whether its first column wants room."""
+        return max(len(row[0]) for row in self.rows) > LONG_NAME
 
 
 def table(

@@ -13,7 +13,7 @@ figures.scree = (c) => {
     if (has(found[name])) data.push(line(kind[name], found.rank, found[name], { mode: "lines" }));
   }
   data.push(line({ ...kind.in_sample, name: "measured, in-sample", dash: "solid" }, found.rank, found.spectrum));
-  const y = logShareAxis(c, SHARE, [found.spectrum, found.low || [], found.high || []]);
+  const y = logShareAxis(c, SHARE, [found.spectrum, found.low || [], found.high || [], found.layers_low || [], found.layers_high || []]);
   return { data, layout: layout(c, rankAxis(c, found.rank.at(-1), "direction"), y) };
 };
 

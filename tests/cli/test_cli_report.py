@@ -1,0 +1,105 @@
+"""`eigenzoo report`: every format, from a zoo and from a bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import Run
+
+import eigenzoo as ez
+from builders import random_stack, write_stacks
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    stacks = {"layers.0.weight": random_stack(12, (6, 9), 0, rank=3), "layers.1.weight": random_stack(12, (6, 9), 1)}
+    write_stacks(tmp_path / "zoo", stacks, torch.float64)
+    return tmp_path / "zoo"
+
+
+def test_a_page_says_the_verdict_and_names_the_models(run: Run, zoo: Path, tmp_path: Path) -> None:
+    done = run("report", zoo, "-o", tmp_path / "report.html")
+    assert done.code == 0, done
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    verdict = ez.evidence(zoo).verdict
+    assert verdict.code in page
+    assert all(name in page for name in ez.open_zoo(zoo).names)
+    assert verdict.text in done.out.replace("\n", " ")
+
+
+def test_json_is_the_document_of_the_evidence(run: Run, zoo: Path, tmp_path: Path) -> None:
+    assert run("report", zoo, "-o", tmp_path / "report.json").code == 0
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    expected = ez.evidence(zoo).to_dict()
+    found = document["evidence"]
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert document["made_by"]["command"].startswith("eigenzoo ")
+    plan = ez.plan(zoo, axes=["models"])
+    sizes = document["sizes"]
+    for row in plan.rows:
+        if row.rank > 2:  # the ranks that both layers have: a rank above what a layer has means all of it
+            continue
+        layers = sum(
+            layer["fixed"] + row.rank * (layer["per_direction"] + sizes["num_models"] * layer["per_coefficient"])
+            for layer in sizes["layers"].values()
+        )
+        assert sizes["shared"] + sizes["num_models"] * sizes["per_model"] + layers == row.bytes
+
+
+def test_a_bundle_brings_residuals_and_its_own_bytes(run: Run, zoo: Path, tmp_path: Path) -> None:
+    space = ez.fit(zoo, rank=2)
+    space.save(tmp_path / "bundle")
+    assert run("report", tmp_path / "bundle", "-o", tmp_path / "report.json").code == 0
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for name in space.names:
+        assert document["models"][name]["residual"] == pytest.approx(space.coefficients(name).residual, rel=1e-6)
+    sizes = document["sizes"]
+    layers = sum(layer["fixed"] + 2 * layer["per_direction"] + 12 * 2 * 4 for layer in sizes["layers"].values())
+    counted = ez.load(tmp_path / "bundle").report["bytes"]["whole_bundle"]
+    assert sizes["shared"] + 12 * sizes["per_model"] + layers == counted
+
+
+def test_tables_and_figures(run: Run, zoo: Path, tmp_path: Path) -> None:
+    assert run("report", zoo, "-o", tmp_path / "report.md").code == 0
+    assert "no-variance" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert run("report", zoo, "-o", tmp_path / "table", "--format", "csv").code == 0
+    rows = list(csv.DictReader((tmp_path / "table").read_text(encoding="utf-8").splitlines()))
+    assert {"section", "layer", "model", "series", "x", "y"} <= set(rows[0])
+    assert run("report", zoo, "-o", tmp_path / "figures", "--format", "svg").code == 0
+    figures = sorted((tmp_path / "figures").iterdir())
+    assert figures
+    assert all(path.read_text(encoding="utf-8").lstrip().startswith("<?xml") for path in figures)
+
+
+def test_a_metric_is_measured_on_the_bundle(run: Run, zoo: Path, tmp_path: Path) -> None:
+    ez.fit(zoo, rank=2).save(tmp_path / "bundle")
+    words = ("--metric", "os.path:getsize")
+    refused = run("report", zoo, "-o", tmp_path / "a.json", *words)
+    assert refused.code == 2
+    assert "fit the zoo first" in refused.err.lower()
+    assert run("report", tmp_path / "bundle", "-o", tmp_path / "b.json", *words).code == 0
+    function = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["function"]
+    assert function["heldout"] is True
+    assert all(measured["original"] > 0 for measured in function["models"].values())
+
+
+def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.html").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for words, message in (
+        (("-o", tmp_path / "thesis.html"), "exists already"),
+        (("-o", tmp_path / "mine", "--format", "svg", "--force"), "is a folder of another kind"),
+        (("-o", tmp_path / "mine", "--format", "html", "--force"), "is no plain file"),
+        (("-o", tmp_path / "report.docx"), "a report is one of"),
+    ):
+        refused = run("report", zoo, *words)
+        assert refused.code == 2, (words, refused)
+        assert message in refused.err.lower()
+    assert (tmp_path / "thesis.html").read_text() == "mine"
+    assert run("report", zoo, "-o", tmp_path / "thesis.html", "--force").code == 0
+    assert "<html" in (tmp_path / "thesis.html").read_text(encoding="utf-8")
