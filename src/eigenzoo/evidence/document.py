@@ -114,7 +114,8 @@ def _lineage(found: Evidence) -> dict[str, Any]:
         **plain(origin),
         "across": across,
         "within": [
-            {"num_models": len(group), **_pooled(pooled)} for group, pooled in zip(large, summary.within, strict=False)
+            {"num_models": len(group), **_pooled(inside.pooled), "mean": inside.mean, "verdict": inside.code}
+            for group, inside in zip(large, summary.within, strict=False)
         ],
     }
 

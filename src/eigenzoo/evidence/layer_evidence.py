@@ -23,7 +23,7 @@ class LayerEvidence:
         layer: what it is.
         energy, variance: Σ‖X‖² and Σ‖X − mean‖² over the models, the denominators.
         dealt, across: findings on models held out at random, and on whole lineages held out.
-        weighed, across_weighed: the figures behind them; within: of each large group alone.
+        weighed, across_weighed: the figures behind them; within: findings and figures of each large group alone.
         code, decided_by: the verdict on the layer and the control that decided.
     """
 
@@ -41,7 +41,7 @@ class LayerEvidence:
     across: verdict.Findings | None
     weighed: verdict.Weighed | None
     across_weighed: verdict.Weighed | None
-    within: tuple[verdict.Weighed | None, ...]
+    within: tuple[tuple[verdict.Findings, verdict.Weighed | None], ...]
     code: str
     decided_by: str
 
@@ -88,7 +88,7 @@ def measure_layer(
         across=across,
         weighed=weighed,
         across_weighed=across_weighed,
-        within=tuple(found for _, found in inside),
+        within=tuple(inside),
         code=code,
         decided_by=decided_by,
     )

@@ -30,6 +30,21 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The held-out controls inside one group of common origin, all layers together.
+
+    Attributes:
+        pooled: shares of the variance about the group's own mean.
+        mean: mean inner product of two of its models over a model's energy.
+        code: what the group would be called as a zoo of its own.
+    """
+
+    pooled: Pooled
+    mean: float
+    code: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """All layers together.
 
@@ -50,7 +65,7 @@ class Summary:
     dealt: Pooled
     contrasts: Pooled
     across: Pooled | None
-    within: tuple[Pooled, ...]
+    within: tuple[Group, ...]
     directions: rule.Directions
     across_directions: rule.Directions | None
     mean_across: float | None
@@ -99,15 +114,27 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         dealt=pool(dealt),
         contrasts=pool(dealt, contrasts=True),
         across=pool(across, contrasts=True) if across else None,
-        within=tuple(
-            pool([found for layer in varying if (found := layer.within[place]) is not None]) for place in range(groups)
-        ),
+        within=tuple(_group(varying, place) for place in range(groups)),
         directions=rule.directions(dealt),
         across_directions=rule.directions(across) if across else None,
         mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
         if across
         else None,
     )
+
+
+def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
+    """Judge a group by all layers together, as a zoo of weak signs is; a layer equal in all its models tells of its mean alone."""
+    inside = [(layer.within[place], layer.layer.num_values) for layer in layers]
+    weighed = [found for (_, found), _ in inside if found is not None]
+    total = sum(num_values for _, num_values in inside)
+    common = sum(findings.mean.common * num_values for (findings, _), num_values in inside) / total
+    shared = sum(num_values for (findings, _), num_values in inside if findings.mean_is_shared)
+    if rule.directions(weighed).shared:
+        code = rule.SHARED_SUBSPACE
+    else:
+        code = rule.SHARED_MEAN if 2 * shared > total else rule.NO_SHARED_STRUCTURE
+    return Group(pool(weighed), common, code)
 
 
 def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
