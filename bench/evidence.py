@@ -33,10 +33,12 @@ def main() -> None:
         seconds = time.perf_counter() - started
         page = time.perf_counter()
         size = len(str(found.to_dict()))
-        print(f"{asked.models} models, {asked.layers} layers: {found.verdict.code}; evidence {seconds:.1f} s, as JSON {size / 1e6:.1f} MB")
-        print(f"to_dict {time.perf_counter() - page:.1f} s; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{asked.models} models, {asked.layers} layers: {found.verdict.code}; evidence {seconds:.1f} s")
+        print(f"as JSON {size / 1e6:.1f} MB in {time.perf_counter() - page:.1f} s; peak memory {peak:.2f} GB")
         one = _eigendecomposition(asked.models)
-        print(f"one eigendecomposition of that size takes {one * 1e3:.0f} ms on one thread: {seconds / one / asked.layers:.0f} per layer")
+        per_layer = seconds / one / asked.layers
+        print(f"one eigendecomposition of that size takes {one * 1e3:.0f} ms on one thread; a layer {per_layer:.0f} times that")
 
 
 def _make(folder: Path, num_models: int, num_layers: int) -> Path:

@@ -47,7 +47,9 @@ def planted(
 
 def families(sizes: Sequence[int], distance: float = 3.0, shape: Sequence[int] = SHAPE, seed: int = 0) -> Tensor:
     """Families of models, each around a parent of its own; models of one family differ by noise."""
-    parents = [distance * normal(1, *shape, seed=seed + 8000 + place).expand(size, *shape) for place, size in enumerate(sizes)]
+    parents = [
+        distance * normal(1, *shape, seed=seed + 8000 + place).expand(size, *shape) for place, size in enumerate(sizes)
+    ]
     return torch.cat(parents) + noise(sum(sizes), shape, seed)
 
 
@@ -75,7 +77,9 @@ class Measured:
 NUM_MODELS = 16
 STACKS = {
     "even": lambda seed: noise(NUM_MODELS, (7, 9), seed),
-    "uneven": lambda seed: noise(NUM_MODELS, (8, 6), seed + 1) * torch.logspace(-1, 1, NUM_MODELS).double().view(-1, 1, 1),
+    "uneven": lambda seed: (
+        noise(NUM_MODELS, (8, 6), seed + 1) * torch.logspace(-1, 1, NUM_MODELS).double().view(-1, 1, 1)
+    ),
     "large_mean": lambda seed: noise(NUM_MODELS, (6, 8), seed + 2) + 300 * normal(1, 6, 8, seed=seed + 3),
     "low_rank": lambda seed: planted(NUM_MODELS, 4, 1.0, (9, 8), seed + 4) - noise(NUM_MODELS, (9, 8), seed + 4),
     "few_values": lambda seed: noise(NUM_MODELS, (3, 3), seed + 5),
@@ -92,7 +96,7 @@ def measure(root: Path, view: str, seed: int) -> Measured:
     else:
         rows = {name: make(seed).flatten(1) for name, make in STACKS.items()}
         shapes = {name: make(seed).shape[1:] for name, make in STACKS.items()}
-        base = {name: 2.0 ** 3 * normal(*shape, seed=seed + 9).round() for name, shape in shapes.items()}
+        base = {name: 2.0**3 * normal(*shape, seed=seed + 9).round() for name, shape in shapes.items()}
         if view == "weight":
             base = {name: torch.zeros(*shape, dtype=torch.float64) for name, shape in shapes.items()}
         stacks = {name: rows[name].view(-1, *shapes[name]) + base[name] for name in rows}
@@ -123,7 +127,9 @@ def directions(rows_TD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[kept] ** 2, vectors_KD[kept]
 
 
-def hold_out(rows_ND: Tensor, fitted: Sequence[int] | Tensor, held: Sequence[int] | Tensor) -> tuple[np.ndarray, float, np.ndarray, float]:
+def hold_out(
+    rows_ND: Tensor, fitted: Sequence[int] | Tensor, held: Sequence[int] | Tensor
+) -> tuple[np.ndarray, float, np.ndarray, float]:
     """Cumulative energies in 1, 2, … directions and all of it: of the fitted rows, then of the held-out ones about their mean."""
     fit, away = rows_ND[fitted].numpy(), rows_ND[held].numpy()
     values, vectors_KD = directions(fit)

@@ -64,7 +64,9 @@ def test_cosines_of_differences_are_those_of_what_is_left_of_the_base(tmp_path: 
     paths = write_stacks(tmp_path / "zoo", {"w": stack + base}, torch.float64)
     lineage = ez.evidence(paths, base=write_model(tmp_path / "base", {"w": base}), view="delta").lineage
     assert lineage.measure == "differences"
-    assert float((torch.tensor(lineage.cosines, dtype=torch.float64) - cosines({"w": stack}, {"w": 1})).abs().max()) <= tolerance(63, scale=50)
+    assert float(
+        (torch.tensor(lineage.cosines, dtype=torch.float64) - cosines({"w": stack}, {"w": 1})).abs().max()
+    ) <= tolerance(63, scale=50)
 
 
 @pytest.fixture(scope="module")

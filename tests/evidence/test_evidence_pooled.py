@@ -68,10 +68,16 @@ def test_the_controls_quote_the_figures_of_the_document(zoo: Measured) -> None:
     shown = max(rank for rank in summary["rank"] if rank <= 16)
     place = summary["rank"].index(shown)
     expected = {
-        "chance": (average(found, lambda layer: layer["explained_variance_ratio"][0]), average(found, lambda layer: layer["null"]["norm_matched"][0])),
+        "chance": (
+            average(found, lambda layer: layer["explained_variance_ratio"][0]),
+            average(found, lambda layer: layer["null"]["norm_matched"][0]),
+        ),
         "mean": (summary["mean_heldout"], summary["mean_null"]),
         "unseen": (summary["captured"][place], summary["null"][place]),
-        "universality": (average(found, lambda layer: layer["split_half"]["cosines"][0]), average(found, lambda layer: layer["split_half"]["null_cosines"][0])),
+        "universality": (
+            average(found, lambda layer: layer["split_half"]["cosines"][0]),
+            average(found, lambda layer: layer["split_half"]["null_cosines"][0]),
+        ),
         "growth": (document["growth"]["var90_rank"][-1], document["growth"]["var90_rank"][0]),
     }
     for name, (value, control) in expected.items():
@@ -153,6 +159,17 @@ def test_large_groups_are_looked_at_alone(grouped: tuple[Any, dict[str, Tensor]]
                 share = sum(up_to(fold[2], rank) for fold in found) / sum(fold[3] for fold in found)
                 captured, total = captured + rows_ND.shape[1] * share, total + rows_ND.shape[1]
             assert group["captured"][place] == pytest.approx(captured / total, abs=1e-9)
+        start += size
+
+
+def test_a_group_has_the_verdict_of_a_zoo_of_its_own(grouped: tuple[Any, dict[str, Tensor]], tmp_path: Path) -> None:
+    evidence, stacks = grouped
+    start = 0
+    for size, group in zip(SIZES, evidence.to_dict()["lineage"]["within"], strict=False):
+        alone = find(tmp_path / str(size), {name: stack[start : start + size] for name, stack in stacks.items()})
+        assert alone.verdict.code == group["verdict"] == "shared-mean"
+        common = average(alone.to_dict()["layers"], lambda layer: layer["mean"]["common"])
+        assert group["mean"] == pytest.approx(common, rel=1e-9)
         start += size
 
 

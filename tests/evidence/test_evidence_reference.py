@@ -29,7 +29,9 @@ from tolerance import tolerance
 
 ZOOS = [(view, seed) for view in ("weight", "delta", "update") for seed in (0, 1)]
 LAYERS = [(view, seed, name) for view, seed in ZOOS for name in (MODULES if view == "update" else STACKS)]
-every_layer = pytest.mark.parametrize(("zoo", "name"), [((view, seed), name) for view, seed, name in LAYERS], indirect=["zoo"])
+every_layer = pytest.mark.parametrize(
+    ("zoo", "name"), [((view, seed), name) for view, seed, name in LAYERS], indirect=["zoo"]
+)
 every_zoo = pytest.mark.parametrize("zoo", ZOOS, indirect=True)
 
 
@@ -48,7 +50,9 @@ def zoo(request: pytest.FixtureRequest, known: dict[tuple[str, int], Measured], 
 
 def near(found: object, expected: object, rows_ND: Tensor) -> bool:
     """Shares that agree to round-off, times what round-off grows by."""
-    return np.asarray(found) == pytest.approx(np.asarray(expected), abs=tolerance(rows_ND.shape[1], scale=slack(rows_ND)))
+    return np.asarray(found) == pytest.approx(
+        np.asarray(expected), abs=tolerance(rows_ND.shape[1], scale=slack(rows_ND))
+    )
 
 
 def layer_of(zoo: Measured, name: str) -> tuple[LayerEvidence, Tensor]:

@@ -12,6 +12,7 @@ from builders import seeded
 from eigenzoo.linalg.angles import principal_cosines, random_cosines
 from eigenzoo.linalg.gram import center_gram, project_out, scale_models, unit
 from eigenzoo.linalg.nulls import (
+    FLOAT32_FROM,
     LARGEST_DRAW,
     edge_null,
     iid_spectra,
@@ -55,26 +56,29 @@ def shuffled(rows_ND: Tensor, seed: int) -> Tensor:
     return torch.stack([row_D[torch.randperm(row_D.numel(), generator=draw)] for row_D in rows_ND])
 
 
+@pytest.mark.parametrize("seed", [0, 2])
 @pytest.mark.parametrize("spread", [0.0, 0.7])
-def test_permuted_spectra_are_those_of_shuffled_entries(spread):
-    rows_ND = with_sums(14, 300, spread)
+def test_permuted_spectra_are_those_of_shuffled_entries(spread, seed):
+    rows_ND = with_sums(14, 300, spread, seed)
     away_ND = rows_ND - rows_ND.mean(0)
     found = permuted_spectra(away_ND.square().sum(1), away_ND.sum(1), 300, draws=DRAWS)
     # The energies about the mean tell those of the models only to within the models' own inner products: 1/√300 of an energy.
-    assert_one_law(found, many(lambda seed: shares(shuffled(rows_ND, seed))), slack=0.05)
+    assert_one_law(found, many(lambda number: shares(shuffled(rows_ND, number))), slack=0.02)
     without = norm_matched_spectra(away_ND.square().sum(1), 300, draws=DRAWS)
-    assert float(found.mean(0)[0]) > 1.1 * float(without.mean(0)[0]), "sums that do not matter would prove little"
+    assert float(found.mean(0)[0]) > 1.05 * float(without.mean(0)[0]), "sums that do not matter would prove little"
 
 
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize(("num_models", "num_values"), [(10, 300), (16, 8), (24, 30)])
+@pytest.mark.parametrize(("num_models", "num_values"), [(10, 300), (16, 8), (24, 30), (FLOAT32_FROM + 4, 300)])
 def test_iid_spectra_are_those_of_noise(num_models, num_values, centered):
     def noise(seed: int) -> Tensor:
         rows_ND = torch.randn(num_models, num_values, generator=seeded(seed), dtype=torch.float64)
         return shares(rows_ND, centered=centered)
 
     found = iid_spectra(num_models, num_values, centered=centered, draws=DRAWS, seed=7)
-    assert_one_law(found, many(noise))
+    # Large spectra are taken in float32: of what is zero, round-off is left.
+    dtype = torch.float32 if num_models > FLOAT32_FROM else torch.float64
+    assert_one_law(found, many(noise), slack=tolerance(1, dtype=dtype))
     assert found.sum(1).tolist() == pytest.approx([1.0] * DRAWS, abs=tolerance(num_models))
 
 
@@ -86,7 +90,9 @@ def test_iid_spectra_are_those_of_noise(num_models, num_values, centered):
 )
 def test_spectrum_matched_spectra_are_those_of_random_factors(num_models, rank, shape, centered):
     draw = seeded(3)
-    singular_NR = torch.exp(torch.randn(num_models, rank, generator=draw, dtype=torch.float64)).sort(1, descending=True)[0]
+    singular_NR = torch.exp(torch.randn(num_models, rank, generator=draw, dtype=torch.float64)).sort(
+        1, descending=True
+    )[0]
 
     def random_updates(seed: int) -> Tensor:
         generator = seeded(100 + seed)

@@ -86,7 +86,9 @@ def test_orthogonal_models_of_one_norm_hold_nothing_of_each_other(num_models, sc
 
 def test_leaving_out_follows_the_scale_of_the_weights():
     rows_ND = CASES["uneven norms"]
-    shares = [found_K / energy for found_K, energy in (left_out(scale * rows_ND) for scale in (1.0, 2.0**-100, 2.0**100))]
+    shares = [
+        found_K / energy for found_K, energy in (left_out(scale * rows_ND) for scale in (1.0, 2.0**-100, 2.0**100))
+    ]
     assert torch.equal(shares[0], shares[1])
     assert torch.equal(shares[0], shares[2])
 

@@ -22,7 +22,9 @@ NORMS = {
 def noise(num_models: int, num_values: int, norms: str, seed: int, offset: float = 0.0) -> Tensor:
     """Unrelated rows of these norms around a common mean `offset` times as long."""
     draw = seeded(seed)
-    rows_ND = torch.randn(num_models, num_values, generator=draw, dtype=torch.float64) * NORMS[norms](num_models)[:, None]
+    rows_ND = (
+        torch.randn(num_models, num_values, generator=draw, dtype=torch.float64) * NORMS[norms](num_models)[:, None]
+    )
     return rows_ND + offset * torch.randn(1, num_values, generator=draw, dtype=torch.float64)
 
 
@@ -94,7 +96,11 @@ def dense_contrast(rows_ND: Tensor, level_N: Tensor, fitted: Tensor, held: Tenso
     _, values, vectors_KD = np.linalg.svd(residuals(fitted), full_matrices=False)
     kept = values > 1e-8 * values[0]
     along_K = ((residuals(held) @ vectors_KD[kept].T) ** 2).sum(0)
-    return np.cumsum(along_K), float((residuals(held) ** 2).sum()), float(values[kept] ** 2 @ along_K / (values**2).sum())
+    return (
+        np.cumsum(along_K),
+        float((residuals(held) ** 2).sum()),
+        float(values[kept] ** 2 @ along_K / (values**2).sum()),
+    )
 
 
 @pytest.mark.parametrize("num_values", [60, 5])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
-from eigenzoo.linalg.gram import scale_models
+from eigenzoo.linalg.gram import excess_moments, scale_models
 from eigenzoo.linalg.heldout import deal
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
@@ -104,11 +104,12 @@ def findings(
     # At one norm the models' energies are about one each, but held-out models that are copies of each other differ by round-off.
     if sums is not None and sums.contrast_energy > NO_VARIANCE * moments.num_models and sums.cloud > 0:
         cloud = sums.cloud / sums.contrast_energy
-        edges = cloud_edges = None
+        edges = cloud_edges = excess = None
         if lineages is None:
             dimensions = (moments.num_values, min(1 / cloud, moments.num_values))
             edges, cloud_edges = chance.edges(scaled, sums.rank, dimensions)
-        weighed = verdict.Weighed(sums, edges, cloud_edges, num_values)
+            excess = excess_moments(*scaled, moments.num_values)
+        weighed = verdict.Weighed(sums, edges, cloud_edges, excess, num_values)
     dealt = list(lineages) if lineages is not None else deal(moments.num_models, unseen.NUM_FOLDS, seed)
     share = mean.mean_share(moments, dealt, cloud)
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed

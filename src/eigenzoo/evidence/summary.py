@@ -187,7 +187,7 @@ def decide(
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
     text = _sentence(code, decided_by, summary, lineage, num_models, view, num_lineages)
-    return Verdict(code, f"{text} {_denominator(code, counts, values)}", decided_by, counts, values)
+    return Verdict(code, f"{text} {_denominator(code, counts, values)}".rstrip(), decided_by, counts, values)
 
 
 def _sentence(

@@ -45,7 +45,7 @@ class Capture:
         contrast, contrast_energy: of held-out models about their own mean, every model at one norm.
         cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
         freedom: degrees of freedom of the contrasts, per direction.
-        num_values: D.
+        num_values, num_models: D and N.
     """
 
     rank: tuple[int, ...]
@@ -59,6 +59,7 @@ class Capture:
     cloud: float
     freedom: float
     num_values: int
+    num_models: int
 
     @property
     def contrast_null(self) -> tuple[float, ...]:
@@ -142,6 +143,7 @@ def capture(
         cloud=sum(fold.cloud for fold in contrasts),
         freedom=sum(fold.freedom for fold in contrasts) / DISPERSION,
         num_values=moments.num_values,
+        num_models=num_models,
     )
 
 

@@ -7,11 +7,12 @@ found once more with whole lineages held out together: what is gone then was lin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import erfc, sqrt
+from dataclasses import dataclass, replace
+from math import erfc, isinf, sqrt
 
 from eigenzoo.evidence.mean import MeanShare
 from eigenzoo.evidence.unseen import TESTED_RANK, Capture
+from eigenzoo.linalg.gram import effective_directions
 
 NO_SHARED_STRUCTURE, SHARED_MEAN = "no-shared-structure", "shared-mean"
 SHARED_LINEAGE, SHARED_SUBSPACE = "shared-lineage", "shared-subspace"
@@ -19,11 +20,15 @@ NO_VARIANCE = "no-variance"
 CODES = (NO_SHARED_STRUCTURE, SHARED_MEAN, SHARED_LINEAGE, SHARED_SUBSPACE)
 """From the most to the least sceptical: on equal weights the former is said."""
 
-SIGNIFICANCE = 1e-4
+SIGNIFICANCE = 1e-3
 """Chance that a layer of noise is found to share directions; zoos have tens of layers."""
 
 DISTINCT = 1.25
 """Leading directions hold this many times what an average one does, or they are no directions but a cloud."""
+
+FEW = 0.25
+"""… and they are few: at most this many times the number of models. Weights that merely vary together (the nine entries of a
+kernel, say) have as many directions as there are kernels, and lean on all of them."""
 
 MATERIAL_SHARE, MATERIAL_RATIO = 0.05, 2.0
 """Few directions that hold this share of unseen models, and this many times chance, are a subspace even if the cloud is flat."""
@@ -41,11 +46,13 @@ class Weighed:
         edges: how many standard deviations the top k eigenvalues lie above those of unrelated models of the same norms, k as in
             `sums.rank`; None where whole lineages are held out, which says nothing new of the spectrum.
         cloud_edges: the same above those of a cloud without directions.
+        excess: second and third moments of what the models have beyond isotropic noise; None where lineages are held out.
     """
 
     sums: Capture
     edges: tuple[float, ...] | None
     cloud_edges: tuple[float, ...] | None
+    excess: tuple[float, float] | None
     weight: float = 1.0
 
 
@@ -59,6 +66,8 @@ class Directions:
         p_value: of spectrum and held-out models together at that rank, times the number of ranks tried; against a cloud
             without directions where they are distinct, else against unrelated models.
         ratio: captured of held-out models over what as many average directions hold.
+        effective: how many equal directions a cloud of such second and third moments has; None where lineages are held out,
+            or where no direction leads.
     """
 
     shared: bool
@@ -67,6 +76,7 @@ class Directions:
     rank: int
     p_value: float
     ratio: float
+    effective: float | None = None
 
 
 NOWHERE = Directions(False, False, False, 0, 1.0, 0.0)
@@ -96,21 +106,31 @@ def directions(layers: Sequence[Weighed]) -> Directions:
         return NOWHERE
     common = set.intersection(*(set(layer.sums.rank) for layer in known))
     tested = sorted(rank for rank in common if rank <= TESTED_RANK)
-    tried = [_at_rank(known, rank, len(tested)) for rank in tested]
+    effective = _effective(known)
+    few = effective is None or effective <= FEW * min(layer.sums.num_models for layer in known)
+    tried = [_at_rank(known, rank, len(tested), few) for rank in tested]
     if not tried:
         return NOWHERE
-    best = min(tried, key=lambda found: (not found.shared, found.p_value, -found.ratio))
-    return Directions(
-        any(found.shared for found in tried),
-        any(found.distinct for found in tried),
-        any(found.material for found in tried),
-        best.rank,
-        best.p_value,
-        best.ratio,
+    best = min(tried, key=lambda found: (not found.distinct, not found.material, found.p_value, -found.ratio))
+    return replace(
+        best,
+        shared=any(found.shared for found in tried),
+        material=any(found.material for found in tried),
+        effective=None if effective is None or isinf(effective) else effective,
     )
 
 
-def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int) -> Directions:
+def _effective(layers: Sequence[Weighed]) -> float | None:
+    """Effective directions of a layer, on average over several by weight."""
+    known = [(layer.excess, layer.weight) for layer in layers if layer.excess is not None]
+    if len(known) < len(layers):
+        return None
+    total = sum(weight for _, weight in known)
+    second, third = (sum(excess[part] * weight for excess, weight in known) / total for part in (0, 1))
+    return effective_directions(second, third)
+
+
+def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, few: bool) -> Directions:
     total = sum(layer.weight for layer in layers)
 
     def average(values: Sequence[float]) -> float:
@@ -124,7 +144,7 @@ def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int) -> Directions
     ]
     against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
     against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
-    distinct = against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
+    distinct = few and against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
     material = (
         against_chance < SIGNIFICANCE and average(shares) >= MATERIAL_SHARE and average(chances) >= MATERIAL_RATIO
     )

@@ -80,3 +80,43 @@ def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
             break
     level_N = squares_N.rsqrt()
     return level_N[:, None] * gram_NN * level_N, level_N
+
+
+def contrast_gram(scaled_NN: Tensor, level_N: Tensor) -> Tensor:
+    """Return the Gram of N − 1 independent contrasts of the models: the mean's direction turned onto an axis, and dropped.
+
+    By one Householder reflection, N² operations; of unrelated models of one norm the contrasts are as unrelated as they were.
+    """
+    mirror_N = unit(level_N).clone()
+    mirror_N[0] += 1 if float(mirror_N[0]) >= 0 else -1
+    mirror_N = unit(mirror_N)
+    reached_NN = scaled_NN - 2 * torch.outer(mirror_N, mirror_N @ scaled_NN)
+    return (reached_NN - 2 * torch.outer(reached_NN @ mirror_N, mirror_N))[1:, 1:]
+
+
+def excess_moments(scaled_NN: Tensor, level_N: Tensor, num_values: int) -> tuple[float, float]:
+    """Estimate q·m² and q·m³ of q directions of strength m, from what a cloud of models has beyond isotropic noise.
+
+    Strength is variance in units of the noise's, over the detection threshold √(D/N) (Baik, Ben Arous and Péché 2005). With Σ the
+    models' covariance scaled to trace D, q·s² = tr Σ² − D and q·s³ = tr Σ³ − D − 3·q·s²; products of two and of three different
+    contrasts estimate the traces without bias, which eigenvalues do not. Zero for fewer than five models. Cost N³.
+    """
+    gram_NN = contrast_gram(scaled_NN, level_N)
+    num = gram_NN.shape[0]
+    trace = float(gram_NN.diagonal().mean()) if num else 0.0
+    if num < 4 or trace <= 0:
+        return 0.0, 0.0
+    gram_NN = (gram_NN * (num_values / trace)).fill_diagonal_(0)
+    second = float(gram_NN.square().sum()) / (num * (num - 1)) - num_values
+    third = float((gram_NN @ gram_NN * gram_NN).sum()) / (num * (num - 1) * (num - 2)) - num_values - 3 * second
+    threshold = (num_values / num) ** 0.5
+    return second / threshold**2, third / threshold**3
+
+
+def effective_directions(second: float, third: float) -> float:
+    """Solve q·m² = `second`, q·m³ = `third` for q: how many equal directions such a cloud has; infinite where none leads.
+
+    >>> effective_directions(4 * 1.5**2, 4 * 1.5**3)
+    4.0
+    """
+    return second**3 / third**2 if second > 0 and third > 0 else float("inf")

@@ -23,6 +23,9 @@ FLOAT32_FROM = 256
 MOST_DRAWS = 1024
 """Draws of one seed that never meet those of the next."""
 
+MOST_SEEDS = 2**63
+"""The seeds that a generator takes."""
+
 GRID = 1.1
 """Ratio of neighbouring numbers of dimensions at which spectra of unrelated rows are drawn."""
 
@@ -64,9 +67,9 @@ def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, dra
         sums_N: the sum of each model's deviations from it.
         num_values: D.
     """
-    whole_N = _uncentered_energies(energies_N.double().clamp_min(0))
     level_N = sums_N.double() / num_values**0.5
-    norms_N = (whole_N - level_N.square()).clamp_min(0).sqrt()
+    # The sums are about the mean already, and stay there; only what is shuffled is as unrelated as un-centring takes it to be.
+    norms_N = _uncentered_energies((energies_N.double() - level_N.square()).clamp_min(0)).sqrt()
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
 
@@ -88,7 +91,7 @@ def _spectra(
 @lru_cache(maxsize=64)
 def _cosines(num_models: int, num_values: int, draw: int, seed: int) -> Tensor:
     """Cosines between N unrelated directions in D dimensions: one draw, the same for every layer of that size."""
-    factor = bartlett_factor(num_models, num_values, torch.Generator().manual_seed(seed * MOST_DRAWS + draw))
+    factor = bartlett_factor(num_models, num_values, torch.Generator().manual_seed((seed * MOST_DRAWS + draw) % MOST_SEEDS))
     factor = factor / factor.square().sum(1, keepdim=True).sqrt()
     return factor @ factor.T
 
