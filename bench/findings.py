@@ -2,7 +2,7 @@
 
     python -m bench.findings [FOLDER] [--write]
 
-FOLDER (`demo/findings`) keeps the zoos: one that is there, trained by the same recipe with the same libraries, is not trained
+FOLDER (`zoos`) keeps the zoos: one that is there, trained by the same recipe with the same libraries, is not trained
 again. `--write` puts the tables between the marks in docs/findings.md and draws its picture; the text around them stays.
 About eight minutes of training and one or two of measuring on one core.
 """
@@ -213,7 +213,7 @@ def _figures(part: Measured) -> list[Any]:
 
 def layer_table(rows: Iterable[Found]) -> list[str]:
     """The tests of the layers of some zoos, but for those that so few directions hold whatever they are."""
-    head = ["zoo", "layer", "values", "verdict", "at k", "p", "ratio", f"held out, k = {RANK}", "in-sample", "chance"]
+    head = ["zoo", "layer", "values", "verdict", "at k", "p", "ratio", "directions", f"held out, k = {RANK}", "in-sample", "chance"]
     layers = [(found, name) for found in rows for name in found.evidence.layers]
     cells = [_layer(*each) for each in layers if each[0].evidence.layers[each[1]].layer.num_values > RANK]
     return _table([*head, "kernels dealt anew"], cells)
@@ -232,6 +232,7 @@ def _layer(found: Found, name: str) -> list[str]:
         str(test.rank),
         f"{test.p_value:.1g}",
         f"{test.ratio:.2f}",
+        "–" if test.effective is None else f"{test.effective:.0f}",
         *(percent(part[place]) for part in (held.captured, held.in_sample, held.null)),
         f"shared in {found.dealt_anew[name]} of {DEALS}" if name in found.dealt_anew else "–",
     ]
@@ -315,7 +316,7 @@ def draw(rows: Sequence[Found], path: Path) -> None:
 def main() -> None:
     """Print the tables; write them and the picture if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/findings"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("zoos"))
     parser.add_argument("--write", action="store_true", help="write docs/findings.md and its picture")
     asked = parser.parse_args()
     started = time.perf_counter()

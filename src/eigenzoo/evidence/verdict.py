@@ -23,7 +23,7 @@ CODES = (NO_SHARED_STRUCTURE, SHARED_MEAN, SHARED_LINEAGE, SHARED_SUBSPACE)
 SIGNIFICANCE = 1e-3
 """Chance that a layer of noise is found to share directions; zoos have tens of layers."""
 
-DISTINCT = 1.25
+DISTINCT = 1.1
 """Leading directions hold this many times what an average one does, or they are no directions but a cloud."""
 
 FEW = 0.25
