@@ -49,13 +49,14 @@ def command(
     from eigenzoo.evidence.presentation import present
     from eigenzoo.formats.output import new_folder
     from eigenzoo.linalg.rank import check_rule
-    from eigenzoo.report import render_html
+    from eigenzoo.report import render_html, require
 
     if kind not in ("digits-vit", "digits-lora"):
         raise UsageError(f"the demo has no kind {kind!r}", rule="it compares with a parent: digits-vit or digits-lora")
     if num_models is not None and num_models < HELD_OUT:
         raise UsageError(f"{num_models} models", rule=f"the demo takes at least {HELD_OUT}, one of which is held out")
     check_rule(rank)
+    require("html")
     with new_folder(output, force=force, replaceable=lambda folder: (folder / "zoo" / "zoo.json").is_file()) as folder:
         tell = _silent if json else say
         with progress_bar(quiet=quiet or json) as progress:

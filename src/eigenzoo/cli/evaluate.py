@@ -134,7 +134,7 @@ def _called(what: str, function: Any, argument: str) -> Any:
         return function(argument)
     except EigenzooError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what} ({type(error).__name__}: {error})", where="--metric") from error
 
 

@@ -15,7 +15,7 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import as_json, progress_bar, say
 from eigenzoo.cli.evaluate import load_metric
 from eigenzoo.cli.evidence import open_source
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import OutputError, UsageError
 
 FIGURES = ("png", "svg")
 FORMATS = ("html", "md", "json", "csv", *FIGURES)
@@ -56,11 +56,13 @@ def command(
 ) -> None:
     """Write a self-contained page: the verdict, its controls, figures that move, and every number behind them."""
     import eigenzoo as ez
+    from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
 
     options.check_device(device)
     chosen = choose_format(output, format)
     check_output(output, chosen, force)
+    pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress:
         source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
@@ -106,19 +108,23 @@ def check_output(output: Path, format: str, force: bool) -> None:
     if format in FIGURES:
         check_free(output, force=force, replaceable=_holds_only_figures)
     else:
+        if force and output.is_file() and output.suffix.lstrip(".") not in (format, ""):
+            raise OutputError(
+                f"is no {format} file", where=str(output), rule="--force replaces outputs of the same kind only"
+            )
         check_free_file(output, force=force)
 
 
 def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -> None:
     """Render a document and write it whole or not at all."""
-    from eigenzoo import report
+    from eigenzoo import report as pages
     from eigenzoo.formats.output import new_folder, write_file
 
     if format in FIGURES:
         with new_folder(output, force=force, replaceable=_holds_only_figures) as folder:
-            report.write_figures(document, folder, (format,))
+            pages.write_figures(document, folder, (format,))
         return
-    render = {"html": report.render_html, "md": report.render_markdown, "csv": report.render_csv, "json": as_json}
+    render = {"html": pages.render_html, "md": pages.render_markdown, "csv": pages.render_csv, "json": as_json}
     write_file(output, render[format](document), force=force)
 
 

@@ -1,6 +1,8 @@
 """Controls of what a zoo seems to show: one file per control, each of which returns a record; `evidence` runs them all.
 
-The room and the function that it exists for have one name: `eigenzoo.evidence(zoo)` calls the function.
+The room and the function that it exists for have one name: `eigenzoo.evidence(zoo, axes=(), center="models", seed=0,
+thresholds=None, view=None, base=None, include=(), exclude=(), progress=…)` calls `eigenzoo.evidence.evidence.evidence`, whose
+docstring has shapes, costs and errors.
 """
 
 from __future__ import annotations

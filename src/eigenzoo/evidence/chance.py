@@ -36,7 +36,13 @@ EVEN = 1e-9
 """Least standard deviation of the null: where k directions are all there are, every draw holds everything."""
 
 LARGEST_DEVIATE = 20.0
-"""The most that a standard deviation estimated from so few draws can say."""
+"""The most that a standard deviation estimated from draws can say."""
+
+SKEWNESS = 0.2935
+"""Of the Tracy–Widom law of real noise."""
+
+LEAST_DIMENSIONS = 4
+"""In fewer dimensions every direction is a leading one."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,24 @@ def edges(scaled: tuple[Tensor, Tensor], rank: Sequence[int], dimensions: Sequen
     found = scaled_shares(*scaled).cumsum(0)[places]
     answers = []
     for number in dimensions:
+        if number < LEAST_DIMENSIONS:
+            answers.append((0.0,) * len(rank))
+            continue
         middle, spread = edge_null(scaled[0].shape[0], number)
         deviates = (found - middle[places]) / spread[places].clamp_min(EVEN)
-        answers.append(tuple(deviates.clamp(-LARGEST_DEVIATE, LARGEST_DEVIATE).tolist()))
+        answers.append(tuple(_unskewed(deviates).clamp(-LARGEST_DEVIATE, LARGEST_DEVIATE).tolist()))
     return answers
+
+
+def _unskewed(deviates: Tensor) -> Tensor:
+    """Normal deviates of a gamma variable of the Tracy–Widom law's skewness: largest eigenvalues stray farther up than down.
+
+    The cube root of a gamma variable is nearly normal (Wilson and Hilferty 1931).
+    """
+    shape = 4 / SKEWNESS**2
+    cubes = (1 + deviates / shape**0.5).clamp_min(0) ** (1 / 3)
+    normal: Tensor = (cubes - (1 - 1 / (9 * shape))) * 3 * shape**0.5
+    return normal
 
 
 def num_draws(num_models: int) -> int:

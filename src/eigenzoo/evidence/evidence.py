@@ -37,6 +37,9 @@ MAX_LINEAGE_FOLDS = 10
 SMALLEST_GROUP, MOST_GROUPS = 8, 5
 """Groups that are looked at on their own: large enough to hold models out, and the largest few."""
 
+ONE_LINEAGE = 0.8
+"""A zoo of which one group holds this share is of one lineage with a few strangers, too few to fit a subspace to."""
+
 MAP_DIMENSIONS = 3
 
 
@@ -82,7 +85,7 @@ class Evidence:
 def evidence(
     source: Zoo | Subspace | Source,
     *,
-    axes: Iterable[str] = (),
+    axes: str | Iterable[str] = (),
     center: str = "models",
     seed: int = 0,
     thresholds: Thresholds | None = None,
@@ -110,7 +113,7 @@ def evidence(
     as many threads as torch has. Memory: the layers' Grams.
     """
     started = time.perf_counter()
-    sides = check_axes(axes) if (axes := tuple(axes)) else ()
+    sides = check_axes(axes) if (axes := (axes,) if isinstance(axes, str) else tuple(axes)) else ()
     if "models" in sides:
         sides = tuple(axis for axis in sides if axis != "models")
     check_choice(center, CENTERS, "center")
@@ -121,7 +124,7 @@ def evidence(
         raise UsageError("one model", rule="evidence compares models", next_step="name two or more")
     origin, pooled = _gather(measured)
     lineages = as_lineages(measured.names, origin.groups)
-    several = origin.groups and len(lineages) > 1
+    several = origin.groups and len(lineages) > 1 and len(origin.groups[0]) < ONE_LINEAGE * len(measured.names)
     folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
     places = {name: place for place, name in enumerate(measured.names)}
     # A group that is the whole zoo has been looked at already.
@@ -147,7 +150,7 @@ def evidence(
         map=coordinates,
         map_shares=shares,
         thresholds=thresholds or Thresholds(),
-        verdict=decide(layers, summary, origin, len(measured.names), measured.view, len(lineages)),
+        verdict=decide(layers, summary, origin, len(measured.names), measured.view),
         warnings=tuple(measured.warnings),
         seconds=time.perf_counter() - started,
     )

@@ -40,6 +40,10 @@ Metric = Callable[[Path], float]
 """Called with the folder (or the file, where the zoo's models are files) of one model in the zoo's own format."""
 
 
+LARGEST = 1e150
+"""The largest figure of a metric whose averages and squares are still numbers."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One figure per variant; None where there is no such variant. Mappings go from ranks to figures."""
@@ -226,13 +230,13 @@ def _value(metric: Metric, path: Path, where: str) -> float:
     except EigenzooError as error:
         raise error.at(where) from error
     # The metric is the user's code: its every failure is worth the model and the variant that it failed on.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"the metric failed with {type(error).__name__}: {error}",
             where=where,
             rule="a metric takes the path of one saved model and returns a number",
         ) from error
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise DataError(f"the metric returned {value}", where=where, rule="a metric is a finite number")
     return value
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eigenzoo.evidence.unseen import LARGE_ZOO, unrelated_share
 from eigenzoo.linalg.heldout import hold_out, up_to
 from eigenzoo.subspace.moments import LayerMoments
 
@@ -18,7 +19,6 @@ SIZES = (0.125, 0.25, 0.5, 0.75, 1.0)
 SIZES_LARGE = (0.125, 0.25, 0.5, 1.0)
 NUM_DRAWS = 4
 NUM_DRAWS_LARGE = 2
-LARGE_ZOO = 200
 HELD_OUT = 5
 """One model in this many is kept out of all sizes."""
 
@@ -31,7 +31,7 @@ class Growth:
         num_models: sizes of the fitted part.
         var90_rank: least k at which the top k directions of each layer hold 90 % of the fitted models' variance on average.
         in_sample, captured: share of the variance of the fitted and of always the same held-out models in the top `rank`.
-        null: the share that as many directions of no distinction hold, k / D.
+        null: the share that unrelated models of the same norms would give.
         spread: standard deviation of `captured` over the draws.
         rank: directions kept, or all that a size spans.
         num_draws: random orders of the models.
@@ -81,7 +81,7 @@ def layer_growth(moments: LayerMoments, seed: int = 0) -> LayerGrowth | None:
             if found.fitted_energy > 0:
                 in_sample[draw, place, : found.in_sample_K.numel()] = found.in_sample_K / found.fitted_energy
             captured[draw, place] = up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0
-            null[draw, place] = min(rank / moments.num_values, 1.0)
+            null[draw, place] = unrelated_share(moments, rest[:size], held, rank)
     return LayerGrowth(in_sample, captured, null)
 
 

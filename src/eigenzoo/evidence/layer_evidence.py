@@ -106,8 +106,7 @@ def findings(
         cloud = sums.cloud / sums.contrast_energy
         edges = cloud_edges = excess = None
         if lineages is None:
-            dimensions = (moments.num_values, min(1 / cloud, moments.num_values))
-            edges, cloud_edges = chance.edges(scaled, sums.rank, dimensions)
+            edges, cloud_edges = chance.edges(scaled, sums.rank, (sums.dimensions, min(1 / cloud, sums.dimensions)))
             excess = excess_moments(*scaled, moments.num_values)
         weighed = verdict.Weighed(sums, edges, cloud_edges, excess, num_values)
     dealt = list(lineages) if lineages is not None else deal(moments.num_models, unseen.NUM_FOLDS, seed)
@@ -121,6 +120,7 @@ def subset(moments: LayerMoments, places: Tensor) -> LayerMoments:
         moments,
         gram_NN=moments.gram_NN[places][:, places],
         cross_N=moments.cross_N[places],
+        entries=None,
         sums_N=None,
         singular_NR=None,
         starts_NN=None,

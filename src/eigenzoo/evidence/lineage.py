@@ -21,6 +21,9 @@ from eigenzoo.subspace.moments import LayerMoments
 GAP = 0.2
 """Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""
 
+SMALL_GAP, STANDS_OUT = 0.05, 4.0
+"""A smaller gap will do where it is many times the next one: origins that hold a tenth of the energy are origins."""
+
 FACTOR_A = ".lora_A"
 
 
@@ -31,7 +34,8 @@ class Lineage:
     Attributes:
         groups: names of the models of each group of two or more, the largest first.
         duplicates: pairs of models that are one function: the first of them, and each other.
-        measure: what cosines are of: `weights`, `A-factors`, or `differences` from the base.
+        measure: what cosines are of: `weights` (about each model's mean entry), `differences` from the base, `A-factors`, or
+            `updates and A-factors`, the larger of the two.
         cosines: N × N, in the zoo's order of models; weighted over layers by their number of values.
         order: the models clustered, for a picture.
         level: the cosine at which groups are told apart; None where nothing joins.
@@ -50,32 +54,51 @@ class Cosines:
 
     def __init__(self, num_models: int, view: str) -> None:
         self.view = view
-        self.measure = {"weight": "weights", "delta": "differences"}.get(view, "A-factors")
-        self._sum_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
-        self._weights = 0.0
+        self.measure = {"weight": "weights", "delta": "differences", "update": "updates and A-factors"}.get(
+            view, "A-factors"
+        )
+        self._parts = [_Average(num_models), _Average(num_models)]
 
     def add(self, layer: Layer, moments: LayerMoments) -> None:
-        """Add one layer: its A-factors where it is a LoRA update; a layer that is equal in all models says nothing."""
+        """Add one layer; one that is equal in all models says nothing. Of a LoRA update also its A-factors."""
         if self.view == "factors" and not layer.name.endswith(FACTOR_A):
             return
-        if self.view != "update":
-            gram_NN = moments.raw_NN if moments.variance > 0 else None
-            weight = layer.num_values
-        else:
-            gram_NN, weight = moments.starts_NN, layer.shape[1]
-        if gram_NN is None:
-            return
-        norms_N = gram_NN.diagonal().clamp_min(0).sqrt()
-        if float(norms_N.min()) > 0:
-            self._sum_NN += weight * gram_NN / (norms_N[:, None] * norms_N)
-            self._weights += weight
+        if moments.variance > 0:
+            raw_NN = moments.raw_NN
+            if moments.sums_N is not None:
+                # Entries that are positive in every model, or gains about one, are no common origin.
+                raw_NN = raw_NN - torch.outer(moments.sums_N, moments.sums_N) / layer.num_values
+            self._parts[0].add(raw_NN, layer.num_values)
+        if moments.starts_NN is not None:
+            self._parts[1].add(moments.starts_NN, layer.shape[1])
 
     @property
     def mean_NN(self) -> Tensor:
-        """The weighted mean over layers; the identity where no layer told anything."""
-        if self._weights == 0:
-            return torch.eye(self._sum_NN.shape[0], dtype=torch.float64)
-        return (self._sum_NN / self._weights).clamp(-1, 1)
+        """The weighted mean over layers, the larger of updates' and A-factors'; the identity where no layer told anything."""
+        known = [part.mean_NN for part in self._parts if part.weight > 0]
+        if not known:
+            return torch.eye(self._parts[0].sum_NN.shape[0], dtype=torch.float64)
+        return torch.stack(known).amax(0).clamp(-1, 1)
+
+
+class _Average:
+    """A weighted average of cosines."""
+
+    def __init__(self, num_models: int) -> None:
+        self.sum_NN = torch.zeros(num_models, num_models, dtype=torch.float64)
+        self.weight = 0.0
+
+    def add(self, gram_NN: Tensor, weight: float) -> None:
+        """Add the cosines of a Gram; one with a model of zero has none."""
+        norms_N = gram_NN.diagonal().clamp_min(0).sqrt()
+        if float(norms_N.min()) > 0:
+            self.sum_NN += weight * gram_NN / (norms_N[:, None] * norms_N)
+            self.weight += weight
+
+    @property
+    def mean_NN(self) -> Tensor:
+        """The average so far."""
+        return self.sum_NN / self.weight
 
 
 def lineage(names: Sequence[str], cosines: Cosines, pairs: Iterable[tuple[str, str]]) -> Lineage:
@@ -135,8 +158,9 @@ def _largest_gap(levels: Sequence[float]) -> float | None:
     if falling[-1] > 0:
         falling.append(0.0)
     gaps = [(above - below, (above + below) / 2) for above, below in pairwise(falling)]
-    widest = max(gaps, default=(0.0, 0.0))
-    return widest[1] if widest[0] >= GAP else None
+    widest, *rest = sorted(gaps, reverse=True) or [(0.0, 0.0)]
+    stands_out = widest[0] >= SMALL_GAP and (not rest or widest[0] >= STANDS_OUT * rest[0][0])
+    return widest[1] if widest[0] >= GAP or stands_out else None
 
 
 def _tree(cosines_NN: Tensor) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
 from torch import Tensor
 
 from eigenzoo.linalg.heldout import others
@@ -68,8 +67,3 @@ def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: floa
         null / total,
         common / deviation if deviation > 0 else 0.0,
     )
-
-
-def one_by_one(num_models: int) -> list[Tensor]:
-    """Folds of one model each."""
-    return [torch.tensor([place]) for place in range(num_models)]

@@ -106,7 +106,7 @@ class BundleMoments:
     def __init__(self, space: Subspace) -> None:
         self.names, self.view, self.center = space.names, space.view, space.manifest.center
         self.layers = {name: basis.layer for name, basis in space.layers.items()}
-        self.warnings = tuple(space.report.get("warnings", ()))
+        self.warnings = (*space.report.get("warnings", ()), *_inexact(space))
         self._space = space
 
     def moments(self, layer: str) -> LayerMoments:
@@ -116,6 +116,16 @@ class BundleMoments:
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return nothing: a bundle keeps the models' Gram alone."""
         return {}
+
+
+def _inexact(space: Subspace) -> list[str]:
+    """Warn where models were added without the old ones' files: what they share outside the old subspace is not known."""
+    if space.report.get("growth", {}).get("exact", True):
+        return []
+    return [
+        "models were added from the bundle alone: what they have in common with the others outside the kept subspace counts as "
+        "nothing here, so that held-out shares are too small; fit the zoo again, or add with the old files at hand"
+    ]
 
 
 def open_source(

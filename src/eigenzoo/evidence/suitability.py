@@ -7,7 +7,6 @@ random half of the zoo; layers whose exponents lie in range, agree, and do so of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean, pstdev
@@ -15,6 +14,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
+from eigenzoo.evidence.unseen import LARGE_ZOO
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.subspace.moments import LayerMoments
 
@@ -23,7 +23,6 @@ MIN_TAIL = 4
 
 NUM_HALVES = 8
 NUM_HALVES_LARGE = 4
-LARGE_ZOO = 200
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,3 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     best = int(distances.argmin())
     alpha = float(alphas[best])
     return (alpha, float(rising[best]), int(counts[best])) if isfinite(alpha) else (None, None, 0)
-
-
-def retained(layers: Sequence[tuple[str, Suitability]], thresholds: Thresholds) -> list[str]:
-    """Names of the layers that are suited."""
-    return [name for name, layer in layers if layer.is_suited(thresholds)]

@@ -177,27 +177,25 @@ def decide(
     lineage: Lineage,
     num_models: int,
     view: str,
-    num_lineages: int,
 ) -> Verdict:
     """Apply the rule of `verdict` to all layers, and say it."""
     codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
     together = None
     if summary.directions.shared:
-        gone = summary.across_directions is not None and not summary.across_directions.shared
+        found = summary.across_directions
+        gone = found is not None and found.rank > 0 and not found.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
-    text = _sentence(code, decided_by, summary, lineage, num_models, view, num_lineages)
+    text = _sentence(code, decided_by, summary, lineage, num_models, view)
     return Verdict(code, f"{text} {_denominator(code, counts, values)}".rstrip(), decided_by, counts, values)
 
 
-def _sentence(
-    code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str, num_lineages: int
-) -> str:
+def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     if decided_by == "variance":
         return f"The {num_models} models are copies of one: no analysed layer differs between them."
     found = _held(summary.dealt)
     if code == rule.SHARED_SUBSPACE:
-        within = ", within one lineage" if view in ("delta", "update") or num_lineages == 1 else ""
+        within = _within(summary, lineage, num_models, view)
         strength = (
             "" if summary.directions.material else " It is there beyond chance, and too little to store models in."
         )
@@ -222,6 +220,14 @@ def _sentence(
     if num_models < MIN_MODELS:
         return f"No shared structure can be shown: {num_models} models are too few to hold any out; {_mean(summary)}."
     return f"No shared structure: {found}; {_mean(summary)}."
+
+
+def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
+    """Say so where the zoo has one lineage: one base, or a group that holds nearly all models."""
+    largest = len(lineage.groups[0]) if lineage.groups else 0
+    if view in ("delta", "update") or largest == num_models:
+        return ", within one lineage"
+    return f", within the lineage of {largest} of the {num_models} models" if largest and summary.across is None else ""
 
 
 def shown_place(pooled: Pooled) -> int | None:
@@ -250,7 +256,7 @@ def _held(pooled: Pooled) -> str:
 
 def _mean(summary: Summary) -> str:
     return (
-        f"the mean alone holds {percent(summary.mean_heldout)} of a left-out model's energy "
+        f"the mean alone removes {percent(summary.mean_heldout)} of a left-out model's energy "
         f"(chance {percent(summary.mean_null)})"
     )
 

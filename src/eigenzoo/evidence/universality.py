@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from eigenzoo.evidence.unseen import LARGE_ZOO
 from eigenzoo.linalg.angles import half_cosines, random_cosines
 from eigenzoo.subspace.moments import LayerMoments
 
 NUM_SPLITS = 20
 NUM_SPLITS_LARGE = 4
-LARGE_ZOO = 200
 LARGEST_RANK = 32
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import scale_models
-from eigenzoo.linalg.heldout import contrast, deal, hold_out, leave_one_out, others, up_to
+from eigenzoo.linalg.heldout import HeldOut, contrast, deal, hold_out, leave_one_out, others, up_to
 from eigenzoo.subspace.moments import LayerMoments
 
 NUM_FOLDS = 5
@@ -45,6 +45,7 @@ class Capture:
         contrast, contrast_energy: of held-out models about their own mean, every model at one norm.
         cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
         freedom: degrees of freedom of the contrasts, per direction.
+        dimensions: in how many dimensions unrelated models of such entries lie: D where all entries vary alike.
         num_values, num_models: D and N.
     """
 
@@ -58,13 +59,14 @@ class Capture:
     contrast_energy: float
     cloud: float
     freedom: float
+    dimensions: float
     num_values: int
     num_models: int
 
     @property
     def contrast_null(self) -> tuple[float, ...]:
-        """The energy k / D that any k directions hold of unrelated models' contrasts, per rank."""
-        return tuple(min(rank / self.num_values, 1.0) * self.contrast_energy for rank in self.rank)
+        """The energy that any k directions hold of unrelated models' contrasts, k / D in as many dimensions, per rank."""
+        return tuple(min(rank / self.dimensions, 1.0) * self.contrast_energy for rank in self.rank)
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -76,7 +78,7 @@ class Capture:
 
     @property
     def over_chance(self) -> tuple[float, ...]:
-        """Captured of the contrasts over the share k / D that any k directions hold of unrelated models, per rank."""
+        """Captured of the contrasts over what any k directions hold of unrelated models, per rank."""
         return tuple(
             found / null if null > 0 else 0.0 for found, null in zip(self.contrast, self.contrast_null, strict=True)
         )
@@ -142,9 +144,16 @@ def capture(
         contrast_energy=sum(fold.energy for fold in contrasts),
         cloud=sum(fold.cloud for fold in contrasts),
         freedom=sum(fold.freedom for fold in contrasts) / DISPERSION,
+        dimensions=dimensions(moments),
         num_values=moments.num_values,
         num_models=num_models,
     )
+
+
+def dimensions(moments: LayerMoments) -> float:
+    """Dimensions in which unrelated models lie whose entries vary independently, each as it does; D where that is not known."""
+    known = moments.entries if moments.entries else moments.num_values
+    return float(max(1.0, min(known, moments.num_values)))
 
 
 def _summed(cumulative: Sequence[Tensor], rank: Sequence[int]) -> tuple[float, ...]:
@@ -153,21 +162,30 @@ def _summed(cumulative: Sequence[Tensor], rank: Sequence[int]) -> tuple[float, .
 
 
 def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
-    """Shares captured of unrelated models: those of orthogonal ones with these norms, and k / D more.
-
-    Orthogonal ones are not free of it: the mean of models of uneven norms leans to the largest, as the first direction does.
-    """
+    """Shares captured of unrelated models at each rank, on average over the folds; of a large zoo one fold tells enough."""
     few = dealt if moments.num_models <= LARGE_ZOO else dealt[:1]
-    orthogonal = torch.diag(moments.gram_NN.diagonal().clamp_min(0))
-    found = [hold_out(orthogonal, others(moments.num_models, held), held) for held in few]
+    found = [_unrelated(moments, others(moments.num_models, held), held) for held in few]
     total = sum(fold.energy for fold in found)
-    if total <= 0:
-        return [0.0] * len(rank)
     limits = _summed([fold.captured_K for fold in found], rank)
     return [
-        min(1.0, limit / total + (1 - limit / total) * min(k / moments.num_values, 1.0))
-        for k, limit in zip(rank, limits, strict=True)
+        _with_chance(limit / total if total > 0 else 0.0, k, moments) for k, limit in zip(rank, limits, strict=True)
     ]
+
+
+def unrelated_share(moments: LayerMoments, fitted: Tensor, held: Tensor, rank: int) -> float:
+    """Share of unrelated models of the same norms that the top `rank` directions of others of them hold, about their mean."""
+    found = _unrelated(moments, fitted, held)
+    return _with_chance(up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0, rank, moments)
+
+
+def _unrelated(moments: LayerMoments, fitted: Tensor, held: Tensor) -> HeldOut:
+    """Hold out orthogonal models of the same norms: the mean of uneven norms leans to the largest, as the first direction does."""
+    return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, held)
+
+
+def _with_chance(limit: float, rank: int, moments: LayerMoments) -> float:
+    """Add what chance gives in finite dimensions."""
+    return min(1.0, limit + (1 - limit) * min(rank / dimensions(moments), 1.0))
 
 
 def unseen(sums: Capture | None, values_K: Tensor, vectors_NK: Tensor) -> Unseen | None:

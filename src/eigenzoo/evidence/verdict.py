@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import erfc, isinf, sqrt
 
 from eigenzoo.evidence.mean import MeanShare
-from eigenzoo.evidence.unseen import TESTED_RANK, Capture
+from eigenzoo.evidence.unseen import TESTED_RANK, Capture, ranks_up_to
 from eigenzoo.linalg.gram import effective_directions
 
 NO_SHARED_STRUCTURE, SHARED_MEAN = "no-shared-structure", "shared-mean"
@@ -29,6 +29,9 @@ DISTINCT = 1.1
 FEW = 0.25
 """… and they are few: at most this many times the number of models. Weights that merely vary together (the nine entries of a
 kernel, say) have as many directions as there are kernels, and lean on all of them."""
+
+FEWER_THAN_MODELS = 1.0
+"""A cloud of more directions than there are models is not of low dimension, whatever it holds."""
 
 MATERIAL_SHARE, MATERIAL_RATIO = 0.05, 2.0
 """Few directions that hold this share of unseen models, and this many times chance, are a subspace even if the cloud is flat."""
@@ -68,6 +71,7 @@ class Directions:
         ratio: captured of held-out models over what as many average directions hold.
         effective: how many equal directions a cloud of such second and third moments has; None where lineages are held out,
             or where no direction leads.
+        held: whether they would be material, had they not to be fewer than the models: pairs of akin models hold each other.
     """
 
     shared: bool
@@ -77,6 +81,7 @@ class Directions:
     p_value: float
     ratio: float
     effective: float | None = None
+    held: bool = False
 
 
 NOWHERE = Directions(False, False, False, 0, 1.0, 0.0)
@@ -88,6 +93,11 @@ class Findings:
 
     directions: Directions
     mean: MeanShare
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether there were models enough to hold out and to fit on."""
+        return self.directions.rank > 0
 
     @property
     def mean_is_shared(self) -> bool:
@@ -102,20 +112,26 @@ def directions(layers: Sequence[Weighed]) -> Directions:
     as normal deviates, over layers by weight (Stouffer 1949); the best of a few ranks counts, and pays for the choice.
     """
     known = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
-    if not known:
+    total = sum(layer.weight for layer in known)
+    by_rank = {
+        rank: having
+        for rank in ranks_up_to(TESTED_RANK)
+        if (having := [layer for layer in known if rank in layer.sums.rank])
+        # A bias of few dimensions has no sixteen directions; the layers that have them speak for the zoo.
+        and 2 * sum(layer.weight for layer in having) >= total
+    }
+    if not by_rank:
         return NOWHERE
-    common = set.intersection(*(set(layer.sums.rank) for layer in known))
-    tested = sorted(rank for rank in common if rank <= TESTED_RANK)
     effective = _effective(known)
-    few = effective is None or effective <= FEW * min(layer.sums.num_models for layer in known)
-    tried = [_at_rank(known, rank, len(tested), few) for rank in tested]
-    if not tried:
-        return NOWHERE
+    num_models = min(layer.sums.num_models for layer in known)
+    share = 0.0 if effective is None else effective / num_models
+    tried = [_at_rank(having, rank, len(by_rank), share) for rank, having in by_rank.items()]
     best = min(tried, key=lambda found: (not found.distinct, not found.material, found.p_value, -found.ratio))
     return replace(
         best,
         shared=any(found.shared for found in tried),
         material=any(found.material for found in tried),
+        held=any(found.held for found in tried),
         effective=None if effective is None or isinf(effective) else effective,
     )
 
@@ -130,7 +146,7 @@ def _effective(layers: Sequence[Weighed]) -> float | None:
     return effective_directions(second, third)
 
 
-def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, few: bool) -> Directions:
+def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, effective_share: float) -> Directions:
     total = sum(layer.weight for layer in layers)
 
     def average(values: Sequence[float]) -> float:
@@ -144,12 +160,11 @@ def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, few: bool) ->
     ]
     against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
     against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
-    distinct = few and against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
-    material = (
-        against_chance < SIGNIFICANCE and average(shares) >= MATERIAL_SHARE and average(chances) >= MATERIAL_RATIO
-    )
-    p_value = against_chance if material and not distinct else against_cloud
-    return Directions(distinct or material, distinct, material, rank, p_value, average(ratios))
+    distinct = effective_share <= FEW and against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
+    held = against_chance < SIGNIFICANCE and average(shares) >= MATERIAL_SHARE and average(chances) >= MATERIAL_RATIO
+    material = held and effective_share <= FEWER_THAN_MODELS
+    p_value = against_chance if held and not distinct else against_cloud
+    return Directions(distinct or material, distinct, material, rank, p_value, average(ratios), held=held)
 
 
 def _p_value(
@@ -177,9 +192,10 @@ def _deviate(ratio: float, freedom: float) -> float:
 
 def judge(dealt: Findings, across: Findings | None) -> tuple[str, str]:
     """Return the code, and the control that decided: models dealt at random, and whole lineages held out where there are any."""
+    gone = across is not None and across.is_tested and not across.directions.shared
+    if gone and (dealt.directions.shared or dealt.directions.held):
+        return SHARED_LINEAGE, "lineage"
     if dealt.directions.shared:
-        if across is not None and not across.directions.shared:
-            return SHARED_LINEAGE, "lineage"
         return SHARED_SUBSPACE, "unseen"
     if dealt.mean_is_shared:
         if across is not None and not across.mean_is_shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,17 +61,25 @@ def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path
 
 
 def check_free_file(target: Path, *, force: bool = False) -> None:
-    """Raise OutputError unless `target` is free, or a plain file that `force` may replace; call it before long work starts."""
+    """Raise OutputError unless a file can be written there: the name free, or a plain file that `force` may replace.
+
+    Makes the folders above; call it before long work starts.
+    """
     if not target.name:
         raise OutputError("is no name for a file", where=str(target))
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink() or not target.is_file():
-        raise OutputError("is no plain file", where=str(target), next_step="choose another name")
-    if not force:
-        raise OutputError(
-            "exists already", where=str(target), next_step="choose another name, or --force to replace it"
-        )
+    if os.path.lexists(target):
+        if target.is_symlink() or not target.is_file():
+            raise OutputError("is no plain file", where=str(target), next_step="choose another name")
+        if not force:
+            raise OutputError(
+                "exists already", where=str(target), next_step="choose another name, or --force to replace it"
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(target)) from error
 
 
 def write_file(target: Path, text: str, *, force: bool = False) -> Path:
@@ -78,7 +87,6 @@ def write_file(target: Path, text: str, *, force: bool = False) -> Path:
     check_free_file(target, force=force)
     staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with staging.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()

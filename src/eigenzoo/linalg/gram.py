@@ -15,7 +15,7 @@ SETTLED = 1e-3
 """Relative change of all squared norms below which no round follows: a tenth of what chance does to them in 10⁴ dimensions."""
 
 LEAST_SQUARE = 1e-4
-"""Models of less than this share of the mean energy are not scaled up further: they may be copies of the mean."""
+"""Models of less than this share of the usual energy are not scaled up further: they may be copies of the mean."""
 
 
 def center_gram(gram_NN: Tensor) -> Tensor:
@@ -72,7 +72,9 @@ def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
         weights_NN /= weights_NN.sum(1, keepdim=True)
         reached_NN = weights_NN @ gram_NN
         distances_N = gram_NN.diagonal() - 2 * reached_NN.diagonal() + (reached_NN * weights_NN).sum(1)
-        least = max(LEAST_SQUARE * float(distances_N.mean()), torch.finfo(torch.float64).tiny)
+        # The median, which one large model does not move; where most are copies of each other, the mean.
+        usual = max(float(distances_N.median()), LEAST_SQUARE**2 * float(distances_N.mean()))
+        least = max(LEAST_SQUARE * usual, torch.finfo(torch.float64).tiny)
         # ‖x_n − mean of the others‖² = s_n² + the others' own noise in their mean, which the first round does not know.
         noise_N = weights_NN.square() @ squares_N if number else 0.0
         known_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)

@@ -27,7 +27,7 @@ SECULAR_STEPS = 8
 """Steps of the secular equation; convergence is quadratic, and a test compares with leaving out one by one."""
 
 LEAST_SQUARE, DISTINCT = 1e-32, 1e-15
-"""Squared scores and distances of eigenvalues, relative, below what float64 can tell: the secular equation needs both above zero."""
+"""Squared scores, and distances of eigenvalues, relative: below, float64 cannot tell them from zero, which the roots need."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ MOST_SEEDS = 2**63
 GRID = 1.1
 """Ratio of neighbouring numbers of dimensions at which spectra of unrelated rows are drawn."""
 
+EDGE_DRAWS, EDGE_DRAWS_LARGE = 150, 30
+"""Draws behind an edge's mean and spread, kept for all layers of a size: the error of the mean adds up over layers."""
+
 LARGEST_DRAW = 1024
 """Ranks of all updates together up to which random ones are drawn by their factors: P²·(O + I) products a draw."""
 
@@ -73,9 +76,7 @@ def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, dra
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
 
-def _spectra(
-    norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int
-) -> Tensor:
+def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int) -> Tensor:
     """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
@@ -91,7 +92,9 @@ def _spectra(
 @lru_cache(maxsize=64)
 def _cosines(num_models: int, num_values: int, draw: int, seed: int) -> Tensor:
     """Cosines between N unrelated directions in D dimensions: one draw, the same for every layer of that size."""
-    factor = bartlett_factor(num_models, num_values, torch.Generator().manual_seed((seed * MOST_DRAWS + draw) % MOST_SEEDS))
+    factor = bartlett_factor(
+        num_models, num_values, torch.Generator().manual_seed((seed * MOST_DRAWS + draw) % MOST_SEEDS)
+    )
     factor = factor / factor.square().sum(1, keepdim=True).sqrt()
     return factor @ factor.T
 
@@ -129,11 +132,12 @@ def edge_spectrum(num_models: int, num_values: int, draws: int) -> tuple[Tensor,
     return cumulative.mean(0), cumulative.std(0)
 
 
-def edge_null(num_models: int, num_values: float, draws: int = 20) -> tuple[Tensor, Tensor]:
+def edge_null(num_models: int, num_values: float) -> tuple[Tensor, Tensor]:
     """`edge_spectrum` for any real number of dimensions, between those of a grid, so that many layers share a few draws.
 
     Shares above 1/N fall with D^(-1/2) when D is large, and so does the interpolation.
     """
+    draws = EDGE_DRAWS if num_models <= FLOAT32_FROM else EDGE_DRAWS_LARGE
     step = log(max(num_values, 2.0)) / log(GRID)
     below, above = (max(2, round(GRID**power)) for power in (floor(step), floor(step) + 1))
     low, high = edge_spectrum(num_models, below, draws), edge_spectrum(num_models, above, draws)

@@ -22,7 +22,10 @@ from typing import Any
 
 from eigenzoo.errors import UsageError
 
-__all__ = ["render_csv", "render_html", "render_markdown", "write_figures"]
+__all__ = ["render_csv", "render_html", "render_markdown", "require", "write_figures"]
+
+LIBRARIES = {"html": ("plotly", "jinja2", "matplotlib"), "png": ("matplotlib",), "svg": ("matplotlib",)}
+"""What a format needs besides numpy."""
 
 Document = Mapping[str, Any]
 
@@ -36,7 +39,7 @@ def render_html(document: Document) -> str:
     Raises:
         UsageError: the document holds no evidence, or a library is missing.
     """
-    _require_libraries("plotly", "jinja2", "matplotlib")
+    require("html")
     from eigenzoo.report.page import render_html as render
 
     return render(document)
@@ -74,10 +77,15 @@ def write_figures(document: Document, folder: str | Path, formats: Sequence[str]
         UsageError: a format that is not png, svg or pdf; the document holds no evidence, or a library is missing.
         OutputError: a file of that name exists already.
     """
-    _require_libraries("matplotlib")
+    require("png")
     from eigenzoo.report.static_figures import write_figures as write
 
     return write(document, folder, formats)
+
+
+def require(format: str) -> None:
+    """Raise UsageError where a library for this format is missing: before anything is measured for it."""
+    _require_libraries(*LIBRARIES.get(format, ()))
 
 
 def _require_libraries(*names: str) -> None:

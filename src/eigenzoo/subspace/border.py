@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.subspace.moments import LayerMoments, from_raw_gram, leading_rows, update_grams, update_traits
+from eigenzoo.linalg.gram import center_gram
+from eigenzoo.subspace.moments import (
+    LayerMoments,
+    entry_dimensions,
+    from_raw_gram,
+    leading_rows,
+    squared_variances,
+    update_grams,
+    update_traits,
+)
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 
@@ -25,8 +34,10 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
     cross = torch.zeros(num_all - num_old, dtype=torch.float64)
     shift = torch.zeros_like(cross)
     sums_N = torch.zeros(num_all, dtype=torch.float64)
+    squares = 0.0
     for block in stack.blocks():
         sums_N += block.rows.sum(1, dtype=torch.float64)
+        squares += squared_variances(block.rows - block.rows.mean(0))
         reference = block.rows[: moments.num_reference].mean(0, dtype=torch.float64)
         rows = block.rows.sub_(reference.to(block.rows.dtype))
         border += (rows[num_old:] @ rows.T).double()
@@ -34,7 +45,7 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
         if moments.removed is not None:
             shift += rows[num_old:].double() @ _shift_of(reference, moments.removed, stack)
     grown = bordered(moments, border, cross, shift if moments.shift_N is not None else None)
-    return replace(grown, sums_N=sums_N)
+    return replace(grown, sums_N=sums_N, entries=entry_dimensions(center_gram(grown.gram_NN), squares))
 
 
 def _shift_of(reference: Tensor, removed: Tensor, stack: DenseStack) -> Tensor:
@@ -92,6 +103,7 @@ def bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor
         gram_NN=gram_NN,
         cross_N=torch.cat([moments.cross_N, cross]),
         shift_N=shift_N,
+        entries=None,
         sums_N=None,
         singular_NR=None,
         starts_NN=None,

@@ -41,7 +41,10 @@ class LayerMoments:
         shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
         outputs, inputs: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
             are taken about zero, so that the bases hold the mean too (see `tucker`).
-        sums_N: the sum of each model's entries, ⟨1, X_n⟩; None where growth from a bundle alone could not know it, as all below.
+        entries: in how many dimensions the models would lie if their entries varied independently, each as it does: (Σ v)² / Σ v²
+            with v the entries' variances; D where all vary alike. None for LoRA updates, which are never multiplied out, and
+            where growth from a bundle alone could not know it, as all below.
+        sums_N: the sum of each model's entries, ⟨1, X_n⟩.
         singular_NR: for LoRA updates, their singular values, descending, padded with zeros.
         starts_NN: for LoRA updates, the inner products of their A-factors (of the rows that all have): what tells a
             shared initialisation, which the update itself need not show.
@@ -58,6 +61,7 @@ class LayerMoments:
     shift_energy: float = 0.0
     outputs: SideMoment | None = None
     inputs: SideMoment | None = None
+    entries: float | None = None
     sums_N: Tensor | None = None
     singular_NR: Tensor | None = None
     starts_NN: Tensor | None = None
@@ -120,9 +124,10 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
     mean_OI = torch.empty(outputs, inputs, dtype=torch.float64) if needs_mean else None
     inputs_II = torch.zeros(inputs, inputs, dtype=torch.float64) if side_form(stack, "inputs", axes) == DENSE else None
     sums_N = torch.zeros(num_models, dtype=torch.float64)
-    mean_energy = 0.0
+    mean_energy = squares = 0.0
     for block in stack.blocks(block_bytes):
         rows, mean_D = centered_rows(block)
+        squares += squared_variances(rows)
         sums_N += rows.sum(1, dtype=torch.float64) + mean_D.sum()
         gram_NN += (rows @ rows.T).double()
         cross_N += (rows @ mean_D.to(rows.dtype)).double()
@@ -136,7 +141,7 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
             inputs_II += (wide.T @ wide).double()
     round_off = NUMERICAL_RANK if stack.dtype == torch.float64 else FLOAT32_ROUND_OFF
     moments = LayerMoments(center_gram(gram_NN), cross_N, mean_energy, stack.layer.num_values, num_models, round_off)
-    moments = replace(moments, sums_N=sums_N)
+    moments = replace(moments, sums_N=sums_N, entries=entry_dimensions(moments.gram_NN, squares))
     if mean_OI is None:
         return moments if center == "models" else _shifted_to_zero(moments)
     removed = center_of(mean_OI, center)
@@ -150,6 +155,18 @@ def _collect_dense(stack: DenseStack, axes: tuple[str, ...], center: str, block_
         outputs=_side_moment(stack, "outputs", axes, removed),
     )
     return moments if center == "models" else _shifted(moments, mean_OI, shift_OI, columns_NI, center)
+
+
+def squared_variances(rows: Tensor) -> float:
+    """Return Σ v² over the columns of centred rows, with v their sums of squares over the models."""
+    return float(torch.linalg.vector_norm(rows, dim=0).double().pow(4).sum())
+
+
+def entry_dimensions(centered_NN: Tensor, squares: float) -> float:
+    """Return (Σ v)² / Σ v², without the part of Σ v² that a variance from N values has by chance, E v² = v²·(1 + 2/(N − 1))."""
+    num_models = centered_NN.shape[0]
+    chance = (num_models + 1) / (num_models - 1) if num_models > 1 else 1.0
+    return float(centered_NN.diagonal().sum()) ** 2 / squares * chance if squares > 0 else 0.0
 
 
 def side_form(stack: DenseStack, axis: str, axes: tuple[str, ...]) -> str:

@@ -136,6 +136,8 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
         if layer.shift_N is not None:
             values[f"{name}/shift"] = layer.shift_N
             values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
+        if layer.entries is not None:
+            values[f"{name}/entries"] = torch.tensor([layer.entries], dtype=torch.float64)
         traits = {"sums": layer.sums_N, "singular": layer.singular_NR, "starts": layer.starts_NN}
         values |= {f"{name}/{part}": value for part, value in traits.items() if value is not None}
     layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
