@@ -38,7 +38,7 @@ SMALLEST_GROUP, MOST_GROUPS = 8, 5
 """Groups that are looked at on their own: large enough to hold models out, and the largest few."""
 
 ONE_LINEAGE = 0.8
-"""A zoo of which one group holds this share is of one lineage with a few strangers, too few to fit a subspace to."""
+"""A zoo of which one group holds this share has one lineage, and is judged by it: the strangers are too few to fit anything to."""
 
 MAP_DIMENSIONS = 3
 
@@ -123,17 +123,15 @@ def evidence(
     if len(measured.names) < 2:
         raise UsageError("one model", rule="evidence compares models", next_step="name two or more")
     origin, pooled = _gather(measured)
-    lineages = as_lineages(measured.names, origin.groups)
-    several = origin.groups and len(lineages) > 1 and len(origin.groups[0]) < ONE_LINEAGE * len(measured.names)
-    folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
     places = {name: place for place, name in enumerate(measured.names)}
-    # A group that is the whole zoo has been looked at already.
-    groups = [
-        torch.tensor([places[name] for name in group])
-        for group in origin.groups[:MOST_GROUPS]
-        if SMALLEST_GROUP <= len(group) < len(measured.names)
-    ]
-    layers = _measure_all(measured, folds, groups, seed, progress)
+    lineages = as_lineages(measured.names, origin.groups)
+    large = [torch.tensor([places[name] for name in group]) for group in origin.groups if len(group) >= SMALLEST_GROUP]
+    core = large[0] if large and len(large[0]) >= ONE_LINEAGE * len(places) else None
+    several = core is None and origin.groups and len(lineages) > 1
+    folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
+    # A group that is the whole zoo, or nearly, has been looked at already.
+    groups = large[:MOST_GROUPS] if several else []
+    layers = _measure_all(measured, folds, core, groups, seed, progress)
     grown = [(layer.growth, layer.layer.num_values) for layer in layers.values() if layer.growth is not None]
     summary = summarize(list(layers.values()))
     coordinates, shares = _map(pooled)
@@ -175,12 +173,17 @@ def _gather(measured: MomentSource) -> tuple[Lineage, Tensor]:
 
 
 def _measure_all(
-    measured: MomentSource, folds: list[Tensor] | None, groups: list[Tensor], seed: int, progress: Progress
+    measured: MomentSource,
+    folds: list[Tensor] | None,
+    core: Tensor | None,
+    groups: list[Tensor],
+    seed: int,
+    progress: Progress,
 ) -> dict[str, LayerEvidence]:
     """Layers side by side: each is some forty small eigendecompositions, which torch's own threads only slow down."""
 
     def measure(name: str) -> LayerEvidence:
-        return measure_layer(measured.layers[name], measured.moments(name), folds, groups, seed)
+        return measure_layer(measured.layers[name], measured.moments(name), folds, core, groups, seed)
 
     found: dict[str, LayerEvidence] = {}
     with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:

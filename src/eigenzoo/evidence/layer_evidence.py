@@ -50,6 +50,7 @@ def measure_layer(
     layer: Layer,
     moments: LayerMoments,
     lineages: Sequence[Tensor] | None,
+    core: Tensor | None,
     groups: Sequence[Tensor],
     seed: int,
 ) -> LayerEvidence:
@@ -59,6 +60,7 @@ def measure_layer(
         layer: what it is.
         moments: about any center: the spectrum is taken about it, all else about the models' mean.
         lineages: folds of whole lineages, where there are groups and more than one lineage.
+        core: the models of the lineage that nearly all belong to, by which the layer is then judged.
         groups: the models of the largest groups, which are looked at on their own.
         seed: of draws, folds and halves.
     """
@@ -67,7 +69,8 @@ def measure_layer(
     about_center_K = values_K if moments.shift_N is None else eigenpairs(moments.centered_NN, moments.round_off)[0]
     spectrum = chance.chance(moments, about_center_K, layer.shape, seed)
     num_values = layer.num_values
-    dealt, weighed = findings(about_mean, num_values, None, seed)
+    judged = about_mean if core is None or len(core) == moments.num_models else subset(about_mean, core)
+    dealt, weighed = findings(judged, num_values, None, seed)
     across, across_weighed = (None, None) if lineages is None else findings(about_mean, num_values, lineages, seed)
     inside = [findings(subset(about_mean, group), num_values, None, seed) for group in groups]
     rank = max(spectrum.auto, 1)

@@ -21,8 +21,8 @@ from eigenzoo.subspace.moments import LayerMoments
 GAP = 0.2
 """Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""
 
-SMALL_GAP, STANDS_OUT = 0.05, 4.0
-"""A smaller gap will do where it is many times the next one: origins that hold a tenth of the energy are origins."""
+SMALL_GAP, STANDS_OUT, ENOUGH_GAPS = 0.05, 4.0, 8
+"""A smaller gap will do where it is many times the next of many: origins that hold a tenth of the energy are origins."""
 
 FACTOR_A = ".lora_A"
 
@@ -159,7 +159,8 @@ def _largest_gap(levels: Sequence[float]) -> float | None:
         falling.append(0.0)
     gaps = [(above - below, (above + below) / 2) for above, below in pairwise(falling)]
     widest, *rest = sorted(gaps, reverse=True) or [(0.0, 0.0)]
-    stands_out = widest[0] >= SMALL_GAP and (not rest or widest[0] >= STANDS_OUT * rest[0][0])
+    many = len(rest) >= ENOUGH_GAPS
+    stands_out = many and widest[0] >= SMALL_GAP and widest[0] >= STANDS_OUT * rest[0][0]
     return widest[1] if widest[0] >= GAP or stands_out else None
 
 

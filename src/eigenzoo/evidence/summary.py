@@ -183,7 +183,7 @@ def decide(
     together = None
     if summary.directions.shared:
         found = summary.across_directions
-        gone = found is not None and found.rank > 0 and not found.shared
+        gone = found is not None and not found.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
     text = _sentence(code, decided_by, summary, lineage, num_models, view)
@@ -202,18 +202,18 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
         return f"Shared subspace{within}: {found}; {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
-        held = ""
         places = shown_places(summary.contrasts, summary.across)
+        rest = ", and there are too few origins to tell whether it is more than that"
         if summary.across is not None and places is not None:
             dealt, across = places
-            held = (
-                f": the top {summary.across.rank[across]} directions hold {percent(summary.contrasts.captured[dealt])} of the "
-                f"variance of left-out models, but {percent(summary.across.captured[across])} of left-out lineages (chance "
-                f"{percent(summary.across.null[across])})"
+            rest = (
+                f" and is gone across origins: the top {summary.across.rank[across]} directions hold "
+                f"{percent(summary.contrasts.captured[dealt])} of the variance of left-out models, but "
+                f"{percent(summary.across.captured[across])} of left-out lineages (chance {percent(summary.across.null[across])})"
             )
         return (
             f"Shared lineage: what is shared comes from models of common origin ({groups_of(len(lineage.groups))}, the largest of "
-            f"{largest} of the {num_models} models) and is gone across origins{held}."
+            f"{largest} of the {num_models} models){rest}."
         )
     if code == rule.SHARED_MEAN:
         return f"Shared mean, and no subspace beyond it: {_mean(summary)}; around it {found}."

@@ -95,11 +95,6 @@ class Findings:
     mean: MeanShare
 
     @property
-    def is_tested(self) -> bool:
-        """Whether there were models enough to hold out and to fit on."""
-        return self.directions.rank > 0
-
-    @property
     def mean_is_shared(self) -> bool:
         """Whether the mean holds more than chance, and enough of it."""
         return self.mean.common >= MEAN_SHARE and self.mean.deviations >= MEAN_DEVIATIONS
@@ -192,7 +187,7 @@ def _deviate(ratio: float, freedom: float) -> float:
 
 def judge(dealt: Findings, across: Findings | None) -> tuple[str, str]:
     """Return the code, and the control that decided: models dealt at random, and whole lineages held out where there are any."""
-    gone = across is not None and across.is_tested and not across.directions.shared
+    gone = across is not None and not across.directions.shared
     if gone and (dealt.directions.shared or dealt.directions.held):
         return SHARED_LINEAGE, "lineage"
     if dealt.directions.shared:
