@@ -174,3 +174,21 @@ def assert_alike(first: Any, second: Any, rel: float = 1e-9, at: str = "") -> No
         assert first == pytest.approx(second, rel=rel, abs=rel), at
     else:
         assert first == second, at
+
+
+def dimensions(rows_ND: Tensor) -> float:
+    """In how many dimensions unrelated models of such entries lie: (Σ v)² / Σ v² of the entries' variances, chance taken out."""
+    v_D = (rows_ND - rows_ND.mean(0)).square().sum(0)
+    count = len(rows_ND)
+    found = float(v_D.sum() ** 2 / v_D.square().sum()) * (count + 1) / (count - 1)
+    return max(1.0, min(found, rows_ND.shape[1]))
+
+
+def unrelated_share(
+    rows_ND: Tensor, fitted: Sequence[int] | Tensor, held: Sequence[int] | Tensor, rank: int, size: float
+) -> float:
+    """Share of orthogonal models of the same norms about the mean, fitted and held out, and chance in `size` dimensions on top."""
+    norms_N = (rows_ND - rows_ND.mean(0)).norm(dim=1)
+    fold = hold_out(torch.diag(norms_N), torch.as_tensor(fitted), torch.as_tensor(held))
+    limit = up_to(fold[2], rank) / fold[3]
+    return min(1.0, limit + (1 - limit) * min(rank / size, 1.0))

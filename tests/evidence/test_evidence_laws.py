@@ -87,18 +87,26 @@ def test_a_common_part_changes_nothing_but_the_mean_and_the_lineage(tmp_path: Pa
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_turning_the_space_of_weights_changes_nothing_but_the_sums(tmp_path: Path, seed: int) -> None:
-    """All but the permuted null follows from inner products."""
+def test_turning_the_space_of_weights_changes_only_what_is_of_entries(tmp_path: Path, seed: int) -> None:
+    """Sums and variances of entries stand behind the permuted null, chance and the cosines; all else follows from inner products."""
     stacks = stacks_of(seed)
     turned = {}
     for name, stack in stacks.items():
         rotation = torch.linalg.qr(normal(stack[0].numel(), stack[0].numel(), seed=seed + 60))[0]
         turned[name] = (stack.flatten(1) @ rotation).view_as(stack)
     first, second = (
-        shares(find(tmp_path / str(number), each, seed=seed), "permuted")
-        for number, each in enumerate((stacks, turned))
+        find(tmp_path / str(number), each, seed=seed).to_dict() for number, each in enumerate((stacks, turned))
     )
-    assert_alike(first, second, 1e-8)
+    parts = ("explained_variance_ratio", "effective_rank", "rank", "mean_energy", "split_half", "suitability")
+    for name in stacks:
+        one, other = first["layers"][name], second["layers"][name]
+        assert_alike({part: one[part] for part in parts}, {part: other[part] for part in parts}, 1e-8)
+        for part in ("rank", "in_sample", "captured", "leave_one_out"):
+            assert_alike(one["heldout"][part], other["heldout"][part], 1e-8)
+        for part in ("norm_matched", "low", "high", "iid"):
+            assert_alike(one["null"][part], other["null"][part], 1e-8)
+    for part in ("var90_rank", "in_sample", "captured"):
+        assert_alike(first["growth"][part], second["growth"][part], 1e-8)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

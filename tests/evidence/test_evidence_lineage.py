@@ -20,12 +20,13 @@ NUM_MODELS, NUM_SHARED, RANK = 30, 12, 4
 WIDE = {"block.0.q": (24, 40), "block.0.v": (16, 40)}
 
 
-def cosines(stacks: dict[str, Tensor], weights: dict[str, int]) -> Tensor:
-    """Cosines of flattened rows per layer, averaged by weight."""
+def cosines(stacks: dict[str, Tensor], weights: dict[str, int], *, about_mean: bool = True) -> Tensor:
+    """Cosines of flattened rows per layer, each about its own mean entry, averaged by weight."""
     total = sum(weights.values())
     parts = []
     for name, stack in stacks.items():
-        rows_ND = torch.nn.functional.normalize(stack.flatten(1).double(), dim=1)
+        rows_ND = stack.flatten(1).double()
+        rows_ND = torch.nn.functional.normalize(rows_ND - about_mean * rows_ND.mean(1, keepdim=True), dim=1)
         parts.append(weights[name] / total * rows_ND @ rows_ND.T)
     return torch.stack(parts).sum(0)
 
@@ -46,7 +47,7 @@ def test_cosines_of_weights_are_those_of_the_flattened_layers(tmp_path: Path) ->
 
 def test_cosines_of_updates_are_those_of_the_rows_of_a_that_all_have(tmp_path: Path) -> None:
     """Ranks are mixed from one to three: PEFT draws A row by row, so that one seed gives the same first rows at any rank."""
-    paths, _ = write_updates(tmp_path, 0, 9)
+    paths, rows = write_updates(tmp_path, 0, 9)
     starts = {
         module: torch.stack(
             [load_file(path / "adapter_model.safetensors")[f"{PREFIX}{module}.lora_A.weight"][:1] for path in paths]
@@ -54,8 +55,10 @@ def test_cosines_of_updates_are_those_of_the_rows_of_a_that_all_have(tmp_path: P
         for module in MODULES
     }
     lineage = ez.evidence(paths).lineage
-    assert lineage.measure == "A-factors"
-    expected = cosines(starts, {module: shape[1] for module, shape in MODULES.items()})
+    assert lineage.measure == "updates and A-factors"
+    of_starts = cosines(starts, {module: shape[1] for module, shape in MODULES.items()}, about_mean=False)
+    of_updates = cosines(rows, {module: shape[0] * shape[1] for module, shape in MODULES.items()})
+    expected = torch.maximum(of_starts, of_updates)
     assert float((torch.tensor(lineage.cosines, dtype=torch.float64) - expected).abs().max()) <= tolerance(99)
 
 
@@ -87,7 +90,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("view", ["update", "factors"])
 def test_adapters_that_share_an_a_are_found_exactly(adapters: list[Path], view: str) -> None:
     found = ez.evidence(adapters, view=view)
-    assert found.lineage.measure == "A-factors"
+    assert found.lineage.measure == {"update": "updates and A-factors", "factors": "A-factors"}[view]
     assert found.lineage.groups == (tuple(f"m{place:02}" for place in range(NUM_SHARED)),)
     assert found.lineage.duplicates == ()
     across = found.to_dict()["lineage"]["across"]

@@ -12,6 +12,7 @@ import torch
 from evidence_zoos import (
     ROUND_OFF,
     Measured,
+    dimensions,
     families,
     find,
     hold_out,
@@ -132,7 +133,9 @@ def test_whole_lineages_are_held_out_as_on_the_weights(grouped: tuple[Any, dict[
     for place, rank in enumerate(across["rank"]):
         expected = sum(sizes[name] / total * contrasts(stack.flatten(1), folds, rank) for name, stack in stacks.items())
         assert across["captured"][place] == pytest.approx(expected, abs=1e-8)
-        null = sum(sizes[name] / total * min(1.0, rank / sizes[name]) for name in stacks)
+        null = sum(
+            sizes[name] / total * min(1.0, rank / dimensions(stack.flatten(1))) for name, stack in stacks.items()
+        )
         assert across["null"][place] == pytest.approx(null, rel=1e-12)
     mean = 0.0
     for name, stack in stacks.items():

@@ -10,11 +10,13 @@ from evidence_zoos import (
     NUM_MODELS,
     STACKS,
     Measured,
+    dimensions,
     directions,
     folds_of,
     hold_out,
     measure,
     slack,
+    unrelated_share,
     up_to,
     without,
 )
@@ -183,7 +185,9 @@ def test_growth_is_that_of_fits_to_the_weights(zoo: Measured) -> None:
                 in_sample[number, place] += weights[name] / total * shares
                 kept = min(RANK, size - 1)
                 captured[number, place] += weights[name] / total * up_to(fold[2], kept) / fold[3]
-                null[number, place] += weights[name] / total * min(1.0, kept / rows_ND.shape[1])
+                size_of = float(rows_ND.shape[1]) if zoo.view == "update" else dimensions(rows_ND)
+                chance = unrelated_share(rows_ND, order[:size], order[looked[-1] :], kept, size_of)
+                null[number, place] += weights[name] / total * chance
     bound = tolerance(99, scale=max(slack(rows_ND) for rows_ND in zoo.rows.values()))
     assert grown.captured == pytest.approx(captured.mean(0), abs=bound)
     assert grown.spread == pytest.approx(captured.std(0, ddof=1), abs=bound)

@@ -18,7 +18,6 @@ from eigenzoo.evidence.suitability import (
     Suitability,
     Thresholds,
     power_law,
-    retained,
     suitability,
 )
 from eigenzoo.linalg.spectrum import eigenpairs
@@ -126,8 +125,6 @@ LAYER = Suitability(3.0, 1.0, 20, (2.5, 3.5, 3.0, 7.0))
 )
 def test_every_threshold_can_be_moved(thresholds: dict[str, float], suited: bool) -> None:
     assert LAYER.is_suited(Thresholds(**thresholds)) is suited
-    names = retained([("a", LAYER), ("none", Suitability(None, None, 0, ()))], Thresholds(**thresholds))
-    assert names == (["a"] if suited else [])
 
 
 def test_a_layer_without_exponents_is_never_suited() -> None:

@@ -51,7 +51,7 @@ def test_a_shared_mean_is_no_subspace(tmp_path: Path) -> None:
     found = find(tmp_path, layers(with_mean))
     assert found.verdict.code == "shared-mean"
     assert found.verdict.decided_by == "mean"
-    assert found.verdict.text.startswith("Shared mean, and no subspace beyond it: the mean alone holds ")
+    assert found.verdict.text.startswith("Shared mean, and no subspace beyond it: the mean alone removes ")
     # The mean has nine times the energy of a model's noise: nine tenths, less what the mean of 26 models adds.
     assert found.summary.mean_heldout == pytest.approx(0.9 - 0.1 / 26, abs=0.02)
     spread = drawn_shares(torch.ones(NUM_MODELS).double(), SHAPE[0] * SHAPE[1], 30).std(0)

@@ -84,6 +84,20 @@ def test_orthogonal_models_of_one_norm_hold_nothing_of_each_other(num_models, sc
     assert energy == pytest.approx(scale**2 * num_models * num_models / (num_models - 1), rel=tolerance(num_models))
 
 
+def test_eigenvalues_that_are_equal_to_the_last_bit_are_told_apart():
+    """Two blocks of the same rows have every eigenvalue twice; with a model gone from one, the other keeps its own."""
+    part_ND = noise(6, 20, seed=4)
+    values_K, vectors_NK = eigenpairs(center_gram(part_ND @ part_ND.T))
+    centered_ND = part_ND - part_ND.mean(0)
+    twice_K = values_K.repeat_interleave(2)
+    vectors = torch.zeros(12, 2 * len(values_K), dtype=torch.float64)
+    vectors[:6, 0::2], vectors[6:, 1::2] = vectors_NK, vectors_NK
+    found_K, energy = leave_one_out(twice_K, vectors, 16)
+    expected_K, total = refitted(torch.block_diag(centered_ND, centered_ND), len(found_K))
+    assert energy == pytest.approx(total, rel=tolerance(40))
+    assert np.abs(found_K.numpy() - expected_K).max() <= tolerance(40, scale=1e3 * total)
+
+
 def test_leaving_out_follows_the_scale_of_the_weights():
     rows_ND = CASES["uneven norms"]
     shares = [

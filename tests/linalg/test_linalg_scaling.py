@@ -9,7 +9,7 @@ from torch import Tensor
 
 from builders import seeded
 from eigenzoo.linalg.gram import LEAST_SQUARE, SETTLED, center_gram, scale_models
-from eigenzoo.linalg.heldout import FLOAT32_FROM, contrast
+from eigenzoo.linalg.heldout import FLOAT32_FROM, contrast, hold_out
 from tolerance import tolerance
 
 NORMS = {
@@ -135,12 +135,20 @@ def test_contrasts_of_large_zoos_are_right_to_float32():
     assert found.cloud == pytest.approx(cloud, rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 7])
 @pytest.mark.parametrize("norms", ["even", "one giant"])
-def test_copies_have_neither_directions_nor_contrasts(norms):
+def test_copies_have_neither_directions_nor_contrasts(norms, count):
+    """Of most counts the mean of equal numbers is not that number to the last bit: what is left over is no direction."""
     first_D, second_D = noise(2, 30, norms, 6)
-    rows_ND = torch.stack([first_D] * 4 + [second_D] * 3)
-    scaled_NN, level_N = scale_models(center_gram(rows_ND @ rows_ND.T))
-    found = contrast(scaled_NN, level_N, torch.arange(4), torch.arange(4, 7))
+    rows_ND = torch.stack([first_D] * count + [second_D] * 3)
+    gram_NN = center_gram(rows_ND @ rows_ND.T)
+    fitted, held = torch.arange(count), torch.arange(count, count + 3)
+    scaled_NN, level_N = scale_models(gram_NN)
+    found = contrast(scaled_NN, level_N, fitted, held)
     assert found.captured_K.numel() == 0
-    assert found.cloud == 0
+    assert found.cloud <= tolerance(30)
     assert found.energy <= tolerance(30, scale=float(scaled_NN.diagonal().sum()))
+    seen = hold_out(gram_NN, fitted, held)
+    assert seen.captured_K.numel() == seen.in_sample_K.numel() == 0
+    assert seen.fitted_energy == 0
+    assert seen.energy == pytest.approx(3 * float((first_D - second_D).square().sum()), rel=tolerance(30))

@@ -21,7 +21,7 @@ from eigenzoo.subspace.moments import LayerMoments
 GAP = 0.2
 """Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""
 
-SMALL_GAP, STANDS_OUT, ENOUGH_GAPS = 0.05, 4.0, 8
+SMALL_GAP, STANDS_OUT, ENOUGH_GAPS = 0.08, 5.0, 8
 """A smaller gap will do where it is many times the next of many: origins that hold a tenth of the energy are origins."""
 
 FACTOR_A = ".lora_A"

@@ -219,8 +219,7 @@ def _secular_gaps(squares_NR: Tensor, values_R: Tensor, pole: int, level: float)
         top_N, bottom_N = up_N.square() * above_N, down_N.square() * below_N
         # rest + top/(1 - t) - bottom/t = 0, the root at t of the width from the lower pole, or at 1 - t from the upper one.
         guess_N = width * torch.where(above, -_part(top_N, bottom_N, -rest_N), _part(bottom_N, top_N, rest_N))
-        guess_N = torch.minimum(torch.maximum(guess_N, low_N), high_N)
-        root_N = torch.where(guess_N.isfinite() & (guess_N != 0), guess_N, (low_N + high_N) / 2)
+        root_N = torch.minimum(torch.maximum(guess_N, low_N), high_N)
     return poles_NR - root_N[:, None]
 
 

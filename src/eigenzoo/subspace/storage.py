@@ -182,7 +182,10 @@ def _traits(
     width = singular.shape[1] if singular is not None and len(singular.shape) == 2 else 0
     shapes = {"sums": (num_models,), "singular": (num_models, width), "starts": (num_models, num_models)}
     fields = {"sums": "sums_N", "singular": "singular_NR", "starts": "starts_NN"}
-    return {fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors}
+    known = {
+        fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors
+    }
+    return {**known, "entries": float(read("entries", (1,)))} if f"{layer.name}/entries" in file.tensors else known
 
 
 def write_model(
