@@ -88,7 +88,7 @@ def test_a_common_part_changes_nothing_but_the_mean_and_the_lineage(tmp_path: Pa
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_turning_the_space_of_weights_changes_only_what_is_of_entries(tmp_path: Path, seed: int) -> None:
-    """Sums and variances of entries stand behind the permuted null, chance and the cosines; all else follows from inner products."""
+    """Sums and variances of entries stand behind the permuted null, chance and cosines; all else follows from inner products."""
     stacks = stacks_of(seed)
     turned = {}
     for name, stack in stacks.items():
