@@ -12,8 +12,12 @@ from torch import Tensor
 
 import eigenzoo as ez
 
-TRAITS = ("sums_N", "singular_NR", "starts_NN")
-KEPT = {"flat": {"sums_N"}, "tucker": {"sums_N"}, "stacked": set(TRAITS)}
+TRAITS = ("sums_N", "singular_NR", "starts_NN", "entries")
+KEPT = {
+    "flat": {"sums_N", "entries"},
+    "tucker": {"sums_N", "entries"},
+    "stacked": {"sums_N", "singular_NR", "starts_NN"},
+}
 PARTS = ("sums", "singular", "starts")
 
 
@@ -29,8 +33,11 @@ def test_traits_are_saved_and_loaded_to_the_bit(tmp_path: Path, form: str) -> No
             for trait in TRAITS:
                 expected, found = getattr(first, trait), getattr(space.moments(layer), trait)
                 assert (expected is None) == (found is None)
-                assert expected is None or torch.equal(expected, found)
-                assert found is None or found.dtype == torch.float64
+                if trait == "entries" or expected is None:
+                    assert expected == found
+                else:
+                    assert torch.equal(expected, found)
+                    assert found.dtype == torch.float64
 
 
 @pytest.mark.parametrize("form", ["flat", "stacked"])
@@ -40,7 +47,7 @@ def test_a_bundle_without_traits_is_an_older_one(tmp_path: Path, form: str) -> N
     before = ez.evidence(bundle).to_dict()
 
     def remove(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if name.rpartition("/")[2] in PARTS]:
+        for name in [name for name in tensors if name.rpartition("/")[2] in (*PARTS, "entries")]:
             del tensors[name]
 
     edit_tensors(bundle, "moments.safetensors", remove)
@@ -48,9 +55,10 @@ def test_a_bundle_without_traits_is_an_older_one(tmp_path: Path, form: str) -> N
     assert list(space.verify()) == []
     after = ez.evidence(bundle).to_dict()
     for name, layer in after["layers"].items():
-        assert getattr(space.moments(name), "sums_N") is None  # noqa: B009
+        assert {getattr(space.moments(name), trait) for trait in TRAITS} == {None}
         assert layer["null"]["permuted"] is layer["null"]["spectrum_matched"] is None
-        assert layer["heldout"] == before["layers"][name]["heldout"]
+        for part in ("rank", "in_sample", "captured", "leave_one_out"):
+            assert layer["heldout"][part] == before["layers"][name]["heldout"][part]
         assert layer["null"]["norm_matched"] == before["layers"][name]["null"]["norm_matched"]
     assert after["verdict"]["code"] == before["verdict"]["code"]
 
@@ -78,3 +86,14 @@ def test_traits_of_another_shape_are_refused(tmp_path: Path, part: str, change: 
         ez.load(bundle).moments(layer)
     with pytest.raises(ez.BundleError, match=f"moment '{layer}/{part}'"):
         ez.evidence(bundle)
+
+
+def test_a_number_of_dimensions_is_one_number(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, "flat")
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors["block.weight/entries"] = torch.ones(2, dtype=torch.float64)
+
+    edit_tensors(bundle, "moments.safetensors", damage)
+    with pytest.raises(ez.BundleError, match=r"moment 'block\.weight/entries'"):
+        ez.load(bundle).moments("block.weight")

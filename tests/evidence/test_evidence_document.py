@@ -236,6 +236,28 @@ def test_spectra_about_every_center_are_those_of_the_weights(tmp_path: Path, cen
     assert_alike(list(found.layers["w"].unseen.captured), list(plain.unseen.captured), 1e-9)
 
 
+@pytest.mark.parametrize("center", ["models", "none"])
+def test_the_null_of_sides_is_that_of_noise_about_the_same_center(tmp_path: Path, center: str) -> None:
+    """Of three models the mean takes a third; and a side longer than all columns has zeros."""
+    found = find(tmp_path, {"w": noise(3, (20, 4), 1)}, axes=("outputs", "inputs"), center=center).axes["w"]
+    for axis, mode in (("outputs", 1), ("inputs", 2)):
+        drawn = []
+        for seed in range(60):
+            stack = noise(3, (20, 4), seed + 10)
+            away = (stack - stack.mean(0) * (center == "models")).movedim(mode, 0).flatten(1)
+            values = torch.linalg.svdvals(away).square()
+            drawn.append(torch.nn.functional.pad(values, (0, stack.shape[mode] - values.numel())) / values.sum())
+        expected = torch.stack(drawn)
+        side = found[axis]
+        assert len(side.explained_variance_ratio) == len(side.null) == (20 if axis == "outputs" else 4)
+        # Twenty draws behind the null, sixty here: five standard errors; and the models' energies are not quite even.
+        error = 5 * expected.std(0) * (1 / 20 + 1 / 60) ** 0.5 + 0.005
+        assert bool(((torch.tensor(side.null, dtype=torch.float64) - expected.mean(0)).abs() <= error).all())
+    assert sum(share > 1e-12 for share in found["outputs"].explained_variance_ratio) == (
+        8 if center == "models" else 12
+    )
+
+
 def test_sides_of_updates_are_about_zero(tmp_path: Path) -> None:
     paths, rows = write_updates(tmp_path, 1, 7)
     found = ez.evidence(paths, axes=("outputs", "inputs"))

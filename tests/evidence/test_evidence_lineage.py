@@ -96,6 +96,15 @@ def test_adapters_that_share_an_a_are_found_exactly(adapters: list[Path], view: 
     across = found.to_dict()["lineage"]["across"]
     assert across["num_lineages"] == 1 + NUM_MODELS - NUM_SHARED
     if view == "factors":
+        # The A's alone: a random B tells nothing of an origin.
+        parts = {
+            module: torch.stack(
+                [load_file(path / "adapter_model.safetensors")[f"{PREFIX}{module}.lora_A.weight"] for path in adapters]
+            )
+            for module in WIDE
+        }
+        gap = torch.tensor(found.lineage.cosines, dtype=torch.float64) - cosines(parts, dict.fromkeys(WIDE, RANK * 40))
+        assert float(gap.abs().max()) <= tolerance(RANK * 40)
         codes = {name: layer.code for name, layer in found.layers.items()}
         # Half of the layers are the shared A's; the B's share nothing.
         assert {code for name, code in codes.items() if name.endswith("lora_A")} == {"shared-lineage"}

@@ -31,6 +31,13 @@ def assert_traits(space: ez.Subspace, rows: dict[str, torch.Tensor], view: str) 
         assert moments.sums_N is not None
         assert float((moments.sums_N - rows_ND.sum(1)).abs().max()) <= tolerance(rows_ND.shape[1], scale=scale)
         assert (moments.singular_NR is None) == (moments.starts_NN is None) == (view != "update")
+        if view == "update":
+            assert moments.entries is None, "updates are never multiplied out"
+        else:
+            # (Σ v)² / Σ v² of the entries' variances, without what Σ v² has by chance: v̂² is v²·(1 + 2/(N − 1)) on average.
+            v_D, count = (rows_ND - rows_ND.mean(0)).square().sum(0), len(rows_ND)
+            expected = float(v_D.sum() ** 2 / v_D.square().sum()) * (count + 1) / (count - 1)
+            assert moments.entries == pytest.approx(expected, rel=tolerance(rows_ND.shape[1]))
         if moments.singular_NR is not None:
             for row_D, values_R in zip(rows_ND, moments.singular_NR, strict=True):
                 expected = np.linalg.svd(row_D.view(MODULES[layer]).numpy(), compute_uv=False)[: len(values_R)]
