@@ -159,3 +159,18 @@ def test_the_largest_seed_that_the_command_takes_is_one(run: Run, tmp_path: Path
     code, out, err = run(tmp_path / "zoo", "--seed", 2**63 - 1)
     assert (code, err) == (0, "")
     assert out.startswith("verdict: shared-subspace\n")
+
+
+def test_a_rank_is_what_halves_and_the_secondary_subspace_are_asked_of(run: Run, tmp_path: Path) -> None:
+    paths = write_stacks(tmp_path / "zoo", {"w": noise(16, seed=1)})
+    for word in ("3", "0.5", "auto"):
+        code, out, _ = run(*paths, "--rank", word, "--max-memory", "20MB", "--json")
+        assert code == 0
+        layer = json.loads(out)["layers"]["w"]
+        shares = layer["explained_variance_ratio"]
+        half = next(k for k in range(1, 16) if sum(shares[:k]) >= 0.5)
+        expected = {"3": 3, "0.5": half, "auto": max(layer["rank"]["auto"], 1)}[word]
+        assert layer["split_half"]["rank"] == min(expected, 7)  # a half of 16 models spans seven directions
+    code, _, err = run(*paths, "--rank", "many")
+    assert code == 2
+    assert "is not a rule" in err

@@ -20,7 +20,7 @@ LAYER = Layer("w", "dense", SHAPE, SHAPE, "none", "float64", 8 * ROWS.shape[1])
 
 @pytest.fixture(scope="module")
 def found() -> LayerEvidence:
-    return measure_layer(LAYER, from_raw_gram(ROWS @ ROWS.T, ROWS.shape[1]), None, None, [], SEED)
+    return measure_layer(LAYER, from_raw_gram(ROWS @ ROWS.T, ROWS.shape[1]), None, None, [], "auto", SEED)
 
 
 def test_fewer_directions_are_left_out_one_by_one_and_exactly(found: LayerEvidence) -> None:

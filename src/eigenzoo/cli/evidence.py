@@ -27,12 +27,14 @@ Axes = Annotated[
 def command(
     zoo: options.ZooOrBundleArgument,
     axes: Axes = None,
+    rank: options.Rank = None,
     view: options.View = None,
     base: options.Base = None,
     center: options.Center = "models",
     include: options.Include = None,
     exclude: options.Exclude = None,
     device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
@@ -43,10 +45,19 @@ def command(
     import eigenzoo as ez
 
     options.check_device(device)
+    asked = options.parse_rule(rank)
     with progress_bar(quiet=quiet or json) as progress:
         source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
         sides = options.parse_axes(axes) or ()
-        found = ez.evidence(source, axes=sides, center=center, seed=seed, progress=progress)
+        found = ez.evidence(
+            source,
+            axes=sides,
+            rank=asked,
+            center=center,
+            seed=seed,
+            max_memory=options.parse_bytes(max_memory, "--max-memory"),
+            progress=progress,
+        )
     if json:
         print_json(found.to_dict())
     else:

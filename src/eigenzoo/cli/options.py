@@ -88,6 +88,11 @@ def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | 
     return rules
 
 
+def parse_rule(text: str | None) -> int | float | str:
+    """Read a rank that is one for all axes; `auto` where none is given."""
+    return "auto" if text is None else _parse_rule(text.strip())
+
+
 def _parse_rule(text: str) -> int | float | str:
     if text == "auto":
         return text

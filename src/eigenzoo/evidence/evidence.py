@@ -23,9 +23,10 @@ from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import Summary, Verdict, decide, summarize
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import deal_whole
+from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.fit import find_duplicates
+from eigenzoo.subspace.fit import block_bytes_of, find_duplicates
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
@@ -86,6 +87,7 @@ def evidence(
     source: Zoo | Subspace | Source,
     *,
     axes: str | Iterable[str] = (),
+    rank: RankRule = AUTO,
     center: str = "models",
     seed: int = 0,
     thresholds: Thresholds | None = None,
@@ -93,6 +95,7 @@ def evidence(
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    max_memory: int | None = None,
     progress: Progress = no_progress,
 ) -> Evidence:
     """Put a zoo to every control, and give one verdict.
@@ -100,10 +103,13 @@ def evidence(
     Args:
         source: an opened zoo, what `open_zoo` takes, a subspace, or the folder of a bundle: then nothing but its moments is read.
         axes: `outputs`, `inputs`, or both: their spectra too (a zoo only; an O³ or I³ eigendecomposition each).
+        rank: directions that halves and the secondary subspace are asked of: a number, a share of the variance, or "auto", those
+            above the null.
         center: what is removed before spectra; all that is said of held-out models is about the models' mean.
         seed: of draws, folds and halves.
         thresholds: of layer suitability.
         view, base, include, exclude: as in `open_zoo`.
+        max_memory: bytes that blocks of weights may take in all.
         progress: called as progress(stage, done, total).
 
     Returns:
@@ -117,8 +123,18 @@ def evidence(
     if "models" in sides:
         sides = tuple(axis for axis in sides if axis != "models")
     check_choice(center, CENTERS, "center")
+    rule = check_rule(rank)
     measured = open_source(
-        source, sides, center, seed, progress, view=view, base=base, include=include, exclude=exclude
+        source,
+        sides,
+        center,
+        seed,
+        progress,
+        block_bytes=block_bytes_of(max_memory),
+        view=view,
+        base=base,
+        include=include,
+        exclude=exclude,
     )
     if len(measured.names) < 2:
         raise UsageError("one model", rule="evidence compares models", next_step="name two or more")
@@ -131,7 +147,7 @@ def evidence(
     folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
     # A group that is the whole zoo, or nearly, has been looked at already.
     groups = large[:MOST_GROUPS] if several else []
-    layers = _measure_all(measured, folds, core, groups, seed, progress)
+    layers = _measure_all(measured, folds, core, groups, rule, seed, progress)
     grown = [(layer.growth, layer.layer.num_values) for layer in layers.values() if layer.growth is not None]
     summary = summarize(list(layers.values()))
     coordinates, shares = _map(pooled)
@@ -177,13 +193,14 @@ def _measure_all(
     folds: list[Tensor] | None,
     core: Tensor | None,
     groups: list[Tensor],
+    rule: RankRule,
     seed: int,
     progress: Progress,
 ) -> dict[str, LayerEvidence]:
     """Layers side by side: each is some forty small eigendecompositions, which torch's own threads only slow down."""
 
     def measure(name: str) -> LayerEvidence:
-        return measure_layer(measured.layers[name], measured.moments(name), folds, core, groups, seed)
+        return measure_layer(measured.layers[name], measured.moments(name), folds, core, groups, rule, seed)
 
     found: dict[str, LayerEvidence] = {}
     with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
 from eigenzoo.linalg.gram import excess_moments, scale_models
 from eigenzoo.linalg.heldout import deal
+from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
 from eigenzoo.subspace.moments import LayerMoments, recentered
@@ -52,6 +53,7 @@ def measure_layer(
     lineages: Sequence[Tensor] | None,
     core: Tensor | None,
     groups: Sequence[Tensor],
+    rule: RankRule,
     seed: int,
 ) -> LayerEvidence:
     """Run every control on one layer's moments.
@@ -62,6 +64,7 @@ def measure_layer(
         lineages: folds of whole lineages, where there are groups and more than one lineage.
         core: the models of the lineage that nearly all belong to, by which the layer is then judged.
         groups: the models of the largest groups, which are looked at on their own.
+        rule: how many directions halves and secondary subspace are asked of.
         seed: of draws, folds and halves.
     """
     about_mean = recentered(moments)
@@ -73,7 +76,8 @@ def measure_layer(
     dealt, weighed = findings(judged, num_values, None, seed)
     across, across_weighed = (None, None) if lineages is None else findings(about_mean, num_values, lineages, seed)
     inside = [findings(subset(about_mean, group), num_values, None, seed) for group in groups]
-    rank = max(spectrum.auto, 1)
+    chosen = spectrum.auto if rule == AUTO else choose_rank(rule, values_K, about_mean.variance).rank
+    rank = max(chosen, 1)
     sums = None if weighed is None else weighed.sums
     code, decided_by = verdict.judge(dealt, across) if about_mean.variance > 0 else (verdict.NO_VARIANCE, "variance")
     return LayerEvidence(

@@ -16,7 +16,7 @@ from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.moments import LayerMoments, collect
 from eigenzoo.subspace.subspace import Subspace, load
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import UpdateStack
+from eigenzoo.zoo.stack import BLOCK_BYTES, UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 LARGE_SIDE = 2048
@@ -71,14 +71,16 @@ class MomentSource(Protocol):
 class ZooMoments:
     """The moments of a zoo: one pass over the weights, sides' spectra taken at once and their moments let go."""
 
-    def __init__(self, zoo: Zoo, axes: Sequence[str], center: str, seed: int, progress: Progress) -> None:
+    def __init__(
+        self, zoo: Zoo, axes: Sequence[str], center: str, seed: int, progress: Progress, block_bytes: int
+    ) -> None:
         self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
         self.center = center
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
         for number, name in enumerate(zoo.layers):
             stack = zoo.stack(name)
-            whole = collect(stack, tuple(axes), center)
+            whole = collect(stack, tuple(axes), center, block_bytes)
             about = "none" if isinstance(stack, UpdateStack) else center
             columns = stack.ranks if isinstance(stack, UpdateStack) else None
             self._axes[name] = {
@@ -139,6 +141,7 @@ def open_source(
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    block_bytes: int = BLOCK_BYTES,
 ) -> MomentSource:
     """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
     if isinstance(source, str | os.PathLike) and is_bundle(Path(source)):
@@ -155,9 +158,9 @@ def open_source(
     if isinstance(source, Zoo):
         if chosen:
             raise UsageError("view, base, include or exclude of an opened zoo", next_step="give them to open_zoo")
-        return ZooMoments(source, axes, center, seed, progress)
+        return ZooMoments(source, axes, center, seed, progress, block_bytes)
     zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)
-    return ZooMoments(zoo, axes, center, seed, progress)
+    return ZooMoments(zoo, axes, center, seed, progress, block_bytes)
 
 
 def _axis_spectrum(

@@ -90,9 +90,7 @@ def fit(
     source = opened(zoo, view, base, include, exclude)
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed)
     check_against(options, source.view, len(source))
-    if max_memory is not None and max_memory < LEAST_MEMORY:
-        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
-    block_bytes = BLOCK_BYTES if max_memory is None else max(2**20, min(BLOCK_BYTES, max_memory // 8))
+    block_bytes = block_bytes_of(max_memory)
     per_layer = allocate(source, options, block_bytes, progress)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     try:
@@ -103,6 +101,15 @@ def fit(
         folder.cleanup()
         raise
     return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
+
+
+def block_bytes_of(max_memory: int | None) -> int:
+    """Return the bytes of one block of weights where all may take `max_memory`; an eighth, since centering and products copy."""
+    if max_memory is None:
+        return BLOCK_BYTES
+    if max_memory < LEAST_MEMORY:
+        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
+    return max(2**20, min(BLOCK_BYTES, max_memory // 8))
 
 
 def opened(
