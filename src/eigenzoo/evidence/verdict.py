@@ -26,7 +26,7 @@ SIGNIFICANCE = 1e-3
 DISTINCT = 1.1
 """Leading directions hold this many times what an average one does, or they are no directions but a cloud."""
 
-FEW = 0.25
+FEW = 0.5
 """… and they are few: at most this many times the number of models. Weights that merely vary together (the nine entries of a
 kernel, say) have as many directions as there are kernels, and lean on all of them."""
 
