@@ -32,24 +32,6 @@ from eigenzoo.evidence.random_basis import project_randomly
 from tolerance import tolerance
 
 
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, ...]]:
-    """Every case fitted and evaluated once."""
-    done: dict[tuple[str, str], tuple[Any, ...]] = {}
-
-    def make(view: str, axes: str) -> tuple[Any, ...]:
-        if (view, axes) not in done:
-            paths, base = write_zoo(tmp_path_factory.mktemp("zoo"), view)
-            fitted = ez.open_zoo(paths[:NUM_FITTED], view=view, base=base)
-            space = ez.fit(fitted, RANKS[axes], dtype="float64")
-            metric = Recorder()
-            found = ez.evaluate(space, metric, paths[NUM_FITTED:])
-            done[view, axes] = (paths, base, space, metric, found)
-        return done[view, axes]
-
-    return make
-
-
 @pytest.mark.parametrize(("view", "axes"), CASES)
 def test_every_variant_is_what_dense_algebra_says(evaluated: Callable[..., Any], view: str, axes: str) -> None:
     paths, _, _, metric, found = evaluated(view, axes)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from function_zoos import NUM_FITTED, RANKS, SHAPES, Recorder, assert_close, dense, write_zoo, zoo_with_heads
+from function_zoos import SHAPES, Recorder, assert_close, dense, write_zoo, zoo_with_heads
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,24 +20,6 @@ from builders import (
     write_model,
     write_stacks,
 )
-
-
-@pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, ...]]:
-    """Every case fitted and evaluated once."""
-    done: dict[tuple[str, str], tuple[Any, ...]] = {}
-
-    def make(view: str, axes: str) -> tuple[Any, ...]:
-        if (view, axes) not in done:
-            paths, base = write_zoo(tmp_path_factory.mktemp("zoo"), view)
-            fitted = ez.open_zoo(paths[:NUM_FITTED], view=view, base=base)
-            space = ez.fit(fitted, RANKS[axes], dtype="float64")
-            metric = Recorder()
-            found = ez.evaluate(space, metric, paths[NUM_FITTED:])
-            done[view, axes] = (paths, base, space, metric, found)
-        return done[view, axes]
-
-    return make
 
 
 def test_originals_are_measured_where_they_lie_and_all_else_is_gone_afterwards(tmp_path: Path) -> None:

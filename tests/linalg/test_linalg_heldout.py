@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from builders import random_stack, seeded
-from eigenzoo.linalg.heldout import captured_energy, cross_validated_capture
+from eigenzoo.linalg.heldout import cross_validated_capture, hold_out
 from tolerance import tolerance
 
 CASES = {
@@ -35,10 +35,11 @@ def test_captured_energy_is_that_of_the_weights(name, offset):
     rows_ND = CASES[name] + offset
     order = torch.randperm(12, generator=seeded(5))
     fitted, held = order[:8], order[8:]
-    cumulative, total = captured_energy(rows_ND @ rows_ND.T, fitted, held)
+    found = hold_out(rows_ND @ rows_ND.T, fitted, held)
+    cumulative, total = found.captured_K, found.energy
     expected, expected_total = brute_force(rows_ND, fitted, held)
     bound = tolerance(rows_ND.shape[1], scale=float(rows_ND.square().sum()))
-    assert abs(float(total) - expected_total) <= bound
+    assert abs(total - expected_total) <= bound
     assert cumulative.shape == expected.shape
     # The last direction's energy is divided by its eigenvalue: round-off counts by how far the spectrum reaches down.
     values = np.linalg.svd((rows_ND[fitted] - rows_ND[fitted].mean(0)).numpy(), compute_uv=False)[: len(expected)]

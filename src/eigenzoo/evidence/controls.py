@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
-from eigenzoo.evidence.unseen import NUM_FOLDS
+from eigenzoo.evidence.unseen import NUM_FOLDS, num_folds
 
 if TYPE_CHECKING:
     from eigenzoo.evidence.evidence import Evidence
@@ -43,7 +43,7 @@ def controls(found: Evidence) -> list[Control]:
             _universality(varying),
             _growth(found),
             _lineage(found),
-            _secondary(varying),
+            _secondary(found, varying),
             _suitability(found),
         )
         if control is not None
@@ -85,7 +85,7 @@ def _mean(found: Evidence) -> Control:
         summary.mean_heldout,
         "the mean of unrelated models",
         summary.mean_null,
-        f"{NUM_FOLDS} folds",
+        f"{min(NUM_FOLDS, len(found.names))} folds",
         f"The mean of the others removes {percent(summary.mean_heldout)} of a left-out model's energy (in-sample it holds "
         f"{percent(summary.mean_energy)}); the mean of unrelated models would remove {percent(summary.mean_null)}.",
     )
@@ -104,7 +104,7 @@ def _unseen(found: Evidence) -> Control | None:
         captured,
         "unrelated models of the same norms",
         null,
-        f"{NUM_FOLDS} folds; p {_p(test.p_value)} at {test.rank} directions, all layers together",
+        f"{num_folds(len(found.names))} folds; p {_p(test.p_value)} at {test.rank} directions, all layers together",
         f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times "
         f"what an average one does. {len(found.names) - 1} directions hold all {len(found.names)} models: that many is trivial.",
@@ -189,7 +189,7 @@ def _lineage(found: Evidence) -> Control:
     )
 
 
-def _secondary(layers: Sequence[LayerEvidence]) -> Control | None:
+def _secondary(found: Evidence, layers: Sequence[LayerEvidence]) -> Control | None:
     known = [(layer, layer.secondary) for layer in layers if layer.secondary is not None]
     if not known:
         return None
@@ -204,7 +204,7 @@ def _secondary(layers: Sequence[LayerEvidence]) -> Control | None:
         captured,
         "unrelated models of the same norms",
         null,
-        f"{NUM_FOLDS} folds",
+        f"{num_folds(len(found.names))} folds",
         f"The directions after the kept ones hold {percent(inside)} of the fitted models' variance, {percent(captured)} of "
         f"left-out models' and {percent(null)} by chance.",
     )

@@ -9,7 +9,7 @@ from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.source import AxisSpectrum
 from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import Pooled
-from eigenzoo.evidence.unseen import NUM_FOLDS
+from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.records import plain
 from eigenzoo.weights.roles import depth, role
 
@@ -27,7 +27,7 @@ def document(found: Evidence) -> dict[str, Any]:
         "center": found.center,
         "names": list(found.names),
         "seed": found.seed,
-        "folds": NUM_FOLDS,
+        "folds": num_folds(len(found.names)),
         "seconds": found.seconds,
         "verdict": plain(found.verdict),
         "layers": {

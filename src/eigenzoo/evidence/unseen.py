@@ -114,6 +114,15 @@ def ranks_up_to(largest: int) -> tuple[int, ...]:
     return (*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest)
 
 
+def num_folds(num_models: int) -> int:
+    """How many folds are held out in turn: five, and fewer where a fold would have less than two models; none below four.
+
+    >>> num_folds(100), num_folds(6), num_folds(3)
+    (5, 3, 0)
+    """
+    return min(NUM_FOLDS, num_models // 2) if num_models >= MIN_MODELS else 0
+
+
 def capture(
     moments: LayerMoments,
     folds: Sequence[Tensor] | None = None,
@@ -127,7 +136,7 @@ def capture(
     num_models, gram_NN = moments.num_models, moments.gram_NN
     if num_models < MIN_MODELS or moments.variance == 0:
         return None
-    dealt = list(folds) if folds is not None else deal(num_models, min(NUM_FOLDS, num_models // 2), seed)
+    dealt = list(folds) if folds is not None else deal(num_models, num_folds(num_models), seed)
     scaled_NN, level_N = scale_models(gram_NN) if scaled is None else scaled
     found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
     contrasts = [contrast(scaled_NN, level_N, others(num_models, held), held) for held in dealt]

@@ -115,12 +115,6 @@ def _above_round_off(part_TT: Tensor, whole_TT: Tensor) -> Tensor:
     return part_TT if float(part_TT.diagonal().sum()) > NO_VARIANCE * float(whole_TT.diagonal().sum()) else 0 * part_TT
 
 
-def captured_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cumulative energy that 1, 2, … directions capture of held-out models, summed over them, and all they have."""
-    found = hold_out(gram_NN, fitted, held)
-    return found.captured_K, torch.tensor(found.energy, dtype=torch.float64)
-
-
 def deal(num_models: int, folds: int, seed: int = 0) -> list[Tensor]:
     """Deal models to folds of nearly equal size by a seeded permutation."""
     order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))

@@ -59,7 +59,7 @@ def norm_matched_spectra(
 
 
 def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, draws: int = 20, seed: int = 0) -> Tensor:
-    """Centred spectra when each model's own entries (its deviations from the mean) are shuffled among its places.
+    """Centred spectra when the entries of each model's own part, what it has beyond the common mean, are shuffled among its places.
 
     A shuffle keeps a model's norm and the sum of its entries: two shuffled models have the sums' product over D in common,
     and are otherwise unrelated in D − 1 dimensions (Hoeffding's combinatorial limit; the entries' higher moments matter at
