@@ -24,10 +24,19 @@ Axes = Annotated[
 ]
 
 
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        help="Directions that halves and the secondary subspace are asked of: a number, a share such as 0.95, or auto.",
+        show_default=False,
+    ),
+]
+
+
 def command(
     zoo: options.ZooOrBundleArgument,
     axes: Axes = None,
-    rank: options.Rank = None,
+    rank: Rank = None,
     view: options.View = None,
     base: options.Base = None,
     center: options.Center = "models",
