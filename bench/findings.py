@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 import eigenzoo as ez
+from bench.pages import markdown, with_tables
 from eigenzoo import nursery
 from eigenzoo.cli.demo import HELD_OUT
 from eigenzoo.evidence.function import FunctionEvidence, Measured
@@ -167,7 +168,7 @@ def dealt_anew(zoo: ez.Zoo) -> dict[str, int]:
 
 def geometry_table(rows: Sequence[Found]) -> list[str]:
     head = ["zoo", "models", "verdict", "values that say so", f"held out, k = {RANK}", "in-sample", "chance"]
-    return _table([*head, "mean, held out", "common origin", "auto rank"], map(_geometry, rows))
+    return markdown([*head, "mean, held out", "common origin", "auto rank"], map(_geometry, rows))
 
 
 def _geometry(found: Found) -> list[str]:
@@ -197,7 +198,7 @@ def _pooled(found: Found) -> tuple[float, float, float]:
 def function_table(rows: Sequence[Found]) -> list[str]:
     head = ["zoo", "held out", "original", "parent", "mean only", "head only", f"random, {RANK}"]
     head += [f"rebuilt, {FEW}", f"rebuilt, {RANK}", f"without the first {RANK // 2}"]
-    return _table(head, map(_function, rows))
+    return markdown(head, map(_function, rows))
 
 
 def _function(found: Found) -> list[str]:
@@ -216,7 +217,7 @@ def layer_table(rows: Iterable[Found]) -> list[str]:
     head = ["zoo", "layer", "values", "verdict", "at k", "p", "ratio", "directions", f"held out, k = {RANK}", "in-sample", "chance"]
     layers = [(found, name) for found in rows for name in found.evidence.layers]
     cells = [_layer(*each) for each in layers if each[0].evidence.layers[each[1]].layer.num_values > RANK]
-    return _table([*head, "kernels dealt anew"], cells)
+    return markdown([*head, "kernels dealt anew"], cells)
 
 
 def _layer(found: Found, name: str) -> list[str]:
@@ -236,11 +237,6 @@ def _layer(found: Found, name: str) -> list[str]:
         *(percent(part[place]) for part in (held.captured, held.in_sample, held.null)),
         f"shared in {found.dealt_anew[name]} of {DEALS}" if name in found.dealt_anew else "–",
     ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def recovered(function: FunctionEvidence) -> tuple[float, float] | None:
@@ -326,20 +322,9 @@ def main() -> None:
     for lines in tables.values():
         print("\n".join(lines), end="\n\n")
     if asked.write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables, PAGE), encoding="utf-8")
         draw(rows, PICTURE)
     _tell(f"{time.perf_counter() - started:.0f} s")
-
-
-def with_tables(page: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """Put each table between its marks, `<!-- name -->` and `<!-- end of name -->`."""
-    for name, lines in tables.items():
-        before, opening, rest = page.partition(f"<!-- {name} -->")
-        _, closing, after = rest.partition(f"<!-- end of {name} -->")
-        if not opening or not closing:
-            sys.exit(f"{PAGE}: no marks for the table {name!r}: <!-- {name} --> … <!-- end of {name} -->")
-        page = "\n".join([before + opening, *lines, closing + after])
-    return page
 
 
 def _tell(text: str) -> None:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.adapters import write_adapters
+from bench.collection import write_adapters
 
 COUNTS = (100, 200)
 CHOICES = {

@@ -19,6 +19,9 @@ whoever knows the model and the layer adds them once, as `where`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 class EigenzooError(Exception):
     """The root of the tree: catch this to catch every deliberate refusal.
@@ -29,6 +32,10 @@ class EigenzooError(Exception):
     def __init__(self, what: str, *, where: str = "", rule: str = "", next_step: str = "") -> None:
         self.what, self.where, self.rule, self.next_step = what, where, rule, next_step
         super().__init__(what, where, rule, next_step)
+
+    def __reduce__(self) -> tuple[Callable[..., EigenzooError], tuple[Any, ...]]:
+        # An exception is rebuilt from positional arguments; without this, one of another process would arrive as a TypeError.
+        return _rebuilt, (type(self), *self.args)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -41,6 +48,10 @@ class EigenzooError(Exception):
         """Return the same error with its place named; an inner place that is known already stays behind it."""
         place = f"{where}, {self.where}" if self.where else where
         return type(self)(self.what, where=place, rule=self.rule, next_step=self.next_step)
+
+
+def _rebuilt(kind: type[EigenzooError], what: str, where: str, rule: str, next_step: str) -> EigenzooError:
+    return kind(what, where=where, rule=rule, next_step=next_step)
 
 
 class UsageError(EigenzooError):

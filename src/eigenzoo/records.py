@@ -101,11 +101,13 @@ class LayerFit:
         variance: Σ‖X − M‖² about the center, the denominator of `captured`, `heldout` and `null`; zero where it is round-off.
         captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance.
         heldout: the same of models left out of the fit: five folds for axis `models` alone, one fold of five otherwise; None
-            for sides above 2,048 and centers other than `models`, where it is not computed.
+            for sides above 2,048 that are not sketched and centers other than `models`, where it is not computed.
         null: what the same number of directions captures of unrelated models with the same norms; models axis only.
         mean_energy: share of the stack's whole energy that lies in its mean.
         residual: share of the whole energy (mean included) that is lost.
         note: what a reader must know, such as `no variance` or `trivial`.
+        bound: with solver `sketch`, what bases and cores of the same ranks could hold beyond these at most, as a share of Σ‖X − M‖²
+            (of updates: of Σ‖X‖²); None for solver `exact`, and where there is no energy to share.
     """
 
     shape: tuple[int, int]
@@ -119,6 +121,7 @@ class LayerFit:
     mean_energy: float
     residual: float
     note: str = ""
+    bound: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from bundle_files import fit_form, write_bundle, write_zoo
 
 import eigenzoo as ez
+from eigenzoo.errors import DataError
 
 STEPS = ["write_card", "write_manifest", "record_files", "link_or_copy"]
 
@@ -65,7 +66,9 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(ez.load(tmp_path / "bundle").verify()) == []
 
 
-def test_a_fit_that_fails_leaves_no_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_is_interrupted_leaves_its_work_and_the_next_one_takes_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = write_zoo(tmp_path / "zoo", "flat")
     (tmp_path / "work").mkdir()
 
@@ -74,6 +77,25 @@ def test_a_fit_that_fails_leaves_no_workspace(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("eigenzoo.subspace.fit.write_moments", failing)
     with pytest.raises(KeyboardInterrupt):
+        ez.fit(paths, 2, workspace=tmp_path / "work")
+    (left,) = (tmp_path / "work").iterdir()
+    assert left.name.startswith(".eigenzoo-fit-")
+    monkeypatch.undo()
+    space = ez.fit(paths, 2, workspace=tmp_path / "work")
+    assert not left.exists()
+    del space
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_fit_that_is_refused_leaves_no_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_zoo(tmp_path / "zoo", "flat")
+    (tmp_path / "work").mkdir()
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise DataError("the values cannot be meant")
+
+    monkeypatch.setattr("eigenzoo.subspace.fit.write_moments", failing)
+    with pytest.raises(DataError, match="cannot be meant"):
         ez.fit(paths, 2, workspace=tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []
 

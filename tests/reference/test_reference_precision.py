@@ -13,8 +13,9 @@ import eigenzoo as ez
 from builders import seeded, write_stacks
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import eigenpairs, explained_variance_ratio
-from eigenzoo.subspace.flat import FlatBasis, write_flat
-from eigenzoo.subspace.moments import collect
+from eigenzoo.subspace.collecting import collect, loaded_spans
+from eigenzoo.subspace.flat import FlatBasis, flat_parts, span_basis, write_flat
+from eigenzoo.subspace.resources import Resources
 from eigenzoo.zoo.zoo import Zoo
 from tolerance import tolerance
 
@@ -26,7 +27,7 @@ def path(request, monkeypatch) -> torch.dtype:
     """Both ways of reading a stack, in many blocks each."""
     if request.param == "float32":
         monkeypatch.setattr("eigenzoo.zoo.stack.EXACT_VALUES", 0)
-    monkeypatch.setattr("eigenzoo.subspace.fit.BLOCK_BYTES", 4 * NUM_MODELS * INPUTS * 5)
+    monkeypatch.setattr("eigenzoo.zoo.stack.SPAN_BYTES", 4 * NUM_MODELS * INPUTS * 5)
     return getattr(torch, request.param)
 
 
@@ -147,9 +148,15 @@ def test_directions_that_lean_on_each_other_are_corrected_and_the_models_stay(tm
     weights_NK = vectors_NK / values_K.sqrt() @ mixing_KK
     coefficients_NK = vectors_NK * values_K.sqrt() @ torch.linalg.inv(mixing_KK).T
     writer = BasisWriter(tmp_path, ["w"])
-    found_NK = write_flat(stack, moments, weights_NK, coefficients_NK, dtype, writer, block_bytes=4000)
+    with loaded_spans(stack, Resources()) as loaded:
+        spans = [span_basis(rows, start, INPUTS, weights_NK, None, dtype) for start, _, rows in loaded]
+    found_NK = write_flat(stack.layer, None, spans, coefficients_NK, dtype, writer)
+    parts, in_memory_NK = flat_parts(stack.layer, None, spans, coefficients_NK, dtype)
+    assert float((in_memory_NK - found_NK).abs().max()) <= tolerance(1) * float(found_NK.abs().max())
     basis = FlatBasis(stack.layer, {"models": 4}, "models", writer.finish())
     writer.close()
+    assert torch.allclose(parts["w/models"], basis.tensors.read("w/models"), atol=tolerance(4, dtype=dtype))
+    assert torch.equal(parts["w/mean"], basis.tensors.read("w/mean"))
     assert basis.orthonormality() <= tolerance(1, dtype=dtype)
     expected = (
         (vectors_NK * values_K.sqrt())

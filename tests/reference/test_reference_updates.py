@@ -26,7 +26,9 @@ import eigenzoo as ez
 from builders import random_factors, regauge, write_adapter
 from eigenzoo.linalg.lora import TRUNCATION
 from eigenzoo.linalg.spectrum import explained_variance_ratio
-from eigenzoo.subspace.moments import collect, update_grams
+from eigenzoo.subspace.collecting import collect
+from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.update_moments import update_grams
 from tolerance import angle_tolerance, tolerance
 
 MODULES = {"h.0.q": (10, 8), "h.0.up": (14, 8), "h.1.q": (10, 8)}
@@ -74,13 +76,19 @@ def bound(stack_NOI: Array, dtype: torch.dtype = torch.float64) -> float:
 # Two models have six ranks in all, fewer than a side is long: there the moments of sides are held as factors.
 @pytest.mark.parametrize("num_models", [2, len(RANKS)])
 @pytest.mark.parametrize("module", MODULES)
-def test_moments_equal_the_dense_ones(written, module, num_models):
+def test_moments_equal_the_dense_ones(written, module, num_models, monkeypatch):
     folders, dense = written
     stack_NOI = dense[module][:num_models]
     stack = ez.open_zoo(folders[:num_models]).stack(module)
     flat_ND = unfold(stack_NOI, "models")
-    for block_bytes in (2**26, 2000, 1):
-        assert np.abs(update_grams(stack, block_bytes)[0].numpy() - flat_ND @ flat_ND.T).max() <= bound(stack_NOI)
+    for tile_bytes in (2**26, 2000, 1):
+        monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_BYTES", tile_bytes)
+        grams = update_grams(stack, Resources())
+        assert np.abs(grams.raw_NN.numpy() - flat_ND @ flat_ND.T).max() <= bound(stack_NOI)
+        assert np.abs(grams.sums_N.numpy() - flat_ND.sum(1)).max() <= bound(stack_NOI)
+        singular = np.linalg.svd(stack_NOI, compute_uv=False)[:, : grams.singular_NR.shape[1]]
+        # Roots of eigenvalues: right to half of the digits, relative to the largest.
+        assert np.abs(grams.singular_NR.numpy() - singular).max() <= sqrt(tolerance(10)) * singular.max()
     for center in ("models", "none"):
         moments = collect(stack, AXES, center)
         centered_ND = unfold(stack_NOI - center_of(stack_NOI, center), "models")

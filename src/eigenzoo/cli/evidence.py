@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +43,8 @@ def command(
     exclude: options.Exclude = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
+    cluster: options.Cluster = None,
+    cache: options.Cache = True,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
@@ -53,9 +54,11 @@ def command(
     """Is there a shared subspace, beyond chance, beyond the mean, beyond a common origin? A bundle's moments are enough."""
     import eigenzoo as ez
 
-    options.check_device(device)
     asked = options.parse_rule(rank)
-    with progress_bar(quiet=quiet or json) as progress:
+    with (
+        progress_bar(quiet=quiet or json) as progress,
+        options.opened_workers(cluster, max_memory, device) as workers,
+    ):
         source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
         sides = options.parse_axes(axes) or ()
         found = ez.evidence(
@@ -64,7 +67,8 @@ def command(
             rank=asked,
             center=center,
             seed=seed,
-            max_memory=options.parse_bytes(max_memory, "--max-memory"),
+            workers=workers,
+            cache=cache,
             progress=progress,
         )
     if json:
@@ -76,7 +80,7 @@ def command(
 def open_source(
     zoo: list[str],
     view: str | None,
-    base: Path | None,
+    base: str | None,
     include: list[str] | None,
     exclude: list[str] | None,
     allow_pickle: bool,

@@ -37,8 +37,12 @@ def command(
         float | None, typer.Option(help="Share of the energy that may be lost.", show_default=False)
     ] = None,
     dtype: options.Dtype = "float32",
+    solver: options.Solver = "exact",
+    precision: options.Precision = "default",
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
+    cluster: options.Cluster = None,
+    cache: options.Cache = True,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
@@ -51,10 +55,12 @@ def command(
     from eigenzoo.formats.bundle import is_only_a_bundle
     from eigenzoo.formats.output import check_free
 
-    options.check_device(device)
     check_free(output, force=force, replaceable=is_only_a_bundle)
     asked = options.parse_rank(rank)
-    with progress_bar(quiet=quiet or json) as progress:
+    with (
+        progress_bar(quiet=quiet or json) as progress,
+        options.opened_workers(cluster, max_memory, device) as workers,
+    ):
         opened = ez.open_zoo(
             options.one_or_many(zoo),
             view=view,
@@ -75,12 +81,16 @@ def command(
             budget=options.parse_bytes(budget, "--budget"),
             max_error=max_error,
             seed=seed,
-            max_memory=options.parse_bytes(max_memory, "--max-memory"),
+            solver=solver,
+            precision=precision,
+            workers=workers,
+            cache=cache,
             progress=progress,
             workspace=output.parent,
         )
         space.save(output, force=force)
-    report = ez.load(output).report
+    # How long it took is nothing that the bundle says: the same zoo gives the same bundle, to the byte.
+    report = {**ez.load(output).report, **{key: space.report[key] for key in ("seconds", "peak_memory")}}
     if json:
         print_json(report)
         return

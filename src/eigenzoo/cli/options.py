@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from eigenzoo.errors import RankError, UsageError
 
+if TYPE_CHECKING:
+    from eigenzoo.subspace.workers import Workers
+
 ZooArgument = Annotated[
     list[str],
     typer.Argument(
-        help="The zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
+        help="The zoo: a folder of models, a glob, several paths, a .txt file of paths, or URLs (s3://…, hf://…).",
         metavar="ZOO",
         show_default=False,
     ),
@@ -24,7 +29,7 @@ BundleArgument = Annotated[
 ZooOrBundleArgument = Annotated[
     list[str],
     typer.Argument(
-        help="A bundle; or a zoo: a folder of models, a glob, several paths, or a .txt file of paths.",
+        help="A bundle; or a zoo: a folder of models, a glob, several paths, a .txt file of paths, or URLs.",
         metavar="ZOO|BUNDLE",
         show_default=False,
     ),
@@ -33,7 +38,7 @@ View = Annotated[
     str | None,
     typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False),
 ]
-Base = Annotated[Path | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
 Axes = Annotated[
     str | None, typer.Option(help="Truncated axes, comma-separated: models, outputs, inputs.", show_default=False)
 ]
@@ -53,8 +58,27 @@ Exclude = Annotated[
     list[str] | None, typer.Option(help="Carry layers that match this glob unchanged (repeatable).", show_default=False)
 ]
 Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
-Device = Annotated[str, typer.Option(help="Where products run; this version: cpu.")]
-MaxMemory = Annotated[str | None, typer.Option(help="Memory for blocks of weights, such as 2GB.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where products run: cpu, cuda or cuda:<number>.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for blocks of weights, such as 2GB; by default a quarter of the machine's (on a cluster: of one worker).",
+        show_default=False,
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="Run on a dask cluster: local, or a scheduler's address tcp://host:port.", show_default=False),
+]
+Precision = Annotated[
+    str, typer.Option(help="Of products: high (float64), default (float32 about the mean), fast (bfloat16 products).")
+]
+Solver = Annotated[
+    str, typer.Option(help="For axes outputs and inputs: exact, or sketch (randomised, with a stated bound).")
+]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep moments for the next run, and use those that are kept.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", min=0, max=2**63 - 1)]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin files too (tensors only).")]
 AllowMissing = Annotated[
@@ -120,10 +144,20 @@ def parse_bytes(text: str | None, option: str) -> int | None:
         ) from None
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that this version does not use."""
-    if device != "cpu":
-        raise UsageError(f"device {device!r}", rule="this version computes on the CPU", next_step="use --device cpu")
+@contextmanager
+def opened_workers(cluster: str | None, max_memory: str | None, device: str) -> Iterator[Workers]:
+    """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
+    from eigenzoo.subspace.workers import local_workers
+
+    num_bytes = parse_bytes(max_memory, "--max-memory")
+    if cluster is None:
+        with local_workers(num_bytes, device) as workers:
+            yield workers
+        return
+    from eigenzoo.integrations.cluster import cluster_workers
+
+    with cluster_workers(cluster, max_memory=num_bytes, device=device) as workers:
+        yield workers
 
 
 def one_or_many(zoo: list[str]) -> str | list[str]:

@@ -20,6 +20,9 @@ def command(
     include: options.Include = None,
     exclude: options.Exclude = None,
     dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
+    cluster: options.Cluster = None,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
     json: options.Json = False,
@@ -28,7 +31,10 @@ def command(
     """Print what each choice of axes and rank would lose and weigh, from one pass over the weights; nothing is written."""
     import eigenzoo as ez
 
-    with progress_bar(quiet=quiet or json) as progress:
+    with (
+        progress_bar(quiet=quiet or json) as progress,
+        options.opened_workers(cluster, max_memory, device) as workers,
+    ):
         opened = ez.open_zoo(
             options.one_or_many(zoo),
             view=view,
@@ -39,7 +45,9 @@ def command(
             allow_missing=allow_missing,
             progress=progress,
         )
-        made = ez.plan(opened, axes=options.parse_axes(axes), center=center, dtype=dtype, progress=progress)
+        made = ez.plan(
+            opened, axes=options.parse_axes(axes), center=center, dtype=dtype, workers=workers, progress=progress
+        )
     if json:
         print_json(made.to_dict())
     else:

@@ -48,6 +48,9 @@ def command(
     include: options.Include = None,
     exclude: options.Exclude = None,
     device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
+    cluster: options.Cluster = None,
+    cache: options.Cache = True,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
@@ -58,19 +61,19 @@ def command(
     import eigenzoo as ez
     from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
+    from eigenzoo.formats.remote.address import shown_url
 
-    options.check_device(device)
     chosen = choose_format(output, format)
     check_output(output, chosen, force)
     pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
-    with progress_bar(quiet=quiet) as progress:
+    with progress_bar(quiet=quiet) as progress, options.opened_workers(cluster, max_memory, device) as workers:
         source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
         if measure is not None and not isinstance(source, ez.Subspace):
             raise UsageError(
                 "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"
             )
-        found = ez.evidence(source, center=center, seed=seed, progress=progress)
+        found = ez.evidence(source, center=center, seed=seed, workers=workers, cache=cache, progress=progress)
         function = None
         if measure is not None and isinstance(source, ez.Subspace):
             held_out = source.open(models, allow_pickle=allow_pickle) if models else None
@@ -78,8 +81,8 @@ def command(
     document = present(
         found,
         source,
-        title=Path(zoo[0]).resolve().name,
-        command=shlex.join(["eigenzoo", *sys.argv[1:]]),
+        title=Path(shown_url(zoo[0])).resolve().name,
+        command=shlex.join(["eigenzoo", *(shown_url(word) for word in sys.argv[1:])]),
         date=date.today().isoformat(),
         function=function,
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from eigenzoo.linalg.heldout import deal_whole
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.fit import block_bytes_of, find_duplicates
+from eigenzoo.subspace.duplicates import find_duplicates
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.workers import Workers, local_workers
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -96,6 +96,9 @@ def evidence(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_memory: int | None = None,
+    device: str = "cpu",
+    workers: Workers | None = None,
+    cache: bool = True,
     progress: Progress = no_progress,
 ) -> Evidence:
     """Put a zoo to every control, and give one verdict.
@@ -109,7 +112,10 @@ def evidence(
         seed: of draws, folds and halves.
         thresholds: of layer suitability.
         view, base, include, exclude: as in `open_zoo`.
-        max_memory: bytes that blocks of weights may take in all.
+        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
+        device: where the pass over the weights computes: "cpu" or "cuda".
+        workers: where its tasks run instead of this process's threads, such as a cluster.
+        cache: whether moments are kept in, and taken from, the user's cache folder.
         progress: called as progress(stage, done, total).
 
     Returns:
@@ -130,7 +136,10 @@ def evidence(
         center,
         seed,
         progress,
-        block_bytes=block_bytes_of(max_memory),
+        max_memory=max_memory,
+        device=device,
+        workers=workers,
+        cache=cache,
         view=view,
         base=base,
         include=include,
@@ -184,7 +193,7 @@ def _gather(measured: MomentSource) -> tuple[Lineage, Tensor]:
                 pooled.add_(moments.gram_NN)
             yield moments
 
-    pairs = find_duplicates(measured.names, each())
+    pairs = find_duplicates(measured.names, each(), measured.zoo)
     return lineage(measured.names, cosines, pairs), pooled
 
 
@@ -203,26 +212,11 @@ def _measure_all(
         return measure_layer(measured.layers[name], measured.moments(name), folds, core, groups, rule, seed)
 
     found: dict[str, LayerEvidence] = {}
-    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        try:
-            for name, layer in zip(measured.layers, pool.map(measure, measured.layers), strict=True):
-                found[name] = layer
-                progress("weighing layers", len(found), len(measured.layers))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with local_workers() as workers:
+        for name, (layer,) in workers.in_order((name, [partial(measure, name)]) for name in measured.layers):
+            found[name] = layer
+            progress("weighing layers", len(found), len(measured.layers))
     return found
-
-
-@contextmanager
-def _one_thread_each() -> Any:
-    """Give the number of threads that torch had, and leave each of them one while inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _map(pooled_NN: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.records import Layer, Progress
-from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.collecting import collect
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments_cache import MomentsCache, opened_cache
+from eigenzoo.subspace.resources import Resources
 from eigenzoo.subspace.subspace import Subspace, load
+from eigenzoo.subspace.workers import Workers, opened_workers
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import BLOCK_BYTES, UpdateStack
+from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 LARGE_SIDE = 2048
@@ -58,6 +64,10 @@ class MomentSource(Protocol):
         """Every layer by name."""
 
     @property
+    def zoo(self) -> Zoo | None:
+        """The models themselves, where they are at hand."""
+
+    @property
     def warnings(self) -> Sequence[str]:
         """What a reader of any figure must know."""
 
@@ -72,26 +82,28 @@ class ZooMoments:
     """The moments of a zoo: one pass over the weights, sides' spectra taken at once and their moments let go."""
 
     def __init__(
-        self, zoo: Zoo, axes: Sequence[str], center: str, seed: int, progress: Progress, block_bytes: int
+        self,
+        zoo: Zoo,
+        axes: Sequence[str],
+        center: str,
+        seed: int,
+        progress: Progress,
+        workers: Workers,
+        cache: MomentsCache,
     ) -> None:
         self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
-        self.center = center
+        self.center, self.zoo = center, zoo
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
-        for number, name in enumerate(zoo.layers):
-            stack = zoo.stack(name)
-            whole = collect(stack, tuple(axes), center, block_bytes)
-            about = "none" if isinstance(stack, UpdateStack) else center
-            columns = stack.ranks if isinstance(stack, UpdateStack) else None
-            self._axes[name] = {
-                axis: _axis_spectrum(
-                    side, whole, axis, about, None if columns is None else sum(columns) / len(columns), seed
-                )
-                for axis, side in (("outputs", whole.outputs), ("inputs", whole.inputs))
-                if side is not None
-            }
-            self._moments[name] = replace(whole, outputs=None, inputs=None)
-            progress("collecting moments", number + 1, len(zoo.layers))
+        task = partial(_layer_moments, zoo, tuple(axes), center, seed, workers.resources)
+        known = {} if axes else {name: kept for name in zoo.layers if (kept := cache.get(name, center, DEFAULT))}
+        for name, found in workers.in_order(
+            (name, [] if name in known else [partial(task, name)]) for name in zoo.layers
+        ):
+            self._moments[name], self._axes[name] = found[0] if found else (known[name], {})
+            if not axes:
+                cache.put(name, center, DEFAULT, self._moments[name])
+            progress("collecting moments", len(self._moments), len(zoo.layers))
 
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments."""
@@ -102,6 +114,22 @@ class ZooMoments:
         return self._axes[layer]
 
 
+def _layer_moments(
+    zoo: Zoo, axes: tuple[str, ...], center: str, seed: int, resources: Resources, name: str
+) -> tuple[LayerMoments, dict[str, AxisSpectrum]]:
+    """Collect one layer's moments, and take the spectra of its sides before they are let go."""
+    stack = zoo.stack(name)
+    whole = collect(stack, axes, center, resources)
+    about = "none" if isinstance(stack, UpdateStack) else center
+    columns = sum(stack.ranks) / len(stack) if isinstance(stack, UpdateStack) else None
+    spectra = {
+        axis: _axis_spectrum(side, whole, axis, about, columns, seed)
+        for axis, side in (("outputs", whole.outputs), ("inputs", whole.inputs))
+        if side is not None
+    }
+    return replace(whole, outputs=None, inputs=None), spectra
+
+
 class BundleMoments:
     """The moments that a bundle keeps; no weight file is touched."""
 
@@ -109,7 +137,7 @@ class BundleMoments:
         self.names, self.view, self.center = space.names, space.view, space.manifest.center
         self.layers = {name: basis.layer for name, basis in space.layers.items()}
         self.warnings = (*space.report.get("warnings", ()), *_inexact(space))
-        self._space = space
+        self._space, self.zoo = space, None
 
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments."""
@@ -141,7 +169,10 @@ def open_source(
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    block_bytes: int = BLOCK_BYTES,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    workers: Workers | None = None,
+    cache: bool = True,
 ) -> MomentSource:
     """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
     if isinstance(source, str | os.PathLike) and is_bundle(Path(source)):
@@ -158,9 +189,11 @@ def open_source(
     if isinstance(source, Zoo):
         if chosen:
             raise UsageError("view, base, include or exclude of an opened zoo", next_step="give them to open_zoo")
-        return ZooMoments(source, axes, center, seed, progress, block_bytes)
-    zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)
-    return ZooMoments(zoo, axes, center, seed, progress, block_bytes)
+        zoo = source
+    else:
+        zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)
+    with opened_workers(workers, max_memory, device) as running, opened_cache(zoo, cache) as kept:
+        return ZooMoments(zoo, axes, center, seed, progress, running, kept)
 
 
 def _axis_spectrum(

@@ -32,12 +32,21 @@ def header_room(layers: Sequence[str], parts: int) -> int:
 class BasisWriter:
     """Write the tensors of many layers into shards in a folder, one layer after the other."""
 
-    def __init__(self, folder: Path, layers: Sequence[str], parts: int = 6) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, layers: Sequence[str], parts: int = 6, *, resume: bool = False) -> None:
+        self.folder, self._resume = folder, resume
         self._capacity = header_room(layers, parts)
         self._shards: list[SafetensorsWriter] = []
         self._bytes = 0
         self._place: dict[str, SafetensorsWriter] = {}
+        self._begun: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+    def tensors_of(self, layer: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return the tensors of one layer in the order in which they were begun."""
+        return [(name, *entry) for name, entry in self._begun.items() if name.rpartition("/")[0] == layer]
+
+    def adopt(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Count a tensor in whose values an interrupted writer has left in its place."""
+        self._shard(name, dtype, shape).adopt(name, dtype, shape)
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Write a tensor whole."""
@@ -46,13 +55,17 @@ class BasisWriter:
 
     def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Make room for a tensor that is written block by block."""
+        self._shard(name, dtype, shape).begin(name, dtype, shape)
+
+    def _shard(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> SafetensorsWriter:
+        """Return the shard that takes the next tensor; a new one where the last has passed its size."""
         if not self._shards or self._bytes > SHARD_BYTES:
-            self._shards.append(SafetensorsWriter(self.folder / shard_name(len(self._shards)), self._capacity))
+            path = self.folder / shard_name(len(self._shards))
+            self._shards.append(SafetensorsWriter(path, self._capacity, resume=self._resume))
             self._bytes = 0
-        shard = self._shards[-1]
-        shard.begin(name, dtype, shape)
-        self._place[name] = shard
+        self._place[name], self._begun[name] = self._shards[-1], (dtype, shape)
         self._bytes += dtype.itemsize * torch.Size(shape).numel()
+        return self._shards[-1]
 
     def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
         """Write a run of a tensor that was begun."""

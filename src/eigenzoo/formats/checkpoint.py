@@ -11,13 +11,12 @@ from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.kinds import INDEXES, WEIGHTS
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, relative_name
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 
-WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
 MAX_SHARDS = 10_000
 
 
@@ -28,22 +27,25 @@ class SafetensorsModel(Model):
 
     def _take_files(self, files: Mapping[str, SafetensorsFile]) -> None:
         self._files = files
+        for file in files.values():
+            file.kept_open = True
         self.tensors = MappingProxyType({name: info for file in files.values() for name, info in file.tensors.items()})
         self.metadata = MappingProxyType({name: file.metadata for name, file in files.items()})
 
     def read(self, name: str) -> Tensor:
         """Read one tensor whole, in its own dtype and shape."""
-        return self._file_of(name).read(name)
+        return self.file_of(name).read(name)
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given."""
-        return self._file_of(name).read_flat(name, start, stop, out)
+        return self.file_of(name).read_flat(name, start, stop, out)
 
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights, in the order of the index."""
         return tuple(file.path for file in self._files.values())
 
-    def _file_of(self, name: str) -> SafetensorsFile:
+    def file_of(self, name: str) -> SafetensorsFile:
+        """Return the file that holds a tensor."""
         info = self.tensors.get(name)
         if info is None:
             raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from eigenzoo.errors import FormatError
-from eigenzoo.formats.checkpoint import INDEXES, Checkpoint, tensors_by_file
+from eigenzoo.formats.checkpoint import Checkpoint, tensors_by_file
 from eigenzoo.formats.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape

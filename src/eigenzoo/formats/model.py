@@ -16,6 +16,8 @@ from torch import Tensor
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, read_bounded
+from eigenzoo.formats.remote.fetching import fetch_whole
+from eigenzoo.formats.remote.record import remote_file
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Model(ABC):
         """Read one of `side_files` whole."""
         if file not in self.side_files:
             raise FormatError(f"no side file {file[:100]!r}", where=str(self.path))
-        return read_bounded(inside(self.folder, file), MAX_SIDE_BYTES, where=f"{self.path}, {file}")
+        path = inside(self.folder, file)
+        remote = remote_file(path)
+        return fetch_whole(remote) if remote else read_bounded(path, MAX_SIDE_BYTES, where=f"{self.path}, {file}")
 
     @cached_property
     def nbytes(self) -> int:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.checkpoint import INDEXES, WEIGHTS, Checkpoint, StateDict
+from eigenzoo.errors import FormatError
+from eigenzoo.formats.checkpoint import Checkpoint, StateDict
+from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_shards
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder
 from eigenzoo.formats.peft_lora import LoraAdapter
-from eigenzoo.formats.pickle_file import FOLDER_FILE, SUFFIXES, PickleStateDict, pickles_of
+from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.remote.mirror import mirror_url
+from eigenzoo.formats.remote.record import by_url
 from eigenzoo.formats.side_files import SIDE_FILES
-
-_READABLE = (
-    f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
-    "index with the shards), a .safetensors file or a folder with exactly one, and with --allow-pickle .pt, .pth, .bin"
-)
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
 def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
-    """Open the model at `path` by its headers.
+    """Open the model at `path`, or at a URL, by its headers.
 
     Raises FormatError that says what was found where nothing is readable, and UnsupportedError for a pickle without
     `allow_pickle`.
     """
-    path = Path(path)
+    path = Path(mirror_url(path) if isinstance(path, str) and is_url(path) else path)
+    try:
+        return _open(path, allow_pickle)
+    except FormatError as error:
+        raise by_url(error, path) from error.__cause__
+
+
+def _open(path: Path, allow_pickle: bool) -> Model:
     kind = _kind(path)
     openers: dict[str, Callable[[], Model]] = {
         "adapter": lambda: LoraAdapter(path),
@@ -38,18 +42,8 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
     }
     if kind in openers:
         return openers[kind]()
-    if kind == "shards":
-        raise FormatError(
-            "shards of a checkpoint without their index",
-            where=str(path),
-            rule=f"an index is {' or '.join(INDEXES)}",
-            next_step="download the index too",
-        )
-    if kind == "pickle-shards":
-        raise UnsupportedError(
-            "a checkpoint of pickled shards", where=str(path), next_step="convert the model to safetensors"
-        )
-    raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=_READABLE)
+    refuse_shards(kind, str(path))
+    raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=READABLE)
 
 
 def is_model(path: str | Path) -> bool:
@@ -67,24 +61,8 @@ def is_only_a_model(folder: Path) -> bool:
 
 def _kind(path: Path) -> str | None:
     if path.is_file():
-        if path.suffix == ".safetensors":
-            return "state-dict"
-        return "pickle" if path.suffix in SUFFIXES else None
-    if not path.is_dir():
-        return None
-    names = set(list_folder(path))
-    if CONFIG_FILE in names:
-        return "adapter"
-    if names & {*WEIGHTS, *INDEXES}:
-        return "checkpoint"
-    if any(_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
-        return "shards"
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found:
-        return "state-dict" if len(found) == 1 else None
-    if f"{FOLDER_FILE}.index.json" in names or any(_SHARD.fullmatch(name) for name in names):
-        return "pickle-shards"
-    return "pickle" if FOLDER_FILE in names or len(pickles_of(path)) == 1 else None
+        return kind_of_file(path.name)
+    return kind_of_folder(set(list_folder(path))) if path.is_dir() else None
 
 
 def _found(path: Path) -> str:
@@ -96,7 +74,7 @@ def _found(path: Path) -> str:
     names = list_folder(path)
     if not names:
         return "an empty folder"
-    weights = sum(name.endswith((".safetensors", *SUFFIXES)) for name in names)
+    weights = sum(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
     if weights > 1:
         return f"a folder with {weights} weight files, which are several models (open them one by one, or as a zoo)"
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

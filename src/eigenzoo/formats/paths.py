@@ -10,6 +10,9 @@ from eigenzoo.errors import FormatError, UnsafePathError
 MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
 _MAX_NAME = 1024
 
+RECORD_FILE = ".eigenzoo-remote.json"
+"""In a mirror of a remote model, what its files are stubs of; no file of the model."""
+
 
 def relative_name(file: str) -> str:
     """Return `file` if it is a relative name that stays below its folder on every system, else raise UnsafePathError.
@@ -91,6 +94,6 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
 def list_folder(folder: Path) -> list[str]:
     """List the names in a folder, sorted."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if name != RECORD_FILE)
     except OSError as error:
         raise FormatError(f"cannot be listed ({error.strerror})", where=str(folder)) from error

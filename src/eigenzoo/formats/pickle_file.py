@@ -15,13 +15,13 @@ from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_SUFFIXES, pickle_names
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, list_folder
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 from eigenzoo.formats.tensor_bytes import check_out
 
-SUFFIXES = (".pt", ".pth", ".bin")
-FOLDER_FILE = "pytorch_model.bin"
+SUFFIXES = PICKLE_SUFFIXES
 NESTING_KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -92,8 +92,8 @@ def refuse_pickle(allow_pickle: bool) -> None:
 
 def find_pickle(folder: Path) -> str:
     """Find the one pickle of a folder that holds weights."""
-    if (folder / FOLDER_FILE).exists():
-        return FOLDER_FILE
+    if (folder / PICKLE_FILE).exists():
+        return PICKLE_FILE
     found = pickles_of(folder)
     if len(found) != 1:
         raise FormatError(f"{len(found)} pickles: {', '.join(found[:5])}", rule="exactly one is read")
@@ -101,9 +101,8 @@ def find_pickle(folder: Path) -> str:
 
 
 def pickles_of(folder: Path) -> list[str]:
-    """List a folder's pickles that may hold weights; a trainer's own state is none."""
-    states = ("training_args", "optimizer", "scheduler", "rng_")
-    return [name for name in list_folder(folder) if name.endswith(SUFFIXES) and not name.startswith(states)]
+    """List a folder's pickles that may hold weights."""
+    return pickle_names(list_folder(folder))
 
 
 def _load(path: Path) -> Any:

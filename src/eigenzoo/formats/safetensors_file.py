@@ -1,12 +1,11 @@
 """One safetensors file, opened by its header and read piece by piece, without a memory map.
 
 Reading by position into buffers that are reused is as fast warm and twice as fast cold as a map, and resident memory
-stays bounded whatever the size of the zoo. Nothing is held open between two reads: a zoo has hundreds of files.
+stays bounded whatever the size of the zoo. Nothing is held open between two reads, but by a pass that says so (`open_files`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -17,10 +16,14 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UsageError
+from eigenzoo.formats import open_files
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.paths import inside
+from eigenzoo.formats.remote.fetching import fetch
+from eigenzoo.formats.remote.record import remote_file
+from eigenzoo.formats.remote.values import fetch_values
 from eigenzoo.formats.safetensors_header import read_header
-from eigenzoo.formats.tensor_bytes import check_out, read_values
+from eigenzoo.formats.tensor_bytes import check_out, read_into, read_values
 
 
 class SafetensorsFile:
@@ -34,6 +37,8 @@ class SafetensorsFile:
         file: the name relative to `root`, or the plain file name.
         tensors: what the header says, in the order of the bytes.
         metadata: the header's string metadata.
+        kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
+        remote: what the file is a stub of; its values are read from there, and never from the stub.
     """
 
     def __init__(self, path: str | Path, root: Path | None = None) -> None:
@@ -45,6 +50,8 @@ class SafetensorsFile:
         self.metadata: Mapping[str, str] = header.metadata
         self._offsets = header.offsets
         self._identity = (header.size, header.mtime_ns)
+        self.remote = remote_file(self._target)
+        self.kept_open = False
 
     def read(self, name: str) -> Tensor:
         """Read one tensor whole, in its own dtype and shape, into fresh memory."""
@@ -62,16 +69,32 @@ class SafetensorsFile:
             stop: one past the last value.
             out: 1-D contiguous tensor of stop - start values that is filled and returned; another dtype converts.
         """
+        position, dtype = self.locate(name, start, stop)
+        if out is None:
+            out = torch.empty(stop - start, dtype=dtype)
+        check_out(out, stop - start)
+        if self.remote is not None:
+            fetch_values([(self.remote, position, dtype, out)])
+            return out
+        with self._opened() as file:
+            read_values(file, position, dtype, out, self._where(name))
+        return out
+
+    def read_bytes(self, name: str, start: int, stop: int, view: memoryview) -> None:
+        """Read values start:stop of the flattened tensor, as they lie in the file, into memory of just that size."""
+        position, _ = self.locate(name, start, stop)
+        if self.remote is not None:
+            fetch([(self.remote, position, view)])
+            return
+        with self._opened() as file:
+            read_into(file, position, view, self._where(name))
+
+    def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
+        """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""
         info = self._info(name)
         if not 0 <= start <= stop <= prod(info.shape):
             raise UsageError(f"values {start}:{stop} of a tensor of {prod(info.shape)}", where=self._where(name))
-        if out is None:
-            out = torch.empty(stop - start, dtype=info.dtype)
-        check_out(out, stop - start)
-        with self._opened() as file:
-            position = self._offsets[name] + start * info.dtype.itemsize
-            read_values(file, position, info.dtype, out, self._where(name))
-        return out
+        return self._offsets[name] + start * info.dtype.itemsize, info.dtype
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
@@ -84,17 +107,20 @@ class SafetensorsFile:
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
+        assert self.remote is None, "values of a stub are zeros"
+        kept = open_files.find(self._target)
+        if kept is not None:
+            yield kept
+            return
         try:
             file = FileIO(self._target, "rb")
         except OSError as error:
             raise FormatError(f"cannot be read any more ({error.strerror})", where=str(self.path)) from error
-        with file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != self._identity:
-                raise FormatError(
-                    "the file changed since its header was read",
-                    where=str(self.path),
-                    rule="models are not written to while they are read",
-                    next_step="open the zoo again",
-                )
+        taken = False
+        try:
+            open_files.check_identity(file, self._identity, self.path)
+            taken = self.kept_open and open_files.keep(self._target, file, self._identity)
             yield file
+        finally:
+            if not taken:
+                file.close()

@@ -70,9 +70,12 @@ class SafetensorsWriter:
         capacity: bytes reserved for the header; `header_bytes` computes what a known set of tensors needs, and
             128 + the name's length per tensor is ample.
         metadata: the header's string metadata as far as it is known, so that its bytes are counted from the start.
+        resume: go on with an unfinished file of the same capacity where there is one; `adopt` says what is in it.
     """
 
-    def __init__(self, path: str | Path, capacity: int, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, capacity: int, metadata: Mapping[str, str] | None = None, *, resume: bool = False
+    ) -> None:
         self.path = Path(path)
         self.capacity = capacity + (-capacity) % 8
         if not 0 < self.capacity <= MAX_HEADER_BYTES:
@@ -84,7 +87,7 @@ class SafetensorsWriter:
         self._metadata = dict(metadata or {})
         self._header_size = len(header_bytes([], self._metadata))
         try:
-            self._file = FileIO(self.path, "x+b")
+            self._file = FileIO(self.path, "r+b" if resume and self.path.is_file() else "x+b")
         except OSError as error:
             raise OutputError(f"cannot be created ({error.strerror})", where=str(self.path)) from error
 
@@ -124,6 +127,11 @@ class SafetensorsWriter:
         self._written[name] = _Written()
         self._end += nbytes
 
+    def adopt(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Reserve the place of a tensor whose values are there already, from before the file was opened again."""
+        self.begin(name, dtype, shape)
+        self._written[name].add(0, prod(shape))
+
     def write_flat(self, name: str, start: int, values: Tensor) -> None:
         """Write values at position `start` of the flattened (row-major) tensor, in the tensor's own dtype."""
         dtype, stop = self._range(name, start, start + values.numel())
@@ -144,8 +152,8 @@ class SafetensorsWriter:
         read_values(self._file, self._offsets[name] + start * dtype.itemsize, dtype, out, f"{self.path.name}, {name!r}")
         return out
 
-    def finish(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the header, with `metadata` instead of what was given at first; flush to the disk and close."""
+    def finish(self, metadata: Mapping[str, str] | None = None, *, sync: bool = True) -> None:
+        """Write the header, with `metadata` instead of what was given at first; flush to the disk (with `sync`) and close."""
         for name, (_, _, shape) in self._tensors.items():
             if not self._written[name].covers(prod(shape)):
                 raise UsageError(f"tensor {name!r} has values that were never written", where=str(self.path))
@@ -160,7 +168,8 @@ class SafetensorsWriter:
             self._file.seek(0)
             self._file.write(self.capacity.to_bytes(8, "little") + header.ljust(self.capacity))
             self._file.truncate(self._end)
-            os.fsync(self._file.fileno())
+            if sync:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
         self.close()

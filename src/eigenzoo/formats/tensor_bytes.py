@@ -27,7 +27,7 @@ def read_values(file: FileIO, position: int, dtype: torch.dtype, out: Tensor, wh
     """Fill `out` with the values of `dtype` that lie at byte `position`: straight into its memory if dtypes agree."""
     out = out.detach()
     if out.dtype == dtype:
-        _read_into(file, position, as_bytes(out), where)
+        read_into(file, position, as_bytes(out), where)
         return
     if dtype.is_complex and not out.dtype.is_complex:
         raise UnsupportedError(f"complex values cannot be read as {out.dtype}", where=where)
@@ -36,7 +36,7 @@ def read_values(file: FileIO, position: int, dtype: torch.dtype, out: Tensor, wh
     for start in range(0, out.numel(), step):
         part = out[start : start + step]
         raw = scratch[: part.numel() * dtype.itemsize]
-        _read_into(file, position + start * dtype.itemsize, as_bytes(raw), where)
+        read_into(file, position + start * dtype.itemsize, as_bytes(raw), where)
         part.copy_(raw.view(dtype))
 
 
@@ -65,7 +65,8 @@ def _scratch() -> Tensor:
     return buffer
 
 
-def _read_into(file: FileIO, position: int, view: memoryview, where: str) -> None:
+def read_into(file: FileIO, position: int, view: memoryview, where: str) -> None:
+    """Fill a view with the bytes at a position."""
     while view:
         count = os.preadv(file.fileno(), [view], position) if _POSITIONAL else _at(file, position).readinto(view)
         if not count:

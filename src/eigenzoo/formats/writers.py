@@ -118,16 +118,24 @@ def write_lora(
 
 
 def write_tensors(
-    path: Path, tensors: Sequence[TensorLayout], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Sequence[TensorLayout],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    *,
+    sync: bool = True,
 ) -> None:
-    """Write one safetensors file of known contents; wider dtypes first, as the library does, to keep them aligned."""
+    """Write one safetensors file of known contents; wider dtypes first, as the library does, to keep them aligned.
+
+    Without `sync` it need not be on the disk yet when this returns.
+    """
     ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
     entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
     # Not a byte more than needed: what is read and written unchanged is then the same file.
     with SafetensorsWriter(path, len(header_bytes(entries, metadata)), metadata) as writer:
         for tensor in ordered:
             writer.append(tensor.name, cast_to(tensor, read(tensor.name)))
-        writer.finish()
+        writer.finish(sync=sync)
 
 
 def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:

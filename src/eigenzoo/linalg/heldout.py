@@ -23,6 +23,9 @@ FLOAT32_FROM = 256
 FLOAT32_FLOOR = 1e-5
 """The same floor there."""
 
+ENOUGH_HELD = 100
+"""Held-out models after which no further fold is held out: of zoos of up to a hundred models every model is."""
+
 SECULAR_STEPS = 8
 """Steps of the secular equation; convergence is quadratic, and a test compares with leaving out one by one."""
 
@@ -45,17 +48,17 @@ class HeldOut:
     energy: float
 
 
-def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> HeldOut:
+def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = None) -> HeldOut:
     """Fit directions to some models and measure others along them: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j.
 
-    u, λ are of the fitted models' centred Gram. Exact; no weight is read. Cost T³.
+    u, λ are of the fitted models' centred Gram; with `num`, the leading so many at least. Exact; no weight is read. Cost T³.
     """
     block_TT, cross_TH = gram_NN[fitted][:, fitted], gram_NN[fitted][:, held]
     mean_cross_H, mean_energy = cross_TH.mean(0), block_TT.mean()
     energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
     cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
     centered_TT = _above_round_off(center_gram(block_TT), block_TT)
-    values_K, vectors_TK = eigenpairs(centered_TT, FLOOR)
+    values_K, vectors_TK = eigenpairs(centered_TT, FLOOR, num)
     return HeldOut(
         values_K.cumsum(0),
         float(centered_TT.diagonal().sum()),
@@ -146,13 +149,16 @@ def cross_validated_capture(
 ) -> list[float] | None:
     """Share of held-out models' centred energy that the top k directions of the others capture, for each k of `ranks`.
 
-    Models are dealt to `folds` folds by a seeded permutation. A k beyond what the fitted models span counts as all that
-    they span. None for fewer than three models, which leave nothing to fit on, and where nothing varies.
+    Models are dealt to `folds` folds by a seeded permutation, and held out fold by fold until at least `ENOUGH_HELD` have been: a
+    share of so many models' energy is known well enough, and each fold costs an eigendecomposition. A k beyond what the fitted
+    models span counts as all that they span. None for fewer than three models, which leave nothing to fit on, and without variance.
     """
-    num_models = gram_NN.shape[0]
+    num_models, ranks = gram_NN.shape[0], list(ranks)
     if num_models < 3:
         return None
-    found = [hold_out(gram_NN, others(num_models, held), held) for held in deal(num_models, folds, seed)]
+    dealt = deal(num_models, folds, seed)
+    looked_at = dealt[: -(-ENOUGH_HELD // (num_models // len(dealt)))]
+    found = [hold_out(gram_NN, others(num_models, held), held, max(ranks, default=0)) for held in looked_at]
     total = sum(fold.energy for fold in found)
     return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None
 

@@ -12,6 +12,7 @@ import heapq
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 import torch
@@ -36,8 +37,11 @@ from eigenzoo.subspace.bytes import (
     basis_bytes,
     coefficient_bytes,
 )
-from eigenzoo.subspace.moments import LayerMoments, collect
+from eigenzoo.subspace.collecting import collect
+from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.options import FitOptions
+from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.workers import Workers
 from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
@@ -103,15 +107,21 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
     )
 
 
+def spectra_task(zoo: Zoo, name: str, axes: tuple[str, ...], center: str, resources: Resources) -> LayerSpectra:
+    """Collect one layer's spectra."""
+    stack = zoo.stack(name)
+    return layer_spectra(stack, collect(stack, axes, center, resources), axes)
+
+
 def collect_spectra(
-    zoo: Zoo, axes: tuple[str, ...], center: str, block_bytes: int, progress: Progress
+    zoo: Zoo, axes: tuple[str, ...], center: str, workers: Workers, progress: Progress
 ) -> dict[str, LayerSpectra]:
     """Collect the spectra of all layers; one pass over the weights."""
-    spectra = {}
-    for number, name in enumerate(zoo.layers):
-        stack = zoo.stack(name)
-        spectra[name] = layer_spectra(stack, collect(stack, axes, center, block_bytes), axes)
-        progress("collecting spectra", number + 1, len(zoo.layers))
+    spectra: dict[str, LayerSpectra] = {}
+    tasks = ((name, [partial(spectra_task, zoo, name, axes, center, workers.resources)]) for name in zoo.layers)
+    for name, (found,) in workers.in_order(tasks):
+        spectra[name] = found
+        progress("collecting spectra", len(spectra), len(zoo.layers))
     return spectra
 
 
@@ -157,11 +167,11 @@ def _contents(zoo: Zoo, place: int) -> dict[str, int]:
     return {content: size + RECORD_BYTES for content, size in found.items()}
 
 
-def allocate(zoo: Zoo, options: FitOptions, block_bytes: int, progress: Progress) -> dict[str, FitOptions]:
+def allocate(zoo: Zoo, options: FitOptions, workers: Workers, progress: Progress) -> dict[str, FitOptions]:
     """Return per-layer options whose ranks spend the budget or meet the error bound; empty where neither is asked."""
     if options.budget is None and options.max_error is None:
         return {}
-    spectra = collect_spectra(zoo, options.axes, options.center, block_bytes, progress)
+    spectra = collect_spectra(zoo, options.axes, options.center, workers, progress)
     known = overhead(zoo, options.axes)
     ranks = spend(spectra, options, len(zoo), known.shared + known.per_model * len(zoo))
     return {name: replace(options, rules=ranks[name]) for name in spectra}

@@ -44,11 +44,15 @@ class TensorReader(Protocol):
         """Read a run of a flattened tensor."""
 
 
-class TensorWriter(Protocol):
-    """Where a fit writes a basis to, tensor by tensor or block by block."""
+class PartWriter(Protocol):
+    """Where a fit writes a basis to, tensor by tensor."""
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Write a tensor whole."""
+
+
+class TensorWriter(PartWriter, Protocol):
+    """The same, tensor by tensor or block by block."""
 
     def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Make room for a tensor that is written block by block."""

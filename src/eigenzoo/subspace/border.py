@@ -11,17 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg import lora
+from eigenzoo.linalg import kernels
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.subspace.moments import (
-    LayerMoments,
-    entry_dimensions,
-    from_raw_gram,
-    leading_rows,
-    squared_variances,
-    update_grams,
-    update_traits,
-)
+from eigenzoo.subspace.moments import LayerMoments, entry_dimensions, from_raw_gram
+from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.update_moments import update_grams
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 
@@ -36,14 +30,18 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
     sums_N = torch.zeros(num_all, dtype=torch.float64)
     squares = 0.0
     for block in stack.blocks():
-        sums_N += block.rows.sum(1, dtype=torch.float64)
-        squares += squared_variances(block.rows - block.rows.mean(0))
-        reference = block.rows[: moments.num_reference].mean(0, dtype=torch.float64)
-        rows = block.rows.sub_(reference.to(block.rows.dtype))
-        border += (rows[num_old:] @ rows.T).double()
-        cross += (rows[num_old:] @ reference.to(rows.dtype)).double()
+        rows = block.rows
+        reference = kernels.exact_mean_rows(rows[: moments.num_reference])
+        kernels.subtract(rows, reference.to(rows.dtype))
+        # Products about the reference: of the new models with all, with the reference, and with ones.
+        known = torch.stack([reference, torch.ones_like(reference)]).to(rows.dtype)
+        border += kernels.product(rows[num_old:], rows.T).double()
+        cross += kernels.product(rows[num_old:], known[:1].T)[:, 0].double()
+        sums_N += kernels.product(rows, known[1:].T)[:, 0].double() + reference.sum()
         if moments.removed is not None:
             shift += rows[num_old:].double() @ _shift_of(reference, moments.removed, stack)
+        kernels.subtract(rows, kernels.mean_rows(rows))
+        squares += float(kernels.column_energies(rows).double().square().sum())
     grown = bordered(moments, border, cross, shift if moments.shift_N is not None else None)
     return replace(grown, sums_N=sums_N, entries=entry_dimensions(center_gram(grown.gram_NN), squares))
 
@@ -55,28 +53,22 @@ def _shift_of(reference: Tensor, removed: Tensor, stack: DenseStack) -> Tensor:
 
 def _extend_updates(moments: LayerMoments, stack: UpdateStack) -> LayerMoments:
     """The borders of both Grams of the updates, from factors; their traits, which cost little, anew."""
-    num_old, num_all = moments.num_models, len(stack)
-    num_rows = min(stack.ranks)
-    new = [stack.factors(place) for place in range(num_old, num_all)]
-    raw_NN, starts_NN = torch.zeros(2, num_all, num_all, dtype=torch.float64)
-    raw_NN[:num_old, :num_old] = moments.raw_NN
-    for place in range(num_all):
-        factors = [stack.factors(place)]
-        for gram_NN, products in (
-            (raw_NN, lora.inner_products(new, factors)[:, 0]),
-            (starts_NN, (leading_rows(new, num_rows) @ leading_rows(factors, num_rows).T)[:, 0]),
-        ):
-            gram_NN[num_old:, place] = products
-            gram_NN[place, num_old:] = products
-    if moments.starts_NN is not None and min(stack.ranks[:num_old]) == num_rows:
-        starts_NN[:num_old, :num_old] = moments.starts_NN
+    num_old = moments.num_models
+    # A new model of lower rank leaves fewer leading rows that all have: the old models' products are of too many.
+    starts_NN, singular_NR, sums_N = moments.starts_NN, moments.singular_NR, moments.sums_N
+    if starts_NN is None or singular_NR is None or sums_N is None or min(stack.ranks[:num_old]) != min(stack.ranks):
+        grams = update_grams(stack, Resources())
     else:
-        # A new model of lower rank leaves fewer rows that all have: the old models' products are of too many.
-        starts_NN = update_grams(stack)[1]
-    traits = {**update_traits(stack), "starts_NN": starts_NN}
+        grams = update_grams(stack, Resources(), num_old)
+        grams.raw_NN[:num_old, :num_old] = moments.raw_NN
+        grams.starts_NN[:num_old, :num_old] = starts_NN
+        grams.singular_NR[:num_old, : singular_NR.shape[1]] = singular_NR
+        grams.sums_N[:num_old] = sums_N
     if moments.shift_N is None:
-        return replace(from_raw_gram(raw_NN, moments.num_values), **traits)
-    return replace(moments, **_zero_centered(raw_NN), num_reference=num_all, **traits)
+        grown = from_raw_gram(grams.raw_NN, moments.num_values, moments.round_off)
+    else:
+        grown = replace(moments, **_zero_centered(grams.raw_NN), num_reference=len(stack))
+    return replace(grown, starts_NN=grams.starts_NN, singular_NR=grams.singular_NR, sums_N=grams.sums_N)
 
 
 def _zero_centered(raw_NN: Tensor) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,26 +20,34 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.basis_files import BasisFiles, BasisWriter
 from eigenzoo.formats.bundle import open_basis
 from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
-from eigenzoo.linalg.gram import squared_distances
+from eigenzoo.linalg.block_sums import FAST
+from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
 from eigenzoo.subspace.basis import PARTS, STACKED, TUCKER, form_of
 from eigenzoo.subspace.bytes import count_bytes
-from eigenzoo.subspace.layer_fit import FittedLayer, fit_layer
-from eigenzoo.subspace.moments import LayerMoments, collect, recentered
+from eigenzoo.subspace.duplicates import find_duplicates
+from eigenzoo.subspace.fit_layers import LayerPass
+from eigenzoo.subspace.identity import ZooIdentity
+from eigenzoo.subspace.models_fit import FittedLayer
+from eigenzoo.subspace.moments import LayerMoments, recentered
+from eigenzoo.subspace.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
-from eigenzoo.subspace.storage import identify, layer_record, read_basis, source_record, write_model, write_moments
+from eigenzoo.subspace.storage import (
+    identify,
+    layer_record,
+    link_or_copy,
+    read_basis,
+    source_record,
+    write_model,
+    write_moments,
+)
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.work import Work, work_folder
+from eigenzoo.subspace.workers import Workers, opened_workers
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import BLOCK_BYTES
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
-
-DUPLICATE = 1e-10
-"""Squared distance over mean energy below which two models are the same function: 1e-5 of the norm, float32 factors' round-off."""
-
-LEAST_MEMORY = 16 * 2**20
-"""The least `max_memory`: with less, a block would be a few rows."""
 
 
 def fit(
@@ -54,7 +64,12 @@ def fit(
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    solver: str = "exact",
+    precision: str = "default",
+    device: str = "cpu",
     max_memory: int | None = None,
+    workers: Workers | None = None,
+    cache: bool = True,
     progress: Progress = no_progress,
     workspace: str | os.PathLike[str] | None = None,
 ) -> Subspace:
@@ -72,9 +87,17 @@ def fit(
         max_error: the share of the analysed energy that may be lost; met with as few bytes as the same rule finds.
         seed: of the null's draws and the folds.
         view, base, include, exclude: as in `open_zoo`; given here they choose anew.
-        max_memory: bytes that blocks of weights may take in all.
+        solver: how bases of `outputs` and `inputs` are found: "exact", from their moments, or "sketch", from a randomised range
+            finder with a stated bound, which forms no outputs × outputs matrix.
+        precision: of products: "high" (float64), "default" (float32 about the models' mean, summed in float64; small layers
+            float64) or "fast" (bfloat16 products with float32 sums).
+        device: where products run: "cpu", "cuda" or "cuda:<number>".
+        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
+        workers: where tasks run instead of this process's threads, such as a cluster (`integrations.cluster`).
+        cache: whether moments are kept in, and taken from, the user's cache folder.
         progress: called as progress(stage, done, total).
-        workspace: a folder on the disk where the bundle will be saved; bases are written there first.
+        workspace: a folder on the disk where the bundle will be saved; bases are written there first, and a fit that was
+            interrupted goes on from what it has left there.
 
     Returns:
         A Subspace. Its basis lies in a temporary folder that goes with it; `save` keeps it.
@@ -82,34 +105,45 @@ def fit(
     Raises:
         RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step.
 
-    Cost: one read of the weights and N²·D products per layer for the moments, a second read and K·N·D for the basis;
-    memory a few blocks, the moments, and one layer's cores. Error in-sample is optimal for one axis (Eckart–Young),
-    within √(number of axes) of the best for more.
+    Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis (a layer larger than
+    `resources.MOST_KEPT` is read again for it); memory a few blocks, the moments, and one layer's cores. Error in-sample is optimal
+    for one axis (Eckart–Young), within √(number of axes) of the best for more.
     """
     started = time.perf_counter()
     source = opened(zoo, view, base, include, exclude)
-    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed)
+    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
     check_against(options, source.view, len(source))
-    block_bytes = block_bytes_of(max_memory)
-    per_layer = allocate(source, options, block_bytes, progress)
-    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
-    try:
-        manifest = write_subspace(
-            source, options, per_layer, Path(folder.name), progress, started, block_bytes=block_bytes
-        )
-    except BaseException:
-        folder.cleanup()
-        raise
+    place = None if workspace is None else Path(workspace)
+    with opened_workers(workers, max_memory, device) as running, opened_cache(source, cache) as kept:
+        per_layer = allocate(source, options, running, progress)
+        key = fit_key(source, options, per_layer, running)
+        with work_folder(place, key) as (at_work, lasting), ExitStack() as unfinished:
+            work = Work(at_work if lasting else None, list(source.layers.values()))
+            fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
+            layers = fit_layers(source, options, per_layer, progress, fitting)
+            # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
+            folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+            unfinished.callback(folder.cleanup)
+            manifest = write_subspace(source, options, layers, Path(folder.name), started)
+            unfinished.pop_all()
     return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
 
 
-def block_bytes_of(max_memory: int | None) -> int:
-    """Return the bytes of one block of weights where all may take `max_memory`; an eighth, since centering and products copy."""
-    if max_memory is None:
-        return BLOCK_BYTES
-    if max_memory < LEAST_MEMORY:
-        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
-    return max(2**20, min(BLOCK_BYTES, max_memory // 8))
+@dataclass(frozen=True)
+class Fitting:
+    """What a fit works with: workers, kept moments, what is finished already, and the folder that the basis is written into."""
+
+    workers: Workers
+    cache: MomentsCache
+    work: Work
+    folder: Path
+
+
+def fit_key(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], workers: Workers) -> str:
+    """Return the key of a fit: the same key stands for the same bundle, to the byte."""
+    versions = [version("eigenzoo"), torch.__version__, np.__version__]
+    chosen = [plain(options), {name: plain(layer) for name, layer in per_layer.items()}]
+    return ZooIdentity(zoo).whole(versions, chosen, workers.resources)
 
 
 def opened(
@@ -129,19 +163,44 @@ def opened(
     return zoo.select(view=view, include=include, exclude=exclude)
 
 
-def write_subspace(
+@dataclass(frozen=True)
+class FittedLayers:
+    """All layers' fits and moments, and the folder that holds their basis and nothing else."""
+
+    fitted: dict[str, FittedLayer]
+    moments: dict[str, LayerMoments]
+    folder: Path
+
+
+def fit_layers(
     zoo: Zoo,
     options: FitOptions,
     per_layer: Mapping[str, FitOptions],
-    folder: Path,
     progress: Progress,
-    started: float,
-    *,
-    block_bytes: int = BLOCK_BYTES,
-    moments: Mapping[str, LayerMoments] | None = None,
-) -> Manifest:
-    """Fit layer after layer into `folder`; where the moments of the models axis are known already, the pass for them is saved."""
-    fitted, collected = _fit_layers(zoo, options, per_layer, folder, progress, block_bytes, moments or {})
+    fitting: Fitting,
+    known: Mapping[str, LayerMoments] | None = None,
+) -> FittedLayers:
+    """Fit layer after layer; where the moments of the models axis are known already, the pass for them is saved."""
+    form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
+    writer = BasisWriter(fitting.folder, list(zoo.layers), PARTS[form], resume=len(fitting.work) > 0)
+    centered = {name: recentered(layer) for name, layer in (known or {}).items()} if options.center == "models" else {}
+    try:
+        layers = LayerPass(zoo, options, per_layer, fitting.workers, writer, centered, fitting.cache, fitting.work)
+        fitted, moments = layers.run(progress)
+        basis = writer.finish()
+    finally:
+        writer.close()
+    if options.torch_dtype.itemsize < 4:
+        fitted = {name: _as_stored(zoo, layer, moments[name], options, basis) for name, layer in fitted.items()}
+    return FittedLayers(fitted, moments, fitting.folder)
+
+
+def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: Path, started: float) -> Manifest:
+    """Put the basis, all models' coefficients and contents, and the moments into `folder`, and describe it."""
+    fitted, collected = layers.fitted, layers.moments
+    if layers.folder != folder:
+        for path in sorted(layers.folder.iterdir()):
+            link_or_copy(path, folder / path.name)
     basis_id = identify(open_basis(folder).paths)
     models = write_models(zoo, fitted, collected, basis_id, folder)
     write_moments(folder, collected)
@@ -165,40 +224,6 @@ def write_subspace(
     )
 
 
-def _fit_layers(
-    zoo: Zoo,
-    options: FitOptions,
-    per_layer: Mapping[str, FitOptions],
-    folder: Path,
-    progress: Progress,
-    block_bytes: int,
-    known: Mapping[str, LayerMoments],
-) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
-    """Only the Gram of a layer's moments outlives it."""
-    form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
-    writer = BasisWriter(folder, list(zoo.layers), PARTS[form])
-    fitted: dict[str, FittedLayer] = {}
-    moments: dict[str, LayerMoments] = {}
-    try:
-        for number, name in enumerate(zoo.layers):
-            # "Everything" is meant to the last bit, where float32 products would lose the smallest directions.
-            stack = zoo.stack(name, exact=per_layer.get(name, options).wants_everything)
-            if name in known and options.axes == ("models",) and options.center == "models":
-                whole = recentered(known[name])
-            else:
-                whole = collect(stack, options.axes, options.center, block_bytes)
-            layer = fit_layer(stack, whole, per_layer.get(name, options), writer)
-            fitted[name] = replace(layer, coefficients=layer.coefficients.float())
-            moments[name] = replace(whole, outputs=None, inputs=None)
-            progress("fitting layers", number + 1, len(zoo.layers))
-        basis = writer.finish()
-    finally:
-        writer.close()
-    if options.torch_dtype.itemsize < 4:
-        fitted = {name: _as_stored(zoo, layer, moments[name], options, basis) for name, layer in fitted.items()}
-    return fitted, moments
-
-
 def _captured(fitted: FittedLayer, moments: LayerMoments, outside_N: Tensor) -> float:
     """Share of the variance that a rounded basis holds; below zero where it is worse than the mean."""
     if fitted.form == TUCKER and fitted.record.captured is not None:
@@ -217,6 +242,11 @@ def _as_stored(
     projections = [stored.project(stack, place) for place in range(len(zoo))]
     outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
     energy = float(moments.energies_N.sum())
+    bound = fitted.record.bound
+    if bound is not None:
+        # What rounding has lost is what a better basis could hold too.
+        total = energy if zoo.layers[name].kind == "update" else moments.variance
+        bound = max(bound + float(outside_N.sum() - fitted.outside_N.sum()) / total, 0.0)
     return replace(
         fitted,
         coefficients=torch.stack([projection.coefficients for projection in projections]),
@@ -225,6 +255,7 @@ def _as_stored(
             fitted.record,
             residual=float(outside_N.sum()) / energy if energy > 0 else 0.0,
             captured=None if fitted.record.captured is None else _captured(fitted, moments, outside_N),
+            bound=bound,
         ),
     )
 
@@ -271,11 +302,11 @@ def _report(
         layers={name: layer.record for name, layer in fitted.items()},
         energy=energy,
         residual=lost / energy if energy > 0 else 0.0,
-        duplicates=find_duplicates(zoo.names, moments.values()),
+        duplicates=find_duplicates(zoo.names, moments.values(), zoo),
         bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
-        warnings=(*zoo.warnings, *_dtype_warnings(options, fitted.values())),
+        warnings=(*zoo.warnings, *_dtype_warnings(options, fitted.values()), *_precision_warnings(options, fitted)),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
@@ -287,17 +318,19 @@ def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[
     return [f"dtype {options.dtype} has no effect on axis models of updates: the factors keep the dtype of their files"]
 
 
-def find_duplicates(names: Sequence[str], moments: Iterable[LayerMoments]) -> tuple[tuple[str, str], ...]:
-    """Return pairs of models whose analysed layers agree to 1e-5 of their norm, whatever the factors they are stored as."""
-    distances = energies = None
-    for layer in moments:
-        distances = squared_distances(layer.gram_NN) + (0 if distances is None else distances)
-        energies = layer.energies_N + (0 if energies is None else energies)
-    if distances is None or energies is None:
-        return ()
-    close = distances <= DUPLICATE * (energies[:, None] + energies[None, :]) / 2
-    pairs = close.triu(1).nonzero().tolist()
-    return tuple((names[first], names[second]) for first, second in pairs)
+def _precision_warnings(options: FitOptions, fitted: Mapping[str, FittedLayer]) -> list[str]:
+    """Name the layers that have fewer directions than asked for because bfloat16 products cannot tell the others from round-off."""
+    asked = options.rules.get("models")
+    if options.precision != FAST or not isinstance(asked, int):
+        return []
+    short = [name for name, layer in fitted.items() if 0 < layer.ranks.get("models", asked) < asked]
+    if not short:
+        return []
+    return [
+        f"precision 'fast' finds fewer than {asked} directions in {len(short)} layers ({', '.join(short[:3])}"
+        f"{', …' if len(short) > 3 else ''}): the others lie below {BFLOAT16_ROUND_OFF:.0e} of the largest variance; "
+        "use precision 'default' for them"
+    ]
 
 
 def peak_memory() -> int:

@@ -5,62 +5,125 @@ Legend: N models, D values of one flattened layer, K kept directions, O outputs,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from eigenzoo.linalg import kernels
+from eigenzoo.records import Layer
 from eigenzoo.subspace.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
-from eigenzoo.subspace.moments import LayerMoments, centered_rows
 from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
 
 ORTHONORMAL = 1e-6
 """Deviation from orthonormality above which directions are corrected; float32 storage alone gives about 1e-7."""
 
 
+@dataclass(frozen=True)
+class SpanBasis:
+    """A run of the directions from value `start` on, their Gram, and the models' mean there where it goes into the bundle."""
+
+    start: int
+    directions_KD: Tensor
+    gram_KK: Tensor
+    mean_D: Tensor | None
+
+
+def span_basis(
+    extended_ED: Tensor, start: int, inputs: int, weights_NK: Tensor, removed: Tensor | None, dtype: torch.dtype
+) -> SpanBasis:
+    """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
+    rows_ND, rounded_D = extended_ED[:-2], extended_ED[-2]
+    num_models, num_kept = weights_NK.shape
+    # One row more: the mean that rounding left in the rows.
+    weights = torch.cat([weights_NK.T, torch.full((1, num_models), 1 / num_models, dtype=torch.float64)])
+    found = kernels.product(weights.to(rows_ND), rows_ND)
+    directions_KD, mean_D = found[:num_kept], None
+    if removed is None:
+        mean_D = (rounded_D.double() + found[num_kept].double()).cpu()
+    else:
+        # The rows are about the models' mean, M is not: what lies between them comes as often as the weights add up to.
+        between = rounded_D.double() - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
+        directions_KD += (weights_NK.sum(0).to(between.device)[:, None] * between).to(directions_KD.dtype)
+    directions_KD = directions_KD.cpu().to(dtype)
+    gram_KK = kernels.gram(directions_KD.to(torch.promote_types(dtype, torch.float32))).double()
+    return SpanBasis(start, directions_KD, gram_KK, mean_D)
+
+
+def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
+    """Values of M, which is constant along one axis or both, over a run of whole output rows."""
+    return (
+        removed.expand(count // inputs, inputs).reshape(-1)
+        if removed.shape[0] == 1
+        else removed.view(-1)[start : start + count]
+    )
+
+
+def flat_parts(
+    layer: Layer, removed: Tensor | None, spans: Sequence[SpanBasis], coefficients_NK: Tensor, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the center and the directions of a layer whose spans are all in memory, and the coefficients; see `write_flat`."""
+    parts = _center_parts(layer, removed, dtype)
+    if removed is None:
+        mean_D = torch.cat([span.mean_D for span in spans if span.mean_D is not None])
+        parts[f"{layer.name}/mean"] = mean_D.to(torch.promote_types(dtype, torch.float32)).view(layer.shape)
+    num_kept = coefficients_NK.shape[1]
+    if not num_kept:
+        return parts, coefficients_NK
+    directions_KD = spans[0].directions_KD if len(spans) == 1 else torch.cat([span.directions_KD for span in spans], 1)
+    gram_KK = torch.stack([span.gram_KK for span in spans]).sum(0)
+    if deviation_from_identity(gram_KK) > _orthonormal(dtype):
+        lower_KK = torch.linalg.cholesky(gram_KK)
+        directions_KD = torch.linalg.solve_triangular(lower_KK, directions_KD.double(), upper=False).to(dtype)
+        coefficients_NK = coefficients_NK @ lower_KK
+    parts[f"{layer.name}/models"] = directions_KD.view(num_kept, *layer.shape)
+    return parts, coefficients_NK
+
+
 def write_flat(
-    stack: DenseStack,
-    moments: LayerMoments,
-    weights_NK: Tensor,
+    layer: Layer,
+    removed: Tensor | None,
+    spans: Iterable[SpanBasis],
     coefficients_NK: Tensor,
     dtype: torch.dtype,
     writer: TensorWriter,
-    block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
-    """Write the center and the directions V = Wᵀ(X − M) in one pass over the weights; returns the coefficients.
+    """Write the center and the directions, span by span; returns the coefficients.
 
     Directions of small eigenvalues inherit the Gram's round-off and lean on each other; one Cholesky step makes them
     orthonormal again and hands the coefficients the inverse, so that C·V stays what it was.
     """
-    layer, num_kept = stack.layer, weights_NK.shape[1]
-    removed = moments.removed
+    num_kept = coefficients_NK.shape[1]
+    for name, tensor in _center_parts(layer, removed, dtype).items():
+        writer.append(name, tensor)
     mean_dtype = torch.promote_types(dtype, torch.float32)
     if removed is None:
         writer.begin(f"{layer.name}/mean", mean_dtype, layer.shape)
-    elif float(removed.abs().max()) > 0:
-        writer.append(f"{layer.name}/mean", removed.to(mean_dtype))
     if num_kept:
         writer.begin(f"{layer.name}/models", dtype, (num_kept, *layer.shape))
     gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
-    for block in stack.blocks(block_bytes):
-        if removed is None:
-            rows, mean_D = centered_rows(block)
-            writer.write_flat(f"{layer.name}/mean", block.start, mean_D.to(mean_dtype))
-        else:
-            rows = block.rows
-            rows.view(len(stack), -1, layer.shape[1]).sub_(removed.to(rows.dtype))
-        if num_kept:
-            directions = (weights_NK.T.to(rows.dtype) @ rows).to(dtype)
-            gram_KK += (directions.to(rows.dtype) @ directions.T.to(rows.dtype)).double()
-            for number, direction in enumerate(directions):
-                writer.write_flat(f"{layer.name}/models", number * layer.num_values + block.start, direction)
-    if deviation_from_identity(gram_KK) <= max(ORTHONORMAL, 4 * torch.finfo(dtype).eps):
+    for span in spans:
+        gram_KK += span.gram_KK
+        if span.mean_D is not None:
+            writer.write_flat(f"{layer.name}/mean", span.start, span.mean_D.to(mean_dtype))
+        for number, direction in enumerate(span.directions_KD):
+            writer.write_flat(f"{layer.name}/models", number * layer.num_values + span.start, direction)
+    if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
         return coefficients_NK
-    return _orthonormalize(
-        writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype, block_bytes
-    )
+    return _orthonormalize(writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype)
+
+
+def _center_parts(layer: Layer, removed: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The center where it is not the models' mean: its column means or its one mean; nothing where it is zero."""
+    if removed is None or float(removed.abs().max()) == 0:
+        return {}
+    return {f"{layer.name}/mean": removed.to(torch.promote_types(dtype, torch.float32))}
+
+
+def _orthonormal(dtype: torch.dtype) -> float:
+    return max(ORTHONORMAL, 4 * torch.finfo(dtype).eps)
 
 
 def _orthonormalize(
@@ -70,7 +133,7 @@ def _orthonormalize(
     coefficients_NK: Tensor,
     num_values: int,
     dtype: torch.dtype,
-    block_bytes: int,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
     """Replace V by L⁻¹V in place, with LLᵀ = VVᵀ, and return C·L (CholeskyQR, Yamamoto et al. 2015)."""
     lower_KK: Tensor = torch.linalg.cholesky(gram_KK)

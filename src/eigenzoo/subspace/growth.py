@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,24 @@ import torch
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
-from eigenzoo.formats.model import Model
-from eigenzoo.formats.pickle_file import SUFFIXES as PICKLES
+from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.border import bordered, extend
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.fit import find_duplicates, write_subspace
-from eigenzoo.subspace.moments import LayerMoments, collect
-from eigenzoo.subspace.options import FitOptions
+from eigenzoo.subspace.collecting import collect
+from eigenzoo.subspace.duplicates import find_duplicates
+from eigenzoo.subspace.fit import Fitting, fit_layers, write_subspace
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments_cache import opened_cache
+from eigenzoo.subspace.options import EXACT, FitOptions
+from eigenzoo.subspace.originals import find_originals
 from eigenzoo.subspace.recall import RecalledModel, restore_records
-from eigenzoo.subspace.storage import is_at_hand, link_or_copy, moved, source_record, write_model, write_moments
+from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.storage import link_or_copy, moved, source_record, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.work import Work
+from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -95,66 +102,16 @@ def add(
             where=str(space.path),
             next_step="rename the new model's folder",
         )
-    originals = _originals(space, old, allow_pickle)
+    originals = find_originals(space, old, allow_pickle)
     moments = _grown_moments(space, new, originals, progress)
     if refresh:
         return _refreshed(space, new, originals, moments, progress, started, workspace)
     return _extended(space, new, moments, originals is not None, progress, workspace)
 
 
-def _originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | None:
-    """The old models' own files as a zoo in the subspace's order, or None where they are gone or have changed."""
-    if old is not None:
-        zoo = space.open(old, allow_pickle=allow_pickle)
-        missing = [name for name in space.names if name not in zoo.names]
-        if missing:
-            raise UsageError(
-                f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
-            )
-        zoo = zoo.select(names=space.names)
-        for record, model in zip(space.manifest.models, zoo.models, strict=True):
-            there = record.source.model_copy(update={"path": str(model.path.absolute())})
-            known = all(file.sha256 for file in there.files.values())
-            if (known and not is_at_hand(there, space.path)) or _other_scales(space, record.name, model):
-                raise UsageError(
-                    f"the files of {record.name!r} are not those that were fitted",
-                    where=str(model.path),
-                    next_step="leave old= out: the bundle alone then stands for the old models",
-                )
-        return zoo
-    records = {model.name: model.source for model in space.manifest.models}
-    # What a bundle says of its sources is no permission to unpickle them.
-    if _from_pickles(space) and not allow_pickle:
-        return None
-    if not all(is_at_hand(record, space.path) for record in records.values()):
-        return None
-    paths = [space.path / record.path for record in records.values()]
-    zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
-    if any(_other_scales(space, name, model) for name, model in zip(zoo.names, zoo.models, strict=True)):
-        return None
-    return zoo
-
-
-def _other_scales(space: Subspace, name: str, model: Model) -> bool:
-    """Tell whether an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
-    if not model.updates:
-        return False
-    fitted = space.coefficients(name).template.layout.updates
-    return any(fitted[module].scale != update.scale for module, update in model.updates.items() if module in fitted)
-
-
 def _was_exact(space: Subspace) -> bool:
     """Tell whether the old models' files took part in the last growth: else the moments hold what the bundle knew of them."""
     return bool(space.report.get("growth", {}).get("exact", True))
-
-
-def _from_pickles(space: Subspace) -> bool:
-    """Tell whether a source is anything but safetensors, by the names of its files and its own."""
-    return any(
-        not name.endswith(".safetensors")
-        for model in space.manifest.models
-        for name in (*model.source.files, *([model.source.path] if Path(model.source.path).suffix in PICKLES else []))
-    )
 
 
 def _selection(space: Subspace) -> Selection:
@@ -179,12 +136,18 @@ def _grown_moments(
     if not exact and space.manifest.center != "models":
         return None
     zoo = _joined(space, originals, new)
-    grown = {}
-    for number, name in enumerate(space.layers):
-        stack = zoo.stack(name)
-        grown[name] = extend(space.moments(name), stack) if exact else collect(stack)
-        progress("extending moments", number + 1, len(space.layers))
+    grown: dict[str, LayerMoments] = {}
+    with opened_workers(None) as workers:
+        tasks = ((name, [partial(_grow_layer, space, zoo, name, exact, workers.resources)]) for name in space.layers)
+        for name, (found,) in workers.in_order(tasks):
+            grown[name] = found
+            progress("extending moments", len(grown), len(space.layers))
     return grown
+
+
+def _grow_layer(space: Subspace, zoo: Zoo, name: str, exact: bool, resources: Resources) -> LayerMoments:
+    stack = zoo.stack(name)
+    return extend(space.moments(name), stack) if exact else collect(stack, resources=resources)
 
 
 def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
@@ -337,9 +300,11 @@ def _refreshed(
     zoo = _joined(space, known, new)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     try:
-        manifest = write_subspace(
-            zoo, _options(space), _layer_options(space), Path(folder.name), progress, started, moments=moments
-        )
+        root = Path(folder.name)
+        with opened_workers(None) as workers, opened_cache(zoo, enabled=False) as kept:
+            fitting = Fitting(workers, kept, Work(), root)
+            layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, moments)
+            manifest = write_subspace(zoo, _options(space), layers, root, started)
         manifest = _after_refresh(space, new, manifest, originals is not None, Path(folder.name))
     except BaseException:
         folder.cleanup()
@@ -377,6 +342,8 @@ def _options(space: Subspace) -> FitOptions:
         saved["budget"],
         saved["max_error"],
         int(saved["seed"]),
+        saved.get("solver", EXACT),
+        saved.get("precision", DEFAULT),
     )
 
 

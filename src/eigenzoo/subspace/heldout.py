@@ -18,7 +18,8 @@ from eigenzoo.subspace.tucker import collect_cores
 from eigenzoo.zoo.stack import Stack
 
 LARGEST_SIDE = 2048
-"""Beyond this many outputs or inputs a second eigendecomposition costs seconds per layer, and held-out is left to `project`."""
+"""Beyond this many outputs or inputs a second eigendecomposition costs seconds per layer, and held-out is left to `project`;
+a sketch has no such limit."""
 
 NUM_FOLDS = 5
 
@@ -34,10 +35,11 @@ def tucker_capture(
     """Share of held-out models' centred energy that bases and cores of the same ranks, fitted to the others, capture.
 
     One fold of five (by a seeded permutation) is held out: a second pass over the weights, and a second
-    eigendecomposition of each side. None for fewer than five models, for sides above `LARGEST_SIDE`, and without variance.
+    eigendecomposition of each side (where `collect` sketches, a second sketch). None for fewer than five models, for sides above
+    `LARGEST_SIDE` that are not sketched, and without variance.
     """
     num_models = len(stack)
-    if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(stack, ranks):
+    if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(moments, ranks):
         return None
     order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
     held, fitted = order.tensor_split(NUM_FOLDS)[0], torch.cat(order.tensor_split(NUM_FOLDS)[1:])
@@ -58,9 +60,10 @@ def tucker_capture(
     return float(cores[held].square().sum() / total)
 
 
-def _is_large(stack: Stack, ranks: Mapping[str, int]) -> bool:
-    sizes = {"outputs": stack.layer.shape[0], "inputs": stack.layer.shape[1]}
-    return any(sizes[axis] > LARGEST_SIDE for axis in ranks if axis in sizes)
+def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:
+    sides = {"outputs": moments.outputs, "inputs": moments.inputs}
+    exact = (side for axis, side in sides.items() if axis in ranks and side is not None and side.outside is None)
+    return any(side.size > LARGEST_SIDE for side in exact)
 
 
 def _centered_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> Tensor:

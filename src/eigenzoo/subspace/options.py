@@ -8,11 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from eigenzoo.errors import BudgetError, RankError, UsageError
+from eigenzoo.linalg.block_sums import DEFAULT, FAST, HIGH, PRECISIONS
+from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
+from eigenzoo.subspace.sketched import SketchPlan
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 
 Rank = RankRule | Mapping[str, RankRule]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+EXACT, SKETCH = "exact", "sketch"
+SOLVERS = (EXACT, SKETCH)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,9 @@ class FitOptions:
         dtype: what bases are stored in.
         budget: bytes that the whole bundle may have, or None.
         max_error: share of the analysed energy that may be lost, or None.
-        seed: of the null and of the folds.
+        seed: of the null, of the folds and of sketches.
+        solver: how the bases of `outputs` and `inputs` are found: from their moments, or from sketches of them.
+        precision: of products: `high`, `default` or `fast` (see `linalg.block_sums`).
     """
 
     axes: tuple[str, ...]
@@ -36,6 +43,21 @@ class FitOptions:
     budget: int | None
     max_error: float | None
     seed: int
+    solver: str = EXACT
+    precision: str = DEFAULT
+
+    @property
+    def sketch(self) -> SketchPlan | None:
+        """What is to be sketched; None for the exact solver."""
+        if self.solver != SKETCH:
+            return None
+        ranks = {axis: rule for axis, rule in self.rules.items() if axis != "models" and isinstance(rule, int)}
+        return SketchPlan(ranks, self.seed)
+
+    @property
+    def precision_of_products(self) -> str:
+        """The precision that layers are read in: everything is meant to the last bit, which float32 products would lose."""
+        return HIGH if self.wants_everything else self.precision
 
     @property
     def wants_everything(self) -> bool:
@@ -57,6 +79,8 @@ def resolve_options(
     budget: int | None,
     max_error: float | None,
     seed: int,
+    solver: str = EXACT,
+    precision: str = DEFAULT,
 ) -> FitOptions:
     """Resolve what a user wrote; raises UsageError for what cannot be meant together."""
     if budget is not None and max_error is not None:
@@ -69,6 +93,14 @@ def resolve_options(
         raise BudgetError(f"an error bound of {max_error}", rule="it is a share of the energy in [0, 1)")
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
+    if check_choice(solver, SOLVERS, "solver") == SKETCH:
+        _check_sketch(chosen, rules, budget is not None or max_error is not None)
+    if precision == FAST and 1.0 in rules.values() and any(isinstance(rule, float) for rule in rules.values()):
+        raise UsageError(
+            "precision 'fast' with rank 1.0",
+            rule=f"bfloat16 products lose eigenvalues below {BFLOAT16_ROUND_OFF:.0e} of the largest, and 1.0 asks for all of them",
+            next_step="use precision 'high' or 'default', or a rank below 1.0",
+        )
     return FitOptions(
         chosen,
         rules,
@@ -77,7 +109,33 @@ def resolve_options(
         budget,
         max_error,
         seed,
+        solver,
+        check_choice(precision, PRECISIONS, "precision"),
     )
+
+
+def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided: bool) -> None:
+    """Raise UsageError for what a sketch cannot give: it holds no more of a side's spectrum than a rank asks for."""
+    sides = [axis for axis in axes if axis != "models"]
+    if not sides:
+        raise UsageError(
+            "solver 'sketch' without axis outputs or inputs",
+            rule="axis models is solved by the Gram of the models, which needs no sketch",
+            next_step="add an axis, such as axes=('models', 'outputs'), or leave the solver out",
+        )
+    if decided:
+        raise UsageError(
+            "solver 'sketch' with a budget or an error bound",
+            rule="these choose ranks by whole spectra, and a sketch holds the leading directions alone",
+            next_step=f"give a number of directions for each of {', '.join(sides)}, or use solver 'exact'",
+        )
+    for axis in sides:
+        if not isinstance(rules[axis], int):
+            raise UsageError(
+                f"solver 'sketch' with rank {rules[axis]!r} for axis {axis!r}",
+                rule="shares and 'auto' are chosen by whole spectra, and a sketch holds the leading directions alone",
+                next_step=f"give a number, such as rank={{{axis!r}: 64}}, or use solver 'exact'",
+            )
 
 
 def _axes_of(rank: Rank | None) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from eigenzoo.subspace.allocation import LayerSpectra, Overhead, collect_spectra
 from eigenzoo.subspace.bytes import break_even
 from eigenzoo.subspace.fit import opened
 from eigenzoo.subspace.options import DTYPES
+from eigenzoo.subspace.workers import Workers, opened_workers
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import BLOCK_BYTES
 from eigenzoo.zoo.zoo import Zoo
 
 CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
@@ -73,6 +73,9 @@ def plan(
     axes: Sequence[str] | None = None,
     center: str = "models",
     dtype: str = "float32",
+    device: str = "cpu",
+    max_memory: int | None = None,
+    workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
     """Print-ready table of error against bytes; one pass over the weights, no basis.
@@ -83,6 +86,9 @@ def plan(
             layers cost N·D·(O + I) products and an O³ eigendecomposition: name `models` alone to be spared them.
         center: what is removed first.
         dtype: what bases would be stored in.
+        device: where products run: "cpu" or "cuda".
+        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
+        workers: where tasks run instead of this process's threads.
         progress: called as progress(stage, done, total).
     """
     check_choice(center, CENTERS, "center")
@@ -95,9 +101,10 @@ def plan(
     choices = CHOICES if axes is None else (check_axes(axes),)
     wanted = tuple(axis for axis in AXES if any(axis in choice for choice in choices))
     # The models' Gram is always collected: without it nothing is known of the mean.
-    spectra = collect_spectra(
-        source, ("models", *(axis for axis in wanted if axis != "models")), center, BLOCK_BYTES, progress
-    )
+    with opened_workers(workers, max_memory, device) as running:
+        spectra = collect_spectra(
+            source, ("models", *(axis for axis in wanted if axis != "models")), center, running, progress
+        )
     energy = sum(layer.energy for layer in spectra.values())
     known = {choice: overhead(source, choice) for choice in choices}
     rows = [

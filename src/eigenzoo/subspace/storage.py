@@ -20,6 +20,7 @@ from eigenzoo.formats.bundle import MOMENTS, coefficient_file, file_sha256, writ
 from eigenzoo.formats.contents import ContentStore, Template, put_template
 from eigenzoo.formats.manifest import LayerRecord, ModelRecord, SourceFile, SourceRecord
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.remote import is_url, remote_url
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.records import Layer
@@ -128,21 +129,32 @@ def _stacked_sizes(layer: str, files: BasisFiles) -> tuple[int, int]:
 
 def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
     """Write the Gram of every layer."""
-    values: dict[str, Tensor] = {}
-    for name, layer in moments.items():
-        values[f"{name}/gram"], values[f"{name}/cross"] = layer.gram_NN, layer.cross_N
-        values[f"{name}/reference_energy"] = torch.tensor([layer.reference_energy], dtype=torch.float64)
-        values[f"{name}/round_off"] = torch.tensor([layer.round_off], dtype=torch.float64)
-        if layer.shift_N is not None:
-            values[f"{name}/shift"] = layer.shift_N
-            values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
-        if layer.entries is not None:
-            values[f"{name}/entries"] = torch.tensor([layer.entries], dtype=torch.float64)
-        traits = {"sums": layer.sums_N, "singular": layer.singular_NR, "starts": layer.starts_NN}
-        values |= {f"{name}/{part}": value for part, value in traits.items() if value is not None}
-    layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
+    values = {key: value for name, layer in moments.items() for key, value in moment_tensors(name, layer).items()}
     num_reference = next(iter(moments.values())).num_reference
-    write_tensors(folder / MOMENTS, layout, values.__getitem__, {REFERENCE: str(num_reference)})
+    write_moment_tensors(folder / MOMENTS, values, num_reference)
+
+
+def write_moment_tensors(
+    path: Path, values: Mapping[str, Tensor], num_reference: int, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors of moments to a file, which need not be on the disk yet when this returns."""
+    layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
+    described = {REFERENCE: str(num_reference), **(metadata or {})}
+    write_tensors(path, layout, values.__getitem__, described, sync=False)
+
+
+def moment_tensors(name: str, layer: LayerMoments) -> dict[str, Tensor]:
+    """Return one layer's moments as they are stored."""
+    values = {f"{name}/gram": layer.gram_NN, f"{name}/cross": layer.cross_N}
+    values[f"{name}/reference_energy"] = torch.tensor([layer.reference_energy], dtype=torch.float64)
+    values[f"{name}/round_off"] = torch.tensor([layer.round_off], dtype=torch.float64)
+    if layer.shift_N is not None:
+        values[f"{name}/shift"] = layer.shift_N
+        values[f"{name}/shift_energy"] = torch.tensor([layer.shift_energy], dtype=torch.float64)
+    if layer.entries is not None:
+        values[f"{name}/entries"] = torch.tensor([layer.entries], dtype=torch.float64)
+    traits = {"sums": layer.sums_N, "singular": layer.singular_NR, "starts": layer.starts_NN}
+    return values | {f"{name}/{part}": value for part, value in traits.items() if value is not None}
 
 
 def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerMoments:
@@ -212,16 +224,20 @@ def source_record(model: Model, root: Path) -> SourceRecord:
         status = path.stat()
         key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
         files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
-    return SourceRecord(path=_relative(model.path, root), files=files)
+    return SourceRecord(path=remote_url(model.path) or _relative(model.path, root), files=files)
 
 
 def moved(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
     """Return a source's record with its path from another folder."""
+    if is_url(record.path):
+        return record
     return record.model_copy(update={"path": _relative(old_root / record.path, new_root)})
 
 
 def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
     """Return a source's record with its path from another folder, and checksums of the files that are still there."""
+    if is_url(record.path):
+        return record
     path = old_root / record.path
     folder = path if path.is_dir() else path.parent
     files = {
@@ -243,7 +259,12 @@ def _sha256(path: Path, known: SourceFile) -> str | None:
 
 
 def is_at_hand(record: SourceRecord, root: Path) -> bool:
-    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum."""
+    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum.
+
+    Files of a store count as gone: growing from them again is a choice that `old` makes.
+    """
+    if is_url(record.path):
+        return False
     path = root / record.path
     folder = path if path.is_dir() else path.parent
     for name, known in record.files.items():

@@ -56,6 +56,10 @@ ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e
 """Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
 
 
+MEASURED = ("seconds", "peak_memory")
+"""What the report of a fit says of the run and not of the result."""
+
+
 class Subspace:
     """The shared subspace of a zoo, with every model's coefficients in it; made by `fit`, `load` or `add`.
 
@@ -287,8 +291,10 @@ class Subspace:
                 for model in self.manifest.models
             ]
             base = self.manifest.base and with_checksums(self.manifest.base, self.path.absolute(), root)
+            # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
+            report = {key: value for key, value in self.report.items() if key not in MEASURED}
             manifest = self.manifest.model_copy(
-                update={"files": record_files(staging), "models": sources, "base": base}
+                update={"files": record_files(staging), "models": sources, "base": base, "report": report}
             )
             _write_counted(staging, manifest)
         return target

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.basis import TUCKER, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.subspace.basis import TUCKER, LayerBasis, PartWriter, Projection, deviation_from_identity
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
@@ -78,7 +78,7 @@ def write_tucker(
     inputs_IQ: Tensor | None,
     shared_KPQ: Tensor | None,
     dtype: torch.dtype,
-    writer: TensorWriter,
+    writer: PartWriter,
 ) -> None:
     """Write the mean, the bases of the sides, and the shared cores."""
     for part, tensor in (("mean", cores.mean), ("outputs", outputs_OP), ("inputs", inputs_IQ), ("models", shared_KPQ)):

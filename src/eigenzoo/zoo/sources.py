@@ -1,16 +1,23 @@
-"""From what a user writes (folder, glob, list, text file) to the paths of models."""
+"""From what a user writes (folder, glob, list, text file, URL) to the paths of models."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from eigenzoo.errors import ZooError
+from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.opening import is_model
+from eigenzoo.formats.remote import is_url, remote_url
+from eigenzoo.formats.remote.address import local_path, shown_url
+from eigenzoo.formats.remote.mirror import mirror_models
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.zoo.remote_sources import find_remote, last_name
 
 Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
@@ -20,32 +27,72 @@ MAX_DEPTH = 3
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def find_models(source: Source) -> list[Path]:
+@dataclass(frozen=True)
+class Unreadable:
+    """A remote model that cannot be read, and why."""
+
+    name: str
+    error: EigenzooError
+
+
+def find_models(source: Source, progress: Progress = no_progress) -> list[Path | Unreadable]:
     """Return the paths of the models that a source names, each once, in the order given; folders and globs by name.
 
     A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
-    `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there.
+    `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there. A URL is listed by the same rules,
+    and its models are mirrored: the path is that of the mirror.
     """
     try:
-        paths = list(dict.fromkeys(_expand(source)))
+        found = list(dict.fromkeys(_expand(source)))
     except RecursionError as error:
         raise ZooError(
-            "a list of models names itself", where=repr(source), rule="a .txt file lists models, not itself"
+            "a list of models names itself", where=shown_source(source), rule="a .txt file lists models, not itself"
         ) from error
     except UnicodeDecodeError as error:
-        raise ZooError("a list of models is not UTF-8 text", where=repr(source)) from error
-    if not paths:
+        raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
+    models = _mirrored(found, progress)
+    if not models:
         raise ZooError(
             "no model is found",
-            where=repr(source),
-            rule="a zoo is a folder of models, a glob, a list, or a .txt file of paths",
+            where=shown_source(source),
+            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, or URLs of such",
         )
-    return paths
+    return models
 
 
-def _expand(source: Source) -> list[Path]:
+def shown_source(source: Source) -> str:
+    """Say what a user named, without the secrets of URLs."""
+    if isinstance(source, list | tuple):
+        return repr([shown_url(item) if isinstance(item, str) else item for item in source])
+    return repr(shown_url(source) if isinstance(source, str) else source)
+
+
+def _mirrored(found: Sequence[Path | str], progress: Progress) -> list[Path | Unreadable]:
+    """Put the mirrors of the models of URLs in the URLs' places."""
+    urls = [item for item in found if isinstance(item, str)]
+    if not urls:
+        return [item for item in found if isinstance(item, Path)]
+    listed = find_remote(urls, MAX_DEPTH, _natural)
+    paths = iter(mirror_models([model for models in listed for model in models], progress))
+    models: list[Path | Unreadable] = []
+    by_url = dict(zip(urls, listed, strict=True))
+    for item in found:
+        if isinstance(item, Path):
+            models.append(item)
+            continue
+        for model in by_url[item]:
+            path = next(paths)
+            models.append(Unreadable(last_name(model), path) if isinstance(path, EigenzooError) else path)
+    return list(dict.fromkeys(models))
+
+
+def _expand(source: Source) -> list[Path | str]:
     if not isinstance(source, str | os.PathLike):
         return [path for item in source for path in _expand(item)]
+    if isinstance(source, str):
+        if is_url(source):
+            return [source]
+        source = local_path(source)
     path = Path(source)
     if path.is_dir() and is_bundle(path):
         raise ZooError(
@@ -54,14 +101,19 @@ def _expand(source: Source) -> list[Path]:
             next_step="use verify, project, rebuild or add on it, or name the models it was made from",
         )
     if path.is_dir():
-        return [path] if is_model(path) else _in_folder(path, MAX_DEPTH)
+        return [path] if is_model(path) else [*_in_folder(path, MAX_DEPTH)]
     if path.suffix == ".txt" and path.is_file():
         return _in_list(path)
     if path.is_file():
         return [path]
     if glob.has_magic(str(source)):
-        return _in_glob(str(source))
-    raise ZooError("there is no such file or folder", where=str(source))
+        return [*_in_glob(str(source))]
+    spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
+    raise ZooError(
+        "there is no such file or folder",
+        where=str(source),
+        next_step="a URL is given as text, since a path has no double slash" if spoilt else "",
+    )
 
 
 def _in_folder(folder: Path, depth: int) -> list[Path]:
@@ -90,9 +142,12 @@ def _in_glob(pattern: str) -> list[Path]:
     return found
 
 
-def _in_list(file: Path) -> list[Path]:
+def _in_list(file: Path) -> list[Path | str]:
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    return [path for line in lines if line and not line.startswith("#") for path in _expand(file.parent / line)]
+    items: list[Path | str] = [
+        line if "://" in line else file.parent / line for line in lines if line and not line.startswith("#")
+    ]
+    return _expand(items)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
@@ -119,7 +174,7 @@ def name_models(paths: list[Path]) -> list[str]:
     repeated = {stem for stem, count in Counter(stems).items() if count > 1}
     if not repeated:
         return stems
-    resolved = [Path(os.path.abspath(path)) for path in paths]
+    resolved = [_whole_path(path) for path in paths]
     common = Path(os.path.commonpath([path.parent for path in resolved]))
     return [
         path.relative_to(common).with_suffix("").as_posix()
@@ -129,6 +184,14 @@ def name_models(paths: list[Path]) -> list[str]:
         else stem
         for path, stem in zip(resolved, stems, strict=True)
     ]
+
+
+def _whole_path(path: Path) -> Path:
+    """The absolute path, or for a mirror the URL as if it were one; a commit of the hub says nothing in a name."""
+    url = remote_url(path)
+    if url is None:
+        return Path(os.path.abspath(path))
+    return Path("/", re.sub(r"@[0-9a-f]{40}(?=/|$)", "", url.replace("://", "/").replace("::", "/")))
 
 
 def _folder_name(path: Path) -> str:

@@ -1,6 +1,6 @@
 """One layer across all models, read in blocks.
 
-Legend: N models, D values of the flattened layer, O outputs, I inputs, R one update's rank.
+Legend: N models, D values of the flattened layer, O outputs, I inputs, R one update's rank, P ranks of a tile's updates.
 """
 
 from __future__ import annotations
@@ -8,32 +8,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.rows import read_rows
+from eigenzoo.linalg import kernels
+from eigenzoo.linalg.update_tiles import Tile
 from eigenzoo.records import Layer
+from eigenzoo.zoo.buffers import borrow
 from eigenzoo.zoo.layers import LayerSource
 
 BLOCK_BYTES = 64 * 2**20
-"""Bytes of one block: large enough for the product to run at its full rate, small enough to stay off the peak."""
+"""Bytes of one block where nothing else bounds it: large enough for long reads, small enough to stay off the peak."""
 
-EXACT_VALUES = 2**24
-"""Stacks of at most this many values are read as float64: there the exact product costs under 0.1 s."""
+SPAN_BYTES = 128 * 2**20
+"""Bytes of one span: a layer is cut into spans by its shape and its number of models alone, so that sums over them are the same to
+the last bit however many workers there are."""
+
+EXACT_VALUES = 2**20
+"""Stacks of at most this many values are read as float64: there the exact product costs a few milliseconds."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Values start:stop of the flattened layer of all models, rows (N, stop − start); the caller may overwrite them."""
+    """Values start:stop of the flattened layer of all models, rows (N, stop − start); the caller may overwrite them.
+
+    `extended` is the same memory with two more rows, of unspecified values.
+    """
 
     start: int
     stop: int
     rows: Tensor
+    extended: Tensor
 
 
 class DenseStack:
-    """A layer of full weights (or of LoRA factors) across all models, minus a base where one is given."""
+    """A layer of full weights (or of LoRA factors) across all models, minus a base where one is given.
+
+    Attributes:
+        layer, names: what it is, and of which models.
+        precision: `high` reads float64, else float32 unless the files hold float64 or the stack is small.
+        dtype: what rows are read as.
+    """
 
     def __init__(
         self,
@@ -42,12 +61,12 @@ class DenseStack:
         names: Sequence[str],
         sources: Sequence[LayerSource],
         base: Model | None,
-        exact: bool = False,
+        precision: str = "default",
     ) -> None:
-        self.layer, self.names = layer, tuple(names)
+        self.layer, self.names, self.precision = layer, tuple(names), precision
         self._models, self._sources, self._base = tuple(models), tuple(sources), base
         small = len(models) * layer.num_values <= EXACT_VALUES
-        self.dtype = torch.float64 if small or exact or layer.dtype == "float64" else torch.float32
+        self.dtype = torch.float64 if small or precision == "high" or layer.dtype == "float64" else torch.float32
 
     def __len__(self) -> int:
         return len(self._models)
@@ -56,62 +75,100 @@ class DenseStack:
         """Return the same layer of some of the models."""
         chosen = [self._models[place] for place in places], [self.names[place] for place in places]
         sources = [self._sources[place] for place in places]
-        return DenseStack(self.layer, *chosen, sources, self._base, self.dtype == torch.float64)
+        precision = "high" if self.dtype == torch.float64 else self.precision
+        return DenseStack(self.layer, *chosen, sources, self._base, precision)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all models' rows and of the two that a block has besides."""
+        return (len(self) + 2) * self.layer.num_values * self.dtype.itemsize
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Cut the flattened layer into runs of whole output rows of at most `SPAN_BYTES` (one row at least)."""
+        return self._cut(SPAN_BYTES)
+
+    def _cut(self, num_bytes: int) -> list[tuple[int, int]]:
+        outputs, inputs = self.layer.shape
+        rows = max(1, min(outputs, num_bytes // (len(self) * inputs * self.dtype.itemsize)))
+        return [(first * inputs, min(first + rows, outputs) * inputs) for first in range(0, outputs, rows)]
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         """Read the stack in blocks of whole output rows with the rows of all models; one buffer, reused.
 
         Raises DataError, naming the model, for NaN and Inf.
         """
-        outputs, inputs = self.layer.shape
-        rows_per_block = max(1, min(outputs, block_bytes // (len(self) * inputs * self.dtype.itemsize)))
-        buffer = torch.empty(len(self) * rows_per_block * inputs, dtype=self.dtype)
-        offset = torch.empty(rows_per_block * inputs, dtype=self.dtype) if self._base is not None else None
-        for first in range(0, outputs, rows_per_block):
-            start, stop = first * inputs, min(first + rows_per_block, outputs) * inputs
-            rows = buffer[: len(self) * (stop - start)].view(len(self), stop - start)
-            for row, model, source in zip(rows, self._models, self._sources, strict=True):
-                model.read_flat(source.key, start, stop, out=row)
-                if source.scale != 1.0:
-                    row.mul_(source.scale)
-            if self._base is not None and offset is not None:
-                rows -= self._base.read_flat(self.layer.name, start, stop, out=offset[: stop - start])
-            self._check_finite(rows)
-            yield Block(start, stop, rows)
+        runs = self._cut(block_bytes)
+        with borrow(len(self) + 2, max(stop - start for start, stop in runs), self.dtype) as buffer:
+            for start, stop in runs:
+                extended = buffer.view(-1)[: (len(self) + 2) * (stop - start)].view(len(self) + 2, stop - start)
+                block = Block(start, stop, extended[:-2], extended)
+                self.read(start, stop, block.rows)
+                if not torch.isfinite(block.rows.sum()):
+                    self.check_finite(start, stop)
+                yield block
+
+    def read(self, start: int, stop: int, rows: Tensor) -> None:
+        """Fill `rows` (N, stop − start), contiguous, with values of all models, unchecked."""
+        read_rows(self._models, [source.key for source in self._sources], start, stop, rows)
+        for row, source in zip(rows, self._sources, strict=True):
+            if source.scale != 1.0:
+                row.mul_(source.scale)
+        if self._base is not None:
+            kernels.subtract(rows, self._base_values(start, stop))
 
     def matrix(self, place: int) -> Tensor:
         """Read one model's whole layer as an (O, I) matrix."""
-        rows = torch.empty(self.layer.num_values, dtype=self.dtype)
+        values = torch.empty(self.layer.num_values, dtype=self.dtype)
         source = self._sources[place]
-        self._models[place].read_flat(source.key, 0, rows.numel(), out=rows)
+        self._models[place].read_flat(source.key, 0, values.numel(), out=values)
         if source.scale != 1.0:
-            rows.mul_(source.scale)
+            values.mul_(source.scale)
         if self._base is not None:
-            rows -= self._base.read_flat(self.layer.name, 0, rows.numel(), out=torch.empty_like(rows))
-        self._check_finite(rows[None], place)
-        return rows.view(self.layer.shape)
+            values -= self._base_values(0, values.numel())
+        if not torch.isfinite(values.sum()):
+            self._check_row(values, place)
+        return values.view(self.layer.shape)
 
-    def _check_finite(self, rows: Tensor, place: int = 0) -> None:
-        # A sum is one pass and no copy; it is not finite if any value is not. Overflow of the sum itself is ruled out
-        # by looking again at the values.
-        if torch.isfinite(rows.sum()):
-            return
-        for number, row in enumerate(rows):
-            bad = int((~torch.isfinite(row)).sum())
-            if bad:
-                raise _not_finite(self.names[place + number], self.layer.name, bad)
+    def _base_values(self, start: int, stop: int) -> Tensor:
+        assert self._base is not None
+        return self._base.read_flat(self.layer.name, start, stop, out=torch.empty(stop - start, dtype=self.dtype))
+
+    def check_finite(self, start: int, stop: int) -> None:
+        """Read values anew and raise DataError for the first model with NaN or Inf among them; nothing where all are finite."""
+        with borrow(len(self), stop - start, self.dtype) as rows:
+            self.read(start, stop, rows)
+            for place, row in enumerate(rows):
+                self._check_row(row, place)
+
+    def _check_row(self, row: Tensor, place: int) -> None:
+        bad = int((~torch.isfinite(row)).sum())
+        if bad:
+            raise _not_finite(self.names[place], self.layer.name, bad)
 
 
 class UpdateStack:
-    """A LoRA update across all models, as factors with the scale in B."""
+    """A LoRA update across all models, as factors with the scale in B.
 
-    dtype = torch.float64
+    Attributes:
+        layer, names: what it is, and of which models.
+        precision: as of a `DenseStack`.
+        ranks: rank of each model's update, from the headers.
+        dtype: what products of factors run in; `factors` gives float64 whatever it is.
+    """
 
     def __init__(
-        self, layer: Layer, models: Sequence[Model], names: Sequence[str], sources: Sequence[LayerSource]
+        self,
+        layer: Layer,
+        models: Sequence[Model],
+        names: Sequence[str],
+        sources: Sequence[LayerSource],
+        precision: str = "default",
     ) -> None:
-        self.layer, self.names = layer, tuple(names)
+        self.layer, self.names, self.precision = layer, tuple(names), precision
         self._models, self._sources = tuple(models), tuple(sources)
+        self.ranks = tuple(model.updates[source.key].rank for model, source in zip(models, sources, strict=True))
+        small = sum(self.ranks) * sum(layer.shape) <= EXACT_VALUES
+        self.dtype = torch.float64 if small or precision == "high" or layer.dtype == "float64" else torch.float32
 
     def __len__(self) -> int:
         return len(self._models)
@@ -119,12 +176,8 @@ class UpdateStack:
     def subset(self, places: Sequence[int]) -> UpdateStack:
         """Return the same layer of some of the models."""
         chosen = [self._models[place] for place in places], [self.names[place] for place in places]
-        return UpdateStack(self.layer, *chosen, [self._sources[place] for place in places])
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Rank of each model's update, from the headers."""
-        return tuple(model.updates[source.key].rank for model, source in zip(self._models, self._sources, strict=True))
+        precision = "high" if self.dtype == torch.float64 else self.precision
+        return UpdateStack(self.layer, *chosen, [self._sources[place] for place in places], precision)
 
     def stored_factors(self, place: int) -> tuple[Tensor, Tensor, float]:
         """Read one model's factors as they are stored: B (O, R), A (R, I), and the scale that is not in them."""
@@ -135,6 +188,27 @@ class UpdateStack:
             if bad:
                 raise _not_finite(self.names[place], self.layer.name, bad)
         return b_OR, a_RI, source.scale
+
+    def tile(self, places: Sequence[int], b_OP: Tensor, a_PI: Tensor) -> Tile:
+        """Read the factors of some models side by side into memory that is given, the scale in B; unchecked."""
+        ranks = tuple(self.ranks[place] for place in places)
+        first = 0
+        for place, rank in zip(places, ranks, strict=True):
+            source = self._sources[place]
+            b_OR, a_RI = self._models[place].read_factors(source.key)
+            run = slice(first, first + rank)
+            if b_OR.dtype == b_OP.dtype:
+                np.multiply(b_OR.numpy(), b_OR.numpy().dtype.type(source.scale), out=b_OP[:, run].numpy())
+            else:
+                b_OP[:, run].copy_(b_OR).mul_(source.scale)
+            a_PI[run].copy_(a_RI)
+            first += rank
+        return Tile(b_OP, a_PI, ranks)
+
+    def check_finite(self) -> None:
+        """Read all factors anew and raise DataError for the first with NaN or Inf; nothing where all are finite."""
+        for place in range(len(self)):
+            self.stored_factors(place)
 
     def factors(self, place: int) -> tuple[Tensor, Tensor]:
         """Read one model's factors in float64 with the scale in B."""

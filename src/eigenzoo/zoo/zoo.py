@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,11 +17,13 @@ from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.remote import remote_url
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.views import VIEWS, check_choice
 from eigenzoo.zoo.layers import default_view
 from eigenzoo.zoo.matching import Match, Selection, match_models
-from eigenzoo.zoo.sources import Source, find_models, name_models
+from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 
@@ -60,6 +63,21 @@ class Zoo:
         self._match: Match = match_models(self.models, self.names, selection, base)
         self.warnings = tuple(_warnings(self.models, self.names))
 
+    def __reduce__(self) -> tuple[Callable[[ZooSource], Zoo], tuple[ZooSource]]:
+        """Travel to another process as paths and choices: there the files are opened anew, once for all tasks."""
+        return reopen, (self.source(),)
+
+    def source(self) -> ZooSource:
+        """Return what this zoo was opened from."""
+        return ZooSource(
+            tuple(_address(model) for model in self.models),
+            self.names,
+            self.selection,
+            None if self.base is None else _address(self.base),
+            self.skipped,
+            any(isinstance(model, PickleStateDict) for model in (*self.models, self.base)),
+        )
+
     @property
     def view(self) -> str:
         """How a layer becomes a matrix."""
@@ -91,13 +109,18 @@ class Zoo:
         """Bytes of the analysed layers in the files of all models."""
         return sum(source.layer.num_bytes for sources in self._match.sources for source in sources.values())
 
-    def stack(self, layer: str, *, exact: bool = False) -> Stack:
-        """Return one layer across all models, unread; `exact` asks for float64 whatever its size."""
+    def stack(self, layer: str, *, precision: str = "default") -> Stack:
+        """Return one layer across all models, unread; `precision` is that of products: `high` is float64 whatever its size."""
         spec = self._match.layers[layer]
         sources = [sources[layer] for sources in self._match.sources]
         if spec.kind == "update":
-            return UpdateStack(spec, self.models, self.names, sources)
-        return DenseStack(spec, self.models, self.names, sources, self.base if self.view == "delta" else None, exact)
+            return UpdateStack(spec, self.models, self.names, sources, precision)
+        base = self.base if self.view == "delta" else None
+        return DenseStack(spec, self.models, self.names, sources, base, precision)
+
+    def keys(self, layer: str) -> list[tuple[str, float]]:
+        """Return where each model keeps a layer, and by what its values are multiplied."""
+        return [(sources[layer].key, sources[layer].scale) for sources in self._match.sources]
 
     def select(
         self,
@@ -167,6 +190,31 @@ class Zoo:
         return values
 
 
+@dataclass(frozen=True)
+class ZooSource:
+    """Where a zoo's models lie and what was chosen of them: from this it is opened again in another process."""
+
+    paths: tuple[str, ...]
+    names: tuple[str, ...]
+    selection: Selection
+    base: str | None
+    skipped: tuple[SkippedModel, ...]
+    allow_pickle: bool
+
+
+@lru_cache(maxsize=4)
+def reopen(source: ZooSource) -> Zoo:
+    """Open a zoo again from where it was opened; a process opens it once."""
+    models = open_models(source.paths, allow_pickle=source.allow_pickle).models
+    base = None if source.base is None else open_models([source.base], allow_pickle=source.allow_pickle).models[0]
+    return Zoo(models, source.names, source.selection, base, source.skipped)
+
+
+def _address(model: Model) -> str:
+    """A model's URL, or its absolute path."""
+    return remote_url(model.path) or str(model.path.absolute())
+
+
 def open_zoo(
     source: Source,
     *,
@@ -181,7 +229,8 @@ def open_zoo(
     """Open many models as one zoo; reads headers and configs, no values.
 
     Args:
-        source: a folder of models, a glob, a list of paths, or a .txt file with a path a line.
+        source: a folder of models, a glob, a list of paths, or a .txt file with a path a line; or URLs in the place of
+            paths (`s3://…`, `hf://…`, whatever fsspec opens), of which only the parts that are needed are read.
         view: `weight`, `delta` (minus `base`), `update` (scaled ΔW of LoRA adapters) or `factors`; by default `update`
             for adapters, `delta` where a base is given, else `weight`.
         base: the checkpoint that view `delta` subtracts.
@@ -193,7 +242,7 @@ def open_zoo(
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
     models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
-    base_model = open_model(Path(base), allow_pickle=allow_pickle) if base is not None else None
+    base_model = open_model(os.fspath(base), allow_pickle=allow_pickle) if base is not None else None
     chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
     if chosen != "delta" and base_model is not None:
         raise UsageError(f"a base is given with view {chosen!r}", rule="only view 'delta' subtracts a base")
@@ -219,25 +268,27 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 def _open_named(
     source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[str], list[SkippedModel]]:
-    models, skipped = _open_all(find_models(source), allow_missing, allow_pickle, progress)
+    models, skipped = _open_all(find_models(source, progress), allow_missing, allow_pickle, progress)
     if not models:
-        raise ZooError("no model can be read", where=repr(source), rule=skipped[0].reason if skipped else "")
+        raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
     return models, name_models([model.path for model in models]), skipped
 
 
 def _open_all(
-    paths: list[Path], allow_missing: bool, allow_pickle: bool, progress: Progress
+    found: Sequence[Path | Unreadable], allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[SkippedModel]]:
     models: list[Model] = []
     skipped: list[SkippedModel] = []
-    for number, path in enumerate(paths):
+    for number, path in enumerate(found):
         try:
+            if isinstance(path, Unreadable):
+                raise path.error
             models.append(open_model(path, allow_pickle=allow_pickle))
         except EigenzooError as error:
             if not allow_missing:
                 raise
             skipped.append(SkippedModel(path.name, str(error)))
-        progress("opening models", number + 1, len(paths))
+        progress("opening models", number + 1, len(found))
     return models, skipped
 
 

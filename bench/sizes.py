@@ -1,0 +1,112 @@
+"""What `python -m bench` runs at each size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.collection import AdapterRecipe, CheckpointRecipe, Recipe
+from bench.peers import PEERS
+
+NOT_ASKED = ("eigenzoo-moments",)
+"""Peers that run only where they are named by `--only`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One collection and who fits it (all that can, by default), with as many directions as are planted.
+
+    Those of `cold` also with the files out of memory.
+    """
+
+    name: str
+    recipe: Recipe
+    num_models: int
+    cold: tuple[str, ...] = ("eigenzoo",)
+    only: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.recipe.planted
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        return self.only or tuple(
+            name for name, peer in PEERS.items() if self.recipe.kind in peer.kinds and name not in NOT_ASKED
+        )
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Fits of LoRA factors over numbers of models, of layers, and of directions; the last of each is what the others stay at."""
+
+    recipe: AdapterRecipe
+    models: tuple[int, ...]
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AddingPlan:
+    """Models that are fitted, models that are added, and in which ways (see `adding`)."""
+
+    recipe: AdapterRecipe
+    old: int
+    new: int
+    steps: tuple[str, ...] = ("refit", "add", "add-refresh", "alone", "alone-refresh")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A run of everything.
+
+    Attributes:
+        repeats: times that a measurement of less than `LONG` seconds is taken; the fastest counts.
+        seconds: after which a peer is stopped.
+    """
+
+    cases: tuple[Case, ...]
+    growth: GrowthPlan
+    adding: AddingPlan
+    repeats: int
+    seconds: float
+
+
+LONG = 30.0
+
+TINY = AdapterRecipe(num_layers=2, hidden=256, kv=64, rank=4, planted=4)
+TINY_VIT = CheckpointRecipe(hidden=32, depth=1, mlp=64, image=32, num_labels=10, planted=4)
+FOUR, EIGHT = AdapterRecipe(num_layers=4), AdapterRecipe(num_layers=8)
+
+SIZES = {
+    "ci": Size(
+        (
+            Case("lora-12", TINY, 12, cold=()),
+            Case("vit-10", TINY_VIT, 10, cold=(), only=("eigenzoo", "eigenzoo-delta", "numpy")),
+        ),
+        GrowthPlan(TINY, (6, 12), (2,), (4,)),
+        AddingPlan(TINY, 12, 2, ("refit", "add", "alone")),
+        repeats=1,
+        seconds=60,
+    ),
+    "small": Size(
+        (
+            Case("lora-40", FOUR, 40),
+            Case("vit-24", CheckpointRecipe(hidden=256, depth=3, mlp=1024), 24),
+        ),
+        GrowthPlan(FOUR, (20, 40), (1, 4), (4, 16)),
+        AddingPlan(FOUR, 40, 4),
+        repeats=1,
+        seconds=60,
+    ),
+    "full": Size(
+        (
+            Case("lora-100", EIGHT, 100),
+            Case("lora-500", EIGHT, 500),
+            Case("vit-40", CheckpointRecipe(), 40),
+        ),
+        GrowthPlan(EIGHT, (25, 50, 100, 200), (1, 2, 4, 8), (1, 4, 16, 64)),
+        AddingPlan(EIGHT, 500, 10),
+        repeats=3,
+        seconds=1800,
+    ),
+}

@@ -1,0 +1,77 @@
+"""Files that stay open while a pass over a zoo lasts: hundreds of models are read in tens of thousands of short reads."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+from eigenzoo.errors import FormatError
+
+Identity = tuple[int, int]
+"""Size and time of change: by them a file is known to be the one whose header was read."""
+
+_lock = threading.Lock()
+_open: dict[Path, tuple[FileIO, Identity]] = {}
+_depth = 0
+
+
+@contextmanager
+def kept_open() -> Iterator[None]:
+    """Keep the files that are read while inside open, half as many as the system allows; any thread may read them.
+
+    Raises FormatError at the end where a file was written to meanwhile.
+    """
+    global _depth
+    with _lock:
+        _depth += 1
+    try:
+        yield
+        check_all()
+    finally:
+        with _lock:
+            _depth -= 1
+            closed = list(_open.values()) if _depth == 0 else []
+            if _depth == 0:
+                _open.clear()
+        for file, _ in closed:
+            file.close()
+
+
+def check_all() -> None:
+    """Raise FormatError where a file that is kept open is no longer what it was."""
+    with _lock:
+        known = list(_open.items())
+    for path, (file, identity) in known:
+        check_identity(file, identity, path)
+
+
+def check_identity(file: FileIO, identity: Identity, path: Path) -> None:
+    """Raise FormatError unless an open file has this size and time."""
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != identity:
+        raise FormatError(
+            "the file changed since its header was read",
+            where=str(path),
+            rule="models are not written to while they are read",
+            next_step="open the zoo again",
+        )
+
+
+def find(path: Path) -> FileIO | None:
+    """Return a file that is kept open."""
+    kept = _open.get(path)
+    return None if kept is None else kept[0]
+
+
+def keep(path: Path, file: FileIO, identity: Identity) -> bool:
+    """Take a file over, if files are being kept and there is room for one more; tells whether it did."""
+    with _lock:
+        if not _depth or path in _open or len(_open) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            return False
+        _open[path] = file, identity
+        return True

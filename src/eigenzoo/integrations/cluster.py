@@ -1,0 +1,102 @@
+"""A pass over the processes of a dask cluster: the same tasks as on threads, and the same result to the last bit.
+
+Every worker opens the zoo for itself, from the same paths or URLs; what comes back are sums and bases. A worker that is lost costs
+the tasks that it was at: the scheduler gives them to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.open_files import kept_open
+from eigenzoo.subspace.resources import LEAST_MEMORY, Resources, check_device, resources_for
+from eigenzoo.subspace.workers import Workers, single_threaded
+
+LOCAL = "local"
+
+SECONDS_TO_CONNECT = 60
+"""How long to wait for the scheduler and its first worker."""
+
+
+@contextmanager
+def cluster_workers(
+    cluster: Any = LOCAL, *, num_workers: int | None = None, max_memory: int | None = None, device: str = "cpu"
+) -> Iterator[Workers]:
+    """Connect to a cluster for as long as the context lasts.
+
+    Args:
+        cluster: "local" for processes of this machine, the address of a scheduler (`tcp://…`, `tls://…`), or a dask cluster or
+            client that is there already, such as one of dask-jobqueue or dask-kubernetes; these stay open afterwards.
+        num_workers: how many processes "local" starts; by default one per core.
+        max_memory: bytes that blocks of weights may take on one worker.
+        device: where products run on the workers; whether they have it shows on the first task.
+
+    Raises:
+        UsageError: without dask.distributed, and where no scheduler or no worker answers.
+
+        >>> with cluster_workers("tcp://scheduler:8786") as workers:      # doctest: +SKIP
+        ...     space = eigenzoo.fit("s3://bucket/adapters", rank=16, workers=workers)
+    """
+    resources = worker_resources(max_memory, device)
+    client, ours = _connect(cluster, num_workers)
+    try:
+        num = sum(client.nthreads().values())
+        # Never "pure": a task's key would be the hash of all that it is given, and two fits would share results.
+        yield Workers(client.get_executor(pure=False), num, resources, run=run_task)
+    finally:
+        for opened in ours:
+            opened.close()
+
+
+def worker_resources(max_memory: int | None, device: str) -> Resources:
+    """Return the bounds of a task on a worker, whose memory and device are not those of this machine."""
+    if device != "cpu" and not device.startswith("cuda"):
+        check_device(device)
+    if max_memory is None:
+        return Resources(device=device)
+    if max_memory < LEAST_MEMORY:
+        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
+    bounds = resources_for(1, max_memory)
+    return Resources(bounds.block_bytes, bounds.kept_bytes, device)
+
+
+def run_task(call: Callable[[], Any]) -> Any:
+    """Run a task on one thread of a worker."""
+    with single_threaded(), kept_open():
+        return call()
+
+
+def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
+    """Return a client, and what is to be closed afterwards, in that order."""
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise UsageError(
+            "dask.distributed is not installed",
+            rule="a cluster is reached through it",
+            next_step="pip install 'eigenzoo[cluster]'",
+        ) from error
+    if isinstance(cluster, Client):
+        return cluster, []
+    if isinstance(cluster, str) and cluster != LOCAL and "://" not in cluster:
+        raise UsageError(f"cluster {cluster!r}", rule="a cluster is 'local' or an address such as tcp://scheduler:8786")
+    ours = []
+    try:
+        if cluster == LOCAL:
+            cluster = LocalCluster(n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None)
+            ours.append(cluster)
+        client = Client(cluster, timeout=SECONDS_TO_CONNECT, set_as_default=False)
+        ours.insert(0, client)
+        client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
+    except (OSError, TimeoutError, ValueError) as error:
+        for opened in ours:
+            opened.close()
+        raise UsageError(
+            f"no cluster answers at {cluster!r} ({type(error).__name__})",
+            rule="a scheduler and at least one worker must be running",
+            next_step="start `dask scheduler` and `dask worker tcp://…`, or use --cluster local",
+        ) from error
+    return client, ours

@@ -1,0 +1,92 @@
+"""The handful of products that a pass over weights consists of, by the library that is fastest at each.
+
+On the CPU that is numpy, on one thread: its symmetric product does half the work (BLAS syrk), and its sums over models are 20 to 30
+times as fast as torch's where the models' rows are long (measured: docs/log.md). On another device it is torch. All give the
+same to round-off, and the same bits whenever they are called with the same shapes.
+
+Legend: N models, D values of one block, K directions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PRODUCT_COLUMNS = 8192
+"""Columns of one symmetric product: its float32 sums are short, and their sum over blocks is float64. Longer ones are no faster."""
+
+BFLOAT16_ROUND_OFF = 2.0**-14
+"""Share of the largest eigenvalue below which eigenvalues of bfloat16 products are round-off (see docs/decisions/precision.md)."""
+
+
+# NaN, Inf and overflow go through products without a word: whoever sums them looks at the sums (`block_sums.is_finite`).
+_quiet = np.errstate(invalid="ignore", over="ignore")
+
+
+@_quiet
+def gram(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return rows · rowsᵀ (N, N) in the dtype of the rows; half the products of a general one. Cost N²·D."""
+    if rows_ND.device.type != "cpu":
+        return torch.mm(rows_ND, rows_ND.T)
+    rows = rows_ND.numpy()
+    return torch.from_numpy(np.matmul(rows, rows.T, out=None if out is None else out.numpy()))
+
+
+def bfloat16_gram(rows_ND: Tensor) -> Tensor:
+    """Return rows · rowsᵀ of float32 rows with factors rounded to bfloat16 and sums in float32.
+
+    In bfloat16's own units where the machine has them: on a GPU, and on CPUs with AMX. Elsewhere the rounded rows are
+    multiplied in float32: the same result, no faster.
+    """
+    rounded = rows_ND.to(torch.bfloat16)
+    if rows_ND.device.type == "cuda":
+        return torch.mm(rounded, rounded.T, out_dtype=torch.float32)
+    return gram(rounded.to(torch.float32))
+
+
+@_quiet
+def product(left_KN: Tensor, right_ND: Tensor) -> Tensor:
+    """Return left · right (K, D)."""
+    if right_ND.device.type != "cpu":
+        return left_KN @ right_ND
+    return torch.from_numpy(np.matmul(left_KN.numpy(), right_ND.numpy()))
+
+
+@_quiet
+def mean_rows(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the mean over models (D,) in the dtype of the rows."""
+    if rows_ND.device.type != "cpu":
+        mean_D = rows_ND.mean(0)
+        return mean_D if out is None else out.copy_(mean_D)
+    rows = rows_ND.numpy()
+    weights = np.full(rows.shape[0], 1 / rows.shape[0], rows.dtype)
+    return torch.from_numpy(np.matmul(weights, rows, out=None if out is None else out.numpy()))
+
+
+def exact_mean_rows(rows_ND: Tensor) -> Tensor:
+    """Return the mean over models (D,) to float64's precision, or nearly: the mean, and the mean of what differs from it."""
+    first_D = mean_rows(rows_ND)
+    if rows_ND.dtype == torch.float64:
+        return first_D
+    rest = rows_ND - first_D
+    return first_D.double() + mean_rows(rest).double()
+
+
+@_quiet
+def subtract(rows_ND: Tensor, row_D: Tensor) -> None:
+    """Subtract one row from every row, in place."""
+    if rows_ND.device.type != "cpu":
+        rows_ND -= row_D
+        return
+    rows = rows_ND.numpy()
+    np.subtract(rows, row_D.numpy(), out=rows)
+
+
+@_quiet
+def column_energies(rows_ND: Tensor) -> Tensor:
+    """Return the sum of squares of every column (D,)."""
+    if rows_ND.device.type != "cpu":
+        return rows_ND.square().sum(0)
+    rows = rows_ND.numpy()
+    return torch.from_numpy(np.einsum("nd,nd->d", rows, rows))

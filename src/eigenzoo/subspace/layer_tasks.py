@@ -1,0 +1,136 @@
+"""Tasks of a fit: what is done with one layer, or one span of it, on one worker.
+
+Each is a function of plain values and an opened zoo, so that it runs in a thread here or in a process elsewhere alike. What
+goes into the bundle comes back as tensors; whoever collects results writes them, in the order of the layers.
+
+Legend: N models, K kept directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from eigenzoo.subspace.collecting import (
+    Asked,
+    SpanSums,
+    collect,
+    dense_moments,
+    loaded,
+    loaded_spans,
+    sum_loaded,
+    sum_span,
+)
+from eigenzoo.subspace.flat import SpanBasis, flat_parts, span_basis
+from eigenzoo.subspace.models_fit import FittedLayer, fit_models
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.options import FitOptions
+from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.tucker_fit import fit_tucker
+from eigenzoo.zoo.stack import DenseStack
+from eigenzoo.zoo.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A fitted layer, its moments without the sides, and the tensors that go into the bundle.
+
+    For form `stacked` these are the zoo's own factors, and whoever writes copies them, with `weights_NK`, the directions' weights.
+    """
+
+    fitted: FittedLayer
+    moments: LayerMoments
+    parts: dict[str, Tensor]
+    weights_NK: Tensor | None = None
+
+
+class Parts:
+    """Holds what is written, tensor by tensor: a basis on its way from a worker to the bundle."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor whole."""
+        self.tensors[name] = tensor
+
+
+def is_whole(stack: object, options: FitOptions, resources: Resources) -> bool:
+    """Tell whether a layer is one task: unless its basis is of whole layers, and its rows are too many to be kept in memory."""
+    return not isinstance(stack, DenseStack) or options.axes != ("models",) or stack.num_bytes <= resources.kept_bytes
+
+
+def fit_task(
+    zoo: Zoo, name: str, options: FitOptions, resources: Resources, known: LayerMoments | None = None
+) -> LayerResult:
+    """Fit one layer whole: moments, ranks, basis and coefficients, from one read of the weights where axis `models` is alone.
+
+    With `known` moments of that axis only the basis is left to make.
+    """
+    stack = zoo.stack(name, precision=options.precision_of_products)
+    if isinstance(stack, DenseStack) and options.axes == ("models",):
+        return _fit_dense(stack, options, resources, known)
+    moments = known or collect(stack, options.axes, options.center, resources, sketch=options.sketch)
+    if options.axes == ("models",):
+        found = fit_models(stack.layer, moments, options)
+        return LayerResult(found.fitted, _without_sides(moments), {}, found.weights_NK)
+    parts = Parts()
+    fitted = fit_tucker(stack, moments, options, resources, parts)
+    return LayerResult(fitted, _without_sides(moments), parts.tensors)
+
+
+def _fit_dense(stack: DenseStack, options: FitOptions, resources: Resources, known: LayerMoments | None) -> LayerResult:
+    """Read a layer once: the rows that gave the moments, still in memory, give the basis."""
+    asked = Asked(options.axes, options.center)
+    inputs = stack.layer.shape[1]
+    with loaded_spans(stack, resources) as spans:
+        if known is None:
+            held = list(spans)
+            sums = [sum_loaded(stack, start, stop, rows_ED, asked) for start, stop, rows_ED in held]
+            moments = dense_moments(stack, sums, asked)
+        else:
+            moments, held = known, None
+        found = fit_models(stack.layer, moments, options)
+        dtype = options.torch_dtype
+        bases = [
+            span_basis(rows_ED, start, inputs, found.weights_NK, moments.removed, dtype)
+            for start, _, rows_ED in (spans if held is None else held)
+        ]
+    parts, coefficients_NK = flat_parts(stack.layer, moments.removed, bases, found.fitted.coefficients, dtype)
+    return LayerResult(replace(found.fitted, coefficients=coefficients_NK), _without_sides(moments), parts)
+
+
+def span_task(
+    zoo: Zoo, name: str, span: tuple[int, int], asked: Asked, precision: str, resources: Resources
+) -> SpanSums:
+    """Read and sum one span of a layer of full weights."""
+    stack = zoo.stack(name, precision=precision)
+    assert isinstance(stack, DenseStack)
+    return sum_span(stack, *span, asked, resources)
+
+
+def moments_task(zoo: Zoo, name: str, asked: Asked, precision: str, resources: Resources) -> LayerMoments:
+    """Collect one layer's moments."""
+    stack = zoo.stack(name, precision=precision)
+    return collect(stack, asked.axes, asked.center, resources, sketch=asked.sketch)
+
+
+def basis_task(
+    zoo: Zoo,
+    name: str,
+    span: tuple[int, int],
+    weights_NK: Tensor,
+    removed: Tensor | None,
+    options: FitOptions,
+    resources: Resources,
+) -> SpanBasis:
+    """Read one span again, and return the directions over it."""
+    stack = zoo.stack(name, precision=options.precision_of_products)
+    assert isinstance(stack, DenseStack)
+    with loaded(stack, *span, resources) as rows_ED:
+        return span_basis(rows_ED, span[0], stack.layer.shape[1], weights_NK, removed, options.torch_dtype)
+
+
+def _without_sides(moments: LayerMoments) -> LayerMoments:
+    return replace(moments, outputs=None, inputs=None)

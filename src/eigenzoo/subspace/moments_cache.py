@@ -1,0 +1,111 @@
+"""Moments that are kept between runs: an interrupted pass goes on where it was, and a repeated one reads no weight.
+
+One file per layer in the user's cache folder, named by what it was made of (`identity`). Nothing depends on it: what is missing,
+damaged or of other files is collected again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.cache_folder import OFF, VARIABLE, cache_folder
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.tensor_bytes import as_bytes
+from eigenzoo.subspace.identity import ZooIdentity
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.storage import moment_tensors, read_moments, write_moment_tensors
+from eigenzoo.zoo.zoo import Zoo
+
+CHECKSUM = "sha256"
+"""Metadata of a file of kept moments: the hash of its values."""
+
+CACHE_BYTES = 4 * 2**30
+"""Bytes of kept moments; the longest unused go first."""
+
+
+class MomentsCache:
+    """The kept moments of one zoo's layers about the models' mean; with `folder` None, nothing is kept."""
+
+    def __init__(self, zoo: Zoo, folder: Path | None) -> None:
+        self._zoo, self._folder, self._identity = zoo, folder, ZooIdentity(zoo)
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                self._folder = None
+
+    def get(self, name: str, center: str, precision: str) -> LayerMoments | None:
+        """Return a layer's moments, or None where they are not kept."""
+        path = self._path(name, center, precision)
+        if path is None or not path.is_file():
+            return None
+        try:
+            file = SafetensorsFile(path)
+            moments = read_moments(file, self._zoo.layers[name], len(self._zoo))
+            os.utime(path)
+        except (EigenzooError, OSError):
+            return None
+        # A loss of power may have left a file of the right size with other values.
+        return moments if file.metadata.get(CHECKSUM) == checksum(moment_tensors(name, moments)) else None
+
+    def put(self, name: str, center: str, precision: str, moments: LayerMoments) -> None:
+        """Keep a layer's moments; where there is no room for them, nothing happens."""
+        path = self._path(name, center, precision)
+        if path is None or path.exists():
+            return
+        staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            values = moment_tensors(name, moments)
+            write_moment_tensors(staging, values, moments.num_reference, metadata={CHECKSUM: checksum(values)})
+            staging.replace(path)
+        except (EigenzooError, OSError):
+            staging.unlink(missing_ok=True)
+
+    def _path(self, name: str, center: str, precision: str) -> Path | None:
+        if self._folder is None or center != "models":
+            return None
+        return self._folder / f"{self._identity.layer(name, precision)}.safetensors"
+
+
+def checksum(values: Mapping[str, Tensor]) -> str:
+    """Return the hash of tensors by name."""
+    total = hashlib.sha256()
+    for name in sorted(values):
+        total.update(name.encode())
+        total.update(as_bytes(values[name].contiguous()))
+    return total.hexdigest()
+
+
+@contextmanager
+def opened_cache(zoo: Zoo, enabled: bool) -> Iterator[MomentsCache]:
+    """Open the kept moments of a zoo in the user's cache folder; what is too much there is removed at the end."""
+    if not enabled or os.environ.get(VARIABLE) == OFF or not all(model.path.exists() for model in zoo.models):
+        yield MomentsCache(zoo, None)
+        return
+    folder = cache_folder() / "moments"
+    yield MomentsCache(zoo, folder)
+    trim(folder, CACHE_BYTES)
+
+
+def trim(folder: Path, num_bytes: int) -> None:
+    """Remove the files that were longest unused until the others take at most so many bytes."""
+    try:
+        found = sorted(
+            ((path.stat(), path) for path in folder.glob("*.safetensors")), key=lambda item: item[0].st_mtime
+        )
+    except OSError:
+        return
+    whole = sum(status.st_size for status, _ in found)
+    for status, path in found:
+        if whole <= num_bytes:
+            return
+        path.unlink(missing_ok=True)
+        whole -= status.st_size

@@ -1,0 +1,188 @@
+"""The work of a fit while it goes on: a folder beside the output that an interrupted fit leaves, and the same fit goes on from.
+
+    .eigenzoo-fit-<key>/
+        lock                     held by the fit that is at work
+        bundle/basis.safetensors the basis as far as it is written
+        layers/<number>.json     a finished layer: its record, and which tensors it has in the basis
+        layers/<number>.safetensors  its coefficients, energies lost, and moments
+
+The key tells the zoo's files and the options of the fit, to the byte. A layer's record is written after its tensors, under a
+temporary name, so that a layer is finished or not. What a killed process has written the system still holds; after a loss of power
+the fit begins anew, since the folder's mark of the running system is then another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors_writer import SafetensorsWriter
+from eigenzoo.records import Layer, LayerFit, plain
+from eigenzoo.subspace.models_fit import FittedLayer
+from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.storage import REFERENCE, moment_tensors, read_moments
+
+PREFIX = ".eigenzoo-fit-"
+
+STALE_SECONDS = 7 * 24 * 3600
+"""Work that nobody has gone on with for a week is removed when the next fit begins beside it."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished layer: its record, and its tensors in the basis in their order: name, dtype, shape."""
+
+    record: dict[str, Any]
+    tensors: list[tuple[str, str, list[int]]]
+
+
+class Work:
+    """What is finished of a fit. Without a folder nothing is kept, and nothing is finished."""
+
+    def __init__(self, folder: Path | None = None, layers: Sequence[Layer] = ()) -> None:
+        self._folder = folder
+        self._places = {layer.name: place for place, layer in enumerate(layers)}
+        self._layers = {layer.name: layer for layer in layers}
+        self._kept: dict[str, Kept] = {}
+        if folder is not None:
+            (folder / "layers").mkdir(exist_ok=True)
+            self._find()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _find(self) -> None:
+        """Take the finished layers, up to the first that is not: a basis is written in the order of the layers."""
+        for name in self._places:
+            try:
+                document = json.loads(self._path(name, "json").read_bytes())
+                self._kept[name] = Kept(document["record"], [tuple(item) for item in document["tensors"]])
+            except (OSError, ValueError, KeyError, TypeError):
+                return
+
+    def keep(self, fitted: FittedLayer, moments: LayerMoments, writer: BasisWriter) -> None:
+        """Note that a layer is finished, once its tensors are written."""
+        if self._folder is None:
+            return
+        values = moment_tensors(fitted.name, moments)
+        values |= {"outside": fitted.outside_N, "coefficients": fitted.coefficients}
+        path = self._path(fitted.name, "safetensors")
+        path.unlink(missing_ok=True)
+        with SafetensorsWriter(path, 512 * len(values) + 512) as file:
+            for name, value in values.items():
+                file.append(name, value.contiguous())
+            file.finish({REFERENCE: str(moments.num_reference)}, sync=False)
+        record = {"form": fitted.form, "ranks": fitted.ranks, "has_mean": fitted.has_mean, "fit": plain(fitted.record)}
+        tensors = [(name, dtype_name(dtype), list(shape)) for name, dtype, shape in writer.tensors_of(fitted.name)]
+        document = {"record": record, "tensors": tensors}
+        staging = self._path(fitted.name, f"tmp-{secrets.token_hex(4)}")
+        staging.write_text(json.dumps(document))
+        staging.replace(self._path(fitted.name, "json"))
+
+    def restore(self, name: str, writer: BasisWriter) -> tuple[FittedLayer, LayerMoments]:
+        """Return a finished layer, and let the writer know of its tensors."""
+        kept, layer = self._kept[name], self._layers[name]
+        for tensor, dtype, shape in kept.tensors:
+            writer.adopt(tensor, dtype_of(dtype), tuple(shape))
+        file = SafetensorsFile(self._path(name, "safetensors"))
+        coefficients, outside_N = file.read("coefficients"), file.read("outside")
+        moments = read_moments(file, layer, outside_N.numel())
+        record = kept.record
+        fit = {**record["fit"], "shape": tuple(record["fit"]["shape"])}
+        fitted = FittedLayer(
+            name, record["form"], record["ranks"], record["has_mean"], coefficients, outside_N, LayerFit(**fit)
+        )
+        return fitted, moments
+
+    def _path(self, name: str, suffix: str) -> Path:
+        assert self._folder is not None
+        return self._folder / "layers" / f"{self._places[name]:05d}.{suffix}"
+
+
+@contextmanager
+def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]:
+    """Give the folder of a fit's work, and whether it lasts beyond an interruption.
+
+    Without a workspace, and where another process is at the same fit, it is a temporary folder. It is removed at the end, and
+    after an error that would come again; what interrupts (a signal, a full disk, a kill) leaves it.
+    """
+    if workspace is None:
+        with tempfile.TemporaryDirectory(prefix=".eigenzoo-") as name:
+            yield Path(name), False
+        return
+    sweep(workspace)
+    folder = workspace / f"{PREFIX}{key[:32]}"
+    lock = _claim(folder)
+    if lock is None:
+        with tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace) as name:
+            yield Path(name), False
+        return
+    try:
+        _begin_anew_after_restart(folder)
+        yield folder, True
+        shutil.rmtree(folder, ignore_errors=True)
+    except EigenzooError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _claim(folder: Path) -> int | None:
+    """Make the folder and take its lock; None where another process has it."""
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _begin_anew_after_restart(folder: Path) -> None:
+    """Empty the folder unless the system that wrote it is still running: only then is all that was written there."""
+    mark, running = folder / "system", _running_system()
+    if not mark.exists() or mark.read_text() != running:
+        for part in ("bundle", "layers"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+        mark.write_text(running)
+    (folder / "bundle").mkdir(exist_ok=True)
+
+
+def _running_system() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def sweep(workspace: Path) -> None:
+    """Remove work that nobody is at, and that nobody has gone on with for a week."""
+    for folder in workspace.glob(f"{PREFIX}*"):
+        try:
+            if folder.is_symlink() or time.time() - (folder / "layers").stat().st_mtime < STALE_SECONDS:
+                continue
+            lock = _claim(folder)
+        except OSError:
+            continue
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)

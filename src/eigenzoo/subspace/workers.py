@@ -1,0 +1,134 @@
+"""Workers: where the tasks of a pass run, and in which order their results come back.
+
+One task reads and multiplies on one thread; as many run at once as there are cores. So reading one layer goes on while another's
+products run, and no thread waits for another inside a product. Results come in the order of the tasks, a few at a time: what
+is made of them does not depend on who was first, and memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+from eigenzoo.formats.open_files import kept_open
+from eigenzoo.subspace.resources import Resources, resources_for
+from eigenzoo.zoo.buffers import release
+
+Key = TypeVar("Key")
+Call = Callable[[], Any]
+
+SWITCH_SECONDS = 5e-4
+"""How often Python's threads change places while workers run."""
+
+WAITING = 2
+"""Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
+
+
+class Workers:
+    """Runs tasks on an executor: threads of this process, or processes elsewhere.
+
+    Attributes:
+        num: how many tasks run at once.
+        resources: what each of them may use.
+    """
+
+    def __init__(
+        self, executor: Executor, num: int, resources: Resources, run: Callable[[Call], Any] = operator.call
+    ) -> None:
+        self._executor, self._run, self.num, self.resources = executor, run, num, resources
+
+    def in_order(self, jobs: Iterable[tuple[Key, Sequence[Call]]]) -> Iterator[tuple[Key, list[Any]]]:
+        """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
+
+        An error of a call is raised in its turn, and whatever has not begun is cancelled.
+        """
+        pending: deque[tuple[Key, list[Future[Any]]]] = deque()
+        try:
+            for key, calls in jobs:
+                pending.append((key, [self._executor.submit(self._run, call) for call in calls]))
+                while sum(len(futures) for _, futures in pending) > self.num + WAITING:
+                    yield _results(pending.popleft())
+            while pending:
+                yield _results(pending.popleft())
+        finally:
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+
+
+def _results(job: tuple[Key, list[Future[Any]]]) -> tuple[Key, list[Any]]:
+    return job[0], [future.result() for future in job[1]]
+
+
+@contextmanager
+def local_workers(max_memory: int | None = None, device: str = "cpu", num: int | None = None) -> Iterator[Workers]:
+    """Open as many threads as torch has, with one thread each for whatever they call.
+
+    Args:
+        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
+        device: where products run.
+        num: another number of threads.
+
+    Raises UsageError for a device that is not there, and for too little memory.
+    """
+    threads = torch.get_num_threads()
+    num = num or threads
+    resources = resources_for(num, max_memory, device)
+    with single_threaded(), _switching_often(), kept_open():
+        pool = ThreadPoolExecutor(num, thread_name_prefix="eigenzoo")
+        try:
+            yield Workers(pool, num, resources)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            release()
+
+
+@contextmanager
+def opened_workers(workers: Workers | None, max_memory: int | None = None, device: str = "cpu") -> Iterator[Workers]:
+    """Give the workers that were opened already, or open threads here for as long as the context lasts."""
+    if workers is not None:
+        yield workers
+        return
+    with local_workers(max_memory, device) as opened:
+        yield opened
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Give torch and numpy one thread each while inside: threads that share two cores with others mostly wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _controller().limit(limits=1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    """Let Python's threads change places every half millisecond.
+
+    A thread that comes back from a short read waits that long for one that is not reading; by the default of 5 ms two threads
+    took as long as one.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
