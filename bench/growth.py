@@ -1,4 +1,4 @@
-"""How a fit grows with the number of models, of values, and of directions: one of them varied, the others at their largest.
+"""How a fit grows with the number of models, of values, and of directions: one of them varied at a time.
 
 python -m bench --only growth
 """
@@ -16,12 +16,12 @@ from bench.suite import Record, measure, tell
 
 def run_growth(plan: GrowthPlan, threads: int, home: Path, repeats: int, limits: child.Limits) -> list[Record]:
     """Time `eigenzoo` (view factors, files in memory) at every point of the plan."""
-    most = {"models": plan.models[-1], "layers": plan.layers[-1], "rank": plan.ranks[-1]}
+    usual = {"models": plan.models[-1], "layers": plan.layers[-1], "rank": plan.recipe.planted}
     rows: list[Record] = []
     known: dict[tuple[int, ...], Record] = {}
     for varied, choices in (("models", plan.models), ("layers", plan.layers), ("rank", plan.ranks)):
         for choice in choices:
-            point = {**most, varied: choice}
+            point = {**usual, varied: choice}
             place = tuple(point.values())
             if place not in known:
                 tell(f"growth, threads {threads}: {point}")

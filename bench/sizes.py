@@ -37,7 +37,10 @@ class Case:
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """Fits of LoRA factors over numbers of models, of layers, and of directions; the last of each is what the others stay at."""
+    """Fits of LoRA factors over numbers of models, of layers, and of directions.
+
+    The others stay at the most models, the most layers, and as many directions as are planted.
+    """
 
     recipe: AdapterRecipe
     models: tuple[int, ...]
@@ -107,6 +110,6 @@ SIZES = {
         GrowthPlan(EIGHT, (25, 50, 100, 200), (1, 2, 4, 8), (1, 4, 16, 64)),
         AddingPlan(EIGHT, 500, 10),
         repeats=3,
-        seconds=1800,
+        seconds=900,
     ),
 }

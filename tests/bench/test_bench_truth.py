@@ -136,12 +136,12 @@ def test_a_collection_is_made_once_and_an_interrupted_one_goes_on(tmp_path):
 
 
 def test_another_recipe_has_another_folder(tmp_path):
-    first, second = (make(AdapterRecipe(1, 64, 32, 4, 2, seed), 2, tmp_path) for seed in (0, 1))
+    first, second = (make(AdapterRecipe(1, 1024, 32, 4, 2, seed), 2, tmp_path) for seed in (0, 1))
     assert first.folder != second.folder
     name = next(iter(first.tensors))
     # Neither what the models have in common nor what is their own is that of another seed.
     for rows in (lambda each: each.rows(name).mean(0), lambda each: np.diff(each.rows(name), axis=0)[0]):
-        assert abs(np.corrcoef(rows(first), rows(second))[0, 1]) < 0.2
+        assert abs(np.corrcoef(rows(first), rows(second))[0, 1]) < 0.08
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):

@@ -113,6 +113,7 @@ def test_lists_and_text_files_hold_urls_beside_paths(place: Place, tmp_path: Pat
     for zoo in (listed, given, ez.open_zoo(f"file://{place.disk}/zoo")):
         for block, other in zip(zoo.stack("w").blocks(), local.stack("w").blocks(), strict=True):
             assert torch.equal(block.rows, other.rows)
+    assert remote_url(open_model(f"{place.url}/zoo/m0/").path) == f"{place.url}/zoo/m0"
     report = ez.inspect(listed)
     assert [model.path for model in report.models][:2] == [f"{place.url}/zoo/m0", str(paths[1])]
 

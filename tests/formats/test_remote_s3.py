@@ -137,15 +137,15 @@ def test_two_of_two_hundred_layers_take_under_three_percent_of_the_bytes(s3: Any
 
 
 def test_broken_answers_and_a_busy_server_change_nothing_but_time(s3: Any, tmp_path: Path) -> None:
-    root = write_checkpoints(tmp_path / "zoo", num_layers=8)
+    root = write_checkpoints(tmp_path / "zoo", num_layers=10)
     for number in range(4):
         write_adapter(tmp_path / "adapters" / f"a{number}", random_factors({"q": (16, 12), "v": (12, 16)}, 3, number))
     checkpoints, adapters = s3.put(root), s3.put(tmp_path / "adapters", "adapters")
     with running(Proxy(s3.endpoint, cut_every=20, refuse_every=30)) as proxy:
         s3.lead_by(proxy.url)
         there = [ez.fit(ez.open_zoo(url), 3) for url in (checkpoints, adapters)]
-        assert proxy.num_cut >= 4
-        assert proxy.num_refused >= 4
+        assert proxy.num_cut >= 3
+        assert proxy.num_refused >= 3
     here = [ez.fit(ez.open_zoo(path), 3) for path in (root, tmp_path / "adapters")]
     for one, other in zip(here, there, strict=True):
         assert_same_numbers(bundle_numbers(one), bundle_numbers(other))

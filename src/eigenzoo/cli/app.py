@@ -67,7 +67,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     code = _run()
     if code == INTERRUPTED:
-        complain("interrupted: nothing was written")
+        complain("interrupted: no output was written; a fit goes on from what it has done when it is run again")
     sys.exit(code)
 
 

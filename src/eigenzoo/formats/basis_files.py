@@ -44,6 +44,10 @@ class BasisWriter:
         """Return the tensors of one layer in the order in which they were begun."""
         return [(name, *entry) for name, entry in self._begun.items() if name.rpartition("/")[0] == layer]
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Return the shards begun so far, and how many bytes of each are taken."""
+        return [(shard.path.name, shard.end) for shard in self._shards]
+
     def adopt(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Count a tensor in whose values an interrupted writer has left in its place."""
         self._shard(name, dtype, shape).adopt(name, dtype, shape)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,7 +128,7 @@ class StoredTemplate(Template):
     @property
     def layout(self) -> ModelLayout:  # type: ignore[override]
         """The files and their tensors, checked on reading."""
-        return ModelLayout.from_json(self._json(self._layout))
+        return _layout(self._root, self._layout)
 
     @property
     def config(self) -> Mapping[str, Any] | None:  # type: ignore[override]
@@ -145,15 +146,26 @@ class StoredTemplate(Template):
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""
         file = f"rest/{self._side_files[name]}.bin"
-        return self._bytes(file)
-
-    def _bytes(self, file: str) -> bytes:
-        data = read_bounded(inside(self._root, file), MAX_SIDE_BYTES, where=file)
-        return data if hashlib.sha256(data).hexdigest()[:32] == Path(file).stem else _changed(self._root / file)
+        return _bytes(self._root, file)
 
     def _json(self, content: str) -> dict[str, Any]:
-        file = f"rest/{content}.json"
-        return parse_json(self._bytes(file), where=file)
+        return _json(self._root, content)
+
+
+@lru_cache(maxsize=64)
+def _layout(root: Path, content: str) -> ModelLayout:
+    """Read a layout, which hundreds of models have in common, once: its name is the hash of what it says."""
+    return ModelLayout.from_json(_json(root, content))
+
+
+def _json(root: Path, content: str) -> dict[str, Any]:
+    file = f"rest/{content}.json"
+    return parse_json(_bytes(root, file), where=file)
+
+
+def _bytes(root: Path, file: str) -> bytes:
+    data = read_bounded(inside(root, file), MAX_SIDE_BYTES, where=file)
+    return data if hashlib.sha256(data).hexdigest()[:32] == Path(file).stem else _changed(root / file)
 
 
 def _changed(path: Path) -> NoReturn:

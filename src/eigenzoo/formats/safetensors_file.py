@@ -19,11 +19,10 @@ from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats import open_files
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.paths import inside
-from eigenzoo.formats.remote.fetching import fetch
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.remote.values import fetch_values
 from eigenzoo.formats.safetensors_header import read_header
-from eigenzoo.formats.tensor_bytes import check_out, read_into, read_values
+from eigenzoo.formats.tensor_bytes import check_out, read_values
 
 
 class SafetensorsFile:
@@ -38,19 +37,20 @@ class SafetensorsFile:
         tensors: what the header says, in the order of the bytes.
         metadata: the header's string metadata.
         kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
+        target: the file itself, its links followed.
         remote: what the file is a stub of; its values are read from there, and never from the stub.
     """
 
     def __init__(self, path: str | Path, root: Path | None = None) -> None:
         self.path = Path(path)
         self.file = self.path.name if root is None else self.path.relative_to(root).as_posix()
-        self._target = self.path if root is None else inside(root, self.file)
-        header = read_header(self._target, self.file)
+        self.target = self.path if root is None else inside(root, self.file)
+        header = read_header(self.target, self.file)
         self.tensors: Mapping[str, TensorInfo] = header.tensors
         self.metadata: Mapping[str, str] = header.metadata
         self._offsets = header.offsets
         self._identity = (header.size, header.mtime_ns)
-        self.remote = remote_file(self._target)
+        self.remote = remote_file(self.target)
         self.kept_open = False
 
     def read(self, name: str) -> Tensor:
@@ -80,15 +80,6 @@ class SafetensorsFile:
             read_values(file, position, dtype, out, self._where(name))
         return out
 
-    def read_bytes(self, name: str, start: int, stop: int, view: memoryview) -> None:
-        """Read values start:stop of the flattened tensor, as they lie in the file, into memory of just that size."""
-        position, _ = self.locate(name, start, stop)
-        if self.remote is not None:
-            fetch([(self.remote, position, view)])
-            return
-        with self._opened() as file:
-            read_into(file, position, view, self._where(name))
-
     def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
         """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""
         info = self._info(name)
@@ -108,18 +99,18 @@ class SafetensorsFile:
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         assert self.remote is None, "values of a stub are zeros"
-        kept = open_files.find(self._target)
+        kept = open_files.find(self.target)
         if kept is not None:
             yield kept
             return
         try:
-            file = FileIO(self._target, "rb")
+            file = FileIO(self.target, "rb")
         except OSError as error:
             raise FormatError(f"cannot be read any more ({error.strerror})", where=str(self.path)) from error
         taken = False
         try:
             open_files.check_identity(file, self._identity, self.path)
-            taken = self.kept_open and open_files.keep(self._target, file, self._identity)
+            taken = self.kept_open and open_files.keep(self.target, file, self._identity)
             yield file
         finally:
             if not taken:

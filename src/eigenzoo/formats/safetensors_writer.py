@@ -103,6 +103,11 @@ class SafetensorsWriter:
         """Close the file; without `finish` before it, it stays invalid."""
         self._file.close()
 
+    @property
+    def end(self) -> int:
+        """The byte at which the next tensor begins."""
+        return self._end
+
     def append(self, name: str, tensor: Tensor) -> None:
         """Write one tensor whole."""
         self.begin(name, tensor.dtype, tuple(tensor.shape))

@@ -86,7 +86,14 @@ def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
     ours = []
     try:
         if cluster == LOCAL:
-            cluster = LocalCluster(n_workers=num_workers, threads_per_worker=1, processes=True, dashboard_address=None)
+            # Without a dashboard there is a web server still; on a port that is free, where nobody else reaches it.
+            cluster = LocalCluster(
+                n_workers=num_workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            )
             ours.append(cluster)
         client = Client(cluster, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         ours.insert(0, client)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.gram import center_gram, project_out, unit
+from eigenzoo.linalg.gram import project_out, unit
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 
 FLOOR = 1e-7
@@ -23,8 +23,8 @@ FLOAT32_FROM = 256
 FLOAT32_FLOOR = 1e-5
 """The same floor there."""
 
-ENOUGH_HELD = 100
-"""Held-out models after which no further fold is held out: of zoos of up to a hundred models every model is."""
+ENOUGH_HELD = 40
+"""Held-out models after which no further fold is held out: of zoos of up to forty models every model is."""
 
 SECULAR_STEPS = 8
 """Steps of the secular equation; convergence is quadratic, and a test compares with leaving out one by one."""
@@ -51,18 +51,26 @@ class HeldOut:
 def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = None) -> HeldOut:
     """Fit directions to some models and measure others along them: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j.
 
-    u, λ are of the fitted models' centred Gram; with `num`, the leading so many at least. Exact; no weight is read. Cost T³.
+    u, λ are of the fitted models' centred Gram; with `num`, the leading so many at least, of many models in float32. Exact
+    otherwise; no weight is read. Cost T³.
     """
-    block_TT, cross_TH = gram_NN[fitted][:, fitted], gram_NN[fitted][:, held]
-    mean_cross_H, mean_energy = cross_TH.mean(0), block_TT.mean()
-    energies_H = gram_NN.diagonal()[held] - 2 * mean_cross_H + mean_energy
-    cross_TH = cross_TH - block_TT.mean(1, keepdim=True) - mean_cross_H + mean_energy
-    centered_TT = _above_round_off(center_gram(block_TT), block_TT)
-    values_K, vectors_TK = eigenpairs(centered_TT, FLOOR, num)
+    # In numpy: this is called for each fold of each layer, and torch takes longer to begin than the small sums to be made.
+    gram, rows, columns = gram_NN.numpy(), fitted.numpy(), held.numpy()
+    block, cross = gram[rows[:, None], rows], gram[rows[:, None], columns]
+    means, mean_cross = block.mean(0), cross.mean(0)
+    energies_H = torch.from_numpy(gram.diagonal()[columns] - 2 * mean_cross + means.mean())
+    cross_TH = torch.from_numpy(cross - means[:, None] - mean_cross + means.mean())
+    block_TT = torch.from_numpy(block)
+    centered_TT = _above_round_off(torch.from_numpy(block - means - means[:, None] + means.mean()), block_TT)
+    floor = FLOOR
+    if num is not None and len(fitted) > FLOAT32_FROM:
+        # Half the time, for shares of which the first digits are looked at.
+        centered_TT, cross_TH, floor = centered_TT.float(), cross_TH.float(), FLOAT32_FLOOR
+    values_K, vectors_TK = eigenpairs(centered_TT, floor, num)
     return HeldOut(
-        values_K.cumsum(0),
+        values_K.double().cumsum(0),
         float(centered_TT.diagonal().sum()),
-        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0),
+        ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).double().sum(1).cumsum(0),
         float(energies_H.clamp_min(0).sum()),
     )
 

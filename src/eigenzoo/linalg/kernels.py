@@ -33,6 +33,14 @@ def gram(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.from_numpy(np.matmul(rows, rows.T, out=None if out is None else out.numpy()))
 
 
+def long_gram(rows_ND: Tensor) -> Tensor:
+    """Return rows · rowsᵀ in float64, its products in the dtype of the rows, `PRODUCT_COLUMNS` columns at a time."""
+    gram_NN = torch.zeros(rows_ND.shape[0], rows_ND.shape[0], dtype=torch.float64, device=rows_ND.device)
+    for start in range(0, rows_ND.shape[1], PRODUCT_COLUMNS):
+        gram_NN += gram(rows_ND[:, start : start + PRODUCT_COLUMNS])
+    return gram_NN
+
+
 def bfloat16_gram(rows_ND: Tensor) -> Tensor:
     """Return rows · rowsᵀ of float32 rows with factors rounded to bfloat16 and sums in float32.
 
@@ -64,15 +72,6 @@ def mean_rows(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.from_numpy(np.matmul(weights, rows, out=None if out is None else out.numpy()))
 
 
-def exact_mean_rows(rows_ND: Tensor) -> Tensor:
-    """Return the mean over models (D,) to float64's precision, or nearly: the mean, and the mean of what differs from it."""
-    first_D = mean_rows(rows_ND)
-    if rows_ND.dtype == torch.float64:
-        return first_D
-    rest = rows_ND - first_D
-    return first_D.double() + mean_rows(rest).double()
-
-
 @_quiet
 def subtract(rows_ND: Tensor, row_D: Tensor) -> None:
     """Subtract one row from every row, in place."""
@@ -81,6 +80,13 @@ def subtract(rows_ND: Tensor, row_D: Tensor) -> None:
         return
     rows = rows_ND.numpy()
     np.subtract(rows, row_D.numpy(), out=rows)
+
+
+@_quiet
+def scale(rows_ND: Tensor, factors_N1: Tensor) -> None:
+    """Multiply every row by its factor, in place."""
+    rows = rows_ND.numpy()
+    np.multiply(rows, factors_N1.numpy(), out=rows)
 
 
 @_quiet

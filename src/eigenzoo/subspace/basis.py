@@ -101,6 +101,10 @@ class LayerBasis(ABC):
         """Numbers that one model needs for this layer."""
         return prod(self.coefficient_shape)
 
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer of a stack."""
+        return [self.project(stack, place) for place in range(len(stack))]
+
     @abstractmethod
     def project(self, stack: Stack, place: int) -> Projection:
         """Project one model's layer; the coefficients come in float64."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import kernels
+from eigenzoo.linalg.block_sums import sample
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.subspace.moments import LayerMoments, entry_dimensions, from_raw_gram
 from eigenzoo.subspace.resources import Resources
@@ -23,26 +24,30 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
     """Extend the moments of a stack's first models to all of it: exact, one read and M·(N + M)·D products."""
     if isinstance(stack, UpdateStack):
         return _extend_updates(moments, stack)
-    num_old, num_all = moments.num_models, len(stack)
-    border = torch.zeros(num_all - num_old, num_all, dtype=torch.float64)
-    cross = torch.zeros(num_all - num_old, dtype=torch.float64)
-    shift = torch.zeros_like(cross)
+    num_old, num_all, first = moments.num_models, len(stack), moments.num_reference
+    border_MN = torch.zeros(num_all - num_old, num_all, dtype=torch.float64)
+    cross_M, shift_M = torch.zeros(2, num_all - num_old, dtype=torch.float64)
     sums_N = torch.zeros(num_all, dtype=torch.float64)
     squares = 0.0
     for block in stack.blocks():
         rows = block.rows
-        reference = kernels.exact_mean_rows(rows[: moments.num_reference])
-        kernels.subtract(rows, reference.to(rows.dtype))
-        # Products about the reference: of the new models with all, with the reference, and with ones.
-        known = torch.stack([reference, torch.ones_like(reference)]).to(rows.dtype)
-        border += kernels.product(rows[num_old:], rows.T).double()
-        cross += kernels.product(rows[num_old:], known[:1].T)[:, 0].double()
-        sums_N += kernels.product(rows, known[1:].T)[:, 0].double() + reference.sum()
+        rounded_D = kernels.mean_rows(rows[:first])
+        kernels.subtract(rows, rounded_D)
+        # R is the exact mean: what rounding left of it in the rows is taken into account in the products.
+        rest_D = kernels.mean_rows(rows[:first])
+        left = torch.cat([rows[num_old:], torch.stack([rest_D, rounded_D, torch.ones_like(rest_D)])])
+        products = kernels.product(left, rows.T).double()
+        own = kernels.gram(left[-3:]).double()
+        along_N = products[-3]
+        border_MN += products[:-3] - along_N - along_N[num_old:, None] + own[0, 0]
+        cross_M += (products[-2] + along_N)[num_old:] - own[0, 1] - own[0, 0]
+        sums_N += products[-1] + own[1, 2]
         if moments.removed is not None:
-            shift += rows[num_old:].double() @ _shift_of(reference, moments.removed, stack)
-        kernels.subtract(rows, kernels.mean_rows(rows))
-        squares += float(kernels.column_energies(rows).double().square().sum())
-    grown = bordered(moments, border, cross, shift if moments.shift_N is not None else None)
+            reference_D = rounded_D.double() + rest_D.double()
+            shift_M += (rows[num_old:].double() - rest_D) @ _shift_of(reference_D, moments.removed, stack)
+        chosen = rows[sample(num_all)] - kernels.mean_rows(rows)
+        squares += float(kernels.column_energies(chosen).double().square().sum())
+    grown = bordered(moments, border_MN, cross_M, shift_M if moments.shift_N is not None else None)
     return replace(grown, sums_N=sums_N, entries=entry_dimensions(center_gram(grown.gram_NN), squares))
 
 

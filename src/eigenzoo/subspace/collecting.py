@@ -3,7 +3,7 @@
 A layer is cut into spans by its shape and the number of models alone. Each span gives sums, and sums of spans are added in their
 order: so the result is the same to the last bit however many threads or machines take part.
 
-Legend: N models, E = N + 2 extended rows, D values of one span, O outputs, I inputs.
+Legend: N models, E extended rows (`block_sums`), D values of one span, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.linalg import kernels
-from eigenzoo.linalg.block_sums import BlockSums, add_block, center_rows, empty_sums, exact_mean
-from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.block_sums import BlockSums, add_block, center_rows, empty_sums, exact_mean, num_extended
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.subspace.moments import LayerMoments, center_of, entry_dimensions, recentered, round_off, shifted_to_zero
 from eigenzoo.subspace.resources import Resources
@@ -93,7 +92,7 @@ def sum_span(stack: DenseStack, start: int, stop: int, asked: Asked, resources: 
         with loaded(stack, first, last, resources) as extended_ED:
             add_block(sums, extended_ED, stack.layer.shape[1], stack.precision)
             if asked.mean:
-                means.append(exact_mean(extended_ED).cpu())
+                means.append(exact_mean(extended_ED, len(stack)).cpu())
     require_finite(stack, start, stop, sums)
     return SpanSums(sums, torch.cat(means) if means else None)
 
@@ -103,7 +102,7 @@ def sum_loaded(stack: DenseStack, start: int, stop: int, extended_ED: Tensor, as
     sums = _empty_sums(stack, asked)
     add_block(sums, extended_ED, stack.layer.shape[1], stack.precision)
     require_finite(stack, start, stop, sums)
-    return SpanSums(sums, exact_mean(extended_ED).cpu() if asked.mean else None)
+    return SpanSums(sums, exact_mean(extended_ED, len(stack)).cpu() if asked.mean else None)
 
 
 def _empty_sums(stack: DenseStack, asked: Asked) -> BlockSums:
@@ -115,10 +114,10 @@ def _empty_sums(stack: DenseStack, asked: Asked) -> BlockSums:
 def loaded(stack: DenseStack, start: int, stop: int, resources: Resources) -> Iterator[Tensor]:
     """Lend a run of values as extended rows on the device, centred."""
     on_cpu = resources.device == "cpu"
-    with borrow(len(stack) + 2, stop - start, stack.dtype, pinned=not on_cpu) as extended_ED:
-        stack.read(start, stop, extended_ED[:-2])
+    with borrow(num_extended(len(stack)), stop - start, stack.dtype, pinned=not on_cpu) as extended_ED:
+        stack.read(start, stop, extended_ED[: len(stack)])
         rows = extended_ED if on_cpu else extended_ED.to(resources.device, non_blocking=True)
-        center_rows(rows)
+        center_rows(rows, len(stack))
         yield rows
 
 
@@ -132,10 +131,12 @@ def loaded_spans(stack: DenseStack, resources: Resources) -> Iterator[Iterator[t
 
 
 def cut(stack: DenseStack, start: int, stop: int, resources: Resources) -> Iterator[tuple[int, int]]:
-    """Cut a span into blocks of whole products that fit into the memory given, one at least."""
+    """Cut a span into blocks of whole products that fit into the memory given, one at least; a span that fits is one block."""
+    if (stop - start) * len(stack) * stack.dtype.itemsize <= resources.block_bytes:
+        return iter([(start, stop)])
     inputs = stack.layer.shape[1]
     step = max(1, kernels.PRODUCT_COLUMNS // inputs) * inputs
-    row_bytes = (len(stack) + 2) * stack.dtype.itemsize
+    row_bytes = num_extended(len(stack)) * stack.dtype.itemsize
     width = max(1, resources.block_bytes // (row_bytes * step)) * step
     return ((first, min(first + width, stop)) for first in range(start, stop, width))
 
@@ -159,14 +160,12 @@ def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked) ->
     total = _empty_sums(stack, asked)
     for span in spans:
         total.add(span.sums)
-    gram_NN, cross_N = total.gram_EE[:-2, :-2], total.gram_EE[:-2, -2]
-    sums_N = total.gram_EE[:-2, -1] + total.gram_EE[-2, -1]
-    energy = float(total.gram_EE[-2, -2])
     # About the rounded mean that was subtracted, and then, exactly, about the mean.
-    about_rounded = LayerMoments(gram_NN, cross_N, energy, layer.num_values, num_models, round_off(stack))
-    moments = replace(
-        recentered(about_rounded), sums_N=sums_N, entries=entry_dimensions(center_gram(gram_NN), total.squares)
+    about_rounded = LayerMoments(
+        total.gram_NN, total.cross_N, total.energy, layer.num_values, num_models, round_off(stack)
     )
+    entries = entry_dimensions(total.gram_NN, total.squares)
+    moments = replace(recentered(about_rounded), sums_N=total.sums_N, entries=entries)
     if not asked.mean:
         return moments if asked.center == "models" else shifted_to_zero(moments)
     mean_OI = torch.cat([span.mean_D for span in spans if span.mean_D is not None]).view(layer.shape)

@@ -182,7 +182,7 @@ def fit_layers(
 ) -> FittedLayers:
     """Fit layer after layer; where the moments of the models axis are known already, the pass for them is saved."""
     form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
-    writer = BasisWriter(fitting.folder, list(zoo.layers), PARTS[form], resume=len(fitting.work) > 0)
+    writer = BasisWriter(fitting.folder, list(zoo.layers), PARTS[form], resume=fitting.work.lasts)
     centered = {name: recentered(layer) for name, layer in (known or {}).items()} if options.center == "models" else {}
     try:
         layers = LayerPass(zoo, options, per_layer, fitting.workers, writer, centered, fitting.cache, fitting.work)

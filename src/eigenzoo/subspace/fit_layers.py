@@ -11,7 +11,7 @@ from functools import partial
 
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.records import Progress
-from eigenzoo.subspace.collecting import Asked, dense_moments
+from eigenzoo.subspace.collecting import Asked, cut, dense_moments
 from eigenzoo.subspace.flat import write_flat
 from eigenzoo.subspace.layer_tasks import LayerResult, basis_task, fit_task, is_whole, span_task
 from eigenzoo.subspace.models_fit import FittedLayer, fit_models
@@ -51,11 +51,11 @@ class LayerPass:
         """Fit all layers; only the Gram of a layer's moments outlives it."""
         fitted: dict[str, FittedLayer] = {}
         moments: dict[str, LayerMoments] = {}
-        for name, results in self.workers.in_order(self._jobs()):
+        for (name, known), results in self.workers.in_order(self._jobs(), self._weight):
             if name in self.work:
                 fitted[name], moments[name] = self.work.restore(name, self.writer)
             else:
-                result = self._result(name, results)
+                result = self._result(name, known, results)
                 self._write(name, result)
                 layer = replace(result.fitted, coefficients=result.fitted.coefficients.float())
                 fitted[name], moments[name] = layer, result.moments
@@ -73,36 +73,49 @@ class LayerPass:
             return self.known[name]
         return self.cache.get(name, self.options.center, self._options(name).precision_of_products)
 
-    def _jobs(self) -> Iterator[tuple[str, list[Call]]]:
-        """One task per layer, or per span of a layer that is too large to be kept; none for what is done already."""
+    def _weight(self, key: tuple[str, LayerMoments | None]) -> int:
+        """Bytes that a layer's basis may have before it is written."""
+        name, _ = key
+        rule = self._options(name).rules.get("models")
+        kept = min(rule, len(self.zoo)) if isinstance(rule, int) else len(self.zoo)
+        return 4 * (kept + 1) * self.zoo.layers[name].num_values if self.zoo.layers[name].kind == "dense" else 0
+
+    def _jobs(self) -> Iterator[tuple[tuple[str, LayerMoments | None], list[Call]]]:
+        """One task per layer, or per span of a layer that is too large to be kept; none for what is done or known already.
+
+        What is known goes with the layer: another process may remove it from the cache meanwhile.
+        """
         resources = self.workers.resources
         for name in self.zoo.layers:
             options = self._options(name)
             stack = self.zoo.stack(name, precision=options.precision_of_products)
             if name in self.work:
-                yield name, []
-            elif is_whole(stack, options, resources):
-                yield name, [partial(fit_task, self.zoo, name, options, resources, self._known(name))]
+                yield (name, None), []
+                continue
+            known = self._known(name)
+            if is_whole(stack, options, resources):
+                yield (name, known), [partial(fit_task, self.zoo, name, options, resources, known)]
             else:
                 assert isinstance(stack, DenseStack)
                 asked = Asked(options.axes, options.center)
-                spans = stack.spans() if self._known(name) is None else []
+                spans = stack.spans() if known is None else []
                 task = partial(span_task, self.zoo, name)
-                yield name, [partial(task, span, asked, options.precision_of_products, resources) for span in spans]
+                precision = options.precision_of_products
+                yield (name, known), [partial(task, span, asked, precision, resources) for span in spans]
 
-    def _result(self, name: str, results: list[object]) -> LayerResult:
+    def _result(self, name: str, known: LayerMoments | None, results: list[object]) -> LayerResult:
         whole = results[0] if results and isinstance(results[0], LayerResult) else None
-        result = whole or self._from_spans(name, results)
+        result = whole or self._from_spans(name, known, results)
         if self.options.axes == ("models",) and name not in self.known:
             self.cache.put(name, self.options.center, self._options(name).precision_of_products, result.moments)
         return result
 
-    def _from_spans(self, name: str, sums: list[object]) -> LayerResult:
+    def _from_spans(self, name: str, known: LayerMoments | None, sums: list[object]) -> LayerResult:
         """Put a large layer's spans together, and read them once more for the basis, which goes straight into the bundle."""
         options = self._options(name)
         stack = self.zoo.stack(name, precision=options.precision_of_products)
         assert isinstance(stack, DenseStack)
-        moments = self._known(name) or dense_moments(stack, sums, Asked(options.axes, options.center))  # type: ignore[arg-type]
+        moments = known or dense_moments(stack, sums, Asked(options.axes, options.center))  # type: ignore[arg-type]
         found = fit_models(stack.layer, moments, options)
         tasks = (
             (
@@ -120,17 +133,22 @@ class LayerPass:
                     )
                 ],
             )
-            for span in stack.spans()
+            for start, stop in stack.spans()
+            for span in cut(stack, start, stop, self.workers.resources)
         )
         spans = (results[0] for _, results in self.workers.in_order(tasks))
         coefficients_NK = write_flat(
             stack.layer, moments.removed, spans, found.fitted.coefficients, options.torch_dtype, self.writer
         )
-        return LayerResult(replace(found.fitted, coefficients=coefficients_NK), moments, {})
+        return LayerResult(replace(found.fitted, coefficients=coefficients_NK), moments)
 
     def _write(self, name: str, result: LayerResult) -> None:
         for part, tensor in result.parts.items():
             self.writer.append(part, tensor)
+        if result.spans:
+            kept = result.fitted.coefficients
+            layer, removed = self.zoo.layers[name], result.moments.removed
+            write_flat(layer, removed, result.spans, kept, self._options(name).torch_dtype, self.writer)
         if result.weights_NK is not None:
             stack = self.zoo.stack(name, precision=self._options(name).precision_of_products)
             assert isinstance(stack, UpdateStack)

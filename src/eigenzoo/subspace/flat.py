@@ -6,7 +6,7 @@ Legend: N models, D values of one flattened layer, K kept directions, O outputs,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -35,21 +35,25 @@ def span_basis(
     extended_ED: Tensor, start: int, inputs: int, weights_NK: Tensor, removed: Tensor | None, dtype: torch.dtype
 ) -> SpanBasis:
     """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
-    rows_ND, rounded_D = extended_ED[:-2], extended_ED[-2]
     num_models, num_kept = weights_NK.shape
+    rows_ND, rounded_D = extended_ED[:num_models], extended_ED[num_models]
     # One row more: the mean that rounding left in the rows.
     weights = torch.cat([weights_NK.T, torch.full((1, num_models), 1 / num_models, dtype=torch.float64)])
     found = kernels.product(weights.to(rows_ND), rows_ND)
     directions_KD, mean_D = found[:num_kept], None
     if removed is None:
-        mean_D = (rounded_D.double() + found[num_kept].double()).cpu()
+        mean_dtype = _mean_dtype(dtype)
+        mean_D = (rounded_D.to(mean_dtype) + found[num_kept].to(mean_dtype)).cpu()
     else:
         # The rows are about the models' mean, M is not: what lies between them comes as often as the weights add up to.
         between = rounded_D.double() - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
         directions_KD += (weights_NK.sum(0).to(between.device)[:, None] * between).to(directions_KD.dtype)
     directions_KD = directions_KD.cpu().to(dtype)
-    gram_KK = kernels.gram(directions_KD.to(torch.promote_types(dtype, torch.float32))).double()
-    return SpanBasis(start, directions_KD, gram_KK, mean_D)
+    return SpanBasis(start, directions_KD, _own_gram(directions_KD), mean_D)
+
+
+def _own_gram(directions_KD: Tensor) -> Tensor:
+    return kernels.long_gram(directions_KD.to(torch.promote_types(directions_KD.dtype, torch.float32)))
 
 
 def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
@@ -61,25 +65,21 @@ def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
     )
 
 
-def flat_parts(
-    layer: Layer, removed: Tensor | None, spans: Sequence[SpanBasis], coefficients_NK: Tensor, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the center and the directions of a layer whose spans are all in memory, and the coefficients; see `write_flat`."""
-    parts = _center_parts(layer, removed, dtype)
-    if removed is None:
-        mean_D = torch.cat([span.mean_D for span in spans if span.mean_D is not None])
-        parts[f"{layer.name}/mean"] = mean_D.to(torch.promote_types(dtype, torch.float32)).view(layer.shape)
-    num_kept = coefficients_NK.shape[1]
-    if not num_kept:
-        return parts, coefficients_NK
-    directions_KD = spans[0].directions_KD if len(spans) == 1 else torch.cat([span.directions_KD for span in spans], 1)
+def orthonormalized(
+    spans: Sequence[SpanBasis], coefficients_NK: Tensor, dtype: torch.dtype
+) -> tuple[list[SpanBasis], Tensor]:
+    """Return the spans of a layer that are all in memory with directions that do not lean on each other; see `write_flat`."""
     gram_KK = torch.stack([span.gram_KK for span in spans]).sum(0)
-    if deviation_from_identity(gram_KK) > _orthonormal(dtype):
-        lower_KK = torch.linalg.cholesky(gram_KK)
-        directions_KD = torch.linalg.solve_triangular(lower_KK, directions_KD.double(), upper=False).to(dtype)
-        coefficients_NK = coefficients_NK @ lower_KK
-    parts[f"{layer.name}/models"] = directions_KD.view(num_kept, *layer.shape)
-    return parts, coefficients_NK
+    if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
+        return list(spans), coefficients_NK
+    lower_KK = torch.linalg.cholesky(gram_KK)
+    inverse_KK = torch.linalg.inv(lower_KK)
+    turned = []
+    for span in spans:
+        exact = torch.promote_types(dtype, torch.float32)
+        directions_KD = kernels.product(inverse_KK.to(exact), span.directions_KD.to(exact)).to(dtype)
+        turned.append(replace(span, directions_KD=directions_KD, gram_KK=_own_gram(directions_KD)))
+    return turned, coefficients_NK @ lower_KK
 
 
 def write_flat(
@@ -90,24 +90,23 @@ def write_flat(
     dtype: torch.dtype,
     writer: TensorWriter,
 ) -> Tensor:
-    """Write the center and the directions, span by span; returns the coefficients.
+    """Write the center and the directions, span by span as they come; returns the coefficients.
 
     Directions of small eigenvalues inherit the Gram's round-off and lean on each other; one Cholesky step makes them
     orthonormal again and hands the coefficients the inverse, so that C·V stays what it was.
     """
     num_kept = coefficients_NK.shape[1]
-    for name, tensor in _center_parts(layer, removed, dtype).items():
-        writer.append(name, tensor)
-    mean_dtype = torch.promote_types(dtype, torch.float32)
+    if removed is not None and float(removed.abs().max()) > 0:
+        writer.append(f"{layer.name}/mean", removed.to(_mean_dtype(dtype)))
     if removed is None:
-        writer.begin(f"{layer.name}/mean", mean_dtype, layer.shape)
+        writer.begin(f"{layer.name}/mean", _mean_dtype(dtype), layer.shape)
     if num_kept:
         writer.begin(f"{layer.name}/models", dtype, (num_kept, *layer.shape))
     gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
     for span in spans:
         gram_KK += span.gram_KK
         if span.mean_D is not None:
-            writer.write_flat(f"{layer.name}/mean", span.start, span.mean_D.to(mean_dtype))
+            writer.write_flat(f"{layer.name}/mean", span.start, span.mean_D)
         for number, direction in enumerate(span.directions_KD):
             writer.write_flat(f"{layer.name}/models", number * layer.num_values + span.start, direction)
     if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
@@ -115,11 +114,9 @@ def write_flat(
     return _orthonormalize(writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype)
 
 
-def _center_parts(layer: Layer, removed: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The center where it is not the models' mean: its column means or its one mean; nothing where it is zero."""
-    if removed is None or float(removed.abs().max()) == 0:
-        return {}
-    return {f"{layer.name}/mean": removed.to(torch.promote_types(dtype, torch.float32))}
+def _mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the mean: a rounded one would cost more than what the directions add."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _orthonormal(dtype: torch.dtype) -> float:
@@ -165,14 +162,31 @@ class FlatBasis(LayerBasis):
     def project(self, stack: Stack, place: int) -> Projection:
         """Project one model's layer; two passes over the basis, block by block."""
         assert isinstance(stack, DenseStack)
-        matrix_OI = stack.matrix(place).double()
-        centered = (matrix_OI - self.removed()).view(-1)
-        coefficients = torch.zeros(self.ranks["models"], dtype=torch.float64)
-        for start, stop, directions in self._blocks():
-            coefficients += directions @ centered[start:stop]
-        for start, stop, directions in self._blocks():
-            centered[start:stop] -= coefficients @ directions
-        return Projection(coefficients, float(centered.square().sum()), float(matrix_OI.square().sum()))
+        return self.project_all(stack.subset([place]))[0]
+
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these."""
+        assert isinstance(stack, DenseStack)
+        at_once = max(1, BLOCK_BYTES // (8 * self.layer.num_values))
+        found: list[Projection] = []
+        for first in range(0, len(stack), at_once):
+            places = range(first, min(first + at_once, len(stack)))
+            found += self._project(torch.stack([stack.matrix(place).double().view(-1) for place in places]))
+        return found
+
+    def _project(self, values_MD: Tensor) -> list[Projection]:
+        energies_M = values_MD.square().sum(1)
+        centered_MD = values_MD.sub_(self.removed().expand(self.layer.shape).reshape(-1))
+        coefficients_MK = torch.zeros(values_MD.shape[0], self.ranks["models"], dtype=torch.float64)
+        for start, stop, directions_KD in self._blocks():
+            coefficients_MK += kernels.product(centered_MD[:, start:stop], directions_KD.T)
+        for start, stop, directions_KD in self._blocks():
+            centered_MD[:, start:stop] -= kernels.product(coefficients_MK, directions_KD)
+        outside_M = centered_MD.square().sum(1)
+        return [
+            Projection(coefficients, float(outside), float(energy))
+            for coefficients, outside, energy in zip(coefficients_MK, outside_M, energies_M, strict=True)
+        ]
 
     def rebuild(self, coefficients: Tensor) -> Tensor:
         """Return M + Σ c_k V_k."""

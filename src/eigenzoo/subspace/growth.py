@@ -26,6 +26,7 @@ from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.subspace.basis import Projection
 from eigenzoo.subspace.border import bordered, extend
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
@@ -103,10 +104,11 @@ def add(
             next_step="rename the new model's folder",
         )
     originals = find_originals(space, old, allow_pickle)
-    moments = _grown_moments(space, new, originals, progress)
+    projections = {} if refresh and originals is not None else space.project_layers(new, progress)
+    moments = _grown_moments(space, new, originals, projections, progress)
     if refresh:
         return _refreshed(space, new, originals, moments, progress, started, workspace)
-    return _extended(space, new, moments, originals is not None, progress, workspace)
+    return _extended(space, new, projections, moments, originals is not None, workspace)
 
 
 def _was_exact(space: Subspace) -> bool:
@@ -125,13 +127,17 @@ def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:
 
 
 def _grown_moments(
-    space: Subspace, new: Zoo, originals: Zoo | None, progress: Progress
+    space: Subspace,
+    new: Zoo,
+    originals: Zoo | None,
+    projections: Mapping[str, list[Projection]],
+    progress: Progress,
 ) -> dict[str, LayerMoments] | None:
     """All layers' moments with the new models' border; None where the bundle has none, or cannot know them."""
     if not space.has_moments:
         return None
     if originals is None:
-        return _moments_inside(space, new) if space.manifest.center == "models" else None
+        return _moments_inside(space, new, projections) if space.manifest.center == "models" else None
     exact = _was_exact(space)
     if not exact and space.manifest.center != "models":
         return None
@@ -150,19 +156,18 @@ def _grow_layer(space: Subspace, zoo: Zoo, name: str, exact: bool, resources: Re
     return extend(space.moments(name), stack) if exact else collect(stack, resources=resources)
 
 
-def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
+def _moments_inside(space: Subspace, new: Zoo, projected: Mapping[str, list[Projection]]) -> dict[str, LayerMoments]:
     """Moments from the bundle alone: inner products with old models are those of coefficients, exact inside the subspace.
 
     The new models' own energies are exact; what two models have in common outside the kept subspace is not known and counts as
     nothing.
     """
-    old = [space.coefficients(name).values for name in space.names]
+    old = space.all_coefficients()
     grown = {}
-    for name, basis in space.layers.items():
-        moments, stack = space.moments(name), new.stack(name)
-        projections = [basis.project(stack, place) for place in range(len(new))]
+    for name, projections in projected.items():
+        moments = space.moments(name)
         inside = torch.stack([projection.coefficients.flatten() for projection in projections])
-        known = torch.stack([values[name].flatten().double() for values in old])
+        known = old[name].flatten(1).double()
         border = inside @ torch.cat([known, inside]).T
         places = torch.arange(len(new))
         border[places, moments.num_models + places] += torch.tensor([projection.outside for projection in projections])
@@ -175,13 +180,13 @@ def _moments_inside(space: Subspace, new: Zoo) -> dict[str, LayerMoments]:
 def _extended(
     space: Subspace,
     new: Zoo,
+    projections: Mapping[str, list[Projection]],
     moments: Mapping[str, LayerMoments] | None,
     exact: bool,
-    progress: Progress,
     workspace: str | os.PathLike[str] | None,
 ) -> Subspace:
     """Keep the basis, add coefficients."""
-    projected = space.project_many(new, progress=progress)
+    projected = space.with_templates(new, projections)
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     root = Path(folder.name)
     try:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import cached_property
-from pathlib import Path
 
-from eigenzoo.formats.remote import remote_file
 from eigenzoo.zoo.zoo import Zoo
 
 VERSION = 1
@@ -16,11 +13,7 @@ VERSION = 1
 
 
 class ZooIdentity:
-    """Keys of a zoo's layers.
-
-    A file is known by its number on the disk, its size, and the times at which its content and its entry last changed, the latter
-    of which nobody can set; a file elsewhere by its address and the tag that its store gives to its content.
-    """
+    """Keys of a zoo's layers, by the identity of its files (`formats.file_identity`)."""
 
     def __init__(self, zoo: Zoo) -> None:
         self._zoo = zoo
@@ -28,8 +21,7 @@ class ZooIdentity:
     @cached_property
     def files(self) -> str:
         """Digest of all models' files, the base's included."""
-        models = [*self._zoo.models, *([self._zoo.base] if self._zoo.base is not None else [])]
-        return digest([_file(path) for model in models for path in model.weight_files()])
+        return digest(self._zoo.identities())
 
     def layer(self, name: str, *details: object) -> str:
         """Key of one layer under a choice of what is done with it."""
@@ -49,11 +41,3 @@ class ZooIdentity:
 def digest(value: object) -> str:
     """Return the hash of plain values."""
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _file(path: Path) -> list[object]:
-    elsewhere = remote_file(path)
-    if elsewhere is not None:
-        return [elsewhere.url, elsewhere.size, elsewhere.tag]
-    status = os.stat(path)
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -8,7 +8,7 @@ Legend: N models, K kept directions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from eigenzoo.subspace.collecting import (
     sum_loaded,
     sum_span,
 )
-from eigenzoo.subspace.flat import SpanBasis, flat_parts, span_basis
+from eigenzoo.subspace.flat import SpanBasis, orthonormalized, span_basis
 from eigenzoo.subspace.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.options import FitOptions
@@ -34,14 +34,18 @@ from eigenzoo.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A fitted layer, its moments without the sides, and the tensors that go into the bundle.
+    """A fitted layer, its moments without the sides, and what goes into the bundle.
 
-    For form `stacked` these are the zoo's own factors, and whoever writes copies them, with `weights_NK`, the directions' weights.
+    Attributes:
+        parts: of form `tucker`, its tensors.
+        spans: of form `flat`, its directions and mean, span by span.
+        weights_NK: of form `stacked`, the directions' weights; its tensors are the zoo's own factors, which whoever writes copies.
     """
 
     fitted: FittedLayer
     moments: LayerMoments
-    parts: dict[str, Tensor]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    spans: tuple[SpanBasis, ...] = ()
     weights_NK: Tensor | None = None
 
 
@@ -74,7 +78,7 @@ def fit_task(
     moments = known or collect(stack, options.axes, options.center, resources, sketch=options.sketch)
     if options.axes == ("models",):
         found = fit_models(stack.layer, moments, options)
-        return LayerResult(found.fitted, _without_sides(moments), {}, found.weights_NK)
+        return LayerResult(found.fitted, _without_sides(moments), weights_NK=found.weights_NK)
     parts = Parts()
     fitted = fit_tucker(stack, moments, options, resources, parts)
     return LayerResult(fitted, _without_sides(moments), parts.tensors)
@@ -97,8 +101,9 @@ def _fit_dense(stack: DenseStack, options: FitOptions, resources: Resources, kno
             span_basis(rows_ED, start, inputs, found.weights_NK, moments.removed, dtype)
             for start, _, rows_ED in (spans if held is None else held)
         ]
-    parts, coefficients_NK = flat_parts(stack.layer, moments.removed, bases, found.fitted.coefficients, dtype)
-    return LayerResult(replace(found.fitted, coefficients=coefficients_NK), _without_sides(moments), parts)
+    turned, coefficients_NK = orthonormalized(bases, found.fitted.coefficients, dtype)
+    fitted = replace(found.fitted, coefficients=coefficients_NK)
+    return LayerResult(fitted, _without_sides(moments), spans=tuple(turned))
 
 
 def span_task(
@@ -125,7 +130,7 @@ def basis_task(
     options: FitOptions,
     resources: Resources,
 ) -> SpanBasis:
-    """Read one span again, and return the directions over it."""
+    """Read one span, or a block of it, again, and return the directions over it."""
     stack = zoo.stack(name, precision=options.precision_of_products)
     assert isinstance(stack, DenseStack)
     with loaded(stack, *span, resources) as rows_ED:

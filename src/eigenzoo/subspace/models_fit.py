@@ -18,8 +18,12 @@ from eigenzoo.subspace.basis import FLAT, STACKED
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.options import FitOptions
 
-NULL_DRAWS = 500
+NULL_DRAWS = 200
 """Models in all draws of the null of the share kept: the more models, the less one draw differs from the next."""
+
+
+NULL_MODELS = 256
+"""The most models of which that null is drawn; of more, a part stands for all."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,21 @@ def models_axis(gram_NN: Tensor, moments: LayerMoments, options: FitOptions) -> 
     return choice, values_N[: choice.rank], vectors_NN[:, : choice.rank]
 
 
+def null_share(energies_N: Tensor, num_values: int, rank: int, seed: int) -> float:
+    """Share of the variance that `rank` directions hold of unrelated models with these energies about their mean.
+
+    Of many models every second (third, …) by energy stands for all, in half (a third) of the dimensions: a spectrum of chance
+    depends on the energies' distribution and on N/D, and its leading share on the share of directions. Right to a few percent.
+    """
+    thinning = -(-energies_N.numel() // NULL_MODELS)
+    kept_N = energies_N.sort().values[thinning // 2 :: thinning]
+    draws = max(1, min(5, NULL_DRAWS // kept_N.numel()))
+    spectrum = norm_matched_spectra(kept_N, max(num_values // thinning, 1), draws=draws, seed=seed).mean(0)
+    whole, part = divmod(rank / thinning, 1)
+    following = float(spectrum[int(whole)]) if int(whole) < spectrum.numel() else 0.0
+    return float(spectrum[: int(whole)].sum()) + part * following
+
+
 def describe_fit(
     layer: Layer,
     moments: LayerMoments,
@@ -90,10 +109,7 @@ def describe_fit(
     if total > 0 and options.axes == ("models",) and options.center == "models":
         folds = cross_validated_capture(moments.centered_NN, [ranks["models"]], seed=options.seed)
         heldout = folds[0] if folds is not None else None
-        draws = max(1, min(5, NULL_DRAWS // moments.num_models))
-        diagonal_N = moments.centered_NN.diagonal()
-        spectra = norm_matched_spectra(diagonal_N, moments.num_values, draws=draws, seed=options.seed)
-        null = float(spectra.mean(0)[: ranks["models"]].sum())
+        null = null_share(moments.centered_NN.diagonal(), moments.num_values, ranks["models"], options.seed)
     return LayerFit(
         shape=layer.shape,
         rank=ranks,

@@ -8,11 +8,12 @@ Legend: N models, D values of one flattened layer, O outputs, I inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.block_sums import FAST
+from eigenzoo.linalg.block_sums import FAST, sample
 from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.side import SideMoment
@@ -68,7 +69,7 @@ class LayerMoments:
         """N."""
         return self.gram_NN.shape[0]
 
-    @property
+    @cached_property
     def centered_NN(self) -> Tensor:
         """Gram of X_n − M, the second moment of the models axis."""
         if self.shift_N is None:
@@ -80,12 +81,12 @@ class LayerMoments:
         """Gram of X_n, nothing removed."""
         return shift_gram(self.gram_NN, self.cross_N, self.reference_energy)
 
-    @property
+    @cached_property
     def energies_N(self) -> Tensor:
         """‖X_n‖² of each model."""
         return (self.gram_NN.diagonal() + 2 * self.cross_N + self.reference_energy).clamp_min(0)
 
-    @property
+    @cached_property
     def variance(self) -> float:
         """Energy of X − M, summed over models; zero where it is no more than round-off of the whole energy."""
         centered = float(self.centered_NN.diagonal().sum())
@@ -146,8 +147,12 @@ def shifted_to_zero(moments: LayerMoments) -> LayerMoments:
     return replace(moments, shift_N=moments.cross_N, shift_energy=moments.reference_energy, removed=zero)
 
 
-def entry_dimensions(centered_NN: Tensor, squares: float) -> float:
-    """Return (Σ v)² / Σ v², without the part of Σ v² that a variance from N values has by chance, E v² = v²·(1 + 2/(N − 1))."""
-    num_models = centered_NN.shape[0]
-    chance = (num_models + 1) / (num_models - 1) if num_models > 1 else 1.0
-    return float(centered_NN.diagonal().sum()) ** 2 / squares * chance if squares > 0 else 0.0
+def entry_dimensions(gram_NN: Tensor, squares: float) -> float:
+    """Return (Σ v)² / Σ v² over the entries' variances v, without the part of Σ v² that so few values have by chance.
+
+    Of the models of `block_sums.sample`, about the mean of all: E v² = v²·(1 + 2/n) from n of N values, and 1 + 2/(N − 1) from all.
+    """
+    chosen = gram_NN.diagonal()[sample(gram_NN.shape[0])]
+    num_free = min(chosen.numel(), gram_NN.shape[0] - 1)
+    chance = (num_free + 2) / num_free if num_free > 0 else 1.0
+    return float(chosen.sum()) ** 2 / squares * chance if squares > 0 else 0.0

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -50,11 +50,16 @@ class MomentsCache:
         try:
             file = SafetensorsFile(path)
             moments = read_moments(file, self._zoo.layers[name], len(self._zoo))
-            os.utime(path)
         except (EigenzooError, OSError):
+            _remove(path)
             return None
         # A loss of power may have left a file of the right size with other values.
-        return moments if file.metadata.get(CHECKSUM) == checksum(moment_tensors(name, moments)) else None
+        if file.metadata.get(CHECKSUM) != checksum(moment_tensors(name, moments)):
+            _remove(path)
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return moments
 
     def put(self, name: str, center: str, precision: str, moments: LayerMoments) -> None:
         """Keep a layer's moments; where there is no room for them, nothing happens."""
@@ -67,12 +72,18 @@ class MomentsCache:
             write_moment_tensors(staging, values, moments.num_reference, metadata={CHECKSUM: checksum(values)})
             staging.replace(path)
         except (EigenzooError, OSError):
-            staging.unlink(missing_ok=True)
+            _remove(staging)
 
     def _path(self, name: str, center: str, precision: str) -> Path | None:
         if self._folder is None or center != "models":
             return None
         return self._folder / f"{self._identity.layer(name, precision)}.safetensors"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, as far as the folder lets us."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def checksum(values: Mapping[str, Tensor]) -> str:
@@ -96,10 +107,10 @@ def opened_cache(zoo: Zoo, enabled: bool) -> Iterator[MomentsCache]:
 
 
 def trim(folder: Path, num_bytes: int) -> None:
-    """Remove the files that were longest unused until the others take at most so many bytes."""
+    """Remove the files that were longest unused, unfinished ones too, until the others take at most so many bytes."""
     try:
         found = sorted(
-            ((path.stat(), path) for path in folder.glob("*.safetensors")), key=lambda item: item[0].st_mtime
+            ((path.stat(), path) for path in folder.glob("*.safetensors*")), key=lambda item: item[0].st_mtime
         )
     except OSError:
         return
@@ -107,5 +118,5 @@ def trim(folder: Path, num_bytes: int) -> None:
     for status, path in found:
         if whole <= num_bytes:
             return
-        path.unlink(missing_ok=True)
+        _remove(path)
         whole -= status.st_size

@@ -282,10 +282,12 @@ def is_at_hand(record: SourceRecord, root: Path) -> bool:
 
 
 def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[str, Tensor]:
-    """Cut one model's vector into its layers' coefficients."""
+    """Cut one model's vector, or many models' (N, …), into the layers' coefficients."""
     values, start = {}, 0
     for name, basis in layers.items():
-        values[name] = flat[start : start + basis.num_coefficients].view(basis.coefficient_shape)
+        values[name] = flat[..., start : start + basis.num_coefficients].reshape(
+            *flat.shape[:-1], *basis.coefficient_shape
+        )
         start += basis.num_coefficients
     return values
 

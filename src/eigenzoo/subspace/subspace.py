@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,7 @@ from eigenzoo.subspace.storage import (
     split_coefficients,
     with_checksums,
 )
+from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
@@ -140,6 +141,19 @@ class Subspace:
         whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
         return Coefficients(name, split_coefficients(flat, self.layers), residuals, whole, energies, template)
 
+    def all_coefficients(self) -> dict[str, Tensor]:
+        """Return every kept model's coefficients (N, …), layer by layer."""
+        expected = sum(basis.num_coefficients for basis in self.layers.values())
+        flat_N = torch.stack(
+            [
+                read_coefficients(
+                    self.path, record.coefficients, record.name, self.manifest.basis_id, expected, len(self.layers)
+                )[0]
+                for record in self.manifest.models
+            ]
+        )
+        return split_coefficients(flat_N, self.layers)
+
     def _energies(self, name: str) -> dict[str, float]:
         """Energy of each layer of a kept model; nothing where the bundle has no moments."""
         if not self.has_moments:
@@ -222,14 +236,24 @@ class Subspace:
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
         """Project every model of a source onto the subspace, layer after layer."""
         zoo = self.open(source)
-        projections: list[dict[str, Projection]] = [{} for _ in zoo.names]
-        for number, (name, basis) in enumerate(self.layers.items()):
-            stack = zoo.stack(name)
-            for place in range(len(zoo)):
-                projections[place][name] = basis.project(stack, place)
-            progress("projecting layers", number + 1, len(self.layers))
+        return self.with_templates(zoo, self.project_layers(zoo, progress))
+
+    def project_layers(self, zoo: Zoo, progress: Progress = no_progress) -> dict[str, list[Projection]]:
+        """Project every model of an opened zoo (see `open`), layer by layer, layers side by side."""
+        found: dict[str, list[Projection]] = {}
+        with opened_workers(None) as workers:
+            tasks = ((name, [partial(_project_layer, basis, zoo, name)]) for name, basis in self.layers.items())
+            for name, (projections,) in workers.in_order(tasks):
+                found[name] = projections
+                progress("projecting layers", len(found), len(self.layers))
+        return found
+
+    def with_templates(self, zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
+        """Put the projections of a zoo's models together with what makes them complete models again."""
         return {
-            name: _coefficients(name, projections[place], ZooTemplate(zoo, place))
+            name: _coefficients(
+                name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
+            )
             for place, name in enumerate(zoo.names)
         }
 
@@ -370,6 +394,10 @@ def _write_counted(folder: Path, manifest: Manifest) -> None:
         if counted == manifest.report["bytes"]:
             return
         manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})
+
+
+def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:
+    return basis.project_all(zoo.stack(name))
 
 
 def _coefficients(name: str, projections: Mapping[str, Projection], template: ZooTemplate) -> Coefficients:

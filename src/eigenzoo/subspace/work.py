@@ -7,8 +7,8 @@
         layers/<number>.safetensors  its coefficients, energies lost, and moments
 
 The key tells the zoo's files and the options of the fit, to the byte. A layer's record is written after its tensors, under a
-temporary name, so that a layer is finished or not. What a killed process has written the system still holds; after a loss of power
-the fit begins anew, since the folder's mark of the running system is then another.
+temporary name, so that a layer is finished or not; one whose files are damaged is not. What a killed process has written the
+system still holds; after a loss of power the fit begins anew, since the folder's mark of the running system is then another.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from eigenzoo.errors import EigenzooError
+from torch import Tensor
+
+from eigenzoo.errors import EigenzooError, OutputError
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.formats.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.safetensors_writer import SafetensorsWriter
 from eigenzoo.records import Layer, LayerFit, plain
+from eigenzoo.subspace.identity import digest
 from eigenzoo.subspace.models_fit import FittedLayer
 from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments_cache import checksum
 from eigenzoo.subspace.storage import REFERENCE, moment_tensors, read_moments
 
 PREFIX = ".eigenzoo-fit-"
@@ -44,9 +47,10 @@ STALE_SECONDS = 7 * 24 * 3600
 
 @dataclass(frozen=True)
 class Kept:
-    """A finished layer: its record, and its tensors in the basis in their order: name, dtype, shape."""
+    """A finished layer: its fit and moments, and its tensors in the basis in their order: name, dtype, shape."""
 
-    record: dict[str, Any]
+    fitted: FittedLayer
+    moments: LayerMoments
     tensors: list[tuple[str, str, list[int]]]
 
 
@@ -68,21 +72,42 @@ class Work:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether what is written is kept beyond an interruption, and may be there already."""
+        return self._folder is not None
+
     def _find(self) -> None:
         """Take the finished layers, up to the first that is not: a basis is written in the order of the layers."""
-        for name in self._places:
+        for name, layer in self._layers.items():
             try:
-                document = json.loads(self._path(name, "json").read_bytes())
-                self._kept[name] = Kept(document["record"], [tuple(item) for item in document["tensors"]])
-            except (OSError, ValueError, KeyError, TypeError):
+                self._kept[name] = self._read(layer)
+            except (EigenzooError, OSError, ValueError, KeyError, TypeError):
                 return
+
+    def _read(self, layer: Layer) -> Kept:
+        """Read a finished layer; raises ValueError where it is not what was written."""
+        document = json.loads(self._path(layer.name, "json").read_bytes())
+        file = SafetensorsFile(self._path(layer.name, "safetensors"))
+        coefficients, outside_N = file.read("coefficients"), file.read("outside")
+        moments = read_moments(file, layer, outside_N.numel())
+        record, tensors = document["record"], document["tensors"]
+        fit = {**record["fit"], "shape": tuple(record["fit"]["shape"])}
+        fitted = FittedLayer(
+            layer.name, record["form"], record["ranks"], record["has_mean"], coefficients, outside_N, LayerFit(**fit)
+        )
+        if document["digest"] != digest([record, tensors, document["basis"], checksum(_values(fitted, moments))]):
+            raise ValueError("other values than were written")
+        for shard, num_bytes in document["basis"]:
+            if (self._path(layer.name, "json").parents[1] / "bundle" / shard).stat().st_size < num_bytes:
+                raise ValueError("less of the basis than was written")
+        return Kept(fitted, moments, [tuple(item) for item in tensors])
 
     def keep(self, fitted: FittedLayer, moments: LayerMoments, writer: BasisWriter) -> None:
         """Note that a layer is finished, once its tensors are written."""
         if self._folder is None:
             return
-        values = moment_tensors(fitted.name, moments)
-        values |= {"outside": fitted.outside_N, "coefficients": fitted.coefficients}
+        values = _values(fitted, moments)
         path = self._path(fitted.name, "safetensors")
         path.unlink(missing_ok=True)
         with SafetensorsWriter(path, 512 * len(values) + 512) as file:
@@ -91,29 +116,28 @@ class Work:
             file.finish({REFERENCE: str(moments.num_reference)}, sync=False)
         record = {"form": fitted.form, "ranks": fitted.ranks, "has_mean": fitted.has_mean, "fit": plain(fitted.record)}
         tensors = [(name, dtype_name(dtype), list(shape)) for name, dtype, shape in writer.tensors_of(fitted.name)]
-        document = {"record": record, "tensors": tensors}
+        document = {"record": record, "tensors": tensors, "basis": writer.sizes()}
+        document["digest"] = digest([*document.values(), checksum(values)])
         staging = self._path(fitted.name, f"tmp-{secrets.token_hex(4)}")
         staging.write_text(json.dumps(document))
         staging.replace(self._path(fitted.name, "json"))
 
     def restore(self, name: str, writer: BasisWriter) -> tuple[FittedLayer, LayerMoments]:
         """Return a finished layer, and let the writer know of its tensors."""
-        kept, layer = self._kept[name], self._layers[name]
+        kept = self._kept[name]
         for tensor, dtype, shape in kept.tensors:
             writer.adopt(tensor, dtype_of(dtype), tuple(shape))
-        file = SafetensorsFile(self._path(name, "safetensors"))
-        coefficients, outside_N = file.read("coefficients"), file.read("outside")
-        moments = read_moments(file, layer, outside_N.numel())
-        record = kept.record
-        fit = {**record["fit"], "shape": tuple(record["fit"]["shape"])}
-        fitted = FittedLayer(
-            name, record["form"], record["ranks"], record["has_mean"], coefficients, outside_N, LayerFit(**fit)
-        )
-        return fitted, moments
+        return kept.fitted, kept.moments
 
     def _path(self, name: str, suffix: str) -> Path:
         assert self._folder is not None
         return self._folder / "layers" / f"{self._places[name]:05d}.{suffix}"
+
+
+def _values(fitted: FittedLayer, moments: LayerMoments) -> dict[str, Tensor]:
+    """The tensors of a finished layer's file."""
+    own = {"outside": fitted.outside_N, "coefficients": fitted.coefficients}
+    return {**moment_tensors(fitted.name, moments), **own}
 
 
 @contextmanager
@@ -138,6 +162,9 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
         _begin_anew_after_restart(folder)
         yield folder, True
         shutil.rmtree(folder, ignore_errors=True)
+    except OutputError:
+        # The disk is full, as a rule: there will be room when the fit is run again.
+        raise
     except EigenzooError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -146,15 +173,21 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
 
 
 def _claim(folder: Path) -> int | None:
-    """Make the folder and take its lock; None where another process has it."""
+    """Make the folder and take its lock; None where another process has it, or is just removing it."""
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    try:
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between opening and locking, the fit that had it may have removed the folder.
+        if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
+            return lock
     except OSError:
-        os.close(lock)
-        return None
-    return lock
+        pass
+    os.close(lock)
+    return None
 
 
 def _begin_anew_after_restart(folder: Path) -> None:

@@ -7,11 +7,12 @@ is made of them does not depend on who was first, and memory does not grow with 
 
 from __future__ import annotations
 
+import gc
 import operator
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -25,12 +26,21 @@ from eigenzoo.zoo.buffers import release
 
 Key = TypeVar("Key")
 Call = Callable[[], Any]
+Done = tuple[Key, list[Any]]
+Weight = Callable[[Any], int]
 
 SWITCH_SECONDS = 5e-4
 """How often Python's threads change places while workers run."""
 
 WAITING = 2
 """Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
+
+HELD_BYTES = 192 * 2**20
+"""What results that wait for their turn may weigh, for each worker."""
+
+
+def _nothing(key: Any) -> int:
+    return 0
 
 
 class Workers:
@@ -46,27 +56,44 @@ class Workers:
     ) -> None:
         self._executor, self._run, self.num, self.resources = executor, run, num, resources
 
-    def in_order(self, jobs: Iterable[tuple[Key, Sequence[Call]]]) -> Iterator[tuple[Key, list[Any]]]:
+    def in_order(self, jobs: Iterable[tuple[Key, Sequence[Call]]], weight: Weight = _nothing) -> Iterator[Done[Key]]:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
-        An error of a call is raised in its turn, and whatever has not begun is cancelled.
+        So many calls are handed out that no worker waits, but no more than that, and not while the results that wait for their
+        turn may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may weigh, in bytes. An error of a call
+        is raised in its turn, and whatever has not begun is cancelled.
         """
         pending: deque[tuple[Key, list[Future[Any]]]] = deque()
+        waiting = iter(jobs)
+        left = True
         try:
-            for key, calls in jobs:
-                pending.append((key, [self._executor.submit(self._run, call) for call in calls]))
-                while sum(len(futures) for _, futures in pending) > self.num + WAITING:
-                    yield _results(pending.popleft())
-            while pending:
-                yield _results(pending.popleft())
+            while True:
+                while left and self._has_room(pending, weight):
+                    job = next(waiting, None)
+                    left = job is not None
+                    if job is not None:
+                        pending.append((job[0], [self._executor.submit(self._run, call) for call in job[1]]))
+                if not pending:
+                    return
+                if all(future.done() for future in pending[0][1]):
+                    key, futures = pending.popleft()
+                    yield key, [future.result() for future in futures]
+                else:
+                    wait(_unfinished(pending), return_when=FIRST_COMPLETED)
         finally:
             for _, futures in pending:
                 for future in futures:
                     future.cancel()
 
+    def _has_room(self, pending: Iterable[tuple[Key, list[Future[Any]]]], weight: Weight) -> bool:
+        if len(_unfinished(pending)) >= self.num + WAITING:
+            return False
+        weights = [weight(key) for key, _ in pending]
+        return len(weights) <= self.num or sum(weights) <= HELD_BYTES * self.num
 
-def _results(job: tuple[Key, list[Future[Any]]]) -> tuple[Key, list[Any]]:
-    return job[0], [future.result() for future in job[1]]
+
+def _unfinished(pending: Iterable[tuple[Any, list[Future[Any]]]]) -> list[Future[Any]]:
+    return [future for _, futures in pending for future in futures if not future.done()]
 
 
 @contextmanager
@@ -83,7 +110,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     threads = torch.get_num_threads()
     num = num or threads
     resources = resources_for(num, max_memory, device)
-    with single_threaded(), _switching_often(), kept_open():
+    with single_threaded(), _switching_often(), _seldom_collecting(), kept_open():
         pool = ThreadPoolExecutor(num, thread_name_prefix="eigenzoo")
         try:
             yield Workers(pool, num, resources)
@@ -127,6 +154,17 @@ def _switching_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
+
+
+@contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Let Python look for cyclic garbage seldom: it goes through the headers of hundreds of models each time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(max(usual[0], 100_000), *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 @cache

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,8 @@ def _take(num_bytes: int) -> Tensor:
                 return _free.pop(place)
         if _free:
             _free.pop()
-    return torch.empty(num_bytes, dtype=torch.uint8)
+    # By numpy, which asks for large pages: they are cleared and found in a fraction of the time.
+    return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
 
 
 def release() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.rows import read_rows
+from eigenzoo.formats.rows import RowReader
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.update_tiles import Tile
 from eigenzoo.records import Layer
@@ -34,15 +35,11 @@ EXACT_VALUES = 2**20
 
 @dataclass(frozen=True)
 class Block:
-    """Values start:stop of the flattened layer of all models, rows (N, stop − start); the caller may overwrite them.
-
-    `extended` is the same memory with two more rows, of unspecified values.
-    """
+    """Values start:stop of the flattened layer of all models, rows (N, stop − start); the caller may overwrite them."""
 
     start: int
     stop: int
     rows: Tensor
-    extended: Tensor
 
 
 class DenseStack:
@@ -68,6 +65,16 @@ class DenseStack:
         small = len(models) * layer.num_values <= EXACT_VALUES
         self.dtype = torch.float64 if small or precision == "high" or layer.dtype == "float64" else torch.float32
 
+    @cached_property
+    def _reader(self) -> RowReader:
+        return RowReader(self._models, [source.key for source in self._sources])
+
+    @cached_property
+    def _scales(self) -> Tensor | None:
+        """What rows are multiplied by (N, 1), or None where that is one."""
+        scales = torch.tensor([source.scale for source in self._sources], dtype=torch.float64).to(self.dtype)
+        return scales[:, None] if bool((scales != 1).any()) else None
+
     def __len__(self) -> int:
         return len(self._models)
 
@@ -80,8 +87,8 @@ class DenseStack:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all models' rows and of the two that a block has besides."""
-        return (len(self) + 2) * self.layer.num_values * self.dtype.itemsize
+        """Bytes of all models' rows."""
+        return len(self) * self.layer.num_values * self.dtype.itemsize
 
     def spans(self) -> list[tuple[int, int]]:
         """Cut the flattened layer into runs of whole output rows of at most `SPAN_BYTES` (one row at least)."""
@@ -98,21 +105,19 @@ class DenseStack:
         Raises DataError, naming the model, for NaN and Inf.
         """
         runs = self._cut(block_bytes)
-        with borrow(len(self) + 2, max(stop - start for start, stop in runs), self.dtype) as buffer:
+        with borrow(len(self), max(stop - start for start, stop in runs), self.dtype) as buffer:
             for start, stop in runs:
-                extended = buffer.view(-1)[: (len(self) + 2) * (stop - start)].view(len(self) + 2, stop - start)
-                block = Block(start, stop, extended[:-2], extended)
-                self.read(start, stop, block.rows)
-                if not torch.isfinite(block.rows.sum()):
+                rows = buffer.view(-1)[: len(self) * (stop - start)].view(len(self), stop - start)
+                self.read(start, stop, rows)
+                if not torch.isfinite(rows.sum()):
                     self.check_finite(start, stop)
-                yield block
+                yield Block(start, stop, rows)
 
     def read(self, start: int, stop: int, rows: Tensor) -> None:
         """Fill `rows` (N, stop − start), contiguous, with values of all models, unchecked."""
-        read_rows(self._models, [source.key for source in self._sources], start, stop, rows)
-        for row, source in zip(rows, self._sources, strict=True):
-            if source.scale != 1.0:
-                row.mul_(source.scale)
+        self._reader.read(start, stop, rows)
+        if self._scales is not None:
+            kernels.scale(rows, self._scales)
         if self._base is not None:
             kernels.subtract(rows, self._base_values(start, stop))
 
@@ -126,7 +131,8 @@ class DenseStack:
         if self._base is not None:
             values -= self._base_values(0, values.numel())
         if not torch.isfinite(values.sum()):
-            self._check_row(values, place)
+            self._check_base(0, values.numel())
+            self._check_row(values, self.names[place])
         return values.view(self.layer.shape)
 
     def _base_values(self, start: int, stop: int) -> Tensor:
@@ -134,16 +140,21 @@ class DenseStack:
         return self._base.read_flat(self.layer.name, start, stop, out=torch.empty(stop - start, dtype=self.dtype))
 
     def check_finite(self, start: int, stop: int) -> None:
-        """Read values anew and raise DataError for the first model with NaN or Inf among them; nothing where all are finite."""
+        """Read values anew and raise DataError for the base or the first model with NaN or Inf; nothing where all are finite."""
+        self._check_base(start, stop)
         with borrow(len(self), stop - start, self.dtype) as rows:
             self.read(start, stop, rows)
-            for place, row in enumerate(rows):
-                self._check_row(row, place)
+            for row, name in zip(rows, self.names, strict=True):
+                self._check_row(row, name)
 
-    def _check_row(self, row: Tensor, place: int) -> None:
+    def _check_base(self, start: int, stop: int) -> None:
+        if self._base is not None:
+            self._check_row(self._base_values(start, stop), "the base")
+
+    def _check_row(self, row: Tensor, owner: str) -> None:
         bad = int((~torch.isfinite(row)).sum())
         if bad:
-            raise _not_finite(self.names[place], self.layer.name, bad)
+            raise _not_finite(owner, self.layer.name, bad)
 
 
 class UpdateStack:

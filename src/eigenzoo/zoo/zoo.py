@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
+from eigenzoo.formats.file_identity import identify_file
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.peft_lora import LoraAdapter
@@ -76,7 +78,17 @@ class Zoo:
             None if self.base is None else _address(self.base),
             self.skipped,
             any(isinstance(model, PickleStateDict) for model in (*self.models, self.base)),
+            self._files,
         )
+
+    @cached_property
+    def _files(self) -> str:
+        return hashlib.sha256(repr(self.identities()).encode()).hexdigest()
+
+    def identities(self) -> list[list[object]]:
+        """Return what each weight file is (`identify_file`), the base's included, without reading it."""
+        models = self.models if self.base is None else (*self.models, self.base)
+        return [identify_file(path) for model in models for path in model.weight_files()]
 
     @property
     def view(self) -> str:
@@ -192,7 +204,10 @@ class Zoo:
 
 @dataclass(frozen=True)
 class ZooSource:
-    """Where a zoo's models lie and what was chosen of them: from this it is opened again in another process."""
+    """Where a zoo's models lie and what was chosen of them: from this it is opened again in another process.
+
+    `files` says which contents the files had, so that nobody takes an earlier zoo of the same paths for this one.
+    """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
@@ -200,6 +215,7 @@ class ZooSource:
     base: str | None
     skipped: tuple[SkippedModel, ...]
     allow_pickle: bool
+    files: str
 
 
 @lru_cache(maxsize=4)

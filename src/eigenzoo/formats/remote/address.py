@@ -145,7 +145,7 @@ def connect(source: str) -> Any:
 def find_address(url: str) -> Address:
     """Connect and return the address of a URL; on the hub the revision becomes the commit that it names now."""
     system, path = _open(url)
-    shown = shown_url(url)
+    shown = re.sub(r"(?<=[^:/])/+(?=$|::)", "", shown_url(url))
     if protocol_of(url) == "hf" and (pinned := _pinned(system, path)):
         return Address(url, pinned[0], f"hf://{pinned[0]}", pinned[1])
     return Address(url, path, shown, shown.partition("::")[0].partition("://")[2].rstrip("/").rpartition("/")[2])

@@ -166,12 +166,17 @@ def _read_s3(system: Any, answer: Answer, start: int, stop: int) -> None:
     bucket, key, version = system.split_path(file.path)
     options = {"VersionId": version} if version else {}
     response = system.call_s3(
-        "get_object", system.req_kw, Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **options
+        "get_object",
+        system.s3_additional_kwargs,
+        system.req_kw,
+        Bucket=bucket,
+        Key=key,
+        Range=f"bytes={start}-{stop - 1}",
+        **options,
     )
     body = response["Body"]
     try:
-        if f"ETag={response.get('ETag')}" != file.tag and file.tag.startswith("ETag="):
-            raise changed(file)
+        _check_tag(file, "ETag", response.get("ETag"))
         _check_range(file, response.get("ContentRange") or "", start, stop)
         sync(system.loop, _pour, body.read, answer)
     finally:
@@ -188,10 +193,8 @@ async def _read_http(system: Any, answer: Answer, start: int, stop: int) -> None
         if response.status == 404:
             raise FileNotFoundError(file.url)
         response.raise_for_status()
-        name, _, value = file.tag.partition("=")
-        given = response.headers.get(name) if name in ("ETag", "Last-Modified") else None
-        if given is not None and given.removeprefix("W/") != value.removeprefix("W/"):
-            raise changed(file)
+        for name in ("ETag", "Last-Modified"):
+            _check_tag(file, name, response.headers.get(name))
         if response.status == 206:
             _check_range(file, response.headers.get("Content-Range") or "", start, stop)
         elif (start, stop) != (0, file.size):
@@ -202,6 +205,13 @@ async def _read_http(system: Any, answer: Answer, start: int, stop: int) -> None
 async def _pour(read: Callable[[int], Awaitable[bytes]], answer: Answer) -> None:
     while data := await read(CHUNK_BYTES):
         answer.take(data)
+
+
+def _check_tag(file: RemoteFile, name: str, given: str | None) -> None:
+    """Check the tag that came with an answer, where it is of the kind that the listing gave; stores quote it or not."""
+    kind, _, value = file.tag.partition("=")
+    if given and kind == name and given.removeprefix("W/").strip('"') != value.removeprefix("W/").strip('"'):
+        raise changed(file)
 
 
 def _check_range(file: RemoteFile, given: str, start: int, stop: int) -> None:

@@ -1,0 +1,215 @@
+"""Layers in spans: one result whatever number of workers, and whether a layer is kept in memory or read once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scale_zoos import as_stored, contents, planted, read_in_float32, read_in_spans
+from torch import Tensor
+
+import eigenzoo as ez
+from builders import random_factors, write_adapter, write_stacks
+from eigenzoo.cli.app import main
+from eigenzoo.errors import UsageError
+from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
+from eigenzoo.subspace.resources import LEAST_MEMORY
+from eigenzoo.subspace.storage import moment_tensors
+from eigenzoo.subspace.workers import local_workers
+from eigenzoo.zoo import buffers
+from tolerance import tolerance
+
+NUM_MODELS, SHAPE = 10, (90, 70)
+CENTERS = ("models", "none", "columns", "global")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_in_float32(monkeypatch)
+
+
+def spans_of(monkeypatch: pytest.MonkeyPatch, rows: int, *, kept: bool) -> None:
+    """Cut layers into spans of at most so many output rows (half as many where values take twice the bytes)."""
+    read_in_spans(monkeypatch, rows * 4 * NUM_MODELS * SHAPE[1], kept=kept)
+
+
+def fitted(zoo: ez.Zoo, folder: Path, num: int = 1, **options: Any) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+    """The bundle, to the byte, and the moments, of a fit on so many threads."""
+    with local_workers(num=num) as workers:
+        space = ez.fit(zoo, 4, workers=workers, cache=False, **options)
+    space.save(folder)
+    return contents(folder), moment_tensors("w", space.moments("w"))
+
+
+@pytest.mark.parametrize("center", CENTERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spans_and_workers_change_no_bit_of_the_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, center: str
+) -> None:
+    stack = planted(NUM_MODELS, SHAPE, parent=3.0)
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": stack}, dtype))
+    spans_of(monkeypatch, 17, kept=True)
+    assert len(zoo.stack("w").spans()) in (6, 12)
+    bundle, moments = fitted(zoo, tmp_path / "kept", center=center)
+    assert fitted(zoo, tmp_path / "kept-5", 5, center=center)[0] == bundle
+    spans_of(monkeypatch, 17, kept=False)
+    twice, again = fitted(zoo, tmp_path / "spans", center=center)
+    assert again.keys() == moments.keys()
+    assert all(torch.equal(again[name], moments[name]) for name in moments)
+    for num in (2, 5):
+        assert fitted(zoo, tmp_path / f"spans-{num}", num, center=center)[0] == twice
+    first, other = ez.load(tmp_path / "kept"), ez.load(tmp_path / "spans")
+    for name in zoo.names:
+        found, wanted = (space.rebuild(name).layer("w") for space in (other, first))
+        assert float((found - wanted).norm() / wanted.norm()) <= tolerance(1, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("center", CENTERS)
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "spans"])
+def test_every_center_is_that_of_the_dense_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, center: str, kept: bool
+) -> None:
+    stack = planted(NUM_MODELS, SHAPE, parent=3.0)
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": stack}))
+    spans_of(monkeypatch, 17, kept=kept)
+    space = ez.fit(zoo, NUM_MODELS - 1, center=center)
+    rows = as_stored(stack)
+    mean = rows.mean(0).view(SHAPE)
+    removed = {
+        "models": mean,
+        "none": 0 * mean,
+        "columns": mean.mean(0).expand(SHAPE),
+        "global": mean.mean().expand(SHAPE),
+    }
+    about = rows - removed[center].reshape(1, -1)
+    found = space.moments("w").centered_NN
+    assert float((found - about @ about.T).abs().max()) <= 1e-6 * float((about @ about.T).diagonal().max())
+    # About the mean all is kept; about another center the weakest of the N directions is lost.
+    weakest = 0.0 if center == "models" else float(np.linalg.svd(about.numpy(), compute_uv=False)[-1] ** 2)
+    rebuilt = torch.stack([space.rebuild(name).layer("w").flatten() for name in space.names])
+    assert float((rebuilt - rows).square().sum()) == pytest.approx(
+        weakest, rel=1e-3, abs=1e-10 * float(rows.square().sum())
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "spans"])
+def test_a_base_is_subtracted_span_by_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    stack = planted(NUM_MODELS, SHAPE)
+    parent = planted(1, SHAPE, seed=1)
+    (base,) = write_stacks(tmp_path / "base", {"w": parent}, torch.bfloat16)
+    paths = write_stacks(tmp_path / "zoo", {"w": stack + parent})
+    spans_of(monkeypatch, 17, kept=kept)
+    moments = ez.fit(paths, 4, base=base, center="none").moments("w")
+    rows = as_stored(stack + parent) - as_stored(parent, torch.bfloat16)
+    assert float((moments.raw_NN - rows @ rows.T).abs().max()) <= 1e-6 * float((rows @ rows.T).max())
+
+
+def test_memory_decides_on_blocks_and_spans_on_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are as large as there is memory; what they sum up to is decided by the spans."""
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, (400, 700))}))
+    monkeypatch.setattr("eigenzoo.subspace.resources.MOST_KEPT", 0)
+    found = []
+    for max_memory in (None, LEAST_MEMORY):
+        with local_workers(max_memory, num=8) as workers:
+            found.append(ez.fit(zoo, 4, workers=workers, cache=False).moments("w"))
+    # Products are the same ones, of rows whose mean is rounded otherwise where a block ends within a vector of the machine.
+    scale = float(found[0].gram_NN.abs().max())
+    assert float((found[0].gram_NN - found[1].gram_NN).abs().max()) <= 1e-2 * FLOAT32_ROUND_OFF * scale
+    assert found[0].entries == pytest.approx(found[1].entries, rel=1e-8)
+
+
+class Lent:
+    """Records how many bytes of buffers are lent at once, and in one piece."""
+
+    def __init__(self) -> None:
+        self.now, self.most, self.largest, self.times = 0, 0, 0, 0
+
+    def record(self, borrow: Callable[..., AbstractContextManager[Tensor]]) -> Callable[..., Any]:
+        @contextmanager
+        def recorded(rows: int, columns: int, dtype: torch.dtype, **options: Any) -> Iterator[Tensor]:
+            num_bytes = rows * columns * dtype.itemsize
+            self.now += num_bytes
+            self.times += 1
+            self.most, self.largest = max(self.most, self.now), max(self.largest, num_bytes)
+            with borrow(rows, columns, dtype, **options) as lent:
+                yield lent
+            self.now -= num_bytes
+
+        return recorded
+
+
+@pytest.fixture
+def lent(monkeypatch: pytest.MonkeyPatch) -> Lent:
+    found = Lent()
+    for module in ("zoo.stack", "subspace.collecting", "subspace.update_moments"):
+        monkeypatch.setattr(f"eigenzoo.{module}.borrow", found.record(buffers.borrow))
+    return found
+
+
+@pytest.mark.parametrize("center", ["models", "columns"])
+def test_buffers_stay_within_the_memory_given(tmp_path: Path, lent: Lent, center: str) -> None:
+    """Half of the memory is for blocks, shared by all tasks at once; the other half for what is made of them."""
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(30, (250, 512))}))
+    share = LEAST_MEMORY // 2 // 4
+    assert zoo.stack("w").num_bytes > 7 * share
+    with local_workers(LEAST_MEMORY, num=4) as workers:
+        ez.fit(zoo, 4, center=center, workers=workers)
+    assert lent.largest <= share, "one task took more than its share"
+    assert lent.most <= 4 * share
+    assert lent.now == 0, "not all was given back"
+    # Once for the moments and once for the basis.
+    assert lent.times >= 2 * 8
+
+
+def test_tiles_of_updates_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lent: Lent) -> None:
+    monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_BYTES", 2**13)
+    ez.fit([write_adapter(tmp_path / f"m{n}", random_factors({"w": SHAPE}, 4, n)) for n in range(12)], 4)
+    # Two tiles at a time, one update at least in each.
+    assert 0 < lent.most <= 2 * 2**13
+    assert lent.now == 0
+
+
+def test_a_large_layer_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lent: Lent) -> None:
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(30, (250, 512))}))
+    read_in_spans(monkeypatch, 2**20)
+    ez.fit(zoo, 4)
+    assert lent.most <= 2**20 * 32 / 30, "more than one span, and the mean's and ones' rows"
+    assert lent.times == 2 * len(zoo.stack("w").spans())
+
+
+def test_memory_that_is_given_back_is_lent_again_and_let_go_at_the_end(tmp_path: Path) -> None:
+    with buffers.borrow(3, 5, torch.float32) as first:
+        place = first.data_ptr()
+        with buffers.borrow(3, 5, torch.float32) as second:
+            assert second.data_ptr() != place
+    with buffers.borrow(2, 7, torch.float32) as again:
+        assert again.shape == (2, 7)
+        assert again.data_ptr() in (place, second.data_ptr())
+    with local_workers():
+        ez.fit(write_stacks(tmp_path, {"w": planted(NUM_MODELS, SHAPE)}), 2)
+    assert buffers._free == []
+
+
+def test_too_little_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)})
+    for call in (ez.fit, ez.evidence, ez.plan):
+        with pytest.raises(UsageError, match=r"16,777,215 bytes of memory\. Blocks take at least 16,777,216 bytes"):
+            call(paths, max_memory=LEAST_MEMORY - 1)
+    words = ["fit", *map(str, paths), "-o", str(tmp_path / "bundle"), "--rank", "2", "--quiet", "--max-memory"]
+    for size, code, text in (
+        ("1MB", 2, "UsageError: 1,000,000 bytes of memory. Blocks take at least"),
+        ("16MiB", 0, ""),
+    ):
+        monkeypatch.setattr("sys.argv", ["eigenzoo", *words, size])
+        with pytest.raises(SystemExit, match=str(code)):
+            main()
+        assert text in " ".join(capsys.readouterr().err.split())
+    assert list(ez.load(tmp_path / "bundle").verify()) == []
