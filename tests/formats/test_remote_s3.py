@@ -10,13 +10,14 @@ import pytest
 import torch
 from model_builders import add_adapter, make_llama, save_adapter, save_model
 from remote_servers import Proxy, running
+from safetensors.torch import load_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, seeded, write_adapter, write_model, write_stacks
-from eigenzoo.errors import FormatError
-from eigenzoo.formats.many import read_many
+from eigenzoo.errors import BundleError, FormatError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.rows import RowReader
 
 
 def bundle_numbers(space: ez.Subspace) -> dict[str, Any]:
@@ -105,11 +106,11 @@ def test_ranges_of_many_models_are_read_together_in_any_dtype(s3: Any, tmp_path:
     paths = write_stacks(tmp_path / "zoo", {"w": stack}, torch.bfloat16)
     url = s3.put(tmp_path / "zoo")
     zoo = ez.open_zoo(url)
-    files = [model.file_of("w") for model in zoo.models] + [open_model(paths[0]).file_of("w")]
+    models = [*zoo.models, open_model(paths[0])]
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        outs = [torch.empty(500, dtype=dtype) for _ in files]
-        read_many([(file, "w", 100, 600) for file in files], outs)
-        for place, out in enumerate(outs):
+        rows = torch.empty(len(models), 500, dtype=dtype)
+        RowReader(models, ["w"] * len(models)).read(100, 600, rows)
+        for place, out in enumerate(rows):
             expected = stack[place % 5].to(torch.bfloat16).reshape(-1)[100:600].to(dtype)
             assert torch.equal(out, expected)
 
@@ -127,13 +128,22 @@ def test_two_of_two_hundred_layers_take_under_three_percent_of_the_bytes(s3: Any
     include = ["h.3.weight", "h.150.weight"]
     with running(Proxy(s3.endpoint)) as proxy:
         s3.lead_by(proxy.url)
-        there = ez.evidence(ez.open_zoo(url, include=include))
+        there = ez.fit(ez.open_zoo(url, include=include), 3)
         assert 2 * 8 * 64 * 128 * 4 < proxy.num_bytes < 0.03 * total
         before = proxy.num_requests
         ez.open_zoo(url, include=include)
         assert proxy.num_requests == before + 1, "headers and configs are in the cache, and one listing is enough"
-    here = ez.evidence(ez.open_zoo(tmp_path / "zoo", include=include))
-    assert there.to_dict()["layers"] == here.to_dict()["layers"]
+        # What was excluded stayed in the store; a whole model is put together from there, with permission.
+        kept = ez.load(there.save(tmp_path / "bundle"))
+        assert any("198 excluded tensors" in text for text in kept.report["warnings"])
+        with pytest.raises(BundleError, match="stays at s3://"):
+            kept.rebuild("m3").save(tmp_path / "refused")
+        whole = load_file(kept.rebuild("m3", fetch=True).save(tmp_path / "m3") / "model.safetensors")
+    own = load_file(tmp_path / "zoo" / "m3" / "model.safetensors")
+    assert whole.keys() == own.keys()
+    assert all(torch.equal(whole[name], own[name]) for name in own if name not in include)
+    here = ez.fit(ez.open_zoo(tmp_path / "zoo", include=include), 3)
+    assert here.report["layers"] == there.report["layers"]
 
 
 def test_broken_answers_and_a_busy_server_change_nothing_but_time(s3: Any, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def command(
     mean_only: Annotated[
         bool, typer.Option("--mean-only", help="The zoo's mean in the model's place: the control.")
     ] = False,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Read what was excluded from the store that the model came from.")
+    ] = False,
     base: options.Base = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
@@ -39,7 +42,7 @@ def command(
     space = ez.load(bundle, base=base)
     known = name in space.names or not Path(name).exists()
     coefficients = space.coefficients(name) if known else space.project(space.open(name, allow_pickle=allow_pickle))
-    space.rebuild(coefficients, mean_only=mean_only).save(output, force=force)
+    space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force)
     if json:
         print_json(
             {

@@ -17,7 +17,11 @@ from eigenzoo.errors import BundleError
 from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout
+from eigenzoo.formats.manifest import SourceRecord
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import inside, read_bounded
+from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.side_files import MAX_SIDE_BYTES
 from eigenzoo.formats.writers import TensorLayout, write_tensors
@@ -34,6 +38,7 @@ class Template(ABC):
         metadata: per file, the header's string metadata.
         carried: names of the tensors that come unchanged.
         side_files: names of the files beside the weights.
+        left_at: the URL where other tensors were left, for `read_carried` to find; empty where there are none.
     """
 
     layout: ModelLayout
@@ -41,6 +46,7 @@ class Template(ABC):
     metadata: Mapping[str, Mapping[str, str]]
     carried: tuple[str, ...]
     side_files: tuple[str, ...]
+    left_at: str = ""
 
     @abstractmethod
     def read_carried(self, name: str) -> Tensor:
@@ -49,6 +55,15 @@ class Template(ABC):
     @abstractmethod
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""
+
+
+def carried_values(model: Model, name: str) -> Tensor:
+    """Read a tensor that a bundle carries; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
+    values = model.read(name)
+    for update in model.updates.values():
+        if name == update.key_b and update.scale != 1.0:
+            return (values.double() * update.scale).to(torch.promote_types(values.dtype, torch.float32))
+    return values
 
 
 def tensor_id(values: Tensor) -> str:
@@ -119,7 +134,9 @@ class StoredTemplate(Template):
         metadata: Mapping[str, Mapping[str, str]],
         side_files: Mapping[str, str],
         carried: Mapping[str, str],
+        source: SourceRecord | None = None,
     ) -> None:
+        self._source = source
         self._root, self._side_files, self._carried = root, side_files, carried
         self._layout, self._config = layout, config
         self.metadata = metadata
@@ -136,12 +153,34 @@ class StoredTemplate(Template):
         return None if self._config is None else self._json(self._config)
 
     def read_carried(self, name: str) -> Tensor:
-        """Read a tensor that comes unchanged."""
+        """Read a tensor that comes unchanged: from rest/, or, of a model in a store, what was left there."""
+        if name not in self._carried:
+            return carried_values(self._at_source(), name)
         file = SafetensorsFile(inside(self._root, f"rest/{self._carried[name]}.safetensors"))
         if VALUE not in file.tensors:
             raise BundleError(f"rest/{self._carried[name]}.safetensors has no tensor {VALUE!r}", where=str(self._root))
         values = file.read(VALUE)
         return values if tensor_id(values) == self._carried[name] else _changed(file.path)
+
+    @property
+    def left_at(self) -> str:  # type: ignore[override]
+        """The model's URL."""
+        return self._source.path if self._source is not None and is_url(self._source.path) else ""
+
+    def _at_source(self) -> Model:
+        """Open the model in its store again, and make sure that it is the one that was fitted."""
+        assert self._source is not None
+        model = _open_again(self._source.path)
+        for path in model.weight_files():
+            status, known = path.stat(), self._source.files.get(path.name)
+            if known is None or (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+                raise BundleError(
+                    "the model there is not the one that was fitted",
+                    where=self._source.path,
+                    rule="what was excluded stays in the store, and is read from there",
+                    next_step="fit again, or without --include and --exclude, which carries everything",
+                )
+        return model
 
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""
@@ -150,6 +189,11 @@ class StoredTemplate(Template):
 
     def _json(self, content: str) -> dict[str, Any]:
         return _json(self._root, content)
+
+
+@lru_cache(maxsize=4)
+def _open_again(url: str) -> Model:
+    return open_model(url)
 
 
 @lru_cache(maxsize=64)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from eigenzoo.errors import UsageError
@@ -52,6 +53,40 @@ class RowReader:
                 self._models[place].read_flat(self._names[place], start, stop, out=rows[place])
         if elsewhere:
             fetch_values(elsewhere)
+
+
+def read_factors(models: Sequence[Model], modules: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield B (outputs, rank) and A (rank, inputs) of one update of each of many models, in their own dtype, the scale not applied.
+
+    Those of models in a store are asked for together.
+    """
+    elsewhere = [_files_of(model, module) for model, module in zip(models, modules, strict=True)]
+    fetched: dict[int, tuple[Tensor, Tensor]] = {}
+    wanted = []
+    for place, (model, module, files) in enumerate(zip(models, modules, elsewhere, strict=True)):
+        if not files:
+            continue
+        update = model.updates[module]
+        values = []
+        for file, key in zip(files, (update.key_b, update.key_a), strict=True):
+            info = model.tensors[key]
+            out = torch.empty(prod(info.shape), dtype=info.dtype)
+            assert file.remote is not None
+            wanted.append((file.remote, *file.locate(key, 0, out.numel()), out))
+            values.append(out)
+        outputs, inputs = update.shape
+        fetched[place] = values[0].view(outputs, update.rank), values[1].view(update.rank, inputs)
+    if wanted:
+        fetch_values(wanted)
+    for place, (model, module) in enumerate(zip(models, modules, strict=True)):
+        yield fetched.pop(place) if place in fetched else model.read_factors(module)
+
+
+def _files_of(model: Model, module: str) -> list[SafetensorsFile]:
+    """The remote files of B and A; nothing of a model at hand."""
+    update = model.updates[module]
+    files = [_file(model, key) for key in (update.key_b, update.key_a)]
+    return [file for file in files if file is not None and file.remote is not None]
 
 
 def _file(model: Model, name: str) -> SafetensorsFile | None:

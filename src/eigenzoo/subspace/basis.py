@@ -10,7 +10,7 @@ Three forms, one file each:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from eigenzoo.formats.basis_files import BasisFiles
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import Stack
@@ -130,3 +131,18 @@ def deviation_from_identity(gram_KK: Tensor) -> float:
     if not gram_KK.numel():
         return 0.0
     return float((gram_KK - torch.eye(gram_KK.shape[0], dtype=gram_KK.dtype)).abs().max())
+
+
+ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
+"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
+
+
+def basis_faults(files: BasisFiles, layers: Mapping[str, LayerBasis], dtype: str) -> Iterator[str]:
+    """Yield the faults of bases that were stored in a dtype: values that are not finite, directions that are not orthonormal."""
+    for name in files.names:
+        if not bool(torch.isfinite(files.read(name)).all()):
+            yield f"basis tensor {name}: NaN or Inf"
+    for name, basis in layers.items():
+        deviation = basis.orthonormality()
+        if not deviation <= ORTHONORMAL[dtype]:
+            yield f"layer {name}: the basis deviates from orthonormality by {deviation:.1e}"

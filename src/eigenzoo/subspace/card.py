@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from eigenzoo.formats.bundle import CARD
+from eigenzoo.formats.bundle import CARD, MOMENTS, write_manifest
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.records import weighted_share
 
@@ -70,3 +70,22 @@ def _escape(text: str) -> str:
     text = "".join(char if char.isprintable() else "�" for char in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", text)
+
+
+def write_counted(folder: Path, manifest: Manifest) -> None:
+    """Write manifest and card with the bundle's own bytes in them: written again until the count is that of the files."""
+    for _ in range(8):
+        write_manifest(folder, manifest)
+        write_card(folder, manifest)
+        sizes = {
+            path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder
+        }
+        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        counted = {
+            **manifest.report["bytes"],
+            "moments": sizes.get(MOMENTS, 0),
+            "whole_bundle": whole - sizes.get(MOMENTS, 0),
+        }
+        if counted == manifest.report["bytes"]:
+            return
+        manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})

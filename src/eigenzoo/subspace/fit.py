@@ -306,7 +306,12 @@ def _report(
         bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
-        warnings=(*zoo.warnings, *_dtype_warnings(options, fitted.values()), *_precision_warnings(options, fitted)),
+        warnings=(
+            *zoo.warnings,
+            *_left_warnings(zoo),
+            *_dtype_warnings(options, fitted.values()),
+            *_precision_warnings(options, fitted),
+        ),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
@@ -316,6 +321,17 @@ def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[
     if options.dtype == "float32" or not any(layer.form == STACKED for layer in fitted):
         return []
     return [f"dtype {options.dtype} has no effect on axis models of updates: the factors keep the dtype of their files"]
+
+
+def _left_warnings(zoo: Zoo) -> list[str]:
+    """Say what is not in the bundle and will be looked for where the models came from."""
+    left = max((len(zoo.left_at_source(place)) for place in range(len(zoo))), default=0)
+    if not left:
+        return []
+    return [
+        f"{left} excluded tensors of each model in a store stay there, and are not counted in the bundle's bytes: to rebuild a whole "
+        "model they are read from there (rebuild with fetch=True, --fetch)"
+    ]
 
 
 def _precision_warnings(options: FitOptions, fitted: Mapping[str, FittedLayer]) -> list[str]:

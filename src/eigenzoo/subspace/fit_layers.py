@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor
+
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.records import Progress
 from eigenzoo.subspace.collecting import Asked, cut, dense_moments
@@ -56,8 +58,7 @@ class LayerPass:
                 fitted[name], moments[name] = self.work.restore(name, self.writer)
             else:
                 result = self._result(name, known, results)
-                self._write(name, result)
-                layer = replace(result.fitted, coefficients=result.fitted.coefficients.float())
+                layer = replace(result.fitted, coefficients=self._write(name, result).float())
                 fitted[name], moments[name] = layer, result.moments
                 self.work.keep(layer, result.moments, self.writer)
             progress("fitting layers", len(fitted), len(self.zoo.layers))
@@ -136,20 +137,23 @@ class LayerPass:
             for start, stop in stack.spans()
             for span in cut(stack, start, stop, self.workers.resources)
         )
-        spans = (results[0] for _, results in self.workers.in_order(tasks))
+        width = options.torch_dtype.itemsize * (found.weights_NK.shape[1] + 1)
+        spans = (results[0] for _, results in self.workers.in_order(tasks, lambda span: width * (span[1] - span[0])))
         coefficients_NK = write_flat(
             stack.layer, moments.removed, spans, found.fitted.coefficients, options.torch_dtype, self.writer
         )
         return LayerResult(replace(found.fitted, coefficients=coefficients_NK), moments)
 
-    def _write(self, name: str, result: LayerResult) -> None:
+    def _write(self, name: str, result: LayerResult) -> Tensor:
+        """Write what is not written yet, and return the coefficients that belong to it."""
+        kept = result.fitted.coefficients
         for part, tensor in result.parts.items():
             self.writer.append(part, tensor)
         if result.spans:
-            kept = result.fitted.coefficients
             layer, removed = self.zoo.layers[name], result.moments.removed
-            write_flat(layer, removed, result.spans, kept, self._options(name).torch_dtype, self.writer)
+            kept = write_flat(layer, removed, result.spans, kept, self._options(name).torch_dtype, self.writer)
         if result.weights_NK is not None:
             stack = self.zoo.stack(name, precision=self._options(name).precision_of_products)
             assert isinstance(stack, UpdateStack)
             write_stacked(stack, result.moments, result.weights_NK, self.writer)
+        return kept

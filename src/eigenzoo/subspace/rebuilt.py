@@ -14,6 +14,7 @@ from eigenzoo.formats.contents import Template
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import is_only_a_model
 from eigenzoo.formats.output import new_folder
+from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.subspace.basis import LayerBasis
@@ -36,8 +37,9 @@ class RebuiltModel:
         template: Template,
         view: str,
         base: Callable[[], Model],
+        fetch: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self._fetch = name, fetch
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
 
@@ -92,8 +94,15 @@ class RebuiltModel:
         return values.clamp_min(torch.finfo(torch.float32).tiny) if VARIANCE.search(name) else values
 
     def _carried(self, name: str) -> Tensor:
-        if name not in self._template.carried:
+        if name not in self._template.carried and not self._template.left_at:
             raise BundleError("is neither a layer nor carried", where=f"tensor '{name}' of {self.name}")
+        if name not in self._template.carried and not self._fetch:
+            raise BundleError(
+                f"was excluded from the fit, and stays at {shown_url(self._template.left_at)}",
+                where=f"tensor '{name}' of {self.name}",
+                rule="a bundle is no permission to connect to what it names",
+                next_step="rebuild with fetch=True (--fetch) if you trust it",
+            )
         return self._template.read_carried(name)
 
     def _save_adapter(self, folder: Path) -> None:
@@ -104,7 +113,8 @@ class RebuiltModel:
         for module, update in layout.updates.items():
             factors[module] = self._adapter_factors(module)
             used |= {update.key_a, update.key_b}
-        others = {name: template.read_carried(name) for name in template.carried if name not in used}
+        left = [name for name in layout.tensors if name not in template.carried and name not in used]
+        others = {name: self._carried(name) for name in (*template.carried, *left) if name not in used}
         metadata = next(iter(template.metadata.values()), None)
         side_files = {name: template.read_side_file(name) for name in template.side_files}
         write_lora(

@@ -24,7 +24,6 @@ from eigenzoo.formats.bundle import (
     read_coefficients,
     read_manifest,
     record_files,
-    write_manifest,
 )
 from eigenzoo.formats.contents import StoredTemplate
 from eigenzoo.formats.manifest import Manifest, ModelRecord
@@ -33,8 +32,8 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.output import new_folder
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.basis import LayerBasis, Projection
-from eigenzoo.subspace.card import write_card
+from eigenzoo.subspace.basis import LayerBasis, Projection, basis_faults
+from eigenzoo.subspace.card import write_counted
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
@@ -52,10 +51,6 @@ from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_models
-
-ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
-"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
-
 
 MEASURED = ("seconds", "peak_memory")
 """What the report of a fit says of the run and not of the result."""
@@ -133,6 +128,7 @@ class Subspace:
             metadata=record.metadata,
             side_files=record.side_files,
             carried=record.carried,
+            source=record.source,
         )
         residuals = dict(zip(self.layers, residual.tolist(), strict=True))
         energies = self._energies(name)
@@ -257,8 +253,11 @@ class Subspace:
             for place, name in enumerate(zoo.names)
         }
 
-    def rebuild(self, model: Coefficients | str, *, mean_only: bool = False) -> RebuiltModel:
-        """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control)."""
+    def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:
+        """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
+
+        With `fetch`, tensors that were left in the store that the model came from are read from there.
+        """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
         if set(values) != set(self.layers):
@@ -276,7 +275,7 @@ class Subspace:
             if mean_only:
                 values[name] = torch.zeros_like(values[name])
         return RebuiltModel(
-            coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base)
+            coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base), fetch
         )
 
     def add(
@@ -320,7 +319,7 @@ class Subspace:
             manifest = self.manifest.model_copy(
                 update={"files": record_files(staging), "models": sources, "base": base, "report": report}
             )
-            _write_counted(staging, manifest)
+            write_counted(staging, manifest)
         return target
 
     def files(self) -> list[str]:
@@ -336,14 +335,7 @@ class Subspace:
             if identify(open_basis(self.path).paths) != self.manifest.basis_id:
                 yield "basis: it is not the one that the coefficients belong to"
             yield from find_faults(self.path, self.manifest)
-        files = open_basis(self.path)
-        for name in files.names:
-            if not bool(torch.isfinite(files.read(name)).all()):
-                yield f"basis tensor {name}: NaN or Inf"
-        for name, basis in self.layers.items():
-            deviation = basis.orthonormality()
-            if not deviation <= ORTHONORMAL[self.manifest.dtype]:
-                yield f"layer {name}: the basis deviates from orthonormality by {deviation:.1e}"
+        yield from basis_faults(open_basis(self.path), self.layers, self.manifest.dtype)
         for model in self.manifest.models:
             try:
                 values = self.coefficients(model.name).values
@@ -370,30 +362,11 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of view `delta` lies now.
     """
     path = Path(folder)
-    space = Subspace(path, read_manifest(path), base=open_model(Path(base)) if base is not None else None)
+    space = Subspace(path, read_manifest(path), base=open_model(os.fspath(base)) if base is not None else None)
     if space._base is not None:
         space._check_base(space._base)
     _ = space.layers
     return space
-
-
-def _write_counted(folder: Path, manifest: Manifest) -> None:
-    """Write manifest and card with the bundle's own bytes in them: written again until the count is that of the files."""
-    for _ in range(8):
-        write_manifest(folder, manifest)
-        write_card(folder, manifest)
-        sizes = {
-            path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder
-        }
-        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        counted = {
-            **manifest.report["bytes"],
-            "moments": sizes.get(MOMENTS, 0),
-            "whole_bundle": whole - sizes.get(MOMENTS, 0),
-        }
-        if counted == manifest.report["bytes"]:
-            return
-        manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})
 
 
 def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:

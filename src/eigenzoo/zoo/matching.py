@@ -20,6 +20,9 @@ from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import is_task_head, role
 from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
 
+EXCLUDED = "excluded"
+"""The reason of what include and exclude leave out."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -48,6 +51,7 @@ class Match:
     layers: dict[str, Layer]
     sources: tuple[dict[str, LayerSource], ...]
     left_out: tuple[LeftOut, ...]
+    excluded: tuple[str, ...] = ()
 
 
 def match_models(models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None) -> Match:
@@ -60,7 +64,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     problems: list[MismatchError] = []
     for layer_name, count in every.items():
         if selection.excludes(layer_name):
-            reasons[layer_name] = "excluded"
+            reasons[layer_name] = EXCLUDED
             continue
         problem = _difference(layer_name, count, found, names, base_sources)
         if problem is None:
@@ -82,6 +86,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         layers,
         tuple({name: sources[name] for name in layers} for sources in found),
         tuple(left_out + _unread(models, found)),
+        tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.rows import RowReader
+from eigenzoo.formats.rows import RowReader, read_factors
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.update_tiles import Tile
 from eigenzoo.records import Layer
@@ -204,9 +204,10 @@ class UpdateStack:
         """Read the factors of some models side by side into memory that is given, the scale in B; unchecked."""
         ranks = tuple(self.ranks[place] for place in places)
         first = 0
-        for place, rank in zip(places, ranks, strict=True):
-            source = self._sources[place]
-            b_OR, a_RI = self._models[place].read_factors(source.key)
+        chosen = [self._sources[place] for place in places]
+        models = [self._models[place] for place in places]
+        found = read_factors(models, [source.key for source in chosen])
+        for rank, source, (b_OR, a_RI) in zip(ranks, chosen, found, strict=True):
             run = slice(first, first + rank)
             if b_OR.dtype == b_OP.dtype:
                 np.multiply(b_OR.numpy(), b_OR.numpy().dtype.type(source.scale), out=b_OP[:, run].numpy())

@@ -8,6 +8,7 @@ from eigenzoo.formats.contents import Template
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.formats.remote import remote_url
 from eigenzoo.zoo.zoo import Zoo
 
 
@@ -21,6 +22,7 @@ class ZooTemplate(Template):
         self.config = self._model.config if isinstance(self._model, LoraAdapter) else None
         self.metadata = self._model.metadata
         self.carried = zoo.carried(place)
+        self.left_at = remote_url(self._model.path) or ""
         self.side_files = self._model.side_files
 
     def read_carried(self, name: str) -> Tensor:

@@ -11,10 +11,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
+from eigenzoo.formats.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
@@ -23,7 +23,7 @@ from eigenzoo.formats.pickle_file import PickleStateDict
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.views import VIEWS, check_choice
-from eigenzoo.zoo.layers import default_view
+from eigenzoo.zoo.layers import default_view, layer_sources
 from eigenzoo.zoo.matching import Match, Selection, match_models
 from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
@@ -185,21 +185,32 @@ class Zoo:
 
     def carried(self, place: int) -> tuple[str, ...]:
         """Names of the tensors of one model that no layer holds."""
+        stays = set(self.left_at_source(place))
+        return tuple(name for name in self._unheld(place) if name not in stays)
+
+    def left_at_source(self, place: int) -> tuple[str, ...]:
+        """Names of the tensors of a model in a store that were excluded: they stay there, and are read from there to rebuild it."""
+        model = self.models[place]
+        if remote_url(model.path) is None:
+            return ()
+        found = layer_sources(model, self.view)
+        excluded = [found[name].key for name in self._match.excluded if name in found]
+        for key in list(excluded):
+            if key in model.updates:
+                excluded += [model.updates[key].key_a, model.updates[key].key_b]
+        return tuple(name for name in self._unheld(place) if name in set(excluded))
+
+    def _unheld(self, place: int) -> list[str]:
         model, sources = self.models[place], self._match.sources[place]
         held = {source.key for source in sources.values()}
         for module, update in model.updates.items():
             if module in held:
                 held |= {update.key_a, update.key_b}
-        return tuple(name for name in model.tensors if name not in held)
+        return [name for name in model.tensors if name not in held]
 
     def read_carried(self, place: int, name: str) -> Tensor:
         """Read a carried tensor; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
-        model = self.models[place]
-        values = model.read(name)
-        for update in model.updates.values():
-            if name == update.key_b and update.scale != 1.0:
-                return (values.double() * update.scale).to(torch.promote_types(values.dtype, torch.float32))
-        return values
+        return carried_values(self.models[place], name)
 
 
 @dataclass(frozen=True)
