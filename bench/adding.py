@@ -74,7 +74,7 @@ def _step(
     step: str, collection: Collection, folder: Path, plan: AddingPlan, threads: int, limits: child.Limits
 ) -> Record:
     arguments = [step, str(collection.folder), str(folder), "--old", str(plan.old), "--new", str(plan.new)]
-    found = child.run("bench.adding", [*arguments, "--threads", str(threads)], threads, limits)
+    found = child.run("bench.adding", [*arguments, "--threads", str(threads)], threads, limits, folder)
     if "failed" in found:
         raise RuntimeError(f"adding, {step}: {found['failed']}\n{found.get('stderr', '')}")
     return found
@@ -105,13 +105,14 @@ def main() -> None:
         space.save(bundle)
         print(json.dumps({}))
         return
+    workspace = Path(tempfile.mkdtemp(dir=folder))
     imported, watch = machine.rss(), machine.Watch()
     machine.reset_peak()
     with watch.phase("whole"):
         if asked.step == "refit":
-            space = ez.fit(whole.paths, rank=rank, view="factors", workspace=folder)
+            space = ez.fit(whole.paths, rank=rank, view="factors", workspace=workspace)
         else:
-            space = ez.load(bundle).add(new, refresh=asked.step.endswith("refresh"), workspace=folder)
+            space = ez.load(bundle).add(new, refresh=asked.step.endswith("refresh"), workspace=workspace)
     peak = machine.peak()
     exact = bool(space.report.get("growth", {}).get("exact", True))
     if exact == (asked.step in ALONE):

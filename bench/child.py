@@ -33,13 +33,24 @@ class Limits:
 NO_LIMITS = Limits(seconds=float("inf"))
 
 
-def run(module: str, arguments: Sequence[str], threads: int, limits: Limits = NO_LIMITS) -> dict[str, Any]:
-    """Return the JSON line that `python -m module` prints, with its time from start to end; or `failed` and why."""
+def run(
+    module: str, arguments: Sequence[str], threads: int, limits: Limits = NO_LIMITS, folder: Path | None = None
+) -> dict[str, Any]:
+    """Return the JSON line that `python -m module` prints, with its time from start to end; or `failed` and why.
+
+    In `folder`, or where temporary files go, it has a cache of its own for what eigenzoo keeps.
+    """
     allowed = limits.memory * psutil.virtual_memory().available
     environment = thread_environment(threads)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with (
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryDirectory(dir=folder) as cache,
+    ):
+        # eigenzoo keeps moments between runs: here every run begins with nothing kept, and its keeping counts.
+        environment["EIGENZOO_CACHE"] = cache
+        started = time.perf_counter()
         command = [sys.executable, "-m", module, *arguments]
         process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
         try:

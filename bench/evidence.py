@@ -1,6 +1,6 @@
 """Full evidence from a bundle's stored moments, its weight files gone: seconds, and as a ratio to the eigendecompositions alone.
 
-    python -m bench.evidence [--models 500] [--layers 200]
+python -m bench.evidence [--models 500] [--layers 200]
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
         print(f"as JSON {size / 1e6:.1f} MB in {time.perf_counter() - page:.1f} s; peak memory {peak:.2f} GB")
         one = _eigendecomposition(asked.models)
         per_layer = seconds / one / asked.layers
-        print(f"one eigendecomposition of that size takes {one * 1e3:.0f} ms on one thread; a layer {per_layer:.0f} times that")
+        print(
+            f"one eigendecomposition of that size takes {one * 1e3:.0f} ms on one thread; a layer {per_layer:.0f} times that"
+        )
 
 
 def _make(folder: Path, num_models: int, num_layers: int) -> Path:

@@ -214,7 +214,19 @@ def _figures(part: Measured) -> list[Any]:
 
 def layer_table(rows: Iterable[Found]) -> list[str]:
     """The tests of the layers of some zoos, but for those that so few directions hold whatever they are."""
-    head = ["zoo", "layer", "values", "verdict", "at k", "p", "ratio", "directions", f"held out, k = {RANK}", "in-sample", "chance"]
+    head = [
+        "zoo",
+        "layer",
+        "values",
+        "verdict",
+        "at k",
+        "p",
+        "ratio",
+        "directions",
+        f"held out, k = {RANK}",
+        "in-sample",
+        "chance",
+    ]
     layers = [(found, name) for found in rows for name in found.evidence.layers]
     cells = [_layer(*each) for each in layers if each[0].evidence.layers[each[1]].layer.num_values > RANK]
     return markdown([*head, "kernels dealt anew"], cells)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.collection import AdapterRecipe, CheckpointRecipe, Recipe
 from bench.peers import PEERS
 
-NOT_ASKED = ("eigenzoo-moments",)
+NOT_ASKED: tuple[str, ...] = ()
 """Peers that run only where they are named by `--only`."""
 
 
@@ -21,7 +21,7 @@ class Case:
     name: str
     recipe: Recipe
     num_models: int
-    cold: tuple[str, ...] = ("eigenzoo",)
+    cold: tuple[str, ...] = ("eigenzoo", "eigenzoo-unwritten")
     only: tuple[str, ...] = ()
 
     @property

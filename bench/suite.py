@@ -85,7 +85,7 @@ def measure(
         arguments += ["--threads", str(threads), *(["--keep", str(kept)] if compared else [])]
         for repeat in range(repeats):
             share = prepare(collection.files, state)
-            found = child.run("bench.peers", arguments, threads, limits)
+            found = child.run("bench.peers", arguments, threads, limits, Path(folder))
             if share is not None and (share < page_cache.WARM if state == WARM else share > page_cache.COLD):
                 record["note"] = f"not {state}: {share:.0%} of the files were in memory"
             if "failed" in found:

@@ -53,9 +53,17 @@ PEERS = {
     "eigenzoo-delta": Peer(
         "eigenzoo, differences from the parent", "eigenzoo_fit", (VIT,), exact=True, options=(("view", "delta"),)
     ),
-    "eigenzoo-moments": Peer("eigenzoo, nothing written", "eigenzoo_fit", exact=True, options=(("write", "no"),)),
+    "eigenzoo-unwritten": Peer("eigenzoo, writing apart", "eigenzoo_fit", exact=True, options=(("write", "no"),)),
     "eigenzoo-update": Peer(
         "eigenzoo, updates s·B·A", "eigenzoo_fit", (LORA,), "updates", exact=True, options=(("view", "update"),)
+    ),
+    "eigenzoo-update-unwritten": Peer(
+        "eigenzoo, updates s·B·A, writing apart",
+        "eigenzoo_fit",
+        (LORA,),
+        "updates",
+        exact=True,
+        options=(("view", "update"), ("write", "no")),
     ),
     "vlora": Peer("vLoRA, batch", "vlora_batch", (LORA,), requires=("vlora",), exact=True),
     "vlora-streaming": Peer("vLoRA, streaming", "vlora_streaming", (LORA,), requires=("vlora",)),

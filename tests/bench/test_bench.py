@@ -115,7 +115,9 @@ MODULES = {
     "hungry": "import time\nheld = bytearray(200_000_000)\ntime.sleep(60)",
     "slow": "import time\ntime.sleep(60)",
     "broken": "raise SystemExit('no such thing')",
-    "good": "import os\nprint('noise')\nprint('{\"threads\": ' + os.environ['OMP_NUM_THREADS'] + '}')",
+    "good": "import json, os\nfrom pathlib import Path\ncache = Path(os.environ['EIGENZOO_CACHE'])\nprint('noise')\n"
+    "print(json.dumps({'threads': int(os.environ['OMP_NUM_THREADS']), 'kept': len(list(cache.iterdir()))}))\n"
+    "(cache / 'moments').touch()",
 }
 
 
@@ -137,8 +139,10 @@ def test_a_child_that_takes_too_much_or_fails_says_why(modules, name, seconds, m
     assert found["process"] < 30
 
 
-def test_a_child_has_its_threads(modules):
-    assert child.run("good", [], 3, child.Limits(60, 1.0))["threads"] == 3
+def test_a_child_has_its_threads_and_nothing_that_another_run_has_kept(modules, tmp_path):
+    for _ in range(2):
+        found = child.run("good", [], 3, child.Limits(60, 1.0), tmp_path)
+        assert (found["threads"], found["kept"]) == (3, 0)
 
 
 def test_the_faster_run_counts_with_the_larger_memory():

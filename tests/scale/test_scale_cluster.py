@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from scale_zoos import contents, planted, rewrite, saved
@@ -25,6 +26,7 @@ from eigenzoo.subspace.workers import local_workers
 from eigenzoo.zoo.zoo import reopen
 
 distributed = pytest.importorskip("distributed")
+dask = pytest.importorskip("dask")
 
 NUM_MODELS = 8
 LARGE = (300, 500)
@@ -41,7 +43,11 @@ def started(**options: Any) -> Any:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three processes for all tests of this file."""
-    with started(n_workers=3, threads_per_worker=1, processes=True) as opened:
+    # Whoever asks a worker that has died waits for this long.
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "5s"}),
+        started(n_workers=3, threads_per_worker=1, processes=True) as opened,
+    ):
         yield opened
 
 
@@ -311,3 +317,15 @@ def test_a_zoo_with_gaps_and_pickles_travels(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir("/")
     reopen.cache_clear()
     same(pickle.loads(data), zoo)
+
+
+def test_a_zoo_in_a_store_travels_by_its_urls(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in write_stacks(tmp_path / "zoo", {"w": planted(3, (6, 5))}):
+        store.pipe_file(f"/travels/{path.name}/model.safetensors", (path / "model.safetensors").read_bytes())
+    zoo = ez.open_zoo("memory://travels")
+    data = pickle.dumps(zoo)
+    assert b"memory://travels/m1" in data
+    reopen.cache_clear()
+    same(pickle.loads(data), zoo)
+    store.rm("/travels", recursive=True)

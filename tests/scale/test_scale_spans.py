@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ import eigenzoo as ez
 from builders import random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import UsageError
+from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
+from eigenzoo.subspace import fit_layers
 from eigenzoo.subspace.resources import LEAST_MEMORY
 from eigenzoo.subspace.storage import moment_tensors
 from eigenzoo.subspace.workers import local_workers
@@ -181,6 +184,33 @@ def test_a_large_layer_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.Mon
     ez.fit(zoo, 4)
     assert lent.most <= 2**20 * 32 / 30, "more than one span, and the mean's and ones' rows"
     assert lent.times == 2 * len(zoo.stack("w").spans())
+
+
+def test_results_do_not_pile_up_before_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of a basis wait for their turn to be written; workers wait too, when what waits weighs too much."""
+    zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)}))
+    spans_of(monkeypatch, 2, kept=False)
+    monkeypatch.setattr("eigenzoo.subspace.workers.HELD_BYTES", 0)
+    made, written, ahead = [], [], []
+    make, write = fit_layers.basis_task, BasisWriter.write_flat
+
+    def counted(*args: Any) -> Any:
+        made.append(1)
+        return make(*args)
+
+    def slow(writer: BasisWriter, name: str, start: int, tensor: Tensor) -> None:
+        if name == "w/mean":
+            ahead.append(len(made) - len(written))
+            written.append(1)
+            time.sleep(0.002)
+        write(writer, name, start, tensor)
+
+    monkeypatch.setattr(fit_layers, "basis_task", counted)
+    monkeypatch.setattr(BasisWriter, "write_flat", slow)
+    with local_workers(num=2) as workers:
+        ez.fit(zoo, 4, workers=workers)
+    assert len(written) == len(zoo.stack("w").spans()) == 45
+    assert max(ahead) <= 2 + 1, "those that run, and the one that is written"
 
 
 def test_memory_that_is_given_back_is_lent_again_and_let_go_at_the_end(tmp_path: Path) -> None:

@@ -114,18 +114,20 @@ def fit(
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
     check_against(options, source.view, len(source))
     place = None if workspace is None else Path(workspace)
-    with opened_workers(workers, max_memory, device) as running, opened_cache(source, cache) as kept:
-        per_layer = allocate(source, options, running, progress)
-        key = fit_key(source, options, per_layer, running)
-        with work_folder(place, key) as (at_work, lasting), ExitStack() as unfinished:
-            work = Work(at_work if lasting else None, list(source.layers.values()))
-            fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
-            layers = fit_layers(source, options, per_layer, progress, fitting)
-            # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
-            folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
-            unfinished.callback(folder.cleanup)
-            manifest = write_subspace(source, options, layers, Path(folder.name), started)
-            unfinished.pop_all()
+    with ExitStack() as unfinished:
+        with opened_workers(workers, max_memory, device) as running, opened_cache(source, cache) as kept:
+            per_layer = allocate(source, options, running, progress)
+            key = fit_key(source, options, per_layer, running)
+            with work_folder(place, key) as (at_work, lasting):
+                work = Work(at_work if lasting else None, list(source.layers.values()))
+                fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
+                layers = fit_layers(source, options, per_layer, progress, fitting)
+                # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
+                folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+                unfinished.callback(folder.cleanup)
+                manifest = write_subspace(source, options, layers, Path(folder.name), started)
+        # Not before the pass has ended: there it shows whether a file was written to meanwhile.
+        unfinished.pop_all()
     return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
 
 
@@ -306,12 +308,7 @@ def _report(
         bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
-        warnings=(
-            *zoo.warnings,
-            *_left_warnings(zoo),
-            *_dtype_warnings(options, fitted.values()),
-            *_precision_warnings(options, fitted),
-        ),
+        warnings=tuple(_warnings(zoo, options, fitted)),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
@@ -323,14 +320,19 @@ def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[
     return [f"dtype {options.dtype} has no effect on axis models of updates: the factors keep the dtype of their files"]
 
 
+def _warnings(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer]) -> list[str]:
+    chosen = [*_dtype_warnings(options, fitted.values()), *_precision_warnings(options, fitted)]
+    return [*zoo.warnings, *_left_warnings(zoo), *chosen]
+
+
 def _left_warnings(zoo: Zoo) -> list[str]:
     """Say what is not in the bundle and will be looked for where the models came from."""
     left = max((len(zoo.left_at_source(place)) for place in range(len(zoo))), default=0)
     if not left:
         return []
     return [
-        f"{left} excluded tensors of each model in a store stay there, and are not counted in the bundle's bytes: to rebuild a whole "
-        "model they are read from there (rebuild with fetch=True, --fetch)"
+        f"{left} excluded tensors of each model in a store stay there, and are not counted in the bundle's bytes: to rebuild a "
+        "whole model they are read from there (rebuild with fetch=True, --fetch)"
     ]
 
 

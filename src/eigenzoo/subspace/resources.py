@@ -53,14 +53,15 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
 def check_device(device: str) -> None:
     """Raise UsageError for a device that torch does not have here."""
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
+        found = None
+    if device != "cpu" and (found is None or found.type != "cuda"):
         raise UsageError(f"device {device!r}", rule="devices are cpu, cuda and cuda:<number>")
-    if kind == "cuda" and not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found is not None and found.type == "cuda" and (found.index or 0) >= count:
         raise UsageError(
-            f"device {device!r}, but torch sees no GPU",
+            f"device {device!r}, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}",
             rule="cuda needs a GPU and a torch build that knows it",
             next_step="use --device cpu",
         )

@@ -7,7 +7,6 @@ is made of them does not depend on who was first, and memory does not grow with 
 
 from __future__ import annotations
 
-import gc
 import operator
 import sys
 from collections import deque
@@ -23,6 +22,7 @@ from threadpoolctl import ThreadpoolController
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.subspace.resources import Resources, resources_for
 from eigenzoo.zoo.buffers import release
+from eigenzoo.zoo.garbage import seldom_collecting
 
 Key = TypeVar("Key")
 Call = Callable[[], Any]
@@ -110,7 +110,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     threads = torch.get_num_threads()
     num = num or threads
     resources = resources_for(num, max_memory, device)
-    with single_threaded(), _switching_often(), _seldom_collecting(), kept_open():
+    with single_threaded(), _switching_often(), seldom_collecting(), kept_open():
         pool = ThreadPoolExecutor(num, thread_name_prefix="eigenzoo")
         try:
             yield Workers(pool, num, resources)
@@ -154,17 +154,6 @@ def _switching_often() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(usual)
-
-
-@contextmanager
-def _seldom_collecting() -> Iterator[None]:
-    """Let Python look for cyclic garbage seldom: it goes through the headers of hundreds of models each time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(max(usual[0], 100_000), *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -31,8 +32,18 @@ def default_view(model: Model, has_base: bool) -> str:
     return "delta" if has_base else "weight"
 
 
+_known: WeakKeyDictionary[Model, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
+
+
 def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
-    """Return what can be a layer in this model under a view, by layer name, in the order of the files."""
+    """Return what can be a layer in this model under a view, by layer name, in the order of the files; found once for a model."""
+    known = _known.setdefault(model, {})
+    if view not in known:
+        known[view] = _find_sources(model, view)
+    return known[view]
+
+
+def _find_sources(model: Model, view: str) -> dict[str, LayerSource]:
     if view in ("update", "factors"):
         if not model.updates:
             raise UsageError(

@@ -23,6 +23,7 @@ from eigenzoo.formats.pickle_file import PickleStateDict
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.views import VIEWS, check_choice
+from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.layers import default_view, layer_sources
 from eigenzoo.zoo.matching import Match, Selection, match_models
 from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source
@@ -268,7 +269,8 @@ def open_zoo(
     Raises:
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
-    models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
+    with seldom_collecting():
+        models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
     base_model = open_model(os.fspath(base), allow_pickle=allow_pickle) if base is not None else None
     chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
     if chosen != "delta" and base_model is not None:
@@ -288,7 +290,8 @@ class OpenedModels:
 
 def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
     """Open models without matching them: for whoever knows the layers already."""
-    models, names, _ = _open_named(source, False, allow_pickle, no_progress)
+    with seldom_collecting():
+        models, names, _ = _open_named(source, False, allow_pickle, no_progress)
     return OpenedModels(tuple(models), tuple(names))
 
 
