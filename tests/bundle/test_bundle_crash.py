@@ -14,21 +14,22 @@ from bundle_files import fit_form, write_bundle, write_zoo
 import eigenzoo as ez
 from eigenzoo.errors import DataError
 
-STEPS = ["write_card", "write_manifest", "record_files", "link_or_copy"]
+STEPS = {"write_card": "card", "write_manifest": "card", "record_files": "subspace", "link_or_copy": "subspace"}
 
 SCRIPT = """
 import os, signal, sys
 import eigenzoo as ez
-from eigenzoo.subspace import subspace
+from eigenzoo.subspace import card, subspace
 space = ez.load(sys.argv[1])
-step, calls = getattr(subspace, sys.argv[3]), 0
+room = card if hasattr(card, sys.argv[3]) else subspace
+step, calls = getattr(room, sys.argv[3]), 0
 def dying(*args, **kwargs):
     global calls
     calls += 1
     if calls == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args, **kwargs)
-setattr(subspace, sys.argv[3], dying)
+setattr(room, sys.argv[3], dying)
 space.save(sys.argv[2], force=True)
 """
 
@@ -57,7 +58,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def failing(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"eigenzoo.subspace.subspace.{step}", failing)
+    monkeypatch.setattr(f"eigenzoo.subspace.{STEPS[step]}.{step}", failing)
     with pytest.raises(OSError, match="No space left"):
         space.save(tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
