@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import eigenzoo as ez
 from builders import random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import DataError, UsageError
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
 from eigenzoo.subspace import fit_layers
@@ -71,6 +72,37 @@ def test_spans_and_workers_change_no_bit_of_the_moments(
     for name in zoo.names:
         found, wanted = (space.rebuild(name).layer("w") for space in (other, first))
         assert float((found - wanted).norm() / wanted.norm()) <= tolerance(1, dtype=torch.float32)
+
+
+def test_results_come_in_the_order_of_the_jobs_whoever_is_first() -> None:
+    def after(seconds: float, value: int) -> int:
+        time.sleep(seconds)
+        return value
+
+    with local_workers(num=4) as workers:
+        jobs = [
+            (number, [partial(after, 0.02 / (1 + number), 10 * number + part) for part in (0, 1)])
+            for number in range(9)
+        ]
+        assert list(workers.in_order(jobs)) == [(number, [10 * number, 10 * number + 1]) for number in range(9)]
+
+
+def test_an_error_comes_in_its_turn_and_what_has_not_begun_is_left() -> None:
+    begun: list[int] = []
+
+    def call(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.005)
+        if number == 2:
+            raise DataError("the third")
+        return number
+
+    with local_workers(num=2) as workers:
+        done = workers.in_order((number, [partial(call, number)]) for number in range(50))
+        assert [next(done), next(done)] == [(0, [0]), (1, [1])]
+        with pytest.raises(DataError, match="the third"):
+            next(done)
+    assert len(begun) < 10
 
 
 @pytest.mark.parametrize("center", CENTERS)

@@ -44,8 +44,10 @@ def cluster_workers(
     client, ours = _connect(cluster, num_workers)
     try:
         num = sum(client.nthreads().values())
-        # Never "pure": a task's key would be the hash of all that it is given, and two fits would share results.
-        yield Workers(client.get_executor(pure=False), num, resources, run=run_task)
+        # What is decided here, between tasks, is computed on one thread as on the workers, and so gives the same bits.
+        with single_threaded():
+            # Never "pure": a task's key would be the hash of all that it is given, and two fits would share results.
+            yield Workers(client.get_executor(pure=False), num, resources, run=run_task)
     finally:
         for opened in ours:
             opened.close()

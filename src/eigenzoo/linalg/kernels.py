@@ -44,8 +44,8 @@ def long_gram(rows_ND: Tensor) -> Tensor:
 def bfloat16_gram(rows_ND: Tensor) -> Tensor:
     """Return rows · rowsᵀ of float32 rows with factors rounded to bfloat16 and sums in float32.
 
-    In bfloat16's own units where the machine has them: on a GPU, and on CPUs with AMX. Elsewhere the rounded rows are
-    multiplied in float32: the same result, no faster.
+    In bfloat16's own units on a GPU. Elsewhere the rounded rows are multiplied in float32: the same result, no faster (torch has no
+    product of bfloat16 with float32 sums on a CPU but by a switch of the whole process).
     """
     rounded = rows_ND.to(torch.bfloat16)
     if rows_ND.device.type == "cuda":

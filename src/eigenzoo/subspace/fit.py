@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,9 +142,8 @@ class Fitting:
 
 def fit_key(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], workers: Workers) -> str:
     """Return the key of a fit: the same key stands for the same bundle, to the byte."""
-    versions = [version("eigenzoo"), torch.__version__, np.__version__]
     chosen = [plain(options), {name: plain(layer) for name, layer in per_layer.items()}]
-    return ZooIdentity(zoo).whole(versions, chosen, workers.resources)
+    return ZooIdentity(zoo).whole(version("eigenzoo"), chosen, workers.resources)
 
 
 def opened(
@@ -241,7 +239,7 @@ def _as_stored(
     name = fitted.name
     record = layer_record(zoo.layers[name], fitted.form, fitted.ranks, fitted.has_mean)
     stored, stack = read_basis(record, options.center, basis), zoo.stack(name)
-    projections = [stored.project(stack, place) for place in range(len(zoo))]
+    projections = stored.project_all(stack)
     outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
     energy = float(moments.energies_N.sum())
     bound = fitted.record.bound

@@ -167,7 +167,7 @@ class FlatBasis(LayerBasis):
     def project_all(self, stack: Stack) -> list[Projection]:
         """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these."""
         assert isinstance(stack, DenseStack)
-        at_once = max(1, BLOCK_BYTES // (8 * self.layer.num_values))
+        at_once = max(1, 4 * BLOCK_BYTES // (8 * self.layer.num_values))
         found: list[Projection] = []
         for first in range(0, len(stack), at_once):
             places = range(first, min(first + at_once, len(stack)))

@@ -6,10 +6,13 @@ import hashlib
 import json
 from functools import cached_property
 
+import numpy as np
+import torch
+
 from eigenzoo.zoo.zoo import Zoo
 
-VERSION = 1
-"""Raised whenever the same files give other moments or bases than before."""
+VERSIONS = (1, np.__version__, torch.__version__)
+"""The first is raised whenever the same files give other moments or bases than before; other libraries round otherwise."""
 
 
 class ZooIdentity:
@@ -27,14 +30,14 @@ class ZooIdentity:
         """Key of one layer under a choice of what is done with it."""
         layer = self._zoo.layers[name]
         return digest(
-            [VERSION, self.files, self._zoo.view, name, layer.shape, layer.dtype, self._zoo.keys(name), *details]
+            [*VERSIONS, self.files, self._zoo.view, name, layer.shape, layer.dtype, self._zoo.keys(name), *details]
         )
 
     def whole(self, *details: object) -> str:
         """Key of all layers under a choice of what is done with them."""
         names = list(self._zoo.layers)
         return digest(
-            [VERSION, self.files, self._zoo.names, self._zoo.view, [self.layer(name) for name in names], *details]
+            [*VERSIONS, self.files, self._zoo.names, self._zoo.view, [self.layer(name) for name in names], *details]
         )
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -309,10 +310,14 @@ class Subspace:
                 (staging / file).parent.mkdir(exist_ok=True)
                 link_or_copy(self.path / file, staging / file)
             root = target.absolute()
-            sources = [
-                model.model_copy(update={"source": with_checksums(model.source, self.path.absolute(), root)})
-                for model in self.manifest.models
-            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                found = pool.map(
+                    lambda model: with_checksums(model.source, self.path.absolute(), root), self.manifest.models
+                )
+                sources = [
+                    model.model_copy(update={"source": source})
+                    for model, source in zip(self.manifest.models, found, strict=True)
+                ]
             base = self.manifest.base and with_checksums(self.manifest.base, self.path.absolute(), root)
             # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
             report = {key: value for key, value in self.report.items() if key not in MEASURED}
