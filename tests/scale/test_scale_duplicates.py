@@ -75,7 +75,7 @@ def test_full_weights_that_differ_by_little_are_no_copies(tmp_path: Path) -> Non
 
 def test_copies_are_told_over_all_layers(tmp_path: Path) -> None:
     """Equal in one layer and not in the other: no copies, however large the equal one."""
-    large, small = planted(4, (80, 70)), 0.01 * planted(4, (12, 10), 1)
+    large, small = planted(4, (80, 70)), 1e-3 * planted(4, (12, 10), 1)
     large[2] = large[0]
     paths = write_stacks(tmp_path, {"large": large, "small": small})
     assert ez.fit(paths, 2).report["duplicates"] == []

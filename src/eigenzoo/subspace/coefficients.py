@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eigenzoo.formats.contents import Template
+from eigenzoo.subspace.basis import Projection
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,20 @@ class Coefficients:
         """Return the residuals as plain JSON values."""
         layers = {layer: {"residual": value} for layer, value in self.residuals.items()}
         return {"residual": self.residual, "layers": layers}
+
+
+def coefficients_of(name: str, projections: Mapping[str, Projection], template: Template) -> Coefficients:
+    """Put one model's projections together with what makes it a complete model again."""
+    energy = sum(projection.energy for projection in projections.values())
+    outside = sum(projection.outside for projection in projections.values())
+    return Coefficients(
+        name,
+        {layer: projection.coefficients.float() for layer, projection in projections.items()},
+        {
+            layer: projection.outside / projection.energy if projection.energy > 0 else 0.0
+            for layer, projection in projections.items()
+        },
+        outside / energy if energy > 0 else 0.0,
+        {layer: projection.energy for layer, projection in projections.items()},
+        template,
+    )

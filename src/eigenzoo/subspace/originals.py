@@ -50,7 +50,7 @@ def _other_scales(space: Subspace, name: str, model: Model) -> bool:
     """Tell whether an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
     if not model.updates:
         return False
-    fitted = space.coefficients(name).template.layout.updates
+    fitted = space.template(name).layout.updates
     return any(fitted[module].scale != update.scale for module, update in model.updates.items() if module in fitted)
 
 

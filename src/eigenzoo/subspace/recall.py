@@ -55,9 +55,11 @@ class RecalledModel(Model):
         """Rebuild one tensor whole, in float64 where it is a layer."""
         if name in self._template.carried:
             return self._template.read_carried(name)
-        if self._held[0] != name:
-            self._held = (name, self._rebuilt.exact(self._layer_of(name)))
-        return self._held[1]
+        # Several threads read at once: what another holds meanwhile is not what was asked for here.
+        held = self._held
+        if held[0] != name:
+            self._held = held = (name, self._rebuilt.exact(self._layer_of(name)))
+        return held[1]
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rebuild a run of one tensor; the tensor is kept until another is asked for."""

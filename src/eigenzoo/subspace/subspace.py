@@ -35,7 +35,7 @@ from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection, basis_faults
 from eigenzoo.subspace.card import write_counted
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.subspace.storage import (
@@ -122,7 +122,19 @@ class Subspace:
         flat, residual = read_coefficients(
             self.path, record.coefficients, name, self.manifest.basis_id, expected, len(self.layers)
         )
-        template = StoredTemplate(
+        residuals = dict(zip(self.layers, residual.tolist(), strict=True))
+        energies = self._energies(name)
+        weights = energies or dict.fromkeys(self.layers, 1.0)
+        total = sum(weights.values())
+        whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
+        return Coefficients(
+            name, split_coefficients(flat, self.layers), residuals, whole, energies, self.template(name)
+        )
+
+    def template(self, name: str) -> StoredTemplate:
+        """Return what makes a kept model's coefficients a complete model again."""
+        record = self._record(name)
+        return StoredTemplate(
             self.path,
             layout=record.layout,
             config=record.config,
@@ -131,12 +143,6 @@ class Subspace:
             carried=record.carried,
             source=record.source,
         )
-        residuals = dict(zip(self.layers, residual.tolist(), strict=True))
-        energies = self._energies(name)
-        weights = energies or dict.fromkeys(self.layers, 1.0)
-        total = sum(weights.values())
-        whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
-        return Coefficients(name, split_coefficients(flat, self.layers), residuals, whole, energies, template)
 
     def all_coefficients(self) -> dict[str, Tensor]:
         """Return every kept model's coefficients (N, …), layer by layer."""
@@ -248,7 +254,7 @@ class Subspace:
     def with_templates(self, zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
         """Put the projections of a zoo's models together with what makes them complete models again."""
         return {
-            name: _coefficients(
+            name: coefficients_of(
                 name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
             )
             for place, name in enumerate(zoo.names)
@@ -376,22 +382,6 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
 
 def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:
     return basis.project_all(zoo.stack(name))
-
-
-def _coefficients(name: str, projections: Mapping[str, Projection], template: ZooTemplate) -> Coefficients:
-    energy = sum(projection.energy for projection in projections.values())
-    outside = sum(projection.outside for projection in projections.values())
-    return Coefficients(
-        name,
-        {layer: projection.coefficients.float() for layer, projection in projections.items()},
-        {
-            layer: projection.outside / projection.energy if projection.energy > 0 else 0.0
-            for layer, projection in projections.items()
-        },
-        outside / energy if energy > 0 else 0.0,
-        {layer: projection.energy for layer, projection in projections.items()},
-        template,
-    )
 
 
 def _some(model: Model | None) -> Model:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eigenzoo.errors import EigenzooError, OutputError
+from eigenzoo.errors import EigenzooError, FormatError, OutputError
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.formats.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors_file import SafetensorsFile
@@ -162,8 +162,8 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
         _begin_anew_after_restart(folder)
         yield folder, True
         shutil.rmtree(folder, ignore_errors=True)
-    except OutputError:
-        # The disk is full, as a rule: there will be room when the fit is run again.
+    except (OutputError, FormatError):
+        # A full disk, or a store that does not answer, as a rule: another day there may be room, and an answer.
         raise
     except EigenzooError:
         shutil.rmtree(folder, ignore_errors=True)
