@@ -32,7 +32,8 @@ def test_each_peer_runs_and_is_as_right_as_it_claims(run, case, name):
     if name in OURS:
         assert errors["top"] < 1e-5
         assert errors["tail"] < 1e-5
-        assert name == "eigenzoo-update" or errors["angle"] < 1e-5
+        assert errors["angle"] is None or errors["angle"] < 1e-5
+        assert (errors["angle"] is None) == ("update" in name or "unwritten" in name)
     elif PEERS[name].exact:
         # Their SVDs are float32: round-off of the largest singular value, which the smallest of the leading ones feels twice.
         assert errors["top"] < 1e-4

@@ -36,7 +36,7 @@ def num_extended(num_models: int) -> int:
     return whole if whole <= SPARE * (num_models + 2) else num_models + 2
 
 
-SAMPLED = 32
+SAMPLED = 64
 """Entries' variances are taken from about so many models: only their distribution over the entries is asked for."""
 
 
@@ -44,7 +44,7 @@ def sample(num_models: int) -> slice:
     """Return the models whose entries' variances are taken: all, or every second, third, …
 
     >>> sample(500)
-    slice(None, None, 16)
+    slice(None, None, 8)
     """
     return slice(None, None, -(-num_models // SAMPLED))
 

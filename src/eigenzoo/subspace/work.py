@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -173,9 +174,15 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
 
 
 def _claim(folder: Path) -> int | None:
-    """Make the folder and take its lock; None where another process has it, or is just removing it."""
-    folder.mkdir(exist_ok=True)
+    """Make the folder and take its lock; None where another process has it, or is just removing it, or where it is not ours.
+
+    In a folder that many may write to, a stranger may have put one of this name there, with links to other people's files in it.
+    """
     try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            return None
         lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     except OSError:
         return None
