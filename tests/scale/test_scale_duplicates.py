@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import eigenzoo as ez
 from builders import Factors, random_factors, regauge, write_adapter, write_stacks
 from eigenzoo.subspace import duplicates
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
+from tolerance import tolerance
 
 MODULES = {"block.0.q": (60, 50), "block.1.q": (50, 40)}
 
@@ -92,7 +94,7 @@ def test_only_models_that_products_cannot_tell_apart_are_read_again(
     others = [random_factors(MODULES, 4, seed) for seed in range(10, 16)]
     zoo = ez.open_zoo(write(tmp_path, [first, *others, regauge(first, 3)]))
     asked = []
-    monkeypatch.setattr(duplicates, "_agree", lambda zoo, first, other: asked.append((first, other)) or True)
+    monkeypatch.setattr(duplicates, "_agree", lambda zoo, first, other, energy: asked.append((first, other)) or True)
     assert ez.fit(zoo, 2).report["duplicates"] == [["m0", "m7"]]
     assert asked == [(0, 7)]
 
@@ -102,7 +104,9 @@ def test_a_group_of_copies_is_read_once_each(tmp_path: Path, monkeypatch: pytest
     zoo = ez.open_zoo(write(tmp_path, [regauge(first, seed) for seed in range(6)]))
     agree, asked = duplicates._agree, []
     monkeypatch.setattr(
-        duplicates, "_agree", lambda zoo, first, other: asked.append((first, other)) or agree(zoo, first, other)
+        duplicates,
+        "_agree",
+        lambda zoo, first, other, energy: asked.append((first, other)) or agree(zoo, first, other, energy),
     )
     assert len(ez.fit(zoo, 2).report["duplicates"]) == 15
     assert asked == [(0, other) for other in range(1, 6)]
@@ -122,3 +126,30 @@ def test_of_a_bundle_alone_the_nearest_count_as_copies(tmp_path: Path, monkeypat
     for stack in (DenseStack, UpdateStack):
         monkeypatch.setattr(stack, "__init__", untouched)
     assert ez.evidence(tmp_path / "bundle").lineage.duplicates == (("m0", "m1"), ("m0", "m2"))
+
+
+def test_fine_tunes_that_hardly_differ_from_their_parent_are_no_duplicates(tmp_path: Path, monkeypatch: Any) -> None:
+    """Float32 products are about the mean: their round-off is a share of what models differ by, and not of the parent's energy."""
+    monkeypatch.setattr("eigenzoo.zoo.stack.EXACT_VALUES", 0)
+    draw = torch.Generator().manual_seed(0)
+    parent = torch.randn(64, 64, generator=draw)
+    stack = parent + 4e-4 * torch.randn(8, 64, 64, generator=draw)
+    paths = write_stacks(tmp_path / "zoo", {"w": stack})
+    space = ez.fit(paths[:6], 2)
+    assert space.report["duplicates"] == []
+    grown = space.add(paths[6:])
+    assert grown.report["duplicates"] == []
+    assert not ez.evidence(ez.load(grown.save(tmp_path / "bundle"))).lineage.duplicates
+
+
+def test_a_border_is_as_exact_as_what_it_is_put_around(tmp_path: Path, monkeypatch: Any) -> None:
+    draw = torch.Generator().manual_seed(1)
+    falling = 10.0 ** -torch.arange(9.0)[:, None]
+    rows = torch.linalg.qr(torch.randn(9, 9, generator=draw))[0] @ (falling * torch.randn(9, 600, generator=draw))
+    paths = write_stacks(tmp_path / "zoo", {"w": rows.view(9, 20, 30)}, torch.float64)
+    space = ez.fit(paths[:7], 1.0)
+    monkeypatch.setattr("eigenzoo.zoo.stack.EXACT_VALUES", 0)
+    for at_once, grown in ((ez.fit(paths, 1.0), space.add(paths[7:], refresh=True)),):
+        assert grown.report["layers"]["w"]["rank"] == at_once.report["layers"]["w"]["rank"]
+        one, two = (found.moments("w").centered_NN for found in (at_once, grown))
+        assert float((one - two).abs().max()) <= tolerance(600) * float(one.diagonal().max())

@@ -55,14 +55,19 @@ Include = Annotated[
     list[str] | None, typer.Option(help="Only layers that match this glob (repeatable).", show_default=False)
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(help="Carry layers that match this glob unchanged (repeatable).", show_default=False)
+    list[str] | None,
+    typer.Option(
+        help="Leave out layers that match this glob (repeatable); a bundle carries them unchanged, but of URLs they stay there.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="Where products run: cpu, cuda or cuda:<number>.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="Memory for blocks of weights, such as 2GB; by default a quarter of the machine's (on a cluster: of one worker).",
+        help="Memory for blocks of weights, such as 2GB; by default a quarter of the machine's. On a cluster: of each worker, "
+        "by default a few hundred MB.",
         show_default=False,
     ),
 ]

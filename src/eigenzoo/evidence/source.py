@@ -192,7 +192,10 @@ def open_source(
         zoo = source
     else:
         zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)
-    with opened_workers(workers, max_memory, device) as running, opened_cache(zoo, cache) as kept:
+    with (
+        opened_workers(workers, max_memory, device) as running,
+        opened_cache(zoo, cache, running.resources.device) as kept,
+    ):
         return ZooMoments(zoo, axes, center, seed, progress, running, kept)
 
 

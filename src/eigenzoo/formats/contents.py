@@ -172,7 +172,8 @@ class StoredTemplate(Template):
         assert self._source is not None
         model = _open_again(self._source.path)
         for path in model.weight_files():
-            status, known = path.stat(), self._source.files.get(path.name)
+            name = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
+            status, known = path.stat(), self._source.files.get(name)
             if known is None or (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
                 raise BundleError(
                     "the model there is not the one that was fitted",

@@ -43,7 +43,7 @@ def kept_open() -> Iterator[None]:
 
 
 def check_all() -> None:
-    """Raise FormatError where a file that is kept open is no longer what it was."""
+    """Raise FormatError where a file that is kept open is no longer what it was; what has taken its name meanwhile is another."""
     with _lock:
         known = list(_open.items())
     for path, (file, identity) in known:
@@ -62,10 +62,10 @@ def check_identity(file: FileIO, identity: Identity, path: Path) -> None:
         )
 
 
-def find(path: Path) -> FileIO | None:
-    """Return a file that is kept open."""
+def find(path: Path, identity: Identity) -> FileIO | None:
+    """Return a file that is kept open, if it is the one whose header was read."""
     kept = _open.get(path)
-    return None if kept is None else kept[0]
+    return kept[0] if kept is not None and kept[1] == identity else None
 
 
 def keep(path: Path, file: FileIO, identity: Identity) -> bool:

@@ -42,7 +42,7 @@ class RowReader:
         view, width, offset = as_bytes(rows), (stop - start) * dtype.itemsize, start * dtype.itemsize
         elsewhere = []
         for place, (file, position, own) in enumerate(zip(self._files, self._starts, self._dtypes, strict=True)):
-            kept = None if file is None else open_files.find(file.target)
+            kept = None if file is None else open_files.find(file.target, file.identity)
             if file is not None and file.remote is not None:
                 elsewhere.append((file.remote, position + start * own.itemsize, own, rows[place]))
             elif kept is not None and own == dtype:

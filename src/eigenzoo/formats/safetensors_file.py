@@ -38,6 +38,7 @@ class SafetensorsFile:
         metadata: the header's string metadata.
         kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
         target: the file itself, its links followed.
+        identity: its size and time when its header was read.
         remote: what the file is a stub of; its values are read from there, and never from the stub.
     """
 
@@ -49,7 +50,7 @@ class SafetensorsFile:
         self.tensors: Mapping[str, TensorInfo] = header.tensors
         self.metadata: Mapping[str, str] = header.metadata
         self._offsets = header.offsets
-        self._identity = (header.size, header.mtime_ns)
+        self.identity = (header.size, header.mtime_ns)
         self.remote = remote_file(self.target)
         self.kept_open = False
 
@@ -99,7 +100,7 @@ class SafetensorsFile:
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         assert self.remote is None, "values of a stub are zeros"
-        kept = open_files.find(self.target)
+        kept = open_files.find(self.target, self.identity)
         if kept is not None:
             yield kept
             return
@@ -109,8 +110,8 @@ class SafetensorsFile:
             raise FormatError(f"cannot be read any more ({error.strerror})", where=str(self.path)) from error
         taken = False
         try:
-            open_files.check_identity(file, self._identity, self.path)
-            taken = self.kept_open and open_files.keep(self.target, file, self._identity)
+            open_files.check_identity(file, self.identity, self.path)
+            taken = self.kept_open and open_files.keep(self.target, file, self.identity)
             yield file
         finally:
             if not taken:

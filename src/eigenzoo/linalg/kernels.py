@@ -41,6 +41,15 @@ def long_gram(rows_ND: Tensor) -> Tensor:
     return gram_NN
 
 
+def long_product(left_KD: Tensor, right_ND: Tensor) -> Tensor:
+    """Return left · rightᵀ (K, N) in float64, its products in the dtype of the rows, `PRODUCT_COLUMNS` columns at a time."""
+    product_KN = torch.zeros(left_KD.shape[0], right_ND.shape[0], dtype=torch.float64, device=left_KD.device)
+    for start in range(0, left_KD.shape[1], PRODUCT_COLUMNS):
+        columns = slice(start, start + PRODUCT_COLUMNS)
+        product_KN += product(left_KD[:, columns], right_ND[:, columns].T)
+    return product_KN
+
+
 def bfloat16_gram(rows_ND: Tensor) -> Tensor:
     """Return rows · rowsᵀ of float32 rows with factors rounded to bfloat16 and sums in float32.
 

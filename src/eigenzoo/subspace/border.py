@@ -14,7 +14,7 @@ from torch import Tensor
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import sample
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.subspace.moments import LayerMoments, entry_dimensions, from_raw_gram
+from eigenzoo.subspace.moments import LayerMoments, entry_dimensions, from_raw_gram, round_off
 from eigenzoo.subspace.resources import Resources
 from eigenzoo.subspace.update_moments import update_grams
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
@@ -36,8 +36,8 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
         # R is the exact mean: what rounding left of it in the rows is taken into account in the products.
         rest_D = kernels.mean_rows(rows[:first])
         left = torch.cat([rows[num_old:], torch.stack([rest_D, rounded_D, torch.ones_like(rest_D)])])
-        products = kernels.product(left, rows.T).double()
-        own = kernels.gram(left[-3:]).double()
+        products = kernels.long_product(left, rows)
+        own = kernels.long_gram(left[-3:])
         along_N = products[-3]
         border_MN += products[:-3] - along_N - along_N[num_old:, None] + own[0, 0]
         cross_M += (products[-2] + along_N)[num_old:] - own[0, 1] - own[0, 0]
@@ -48,6 +48,7 @@ def extend(moments: LayerMoments, stack: Stack) -> LayerMoments:
         chosen = rows[sample(num_all)] - kernels.mean_rows(rows)
         squares += float(kernels.column_energies(chosen).double().square().sum())
     grown = bordered(moments, border_MN, cross_M, shift_M if moments.shift_N is not None else None)
+    grown = replace(grown, round_off=max(moments.round_off, round_off(stack)))
     return replace(grown, sums_N=sums_N, entries=entry_dimensions(center_gram(grown.gram_NN), squares))
 
 
@@ -70,7 +71,7 @@ def _extend_updates(moments: LayerMoments, stack: UpdateStack) -> LayerMoments:
         grams.singular_NR[:num_old, : singular_NR.shape[1]] = singular_NR
         grams.sums_N[:num_old] = sums_N
     if moments.shift_N is None:
-        grown = from_raw_gram(grams.raw_NN, moments.num_values, moments.round_off)
+        grown = from_raw_gram(grams.raw_NN, moments.num_values, max(moments.round_off, round_off(stack)))
     else:
         grown = replace(moments, **_zero_centered(grams.raw_NN), num_reference=len(stack))
     return replace(grown, starts_NN=grams.starts_NN, singular_NR=grams.singular_NR, sums_N=grams.sums_N)

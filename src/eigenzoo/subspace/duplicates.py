@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.gram import squared_distances
+from eigenzoo.linalg.gram import center_gram, squared_distances
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
@@ -28,52 +28,57 @@ def find_duplicates(
 ) -> tuple[tuple[str, str], ...]:
     """Return pairs of models whose analysed layers agree to 1e-5 of their norm, whatever the factors they are stored as.
 
-    Distances from float32 products are coarser than that: the models that they cannot tell apart are read again, in pairs, where
-    the zoo is at hand. Without it they count as the same: they agree to the products' precision, about 1e-3 of their norm.
+    Distances from float32 products are coarser than that: models that they cannot tell apart are read again, in pairs, where the
+    zoo is at hand. Without it, those count as the same that are as close as such products can show: of full weights, whose products
+    are about the mean, 1e-3 of what they differ from it, and of updates 1e-3 of their norm.
     """
-    distances = energies = None
-    coarse = DUPLICATE
+    size = len(names)
+    distances_NN, allowed_NN = torch.zeros(2, size, size, dtype=torch.float64)
+    energies_N = torch.zeros(size, dtype=torch.float64)
+    coarse = False
     for layer in moments:
-        distances = squared_distances(layer.gram_NN) + (0 if distances is None else distances)
-        energies = layer.energies_N + (0 if energies is None else energies)
-        coarse = max(coarse, COARSE * layer.round_off)
-    if distances is None or energies is None:
-        return ()
-    close_NN = distances <= coarse * (energies[:, None] + energies[None, :]) / 2
-    if coarse > DUPLICATE and zoo is not None:
-        close_NN = _confirmed(zoo, close_NN)
+        distances_NN += squared_distances(layer.gram_NN)
+        energies_N += layer.energies_N
+        if layer.round_off > DUPLICATE:
+            # What round-off is a share of: the Gram of updates is taken about zero, that of full weights about the mean.
+            scale_N = layer.energies_N if layer.singular_NR is not None else center_gram(layer.gram_NN).diagonal()
+            allowed_NN += COARSE * layer.round_off * (scale_N[:, None] + scale_N) / 2
+            coarse = True
+    least_NN = DUPLICATE * (energies_N[:, None] + energies_N) / 2
+    close_NN = distances_NN <= torch.maximum(allowed_NN, least_NN)
+    if coarse and zoo is not None:
+        close_NN = _confirmed(zoo, close_NN, energies_N)
     return tuple((names[first], names[second]) for first, second in close_NN.triu(1).nonzero().tolist())
 
 
-def _confirmed(zoo: Zoo, close_NN: Tensor) -> Tensor:
+def _confirmed(zoo: Zoo, close_NN: Tensor, energies_N: Tensor) -> Tensor:
     """Keep the pairs that agree with the first of their group when both are read again."""
     confirmed_NN = torch.zeros_like(close_NN)
     left = set(range(len(zoo)))
     for first in range(len(zoo)):
         others = [other for other in close_NN[first].nonzero()[:, 0].tolist() if other > first and other in left]
-        same = [first, *(other for other in others if first in left and _agree(zoo, first, other))]
+        same = [
+            first,
+            *(
+                other
+                for other in others
+                if first in left and _agree(zoo, first, other, float(energies_N[[first, other]].mean()))
+            ),
+        ]
         left -= set(same)
         index = torch.tensor(same)
         confirmed_NN[index[:, None], index] = True
     return confirmed_NN
 
 
-def _agree(zoo: Zoo, first: int, second: int) -> bool:
+def _agree(zoo: Zoo, first: int, second: int, energy: float) -> bool:
     """Whether two models agree to 1e-5 of their norm; layer by layer, until they cannot any more."""
-    whole = sum(_energy(zoo, name, first) + _energy(zoo, name, second) for name in zoo.layers) / 2
     distance = 0.0
     for name in zoo.layers:
         distance += _distance(zoo, name, first, second)
-        if distance > DUPLICATE * whole:
+        if distance > DUPLICATE * energy:
             return False
     return True
-
-
-def _energy(zoo: Zoo, name: str, place: int) -> float:
-    stack = zoo.stack(name, precision="high")
-    if isinstance(stack, UpdateStack):
-        return lora.energy(stack.factors(place))
-    return float(stack.matrix(place).square().sum())
 
 
 def _distance(zoo: Zoo, name: str, first: int, second: int) -> float:

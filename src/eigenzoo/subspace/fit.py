@@ -114,9 +114,13 @@ def fit(
     check_against(options, source.view, len(source))
     place = None if workspace is None else Path(workspace)
     with ExitStack() as unfinished:
-        with opened_workers(workers, max_memory, device) as running, opened_cache(source, cache) as kept:
+        with (
+            opened_workers(workers, max_memory, device) as running,
+            opened_cache(source, cache, running.resources.device) as kept,
+        ):
+            _ = kept.identity.files  # now, before any value is read: of what is read this is to be the key
             per_layer = allocate(source, options, running, progress)
-            key = fit_key(source, options, per_layer, running)
+            key = fit_key(kept.identity, options, per_layer, running)
             with work_folder(place, key) as (at_work, lasting):
                 work = Work(at_work if lasting else None, list(source.layers.values()))
                 fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
@@ -140,10 +144,10 @@ class Fitting:
     folder: Path
 
 
-def fit_key(zoo: Zoo, options: FitOptions, per_layer: Mapping[str, FitOptions], workers: Workers) -> str:
+def fit_key(zoo: ZooIdentity, options: FitOptions, per_layer: Mapping[str, FitOptions], workers: Workers) -> str:
     """Return the key of a fit: the same key stands for the same bundle, to the byte."""
     chosen = [plain(options), {name: plain(layer) for name, layer in per_layer.items()}]
-    return ZooIdentity(zoo).whole(version("eigenzoo"), chosen, workers.resources)
+    return zoo.whole(version("eigenzoo"), chosen, workers.resources)
 
 
 def opened(

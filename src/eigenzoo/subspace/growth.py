@@ -25,6 +25,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.linalg.block_sums import DEFAULT
+from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.basis import Projection
 from eigenzoo.subspace.border import bordered, extend
@@ -144,16 +145,22 @@ def _grown_moments(
     zoo = _joined(space, originals, new)
     grown: dict[str, LayerMoments] = {}
     with opened_workers(None) as workers:
-        tasks = ((name, [partial(_grow_layer, space, zoo, name, exact, workers.resources)]) for name in space.layers)
+        precision = _options(space).precision_of_products
+        task = partial(_grow_layer, space, zoo, exact, precision, workers.resources)
+        tasks = ((name, [partial(task, name)]) for name in space.layers)
         for name, (found,) in workers.in_order(tasks):
             grown[name] = found
             progress("extending moments", len(grown), len(space.layers))
     return grown
 
 
-def _grow_layer(space: Subspace, zoo: Zoo, name: str, exact: bool, resources: Resources) -> LayerMoments:
-    stack = zoo.stack(name)
-    return extend(space.moments(name), stack) if exact else collect(stack, resources=resources)
+def _grow_layer(
+    space: Subspace, zoo: Zoo, exact: bool, precision: str, resources: Resources, name: str
+) -> LayerMoments:
+    """A border of the precision that the layer was fitted in, though with more models it be no small one any more."""
+    known = space.moments(name)
+    stack = zoo.stack(name, precision="high" if known.round_off <= NUMERICAL_RANK else precision)
+    return extend(known, stack) if exact else collect(stack, resources=resources)
 
 
 def _moments_inside(space: Subspace, new: Zoo, projected: Mapping[str, list[Projection]]) -> dict[str, LayerMoments]:

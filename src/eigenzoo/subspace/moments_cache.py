@@ -34,8 +34,9 @@ CACHE_BYTES = 4 * 2**30
 class MomentsCache:
     """The kept moments of one zoo's layers about the models' mean; with `folder` None, nothing is kept."""
 
-    def __init__(self, zoo: Zoo, folder: Path | None) -> None:
-        self._zoo, self._folder, self._identity = zoo, folder, ZooIdentity(zoo)
+    def __init__(self, zoo: Zoo, folder: Path | None, device: str = "cpu") -> None:
+        self._zoo, self._folder, self.identity = zoo, folder, ZooIdentity(zoo)
+        self._device = device.partition(":")[0]
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ class MomentsCache:
     def _path(self, name: str, center: str, precision: str) -> Path | None:
         if self._folder is None or center != "models":
             return None
-        return self._folder / f"{self._identity.layer(name, precision)}.safetensors"
+        return self._folder / f"{self.identity.layer(name, precision, self._device)}.safetensors"
 
 
 def _remove(path: Path) -> None:
@@ -96,13 +97,16 @@ def checksum(values: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def opened_cache(zoo: Zoo, enabled: bool) -> Iterator[MomentsCache]:
+def opened_cache(zoo: Zoo, enabled: bool, device: str = "cpu") -> Iterator[MomentsCache]:
     """Open the kept moments of a zoo in the user's cache folder; what is too much there is removed at the end."""
     if not enabled or os.environ.get(VARIABLE) == OFF or not all(model.path.exists() for model in zoo.models):
         yield MomentsCache(zoo, None)
         return
     folder = cache_folder() / "moments"
-    yield MomentsCache(zoo, folder)
+    cache = MomentsCache(zoo, folder, device)
+    # Now, before any value is read: a file that is replaced meanwhile must not be taken for the one that was read.
+    _ = cache.identity.files
+    yield cache
     trim(folder, CACHE_BYTES)
 
 

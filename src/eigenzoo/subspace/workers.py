@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -107,8 +108,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
 
     Raises UsageError for a device that is not there, and for too little memory.
     """
-    threads = torch.get_num_threads()
-    num = num or threads
+    num = num or num_threads()
     resources = resources_for(num, max_memory, device)
     with single_threaded(), _switching_often(), seldom_collecting(), kept_open():
         pool = ThreadPoolExecutor(num, thread_name_prefix="eigenzoo")
@@ -131,14 +131,41 @@ def opened_workers(workers: Workers | None, max_memory: int | None = None, devic
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Give torch and numpy one thread each while inside: threads that share two cores with others mostly wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Give torch and numpy one thread each while inside: threads that share two cores with others mostly wait for them.
+
+    Several threads may be inside at once; the last one out gives back what the first one found.
+    """
+    with _pinned.lock:
+        if _pinned.depth == 0:
+            _pinned.threads = torch.get_num_threads()
+            _pinned.limits = _controller().limit(limits=1, user_api="blas")
+        _pinned.depth += 1
+        torch.set_num_threads(1)
     try:
-        with _controller().limit(limits=1, user_api="blas"):
-            yield
+        yield
     finally:
-        torch.set_num_threads(threads)
+        with _pinned.lock:
+            _pinned.depth -= 1
+            if _pinned.depth == 0:
+                torch.set_num_threads(_pinned.threads)
+                _pinned.limits.restore_original_limits()
+
+
+class _Pinned:
+    """How many are inside `single_threaded`, and what they found there."""
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.threads = threading.Lock(), 0, 1
+        self.limits: Any = None
+
+
+_pinned = _Pinned()
+
+
+def num_threads() -> int:
+    """Return how many threads this process may use, also inside `single_threaded`."""
+    with _pinned.lock:
+        return _pinned.threads if _pinned.depth else torch.get_num_threads()
 
 
 @contextmanager
