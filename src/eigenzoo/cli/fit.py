@@ -142,10 +142,11 @@ def _render_rest(report: Mapping[str, Any]) -> None:
     for warning in report["warnings"]:
         say(f"warning: {warning}")
     render_bytes(report["bytes"])
-    say(
-        f"lost: {in_percent(report['residual'])} of all energy, in-sample · {report['seconds']:.1f} s · "
-        f"peak memory {in_bytes(report['peak_memory'])}"
-    )
+    lost = f"lost: {in_percent(report['residual'])} of all energy, in-sample"
+    # What a run took is known to who has just made it; a bundle does not say.
+    if "seconds" in report:
+        lost += f" · {report['seconds']:.1f} s · peak memory {in_bytes(report['peak_memory'])}"
+    say(lost)
 
 
 def render_bytes(sizes: Mapping[str, Any]) -> None:
