@@ -8,6 +8,7 @@ import pytest
 from cli_runner import Run
 
 import eigenzoo as ez
+from eigenzoo.cli import fit as fit_command
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
@@ -25,6 +26,8 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     assert 0 < mean["residual"] < 1
     space = ez.load(folder / "bundle")
     assert list(space.verify()) == []
+    # What the demo prints of the bundle, which knows nothing of the run that made it.
+    fit_command.render(space.report)
     for row in document["heldout"]:
         projected = space.project(folder / "zoo" / row["name"])
         assert projected.residual == pytest.approx(row["residual"], rel=1e-6)
