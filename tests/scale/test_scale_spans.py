@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -275,3 +276,19 @@ def test_too_little_memory_is_refused(
             main()
         assert text in " ".join(capsys.readouterr().err.split())
     assert list(ez.load(tmp_path / "bundle").verify()) == []
+
+
+def test_memory_that_is_handed_on_comes_back_when_nothing_refers_to_it() -> None:
+    buffers.release()
+    first = buffers.lend(3, 1000, torch.float32)
+    address, view = first.data_ptr(), first[2].view(-1)[5:]
+    first.fill_(7)
+    del first
+    gc.collect()
+    assert buffers.lend(3, 1000, torch.float32).data_ptr() != address, "a view is still there"
+    assert bool((view == 7).all())
+    del view
+    gc.collect()
+    held = [buffers.lend(3, 1000, torch.float32) for _ in range(2)]
+    assert address in {tensor.data_ptr() for tensor in held}
+    buffers.release()

@@ -63,11 +63,12 @@ def bfloat16_gram(rows_ND: Tensor) -> Tensor:
 
 
 @_quiet
-def product(left_KN: Tensor, right_ND: Tensor) -> Tensor:
-    """Return left · right (K, D)."""
+def product(left_KN: Tensor, right_ND: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return left · right (K, D); on the CPU in memory that is given, if any."""
     if right_ND.device.type != "cpu":
         return left_KN @ right_ND
-    return torch.from_numpy(np.matmul(left_KN.numpy(), right_ND.numpy()))
+    found = np.matmul(left_KN.numpy(), right_ND.numpy(), out=None if out is None else out.numpy())
+    return torch.from_numpy(found) if out is None else out
 
 
 @_quiet

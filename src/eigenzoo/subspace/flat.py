@@ -15,6 +15,7 @@ from torch import Tensor
 from eigenzoo.linalg import kernels
 from eigenzoo.records import Layer
 from eigenzoo.subspace.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.zoo.buffers import lend
 from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
 
 ORTHONORMAL = 1e-6
@@ -39,7 +40,8 @@ def span_basis(
     rows_ND, rounded_D = extended_ED[:num_models], extended_ED[num_models]
     # One row more: the mean that rounding left in the rows.
     weights = torch.cat([weights_NK.T, torch.full((1, num_models), 1 / num_models, dtype=torch.float64)])
-    found = kernels.product(weights.to(rows_ND), rows_ND)
+    room = lend(num_kept + 1, rows_ND.shape[1], rows_ND.dtype) if rows_ND.device.type == "cpu" else None
+    found = kernels.product(weights.to(rows_ND), rows_ND, room)
     directions_KD, mean_D = found[:num_kept], None
     if removed is None:
         mean_dtype = _mean_dtype(dtype)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor
 
+TOO_LARGE = 4
+"""Times what is asked for that memory may have: a small tensor must not hold that of a large one."""
+
 _lock = threading.Lock()
 _free: list[Tensor] = []
+_returned: SimpleQueue[Tensor] = SimpleQueue()
 
 
 @contextmanager
@@ -28,16 +34,34 @@ def borrow(rows: int, columns: int, dtype: torch.dtype, *, pinned: bool = False)
     try:
         yield memory[:num_bytes].view(dtype).view(rows, columns)
     finally:
-        with _lock:
-            _free.append(memory)
+        _give_back(memory)
+
+
+def lend(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Lend a (rows, columns) tensor of unspecified values, whose memory goes back when nothing refers to it any more.
+
+    For what is handed on: by the reference that a tensor made from an array has to it, and each view of that array to the array.
+    """
+    num_bytes = rows * columns * dtype.itemsize
+    memory = _take(num_bytes)
+    array = memory[:num_bytes].numpy()
+    weakref.finalize(array, _give_back, memory).atexit = False
+    return torch.from_numpy(array.view(str(dtype).removeprefix("torch.")).reshape(rows, columns))
+
+
+def _give_back(memory: Tensor) -> None:
+    # Python may call this anywhere, also between two steps of `_take` on this very thread: so no lock, and not that list.
+    _returned.put(memory)
 
 
 def _take(num_bytes: int) -> Tensor:
-    """Take the smallest free memory that is large enough, else let go of a smaller one for a new one."""
+    """Take the smallest free memory that is large enough, and not far too large, else let go of one for a new one."""
     with _lock:
+        while not _returned.empty():
+            _free.append(_returned.get())
         _free.sort(key=len)
         for place, memory in enumerate(_free):
-            if len(memory) >= num_bytes:
+            if num_bytes <= len(memory) <= TOO_LARGE * num_bytes + 2**20:
                 return _free.pop(place)
         if _free:
             _free.pop()
@@ -48,4 +72,6 @@ def _take(num_bytes: int) -> Tensor:
 def release() -> None:
     """Let go of all memory that is not lent."""
     with _lock:
+        while not _returned.empty():
+            _returned.get()
         _free.clear()
