@@ -21,11 +21,11 @@ import torch
 from scale_zoos import contents, hidden, planted, read_in_float32, read_in_spans, rewrite, saved
 
 import eigenzoo as ez
-from builders import edit_model, random_factors, random_stack, write_adapter, write_stacks
+from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, OutputError
 from eigenzoo.subspace import fit_layers
-from eigenzoo.subspace.work import PREFIX, STALE_SECONDS, work_folder
+from eigenzoo.subspace.work import PREFIX, STALE_SECONDS
 
 NUM_LAYERS, NUM_MODELS, SHAPE = 8, 5, (6, 5)
 STOPS_AFTER = 5
@@ -379,25 +379,3 @@ def test_without_a_workspace_nothing_is_kept(tmp_path: Path, tasks: Counter[str]
         with pytest.raises(KeyboardInterrupt):
             ez.fit(tmp_path / "zoo", 3, progress=interrupt)
         assert len(tasks) >= STOPS_AFTER
-
-
-@pytest.mark.parametrize("planted", ["link", "writable"])
-def test_a_folder_that_a_stranger_could_have_planted_is_not_used(tmp_path: Path, planted: str) -> None:
-    paths = write_stacks(tmp_path / "zoo", {"w": random_stack(5, (6, 4))})
-    workspace, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
-    workspace.mkdir()
-    elsewhere.mkdir(mode=0o700)
-    (elsewhere / "bundle").mkdir()
-    (elsewhere / "bundle" / "basis.safetensors").write_bytes(b"somebody's own")
-    with work_folder(workspace, "f" * 64) as (folder, _):
-        name = folder.name
-    if planted == "link":
-        (workspace / name).symlink_to(elsewhere)
-    else:
-        elsewhere.rename(workspace / name)
-        (workspace / name).chmod(0o777)
-    with work_folder(workspace, "f" * 64) as (folder, lasts):
-        assert not lasts
-        assert folder.name != name
-    assert (workspace / name / "bundle" / "basis.safetensors").read_bytes() == b"somebody's own"
-    assert ez.fit(paths, 1, workspace=workspace).report["num_models"] == 5

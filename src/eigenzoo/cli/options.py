@@ -76,7 +76,10 @@ Cluster = Annotated[
     typer.Option(help="Run on a dask cluster: local, or a scheduler's address tcp://host:port.", show_default=False),
 ]
 Precision = Annotated[
-    str, typer.Option(help="Of products: high (float64), default (float32 about the mean), fast (bfloat16 products).")
+    str,
+    typer.Option(
+        help="Of products: high (float64), default (float32 about the mean), fast (bfloat16: a gain on GPUs only)."
+    ),
 ]
 Solver = Annotated[
     str, typer.Option(help="For axes outputs and inputs: exact, or sketch (randomised, with a stated bound).")

@@ -19,7 +19,7 @@ from eigenzoo.linalg import kernels
 DEFAULT, HIGH, FAST = "default", "high", "fast"
 PRECISIONS = (DEFAULT, HIGH, FAST)
 """`high`: float64 throughout. `default`: float32 products of rows whose mean is removed, summed in float64; small layers float64.
-`fast`: bfloat16 products with float32 sums, summed in float64."""
+`fast`: bfloat16 products with float32 sums, summed in float64; faster on GPUs only."""
 
 
 ROWS, SPARE = 8, 1.04

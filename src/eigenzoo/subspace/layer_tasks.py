@@ -115,12 +115,6 @@ def span_task(
     return sum_span(stack, *span, asked, resources)
 
 
-def moments_task(zoo: Zoo, name: str, asked: Asked, precision: str, resources: Resources) -> LayerMoments:
-    """Collect one layer's moments."""
-    stack = zoo.stack(name, precision=precision)
-    return collect(stack, asked.axes, asked.center, resources, sketch=asked.sketch)
-
-
 def basis_task(
     zoo: Zoo,
     name: str,

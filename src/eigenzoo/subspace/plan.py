@@ -32,7 +32,7 @@ class PlanRow:
         residual: share of the analysed energy that is lost, in-sample: exact for one axis, an upper bound for more.
         exact: whether `residual` is exact.
         captured, heldout: for axis and center `models`, the share of the variance about the mean that is kept, in-sample and
-            of models left out of the fit (five folds); elsewhere None, since only a fit can tell.
+            of models left out of the fit (as many of five folds as hold 40 models); elsewhere None, since only a fit can tell.
         bytes: of the whole bundle, headers and carried tensors included, moments not; within a few percent of the saved one.
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
