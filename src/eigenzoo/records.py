@@ -101,7 +101,8 @@ class LayerFit:
         variance: Σ‖X − M‖² about the center, the denominator of `captured`, `heldout` and `null`; zero where it is round-off.
         captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance.
         heldout: the same of models left out of the fit: for axis `models` alone as many of five folds as hold 40 models,
-            else one of five; None for sides above 2,048 that are not sketched and centers other than `models`, where it is not computed.
+            else one of five; None for sides above 2,048 that are not sketched and centers other than `models`, where it is not
+            computed.
         null: what the same number of directions captures of unrelated models with the same norms (of more than 256 models, a part
             stands for all); models axis only.
         mean_energy: share of the stack's whole energy that lies in its mean.

@@ -41,7 +41,8 @@ class LayerMoments:
             are taken about zero, so that the bases hold the mean too (see `tucker`).
         entries: in how many dimensions the models would lie if their entries varied independently, each as it does: (Σ v)² / Σ v²
             with v the entries' variances over at most 64 of the models or so; D where all vary alike.
-            None for LoRA updates, which are never multiplied out, and where growth from a bundle alone could not know it, as all below.
+            None for LoRA updates, which are never multiplied out, and where growth from a bundle alone could not know it, as all
+            below.
         sums_N: the sum of each model's entries, ⟨1, X_n⟩.
         singular_NR: for LoRA updates, their singular values, descending, padded with zeros.
         starts_NN: for LoRA updates, the inner products of their A-factors (of the rows that all have): what tells a
