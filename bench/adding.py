@@ -95,6 +95,7 @@ def main() -> None:
     import torch
 
     import eigenzoo as ez
+    import eigenzoo.subspace.growth  # which is imported at first use
     from bench.peers.eigenzoo_fit import spectra_of
 
     torch.set_num_threads(asked.threads)

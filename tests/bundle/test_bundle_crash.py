@@ -14,14 +14,13 @@ from bundle_files import fit_form, write_bundle, write_zoo
 import eigenzoo as ez
 from eigenzoo.errors import DataError
 
-STEPS = {"write_card": "card", "write_manifest": "card", "record_files": "subspace", "link_or_copy": "subspace"}
+STEPS = {"write_card": "card", "write_manifest": "card", "record_files": "saving", "link_or_copy": "storage"}
 
 SCRIPT = """
-import os, signal, sys
+import importlib, os, signal, sys
 import eigenzoo as ez
-from eigenzoo.subspace import card, subspace
 space = ez.load(sys.argv[1])
-room = card if hasattr(card, sys.argv[3]) else subspace
+room = importlib.import_module(f"eigenzoo.subspace.{sys.argv[5]}")
 step, calls = getattr(room, sys.argv[3]), 0
 def dying(*args, **kwargs):
     global calls
@@ -39,7 +38,7 @@ def test_a_killed_save_leaves_no_half_bundle(tmp_path: Path, step: str, call: in
     bundle = write_bundle(tmp_path)
     for name in ("new", "bundle"):
         target = tmp_path / name
-        command = [sys.executable, "-c", SCRIPT, str(bundle), str(target), step, str(call)]
+        command = [sys.executable, "-c", SCRIPT, str(bundle), str(target), step, str(call), STEPS[step]]
         done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == -signal.SIGKILL
         assert target.exists() is (name == "bundle")

@@ -8,7 +8,7 @@ import pytest
 
 from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import parse_json, read_json
-from eigenzoo.formats.paths import inside, read_bounded, relative_name
+from eigenzoo.formats.paths import final_name, inside, read_bounded, relative_name
 
 BAD_NAMES = {
     "": "is empty",
@@ -43,6 +43,14 @@ def test_names_and_links_inside_are_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     assert inside(tmp_path, "link") == inside(tmp_path, "real") == (tmp_path / "real").resolve()
     assert inside(tmp_path, "sub/new..name") == tmp_path.resolve() / "sub" / "new..name"
+
+
+def test_a_root_that_is_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x").write_text("x")
+    (tmp_path / "link").symlink_to("real")
+    assert inside(tmp_path / "link", "x") == (tmp_path / "real" / "x").resolve()
+    assert [final_name(tmp_path / name) for name in ("real", "link", "real/..")] == ["real", "real", tmp_path.name]
 
 
 def test_links_out_and_loops_are_refused(tmp_path: Path) -> None:

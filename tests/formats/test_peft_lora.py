@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,28 @@ def test_a_hostile_config_file_is_refused(adapter: Path, tmp_path: Path) -> None
     path.symlink_to(tmp_path / "outside.json")
     with pytest.raises(UnsafePathError, match="leads out of the folder"):
         LoraAdapter(adapter)
+
+
+def test_equal_headers_share_their_updates_only_where_the_scales_agree(adapter: Path, tmp_path: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+
+    def opened(name: str, **changes: Any) -> LoraAdapter:
+        shutil.copytree(adapter, tmp_path / name)
+        (tmp_path / name / path.name).write_text(json.dumps({**config, **changes}))
+        return LoraAdapter(tmp_path / name)
+
+    first, like = opened("first"), opened("like", target_modules="all-linear")
+    assert first.likeness is like.likeness
+    assert first.updates is like.updates
+    scale = next(iter(first.updates.values())).scale
+    for name, changes, factor in (
+        ("alpha", {"lora_alpha": 3 * config["lora_alpha"]}, 3),
+        ("pattern", {"alpha_pattern": dict.fromkeys(first.updates, 5 * config["lora_alpha"])}, 5),
+        ("root", {"use_rslora": True}, config["r"] ** 0.5),
+    ):
+        other = opened(name, **changes)
+        assert other.likeness is not first.likeness
+        assert all(update.scale == pytest.approx(factor * scale) for update in other.updates.values())
+    with pytest.raises(FormatError, match=rf"rank {config['r']} in the file and {config['r'] + 1}"):
+        opened("rank", r=config["r"] + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -199,6 +200,46 @@ def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"none\.safetensors: cannot be read \(No such file"):
         SafetensorsFile(tmp_path / "none.safetensors")
+
+
+def test_equal_headers_are_checked_once_and_for_files_of_one_size_only(tmp_path: Path) -> None:
+    good, other = raw({"a": entry()}, struct.pack("<2f", 1, 2)), raw({"a": entry()}, struct.pack("<2f", 3, 4))
+    for name, data in {"first": good, "second": other, "cut": good[:-1], "long": good + b"x"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.safetensors").write_bytes(data)
+    first, second = (SafetensorsFile(tmp_path / name / "x.safetensors") for name in ("first", "second"))
+    assert first.contents is second.contents
+    assert [file.read("a").tolist() for file in (first, second)] == [[1, 2], [3, 4]]
+    for name in ("cut", "long"):
+        with pytest.raises(FormatError, match="refused by safetensors"):
+            SafetensorsFile(tmp_path / name / "x.safetensors")
+
+
+def test_what_a_header_says_is_forgotten_with_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "forgotten.safetensors"
+    path.write_bytes(raw({"a": entry()}))
+    file = SafetensorsFile(path)
+    assert any(key[0] == path.name for key in safetensors_header._known)
+    del file
+    gc.collect()
+    assert not any(key[0] == path.name for key in safetensors_header._known)
+
+
+def test_offsets_are_checked_in_the_bytes_that_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_header, "_validate_by_library", lambda path, file: None)
+    path = tmp_path / "bad.safetensors"
+    for case in ("truncated", "trailing bytes", "overlap", "hole"):
+        path.write_bytes(HOSTILE[case][0])
+        with pytest.raises(FormatError, match=r"of the values and not at|but the header tells of"):
+            SafetensorsFile(path)
+
+
+def test_a_header_beyond_the_first_read_is_read_whole(tmp_path: Path) -> None:
+    names = [f"layer.{number:04}.{'x' * 40}" for number in range(500)]
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.full((1,), float(place)) for place, name in enumerate(names)}, path)
+    file = SafetensorsFile(path)
+    assert [float(file.read(name)) for name in names] == list(range(500))
 
 
 def opens_or_refuses(path: Path, data: bytes) -> None:

@@ -87,9 +87,10 @@ def test_without_a_refresh_the_basis_stays_and_the_moments_are_exact(tmp_path: P
     for name in ("m5", "m6", "m7"):
         projected = grown.project(open_case(tmp_path / "zoo", case, [tmp_path / "zoo" / name]))
         assert grown.coefficients(name).residual == pytest.approx(projected.residual, rel=1e-5)
-        assert all(
-            torch.equal(grown.coefficients(name).values[layer], projected.values[layer]) for layer in grown.layers
-        )
+        for layer in grown.layers:
+            # Products of one model and of two at once differ in their last bit.
+            found, expected = grown.coefficients(name).values[layer], projected.values[layer]
+            assert float((found - expected).norm()) <= FLOAT32 * float(expected.norm())
 
 
 def test_a_center_that_the_basis_has_fixed_stays_in_the_moments(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import eigenzoo as ez
 from builders import seeded, write_stacks
 from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.linalg.spectrum import eigenpairs, explained_variance_ratio
 from eigenzoo.subspace.collecting import collect, loaded_spans
 from eigenzoo.subspace.flat import FlatBasis, orthonormalized, span_basis, write_flat
@@ -149,7 +150,10 @@ def test_directions_that_lean_on_each_other_are_corrected_and_the_models_stay(tm
     coefficients_NK = vectors_NK * values_K.sqrt() @ torch.linalg.inv(mixing_KK).T
     writer = BasisWriter(tmp_path, ["w"])
     with loaded_spans(stack, Resources()) as loaded:
-        spans = [span_basis(rows, start, INPUTS, weights_NK, None, dtype) for start, _, rows in loaded]
+        spans = []
+        for start, _, rows in loaded:
+            center_rows(rows, NUM_MODELS, INPUTS)
+            spans.append(span_basis(rows, start, INPUTS, weights_NK, None, dtype))
     found_NK = write_flat(stack.layer, None, spans, coefficients_NK, dtype, writer)
     turned, in_memory_NK = orthonormalized(spans, coefficients_NK, dtype)
     assert float((in_memory_NK - found_NK).abs().max()) <= tolerance(1) * float(found_NK.abs().max())

@@ -215,7 +215,7 @@ def test_a_large_layer_is_not_held_whole(tmp_path: Path, monkeypatch: pytest.Mon
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(30, (250, 512))}))
     read_in_spans(monkeypatch, 2**20)
     ez.fit(zoo, 4)
-    assert lent.most <= 2**20 * 32 / 30, "more than one span, and the mean's and ones' rows"
+    assert lent.most <= 2**20 * 33 / 30, "more than one span, and the rows of the mean, its rounding and ones"
     assert lent.times == 2 * len(zoo.stack("w").spans())
 
 

@@ -13,7 +13,7 @@ from eigenzoo.evidence.variants import mean_values
 from eigenzoo.records import Progress
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fit import fit
-from eigenzoo.subspace.storage import is_at_hand
+from eigenzoo.subspace.source_records import is_at_hand
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
-import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
 from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.paths import inside, is_regular
@@ -47,8 +49,9 @@ def read_manifest(path: Path) -> Manifest:
         )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))
+    plain = file_sizes(path)
     for name in manifest.files:
-        if name != MOMENTS and not inside(path, name).is_file():
+        if name != MOMENTS and name not in plain and not inside(path, name).is_file():
             raise BundleError(
                 f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole"
             )
@@ -63,10 +66,23 @@ def open_basis(path: Path) -> BasisFiles:
     return BasisFiles(sorted(path.glob("basis*.safetensors")), path)
 
 
+class StoredCoefficients(NamedTuple):
+    """One model's small file.
+
+    Attributes:
+        values: the coefficients of all layers in one vector.
+        residuals_L, energies_L: of each layer, the share that is outside, and ‖X‖² of a model that the moments do not hold.
+    """
+
+    values: Tensor
+    residuals_L: Tensor
+    energies_L: Tensor | None = None
+
+
 def read_coefficients(
     root: Path, file: str, model: str, basis_id: str, num_coefficients: int, num_layers: int
-) -> tuple[Tensor, Tensor]:
-    """Read one model's coefficients (all layers in one vector) and its residual per layer, checked against the layers."""
+) -> StoredCoefficients:
+    """Read one model's small file, checked against the layers."""
     where = f"{root}/{file}"
     try:
         opened = SafetensorsFile(root / file, root)
@@ -74,12 +90,10 @@ def read_coefficients(
         raise
     except FormatError as error:
         raise BundleError(error.what, where=where, rule=error.rule, next_step=error.next_step) from error
-    expected = {"coefficients": (num_coefficients,), "residual": (num_layers,)}
-    found = {name: info.shape for name, info in opened.tensors.items()}
-    if found != expected or any(info.dtype != torch.float32 for info in opened.tensors.values()):
-        raise BundleError(
-            f"holds {found}", where=where, rule=f"float32 tensors {expected} match the layers of this bundle"
-        )
+    expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
+    found = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
+    if found != expected and found != expected | {"energy": ("F64", (num_layers,))}:
+        raise BundleError(f"holds {found}", where=where, rule=f"tensors {expected} match the layers of this bundle")
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
     if opened.metadata.get("model") != model:
@@ -88,7 +102,7 @@ def read_coefficients(
             where=where,
             rule=f"the manifest says {model!r}",
         )
-    return opened.read("coefficients"), opened.read("residual")
+    return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
 
 
 def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
@@ -143,12 +157,14 @@ def coefficient_file(model: str) -> str:
     return f"coefficients/{encoded}.safetensors"
 
 
-def write_coefficients(path: Path, model: str, basis_id: str, coefficients: Tensor, residual: Tensor) -> None:
-    """Write one model's small file."""
-    values = {"coefficients": coefficients.float(), "residual": residual.float()}
-    layout = [TensorLayout(name, "F32", tuple(tensor.shape)) for name, tensor in values.items()]
+def write_coefficients(path: Path, model: str, basis_id: str, stored: StoredCoefficients) -> None:
+    """Write one model's small file, which need not be on the disk yet when this returns."""
+    values = {"coefficients": stored.values.float(), "residual": stored.residuals_L.float()}
+    if stored.energies_L is not None:
+        values["energy"] = stored.energies_L.double()
+    layout = [TensorLayout(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()]
     path.parent.mkdir(exist_ok=True)
-    write_tensors(path, layout, values.__getitem__, {"model": model, "basis": basis_id})
+    write_tensors(path, layout, values.__getitem__, {"model": model, "basis": basis_id}, sync=False)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -158,10 +174,26 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Return bytes and checksums of every file of a folder but the manifest and the card."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: file_record(folder / name) for name in names if name not in (MANIFEST, CARD)}
+def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Return bytes and checksums of every file of a folder but the manifest and the card, those that are known unread."""
+    names = (name for name in file_sizes(folder) if name not in (MANIFEST, CARD))
+    known = known or {}
+    return {name: known.get(name) or file_record(folder / name) for name in names}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of every plain file below a folder, by its name relative to it; links are left out."""
+    sizes: dict[str, int] = {}
+    folders = [""]
+    while folders:
+        above = folders.pop()
+        with os.scandir(folder / above) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{above}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    sizes[f"{above}{entry.name}"] = entry.stat(follow_symlinks=False).st_size
+    return dict(sorted(sizes.items()))
 
 
 def file_record(path: Path) -> FileRecord:

@@ -13,7 +13,7 @@ from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import INDEXES, WEIGHTS
 from eigenzoo.formats.model import Model, TensorInfo
-from eigenzoo.formats.paths import inside, is_regular, relative_name
+from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 
@@ -21,15 +21,25 @@ MAX_SHARDS = 10_000
 
 
 class SafetensorsModel(Model):
-    """What models in one or more safetensors files have in common: reading by a tensor's name."""
+    """What models in one or more safetensors files have in common: reading by a tensor's name.
 
+    Attributes:
+        likeness: one object for all models that are the same but for their values; None of a model of several files.
+    """
+
+    likeness: object | None
     _files: Mapping[str, SafetensorsFile]
 
     def _take_files(self, files: Mapping[str, SafetensorsFile]) -> None:
         self._files = files
         for file in files.values():
             file.kept_open = True
-        self.tensors = MappingProxyType({name: info for file in files.values() for name, info in file.tensors.items()})
+        if len(files) == 1:
+            (only,) = files.values()
+            self.tensors, self.likeness = only.tensors, only.contents
+        else:
+            merged = {name: info for file in files.values() for name, info in file.tensors.items()}
+            self.tensors, self.likeness = MappingProxyType(merged), None
         self.metadata = MappingProxyType({name: file.metadata for name, file in files.items()})
 
     def read(self, name: str) -> Tensor:
@@ -65,7 +75,7 @@ class Checkpoint(SafetensorsModel):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.name = self.path.resolve().name
+        self.name = final_name(self.path)
         try:
             single, self.index = _weights_of(self.path)
             entries = {} if self.index is None else _read_index(self.path, self.index)
@@ -92,7 +102,7 @@ class StateDict(SafetensorsModel):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.is_dir():
-            self.name = self.path.resolve().name
+            self.name = final_name(self.path)
             found = sorted(entry.name for entry in self.path.glob("*.safetensors"))
             if len(found) != 1:
                 raise FormatError(f"{len(found)} .safetensors files", where=str(self.path), rule="exactly one is read")

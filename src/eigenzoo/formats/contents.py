@@ -83,7 +83,9 @@ class ContentStore:
         """Store a tensor under the hash of its dtype, shape and bytes."""
         layout = TensorLayout(VALUE, dtype_name(values.dtype), tuple(values.shape))
         return self._put(
-            tensor_id(values), ".safetensors", lambda path: write_tensors(path, [layout], lambda _: values, {})
+            tensor_id(values),
+            ".safetensors",
+            lambda path: write_tensors(path, [layout], lambda _: values, {}, sync=False),
         )
 
     def put_bytes(self, data: bytes, suffix: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def is_only_a_model(folder: Path) -> bool:
 
 
 def _kind(path: Path) -> str | None:
-    if path.is_file():
-        return kind_of_file(path.name)
-    return kind_of_folder(set(list_folder(path))) if path.is_dir() else None
+    if os.path.isdir(path):
+        return kind_of_folder(set(list_folder(path)))
+    return kind_of_file(path.name) if os.path.isfile(path) else None
 
 
 def _found(path: Path) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from eigenzoo.errors import FormatError, UnsafePathError
 
 MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
 _MAX_NAME = 1024
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_PLAIN = re.compile(r"(?:[\w%+-][\w%+.-]*/)*[\w%+-][\w%+.-]*", re.ASCII)
+"""Names that need no second look, which nearly all are: letters, digits and little else, no part beginning with a dot."""
 
 RECORD_FILE = ".eigenzoo-remote.json"
 """In a mirror of a remote model, what its files are stubs of; no file of the model."""
@@ -30,9 +34,11 @@ def relative_name(file: str) -> str:
 
 def _name_fault(file: str) -> str:
     """Say what is wrong with a name; empty when nothing is."""
+    if len(file) <= _MAX_NAME and _PLAIN.fullmatch(file):
+        return ""
     if not file or len(file) > _MAX_NAME:
         return "is empty" if not file else f"is longer than {_MAX_NAME} characters"
-    if any(ord(letter) < 32 or ord(letter) == 127 or 0xD800 <= ord(letter) < 0xE000 for letter in file):
+    if _CONTROL.search(file):
         return "holds control characters"
     if PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor:
         return "is absolute"
@@ -49,18 +55,34 @@ def inside(root: Path, file: str) -> Path:
     """
     relative_name(file)
     try:
-        folder = root.resolve()
-        target = (folder / file).resolve()
+        folder = os.path.realpath(root)
+        plain = os.path.join(folder, file)
+        # What is no link in a folder without links is where its name says: one look instead of one for each folder above it.
+        target = plain if "/" not in file and not os.path.islink(plain) else str(Path(plain).resolve())
     except (RuntimeError, OSError) as error:  # a loop of links: RuntimeError before Python 3.13, OSError since
         raise UnsafePathError(f"{file!r} cannot be followed ({error})", where=str(root)) from error
-    if target.is_relative_to(folder) or _is_cache_blob(folder, target):
-        return target
+    if target == plain or Path(target).is_relative_to(folder) or _is_cache_blob(Path(folder), Path(target)):
+        return Path(target)
     raise UnsafePathError(
-        f"{file!r} is a link that leads out of the folder, to {str(target)!r}",
+        f"{file!r} is a link that leads out of the folder, to {target!r}",
         where=str(root),
         rule="a model's files lie in its own folder",
         next_step="replace the link by the file itself if you trust it",
     )
+
+
+def relative_to(path: Path, root: Path) -> str:
+    """Return the name of a file from a folder that it lies below by its own path."""
+    return path.name if path.parent == root else path.relative_to(root).as_posix()
+
+
+def final_name(path: Path) -> str:
+    """Return the name of a folder, of a link's target where it is one.
+
+    >>> final_name(Path("/models/m1"))
+    'm1'
+    """
+    return path.resolve().name if path.name in ("", "..") or os.path.islink(path) else path.name
 
 
 def _is_cache_blob(folder: Path, target: Path) -> bool:
@@ -80,8 +102,11 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
     if not is_regular(path):
         raise FormatError("no plain file" if path.exists() else "the file is missing", where=where)
     try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+        with open(path, "rb", buffering=0) as file:
+            # No more than there is, since Python takes the memory that is asked for; more than that only if the file grows.
+            step, data = os.fstat(file.fileno()).st_size + 1, b""
+            while len(data) <= max_bytes and (more := file.read(min(step, max_bytes + 1 - len(data)))):
+                data += more
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=where) from error
     if len(data) > max_bytes:

@@ -8,12 +8,16 @@ may stand behind `lora_A`. Module names are those of the base model: PEFT's pref
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor
 
@@ -22,14 +26,19 @@ from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.lora_config import CONFIG_FILE, check_config
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
-from eigenzoo.formats.paths import inside
+from eigenzoo.formats.paths import final_name, inside
 from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors_header import HeaderContents
 from eigenzoo.formats.side_files import list_side_files
 from eigenzoo.weights.lora_scale import lora_rank, lora_scale
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
+"""The entries of a config that say which rank and scale an update has."""
+
+_WEIGHTS = frozenset({WEIGHTS_FILE, CONFIG_FILE})
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
@@ -51,20 +60,20 @@ class LoraAdapter(SafetensorsModel):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.name = self.path.resolve().name
+        self.name = final_name(self.path)
         try:
             self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
-            if not (self.path / WEIGHTS_FILE).exists():
+            if not os.path.exists(self.path / WEIGHTS_FILE):
                 raise _without_weights(self.path)
-            weights = frozenset({WEIGHTS_FILE, CONFIG_FILE})
-            self.side_files, self.ignored_files = list_side_files(self.path, weights)
+            self.side_files, self.ignored_files = list_side_files(self.path, _WEIGHTS)
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
-            updates = find_updates(file.tensors, self.config)
+            found = _known_updates(file.contents, self.config)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._updates = MappingProxyType(updates)
+        self._updates = found.updates
         self._take_files({WEIGHTS_FILE: file})
+        self.likeness = found
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
@@ -79,6 +88,29 @@ class LoraAdapter(SafetensorsModel):
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+
+@dataclass(frozen=True, eq=False)
+class _Updates:
+    """The updates of all adapters whose headers and scales agree."""
+
+    updates: Mapping[str, LoraUpdate]
+    contents: HeaderContents
+
+
+_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
+
+
+def _known_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
+    """Find the updates of a file, or give those that an open adapter of the same header and scales has."""
+    # Nothing else of the config is handed on, so that nothing else can matter.
+    chosen = {key: config[key] for key in SCALING if key in config}
+    known = _known.setdefault(contents, WeakValueDictionary())
+    text = json.dumps(chosen)
+    found = known.get(text)
+    if found is None:
+        found = known[text] = _Updates(MappingProxyType(find_updates(contents.tensors, chosen)), contents)
+    return found
 
 
 def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LoraUpdate]:

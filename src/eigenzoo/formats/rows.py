@@ -27,12 +27,13 @@ class RowReader:
 
     def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
         self._models, self._names = tuple(models), tuple(names)
-        self._files = [_file(model, name) for model, name in zip(models, names, strict=True)]
-        self._starts = [
-            0 if file is None else file.locate(name, 0, 0)[0] for file, name in zip(self._files, names, strict=True)
-        ]
-        self._dtypes = [model.tensors[name].dtype for model, name in zip(models, names, strict=True)]
-        self._size = min(prod(model.tensors[name].shape) for model, name in zip(models, names, strict=True))
+        self._places: list[tuple[SafetensorsFile | None, int, torch.dtype]] = []
+        shapes = set()
+        for model, name in zip(models, names, strict=True):
+            info, file = model.tensors[name], _file(model, name)
+            self._places.append((file, 0 if file is None else file.locate(name, 0, 0)[0], info.dtype))
+            shapes.add(info.shape)
+        self._size = min(map(prod, shapes), default=0)
 
     def read(self, start: int, stop: int, rows: Tensor) -> None:
         """Fill row n of `rows`, contiguous (N, stop − start), with values start:stop of model n's tensor, converted."""
@@ -41,7 +42,7 @@ class RowReader:
         dtype = rows.dtype
         view, width, offset = as_bytes(rows), (stop - start) * dtype.itemsize, start * dtype.itemsize
         elsewhere = []
-        for place, (file, position, own) in enumerate(zip(self._files, self._starts, self._dtypes, strict=True)):
+        for place, (file, position, own) in enumerate(self._places):
             kept = None if file is None else open_files.find(file.target, file.identity)
             if file is not None and file.remote is not None:
                 elsewhere.append((file.remote, position + start * own.itemsize, own, rows[place]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
-from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats import open_files
 from eigenzoo.formats.model import TensorInfo
-from eigenzoo.formats.paths import inside
+from eigenzoo.formats.paths import inside, relative_to
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.remote.values import fetch_values
 from eigenzoo.formats.safetensors_header import read_header
@@ -36,6 +35,7 @@ class SafetensorsFile:
         file: the name relative to `root`, or the plain file name.
         tensors: what the header says, in the order of the bytes.
         metadata: the header's string metadata.
+        contents: what the header says, one object for all files with the same header and size.
         kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
         target: the file itself, its links followed.
         identity: its size and time when its header was read.
@@ -44,12 +44,12 @@ class SafetensorsFile:
 
     def __init__(self, path: str | Path, root: Path | None = None) -> None:
         self.path = Path(path)
-        self.file = self.path.name if root is None else self.path.relative_to(root).as_posix()
+        self.file = self.path.name if root is None else relative_to(self.path, root)
         self.target = self.path if root is None else inside(root, self.file)
         header = read_header(self.target, self.file)
-        self.tensors: Mapping[str, TensorInfo] = header.tensors
-        self.metadata: Mapping[str, str] = header.metadata
-        self._offsets = header.offsets
+        self.contents = header.contents
+        self.tensors: Mapping[str, TensorInfo] = header.contents.tensors
+        self.metadata: Mapping[str, str] = dict(header.contents.metadata)
         self.identity = (header.size, header.mtime_ns)
         self.remote = remote_file(self.target)
         self.kept_open = False
@@ -84,9 +84,10 @@ class SafetensorsFile:
     def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
         """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""
         info = self._info(name)
-        if not 0 <= start <= stop <= prod(info.shape):
-            raise UsageError(f"values {start}:{stop} of a tensor of {prod(info.shape)}", where=self._where(name))
-        return self._offsets[name] + start * info.dtype.itemsize, info.dtype
+        position, num_values = self.contents.places[name]
+        if not 0 <= start <= stop <= num_values:
+            raise UsageError(f"values {start}:{stop} of a tensor of {num_values}", where=self._where(name))
+        return position + start * info.dtype.itemsize, info.dtype
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

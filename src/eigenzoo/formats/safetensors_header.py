@@ -3,17 +3,23 @@
 The format: 8 bytes little-endian header length, a JSON object `{name: {dtype, shape, data_offsets}}` with an optional
 `__metadata__` of strings, then the values. The library checks offsets, overlaps and truncation; checked here, before
 and besides: the size of the header, the number of tensors, duplicate keys, and dtypes that torch lacks.
+
+All of that follows from the header's bytes and the size of the file. Adapters of one training agree in both, and what was found of
+the first of them holds for the others: each file's header is read, and parsed and checked once for as long as a model refers to it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,17 +32,35 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000
 METADATA_KEY = "__metadata__"
 _MAX_NUMEL = 2**62
+_FIRST_READ = 2**14
+"""Bytes that are read at first: most adapters' headers are shorter."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeaderContents:
+    """What a header says: one object for all files that agree in its bytes, in size and in name.
+
+    Attributes:
+        tensors: in the order of their bytes.
+        places: of each tensor its first byte in the file, and its number of values.
+        metadata: the strings besides.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    places: Mapping[str, tuple[int, int]]
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What a header says: tensors in the order of their bytes, each one's first byte in the file, and the metadata."""
+    """A file's header, with the file's size and time when it was read."""
 
-    tensors: Mapping[str, TensorInfo]
-    offsets: Mapping[str, int]
-    metadata: Mapping[str, str]
+    contents: HeaderContents
     size: int
     mtime_ns: int
+
+
+_known: WeakValueDictionary[tuple[str, int, bytes], HeaderContents] = WeakValueDictionary()
 
 
 def read_header(path: Path, file: str) -> SafetensorsHeader:
@@ -45,28 +69,34 @@ def read_header(path: Path, file: str) -> SafetensorsHeader:
     Raises FormatError for whatever the format forbids. Time and memory go with the header, never with the values.
     """
     status = _regular_status(path, file)
-    data = _header_bytes(path, file, status.st_size)
+    data = _header_bytes(path, file, status)
+    key = file, status.st_size, hashlib.sha256(data).digest()
+    contents = _known.get(key)
+    if contents is None:
+        contents = _checked_contents(path, file, data, status)
+        _known[key] = contents
+    return SafetensorsHeader(contents, status.st_size, status.st_mtime_ns)
+
+
+def _checked_contents(path: Path, file: str, data: bytes, status: os.stat_result) -> HeaderContents:
     document = parse_json(data, where=file)
     metadata = _metadata(document.pop(METADATA_KEY, {}), file)
     start = 8 + len(data)
     entries = [_tensor(name, entry, file) for name, entry in document.items()]
     entries.sort(key=lambda entry: entry[1:])
     _validate_by_library(path, file)
-    after = _regular_status(path, file)
-    if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-        raise FormatError("the file changed while its header was read", where=file)
-    return SafetensorsHeader(
-        tensors={info.name: info for info, _, _ in entries},
-        offsets={info.name: start + begin for info, begin, _ in entries},
+    _refuse_changed(_regular_status(path, file), status, file)
+    _require_contiguous(entries, status.st_size - start, file)
+    return HeaderContents(
+        tensors=MappingProxyType({info.name: info for info, _, _ in entries}),
+        places=MappingProxyType({info.name: (start + begin, prod(info.shape)) for info, begin, _ in entries}),
         metadata=metadata,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
     )
 
 
 def _regular_status(path: Path, file: str) -> os.stat_result:
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=file) from error
     if not stat.S_ISREG(status.st_mode):
@@ -74,18 +104,31 @@ def _regular_status(path: Path, file: str) -> os.stat_result:
     return status
 
 
-def _header_bytes(path: Path, file: str, size: int) -> bytes:
-    if size < 8:
-        raise FormatError(f"{size} bytes", where=file, rule="a safetensors file has at least 8")
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise FormatError(
-                f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
-            )
-        if 8 + length > size:
-            raise FormatError(f"a header of {length} bytes in a file of {size}", where=file)
-        data = stream.read(length)
+def _refuse_changed(now: os.stat_result, then: os.stat_result, file: str) -> None:
+    if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+        raise FormatError("the file changed while its header was read", where=file)
+
+
+def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
+    """Read the header of a plain file, which is still the one that was looked at."""
+    if status.st_size < 8:
+        raise FormatError(f"{status.st_size} bytes", where=file, rule="a safetensors file has at least 8")
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            beginning = stream.read(_FIRST_READ)
+            length = int.from_bytes(beginning[:8], "little")
+            if length > MAX_HEADER_BYTES:
+                raise FormatError(
+                    f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
+                )
+            if 8 + length > status.st_size:
+                raise FormatError(f"a header of {length} bytes in a file of {status.st_size}", where=file)
+            data = beginning[8 : 8 + length]
+            while len(data) < length and (more := stream.read(length - len(data))):
+                data += more
+            _refuse_changed(os.fstat(stream.fileno()), status, file)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=file) from error
     if len(data) != length:
         raise FormatError("the file changed while its header was read", where=file)
     if data[:1] != b"{":
@@ -151,3 +194,14 @@ def _validate_by_library(path: Path, file: str) -> None:
         raise FormatError(
             f"refused by safetensors ({str(error)[:300]})", where=file, next_step="download or save the file again"
         ) from error
+
+
+def _require_contiguous(entries: list[tuple[TensorInfo, int, int]], num_bytes: int, file: str) -> None:
+    """Require of these very entries, since the library reads the file for itself, that one follows on another to the file's end."""
+    end = 0
+    for info, begin, stop in entries:
+        if begin != end:
+            raise FormatError(f"{info.name[:200]!r} begins at byte {begin} of the values and not at {end}", where=file)
+        end = stop
+    if end != num_bytes:
+        raise FormatError(f"{num_bytes} bytes of values, but the header tells of {end}", where=file)

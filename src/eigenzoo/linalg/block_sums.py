@@ -1,15 +1,17 @@
 """What a pass takes from each run of values of a layer before it lets them go: sums that add up over runs, in a fixed order.
 
-A run comes as *extended* rows: one row per model, and room for the models' mean and for ones (and for zeros, up to a number of
-rows that products like). After the mean is subtracted one symmetric product of all rows holds the Gram, the inner products with
-the mean, the mean's energy and every model's sum.
+A run comes as *extended* rows: one row per model, and room for the models' mean, for what its rounding leaves and for ones (and
+for zeros, up to a number of rows that products like). After the mean is subtracted one symmetric product of all rows holds the
+Gram, the inner products with the mean, the mean's energy and every model's sum.
 
 Legend: N models, E extended rows, D values of one run, I inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -23,17 +25,23 @@ PRECISIONS = (DEFAULT, HIGH, FAST)
 
 
 ROWS, SPARE = 8, 1.04
-"""Products run in tiles of so many rows: 104 rows take less time than 102, but 48 more than 42; so few are added at most."""
+"""Products run in tiles of so many rows: 104 rows take less time than 103, but 48 more than 43; so few are added at most."""
 
 
 def num_extended(num_models: int) -> int:
     """Return E.
 
     >>> num_extended(100), num_extended(40)
-    (104, 42)
+    (104, 43)
     """
-    whole = -(-(num_models + 2) // ROWS) * ROWS
-    return whole if whole <= SPARE * (num_models + 2) else num_models + 2
+    whole = -(-(num_models + 3) // ROWS) * ROWS
+    return whole if whole <= SPARE * (num_models + 3) else num_models + 3
+
+
+FAR = 2.0
+"""What rounding left of the mean is looked for in products where some entry's mean, times this, is larger than its spread.
+
+Elsewhere the mean is no less right than the rows are after it is subtracted: to the rounding of the values themselves."""
 
 
 SAMPLED = 64
@@ -55,7 +63,7 @@ class BlockSums:
 
     Attributes:
         num_models: N.
-        gram_EE: of the models about the mean that was subtracted, of that mean, of ones, and of zeros.
+        gram_EE: of the models about the mean that was subtracted, of that mean, of what its rounding left, of ones, and of zeros.
         squares: Σ v² over the entries, v an entry's sum of squares over the models of `sample`.
         columns_NI: sums of each model's columns about that mean, where they are asked for.
         inputs_II: Σ YᵀY over the models and outputs, where it is asked for.
@@ -85,13 +93,13 @@ class BlockSums:
     @property
     def sums_N(self) -> Tensor:
         """⟨1, X_n⟩."""
-        ones_E = self.gram_EE[:, self.num_models + 1]
+        ones_E = self.gram_EE[:, self.num_models + 2]
         return ones_E[: self.num_models] + ones_E[self.num_models]
 
     @property
     def is_finite(self) -> bool:
         """Whether all values were finite, and no product overflowed: any other value reaches the diagonal."""
-        return bool(torch.isfinite(self.gram_EE.diagonal()).all())
+        return isfinite(float(self.gram_EE.trace()))
 
     def add(self, other: BlockSums) -> None:
         """Add the sums of later runs."""
@@ -103,21 +111,40 @@ class BlockSums:
             self.inputs_II += other.inputs_II
 
 
-def center_rows(extended_ED: Tensor, num_models: int) -> None:
-    """Subtract the models' mean from their rows, and put it, ones and zeros into the others; in place.
+def center_rows(extended_ED: Tensor, num_models: int, inputs: int) -> float:
+    """Centre one run of whole output rows, in place; returns its `squares`.
 
-    The mean is rounded to the rows' dtype; what is subtracted is what is kept, so nothing is lost by that.
+    The models' mean is subtracted from their rows, and it, what its rounding left, ones and zeros go into the others. The mean is
+    rounded to the rows' dtype; what is subtracted is what is kept, so nothing is lost by that.
     """
-    rows_ND = extended_ED[:num_models]
-    kernels.mean_rows(rows_ND, extended_ED[num_models])
-    kernels.subtract(rows_ND, extended_ED[num_models])
-    extended_ED[num_models + 1] = 1
-    extended_ED[num_models + 2 :] = 0
+    return sum(_center_part(part_ED, num_models) for part_ED in _parts(extended_ED, inputs))
 
 
-def exact_mean(extended_ED: Tensor, num_models: int) -> Tensor:
-    """Return the mean of centred rows in float64: what was subtracted, and what its rounding left in the rows."""
-    return extended_ED[num_models].double() + kernels.mean_rows(extended_ED[:num_models]).double()
+def _parts(extended_ED: Tensor, inputs: int) -> Iterator[Tensor]:
+    """The columns of one product after those of another."""
+    step = max(1, kernels.PRODUCT_COLUMNS // inputs) * inputs
+    return (extended_ED[:, start : start + step] for start in range(0, extended_ED.shape[1], step))
+
+
+def _center_part(part_ED: Tensor, num_models: int) -> float:
+    rows_ND, mean_D, rest_D = part_ED[:num_models], part_ED[num_models], part_ED[num_models + 1]
+    kernels.mean_rows(rows_ND, mean_D)
+    kernels.subtract(rows_ND, mean_D)
+    chosen_ND = rows_ND[sample(num_models)]
+    energies_D = kernels.column_energies(chosen_ND)
+    if bool((mean_D.square() * (FAR**2 * len(chosen_ND)) > energies_D).any()):
+        kernels.mean_rows(rows_ND, rest_D)
+    else:
+        rest_D.zero_()
+    part_ED[num_models + 2] = 1
+    part_ED[num_models + 3 :] = 0
+    energies_D = energies_D.double()
+    return float(energies_D @ energies_D)
+
+
+def exact_mean(extended_ED: Tensor, num_models: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the mean of centred rows: what was subtracted, and what its rounding left in the rows."""
+    return extended_ED[num_models].to(dtype) + extended_ED[num_models + 1].to(dtype)
 
 
 def empty_sums(num_models: int, inputs: int, *, columns: bool = False, sides: bool = False) -> BlockSums:
@@ -133,28 +160,25 @@ def empty_sums(num_models: int, inputs: int, *, columns: bool = False, sides: bo
 
 
 def add_block(sums: BlockSums, extended_ED: Tensor, inputs: int, precision: str = DEFAULT) -> None:
-    """Add one run of whole output rows, centred by `center_rows`. Cost N²·D, and N·D·I for the inputs' moment.
+    """Centre one run of whole output rows (`center_rows`), and add it. Cost N²·D, and N·D·I for the inputs' moment.
 
-    Products are summed one by one in float64, in the order of the values, so that the Gram does not depend on how a layer is
-    cut into runs of whole products.
+    Product by product, since a product's rows stay in the cache from one step to the next. Products are summed one by one in
+    float64, in the order of the values, so that the Gram does not depend on how a layer is cut into runs of whole products.
     """
-    num_rows, num_values = extended_ED.shape
+    num_models = sums.num_models
+    num_rows = extended_ED.shape[0]
     device, on_cpu = extended_ED.device, extended_ED.device.type == "cpu"
     gram_EE = sums.gram_EE if on_cpu else torch.zeros_like(sums.gram_EE, device=device)
-    partial = torch.empty(num_rows, num_rows, dtype=extended_ED.dtype, device=device)
-    step = max(1, kernels.PRODUCT_COLUMNS // inputs) * inputs
-    for start in range(0, num_values, step):
-        part = extended_ED[:, start : start + step]
-        fast = precision == FAST and part.dtype == torch.float32
-        gram_EE += _fast_gram(part, sums.num_models) if fast else kernels.gram(part, partial)
+    room_EE = torch.empty(num_rows, num_rows, dtype=extended_ED.dtype, device=device)
+    fast = precision == FAST and extended_ED.dtype == torch.float32
+    for part_ED in _parts(extended_ED, inputs):
+        sums.squares += _center_part(part_ED, num_models)
+        gram_EE += _fast_gram(part_ED, num_models) if fast else kernels.gram(part_ED, room_EE)
     if not on_cpu:
         sums.gram_EE += gram_EE.cpu()
-    rows_ND = extended_ED[: sums.num_models]
-    variances_D = kernels.column_energies(rows_ND[sample(sums.num_models)]).double()
-    sums.squares += float(variances_D @ variances_D)
-    wide = rows_ND.reshape(-1, inputs)
+    wide = extended_ED[:num_models].reshape(-1, inputs)
     if sums.columns_NI is not None:
-        sums.columns_NI += wide.view(sums.num_models, -1, inputs).sum(1).double().cpu()
+        sums.columns_NI += wide.view(num_models, -1, inputs).sum(1).double().cpu()
     if sums.inputs_II is not None:
         sums.inputs_II += _transposed_gram(wide).cpu()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,17 +52,18 @@ class HeldOut:
 def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = None) -> HeldOut:
     """Fit directions to some models and measure others along them: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j.
 
-    u, λ are of the fitted models' centred Gram; with `num`, the leading so many at least, of many models in float32. Exact
-    otherwise; no weight is read. Cost T³.
+    u, λ are of the fitted models' centred Gram; with `num`, the leading so many, of many models in float32. Exact otherwise; no
+    weight is read. Cost T³.
     """
     # In numpy: this is called for each fold of each layer, and torch takes longer to begin than the small sums to be made.
     gram, rows, columns = gram_NN.numpy(), fitted.numpy(), held.numpy()
-    block, cross = gram[rows[:, None], rows], gram[rows[:, None], columns]
+    seen = gram.take(rows, 0)
+    block, cross = seen.take(rows, 1), seen.take(columns, 1)
     means, mean_cross = block.mean(0), cross.mean(0)
-    energies_H = torch.from_numpy(gram.diagonal()[columns] - 2 * mean_cross + means.mean())
-    cross_TH = torch.from_numpy(cross - means[:, None] - mean_cross + means.mean())
-    block_TT = torch.from_numpy(block)
-    centered_TT = _above_round_off(torch.from_numpy(block - means - means[:, None] + means.mean()), block_TT)
+    mean = means.mean()
+    energies_H = torch.from_numpy(gram.diagonal()[columns] - 2 * mean_cross + mean)
+    cross_TH = torch.from_numpy(cross - (means - mean)[:, None] - mean_cross)
+    centered_TT = _above_round_off(torch.from_numpy(block - means - (means - mean)[:, None]), torch.from_numpy(block))
     floor = FLOOR
     if num is not None and len(fitted) > FLOAT32_FROM:
         # Half the time, for shares of which the first digits are looked at.
@@ -69,7 +71,7 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = No
     values_K, vectors_TK = eigenpairs(centered_TT, floor, num)
     return HeldOut(
         values_K.double().cumsum(0),
-        float(centered_TT.diagonal().sum()),
+        float(centered_TT.trace()),
         ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).double().sum(1).cumsum(0),
         float(energies_H.clamp_min(0).sum()),
     )
@@ -123,7 +125,7 @@ def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held: Tensor) -
 
 def _above_round_off(part_TT: Tensor, whole_TT: Tensor) -> Tensor:
     """What is left of a Gram, or zero where that is round-off: copies of one model have no directions."""
-    return part_TT if float(part_TT.diagonal().sum()) > NO_VARIANCE * float(whole_TT.diagonal().sum()) else 0 * part_TT
+    return part_TT if float(part_TT.trace()) > NO_VARIANCE * float(whole_TT.trace()) else 0 * part_TT
 
 
 def deal(num_models: int, folds: int, seed: int = 0) -> list[Tensor]:
@@ -164,11 +166,18 @@ def cross_validated_capture(
     num_models, ranks = gram_NN.shape[0], list(ranks)
     if num_models < 3:
         return None
-    dealt = deal(num_models, folds, seed)
-    looked_at = dealt[: -(-ENOUGH_HELD // (num_models // len(dealt)))]
-    found = [hold_out(gram_NN, others(num_models, held), held, max(ranks, default=0)) for held in looked_at]
+    most = max(ranks, default=0)
+    found = [hold_out(gram_NN, fitted, held, most) for fitted, held in _looked_at(num_models, folds, seed)]
     total = sum(fold.energy for fold in found)
     return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None
+
+
+@lru_cache(maxsize=64)
+def _looked_at(num_models: int, folds: int, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The fitted and the held-out models of each fold that is held out, the same for every layer."""
+    dealt = deal(num_models, folds, seed)
+    enough = -(-ENOUGH_HELD // (num_models // len(dealt)))
+    return tuple((others(num_models, held), held) for held in dealt[:enough])
 
 
 def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tensor, float]:

@@ -16,6 +16,12 @@ from torch import Tensor
 PRODUCT_COLUMNS = 8192
 """Columns of one symmetric product: its float32 sums are short, and their sum over blocks is float64. Longer ones are no faster."""
 
+GIL_HELD = 500
+"""Products of so few values keep numpy's other threads waiting: it lets them run only beside larger ones. Torch always does."""
+
+ENERGY_RUN = 512
+"""Values of a row whose squares are summed in the row's dtype: their sum is right to its last digit or two."""
+
 BFLOAT16_ROUND_OFF = 2.0**-14
 """Share of the largest eigenvalue below which eigenvalues of bfloat16 products are round-off (see docs/decisions/precision.md)."""
 
@@ -27,7 +33,7 @@ _quiet = np.errstate(invalid="ignore", over="ignore")
 @_quiet
 def gram(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
     """Return rows · rowsᵀ (N, N) in the dtype of the rows; half the products of a general one. Cost N²·D."""
-    if rows_ND.device.type != "cpu":
+    if rows_ND.device.type != "cpu" or rows_ND.shape[0] ** 2 <= GIL_HELD:
         return torch.mm(rows_ND, rows_ND.T)
     rows = rows_ND.numpy()
     return torch.from_numpy(np.matmul(rows, rows.T, out=None if out is None else out.numpy()))
@@ -65,8 +71,8 @@ def bfloat16_gram(rows_ND: Tensor) -> Tensor:
 @_quiet
 def product(left_KN: Tensor, right_ND: Tensor, out: Tensor | None = None) -> Tensor:
     """Return left · right (K, D); on the CPU in memory that is given, if any."""
-    if right_ND.device.type != "cpu":
-        return left_KN @ right_ND
+    if right_ND.device.type != "cpu" or left_KN.shape[0] * right_ND.shape[1] <= GIL_HELD:
+        return torch.mm(left_KN, right_ND, out=out)
     found = np.matmul(left_KN.numpy(), right_ND.numpy(), out=None if out is None else out.numpy())
     return torch.from_numpy(found) if out is None else out
 
@@ -106,3 +112,13 @@ def column_energies(rows_ND: Tensor) -> Tensor:
         return rows_ND.square().sum(0)
     rows = rows_ND.numpy()
     return torch.from_numpy(np.einsum("nd,nd->d", rows, rows))
+
+
+@_quiet
+def row_energies(rows_ND: Tensor) -> Tensor:
+    """Return the sum of squares of every row (N,) in float64: those of short runs in the rows' dtype, their sum in float64."""
+    whole = rows_ND.shape[1] - rows_ND.shape[1] % ENERGY_RUN
+    rows = rows_ND.numpy()
+    runs, rest = rows[:, :whole].reshape(len(rows), -1, ENERGY_RUN), rows[:, whole:].astype(np.float64)
+    energies = np.einsum("nrd,nrd->nr", runs, runs).astype(np.float64).sum(1) + np.einsum("nd,nd->n", rest, rest)
+    return torch.from_numpy(energies)

@@ -81,10 +81,11 @@ def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered:
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
+    energies_NN = torch.outer(norms_N, norms_N)
     for draw in range(draws):
-        gram_NN = norms_N[:, None] * _cosines(norms_N.numel(), num_values, draw, seed) * norms_N
+        gram_NN = energies_NN * _cosines(norms_N.numel(), num_values, draw, seed)
         if level_N is not None:
-            gram_NN += level_N[:, None] * level_N
+            gram_NN += torch.outer(level_N, level_N)
         spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
     return spectra
 
@@ -102,9 +103,8 @@ def _cosines(num_models: int, num_values: int, draw: int, seed: int) -> Tensor:
 def _shares(gram_NN: Tensor) -> Tensor:
     # The spread of a null is thousands of times what float32 loses, and large zoos have many layers.
     gram_NN = gram_NN.float() if gram_NN.shape[0] > FLOAT32_FROM else gram_NN
-    values_N = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min(0)
-    shares_N: Tensor = values_N.double() / values_N.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return shares_N
+    values_N: Tensor = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min_(0).double()
+    return values_N / values_N.sum().clamp_min_(torch.finfo(torch.float64).tiny)
 
 
 def iid_spectra(num_models: int, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
     """Eigenvalues (descending) and eigenvectors (columns) of a symmetric moment, without those that are round-off.
 
     Float64 in and out; eigenvalues at or below `floor` · largest are left out, so a rank-deficient stack gives fewer
-    than N. With `num`, at least the leading `num` of what is left, and perhaps not the others. Cost N³ time, N² memory.
+    than N. With `num`, the leading `num` of what is left. Cost N³ time, N² memory.
     """
     size = moment_NN.shape[0]
     if num is not None and size >= LEADING_FROM and 0 < num <= size // 4:
@@ -41,10 +41,10 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
         )
     else:
         values, vectors = np.linalg.eigh(moment_NN.numpy())
-    values_N, vectors_NN = torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
-    largest = float(values_N[0]) if values_N.numel() else 0.0
-    num_kept = int((values_N > max(floor * largest, 0.0)).sum()) if largest > 0 else 0
-    return values_N[:num_kept], vectors_NN[:, :num_kept].contiguous()
+    largest = float(values[-1]) if len(values) else 0.0
+    num_kept = int(np.count_nonzero(values > max(floor * largest, 0.0))) if largest > 0 else 0
+    leading = slice(None, -1 - (num_kept if num is None else min(num, num_kept)), -1)
+    return torch.from_numpy(values[leading].copy()), torch.from_numpy(vectors[:, leading].copy())
 
 
 def explained_variance_ratio(moment_NN: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.bundle import MOMENTS, file_sizes
 from eigenzoo.formats.manifest import ModelRecord
 from eigenzoo.records import ByteCount, Layer
 
@@ -88,7 +88,7 @@ def count_bytes(
     contents in rest/ that no other model has. The manifest is counted by what models and layers take in it, since it
     holds this count itself.
     """
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    sizes = file_sizes(folder)
     basis = sum(size for name, size in sizes.items() if name.startswith("basis"))
     coefficients = sum(size for name, size in sizes.items() if name.startswith("coefficients/"))
     uses = Counter(content for model in models for content in set(_contents(model)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from eigenzoo.formats.bundle import CARD, MOMENTS, write_manifest
+from eigenzoo.formats.bundle import CARD, MOMENTS, file_sizes, write_manifest
 from eigenzoo.formats.manifest import Manifest
 from eigenzoo.records import weighted_share
 
@@ -77,15 +77,9 @@ def write_counted(folder: Path, manifest: Manifest) -> None:
     for _ in range(8):
         write_manifest(folder, manifest)
         write_card(folder, manifest)
-        sizes = {
-            path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent == folder
-        }
-        whole = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        counted = {
-            **manifest.report["bytes"],
-            "moments": sizes.get(MOMENTS, 0),
-            "whole_bundle": whole - sizes.get(MOMENTS, 0),
-        }
+        sizes = file_sizes(folder)
+        moments = sizes.pop(MOMENTS, 0)
+        counted = {**manifest.report["bytes"], "moments": moments, "whole_bundle": sum(sizes.values())}
         if counted == manifest.report["bytes"]:
             return
         manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})

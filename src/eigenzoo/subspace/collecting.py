@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError
 from eigenzoo.linalg import kernels
-from eigenzoo.linalg.block_sums import BlockSums, add_block, center_rows, empty_sums, exact_mean, num_extended
+from eigenzoo.linalg.block_sums import BlockSums, add_block, empty_sums, exact_mean, num_extended
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.subspace.moments import LayerMoments, center_of, entry_dimensions, recentered, round_off, shifted_to_zero
 from eigenzoo.subspace.resources import Resources
@@ -98,7 +98,7 @@ def sum_span(stack: DenseStack, start: int, stop: int, asked: Asked, resources: 
 
 
 def sum_loaded(stack: DenseStack, start: int, stop: int, extended_ED: Tensor, asked: Asked) -> SpanSums:
-    """Sum a span that is in memory, centred."""
+    """Centre a span that is in memory, and sum it."""
     sums = _empty_sums(stack, asked)
     add_block(sums, extended_ED, stack.layer.shape[1], stack.precision)
     require_finite(stack, start, stop, sums)
@@ -112,13 +112,11 @@ def _empty_sums(stack: DenseStack, asked: Asked) -> BlockSums:
 
 @contextmanager
 def loaded(stack: DenseStack, start: int, stop: int, resources: Resources) -> Iterator[Tensor]:
-    """Lend a run of values as extended rows on the device, centred."""
+    """Lend a run of values as extended rows on the device, not centred yet."""
     on_cpu = resources.device == "cpu"
     with borrow(num_extended(len(stack)), stop - start, stack.dtype, pinned=not on_cpu) as extended_ED:
         stack.read(start, stop, extended_ED[: len(stack)])
-        rows = extended_ED if on_cpu else extended_ED.to(resources.device, non_blocking=True)
-        center_rows(rows, len(stack))
-        yield rows
+        yield extended_ED if on_cpu else extended_ED.to(resources.device, non_blocking=True)
 
 
 @contextmanager
@@ -157,8 +155,8 @@ def require_finite(stack: DenseStack, start: int, stop: int, sums: BlockSums) ->
 def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked) -> LayerMoments:
     """Put the sums of all spans, in their order, together to moments."""
     num_models, layer = len(stack), stack.layer
-    total = _empty_sums(stack, asked)
-    for span in spans:
+    total = spans[0].sums
+    for span in spans[1:]:
         total.add(span.sums)
     # About the rounded mean that was subtracted, and then, exactly, about the mean.
     about_rounded = LayerMoments(

@@ -32,12 +32,12 @@ from eigenzoo.subspace.models_fit import FittedLayer
 from eigenzoo.subspace.moments import LayerMoments, recentered
 from eigenzoo.subspace.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
+from eigenzoo.subspace.source_records import source_record
 from eigenzoo.subspace.storage import (
     identify,
     layer_record,
     link_or_copy,
     read_basis,
-    source_record,
     write_model,
     write_moments,
 )

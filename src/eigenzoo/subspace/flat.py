@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import kernels
+from eigenzoo.linalg.block_sums import exact_mean
 from eigenzoo.records import Layer
 from eigenzoo.subspace.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
-from eigenzoo.zoo.buffers import lend
+from eigenzoo.zoo.buffers import borrow, lend
+from eigenzoo.zoo.layers import widest
 from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
 
 ORTHONORMAL = 1e-6
@@ -37,19 +39,16 @@ def span_basis(
 ) -> SpanBasis:
     """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
     num_models, num_kept = weights_NK.shape
-    rows_ND, rounded_D = extended_ED[:num_models], extended_ED[num_models]
-    # One row more: the mean that rounding left in the rows.
-    weights = torch.cat([weights_NK.T, torch.full((1, num_models), 1 / num_models, dtype=torch.float64)])
-    room = lend(num_kept + 1, rows_ND.shape[1], rows_ND.dtype) if rows_ND.device.type == "cpu" else None
-    found = kernels.product(weights.to(rows_ND), rows_ND, room)
-    directions_KD, mean_D = found[:num_kept], None
+    rows_ND = extended_ED[:num_models]
+    room = lend(num_kept, rows_ND.shape[1], rows_ND.dtype) if rows_ND.device.type == "cpu" else None
+    directions_KD, mean_D = kernels.product(weights_NK.T.to(rows_ND), rows_ND, room), None
     if removed is None:
-        mean_dtype = _mean_dtype(dtype)
-        mean_D = (rounded_D.to(mean_dtype) + found[num_kept].to(mean_dtype)).cpu()
+        mean_D = exact_mean(extended_ED, num_models, _mean_dtype(dtype)).cpu()
     else:
         # The rows are about the models' mean, M is not: what lies between them comes as often as the weights add up to.
-        between = rounded_D.double() - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
-        directions_KD += (weights_NK.sum(0).to(between.device)[:, None] * between).to(directions_KD.dtype)
+        rounded_D = extended_ED[num_models].double()
+        between_D = rounded_D - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
+        directions_KD += (weights_NK.sum(0).to(between_D.device)[:, None] * between_D).to(directions_KD.dtype)
     directions_KD = directions_KD.cpu().to(dtype)
     return SpanBasis(start, directions_KD, _own_gram(directions_KD), mean_D)
 
@@ -167,27 +166,42 @@ class FlatBasis(LayerBasis):
         return self.project_all(stack.subset([place]))[0]
 
     def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these."""
+        """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these.
+
+        In float32, and sums in float64, unless the layer or its basis is float64.
+        """
         assert isinstance(stack, DenseStack)
-        at_once = max(1, 4 * BLOCK_BYTES // (8 * self.layer.num_values))
+        dtype, num_values = self._working_dtype(), self.layer.num_values
+        at_once = max(1, 4 * BLOCK_BYTES // (dtype.itemsize * num_values))
         found: list[Projection] = []
         for first in range(0, len(stack), at_once):
             places = range(first, min(first + at_once, len(stack)))
-            found += self._project(torch.stack([stack.matrix(place).double().view(-1) for place in places]))
+            some = stack if len(places) == len(stack) else stack.subset(places)
+            with borrow(len(places), num_values, dtype) as values_MD:
+                some.read(0, num_values, values_MD)
+                found += self._project(values_MD, some)
         return found
 
-    def _project(self, values_MD: Tensor) -> list[Projection]:
-        energies_M = values_MD.square().sum(1)
-        centered_MD = values_MD.sub_(self.removed().expand(self.layer.shape).reshape(-1))
+    def _project(self, values_MD: Tensor, stack: DenseStack) -> list[Projection]:
+        energies_M = kernels.row_energies(values_MD)
+        if not bool(torch.isfinite(energies_M).all()):
+            stack.check_finite(0, values_MD.shape[1])
+        if self.has_mean:
+            mean = self.tensors.read(self._name("mean")).to(values_MD.dtype)
+            kernels.subtract(values_MD, mean.expand(self.layer.shape).reshape(-1))
         coefficients_MK = torch.zeros(values_MD.shape[0], self.ranks["models"], dtype=torch.float64)
-        for start, stop, directions_KD in self._blocks():
-            coefficients_MK += kernels.product(centered_MD[:, start:stop], directions_KD.T)
-        for start, stop, directions_KD in self._blocks():
-            centered_MD[:, start:stop] -= kernels.product(coefficients_MK, directions_KD)
-        outside_M = centered_MD.square().sum(1)
+        dtype = values_MD.dtype
+        kept = list(self._blocks(dtype)) if self._per_block(dtype) >= self.layer.num_values else None
+        for start, stop, directions_KD in kept or self._blocks(dtype):
+            coefficients_MK += kernels.long_product(values_MD[:, start:stop], directions_KD)
+        for start, stop, directions_KD in kept or self._blocks(dtype):
+            kernels.subtract(values_MD[:, start:stop], kernels.product(coefficients_MK.to(dtype), directions_KD))
+        outside_M = kernels.row_energies(values_MD)
         return [
-            Projection(coefficients, float(outside), float(energy))
-            for coefficients, outside, energy in zip(coefficients_MK, outside_M, energies_M, strict=True)
+            Projection(coefficients, outside, energy)
+            for coefficients, outside, energy in zip(
+                coefficients_MK, outside_M.tolist(), energies_M.tolist(), strict=True
+            )
         ]
 
     def rebuild(self, coefficients: Tensor) -> Tensor:
@@ -212,20 +226,27 @@ class FlatBasis(LayerBasis):
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (start, stop, directions (K, stop − start) in float64) over the flattened layer."""
-        num_kept, num_values = self.ranks["models"], self.layer.num_values
+    def _blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (start, stop, directions (K, stop − start)) over the flattened layer; the next takes the memory of the last."""
+        num_kept, num_values, name = self.ranks["models"], self.layer.num_values, self._name("models")
         if not num_kept:
             return
-        per_block = max(1, BLOCK_BYTES // (8 * num_kept))
+        per_block = min(self._per_block(dtype), num_values)
+        memory = lend(1, num_kept * per_block, dtype)[0]
         for start in range(0, num_values, per_block):
             stop = min(start + per_block, num_values)
-            directions = torch.empty(num_kept, stop - start, dtype=torch.float64)
-            for number in range(num_kept):
-                self.tensors.read_flat(
-                    self._name("models"),
-                    number * num_values + start,
-                    number * num_values + stop,
-                    out=directions[number],
-                )
+            directions = memory[: num_kept * (stop - start)].view(num_kept, stop - start)
+            if per_block == num_values:
+                self.tensors.read_flat(name, 0, memory.numel(), out=memory)
+            else:
+                for number, row in enumerate(directions):
+                    self.tensors.read_flat(name, number * num_values + start, number * num_values + stop, out=row)
             yield start, stop, directions
+
+    def _per_block(self, dtype: torch.dtype) -> int:
+        return max(1, BLOCK_BYTES // (dtype.itemsize * max(1, self.ranks["models"])))
+
+    def _working_dtype(self) -> torch.dtype:
+        parts = ["models"] * bool(self.ranks["models"]) + ["mean"] * self.has_mean
+        dtypes = [self.tensors.read_flat(self._name(part), 0, 0).dtype for part in parts]
+        return widest(torch.float32, getattr(torch, self.layer.dtype), *dtypes)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
@@ -28,19 +26,21 @@ from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.basis import Projection
-from eigenzoo.subspace.border import bordered, extend
+from eigenzoo.subspace.border import extend
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.collecting import collect
 from eigenzoo.subspace.duplicates import find_duplicates
 from eigenzoo.subspace.fit import Fitting, fit_layers, write_subspace
+from eigenzoo.subspace.inside import find_copies
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.moments_cache import opened_cache
 from eigenzoo.subspace.options import EXACT, FitOptions
 from eigenzoo.subspace.originals import find_originals
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.resources import Resources
-from eigenzoo.subspace.storage import link_or_copy, moved, source_record, write_model, write_moments
+from eigenzoo.subspace.source_records import Relocation, source_record
+from eigenzoo.subspace.storage import link_all, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.subspace.work import Work
 from eigenzoo.subspace.workers import opened_workers
@@ -106,7 +106,7 @@ def add(
         )
     originals = find_originals(space, old, allow_pickle)
     projections = {} if refresh and originals is not None else space.project_layers(new, progress)
-    moments = _grown_moments(space, new, originals, projections, progress)
+    moments = _grown_moments(space, new, originals, progress)
     if refresh:
         return _refreshed(space, new, originals, moments, progress, started, workspace)
     return _extended(space, new, projections, moments, originals is not None, workspace)
@@ -131,14 +131,11 @@ def _grown_moments(
     space: Subspace,
     new: Zoo,
     originals: Zoo | None,
-    projections: Mapping[str, list[Projection]],
     progress: Progress,
 ) -> dict[str, LayerMoments] | None:
-    """All layers' moments with the new models' border; None where the bundle has none, or cannot know them."""
-    if not space.has_moments:
+    """All layers' moments with the new models' border; None where the bundle has none, or the old files are gone."""
+    if not space.has_moments or originals is None:
         return None
-    if originals is None:
-        return _moments_inside(space, new, projections) if space.manifest.center == "models" else None
     exact = _was_exact(space)
     if not exact and space.manifest.center != "models":
         return None
@@ -163,27 +160,6 @@ def _grow_layer(
     return extend(known, stack) if exact else collect(stack, resources=resources)
 
 
-def _moments_inside(space: Subspace, new: Zoo, projected: Mapping[str, list[Projection]]) -> dict[str, LayerMoments]:
-    """Moments from the bundle alone: inner products with old models are those of coefficients, exact inside the subspace.
-
-    The new models' own energies are exact; what two models have in common outside the kept subspace is not known and counts as
-    nothing.
-    """
-    old = space.all_coefficients()
-    grown = {}
-    for name, projections in projected.items():
-        moments = space.moments(name)
-        inside = torch.stack([projection.coefficients.flatten() for projection in projections])
-        known = old[name].flatten(1).double()
-        border = inside @ torch.cat([known, inside]).T
-        places = torch.arange(len(new))
-        border[places, moments.num_models + places] += torch.tensor([projection.outside for projection in projections])
-        energies = torch.tensor([projection.energy for projection in projections], dtype=torch.float64)
-        cross = (energies - border[places, moments.num_models + places] - moments.reference_energy) / 2
-        grown[name] = bordered(moments, border, cross, None)
-    return grown
-
-
 def _extended(
     space: Subspace,
     new: Zoo,
@@ -192,44 +168,61 @@ def _extended(
     exact: bool,
     workspace: str | os.PathLike[str] | None,
 ) -> Subspace:
-    """Keep the basis, add coefficients."""
+    """Keep the basis, add coefficients.
+
+    Without the old files the moments stay those of the models before: what the bundle knows of the others follows from their
+    coefficients and energies when it is asked for (`inside`).
+    """
     projected = space.with_templates(new, projections)
+    inside = moments is None and space.has_moments and space.manifest.center == "models"
     folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
     root = Path(folder.name)
+    relocation = Relocation(space.path, root)
     try:
-        _link_files(space, root)
-        records = [_write_projected(root, space, new, coefficients) for coefficients in projected.values()]
+        _link_files(space, root, moments=inside)
+        records = [
+            _write_projected(root, space, new, coefficients, energies=moments is None)
+            for coefficients in projected.values()
+        ]
         if moments is not None:
             write_moments(root, moments)
-        old = [
-            model.model_copy(update={"source": moved(model.source, space.path.absolute(), root)})
-            for model in space.manifest.models
-        ]
+        old = [model.model_copy(update={"source": relocation.moved(model.source)}) for model in space.manifest.models]
         discarded, energy = dict(space.manifest.discarded), space.report["energy"]
         for coefficients in projected.values():
             energy += sum(coefficients.energies.values())
             for name, share in coefficients.residuals.items():
                 discarded[name] += share * coefficients.energies[name]
-        base = space.manifest.base and moved(space.manifest.base, space.path.absolute(), root)
+        base = space.manifest.base and relocation.moved(space.manifest.base)
         manifest = space.manifest.model_copy(
-            update={"models": [*old, *records], "discarded": discarded, "base": base, "files": {}}
+            update={
+                "models": [*old, *records],
+                "discarded": discarded,
+                "base": base,
+                "files": {},
+            }
         )
-        manifest = _with_growth(
-            manifest,
-            space,
-            new,
-            root,
-            energy,
-            Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False)),
-            moments,
-        )
+        growth = Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False))
+        manifest = _with_growth(manifest, space, new, root, energy, growth)
+        linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
+        grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked)
+        grown.report["duplicates"] = plain(_duplicates(space, grown, list(projected.values()), moments))
     except BaseException:
         folder.cleanup()
         raise
-    return Subspace(root, manifest, base=space._base, keep=folder)
+    return grown
 
 
-def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coefficients) -> Any:
+def _duplicates(
+    space: Subspace, grown: Subspace, new: Sequence[Coefficients], moments: Mapping[str, LayerMoments] | None
+) -> Sequence[tuple[str, str]]:
+    """Pairs of models that are the same: from the moments, or those that were known and what coefficients tell of the new ones."""
+    if moments is not None:
+        return find_duplicates(grown.names, moments.values())
+    known = [(first, second) for first, second in space.report.get("duplicates", [])]
+    return [*known, *find_copies(new, grown)]
+
+
+def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coefficients, *, energies: bool) -> Any:
     place = new.place(coefficients.name)
     values = [coefficients.values[name] for name in space.layers]
     residuals = [coefficients.residuals[name] for name in space.layers]
@@ -241,15 +234,13 @@ def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coeffi
         residuals,
         coefficients.template,
         source_record(new.models[place], root),
+        [coefficients.energies[name] for name in space.layers] if energies else None,
     )
 
 
-def _link_files(space: Subspace, root: Path) -> None:
-    """Bring the old files, but for the moments, into a new folder."""
-    for file in space.files():
-        if file != MOMENTS:
-            (root / file).parent.mkdir(exist_ok=True)
-            link_or_copy(space.path / file, root / file)
+def _link_files(space: Subspace, root: Path, *, moments: bool) -> None:
+    """Bring the old files, the moments only if asked for, into a new folder."""
+    link_all(space.path, root, (file for file in space.files() if moments or file != MOMENTS))
 
 
 def _with_growth(
@@ -259,9 +250,8 @@ def _with_growth(
     root: Path,
     energy: float,
     growth: Growth,
-    moments: Mapping[str, LayerMoments] | None,
 ) -> Manifest:
-    """Bring the report up to date: number of models, bytes, what is lost, duplicates; its layers stay those of the fit."""
+    """Bring the report up to date: number of models, bytes, what is lost; its layers stay those of the fit."""
     sizes = space.report["bytes"]
     num_models = len(manifest.models)
     counted = count_bytes(
@@ -275,8 +265,6 @@ def _with_growth(
         "energy": energy,
     }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
-    if moments is not None:
-        report["duplicates"] = plain(find_duplicates([model.name for model in manifest.models], moments.values()))
     return manifest.model_copy(update={"report": report})
 
 

@@ -8,10 +8,12 @@ Legend: N models, K kept directions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.subspace.collecting import (
     Asked,
     SpanSums,
@@ -90,20 +92,26 @@ def _fit_dense(stack: DenseStack, options: FitOptions, resources: Resources, kno
     inputs = stack.layer.shape[1]
     with loaded_spans(stack, resources) as spans:
         if known is None:
-            held = list(spans)
+            held: Iterable[tuple[int, int, Tensor]] = list(spans)
             sums = [sum_loaded(stack, start, stop, rows_ED, asked) for start, stop, rows_ED in held]
             moments = dense_moments(stack, sums, asked)
         else:
-            moments, held = known, None
+            moments, held = known, _centered(spans, stack)
         found = fit_models(stack.layer, moments, options)
         dtype = options.torch_dtype
         bases = [
-            span_basis(rows_ED, start, inputs, found.weights_NK, moments.removed, dtype)
-            for start, _, rows_ED in (spans if held is None else held)
+            span_basis(rows_ED, start, inputs, found.weights_NK, moments.removed, dtype) for start, _, rows_ED in held
         ]
     turned, coefficients_NK = orthonormalized(bases, found.fitted.coefficients, dtype)
     fitted = replace(found.fitted, coefficients=coefficients_NK)
     return LayerResult(fitted, _without_sides(moments), spans=tuple(turned))
+
+
+def _centered(spans: Iterable[tuple[int, int, Tensor]], stack: DenseStack) -> Iterator[tuple[int, int, Tensor]]:
+    """Centre spans as they come."""
+    for start, stop, rows_ED in spans:
+        center_rows(rows_ED, len(stack), stack.layer.shape[1])
+        yield start, stop, rows_ED
 
 
 def span_task(
@@ -128,6 +136,7 @@ def basis_task(
     stack = zoo.stack(name, precision=options.precision_of_products)
     assert isinstance(stack, DenseStack)
     with loaded(stack, *span, resources) as rows_ED:
+        center_rows(rows_ED, len(stack), stack.layer.shape[1])
         return span_basis(rows_ED, span[0], stack.layer.shape[1], weights_NK, removed, options.torch_dtype)
 
 

@@ -90,14 +90,15 @@ class LayerMoments:
     @cached_property
     def variance(self) -> float:
         """Energy of X − M, summed over models; zero where it is no more than round-off of the whole energy."""
-        centered = float(self.centered_NN.diagonal().sum())
+        centered = float(self.centered_NN.trace())
         return centered if centered > NO_VARIANCE * float(self.energies_N.sum()) else 0.0
 
     @property
     def mean_share(self) -> float:
         """Share of the stack's energy that lies in the mean over all models."""
         total = float(self.energies_N.sum())
-        return self.num_models * float(self.raw_NN.mean()) / total if total > 0 else 0.0
+        mean = float(self.gram_NN.mean() + 2 * self.cross_N.mean()) + self.reference_energy
+        return self.num_models * mean / total if total > 0 else 0.0
 
 
 def round_off(stack: Stack) -> float:
@@ -115,8 +116,9 @@ def from_raw_gram(raw_NN: Tensor, num_values: int, floor: float = NUMERICAL_RANK
 
 def recentered(moments: LayerMoments) -> LayerMoments:
     """Return the same moments about the mean of all models; nothing but sums of what is known, and no large mean cancels."""
-    cross_N = moments.cross_N - moments.cross_N.mean() + moments.gram_NN.mean(1) - moments.gram_NN.mean()
-    energy = moments.reference_energy + 2 * float(moments.cross_N.mean()) + float(moments.gram_NN.mean())
+    means_N, along, mean = moments.gram_NN.mean(1), float(moments.cross_N.mean()), float(moments.gram_NN.mean())
+    cross_N = moments.cross_N + means_N - (along + mean)
+    energy = moments.reference_energy + 2 * along + mean
     return replace(
         moments,
         gram_NN=center_gram(moments.gram_NN),

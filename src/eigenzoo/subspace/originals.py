@@ -7,7 +7,7 @@ from pathlib import Path
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.pickle_file import SUFFIXES as PICKLES
-from eigenzoo.subspace.storage import is_at_hand
+from eigenzoo.subspace.source_records import is_at_hand
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo

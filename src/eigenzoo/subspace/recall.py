@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.bundle import write_coefficients
+from eigenzoo.formats.bundle import StoredCoefficients, write_coefficients
 from eigenzoo.formats.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
-from eigenzoo.subspace.storage import link_or_copy, moved
+from eigenzoo.subspace.source_records import Relocation
+from eigenzoo.subspace.storage import link_or_copy
 from eigenzoo.subspace.subspace import Subspace
 
 
@@ -98,12 +99,12 @@ def restore_records(space: Subspace, manifest: Manifest, root: Path) -> list[Mod
     Their records, with layouts, configs and sources, are the old ones; their residuals are bounds against the originals:
     ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖, per layer.
     """
-    refitted = Subspace(root, manifest)
+    refitted, relocation = Subspace(root, manifest), Relocation(space.path, root)
     old = {model.name: model for model in space.manifest.models}
     models = []
     for record in manifest.models:
         if record.name in old:
-            source = moved(old[record.name].source, space.path.absolute(), root)
+            source = relocation.moved(old[record.name].source)
             update = {"source": source, "coefficients": record.coefficients}
             record = old[record.name].model_copy(update=update)
             _bound_residuals(space, refitted, record)
@@ -130,7 +131,7 @@ def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -
     flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])
     path = refitted.path / record.coefficients
     path.unlink()
-    write_coefficients(path, record.name, refitted.manifest.basis_id, flat, torch.tensor(bounds))
+    write_coefficients(path, record.name, refitted.manifest.basis_id, StoredCoefficients(flat, torch.tensor(bounds)))
 
 
 def _contents(model: ModelRecord) -> Iterator[str]:

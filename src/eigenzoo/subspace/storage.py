@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,11 +16,9 @@ from torch import Tensor
 
 from eigenzoo.errors import BundleError
 from eigenzoo.formats.basis_files import BasisFiles
-from eigenzoo.formats.bundle import MOMENTS, coefficient_file, file_sha256, write_coefficients
+from eigenzoo.formats.bundle import MOMENTS, StoredCoefficients, coefficient_file, file_sha256, write_coefficients
 from eigenzoo.formats.contents import ContentStore, Template, put_template
-from eigenzoo.formats.manifest import LayerRecord, ModelRecord, SourceFile, SourceRecord
-from eigenzoo.formats.model import Model
-from eigenzoo.formats.remote import is_url, remote_url
+from eigenzoo.formats.manifest import LayerRecord, ModelRecord, SourceRecord
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.records import Layer
@@ -157,6 +155,12 @@ def moment_tensors(name: str, layer: LayerMoments) -> dict[str, Tensor]:
     return values | {f"{name}/{part}": value for part, value in traits.items() if value is not None}
 
 
+def num_held(file: SafetensorsFile, layer: Layer) -> int:
+    """Return how many models a layer's moments hold: all, or the first, where others came later and without them."""
+    info = file.tensors.get(f"{layer.name}/gram")
+    return info.shape[0] if info is not None and info.shape else 0
+
+
 def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerMoments:
     """Read one layer's moments, their shapes checked."""
 
@@ -208,77 +212,16 @@ def write_model(
     residuals: Sequence[float],
     template: Template,
     source: SourceRecord,
+    energies: Sequence[float] | None = None,
 ) -> ModelRecord:
-    """Write one model's coefficients and contents; returns its record."""
+    """Write one model's coefficients and contents; returns its record. `energies` are given where no moments hold them."""
     file = coefficient_file(name)
     flat = torch.cat([value.reshape(-1).float() for value in values]) if values else torch.zeros(0)
-    write_coefficients(folder / file, name, basis_id, flat, torch.tensor(residuals, dtype=torch.float32))
+    energies_L = None if energies is None else torch.tensor(energies, dtype=torch.float64)
+    stored = StoredCoefficients(flat, torch.tensor(residuals, dtype=torch.float32), energies_L)
+    write_coefficients(folder / file, name, basis_id, stored)
     contents = put_template(ContentStore(folder / "rest"), template)
     return ModelRecord.model_validate({"name": name, "coefficients": file, "source": source, **contents})
-
-
-def source_record(model: Model, root: Path) -> SourceRecord:
-    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved."""
-    files = {}
-    for path in model.weight_files():
-        status = path.stat()
-        key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
-        files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
-    return SourceRecord(path=remote_url(model.path) or _relative(model.path, root), files=files)
-
-
-def moved(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
-    """Return a source's record with its path from another folder."""
-    if is_url(record.path):
-        return record
-    return record.model_copy(update={"path": _relative(old_root / record.path, new_root)})
-
-
-def with_checksums(record: SourceRecord, old_root: Path, new_root: Path) -> SourceRecord:
-    """Return a source's record with its path from another folder, and checksums of the files that are still there."""
-    if is_url(record.path):
-        return record
-    path = old_root / record.path
-    folder = path if path.is_dir() else path.parent
-    files = {
-        name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)})
-        for name, file in record.files.items()
-    }
-    return moved(record, old_root, new_root).model_copy(update={"files": files})
-
-
-def _sha256(path: Path, known: SourceFile) -> str | None:
-    """Checksum of a source file, or None where it is gone or no longer what was read."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    if (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
-        return None
-    return file_sha256(path)
-
-
-def is_at_hand(record: SourceRecord, root: Path) -> bool:
-    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum.
-
-    Files of a store count as gone: growing from them again is a choice that `old` makes.
-    """
-    if is_url(record.path):
-        return False
-    path = root / record.path
-    folder = path if path.is_dir() else path.parent
-    for name, known in record.files.items():
-        try:
-            status = (folder / name).stat()
-        except OSError:
-            return False
-        if status.st_size != known.bytes:
-            return False
-        if status.st_mtime_ns != known.mtime_ns and (
-            known.sha256 is None or file_sha256(folder / name) != known.sha256
-        ):
-            return False
-    return bool(record.files)
 
 
 def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[str, Tensor]:
@@ -292,19 +235,27 @@ def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[s
     return values
 
 
-def link_or_copy(source: Path, target: Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Bring a file that nobody writes to again into another folder: by a hard link, or across file systems by a copy."""
+    if os.path.islink(source):
+        source = os.path.realpath(source)
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
+def link_all(folder: Path, target: Path, files: Iterable[str]) -> None:
+    """Bring files of a folder into another one, under the same names."""
+    made: set[str] = set()
+    for file in files:
+        parent = os.path.dirname(file)
+        if parent not in made:
+            (target / parent).mkdir(exist_ok=True)
+            made.add(parent)
+        link_or_copy(f"{folder}/{file}", f"{target}/{file}")
+
+
 def identify(paths: Sequence[Path]) -> str:
     """Return the id of a basis: the hash of its shards' checksums."""
     return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
-
-
-def _relative(path: Path, root: Path) -> str:
-    """Path from a folder to a model, both with their links followed: `..` leads elsewhere below a link."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))

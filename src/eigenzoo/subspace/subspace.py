@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,42 +18,39 @@ from torch import Tensor
 from eigenzoo.errors import BundleError, DataError, UsageError
 from eigenzoo.formats.bundle import (
     MOMENTS,
+    StoredCoefficients,
+    file_sizes,
     find_faults,
-    is_only_a_bundle,
     open_basis,
     read_coefficients,
     read_manifest,
-    record_files,
 )
 from eigenzoo.formats.contents import StoredTemplate
-from eigenzoo.formats.manifest import Manifest, ModelRecord
+from eigenzoo.formats.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.output import new_folder
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection, basis_faults
-from eigenzoo.subspace.card import write_counted
 from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
+from eigenzoo.subspace.inside import extended_inside
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
+from eigenzoo.subspace.saving import save
+from eigenzoo.subspace.source_records import is_at_hand
 from eigenzoo.subspace.storage import (
     identify,
-    is_at_hand,
-    link_or_copy,
+    num_held,
     read_basis,
     read_moments,
     split_coefficients,
-    with_checksums,
 )
 from eigenzoo.subspace.workers import opened_workers
+from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_models
-
-MEASURED = ("seconds", "peak_memory")
-"""What the report of a fit says of the run and not of the result."""
 
 
 class Subspace:
@@ -65,6 +61,7 @@ class Subspace:
     Attributes:
         path: the folder.
         manifest: everything about it but the values.
+        checksums: of a saved subspace's files, and of those that another took over from it.
     """
 
     def __init__(
@@ -74,8 +71,10 @@ class Subspace:
         *,
         base: Model | None = None,
         keep: tempfile.TemporaryDirectory[str] | None = None,
+        checksums: Mapping[str, FileRecord] | None = None,
     ) -> None:
         self.path, self.manifest = path, manifest
+        self.checksums = manifest.files if checksums is None else checksums
         self._base, self._keep = base, keep
         if keep is not None:
             weakref.finalize(self, keep.cleanup)
@@ -118,17 +117,14 @@ class Subspace:
     def coefficients(self, name: str) -> Coefficients:
         """Return a kept model's coefficients, read from its own small file."""
         record = self._record(name)
-        expected = sum(basis.num_coefficients for basis in self.layers.values())
-        flat, residual = read_coefficients(
-            self.path, record.coefficients, name, self.manifest.basis_id, expected, len(self.layers)
-        )
-        residuals = dict(zip(self.layers, residual.tolist(), strict=True))
-        energies = self._energies(name)
+        stored = self._stored(record)
+        residuals = dict(zip(self.layers, stored.residuals_L.tolist(), strict=True))
+        energies = self._energies(name, stored)
         weights = energies or dict.fromkeys(self.layers, 1.0)
         total = sum(weights.values())
         whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
         return Coefficients(
-            name, split_coefficients(flat, self.layers), residuals, whole, energies, self.template(name)
+            name, split_coefficients(stored.values, self.layers), residuals, whole, energies, self.template(name)
         )
 
     def template(self, name: str) -> StoredTemplate:
@@ -144,21 +140,34 @@ class Subspace:
             source=record.source,
         )
 
-    def all_coefficients(self) -> dict[str, Tensor]:
-        """Return every kept model's coefficients (N, …), layer by layer."""
-        expected = sum(basis.num_coefficients for basis in self.layers.values())
-        flat_N = torch.stack(
-            [
-                read_coefficients(
-                    self.path, record.coefficients, record.name, self.manifest.basis_id, expected, len(self.layers)
-                )[0]
-                for record in self.manifest.models
-            ]
-        )
-        return split_coefficients(flat_N, self.layers)
+    @cached_property
+    def all_coefficients(self) -> Mapping[str, Tensor]:
+        """Every kept model's coefficients (N, …), layer by layer, read once."""
+        return split_coefficients(torch.stack([stored.values for stored in self._all_stored]), self.layers)
 
-    def _energies(self, name: str) -> dict[str, float]:
-        """Energy of each layer of a kept model; nothing where the bundle has no moments."""
+    @cached_property
+    def _all_stored(self) -> Sequence[StoredCoefficients]:
+        """Every model's small file, read once."""
+        return [self._stored(record) for record in self.manifest.models]
+
+    def _stored(self, record: ModelRecord) -> StoredCoefficients:
+        return read_coefficients(
+            self.path,
+            record.coefficients,
+            record.name,
+            self.manifest.basis_id,
+            self._num_coefficients,
+            len(self.layers),
+        )
+
+    @cached_property
+    def _num_coefficients(self) -> int:
+        return sum(basis.num_coefficients for basis in self.layers.values())
+
+    def _energies(self, name: str, stored: StoredCoefficients) -> dict[str, float]:
+        """Energy of each layer of a kept model; nothing where neither its file nor moments tell."""
+        if stored.energies_L is not None:
+            return dict(zip(self.layers, stored.energies_L.tolist(), strict=True))
         if not self.has_moments:
             return {}
         place = self.names.index(name)
@@ -181,8 +190,29 @@ class Subspace:
                 "the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them"
             )
         basis = self.layers[layer]
-        moments = read_moments(self._moments_file, basis.layer, len(self.names))
+        held = min(num_held(self._moments_file, basis.layer), len(self.names))
+        moments = read_moments(self._moments_file, basis.layer, held)
+        if held < len(self.names):
+            moments = self._extended(layer, moments)
         return moments if moments.shift_N is None else replace(moments, removed=basis.removed())
+
+    def _extended(self, layer: str, moments: LayerMoments) -> LayerMoments:
+        """Moments with the models that were added without them, as far as their coefficients tell."""
+        added, place = self._all_stored[moments.num_models :], list(self.layers).index(layer)
+        unknown = [
+            record.name
+            for record, stored in zip(self.manifest.models[moments.num_models :], added, strict=True)
+            if stored.energies_L is None
+        ]
+        if unknown:
+            raise BundleError(
+                f"neither the moments nor its own file tell the energies of {unknown[0]!r}",
+                where=str(self.path),
+                rule="see docs/bundle-format.md",
+            )
+        energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, place]
+        outside_M = energies_M * torch.stack([stored.residuals_L for stored in added])[:, place].double()
+        return extended_inside(moments, self.all_coefficients[layer].flatten(1), energies_M, outside_M)
 
     @cached_property
     def _moments_file(self) -> SafetensorsFile:
@@ -308,36 +338,14 @@ class Subspace:
         Checksums of everything, and of the models' files that are still there, are taken now. `moments=False` leaves out
         the Grams, which evidence, plan and exact growth need.
         """
-        target = Path(folder)
-        with new_folder(target, force=force, replaceable=is_only_a_bundle) as staging:
-            for file in self.files():
-                if file == MOMENTS and not moments:
-                    continue
-                (staging / file).parent.mkdir(exist_ok=True)
-                link_or_copy(self.path / file, staging / file)
-            root = target.absolute()
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found = pool.map(
-                    lambda model: with_checksums(model.source, self.path.absolute(), root), self.manifest.models
-                )
-                sources = [
-                    model.model_copy(update={"source": source})
-                    for model, source in zip(self.manifest.models, found, strict=True)
-                ]
-            base = self.manifest.base and with_checksums(self.manifest.base, self.path.absolute(), root)
-            # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
-            report = {key: value for key, value in self.report.items() if key not in MEASURED}
-            manifest = self.manifest.model_copy(
-                update={"files": record_files(staging), "models": sources, "base": base, "report": report}
-            )
-            write_counted(staging, manifest)
-        return target
+        return save(self, Path(folder), force=force, moments=moments)
 
     def files(self) -> list[str]:
         """Every file but the manifest and the card, relative to the folder."""
+        there = file_sizes(self.path)
         if self.manifest.files:
-            return [file for file in self.manifest.files if (self.path / file).exists()]
-        return [path.relative_to(self.path).as_posix() for path in sorted(self.path.rglob("*")) if path.is_file()]
+            return [file for file in self.manifest.files if file in there or (self.path / file).exists()]
+        return list(there)
 
     def verify(self) -> Iterator[str]:
         """Yield every fault: checksums, unknown files, values that are not finite, bases that are not orthonormal,
@@ -373,7 +381,9 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of view `delta` lies now.
     """
     path = Path(folder)
-    space = Subspace(path, read_manifest(path), base=open_model(os.fspath(base)) if base is not None else None)
+    with seldom_collecting():
+        manifest = read_manifest(path)
+    space = Subspace(path, manifest, base=open_model(os.fspath(base)) if base is not None else None)
     if space._base is not None:
         space._check_base(space._base)
     _ = space.layers

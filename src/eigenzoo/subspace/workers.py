@@ -111,7 +111,8 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     num = num or num_threads()
     resources = resources_for(num, max_memory, device)
     with single_threaded(), _switching_often(), seldom_collecting(), kept_open():
-        pool = ThreadPoolExecutor(num, thread_name_prefix="eigenzoo")
+        # OpenMP counts threads for each thread that calls it: what this one was given says nothing to those of the pool.
+        pool = ThreadPoolExecutor(num, "eigenzoo", torch.set_num_threads, (1,))
         try:
             yield Workers(pool, num, resources)
         finally:

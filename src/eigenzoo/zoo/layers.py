@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from eigenzoo.errors import UnsupportedError, UsageError
+from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer
 from eigenzoo.weights.unfolding import unfolded_shape, unfolding
@@ -32,12 +33,16 @@ def default_view(model: Model, has_base: bool) -> str:
     return "delta" if has_base else "weight"
 
 
-_known: WeakKeyDictionary[Model, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[object, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
 
 
 def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
-    """Return what can be a layer in this model under a view, by layer name, in the order of the files; found once for a model."""
-    known = _known.setdefault(model, {})
+    """Return what can be a layer in this model under a view, by layer name, in the order of the files.
+
+    It is found once for all models that are the same but for their values, which have one dictionary; nobody may change it.
+    """
+    likeness = model.likeness if isinstance(model, SafetensorsModel) else None
+    known = _known.setdefault(model if likeness is None else likeness, {})
     if view not in known:
         known[view] = _find_sources(model, view)
     return known[view]

@@ -8,7 +8,7 @@ its reason, and carried unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -56,9 +56,9 @@ class Match:
 
 def match_models(models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None) -> Match:
     """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
-    found = [layer_sources(model, selection.view) for model in models]
+    found = _Found(models, selection.view)
     base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
-    every = Counter(name for sources in found for name in sources)
+    every = found.count_names()
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
     problems: list[MismatchError] = []
@@ -66,10 +66,10 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         if selection.excludes(layer_name):
             reasons[layer_name] = EXCLUDED
             continue
-        problem = _difference(layer_name, count, found, names, base_sources)
+        problem = found.difference(layer_name, count, names, base_sources)
         if problem is None:
-            layers[layer_name] = _merged(layer_name, found)
-        elif selection.allow_missing or (is_task_head(layer_name) and count == len(found)):
+            layers[layer_name] = found.merged(layer_name)
+        elif selection.allow_missing or (is_task_head(layer_name) and count == len(models)):
             reasons[layer_name] = problem.what
         else:
             problems.append(problem)
@@ -84,35 +84,93 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
     return Match(
         layers,
-        tuple({name: sources[name] for name in layers} for sources in found),
-        tuple(left_out + _unread(models, found)),
+        found.sources_of(layers),
+        tuple(left_out + found.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
 
 
-def _difference(
-    layer: str,
-    count: int,
-    found: list[dict[str, LayerSource]],
-    names: Sequence[str],
-    base: dict[str, LayerSource] | None,
-) -> MismatchError | None:
-    """Return the first way in which a layer differs between models, or between them and their base."""
-    first = next(place for place, sources in enumerate(found) if layer in sources)
-    if count < len(found):
-        missing = next(place for place, sources in enumerate(found) if layer not in sources)
-        return _mismatch(
-            f"{names[missing]} has no such layer, {names[first]} has ({len(found) - count} models lack it)", layer
-        )
-    shape = found[first][layer].layer.tensor_shape
-    for place, sources in enumerate(found):
-        other = sources[layer].layer.tensor_shape
-        if other != shape:
-            return _mismatch(f"shape {list(other)} in {names[place]} but {list(shape)} in {names[first]}", layer)
-    if base is not None and (layer not in base or base[layer].layer.tensor_shape != shape):
-        there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
-        return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
-    return None
+class _Found:
+    """What can be a layer in each model; models that are the same but for their values are looked at once.
+
+    Attributes:
+        models: all of them.
+        sources: of each model; those of like models are one dictionary.
+        kinds: the place of the first model of each kind, in the order of the models.
+    """
+
+    def __init__(self, models: Sequence[Model], view: str) -> None:
+        self.models = models
+        self.sources = [layer_sources(model, view) for model in models]
+        places: dict[int, int] = {}
+        for place, sources in enumerate(self.sources):
+            places.setdefault(id(sources), place)
+        self.kinds = list(places.values())
+        self._counts = Counter(id(sources) for sources in self.sources)
+
+    def _count(self, place: int) -> int:
+        """Return how many models are like this one."""
+        return self._counts[id(self.sources[place])]
+
+    def count_names(self) -> Counter[str]:
+        """Return how many models have a layer of each name."""
+        every: Counter[str] = Counter()
+        for place in self.kinds:
+            every.update(dict.fromkeys(self.sources[place], self._count(place)))
+        return every
+
+    def difference(
+        self, layer: str, count: int, names: Sequence[str], base: dict[str, LayerSource] | None
+    ) -> MismatchError | None:
+        """Return the first way in which a layer differs between models, or between them and their base."""
+        first = next(place for place in self.kinds if layer in self.sources[place])
+        if count < len(self.sources):
+            missing = next(place for place in self.kinds if layer not in self.sources[place])
+            return _mismatch(
+                f"{names[missing]} has no such layer, {names[first]} has ({len(self.sources) - count} models lack it)",
+                layer,
+            )
+        shape = self.sources[first][layer].layer.tensor_shape
+        for place in self.kinds:
+            other = self.sources[place][layer].layer.tensor_shape
+            if other != shape:
+                return _mismatch(f"shape {list(other)} in {names[place]} but {list(shape)} in {names[first]}", layer)
+        if base is not None and (layer not in base or base[layer].layer.tensor_shape != shape):
+            there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
+            return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
+        return None
+
+    def merged(self, layer: str) -> Layer:
+        """Return the layer as the first model has it, with the widest dtype of all models."""
+        merged = self.sources[0][layer].layer
+        dtypes = {self.sources[place][layer].layer.dtype for place in self.kinds}
+        if len(dtypes) > 1:
+            merged = replace(merged, dtype=dtype_name(widest(*(getattr(torch, dtype) for dtype in sorted(dtypes)))))
+        return merged
+
+    def sources_of(self, layers: Iterable[str]) -> tuple[dict[str, LayerSource], ...]:
+        """Return where each model keeps these layers."""
+        names = tuple(layers)
+        chosen = {}
+        for place in self.kinds:
+            sources = self.sources[place]
+            chosen[id(sources)] = {name: sources[name] for name in names}
+        return tuple(chosen[id(sources)] for sources in self.sources)
+
+    def unread(self) -> list[LeftOut]:
+        """Tensors that no view reads: integers and buffers of checkpoints, heads and biases beside LoRA factors."""
+        reasons: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for place in self.kinds:
+            model = self.models[place]
+            keys = {source.key for source in self.sources[place].values()}
+            for name in model.other_tensors:
+                if name not in keys:
+                    dtype = dtype_name(model.tensors[name].dtype)
+                    reason = "not a LoRA factor" if model.updates else "not a floating weight"
+                    reasons[name] = f"{reason} ({dtype})"
+                    counts[name] += self._count(place)
+        return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]
 
 
 def _mismatch(what: str, layer: str) -> MismatchError:
@@ -135,26 +193,3 @@ def _all_in_one(problems: list[MismatchError]) -> MismatchError:
         rule=first.rule,
         next_step=first.next_step + (f". Also: {others}" if others else ""),
     )
-
-
-def _merged(layer: str, found: list[dict[str, LayerSource]]) -> Layer:
-    """The layer as the first model has it, with the widest dtype of all models."""
-    merged = found[0][layer].layer
-    dtypes = {sources[layer].layer.dtype for sources in found}
-    if len(dtypes) > 1:
-        merged = replace(merged, dtype=dtype_name(widest(*(getattr(torch, dtype) for dtype in sorted(dtypes)))))
-    return merged
-
-
-def _unread(models: Sequence[Model], found: list[dict[str, LayerSource]]) -> list[LeftOut]:
-    """Tensors that no view reads: integers and buffers of checkpoints, heads and biases beside LoRA factors."""
-    reasons: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for model, sources in zip(models, found, strict=True):
-        keys = {source.key for source in sources.values()}
-        for name in model.other_tensors:
-            if name not in keys:
-                dtype = dtype_name(model.tensors[name].dtype)
-                reasons[name] = f"not a LoRA factor ({dtype})" if model.updates else f"not a floating weight ({dtype})"
-                counts[name] += 1
-    return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]

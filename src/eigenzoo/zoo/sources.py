@@ -94,13 +94,14 @@ def _expand(source: Source) -> list[Path | str]:
             return [source]
         source = local_path(source)
     path = Path(source)
-    if path.is_dir() and is_bundle(path):
+    is_folder = os.path.isdir(path)
+    if is_folder and is_bundle(path):
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=str(path),
             next_step="use verify, project, rebuild or add on it, or name the models it was made from",
         )
-    if path.is_dir():
+    if is_folder:
         return [path] if is_model(path) else [*_in_folder(path, MAX_DEPTH)]
     if path.suffix == ".txt" and path.is_file():
         return _in_list(path)

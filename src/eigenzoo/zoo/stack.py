@@ -72,8 +72,10 @@ class DenseStack:
     @cached_property
     def _scales(self) -> Tensor | None:
         """What rows are multiplied by (N, 1), or None where that is one."""
-        scales = torch.tensor([source.scale for source in self._sources], dtype=torch.float64).to(self.dtype)
-        return scales[:, None] if bool((scales != 1).any()) else None
+        scales = [source.scale for source in self._sources]
+        if scales.count(1.0) == len(scales):
+            return None
+        return torch.tensor(scales, dtype=torch.float64).to(self.dtype)[:, None]
 
     def __len__(self) -> int:
         return len(self._models)

@@ -1,0 +1,40 @@
+"""Saving: a subspace's files under a name of their own, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eigenzoo.formats.bundle import MOMENTS, is_only_a_bundle, record_files
+from eigenzoo.formats.output import new_folder
+from eigenzoo.subspace.card import write_counted
+from eigenzoo.subspace.source_records import Relocation
+from eigenzoo.subspace.storage import link_all
+
+if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
+
+MEASURED = ("seconds", "peak_memory")
+"""What the report of a fit says of the run and not of the result."""
+
+
+def save(space: Subspace, target: Path, *, force: bool, moments: bool) -> Path:
+    """Save a subspace as a bundle; see `Subspace.save`. Files that have a checksum keep it, unread."""
+    manifest = space.manifest
+    with new_folder(target, force=force, replaceable=is_only_a_bundle) as staging:
+        link_all(space.path, staging, (file for file in space.files() if moments or file != MOMENTS))
+        relocation = Relocation(space.path, target.absolute())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(lambda model: relocation.with_checksums(model.source), manifest.models)
+            sources = [
+                model.model_copy(update={"source": source})
+                for model, source in zip(manifest.models, found, strict=True)
+            ]
+        base = manifest.base and relocation.with_checksums(manifest.base)
+        # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
+        report = {key: value for key, value in manifest.report.items() if key not in MEASURED}
+        update = {"models": sources, "base": base, "report": report, "files": record_files(staging, space.checksums)}
+        write_counted(staging, manifest.model_copy(update=update))
+    return target

@@ -1,0 +1,98 @@
+"""Where models were read: records that a bundle keeps of their files, and that move with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from eigenzoo.formats.bundle import file_sha256
+from eigenzoo.formats.manifest import SourceFile, SourceRecord
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.remote import is_url, remote_url
+
+
+def source_record(model: Model, root: Path) -> SourceRecord:
+    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved."""
+    files = {}
+    for path in model.weight_files():
+        status = path.stat()
+        key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
+        files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
+    return SourceRecord(path=remote_url(model.path) or _relative(model.path, root), files=files)
+
+
+class Relocation:
+    """Moves records from a bundle in one folder to the same bundle in another.
+
+    Paths are relative to the folder, their links followed: `..` leads elsewhere below a link.
+    """
+
+    def __init__(self, old_root: Path, new_root: Path) -> None:
+        self._old, self._new = os.path.abspath(old_root), os.path.realpath(new_root)
+        self._parents: dict[str, str] = {}
+
+    def moved(self, record: SourceRecord) -> SourceRecord:
+        """Return a record with its path from the new folder."""
+        if is_url(record.path):
+            return record
+        path = os.path.join(self._old, record.path)
+        return record.model_copy(update={"path": self._relative(path)})
+
+    def with_checksums(self, record: SourceRecord) -> SourceRecord:
+        """Return a moved record with checksums of the files that are still there."""
+        if is_url(record.path):
+            return record
+        path = Path(self._old) / record.path
+        folder = path if path.is_dir() else path.parent
+        files = {
+            name: file.model_copy(update={"sha256": file.sha256 or _sha256(folder / name, file)})
+            for name, file in record.files.items()
+        }
+        return self.moved(record).model_copy(update={"files": files})
+
+    def _relative(self, path: str) -> str:
+        """Path from the new folder; the links of a folder are followed once for all that lies in it."""
+        parent, name = os.path.split(path)
+        if name in ("", ".", "..") or os.path.islink(path):
+            return os.path.relpath(os.path.realpath(path), self._new)
+        if parent not in self._parents:
+            self._parents[parent] = os.path.relpath(os.path.realpath(parent), self._new)
+        return os.path.normpath(os.path.join(self._parents[parent], name))
+
+
+def _sha256(path: Path, known: SourceFile) -> str | None:
+    """Checksum of a source file, or None where it is gone or no longer what was read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    if (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+        return None
+    return file_sha256(path)
+
+
+def is_at_hand(record: SourceRecord, root: Path) -> bool:
+    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum.
+
+    Files of a store count as gone: growing from them again is a choice that `old` makes.
+    """
+    if is_url(record.path):
+        return False
+    path = root / record.path
+    folder = path if path.is_dir() else path.parent
+    for name, known in record.files.items():
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            return False
+        if status.st_size != known.bytes:
+            return False
+        if status.st_mtime_ns != known.mtime_ns and (
+            known.sha256 is None or file_sha256(folder / name) != known.sha256
+        ):
+            return False
+    return bool(record.files)
+
+
+def _relative(path: Path, root: Path) -> str:
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
