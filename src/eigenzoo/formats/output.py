@@ -84,12 +84,19 @@ def check_free_file(target: Path, *, force: bool = False) -> None:
 
 def write_file(target: Path, text: str, *, force: bool = False) -> Path:
     """Write a text file under a temporary name beside its own, flush it, and rename it; returns its path."""
+    with new_file(target, force=force) as staging:
+        staging.write_text(text, encoding="utf-8")
+    return target
+
+
+@contextmanager
+def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary name beside `target` for a file; flushed, it takes the target's name, or vanishes on any error."""
     check_free_file(target, force=force)
     staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
     try:
-        with staging.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield staging
+        with staging.open("rb") as file:
             os.fsync(file.fileno())
         check_free_file(target, force=force)
         staging.rename(target)
@@ -97,7 +104,6 @@ def write_file(target: Path, text: str, *, force: bool = False) -> Path:
         raise OutputError(f"cannot be written ({error.strerror})", where=str(target)) from error
     finally:
         staging.unlink(missing_ok=True)
-    return target
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

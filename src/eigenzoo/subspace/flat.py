@@ -220,6 +220,12 @@ class FlatBasis(LayerBasis):
             gram_KK += directions @ directions.T
         return deviation_from_identity(gram_KK)
 
+    def directions(self) -> Tensor:
+        """The directions (K, O, I), whole, in the dtype that they are stored in."""
+        if not self.ranks["models"]:
+            return torch.zeros(0, *self.layer.shape)
+        return self.tensors.read(self._name("models"))
+
     def removed(self) -> Tensor:
         """The center; of updates its core."""
         if not self.has_mean:

@@ -98,6 +98,15 @@ class StackedBasis(LayerBasis):
         factors = self._factors()
         return deviation_from_identity(weights @ lora.inner_products(factors, factors) @ weights.T)
 
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All models' factors Bᵀ (P, O) and A (P, I), and what each row counts in the mean and the directions (1 + K, P); float64.
+
+        M + Σ c_k V_k = B · diag(t_0 + Σ c_k t_k) · A with t the rows of the table; the models' scales are in it.
+        """
+        weights = self.tensors.read(self._name("weights")) * self.tensors.read(self._name("scales"))
+        factors = (self.tensors.read(self._name(part)).double() for part in ("factors_b", "factors_a"))
+        return (*factors, weights[:, self._owner()])  # type: ignore[return-value]
+
     def _owner(self) -> Tensor:
         ranks = self.tensors.read(self._name("ranks")).long()
         return torch.repeat_interleave(torch.arange(ranks.numel()), ranks)

@@ -108,7 +108,7 @@ class TuckerBasis(LayerBasis):
 
     def project(self, stack: Stack, place: int) -> Projection:
         """Project one model's layer: its core, then the core's coordinates in the shared cores."""
-        outputs_OP, inputs_IQ, shared_KPQ = self._basis("outputs"), self._basis("inputs"), self._shared()
+        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
         mean = self.removed()
         if isinstance(stack, UpdateStack):
             factors = stack.factors(place)
@@ -131,7 +131,7 @@ class TuckerBasis(LayerBasis):
 
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Return M + U C Vᵀ, or the balanced factors of least rank of U (C̄ + C) Vᵀ."""
-        outputs_OP, inputs_IQ, shared_KPQ = self._basis("outputs"), self._basis("inputs"), self._shared()
+        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
         core = coefficients.double()
         if shared_KPQ is not None:
             core = torch.tensordot(core, shared_KPQ, 1)
@@ -143,8 +143,8 @@ class TuckerBasis(LayerBasis):
 
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
-        bases = [basis.T for basis in (self._basis("outputs"), self._basis("inputs")) if basis is not None]
-        shared_KPQ = self._shared()
+        bases = [basis.T for basis in (self.side("outputs"), self.side("inputs")) if basis is not None]
+        shared_KPQ = self.shared()
         bases += [shared_KPQ.flatten(1)] if shared_KPQ is not None else []
         return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
 
@@ -154,7 +154,8 @@ class TuckerBasis(LayerBasis):
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()
 
-    def _basis(self, axis: str) -> Tensor | None:
+    def side(self, axis: str) -> Tensor | None:
+        """The basis of `outputs` (O, P) or `inputs` (I, Q) in float64; None where that side is kept whole."""
         if axis not in self.ranks:
             return None
         size = self.layer.shape[0 if axis == "outputs" else 1]
@@ -162,7 +163,8 @@ class TuckerBasis(LayerBasis):
             return torch.zeros(size, 0, dtype=torch.float64)
         return self.tensors.read(self._name(axis)).double()
 
-    def _shared(self) -> Tensor | None:
+    def shared(self) -> Tensor | None:
+        """The shared cores (K, P, Q) in float64, with axis `models`."""
         if "models" not in self.ranks:
             return None
         if not self.ranks["models"] or 0 in self.core_shape:

@@ -1,0 +1,16 @@
+"""A new task for a few hundred numbers: coefficients in a frozen shared basis, trained, searched for, or calibrated.
+
+    adapted = eigenzoo.adapt.attach(model, space)          # any torch module
+    torch.optim.Adam(adapted.parameters(), lr=eigenzoo.adapt.LEARNING_RATE)
+    eigenzoo.adapt.save(adapted, "task.safetensors")       # a few hundred bytes
+    eigenzoo.adapt.detach(adapted)                         # plain weights again
+
+With PEFT: `eigenzoo.integrations.peft_tuner`.
+"""
+
+from eigenzoo.adapt.adapter_file import load, save
+from eigenzoo.adapt.attach import Adapted, attach, detach
+from eigenzoo.adapt.starts import find_start
+from eigenzoo.adapt.trained import LEARNING_RATE, Start
+
+__all__ = ["LEARNING_RATE", "Adapted", "Start", "attach", "detach", "find_start", "load", "save"]

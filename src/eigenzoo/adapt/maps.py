@@ -1,0 +1,202 @@
+"""What coefficients are to a weight: the linear map L of ΔW = M + L(c), one class for each form of a fitted layer.
+
+    flat      L(c) = Σ c_k V_k                     dense: k whole-layer directions
+    tucker    L(c) = U · C · Vᵀ                    through the small side; C = c, or Σ c_k D_k with axis `models`
+    stacked   L(c) = Bᵀ · diag(w) · A, w = W c      through the ranks of the zoo's own factors
+
+A map is a module whose bases are buffers that no state dict holds: they are the bundle's, and come from there.
+
+Legend: O outputs, I inputs, K directions, P and Q kept outputs and inputs, R ranks of all updates of a zoo.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.flat import FlatBasis
+from eigenzoo.subspace.stacked import StackedBasis
+from eigenzoo.subspace.tucker import TuckerBasis
+
+
+class Map(nn.Module, ABC):
+    """The map from one layer's coefficients to a matrix (O, I).
+
+    Attributes:
+        shape: (O, I).
+    """
+
+    def __init__(self, basis: LayerBasis) -> None:
+        super().__init__()
+        self.shape = basis.layer.shape
+
+    def _keep(self, name: str, values: Tensor | None, dtype: torch.dtype) -> None:
+        self.register_buffer(name, None if values is None else values.to(dtype), persistent=False)
+
+    @abstractmethod
+    def matrix(self, coefficients: Tensor) -> Tensor:
+        """Return L(c) as a matrix (O, I); linear and differentiable."""
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Return M as a matrix (O, I)."""
+
+    @abstractmethod
+    def randomize(self, generator: torch.Generator) -> None:
+        """Put random bases of the same sizes in the place of the zoo's, the mean kept: the control of every comparison."""
+
+    def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
+        """Return M + L(c), or L(c), as a product of (O, ·) and (·, I) matrices where that is cheaper than the matrix itself."""
+        return None
+
+    def apply_to(self, inputs: Tensor, coefficients: Tensor, mean: bool) -> Tensor:
+        """Return x · (M + L(c))ᵀ for inputs (…, I), or x · L(c)ᵀ, through the small side where there is one."""
+        factors = self.factors(coefficients, mean)
+        if factors is None:
+            matrix = self.matrix(coefficients)
+            return linear(inputs, matrix + self.mean() if mean else matrix)
+        return linear(linear(inputs, factors[1]), factors[0])
+
+
+class FlatMap(Map):
+    """Whole-layer directions."""
+
+    directions: Tensor
+    center: Tensor
+
+    def __init__(self, basis: FlatBasis, dtype: torch.dtype) -> None:
+        super().__init__(basis)
+        self._keep("directions", basis.directions(), dtype)
+        self._keep("center", basis.removed(), dtype)
+
+    def matrix(self, coefficients: Tensor) -> Tensor:
+        """Return L(c) (O, I)."""
+        matrix: Tensor = torch.tensordot(coefficients, self.directions, 1)
+        return matrix
+
+    def mean(self) -> Tensor:
+        """Return M (O, I)."""
+        return self.center.expand(self.shape)
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Draw orthonormal directions."""
+        self.directions = _orthonormal(self.directions.flatten(1), generator).view_as(self.directions)
+
+
+class TuckerMap(Map):
+    """Bases of the sides, and a core between them."""
+
+    outputs: Tensor | None
+    inputs: Tensor | None
+    shared: Tensor | None
+    center: Tensor
+
+    def __init__(self, basis: TuckerBasis, dtype: torch.dtype) -> None:
+        super().__init__(basis)
+        for name, part in (
+            ("outputs", basis.side("outputs")),
+            ("inputs", basis.side("inputs")),
+            ("shared", basis.shared()),
+        ):
+            self._keep(name, part, dtype)
+        self._keep("center", basis.removed(), dtype)
+        self.core_shape, self._core_mean = basis.core_shape, basis.layer.kind == "update"
+
+    def matrix(self, coefficients: Tensor) -> Tensor:
+        """Return L(c) (O, I)."""
+        return self._expanded(self._core(coefficients))
+
+    def mean(self) -> Tensor:
+        """Return M (O, I)."""
+        if self._core_mean:
+            return self._expanded(self.center.expand(self.core_shape))
+        return self.center.expand(self.shape)
+
+    def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the two sides of M + L(c), or of L(c)."""
+        if self.inputs is None or (mean and not self._core_mean):
+            return None
+        core = self._core(coefficients)
+        core = core + self.center if mean else core
+        return core if self.outputs is None else self.outputs @ core, self.inputs.T
+
+    def _core(self, coefficients: Tensor) -> Tensor:
+        return coefficients if self.shared is None else torch.tensordot(coefficients, self.shared, 1)
+
+    def _reduced(self, matrix_OI: Tensor) -> Tensor:
+        left = matrix_OI if self.outputs is None else self.outputs.T @ matrix_OI
+        return left if self.inputs is None else left @ self.inputs
+
+    def _expanded(self, core: Tensor) -> Tensor:
+        left = core if self.outputs is None else self.outputs @ core
+        return left if self.inputs is None else left @ self.inputs.T
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Draw orthonormal sides and shared cores; where a core is the mean's, it is put into them as it was."""
+        mean = self.mean() if self._core_mean else None
+        for name in ("outputs", "inputs"):
+            side = getattr(self, name)
+            if side is not None:
+                setattr(self, name, _orthonormal(side.T, generator).T.contiguous())
+        if self.shared is not None:
+            self.shared = _orthonormal(self.shared.flatten(1), generator).view_as(self.shared)
+        if mean is not None:
+            self.center = self._reduced(mean)
+
+
+class StackedMap(Map):
+    """Weights over the factors of all of a zoo's updates."""
+
+    factors_b: Tensor
+    factors_a: Tensor
+    weights: Tensor
+
+    def __init__(self, basis: StackedBasis, dtype: torch.dtype) -> None:
+        super().__init__(basis)
+        b_PO, a_PI, weights_KP = basis.table()
+        self._keep("factors_b", b_PO.T.contiguous(), dtype)
+        self._keep("factors_a", a_PI, dtype)
+        self._keep("weights", weights_KP, dtype)
+
+    def matrix(self, coefficients: Tensor) -> Tensor:
+        """Return L(c) (O, I)."""
+        return self._product(coefficients @ self.weights[1:])
+
+    def mean(self) -> Tensor:
+        """Return M (O, I)."""
+        return self._product(self.weights[0])
+
+    def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the two sides of M + L(c), or of L(c)."""
+        combined_P = coefficients @ self.weights[1:]
+        return self.factors_b * (combined_P + self.weights[0] if mean else combined_P), self.factors_a
+
+    def _product(self, combined_P: Tensor) -> Tensor:
+        return (self.factors_b * combined_P) @ self.factors_a
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Draw factors of the size of the zoo's, and keep the table: sums of as many random updates."""
+        for name in ("factors_b", "factors_a"):
+            factor = getattr(self, name)
+            drawn = torch.randn(factor.shape, generator=generator).to(factor)
+            setattr(self, name, drawn * (factor.norm() / drawn.norm()))
+
+
+def _orthonormal(rows_KD: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw as many orthonormal rows as there are."""
+    drawn_DK = torch.randn(rows_KD.shape[::-1], generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(drawn_DK)[0].T.contiguous().to(rows_KD)
+
+
+def map_of(basis: LayerBasis, dtype: torch.dtype = torch.float32) -> Map:
+    """Return the map of a fitted layer, its bases read into memory in this dtype."""
+    if isinstance(basis, FlatBasis):
+        return FlatMap(basis, dtype)
+    if isinstance(basis, TuckerBasis):
+        return TuckerMap(basis, dtype)
+    assert isinstance(basis, StackedBasis)
+    return StackedMap(basis, dtype)

@@ -1,0 +1,69 @@
+"""Trained coefficients: a start, and numbers around it in units of how far apart the zoo's own models lie.
+
+    c = c_start + s ∘ θ,   s_k = √(Σ_n c_nk² / N)
+
+A step of θ by 0.1 moves a weight by a tenth of what tells two models of the zoo apart, in whatever direction and layer, so one
+learning rate fits all of them: 0.03 with Adam is a good first choice (measured: docs/adapt.md).
+
+Legend: N models, K numbers of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LEARNING_RATE = 0.03
+"""For Adam, on θ."""
+
+
+class Coefficients(nn.Module):
+    """One layer's coefficients, any shape.
+
+    Attributes:
+        theta: what is trained; zero at the start.
+        start, scales: c_start and s.
+    """
+
+    start: Tensor
+    scales: Tensor
+
+    def __init__(self, start: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros_like(start))
+        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Return c."""
+        return self.start + self.scales * self.theta
+
+    def set(self, values: Tensor) -> None:
+        """Put θ where c is as given."""
+        with torch.no_grad():
+            self.theta.copy_((values.to(self.start) - self.start) / self.scales)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins.
+
+    Attributes:
+        mean: whether the zoo's mean is part of the weight; else coefficients are a change of the weights that a model has.
+        values: each layer's coefficients; zero for what is not named.
+    """
+
+    mean: bool
+    values: dict[str, Tensor]
+
+
+def scales_of(rows_NK: Tensor) -> Tensor:
+    """Return s of one layer from all models' coefficients (N, …); one where the zoo does not vary, so that nothing is lost.
+
+    A direction of less than a hundredth of the largest one counts as much as that: it can still be trained.
+    """
+    spread = rows_NK.double().square().mean(0).sqrt()
+    largest = float(spread.max()) if spread.numel() else 0.0
+    return (spread.clamp_min(largest / 100) if largest > 0 else torch.ones_like(spread)).float()
