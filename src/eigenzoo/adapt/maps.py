@@ -127,25 +127,19 @@ class TuckerMap(Map):
     def _core(self, coefficients: Tensor) -> Tensor:
         return coefficients if self.shared is None else torch.tensordot(coefficients, self.shared, 1)
 
-    def _reduced(self, matrix_OI: Tensor) -> Tensor:
-        left = matrix_OI if self.outputs is None else self.outputs.T @ matrix_OI
-        return left if self.inputs is None else left @ self.inputs
-
     def _expanded(self, core: Tensor) -> Tensor:
         left = core if self.outputs is None else self.outputs @ core
         return left if self.inputs is None else left @ self.inputs.T
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Draw orthonormal sides and shared cores; where a core is the mean's, it is put into them as it was."""
-        mean = self.mean() if self._core_mean else None
+        """Draw orthonormal sides and shared cores; a mean that was a core is kept as the matrix it was."""
+        self.center, self._core_mean = self.mean().clone(), False
         for name in ("outputs", "inputs"):
             side = getattr(self, name)
             if side is not None:
                 setattr(self, name, _orthonormal(side.T, generator).T.contiguous())
         if self.shared is not None:
             self.shared = _orthonormal(self.shared.flatten(1), generator).view_as(self.shared)
-        if mean is not None:
-            self.center = self._reduced(mean)
 
 
 class StackedMap(Map):
@@ -154,6 +148,7 @@ class StackedMap(Map):
     factors_b: Tensor
     factors_a: Tensor
     weights: Tensor
+    center: Tensor | None
 
     def __init__(self, basis: StackedBasis, dtype: torch.dtype) -> None:
         super().__init__(basis)
@@ -161,6 +156,7 @@ class StackedMap(Map):
         self._keep("factors_b", b_PO.T.contiguous(), dtype)
         self._keep("factors_a", a_PI, dtype)
         self._keep("weights", weights_KP, dtype)
+        self._keep("center", None, dtype)
 
     def matrix(self, coefficients: Tensor) -> Tensor:
         """Return L(c) (O, I)."""
@@ -168,10 +164,12 @@ class StackedMap(Map):
 
     def mean(self) -> Tensor:
         """Return M (O, I)."""
-        return self._product(self.weights[0])
+        return self._product(self.weights[0]) if self.center is None else self.center
 
     def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
         """Return the two sides of M + L(c), or of L(c)."""
+        if mean and self.center is not None:
+            return None
         combined_P = coefficients @ self.weights[1:]
         return self.factors_b * (combined_P + self.weights[0] if mean else combined_P), self.factors_a
 
@@ -179,7 +177,8 @@ class StackedMap(Map):
         return (self.factors_b * combined_P) @ self.factors_a
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Draw factors of the size of the zoo's, and keep the table: sums of as many random updates."""
+        """Draw factors of the size of the zoo's, and keep the table: sums of as many random updates, about the same mean."""
+        self.center = self.mean()
         for name in ("factors_b", "factors_a"):
             factor = getattr(self, name)
             drawn = torch.randn(factor.shape, generator=generator).to(factor)
@@ -189,7 +188,8 @@ class StackedMap(Map):
 def _orthonormal(rows_KD: Tensor, generator: torch.Generator) -> Tensor:
     """Draw as many orthonormal rows as there are."""
     drawn_DK = torch.randn(rows_KD.shape[::-1], generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(drawn_DK)[0].T.contiguous().to(rows_KD)
+    rows: Tensor = torch.linalg.qr(drawn_DK)[0].T.contiguous()
+    return rows.to(rows_KD)
 
 
 def map_of(basis: LayerBasis, dtype: torch.dtype = torch.float32) -> Map:
