@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from eigenzoo.adapt.augment import NONE, Augmentation, padded
 from eigenzoo.adapt.maps import Map, map_of
 from eigenzoo.adapt.starts import MEAN, find_start
 from eigenzoo.adapt.trained import Coefficients, Start, scales_of
@@ -52,6 +53,7 @@ class Adapted:
         weights: by the names of the bundle's layers.
         places: of each of them the submodule, by its path, and the parameter there.
         besides: other parameters that are trained, by their names in the module.
+        augmentation: random directions beside the zoo's; their coefficients come after its own.
     """
 
     module: nn.Module
@@ -60,6 +62,7 @@ class Adapted:
     weights: Mapping[str, AdaptedWeight]
     places: Mapping[str, tuple[str, str]]
     besides: Mapping[str, nn.Parameter]
+    augmentation: Augmentation = NONE
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained."""
@@ -90,6 +93,7 @@ def attach(
     names: Mapping[str, str] | None = None,
     random_basis: bool = False,
     seed: int = 0,
+    augment: int = 0,
 ) -> Adapted:
     """Put a subspace's coefficients in the place of a module's weights, in place.
 
@@ -100,7 +104,8 @@ def attach(
         names: of layers that the module calls otherwise than the zoo's files, the parameter's name in the module
             (`integrations.transformers_names.saved_names` for models of transformers).
         random_basis: the control: random directions of the same number and scale in the place of the zoo's, about the same start.
-        seed: of start `random`, and of a random basis.
+        seed: of start `random`, of a random basis, and of random directions besides.
+        augment: so many random directions of each layer besides the zoo's, which a small zoo may lack; see `augment`.
 
     Raises MismatchError for layers that the module does not have in their shape, and UsageError for a pattern that nothing
     matches, or a module that is adapted already. Memory: the bundle's bases, once, on the devices of the weights.
@@ -110,6 +115,7 @@ def attach(
             "view 'factors' has two layers for one weight",
             next_step="use it with PEFT (EigenzooConfig), or fit the zoo with view 'update'",
         )
+    augmentation = Augmentation(augment, seed) if augment else NONE
     begun = start if isinstance(start, Start) else find_start(space, start, seed)
     places = {
         name: _find(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
@@ -118,24 +124,27 @@ def attach(
     chosen = _besides(module, besides, {f"{path}.{leaf}" if path else leaf for path, leaf in places.values()})
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    weights, generator = {}, torch.Generator().manual_seed(seed)
+    weights, generator = dict[str, AdaptedWeight](), torch.Generator().manual_seed(seed)
     for name, (path, leaf) in places.items():
         owner = module.get_submodule(path)
         weight = getattr(owner, leaf)
         values = space.all_coefficients[name][0]
+        shape, scales = augmentation.shape(space.layers[name]), scales_of(space.all_coefficients[name])
+        smallest = float(scales.min()) if scales.numel() else 1.0
         trained = Coefficients(
-            begun.values.get(name, torch.zeros_like(values)).float(), scales_of(space.all_coefficients[name])
+            padded(begun.values.get(name, torch.zeros_like(values)).float(), shape), padded(scales, shape, smallest)
         )
         on_top = not begun.mean or space.view in ("delta", "update")
         layer = map_of(space.layers[name])
         if random_basis:
             layer.randomize(generator)
+        augmentation.widen(layer, name)
         adapted = AdaptedWeight(layer, trained, mean=begun.mean, on_top=on_top).to(weight.device)
         parametrize.register_parametrization(owner, leaf, adapted, unsafe=True)
         weights[name] = adapted
     for parameter in chosen.values():
         parameter.requires_grad_(True)
-    return Adapted(module, space, begun, weights, places, chosen)
+    return Adapted(module, space, begun, weights, places, chosen, augmentation)
 
 
 def detach(adapted: Adapted) -> nn.Module:

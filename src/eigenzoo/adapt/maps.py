@@ -88,7 +88,12 @@ class FlatMap(Map):
 
 
 class TuckerMap(Map):
-    """Bases of the sides, and a core between them."""
+    """Bases of the sides, and a core between them.
+
+    Attributes:
+        core_shape: (P, Q).
+        mean_is_core: whether M is a core between the sides too, or a whole matrix.
+    """
 
     outputs: Tensor | None
     inputs: Tensor | None
@@ -104,7 +109,7 @@ class TuckerMap(Map):
         ):
             self._keep(name, part, dtype)
         self._keep("center", basis.removed(), dtype)
-        self.core_shape, self._core_mean = basis.core_shape, basis.layer.kind == "update"
+        self.core_shape, self.mean_is_core = basis.core_shape, basis.layer.kind == "update"
 
     def matrix(self, coefficients: Tensor) -> Tensor:
         """Return L(c) (O, I)."""
@@ -112,13 +117,13 @@ class TuckerMap(Map):
 
     def mean(self) -> Tensor:
         """Return M (O, I)."""
-        if self._core_mean:
+        if self.mean_is_core:
             return self._expanded(self.center.expand(self.core_shape))
         return self.center.expand(self.shape)
 
     def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
         """Return the two sides of M + L(c), or of L(c)."""
-        if self.inputs is None or (mean and not self._core_mean):
+        if self.inputs is None or (mean and not self.mean_is_core):
             return None
         core = self._core(coefficients)
         core = core + self.center if mean else core
@@ -133,7 +138,7 @@ class TuckerMap(Map):
 
     def randomize(self, generator: torch.Generator) -> None:
         """Draw orthonormal sides and shared cores; a mean that was a core is kept as the matrix it was."""
-        self.center, self._core_mean = self.mean().clone(), False
+        self.center, self.mean_is_core = self.mean().clone(), False
         for name in ("outputs", "inputs"):
             side = getattr(self, name)
             if side is not None:

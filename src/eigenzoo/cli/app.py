@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from eigenzoo.cli import add, demo, evaluate, evidence, fit, inspect, nursery, plan, project, rebuild, report, verify
+from eigenzoo.cli import (
+    adapt,
+    add,
+    demo,
+    evaluate,
+    evidence,
+    fit,
+    inspect,
+    nursery,
+    plan,
+    project,
+    rebuild,
+    report,
+    verify,
+)
 from eigenzoo.cli.console import complain
 from eigenzoo.errors import EigenzooError
 
@@ -50,6 +64,7 @@ app.command("inspect")(inspect.command)
 app.command("fit")(fit.command)
 app.command("plan")(plan.command)
 app.command("evidence")(evidence.command)
+app.command("adapt")(adapt.command)
 app.command("project")(project.command)
 app.command("rebuild")(rebuild.command)
 app.command("add")(add.command)
@@ -67,7 +82,9 @@ def main() -> None:
         signal.signal(number, _interrupt)
     code = _run()
     if code == INTERRUPTED:
-        complain("interrupted: no output was written; a fit goes on from what it has done when it is run again")
+        complain(
+            "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
+        )
     sys.exit(code)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, say
+from eigenzoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
 
 
 def command(
@@ -16,7 +20,7 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model of the bundle, or the path of any model, which is projected first.",
+            help="A model of the bundle; the path of any model, which is projected first; or a file that `eigenzoo adapt` wrote.",
             metavar="NAME",
             show_default=False,
         ),
@@ -29,17 +33,37 @@ def command(
         bool, typer.Option("--fetch", help="Read what was excluded from the store that the model came from.")
     ] = False,
     base: options.Base = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of an adapter file: the model that was adapted. Needed for start zero; else it only gives what is no layer.",
+            show_default=False,
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an adapter file: the model of the bundle that gives what is no layer; by default the first.",
+            show_default=False,
+        ),
+    ] = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Rebuild one model: layers from the subspace, everything else as it was."""
     import eigenzoo as ez
+    from eigenzoo.adapt.adapter_file import is_adapter_file
     from eigenzoo.formats.opening import is_only_a_model
     from eigenzoo.formats.output import check_free
 
     check_free(output, force=force, replaceable=is_only_a_model)
     space = ez.load(bundle, base=base)
+    if name not in space.names and is_adapter_file(Path(name)):
+        _rebuild_adapter(space, name, output, model, like, mean_only=mean_only, fetch=fetch, force=force, json=json)
+        return
+    if model is not None or like is not None:
+        raise UsageError("--model and --like are for files of `eigenzoo adapt`", where=name)
     known = name in space.names or not Path(name).exists()
     coefficients = space.coefficients(name) if known else space.project(space.open(name, allow_pickle=allow_pickle))
     space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force)
@@ -57,3 +81,32 @@ def command(
         f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
         + ("" if mean_only else f" · {in_percent(coefficients.residual)} of its energy is lost")
     )
+
+
+def _rebuild_adapter(
+    space: Subspace,
+    name: str,
+    output: Path,
+    model: Path | None,
+    like: str | None,
+    *,
+    mean_only: bool,
+    fetch: bool,
+    force: bool,
+    json: bool,
+) -> None:
+    """Rebuild the model that an adapter file stands for."""
+    from eigenzoo.adapt.rebuilding import rebuild
+
+    if mean_only or fetch:
+        raise UsageError(
+            f"{'--mean-only' if mean_only else '--fetch'} is not for files of `eigenzoo adapt`",
+            where=name,
+            next_step="leave it out",
+        )
+    rebuilt = rebuild(space, name, model=model, like=like)
+    rebuilt.save(output, force=force)
+    if json:
+        print_json({"name": rebuilt.name, "output": str(output), "mean_only": False, "residual": None})
+        return
+    say(f"{name} → {output}")

@@ -1,0 +1,78 @@
+"""Coefficients as a PEFT method, trained by the Trainer: `python examples/peft_trainer.py [FOLDER]`, about a minute.
+
+The zoo holds LoRA adapters of one small transformer; the new adapter is the sum of theirs, some hundred numbers. It is saved, loaded,
+and exported as a plain LoRA adapter that PEFT, vLLM and others read without eigenzoo.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments, ViTForImageClassification
+
+import eigenzoo as ez
+from eigenzoo import nursery
+from eigenzoo.integrations.lora_export import export_lora
+from eigenzoo.integrations.peft_tuner import EigenzooConfig
+from eigenzoo.nursery import digits
+
+
+class Images(torch.utils.data.Dataset[dict[str, Any]]):
+    """A task's images and labels as the Trainer takes them."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[place], "labels": self.labels[place]}
+
+
+def accuracy(model: torch.nn.Module, task: digits.Task) -> float:
+    """Share of the task's 500 test images that are answered rightly."""
+    images, labels = digits.load().test_set(task)
+    with torch.no_grad():
+        return float((model.eval()(pixel_values=images).logits.argmax(-1) == labels).double().mean())
+
+
+def main(folder: Path) -> None:
+    """Make the zoo, fit, train, save, load, export."""
+    zoo, bundle = folder / "lora-zoo", folder / "lora-bundle"
+    if not zoo.exists():
+        nursery.make("digits-lora", zoo)
+    paths = sorted(zoo.glob("task-*"))
+    if not bundle.exists():
+        ez.fit(ez.open_zoo(paths[:-6]), {"outputs": 8, "inputs": 8}).save(bundle)
+    task = digits.Task(tuple(int(digit) for digit in paths[-1].name.removeprefix("task-")))
+
+    model = get_peft_model(ViTForImageClassification.from_pretrained(zoo / "_base"), EigenzooConfig(bundle=str(bundle)))
+    model.print_trainable_parameters()
+    arguments = TrainingArguments(
+        str(folder / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=0.03, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=Images(*digits.load().training_set(task))).train()
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+
+    base = ViTForImageClassification.from_pretrained(zoo / "_base")
+    again = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    shutil.rmtree(folder / "plain-lora", ignore_errors=True)
+    plain = export_lora(again, folder / "plain-lora")
+    stock = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(zoo / "_base"), str(plain))
+    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    print(f"task {task}: the adapter's file has {size:,} bytes")
+    print(
+        f"accuracy: trained {accuracy(model, task):.3f}, loaded {accuracy(again, task):.3f}, as a plain LoRA {accuracy(stock, task):.3f}"
+    )
+    print(f"          the task's own LoRA {nursery.accuracy(paths[-1]):.3f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "examples-output"))

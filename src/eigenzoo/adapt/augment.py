@@ -1,0 +1,126 @@
+"""Random directions beside the zoo's own, for zoos too small to span what a new task needs.
+
+    form flat       m whole-layer directions, orthogonal to all V_k
+    form tucker     m columns more of each truncated side, orthogonal to its own: cores grow to (P + m, Q + m). With axis `models`,
+                    m cores more in these wider sides, orthogonal to the shared ones
+    form stacked    none: a direction there is a sum of the zoo's own updates
+
+Fewer than m where a layer has no room. What the zoo has is unchanged: its coefficients come first and mean what they meant. A step
+of θ moves the weight along a new one as far as along the least of the zoo's. They are drawn anew from a seed and the layer's name,
+so a file holds two numbers for them; by `numpy.random.RandomState`, whose draws numpy has promised never to change.
+
+Legend: D values of one flattened layer, K directions, M new ones, O outputs, I inputs, P and Q kept outputs and inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigenzoo.adapt.maps import FlatMap, Map, TuckerMap
+from eigenzoo.errors import UsageError
+from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.flat import FlatBasis
+from eigenzoo.subspace.tucker import TuckerBasis
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How many random directions there are besides the zoo's, and the seed that they are drawn by.
+
+    Attributes:
+        num: of each layer; 0 for none.
+        seed: any number.
+    """
+
+    num: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num < 0:
+            raise UsageError(f"{self.num} random directions", rule="a number from 0")
+
+    def shape(self, basis: LayerBasis) -> tuple[int, ...]:
+        """Return the shape of one layer's coefficients with these; raises UsageError for the form `stacked`."""
+        if not self.num:
+            return basis.coefficient_shape
+        if isinstance(basis, FlatBasis):
+            return (_room(basis.ranks["models"], basis.layer.num_values, self.num),)
+        if not isinstance(basis, TuckerBasis):
+            raise UsageError(
+                "random directions beside sums of the zoo's own updates",
+                where=f"layer '{basis.layer.name}'",
+                rule="updates with axis models alone have none",
+                next_step="fit the zoo with axes outputs and inputs",
+            )
+        sides = [
+            _room(basis.ranks[axis], size, self.num) if axis in basis.ranks else size
+            for axis, size in zip(("outputs", "inputs"), basis.layer.shape, strict=True)
+        ]
+        if "models" not in basis.ranks:
+            return sides[0], sides[1]
+        return (_room(basis.ranks["models"], sides[0] * sides[1], self.num),)
+
+    def widen(self, layer: Map, name: str) -> None:
+        """Put the new directions into a layer's map, in place. Cost: K²·D + K·M·D products in float64, and that much memory."""
+        if not self.num:
+            return
+        words = np.frombuffer(hashlib.sha256(f"{self.seed}/{name}".encode()).digest(), dtype="<u4")
+        draw = np.random.RandomState(words.astype(np.uint32))
+        if isinstance(layer, FlatMap):
+            layer.directions = _widened(layer.directions, self.num, draw)
+        elif isinstance(layer, TuckerMap):
+            self._widen_tucker(layer, draw)
+
+    def _widen_tucker(self, layer: TuckerMap, draw: np.random.RandomState) -> None:
+        old = layer.core_shape
+        if layer.outputs is not None:
+            layer.outputs = _widened(layer.outputs.T, self.num, draw).T.contiguous()
+        if layer.inputs is not None:
+            layer.inputs = _widened(layer.inputs.T, self.num, draw).T.contiguous()
+        layer.core_shape = (
+            old[0] if layer.outputs is None else layer.outputs.shape[1],
+            old[1] if layer.inputs is None else layer.inputs.shape[1],
+        )
+        if layer.mean_is_core:
+            layer.center = padded(layer.center.expand(old), layer.core_shape)
+        if layer.shared is not None:
+            wider = padded(layer.shared, (len(layer.shared), *layer.core_shape))
+            layer.shared = _widened(wider, self.num, draw)
+
+
+NONE = Augmentation()
+
+
+def padded(values: Tensor, shape: tuple[int, ...], filling: float = 0.0) -> Tensor:
+    """Return the values in the first corner of a larger tensor."""
+    if tuple(values.shape) == tuple(shape):
+        return values
+    wide = values.new_full(shape, filling)
+    wide[tuple(slice(size) for size in values.shape)] = values
+    return wide
+
+
+def _room(num_kept: int, size: int, num: int) -> int:
+    return min(num_kept + num, size)
+
+
+def _widened(rows: Tensor, num: int, draw: np.random.RandomState) -> Tensor:
+    """Return rows (K, …) and up to M random ones orthogonal to them and to each other, as long as there is room."""
+    old_KD = rows.flatten(1).double()
+    num_new = _room(len(old_KD), old_KD.shape[1], num) - len(old_KD)
+    if not num_new:
+        return rows
+    new_MD = torch.from_numpy(draw.standard_normal((num_new, old_KD.shape[1])))
+    # By the inverse Gram, since rows that were stored in float32 or less are not quite orthonormal; twice is enough
+    # (Giraud, Langou and Rozložník 2005).
+    inverse_KK = torch.linalg.inv(old_KD @ old_KD.T)
+    for _ in range(2):
+        new_MD = new_MD - (new_MD @ old_KD.T) @ inverse_KK @ old_KD
+        new_DM, upper_MM = torch.linalg.qr(new_MD.T)
+        new_MD = (new_DM * upper_MM.diagonal().sign()).T
+    return torch.cat([rows, new_MD.to(rows).view(num_new, *rows.shape[1:])])

@@ -1,0 +1,69 @@
+"""What tells one run of training from another: short hashes of weights, of data and of options.
+
+They catch mistakes and no forgery: of each tensor `SAMPLED` values are looked at, evenly spaced, since two runs that differ in
+a tensor differ almost everywhere in it, and a hash of all bases would take longer than a short training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLED = 1024
+ITEMS = 16
+"""How many items of the data are looked at."""
+
+
+def of_values(value: Any) -> str:
+    """Return the hash of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the hash of tensors in their order: names, dtypes, shapes, and a sample of the values."""
+    digest = hashlib.sha256()
+    for name, values in tensors:
+        digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        digest.update(_sample(values))
+    return digest.hexdigest()[:32]
+
+
+def of_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the hash of weights whatever floating dtype they are held in, where no value is changed by it."""
+    return of_tensors((name, values.detach().float()) for name, values in tensors)
+
+
+def of_data(data: Any) -> str:
+    """Return what a data set says of itself (`fingerprint`), or the hash of its length and a few of its items."""
+    said = getattr(data, "fingerprint", None)
+    if isinstance(said, str):
+        return said
+    chosen = torch.linspace(0, len(data) - 1, min(ITEMS, len(data)), dtype=torch.float64).round().long()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return of_tensors([(f"{len(data)}", chosen), *_tensors_of(data.take(chosen), "")])
+
+
+def _sample(values: Tensor) -> bytes:
+    flat = values.detach().reshape(-1)
+    sampled = flat[:: max(1, flat.numel() // SAMPLED)].cpu().contiguous()
+    return sampled.view(torch.uint8).numpy().tobytes() if sampled.numel() else b""
+
+
+def _tensors_of(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch, however they are put together; of anything else, what it prints as."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+    elif isinstance(batch, Mapping):
+        for key in batch:
+            yield from _tensors_of(batch[key], f"{name}.{key}")
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for place, part in enumerate(batch):
+            yield from _tensors_of(part, f"{name}.{place}")
+    else:
+        yield (f"{name}={batch!r}" if isinstance(batch, str | int | float) else name), torch.empty(0)

@@ -1,0 +1,106 @@
+"""The checkpoint of a training that is not finished: what the next steps depend on, to the bit.
+
+One safetensors file that is written anew every few steps, whole or not at all: of each trained tensor its values and Adam's two
+moments (`value.0`, `first.0`, `second.0`, …), how often Adam has moved each (`moved`), the loss of every step so far, and in the
+metadata the step and the fingerprint of the run. There is no state of a random generator: batches and draws of a step follow
+from seed and step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eigenzoo.errors import FormatError, UsageError
+from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.output import new_file
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.writers import TensorLayout, write_tensors
+
+FORMAT = "eigenzoo-training"
+AGAIN = "delete it to begin anew"
+
+
+def write(
+    path: Path, run: str, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, losses: Sequence[float]
+) -> None:
+    """Put the state after as many steps as there are losses into the file, in the place of what was there."""
+    tensors = {
+        "moved": torch.zeros(len(parameters), dtype=torch.float64),
+        "losses": torch.tensor(losses, dtype=torch.float64),
+    }
+    for place, parameter in enumerate(parameters):
+        state = optimizer.state.get(parameter, {})
+        nothing = torch.zeros_like(parameter)
+        tensors["moved"][place] = float(state.get("step", 0.0))
+        for kind, values in (
+            ("value", parameter),
+            ("first", state.get("exp_avg", nothing)),
+            ("second", state.get("exp_avg_sq", nothing)),
+        ):
+            tensors[f"{kind}.{place}"] = values.detach().cpu().contiguous()
+    layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
+    with new_file(path, force=True) as staging:
+        metadata = {"format": FORMAT, "run": run, "step": str(len(losses))}
+        write_tensors(staging, layout, tensors.__getitem__, metadata, sync=False)
+
+
+def read(
+    path: Path, run: str, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, steps: int
+) -> list[float]:
+    """Put parameters and optimiser where the file has them; returns the losses of the steps that are done.
+
+    Raises UsageError where the file is of another run, and FormatError where it is no checkpoint at all.
+    """
+    try:
+        file = SafetensorsFile(path)
+    except FormatError as error:
+        raise FormatError(f"is no checkpoint of a training ({error.what})", where=str(path), next_step=AGAIN) from error
+    if file.metadata.get("format") != FORMAT:
+        raise FormatError("is no checkpoint of a training", where=str(path), next_step="name another file")
+    if file.metadata.get("run") != run:
+        raise UsageError(
+            "is the checkpoint of another run",
+            where=str(path),
+            rule="a run goes on with the same bundle, model, start, data, options and seed",
+            next_step=f"ask for what that run was asked for, or {AGAIN}",
+        )
+    _check(file, parameters, steps, path)
+    moved = file.read("moved")
+    with torch.no_grad():
+        for place, parameter in enumerate(parameters):
+            parameter.copy_(file.read(f"value.{place}"))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(moved[place])),
+                "exp_avg": file.read(f"first.{place}").to(parameter.device),
+                "exp_avg_sq": file.read(f"second.{place}").to(parameter.device),
+            }
+    return [float(loss) for loss in file.read("losses")]
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, and what a process that was killed while it wrote one has left beside it."""
+    path.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{path.name[:100]}.tmp-????????"):
+        left.unlink(missing_ok=True)
+
+
+def _check(file: SafetensorsFile, parameters: Sequence[Tensor], steps: int, path: Path) -> None:
+    """Raise unless the file has exactly what `write` puts there."""
+    done = file.metadata.get("step", "")
+    num_done = int(done) if done.isascii() and done.isdigit() and len(done) < 12 else -1
+    expected: dict[str, tuple[int, ...]] = {"moved": (len(parameters),), "losses": (num_done,)}
+    dtypes = {"moved": torch.float64, "losses": torch.float64}
+    for place, parameter in enumerate(parameters):
+        for kind in ("value", "first", "second"):
+            expected[f"{kind}.{place}"], dtypes[f"{kind}.{place}"] = tuple(parameter.shape), parameter.dtype
+    found = {name: info.shape for name, info in file.tensors.items()}
+    if (
+        found != expected
+        or any(file.tensors[name].dtype != dtype for name, dtype in dtypes.items())
+        or not 0 <= num_done <= steps
+    ):
+        raise FormatError("is damaged: it does not hold what its run trains", where=str(path), next_step=AGAIN)

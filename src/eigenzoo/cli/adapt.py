@@ -1,0 +1,137 @@
+"""`eigenzoo adapt BUNDLE DATA -o FILE`: a new task for a few hundred numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+
+if TYPE_CHECKING:
+    from eigenzoo.integrations.classification import Adaptation
+
+# What adapt.trained, integrations.classification and its data say, without importing torch for the help.
+LEARNING_RATE, STEPS, BATCH_SIZE = 0.03, 200, 64
+
+
+def command(
+    bundle: options.BundleArgument,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A table with columns text and label (.csv, .json, .jsonl, .parquet), a folder with a folder of images per "
+            "class, either of them as train and test parts in one folder, or a task of the nursery: 5-against-5:0,1,2,3,4.",
+            metavar="DATA",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="The model to adapt: a local checkpoint of transformers with its tokenizer or image processor, or a "
+            "network of the nursery.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
+    ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="mean, zero (a change of the model's own weights), random, the name of a model in the bundle, or a path."
+        ),
+    ] = "mean",
+    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = STEPS,
+    batch_size: Annotated[int, typer.Option(help="Items of one step.")] = BATCH_SIZE,
+    learning_rate: Annotated[
+        float, typer.Option(help="In units of how far apart the zoo's models lie.")
+    ] = LEARNING_RATE,
+    besides: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Parameters that are trained too, such as a head: 'classifier.*' (repeatable).", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data, and of all that is drawn.", min=0)] = 0,
+    random_basis: Annotated[
+        bool,
+        typer.Option(
+            "--random-basis", help="The control: as many random directions; measured, and nothing is written."
+        ),
+    ] = False,
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each class that is held out (0.2) where there is no test part.", show_default=False
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Where unfinished work is kept; by default hidden beside the output.", show_default=False),
+    ] = None,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train coefficients for a new task; interrupted, it goes on where it was when it is run again."""
+    from eigenzoo.integrations.classification import adapt_classifier
+
+    with progress_bar(quiet=quiet or json) as progress:
+        found = adapt_classifier(
+            bundle,
+            data,
+            model,
+            output,
+            start=start,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            besides=besides or (),
+            seed=seed,
+            random_basis=random_basis,
+            test_share=test_share,
+            checkpoint=checkpoint,
+            force=force,
+            progress=progress,
+        )
+    if json:
+        print_json(found.to_dict())
+    else:
+        render(found, bundle)
+
+
+def render(found: Adaptation, bundle: Path) -> None:
+    """Print what was trained, what it weighs beside the alternatives, and how well it does beside its controls."""
+    besides = f", {found.num_besides} of them besides the coefficients" if found.num_besides else ""
+    random = " in a random basis" if found.random_basis else ""
+    say(
+        f"{found.num_trained} numbers trained{random}{besides}: {found.steps} steps on {found.num_train} items, "
+        f"loss {found.first_loss:.3g} → {found.last_loss:.3g}"
+        + (f" (the first {found.taken_up_at} steps by an earlier call)" if found.taken_up_at else "")
+    )
+    for note in found.notes:
+        say(note)
+    print_table(
+        "",
+        (f"on {found.num_test} held-out items", "accuracy"),
+        [
+            (f"before, start {found.start}", in_percent(found.accuracy.start)),
+            ("the zoo's mean alone", in_percent(found.accuracy.mean)),
+            ("adapted", in_percent(found.accuracy.adapted)),
+        ],
+    )
+    sizes = [
+        (f"a LoRA of rank {found.lora_rank} of the same layers", in_bytes(found.lora_bytes)),
+        ("the full checkpoint", in_bytes(found.checkpoint_bytes)),
+    ]
+    if found.file_bytes is not None:
+        sizes.insert(0, ("this file", in_bytes(found.file_bytes)))
+    print_table("", ("on disk", "bytes"), sizes)
+    if found.output is not None:
+        zero = " --model MODEL" if found.start == "zero" else ""
+        say(f"\n{found.output} is all that is needed beside the bundle")
+        say(f"next: eigenzoo rebuild {bundle} {found.output} -o MODEL_FOLDER{zero}")

@@ -1,0 +1,261 @@
+"""Adapt a classifier on disk to a task on disk, and say what it took: the work of `eigenzoo adapt`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenzoo.adapt import adapter_file, unfinished
+from eigenzoo.adapt.attach import Adapted, attach
+from eigenzoo.adapt.sizes import LORA_RANK, lora_bytes
+from eigenzoo.adapt.starts import MEAN, ZERO
+from eigenzoo.adapt.trained import LEARNING_RATE
+from eigenzoo.adapt.training import Data, TensorData, check_options, train
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.output import check_free_file
+from eigenzoo.integrations.classification_data import read_labelled
+from eigenzoo.integrations.models import (
+    Classifier,
+    logits,
+    read_classifier,
+    read_config,
+    read_nursery,
+    require,
+)
+from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.subspace.subspace import load
+
+NURSERY = "5-against-5:"
+STEPS, BATCH_SIZE = 200, 64
+_AT_ONCE = 256
+"""Items that are measured at once."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers on held-out data.
+
+    Attributes:
+        start: before training.
+        mean: with the zoo's mean and no coefficients.
+        adapted: after training.
+    """
+
+    start: float
+    mean: float
+    adapted: float
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What an adaptation took and reached.
+
+    Attributes:
+        output: the file; None for the control, of which nothing is kept.
+        start, random_basis: as they were asked for.
+        classes: in the order of the model's answers.
+        num_train, num_test: items trained on, and held out.
+        num_trained: how many numbers were trained, and `num_besides` how many of them are no coefficients.
+        file_bytes: of the file; None without one.
+        checkpoint_bytes: of the weight files of the model that was adapted.
+        lora_bytes: of an adapter of rank `lora_rank` of the same layers, and what was trained besides.
+        taken_up_at: how many steps an earlier call had done.
+        first_loss, last_loss: of single batches.
+        notes: what was done to the data that a reader must know.
+    """
+
+    output: str | None
+    data: str
+    start: str
+    random_basis: bool
+    classes: tuple[str, ...]
+    num_train: int
+    num_test: int
+    num_trained: int
+    num_besides: int
+    file_bytes: int | None
+    checkpoint_bytes: int
+    lora_bytes: int
+    lora_rank: int
+    accuracy: Accuracy
+    steps: int
+    taken_up_at: int
+    first_loss: float
+    last_loss: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return dict(plain(self))
+
+
+@dataclass(frozen=True)
+class _Task:
+    train: Data
+    test: Data
+    classes: tuple[str, ...]
+    classifier: Classifier
+    about: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def adapt_classifier(
+    bundle: Path,
+    data: str,
+    model: Path,
+    output: Path | None,
+    *,
+    start: str = MEAN,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
+    besides: Sequence[str] = (),
+    seed: int = 0,
+    random_basis: bool = False,
+    test_share: float | None = None,
+    checkpoint: Path | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> Adaptation:
+    """Train coefficients of a classifier for a task, measure it on held-out data, and save its adapter file.
+
+    Args:
+        bundle: the subspace.
+        data: a task of the nursery (`5-against-5:0,1,2,3,4`), or the path of labelled texts or images.
+        model: a local checkpoint of transformers, or a model of the nursery.
+        output: the file; None with `random_basis`, whose coefficients mean nothing without these draws.
+        checkpoint: where unfinished work is kept; by default a hidden file beside the output. It goes when the output is there.
+
+    The rest as in `attach` and `train`. Raises what they raise, and DataError for data that cannot be trained on, all of it
+    before training starts but a loss that is not finite.
+    """
+    if (output is None) is not random_basis:
+        raise UsageError(
+            "an output for a random basis" if random_basis else "no output",
+            rule="the control is measured and not kept: its directions are in no bundle; everything else has a file",
+        )
+    check_options(steps, batch_size, learning_rate, seed)
+    if output is not None:
+        check_free_file(output, force=force)
+        if checkpoint is not None and checkpoint.absolute() == output.absolute():
+            raise UsageError(
+                "is both the output and the checkpoint", where=str(output), rule="the checkpoint is another file"
+            )
+        checkpoint = output.parent / f".{output.name}.checkpoint" if checkpoint is None else checkpoint
+    space = load(bundle)
+    if space.view == "delta" and start != ZERO:
+        # The zoo's mean is a change of its base, and belongs on no other weights.
+        space = load(bundle, base=model)
+    task = _read_task(data, model, besides, test_share, seed)
+    names, module = task.classifier.names, task.classifier.module
+    mean_accuracy = None
+    if start == ZERO:
+        mean_accuracy = accuracy(attach(copy.deepcopy(module), space, names=names).module, task.test)
+    adapted = attach(module, space, start=start, besides=besides, names=names, random_basis=random_basis, seed=seed)
+    at_start = accuracy(module, task.test)
+    if mean_accuracy is None:
+        mean_accuracy = _accuracy_of_mean(adapted, task.test)
+    done = train(
+        adapted,
+        task.train,
+        classification_loss,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    found = Accuracy(at_start, mean_accuracy, accuracy(module, task.test))
+    if output is not None:
+        saved = {parameter: name for name, parameter in names.items()}
+        renamed = {name: saved[name] for name in adapted.besides if saved.get(name, name) != name}
+        about = {**task.about, **({"names": json.dumps(renamed)} if renamed else {})}
+        adapter_file.save(adapted, output, force=force, about=about)
+    if checkpoint is not None:
+        unfinished.remove(checkpoint)
+    num_besides = sum(parameter.numel() for parameter in adapted.besides.values())
+    besides_bytes = sum(parameter.numel() * parameter.element_size() for parameter in adapted.besides.values())
+    return Adaptation(
+        output=None if output is None else str(output),
+        data=data,
+        start=start,
+        random_basis=random_basis,
+        classes=task.classes,
+        num_train=len(task.train),
+        num_test=len(task.test),
+        num_trained=adapted.num_trained,
+        num_besides=num_besides,
+        file_bytes=None if output is None else output.stat().st_size,
+        checkpoint_bytes=task.classifier.file_bytes,
+        lora_bytes=lora_bytes(space.layers) + besides_bytes,
+        lora_rank=LORA_RANK,
+        accuracy=found,
+        steps=steps,
+        taken_up_at=done.taken_up_at,
+        first_loss=done.losses[0],
+        last_loss=done.losses[-1],
+        notes=task.notes,
+    )
+
+
+def classification_loss(module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+    """Return the cross entropy of one batch of (inputs, labels)."""
+    inputs, labels = batch
+    return nn.functional.cross_entropy(logits(module, inputs), labels)
+
+
+def accuracy(module: nn.Module, data: Data) -> float:
+    """Return the share of right answers."""
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(data), _AT_ONCE):
+            inputs, labels = data.take(torch.arange(start, min(start + _AT_ONCE, len(data))))
+            right += int((logits(module, inputs).argmax(-1) == labels).sum())
+    return right / len(data)
+
+
+def _accuracy_of_mean(adapted: Adapted, data: Data) -> float:
+    """Measure a module with its coefficients at zero; they are put back as they were, to the bit."""
+    kept = [weight.trained.theta.detach().clone() for weight in adapted.weights.values()]
+    adapted.set_coefficients({name: torch.zeros_like(values) for name, values in adapted.coefficients().items()})
+    try:
+        return accuracy(adapted.module, data)
+    finally:
+        with torch.no_grad():
+            for weight, theta in zip(adapted.weights.values(), kept, strict=True):
+                weight.trained.theta.copy_(theta)
+
+
+def _read_task(data: str, model: Path, besides: Sequence[str], test_share: float | None, seed: int) -> _Task:
+    if not data.startswith(NURSERY):
+        labelled = read_labelled(Path(data), model, test_share)
+        classifier = read_classifier(model, labelled.kind, len(labelled.classes), besides, seed)
+        config = read_config(model)
+        known = tuple(str(config.id2label[number]) for number in range(config.num_labels))
+        about = {} if known == labelled.classes else {"classes": json.dumps(labelled.classes)}
+        return _Task(labelled.train, labelled.test, labelled.classes, classifier, about, labelled.notes)
+    if test_share is not None:
+        raise UsageError("a test share for a task of the nursery", where=data, rule="500 of its images are held out")
+    require("sklearn", *([] if model.is_file() else ["transformers"]))
+    from eigenzoo.nursery import digits
+
+    task, images = digits.Task.parse(data), digits.load()
+    # What is learned by heart can be asked of nothing else, as in `nursery.accuracy`.
+    held_out = images.test_set(task) if task.labels_seed is None else images.training_set(task)
+    classifier = read_nursery(model)
+    first = ",".join(map(str, task.digits))
+    return _Task(
+        TensorData(*images.training_set(task)),
+        TensorData(*held_out),
+        (first, "others"),
+        classifier,
+        {"task": str(task)},
+    )

@@ -1,0 +1,192 @@
+"""Classifiers on disk as torch modules: checkpoints of transformers, and the small networks of the nursery.
+
+Nothing is downloaded, no pickle is read, and no code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError
+from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.integrations.transformers_names import saved_names
+
+EXTRA = 'run: pip install "eigenzoo[adapt]"'
+IMAGE, TEXT = "image", "text"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier, as it is before coefficients are put into it.
+
+    Attributes:
+        module: in eval mode.
+        names: of the tensors of its files, what the module calls them.
+        num_classes: how many classes it answers.
+        file_bytes: bytes of its weight files.
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+    num_classes: int
+    file_bytes: int
+
+
+def logits(module: nn.Module, inputs: Any) -> Tensor:
+    """Return what a classifier answers to one batch: (n, classes)."""
+    answer: Any = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    found: Tensor = answer if isinstance(answer, Tensor) else answer.logits
+    return found
+
+
+def require(*libraries: str) -> None:
+    """Raise UsageError that names the extra where one of these is not installed."""
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}", where="eigenzoo adapt", next_step=EXTRA)
+
+
+def read_config(folder: Path) -> Any:
+    """Read the config of a local transformers checkpoint; raises UsageError or FormatError for anything else."""
+    if not (folder / CONFIG).is_file():
+        raise UsageError(
+            f"is no folder with a {CONFIG}",
+            where=str(folder),
+            rule="the model is a local checkpoint of transformers",
+            next_step="save it with save_pretrained, and name that folder",
+        )
+    require("transformers")
+    from transformers import AutoConfig
+
+    with quietly():
+        return told("its config cannot be read", folder, lambda: AutoConfig.from_pretrained(folder, **LOCAL))
+
+
+def read_classifier(
+    folder: Path, kind: str, num_classes: int, besides: Sequence[str] = (), seed: int = 0
+) -> Classifier:
+    """Load a transformers checkpoint as a classifier of texts or images, in float32.
+
+    Args:
+        kind: `text` or `image`.
+        num_classes: how many classes it is to answer. A head of another size is drawn anew.
+        besides: patterns of the parameters that will be trained besides; only these may be drawn anew.
+        seed: of what is drawn.
+
+    Raises UsageError where something is drawn that nobody trains, and FormatError for files that are no such model.
+    """
+    config = read_config(folder)
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    file_bytes = open_model(folder).nbytes
+    reader: Any = AutoModelForImageClassification if kind == IMAGE else AutoModelForSequenceClassification
+    if config.num_labels != num_classes:
+        config.num_labels = num_classes
+    if kind == TEXT and getattr(config, "pad_token_id", None) is None:
+        # Models that answer at the last token have to know where a padded text ends.
+        config.pad_token_id = pad_token(read_tokenizer(folder))[1]
+    with quietly(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module, found = told(
+            f"is no classifier of {kind}s",
+            folder,
+            lambda: reader.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **LOCAL,
+            ),
+        )
+        _check_drawn(folder, found, besides)
+        return Classifier(module.eval(), saved_names(module), num_classes, file_bytes)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer that lies in a checkpoint's folder."""
+    require("transformers")
+    from transformers import AutoTokenizer
+
+    with quietly():
+        return told("has no tokenizer", folder, lambda: AutoTokenizer.from_pretrained(folder, **LOCAL))
+
+
+def pad_token(tokenizer: Any) -> tuple[str, int]:
+    """Return what fills texts up, and its number: the tokenizer's own, else the end of a text."""
+    for name in ("pad_token", "eos_token", "sep_token"):
+        if getattr(tokenizer, name, None) is not None:
+            return getattr(tokenizer, name), int(getattr(tokenizer, f"{name}_id"))
+    raise UsageError("the tokenizer has no token that texts can be filled up with", next_step="give it a pad_token")
+
+
+def read_nursery(path: Path) -> Classifier:
+    """Load a model of the nursery: a transformers checkpoint, or the safetensors file of a digits-cnn."""
+    if not path.is_file():
+        return read_classifier(path, IMAGE, 2)
+    from eigenzoo.nursery.cnn import Cnn
+
+    model, net = open_model(path), Cnn()
+    expected = {name: tuple(values.shape) for name, values in net.state_dict().items()}
+    if {name: info.shape for name, info in model.tensors.items()} != expected:
+        raise MismatchError(
+            "not the weights of a digits-cnn", where=str(path), rule="such a file is one of the nursery's"
+        )
+    net.load_state_dict({name: model.read(name) for name in expected})
+    return Classifier(net.eval(), {}, 2, model.nbytes)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what transformers says while it loads from a user who is told all that matters."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def told(what: str, where: Path, call: Callable[[], Made]) -> Made:
+    """Call another library on the user's files; whatever it raises is told in one line."""
+    try:
+        return call()
+    except EigenzooError:
+        raise
+    # These libraries raise whatever they run into in a broken file: KeyError, TypeError, errors of their own.
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise FormatError(f"{what} ({type(error).__name__}: {said[:300]})", where=str(where)) from error
+
+
+def _check_drawn(folder: Path, found: Mapping[str, Any], besides: Sequence[str]) -> None:
+    """Raise where a weight is in no file, or of another shape there, and nobody trains what was drawn in its place."""
+    mismatched = [str(entry if isinstance(entry, str) else entry[0]) for entry in found.get("mismatched_keys", ())]
+    drawn = sorted({*map(str, found.get("missing_keys", ())), *mismatched})
+    left = [name for name in drawn if not any(fnmatch.fnmatch(name, pattern) for pattern in besides)]
+    if left:
+        raise UsageError(
+            f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}: in the checkpoint they are missing, or of another size",
+            where=str(folder),
+            rule="a head that fits the data is drawn anew, and has to be trained then",
+            next_step=f"add --besides '{left[0].rpartition('.')[0]}.*'",
+        )

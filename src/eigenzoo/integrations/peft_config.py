@@ -1,0 +1,117 @@
+"""What PEFT saves of an adapter besides its coefficients: which bundle, which basis, where training began."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.adapt.starts import MEAN, RANDOM, ZERO, find_start
+from eigenzoo.adapt.trained import Start
+from eigenzoo.errors import BundleError, UsageError
+from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
+from eigenzoo.subspace.subspace import Subspace, load
+
+BUNDLES = "EIGENZOO_BUNDLE"
+"""Environment: where bundles lie that are not where an adapter says; several with the separator of PATH."""
+
+
+@dataclass
+class EigenzooConfig(PeftConfig):  # type: ignore[misc]
+    """The config of an adapter whose coefficients lie in a bundle's frozen basis.
+
+    Attributes:
+        bundle: path of the bundle, as given.
+        start: see `eigenzoo.adapt.find_start`; `zero` changes nothing before it is trained.
+        target_modules: which of the bundle's layers; by default all. Names or a pattern, as in PEFT.
+        exclude_modules: which of them not.
+        modules_to_save: other modules that are trained and saved whole, a head say.
+        seed: of start `random` and of a random basis.
+        random_basis: the control: random directions of the same number and scale in the place of the zoo's.
+        basis: the id of the basis, filled when the bundle is opened, and checked when an adapter is loaded.
+        modules: by adapted module its kind and the bundle's layer; filled, and checked when an adapter is loaded.
+
+    A bundle that has moved is named anew by `PeftModel.from_pretrained(base, adapter, bundle="…")`, by `config.bundle` where a
+    config is passed, or for all adapters of a process by the environment variable EIGENZOO_BUNDLE.
+    """
+
+    bundle: str | None = field(default=None)
+    start: str = field(default=ZERO)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    seed: int = field(default=0)
+    random_basis: bool = field(default=False)
+    basis: str | None = field(default=None)
+    modules: dict[str, list[str]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.bundle = None if self.bundle is None else os.fspath(self.bundle)
+        self.start = os.fspath(self.start)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        bundle: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> EigenzooConfig:
+        """Read the config of a saved adapter; `bundle` is where its bundle lies now."""
+        config: EigenzooConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if bundle is not None:
+            config.bundle = os.fspath(bundle)
+        return config
+
+
+def open_bundle(config: EigenzooConfig) -> Subspace:
+    """Open the bundle of a config, where it says or where the environment does, and fill in `basis`.
+
+    Raises BundleError for a bundle of another basis than the adapter's, naming both, and where there is none.
+    """
+    if config.bundle is None:
+        raise UsageError("no bundle is named", rule="an adapter lies in a basis", next_step="EigenzooConfig(bundle=…)")
+    path = Path(config.bundle)
+    if config.basis is not None and not is_bundle(path):
+        path = _moved(path, config.basis)
+    space = load(path)
+    found = space.manifest.basis_id
+    if config.basis not in (None, found):
+        raise BundleError(
+            f"its basis is {found}",
+            where=str(path),
+            rule=f"the adapter was trained in basis {config.basis}",
+            next_step=f"name the bundle that it was trained in: bundle=…, or {BUNDLES}",
+        )
+    config.basis = found
+    return space
+
+
+def start_of(config: EigenzooConfig, space: Subspace, *, is_known: bool) -> Start:
+    """Return where an adapter begins.
+
+    One that is known, since it was saved, gets its coefficients from its file, and never needs the model that it began with.
+    """
+    named = config.start in (ZERO, MEAN, RANDOM, *space.names)
+    if not named and is_known and (config.inference_mode or not Path(config.start).exists()):
+        return Start(True, {})
+    return find_start(space, config.start, config.seed)
+
+
+def _moved(path: Path, basis: str) -> Path:
+    """Return the bundle of this basis among those of the environment, where there is none at `path`."""
+    found = [Path(entry) for entry in os.environ.get(BUNDLES, "").split(os.pathsep) if entry]
+    for candidate in found:
+        if is_bundle(candidate) and load(candidate).manifest.basis_id == basis:
+            return candidate
+    places = f"nor any of {BUNDLES}={os.environ[BUNDLES]}" if found else f"and {BUNDLES} is not set"
+    raise BundleError(
+        "there is no bundle",
+        where=str(path),
+        rule=f"the adapter lies in basis {basis}, {places}",
+        next_step=f"say where the bundle is now: bundle=…, or {BUNDLES}",
+    )

@@ -1,0 +1,358 @@
+"""Layers of a model with coefficients beside them: W x + ΔW(c) x, one class for each kind of layer.
+
+Everything of an adapter but its coefficients is frozen and shared by all adapters of one bundle. A layer computes in the dtype of
+its inputs, coefficients in float32. Bundles give ΔW = L(c) of one basis, or of two (view `factors`): ΔW = L_B(c_B) · L_A(c_A).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from eigenzoo.adapt.trained import Coefficients
+from eigenzoo.errors import DataError, UnsupportedError
+from eigenzoo.integrations.peft_chains import FrozenBasis, Stages, apply, dense, follow
+from eigenzoo.integrations.peft_registration import BaseTunerLayer, check_adapters_to_merge
+
+LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
+"""Kinds of layers; the last are convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA passes over."""
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PARTS = {"eigenzoo_update": "", "eigenzoo_a": ".lora_A", "eigenzoo_b": ".lora_B"}
+"""What is trained, and what the bundle's layer is called behind the module's name; in the order of computation."""
+
+
+class NotFiniteError(DataError, ValueError):
+    """A merge that gives NaN or Inf; a ValueError too, since that is what PEFT's own methods raise."""
+
+
+class SavedCoefficients(Coefficients):
+    """Coefficients whose state is c itself: θ is where training is, c is what a file holds.
+
+    Loading sets the start to what was saved and θ to zero, so that what is loaded is what was saved, to the last bit. They stay
+    float32 whatever dtype the model is moved to.
+    """
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        values = self.theta if self.theta.is_meta else self()
+        destination[prefix + "coefficients"] = values if keep_vars else values.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        values = state_dict.get(prefix + "coefficients")
+        if values is None:
+            missing_keys.append(prefix + "coefficients")
+            return
+        if values.shape != self.start.shape:
+            shapes = f"{tuple(values.shape)} for {tuple(self.start.shape)}"
+            error_msgs.append(f"size mismatch for {prefix}coefficients: {shapes}.")
+            return
+        with torch.no_grad():
+            self.start = values.detach().to(self.start)
+            if self.theta.is_meta:
+                self.theta = nn.Parameter(torch.zeros_like(self.start), requires_grad=self.theta.requires_grad)
+            self.theta.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SavedCoefficients:
+        def moved(values: Tensor) -> Tensor:
+            found = fn(values)
+            return found if found.dtype == values.dtype else values.to(found.device)
+
+        return cast(SavedCoefficients, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One basis of an adapter in a layer: what is trained, where it begins, and what it is frozen in.
+
+    Attributes:
+        begin: coefficients to begin with.
+        scales: see `eigenzoo.adapt.trained`.
+        mean: whether the zoo's mean is part of it.
+        key: what tells the basis from others of the same layer.
+        freeze: reads the basis; called where the layer does not have it yet.
+        offset: gives what start `mean` adds besides.
+    """
+
+    begin: Tensor
+    scales: Tensor
+    mean: bool
+    key: str
+    freeze: Callable[[], FrozenBasis]
+    offset: Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Which basis an adapter's part lies in."""
+
+    key: str
+    mean: bool
+
+
+class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A layer of the base with what adapters add to it.
+
+    Attributes:
+        base_layer: the layer that was there, untouched.
+        eigenzoo_update, eigenzoo_a, eigenzoo_b: coefficients by adapter.
+        eigenzoo_uses: by adapter, and by part, the basis.
+        eigenzoo_bases: the frozen bases, by their keys.
+    """
+
+    adapter_layer_names = tuple(PARTS)
+    other_param_names = ("eigenzoo_uses",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for name in PARTS:
+            self.add_module(name, nn.ModuleDict())
+        self.eigenzoo_uses: dict[str, dict[str, _Use]] = {}
+        self.eigenzoo_bases = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter: str, parts: Mapping[str, Part], *, inference_mode: bool = False) -> None:
+        """Add an adapter, its parts by the names of PARTS; bases that are there already are used again."""
+        device, dtype = self._placement()
+        tuner: Any = self  # what torch knows of PEFT's methods
+        uses = {}
+        for name, part in parts.items():
+            if part.key not in self.eigenzoo_bases:
+                self.eigenzoo_bases[part.key] = self._laid_out(part.freeze()).cast(device, dtype)
+            if part.mean and self._basis(part.key).offset is None:
+                self._basis(part.key).offset = part.offset()
+                self._basis(part.key).cast(device, dtype)
+            coefficients = SavedCoefficients(part.begin.to(device), part.scales.to(device))
+            getattr(self, name)[adapter] = coefficients
+            uses[name] = _Use(part.key, part.mean)
+        self.eigenzoo_uses[adapter] = uses
+        tuner.set_adapter(tuner.active_adapters, inference_mode=inference_mode)
+
+    def stages(self, adapter: str) -> Stages:
+        """Return ΔW of an adapter, as it is now, as products of thin matrices."""
+        return [
+            self._basis(use.key).chains(getattr(self, name)[adapter](), use.mean)
+            for name, use in self.eigenzoo_uses[adapter].items()
+        ]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ΔW of an adapter in the shape of the layer's weight; float32, or float64 where the weight is."""
+        weight = self._plain_weight("gives no ΔW")
+        matrix = dense(self.stages(adapter), torch.promote_types(weight.dtype, torch.float32))
+        return self._as_weight(matrix).reshape(weight.shape)
+
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the layer gives, and what the active adapters add to it."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(inputs, *args, **kwargs))
+        result: Tensor = self.base_layer(inputs, *args, **kwargs)
+        if self.merged:
+            return result
+        for adapter in cast(list[str], self.active_adapters):
+            if adapter in self.eigenzoo_uses:
+                result = result + self._added(adapter, inputs, result.dtype).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the layer's weight; `safe_merge` raises DataError, and changes nothing, where that is not finite.
+
+        Raises UnsupportedError for quantised weights, which would be rounded to other values than are computed with.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.eigenzoo_uses:
+                continue
+            weight = self._plain_weight("cannot be merged into")
+            with torch.no_grad():
+                merged = (weight + self.get_delta_weight(adapter)).to(weight.dtype)
+                if safe_merge and not bool(torch.isfinite(merged).all()):
+                    raise NotFiniteError(f"NaNs detected in the merged weights: adapter {adapter!r} seems to be broken")
+                weight.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take the ΔW of all merged adapters out of the layer's weight; exact up to the rounding of its dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.eigenzoo_uses:
+                weight = self._plain_weight("cannot be unmerged")
+                with torch.no_grad():
+                    weight.copy_((weight - self.get_delta_weight(adapter)).to(weight.dtype))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what no other adapter's coefficients lie in."""
+        super().delete_adapter(adapter_name)
+        used = {use.key for uses in self.eigenzoo_uses.values() for use in uses.values()}
+        for key in set(self.eigenzoo_bases.keys()) - used:
+            del self.eigenzoo_bases[key]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can make a LoRA of it; `export_lora` makes an exact one."""
+        return True
+
+    def __repr__(self) -> str:
+        return "eigenzoo." + str(super().__repr__())
+
+    def _base(self) -> Any:
+        return self.get_base_layer()  # type: ignore[operator]
+
+    def _basis(self, key: str) -> FrozenBasis:
+        return cast(FrozenBasis, self.eigenzoo_bases[key])
+
+    def _placement(self) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype that bases are held in: the weight's, or for quantised weights what they are computed in."""
+        base = self._base()
+        weight = next((part for name in ("weight", "qweight") if (part := getattr(base, name, None)) is not None), None)
+        device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
+        dtype = None if weight is None else weight.dtype
+        dtype = dtype if dtype in FLOATS else getattr(base, "compute_dtype", None)
+        return device, dtype if dtype in FLOATS else torch.float32
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to where its layer is, its coefficients' dtype unchanged."""
+        placed, dtype = self._placement()
+        for name, use in self.eigenzoo_uses.get(adapter_name, {}).items():
+            self._basis(use.key).cast(device or placed, dtype)
+            getattr(self, name)[adapter_name].to(device or placed)
+
+    def _plain_weight(self, what: str) -> Tensor:
+        weight = getattr(self._base(), "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype in FLOATS and weight.numel() == prod(self.matrix_shape()):
+            return weight.data
+        raise UnsupportedError(
+            f"a quantised layer {what}",
+            where=type(self._base()).__name__,
+            rule="weights are float64, float32, bfloat16 or float16",
+            next_step="export_lora, or load the base without quantising it",
+        )
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Return (outputs, inputs) of ΔW."""
+        return shape_of(self._base())
+
+    def _laid_out(self, basis: FrozenBasis) -> FrozenBasis:
+        return basis
+
+    @abstractmethod
+    def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ΔW x for the layer's inputs."""
+
+    def _as_weight(self, matrix_OI: Tensor) -> Tensor:
+        return matrix_OI
+
+
+class EigenzooLinear(EigenzooLayer):
+    """A linear layer, quantised or not, or GPT-2's Conv1D, whose weight lies transposed."""
+
+    def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        values = inputs if inputs.dtype in FLOATS else inputs.to(dtype)
+        return follow(self.stages(adapter), values, apply)
+
+    def _as_weight(self, matrix_OI: Tensor) -> Tensor:
+        return matrix_OI.T if isinstance(self._base(), Conv1D) else matrix_OI
+
+
+class EigenzooEmbedding(EigenzooLayer):
+    """An embedding: rows of its weight are ΔW's columns."""
+
+    def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        added = follow(self.stages(adapter), inputs, lambda part, ids: embedding(ids, part.T).to(dtype))
+        scale = cast(Any, self)._get_embed_scale()
+        return added if scale is None else added * scale.to(added.dtype)
+
+    def _as_weight(self, matrix_OI: Tensor) -> Tensor:
+        return matrix_OI.T
+
+
+class EigenzooConv(EigenzooLayer):
+    """A convolution of one to three dimensions: its inputs are channels and kernel."""
+
+    def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        base = self._base()
+        stages = self.stages(adapter)
+        if base.groups > 1:  # outputs see their own group only, and so cannot be made of what all share
+            stages = [[[dense(stages, torch.promote_types(inputs.dtype, torch.float32))]]]
+        kernel = base.weight.shape[1:]
+
+        def convolve(part: Tensor, x: Tensor) -> Tensor:
+            found: Tensor = base._conv_forward(x, part.reshape(-1, *kernel).to(x.dtype), None)
+            return found.movedim(1, -1)
+
+        return follow(stages, inputs, convolve).movedim(-1, 1)
+
+    def _laid_out(self, basis: FrozenBasis) -> FrozenBasis:
+        return basis.contiguous()
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return a module, or the one that adapters lie around."""
+    return cast(nn.Module, cast(Any, module).get_base_layer()) if isinstance(module, BaseTunerLayer) else module
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Name the kind of a layer, a convolution's with its channels and kernel; None for what cannot have coefficients."""
+    if isinstance(module, Conv1D):
+        return CONV1D
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
+        sizes = (module.weight.shape[1], *module.kernel_size)
+        return f"{CONV if is_plain else OTHER_CONV}:{'x'.join(map(str, sizes))}"
+    # Attention of torch reads its output layer's weight and never calls it.
+    if isinstance(module, NonDynamicallyQuantizableLinear) or not all(_features(module)):
+        return None
+    return LINEAR
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """Return (outputs, inputs) of a layer that has a kind."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.out_channels, prod(module.weight.shape[1:])
+    return _features(module)
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, by either of the names that quantised ones have for them; zero for others."""
+    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        outputs, inputs = getattr(module, out_name, None), getattr(module, in_name, None)
+        if isinstance(outputs, int) and isinstance(inputs, int):
+            return outputs, inputs
+    return 0, 0
+
+
+def layer_for(module: nn.Module) -> EigenzooLayer:
+    """Wrap a layer that has a kind."""
+    base = base_of(module)
+    if isinstance(base, nn.Embedding):
+        return EigenzooEmbedding(module)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return EigenzooConv(module)
+    return EigenzooLinear(module)

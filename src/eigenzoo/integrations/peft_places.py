@@ -1,0 +1,193 @@
+"""Which module of a model each layer of a bundle belongs to.
+
+Bundles of adapters name modules, as PEFT does; bundles of checkpoints name parameters of files, which transformers 5 may call
+otherwise in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eigenzoo.adapt.attach import PREFIXES
+from eigenzoo.errors import BundleError, MismatchError, UnsupportedError
+from eigenzoo.integrations.peft_layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
+from eigenzoo.integrations.transformers_names import saved_names
+from eigenzoo.subspace.subspace import Subspace
+
+FACTORS = "factors"
+UPDATES = ("update", FACTORS)
+"""Views of adapters, whose matrices are (outputs, inputs) whatever way a weight lies."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module, and what of the bundle belongs to it.
+
+    Attributes:
+        kind: see `peft_layer.kind_of`.
+        name: the bundle's layer; of view `factors` without the factor's name.
+        parts: the bundle's layers by the names of PARTS.
+    """
+
+    kind: str
+    name: str
+    parts: Mapping[str, str]
+
+    def transposed(self, view: str) -> bool:
+        """Whether the bundle's matrix is (inputs, outputs)."""
+        return view not in UPDATES and self.kind in (CONV1D, EMBEDDING)
+
+
+def parts_of(space: Subspace) -> dict[str, dict[str, str]]:
+    """Return the bundle's layers that can belong to one module, as parts, by the name that they share.
+
+    Raises BundleError for a factor without its other.
+    """
+    if space.view != FACTORS:
+        return {name: {"eigenzoo_update": name} for name in space.layers}
+    found: dict[str, dict[str, str]] = {}
+    for part, suffix in list(PARTS.items())[1:]:
+        for name in space.layers:
+            if name.endswith(suffix):
+                found.setdefault(name.removesuffix(suffix), {})[part] = name
+    for name, parts in found.items():
+        if len(parts) < 2:
+            raise BundleError(
+                "one factor of two is in the bundle", where=f"layer '{name}'", rule="view 'factors' takes both"
+            )
+    return found
+
+
+def find_places(
+    space: Subspace, model: nn.Module, known: Mapping[str, str], wanted: Callable[[str], bool]
+) -> tuple[dict[str, Place], list[str]]:
+    """Return the places by the modules' names, and the bundle's layers that are no weight of a layer with a kind.
+
+    Args:
+        known: modules by the names of layers that other adapters of the model have found.
+        wanted: tells of a module's name whether it is adapted.
+
+    Raises MismatchError for layers that the model does not have, or not in their shape; UnsupportedError for tied weights.
+    """
+    places: dict[str, Place] = {}
+    missing: list[str] = []
+    left_out: list[str] = []
+    renamed = _Renamed(model)
+    for name, parts in parts_of(space).items():
+        module_name = known.get(name) or _module_name(model, name, space.view, renamed)
+        if not wanted(module_name or _short(name)):
+            continue
+        if module_name is None:
+            (left_out if _parameter(model, name, renamed) is not None else missing).append(name)
+            continue
+        base = base_of(model.get_submodule(module_name))
+        kind = kind_of(base)
+        if kind is None:
+            if space.view in UPDATES:
+                raise UnsupportedError(f"a module of type {type(base).__name__}", where=f"layer '{name}'")
+            left_out.append(name)
+            continue
+        places[module_name] = Place(kind, name, parts)
+        _check_shapes(space, places[module_name], base)
+        if space.view not in UPDATES:
+            _check_untied(model, module_name, base)
+    if missing:
+        raise _missing(missing)
+    return places, left_out
+
+
+def _missing(names: list[str]) -> MismatchError:
+    return MismatchError(
+        f"{len(names)} of the bundle's layers are not in the model: {', '.join(names[:3])}",
+        rule="a model has all of them, under their names",
+        next_step="load the zoo's base, with the same head, or name them in exclude_modules",
+    )
+
+
+class _Renamed:
+    """Names of parameters in memory by those in files, asked for when a name is not found."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: dict[str, str] | None = None
+
+    def __call__(self, name: str) -> str | None:
+        if self._names is None:
+            self._names = saved_names(self._model) if isinstance(self._model, PreTrainedModel) else {}
+        return self._names.get(name)
+
+
+def _short(name: str) -> str:
+    """The name of the module that a layer would belong to."""
+    return list(_candidates(name))[-1].removesuffix(".weight")
+
+
+def _candidates(name: str) -> Iterable[str]:
+    return dict.fromkeys([name, *(name.removeprefix(prefix) for prefix in PREFIXES)])
+
+
+def _module_name(model: nn.Module, name: str, view: str, renamed: _Renamed) -> str | None:
+    """Find the module whose weight a layer is."""
+    weights = [name if view not in UPDATES else f"{name}.weight" for name in _candidates(name)]
+    for weight in [*weights, *(found for weight in weights if (found := renamed(weight)) is not None)]:
+        module_name = weight.removesuffix(".weight")
+        if module_name != weight and module_name and _has(model, module_name):
+            return module_name
+    return None
+
+
+def _has(model: nn.Module, module_name: str) -> bool:
+    try:
+        return model.get_submodule(module_name) is not None
+    except AttributeError:
+        return False
+
+
+def _parameter(model: nn.Module, name: str, renamed: _Renamed) -> Tensor | None:
+    """Find a parameter or buffer that is no module's weight, in the layer beneath an adapter too."""
+    for found in [*_candidates(name), renamed(name)]:
+        path, _, leaf = (found or "").rpartition(".")
+        if found and _has(model, path):
+            values = getattr(base_of(model.get_submodule(path)), leaf, None)
+            if isinstance(values, Tensor):
+                return values
+    return None
+
+
+def _check_shapes(space: Subspace, place: Place, base: nn.Module) -> None:
+    outputs, inputs = shape_of(base)
+    shapes = {part: space.layers[layer].layer.shape for part, layer in place.parts.items()}
+    if space.view == FACTORS:
+        (rank, found_inputs), (found_outputs, rank_b) = shapes["eigenzoo_a"], shapes["eigenzoo_b"]
+        fits = (found_outputs, found_inputs) == (outputs, inputs) and rank == rank_b
+    else:
+        expected = (inputs, outputs) if place.transposed(space.view) else (outputs, inputs)
+        fits = shapes["eigenzoo_update"] == expected
+    if not fits:
+        raise MismatchError(
+            f"the module has {outputs} outputs and {inputs} inputs",
+            where=f"layer '{place.name}'",
+            rule=f"the bundle's shapes are {', '.join(str(list(shape)) for shape in shapes.values())}",
+        )
+
+
+def _check_untied(model: nn.Module, module_name: str, base: nn.Module) -> None:
+    """A change of a shared weight would reach one of its users before it is merged, and both after."""
+    weight = getattr(base, "weight", None)
+    users = [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if getattr(module, "_parameters", {}).get("weight") is weight and weight is not None
+    ]
+    others = [name for name in users if name.removesuffix(".base_layer") != module_name]
+    if others:
+        raise UnsupportedError(
+            f"its weight is tied to {others[0]}",
+            where=f"module '{module_name}'",
+            rule="a tied weight cannot be adapted in one place",
+            next_step=f"load the model untied, or leave the layer out of the fit or with exclude_modules=[{module_name!r}]",
+        )

@@ -1,0 +1,182 @@
+"""Training only coefficients in a bundle's frozen basis, as a method of PEFT.
+
+    from peft import get_peft_model
+    from eigenzoo.integrations.peft_tuner import EigenzooConfig, export_lora
+
+    model = get_peft_model(model, EigenzooConfig(bundle="bundle/"))
+    ...                                       # Trainer, accelerate, any loop; see eigenzoo.adapt.LEARNING_RATE
+    model.save_pretrained("task/")            # a few hundred bytes a layer
+    export_lora(model, "task-lora/")          # a plain LoRA, for vLLM and others
+
+A process that loads such an adapter imports this module first. Adapters of several bundles may lie beside each other in one model.
+Memory: the bundle's bases, once per layer, in the dtype of the weights; see docs/adapt.md for what training costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zlib
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenzoo.adapt.starts import ZERO
+from eigenzoo.adapt.trained import Start, scales_of
+from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
+from eigenzoo.integrations.lora_export import export_lora
+from eigenzoo.integrations.peft_chains import dense_mean, freeze
+from eigenzoo.integrations.peft_config import EigenzooConfig, open_bundle, start_of
+from eigenzoo.integrations.peft_layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
+from eigenzoo.integrations.peft_places import Place, find_places
+from eigenzoo.integrations.peft_registration import (
+    PREFIX,
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+    register,
+)
+from eigenzoo.subspace.subspace import Subspace
+
+__all__ = ["EigenzooConfig", "EigenzooModel", "export_lora"]
+
+
+class _Attaching:
+    """What is known of a bundle while an adapter is put into a model."""
+
+    def __init__(self, config: EigenzooConfig, space: Subspace, places: dict[str, Place]) -> None:
+        self.space, self.places = space, places
+        self.start = start_of(config, space, is_known=config.modules is not None)
+        self.seed = config.seed if config.random_basis else None
+
+    def parts(self, module_name: str, module: nn.Module) -> dict[str, Part]:
+        """Return the parts of an adapter in a module."""
+        place = self.places[module_name]
+        return {part: self._part(place, part, layer, module) for part, layer in place.parts.items()}
+
+    def _part(self, place: Place, part: str, layer: str, module: nn.Module) -> Part:
+        rows_NK, basis = self.space.all_coefficients[layer], self.space.layers[layer]
+        # Different directions in every layer, whichever layers are adapted.
+        seed = None if self.seed is None else (self.seed << 32) + zlib.crc32(layer.encode())
+        return Part(
+            begin=self.start.values.get(layer, torch.zeros_like(rows_NK[0])).float(),
+            scales=scales_of(rows_NK),
+            mean=_mean(self.start, part),
+            key=f"{self.space.manifest.basis_id[:16]}-{part}" + ("" if seed is None else f"-{self.seed}"),
+            freeze=partial(freeze, basis, transposed=place.transposed(self.space.view), seed=seed),
+            offset=partial(self._offset, layer, module),
+        )
+
+    def _offset(self, layer: str, module: nn.Module) -> Tensor | None:
+        """Return what the zoo's mean adds to the weight that is there."""
+        mean_OI = dense_mean(self.space.layers[layer], is_random=self.seed is not None)
+        if mean_OI is None or self.space.view != "weight":
+            return mean_OI
+        weight: Any = base_of(module).weight
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise UsageError("another adapter is merged", where=f"layer '{layer}'", next_step="unmerge_adapter() first")
+        if weight.dtype not in FLOATS:
+            raise UnsupportedError(
+                "a quantised layer has no weight to start from the zoo's mean", where=f"layer '{layer}'"
+            )
+        weight_OI: Tensor = weight.detach().cpu().double().reshape(mean_OI.shape)
+        return mean_OI - weight_OI
+
+
+def _mean(start: Start, part: str) -> bool:
+    """Whether a part holds the zoo's mean. A LoRA that changes nothing has B = 0, and an A that gradients reach B through."""
+    return start.mean or part == "eigenzoo_a"
+
+
+class EigenzooModel(BaseTuner):  # type: ignore[misc]
+    """A model with coefficients beside its layers; PEFT makes it, `get_peft_model` and `PeftModel.from_pretrained`.
+
+    Raises what opening the bundle does, and MismatchError for a model that is not the zoo's.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = EigenzooLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT's name and type)
+    _attaching: _Attaching | None = None
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model; PEFT calls it."""
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            self._attaching = None
+
+    def _prepare_adapter_config(self, peft_config: EigenzooConfig, model_config: Any) -> EigenzooConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: EigenzooConfig, model: nn.Module) -> None:
+        """Open the bundle, find its layers in the model, and fill in the config."""
+        space = open_bundle(peft_config)
+        probe = _probe(_maybe_include_all_linear_layers(peft_config, model))
+        places, left_out = find_places(
+            space, model, self._known(peft_config), lambda name: bool(check_target_module_exists(probe, name))
+        )
+        found = {name: [place.kind, place.name] for name, place in places.items()}
+        if peft_config.modules is not None and peft_config.modules != found:
+            changed = sorted(set(found) ^ set(peft_config.modules)) or ["kinds"]
+            raise MismatchError(
+                f"the adapter has {len(peft_config.modules)} modules, here are {len(found)} ({', '.join(changed[:3])})",
+                rule="an adapter belongs to one kind of model",
+                next_step="load it into the model that it was trained in, or make a new config",
+            )
+        if left_out and peft_config.start != ZERO:
+            warnings.warn(
+                f"{len(left_out)} layers of the bundle are no weights of linear layers, convolutions or embeddings, and stay "
+                f"as they are in the model: {', '.join(left_out[:3])}",
+                stacklevel=2,
+            )
+        self._attaching = _Attaching(peft_config, space, places)
+        peft_config.modules = found
+
+    def _known(self, config: EigenzooConfig) -> dict[str, str]:
+        """Where other adapters found their layers: names are looked up in an untouched model only."""
+        others = (other.modules for other in self.peft_config.values() if other is not config)
+        return {entry[1]: name for modules in others if modules for name, entry in modules.items()}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: EigenzooConfig, key: str) -> Any:
+        found = check_target_module_exists(_probe(peft_config), key)
+        return found if isinstance(found, _ExcludedModule) else key in (peft_config.modules or {})
+
+    def _create_and_replace(
+        self,
+        peft_config: EigenzooConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **unused: Any,
+    ) -> None:
+        assert self._attaching is not None
+        parts = self._attaching.parts(current_key, target)
+        if isinstance(target, EigenzooLayer):
+            target.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
+            return
+        layer: Any = layer_for(target)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, parts, inference_mode=peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _probe(config: EigenzooConfig) -> EigenzooConfig:
+    """Return the config as PEFT's own rule of names reads it: without targets all modules are meant."""
+    if config.target_modules is not None:
+        return config
+    probe = copy.copy(config)
+    probe.target_modules = ".*"
+    return probe
+
+
+register(EigenzooConfig, EigenzooModel)
