@@ -3,9 +3,9 @@
     python -m bench.adapt_cost [--hidden 512] [--layers 4] [--tokens 512] [--rank 16] [--dtype float32]
 
 A Llama from a config and a zoo of random LoRA adapters on all its linear layers: nothing is downloaded. Every method takes the same
-batch, one after the other in each round, and its time is compared with LoRA's of the same round; `time` is the median of these ratios.
-Memory is the largest sum of the bytes of all tensors that are held at one time: weights, bases, activations kept for the backward pass,
-gradients and the optimiser's state. It is counted, not sampled, and so the same in every run.
+batch, one after the other in each round, and its time is compared with LoRA's of the same round: `time` is the median of the
+ratios. Memory is the largest sum of the bytes of all tensors that are held at one time: weights, bases, activations kept for the
+backward pass, gradients and the optimiser's state. It is counted, not sampled, and so the same in every run.
 """
 
 from __future__ import annotations

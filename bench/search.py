@@ -24,6 +24,7 @@ from eigenzoo import adapt
 from eigenzoo.adapt.search import search
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.nursery import digits
+from eigenzoo.nursery.silence import quietly
 
 RANK, STEPS, BATCH, EVERY = 16, 200, 64, 12
 ENOUGH = 0.9
@@ -113,7 +114,8 @@ def at_budget(
 def attached(space: ez.Subspace, base: Path) -> adapt.Adapted:
     from transformers import ViTForImageClassification
 
-    module: Any = ViTForImageClassification.from_pretrained(base, attn_implementation="eager").eval()
+    with quietly():
+        module: Any = ViTForImageClassification.from_pretrained(base, attn_implementation="eager").eval()
     return adapt.attach(module, space, names=saved_names(module))
 
 

@@ -1,7 +1,7 @@
 """Coefficients as a PEFT method, trained by the Trainer: `python examples/peft_trainer.py [FOLDER]`, about a minute.
 
-The zoo holds LoRA adapters of one small transformer; the new adapter is the sum of theirs, some hundred numbers. It is saved, loaded,
-and exported as a plain LoRA adapter that PEFT, vLLM and others read without eigenzoo.
+The zoo holds LoRA adapters of one small transformer; the new adapter is some hundred numbers in the basis that they share. It is
+saved, loaded, and exported as a plain LoRA adapter that PEFT, vLLM and others read without eigenzoo.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def main(folder: Path) -> None:
     stock = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(zoo / "_base"), str(plain))
     size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     print(f"task {task}: the adapter's file has {size:,} bytes")
-    print(
-        f"accuracy: trained {accuracy(model, task):.3f}, loaded {accuracy(again, task):.3f}, as a plain LoRA {accuracy(stock, task):.3f}"
-    )
+    found = [f"{accuracy(each, task):.3f}" for each in (model, again, stock)]
+    print(f"accuracy: trained {found[0]}, loaded {found[1]}, as a plain LoRA {found[2]}")
     print(f"          the task's own LoRA {nursery.accuracy(paths[-1]):.3f}")
 
 

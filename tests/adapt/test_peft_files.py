@@ -207,6 +207,14 @@ def test_the_basis_is_held_once_and_in_the_base_models_dtype(made: Callable[[str
     assert not any("eigenzoo_bases" in key for key in model.state_dict())
 
 
+def test_sizes_are_those_of_the_layer(made: Callable[[str], Made]) -> None:
+    model = tuned(made("llama-sides")).base_model.model.model
+    sizes = [(layer.in_features, layer.out_features) for layer in (model.embed_tokens, model.layers[0].mlp.down_proj)]
+    assert sizes == [(50, 32), (48, 32)]
+    convolution = tuned(made("conv-sides")).base_model.model.wide
+    assert (convolution.in_features, convolution.out_features) == (3, 8)
+
+
 def test_torch_attention_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
     from builders import random_factors, write_adapter
 

@@ -44,9 +44,9 @@ Floats = NDArray[np.float64]
 
 COEFFICIENTS, MODELS = "coefficients", "models"
 DIAGONAL = 100
-"""Numbers above which the covariance is diagonal; at 598 both are as good, and this one costs nothing."""
+"""Numbers above which the covariance is diagonal: at 598 both are as good, and this one costs no D²."""
 SPREAD = 0.3
-"""First standard deviation of θ: 0.1 is slower at the start, 0.5 and more loses the model that it starts from."""
+"""First standard deviation of θ; 0.1 is slower at first (after 250 evaluations a loss of 0.144 in the place of 0.096)."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,6 @@ class _Called(nn.Module):
     def __init__(self, module: nn.Module, metric: Metric) -> None:
         super().__init__()
         self.module, self._metric = module, metric
-        self.train(module.training)
 
     def forward(self) -> Tensor:
         """Return the metric."""

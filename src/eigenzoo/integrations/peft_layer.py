@@ -113,6 +113,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     Attributes:
         base_layer: the layer that was there, untouched.
+        in_features, out_features: its sizes, as PEFT's layers have them; of a convolution its channels.
         eigenzoo_update, eigenzoo_a, eigenzoo_b: coefficients by adapter.
         eigenzoo_uses: by adapter, and by part, the basis.
         eigenzoo_bases: the frozen bases, by their keys.
@@ -124,6 +125,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = _features_of(self._base())
         for name in PARTS:
             self.add_module(name, nn.ModuleDict())
         self.eigenzoo_uses: dict[str, dict[str, _Use]] = {}
@@ -246,7 +248,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             f"a quantised layer {what}",
             where=type(self._base()).__name__,
             rule="weights are float64, float32, bfloat16 or float16",
-            next_step="export_lora, or load the base without quantising it",
+            next_step="load the base without quantising it, or serve the adapter beside it (export_lora)",
         )
 
     def matrix_shape(self) -> tuple[int, int]:
@@ -337,6 +339,14 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.out_channels, prod(module.weight.shape[1:])
     return _features(module)
+
+
+def _features_of(module: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs) as PEFT counts them: rows and columns of an embedding, channels of a convolution."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.in_channels, module.out_channels
+    outputs, inputs = shape_of(module)
+    return inputs, outputs
 
 
 def _features(module: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -133,7 +134,8 @@ def _candidates(name: str) -> Iterable[str]:
 def _module_name(model: nn.Module, name: str, view: str, renamed: _Renamed) -> str | None:
     """Find the module whose weight a layer is."""
     weights = [name if view not in UPDATES else f"{name}.weight" for name in _candidates(name)]
-    for weight in [*weights, *(found for weight in weights if (found := renamed(weight)) is not None)]:
+    # Names in files are asked for last: it takes the model's state dict, and some quantised layers are changed by that.
+    for weight in chain(weights, (found for weight in weights if (found := renamed(weight)) is not None)):
         module_name = weight.removesuffix(".weight")
         if module_name != weight and module_name and _has(model, module_name):
             return module_name
@@ -149,9 +151,9 @@ def _has(model: nn.Module, module_name: str) -> bool:
 
 def _parameter(model: nn.Module, name: str, renamed: _Renamed) -> Tensor | None:
     """Find a parameter or buffer that is no module's weight, in the layer beneath an adapter too."""
-    for found in [*_candidates(name), renamed(name)]:
-        path, _, leaf = (found or "").rpartition(".")
-        if found and _has(model, path):
+    for found in chain(_candidates(name), filter(None, map(renamed, [name]))):
+        path, _, leaf = found.rpartition(".")
+        if _has(model, path):
             values = getattr(base_of(model.get_submodule(path)), leaf, None)
             if isinstance(values, Tensor):
                 return values
