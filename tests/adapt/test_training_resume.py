@@ -196,7 +196,7 @@ def test_every_epoch_has_every_item_once_and_batches_follow_from_the_step_alone(
 def test_nothing_but_coefficients_changes(space: ez.Subspace) -> None:
     adapted = attached(space)
     adapted.module.train()
-    adapted.module.norm.eval()  # type: ignore[union-attr, operator]
+    adapted.module.drop.eval()  # type: ignore[union-attr, operator]
     modes = [part.training for part in adapted.module.modules()]
     trained_ids = set(map(id, adapted.parameters()))
     state = [*adapted.module.named_parameters(), *adapted.module.named_buffers()]
