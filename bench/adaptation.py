@@ -216,7 +216,8 @@ def main() -> None:
         for title, other in LESS.items()
     }
     made = {NAMES[name]: main_table(each) for name, each in found.items()}
-    made |= {"adaptation-pairs": pair_table(list(found.values())), "adaptation-less": less_table(less, whole)}
+    pairs = [*found.values(), *(replace(each, name=f"fine-tunes, {title}") for title, each in less.items())]
+    made |= {"adaptation-pairs": pair_table(pairs), "adaptation-less": less_table(less, whole)}
     for lines in [*made.values(), rate_table(whole, settings)]:
         print("\n".join(lines), end="\n\n")
     if asked.write:
