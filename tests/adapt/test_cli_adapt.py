@@ -201,6 +201,40 @@ def test_start_zero_changes_the_model_that_is_named(
 
 
 @pytest.mark.parametrize("start", ["mean", "zero"])
+def test_deltas_come_on_top_of_their_base(
+    digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call, start: str
+) -> None:
+    zoo, file = digits_zoo("digits-vit"), tmp_path / "task.safetensors"
+    models = sorted(zoo.glob("task-*"))
+    bundle = ez.fit(models, 3, view="delta", base=zoo / "_base", exclude=["classifier.*"]).save(tmp_path / "bundle")
+    words = ("adapt", bundle, TASK, *QUICKLY, "--start", start, "--besides", "classifier.*", "-o", file, "--json")
+    code, out, err = call(*words, "--model", zoo / "_base")
+    assert code == 0, err
+    code, _, err = call("rebuild", bundle, file, "--like", models[2].name, "-o", tmp_path / "model")
+    assert code == 0, err
+    assert nursery.accuracy(tmp_path / "model") == json.loads(out)["accuracy"]["adapted"]
+    if start == "mean":
+        code, _, err = call(*words, "--force", "--model", models[0])
+        assert code == 2
+        assert "is not the base that was subtracted" in err
+
+
+def test_what_was_trained_besides_finds_its_place_under_the_names_of_the_files(
+    digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call
+) -> None:
+    """transformers calls a layer otherwise in memory than in the files that it writes."""
+    zoo, file = digits_zoo("digits-vit"), tmp_path / "task.safetensors"
+    exclude = ["classifier.*", "*.layer.1.*", "*.layers.1.*"]
+    bundle = ez.fit(sorted(zoo.glob("task-*")), 3, exclude=exclude).save(tmp_path / "bundle")
+    words = ("--model", zoo / "_base", *QUICKLY, "--besides", "*layers.1.*", "-o", file, "--json")
+    code, out, err = call("adapt", bundle, TASK, *words)
+    assert code == 0, err
+    code, _, err = call("rebuild", bundle, file, "-o", tmp_path / "model")
+    assert code == 0, err
+    assert nursery.accuracy(tmp_path / "model") == json.loads(out)["accuracy"]["adapted"]
+
+
+@pytest.mark.parametrize("start", ["mean", "zero"])
 def test_lora_gives_an_adapter_of_the_same_function(
     digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call, start: str
 ) -> None:
