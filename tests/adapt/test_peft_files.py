@@ -270,3 +270,14 @@ def test_outputs_of_a_model_do_not_depend_on_the_order_of_adapters(made: Callabl
                     parameter.fill_(0.5 if ".one." in name else -0.25)
         found.append(outputs(model.eval(), case.kind))
     torch.testing.assert_close(*found)
+
+
+def test_the_config_alone_registers_the_method() -> None:
+    script = (
+        "import peft, torch\n"
+        "from eigenzoo.integrations.peft_config import EigenzooConfig\n"
+        "kind = EigenzooConfig(bundle='b').peft_type\n"
+        "print(peft.PEFT_TYPE_TO_TUNER_MAPPING[kind].__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "EigenzooModel"

@@ -48,6 +48,8 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
     modules: dict[str, list[str]] | None = field(default=None)
 
     def __post_init__(self) -> None:
+        import eigenzoo.integrations.peft_tuner  # noqa: F401 - registers the tuner, whatever was imported
+
         super().__post_init__()
         self.peft_type = peft_type()
         self.bundle = None if self.bundle is None else os.fspath(self.bundle)
