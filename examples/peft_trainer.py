@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
     model = get_peft_model(ViTForImageClassification.from_pretrained(zoo / "_base"), EigenzooConfig(bundle=str(bundle)))
     model.print_trainable_parameters()
     arguments = TrainingArguments(
-        str(folder / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=0.03, report_to=[],
+        str(folder / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=ez.adapt.LEARNING_RATE, report_to=[],
         save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=Images(*digits.load().training_set(task))).train()

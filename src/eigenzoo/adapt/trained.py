@@ -3,7 +3,7 @@
     c = c_start + s ∘ θ,   s_k = √(Σ_n c_nk² / N)
 
 A step of θ by 0.1 moves a weight by a tenth of what tells two models of the zoo apart, in whatever direction and layer, so one
-learning rate fits all of them: 0.03 with Adam is a good first choice (measured: docs/adapt.md).
+learning rate fits all of them: 0.1 with Adam is a good first choice (measured: docs/adapt.md).
 
 Legend: N models, K numbers of one layer.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LEARNING_RATE = 0.03
+LEARNING_RATE = 0.1
 """For Adam, on θ."""
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from eigenzoo.integrations.classification import Adaptation
 
 # What adapt.trained, integrations.classification and its data say, without importing torch for the help.
-LEARNING_RATE, STEPS, BATCH_SIZE = 0.03, 200, 64
+LEARNING_RATE, STEPS, BATCH_SIZE = 0.1, 200, 64
 
 
 def command(
