@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from eigenzoo.evidence.function import evaluate
     from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.fit import fit
+    from eigenzoo.subspace.importing import import_subspace
     from eigenzoo.subspace.plan import plan
     from eigenzoo.subspace.rebuilt import RebuiltModel
     from eigenzoo.subspace.subspace import Subspace, load
@@ -63,6 +64,7 @@ _HOMES = {
     "evaluate": "evidence.function",
     "evidence": "evidence.evidence",
     "fit": "subspace.fit",
+    "import_subspace": "subspace.importing",
     "inspect": "zoo.inspection",
     "load": "subspace.subspace",
     "open_zoo": "zoo.zoo",
@@ -91,6 +93,7 @@ __all__ = [
     "evaluate",
     "evidence",
     "fit",
+    "import_subspace",
     "inspect",
     "load",
     "open_zoo",

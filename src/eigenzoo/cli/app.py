@@ -17,6 +17,7 @@ from eigenzoo.cli import (
     evaluate,
     evidence,
     fit,
+    importing,
     inspect,
     nursery,
     plan,
@@ -68,6 +69,7 @@ app.command("adapt")(adapt.command)
 app.command("project")(project.command)
 app.command("rebuild")(rebuild.command)
 app.command("add")(add.command)
+app.command("import")(importing.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
 app.command("report")(report.command)

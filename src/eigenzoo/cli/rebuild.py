@@ -12,6 +12,7 @@ from eigenzoo.cli.console import in_percent, print_json, say
 from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
+    from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.subspace import Subspace
 
 
@@ -79,8 +80,15 @@ def command(
         return
     say(
         f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
-        + ("" if mean_only else f" · {in_percent(coefficients.residual)} of its energy is lost")
+        + ("" if mean_only else f" · {_lost(space, coefficients)}")
     )
+
+
+def _lost(space: Subspace, coefficients: Coefficients) -> str:
+    """What the rebuilt model lacks; of an imported one, what is known of that."""
+    if "imported" in space.report and coefficients.name in space.names:
+        return f"as {space.report['imported']['tool']} rebuilds it; what that had lost is not known"
+    return f"{in_percent(coefficients.residual)} of its energy is lost"
 
 
 def _rebuild_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from eigenzoo.formats.bundle import CARD, MOMENTS, file_sizes, write_manifest
 from eigenzoo.formats.manifest import Manifest
@@ -33,7 +34,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         "",
         _break_even(sizes["break_even_models"]),
         "",
-        f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}",
+        _lost(report),
         "",
         "| model | source |",
         "|---|---|",
@@ -49,6 +50,16 @@ def _break_even(num_models: int | None) -> str:
     if num_models is None:
         return "With this basis the bundle never becomes smaller than the models' files."
     return f"With this basis the bundle is smaller than the models' files from {num_models:,} models on."
+
+
+def _lost(report: dict[str, Any]) -> str:
+    """What was lost, in-sample and held-out, or that nobody knows."""
+    if "imported" in report:
+        return (
+            f"Imported from {_escape(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, in-sample "
+            "or held-out, its files do not say."
+        )
+    return f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}"
 
 
 def _heldout(report: dict[str, object]) -> str:

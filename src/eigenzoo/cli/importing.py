@@ -1,0 +1,76 @@
+"""`eigenzoo import FOLDER… -o BUNDLE`: another tool's subspace as a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eigenzoo.cli import options
+from eigenzoo.cli.console import print_json, progress_bar, say
+from eigenzoo.cli.fit import render_bytes
+
+
+def command(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A folder that vLoRA saved; or adapters of components and loadings, or a folder of them.",
+            metavar="FOLDER...",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="An adapter of the zoo, or its adapter_config.json: gives the scale, the names, and what is no factor.",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Instead of --like: the adapters' alpha; alpha = rank is a scale of 1.", show_default=False),
+    ] = None,
+    components: Annotated[
+        Path | None,
+        typer.Option(help="Of adapters that hold loadings alone: the file of the components.", show_default=False),
+    ] = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a bundle of another tool's subspace of LoRA adapters: rebuilt from it, a model is what that tool rebuilds."""
+    import eigenzoo as ez
+    from eigenzoo.formats.bundle import is_only_a_bundle
+    from eigenzoo.formats.output import check_free
+
+    check_free(output, force=force, replaceable=is_only_a_bundle)
+    with progress_bar(quiet=quiet or json) as progress:
+        space = ez.import_subspace(
+            folders, like=like, alpha=alpha, components=components, allow_pickle=allow_pickle, progress=progress
+        )
+        space.save(output, force=force)
+    report = ez.load(output).report
+    if json:
+        print_json(report)
+        return
+    render(report)
+    say(f"bundle: {output}")
+
+
+def render(report: Mapping[str, Any]) -> None:
+    """Print what was imported, what is to be known of it, and the bytes."""
+    ranks = sorted({rank for layer in report["layers"].values() for rank in layer["rank"].values()})
+    say(
+        f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
+        f"center {report['center']}, {ranks[0]}–{ranks[-1]} directions"
+    )
+    for first, second in report["duplicates"][:10]:
+        say(f"duplicates: {first} and {second}")
+    for warning in report["warnings"]:
+        say(f"note: {warning}")
+    render_bytes(report["bytes"])
