@@ -99,7 +99,7 @@ class LayerFit:
         reason: why so many, per truncated axis.
         energy: Σ‖X‖² over the models, the denominator of `mean_energy` and `residual`.
         variance: Σ‖X − M‖² about the center, the denominator of `captured`, `heldout` and `null`; zero where it is round-off.
-        captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance.
+        captured: share of the stack's centred energy that is kept, in-sample; None for a layer without variance, or imported.
         heldout: the same of models left out of the fit: for axis `models` alone as many of five folds as hold 40 models,
             else one of five; None for sides above 2,048 that are not sketched and centers other than `models`, where it is not
             computed.

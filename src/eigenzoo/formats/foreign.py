@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import DataError, FormatError
+from eigenzoo.errors import DataError, FormatError, UnsafePathError
 from eigenzoo.formats.model import TensorInfo
+from eigenzoo.formats.safetensors_file import SafetensorsFile
 
 FACTORS = ("lora_A", "lora_B")
 """The two factors of a module, as layers of view `factors` are called."""
@@ -80,6 +81,16 @@ class ForeignSubspace(ABC):
     def read_other(self, place: int, name: str) -> Tensor:
         """Read one of these."""
         raise FormatError(f"no tensor {name[:200]!r}", where=str(self.sources[place]))
+
+
+def open_tensors(path: Path, root: Path) -> SafetensorsFile:
+    """Open a file of a folder by its header; errors name the folder."""
+    try:
+        return SafetensorsFile(path, root)
+    except UnsafePathError:
+        raise
+    except FormatError as error:
+        raise error.at(str(root)) from error.__cause__
 
 
 def check_names(names: Sequence[object], what: str, where: str) -> tuple[str, ...]:

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError
-from eigenzoo.formats.foreign import ForeignFactor, ForeignSubspace, check_names, check_shapes, finite, require_shape
+from eigenzoo.formats.foreign import (
+    ForeignFactor,
+    ForeignSubspace,
+    check_names,
+    check_shapes,
+    finite,
+    open_tensors,
+    require_shape,
+)
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.paths import inside
 from eigenzoo.formats.peft_lora import PICKLE_FILE, PREFIX, WEIGHTS_FILE
@@ -179,14 +187,14 @@ def is_subspace_adapter(folder: Path) -> bool:
     """Tell whether a folder is an adapter of components and loadings, by its header; a pickle has none."""
     if not (folder / WEIGHTS_FILE).is_file():
         return (folder / PICKLE_FILE).is_file()
-    return any(_PART.fullmatch(name) for name in SafetensorsFile(folder / WEIGHTS_FILE, folder).tensors)
+    return any(_PART.fullmatch(name) for name in open_tensors(folder / WEIGHTS_FILE, folder).tensors)
 
 
 def _open_adapter(folder: Path, allow_pickle: bool) -> _Adapter:
     where = str(folder)
     file: Tensors
     if (folder / WEIGHTS_FILE).exists():
-        file, path = SafetensorsFile(folder / WEIGHTS_FILE, folder), folder / WEIGHTS_FILE
+        file, path = open_tensors(folder / WEIGHTS_FILE, folder), folder / WEIGHTS_FILE
     else:
         path = inside(folder, PICKLE_FILE)
         file = _pickled(path, allow_pickle)

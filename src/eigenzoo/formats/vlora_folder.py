@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.foreign import ForeignFactor, ForeignSubspace, check_names, check_shapes, finite, require_shape
+from eigenzoo.formats.foreign import (
+    ForeignFactor,
+    ForeignSubspace,
+    check_names,
+    check_shapes,
+    finite,
+    open_tensors,
+    require_shape,
+)
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
 from eigenzoo.formats.paths import inside
 from eigenzoo.formats.safetensors_file import SafetensorsFile
@@ -55,7 +63,7 @@ class VloraFolder(ForeignSubspace):
         self.names = check_names(_a_list(meta, "task_ids", where), "task", where)
         self.sources = (path,) * len(self.names)
         self._packed = _opened_packed(path, meta, where)
-        self._values = SafetensorsFile(path / (FLOATS if self._packed else PLAIN), path)
+        self._values = open_tensors(path / (FLOATS if self._packed else PLAIN), path)
         self.shapes = {module: self._shapes(module, meta, where) for module in modules}
         self._directions = {
             (module, side): self._num_directions(module, side, meta) for module in modules for side in (0, 1)
@@ -116,7 +124,7 @@ class VloraFolder(ForeignSubspace):
         return min(most, num_values)
 
     def _task(self, file: str) -> SafetensorsFile:
-        task = SafetensorsFile(self.path / file, self.path)
+        task = open_tensors(self.path / file, self.path)
         for (module, side), num_directions in self._directions.items():
             name = f"{module}.loadings_{'ab'[side]}"
             require_shape(task.tensors.get(name), name, (num_directions,), f"{self.path}/{file}")
@@ -161,7 +169,7 @@ def _opened_packed(path: Path, meta: Mapping[str, Any], where: str) -> _Packed |
     block = meta.get("nf4_block_size", 64)
     if type(block) is not int or not 1 <= block <= _MOST_BLOCK:
         raise FormatError(f"nf4_block_size is {str(block)[:40]}", where=where, rule=f"1 to {_MOST_BLOCK}")
-    return _Packed(SafetensorsFile(path / PACKED, path), block)
+    return _Packed(open_tensors(path / PACKED, path), block)
 
 
 def _unpacked(packed: _Packed, module: str, letter: str, shape: tuple[int, int]) -> Tensor:

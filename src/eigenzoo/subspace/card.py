@@ -56,8 +56,8 @@ def _lost(report: dict[str, Any]) -> str:
     """What was lost, in-sample and held-out, or that nobody knows."""
     if "imported" in report:
         return (
-            f"Imported from {_escape(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, in-sample "
-            "or held-out, its files do not say."
+            f"Imported from {_escape(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, "
+            "in-sample or held-out, its files do not say."
         )
     return f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}"
 

@@ -40,6 +40,7 @@ class ImportedLayer:
 
 
 def factor_layer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Layer:
+    """Describe a factor as a layer of its own."""
     dtype_name = str(dtype).removeprefix("torch.")
     return Layer(
         name, "dense", unfolded_shape(shape), shape, unfolding(shape), dtype_name, prod(shape) * dtype.itemsize
@@ -47,6 +48,7 @@ def factor_layer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Layer
 
 
 def scaled(factor: ForeignFactor, scale: float) -> ForeignFactor:
+    """Return a factor times a number: its mean and its loadings are, and its directions stay."""
     mean = None if factor.mean is None else factor.mean * scale
     return ForeignFactor(mean, factor.directions, factor.loadings * scale)
 
@@ -119,5 +121,3 @@ def _fit(layer: Layer, ranks: Mapping[str, int], energies_N: Tensor, variance: f
         residual=0.0,
         note="imported: what was kept of the originals' variance is not known",
     )
-
-

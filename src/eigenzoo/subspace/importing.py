@@ -5,8 +5,8 @@
     components and loadings   outputs, inputs   form `tucker` without a mean: C · Vᵀ for A, U · C for B
 
 View `factors`: A and s·B of a module are two layers, so the scale s of an adapter's config goes into the mean and the coefficients
-of B. The models of such a bundle are the adapters that the tool rebuilds. What it had lost of the originals is in none of its files:
-residuals are zero against those adapters, and there are no moments.
+of B. The models of such a bundle are the adapters that the tool rebuilds. What it had lost of the originals is in none of its
+files: residuals are zero against those adapters, and there are no moments.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
         )
         for place, name in enumerate(foreign.names)
     ]
-    most = {axis: max(layer.record.ranks.get(axis, 0) for layer in layers.values()) for axis in foreign.axes}  # type: ignore[call-overload]
-    if form == FLAT:  # what a later fit may ask of so few models
-        most["models"] = min(most["models"], len(models) - 1)
+    most = {axis: max(layer.fit.rank[axis] for layer in layers.values()) for axis in foreign.axes}
+    if form == FLAT:  # what a fit anew, with at least one model more, may ask for
+        most["models"] = min(most["models"], len(models))
     center = "models" if form == FLAT else "none"
     options = FitOptions(foreign.axes, dict(most), center, "float32", None, None, 0)
     return make_manifest(
@@ -217,8 +217,8 @@ def _report(
 
 def _said(foreign: ForeignSubspace, layers: Mapping[str, ImportedLayer]) -> list[str]:
     said = [
-        f"imported from {foreign.tool}: the models are the adapters that it rebuilds, and residuals are zero against those. What it "
-        "had lost of the originals its files do not say; there are no moments; the models' bytes are those of their factors"
+        f"imported from {foreign.tool}: the models are the adapters that it rebuilds, and residuals are zero against those. What "
+        "it had lost of the originals its files do not say; there are no moments; the models' bytes are those of their factors"
     ]
     turned = [layer.deviation for layer in layers.values() if layer.deviation > ORTHONORMAL]
     if turned:
