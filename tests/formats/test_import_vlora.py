@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 import vlora
+import vlora.cli
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from model_builders import add_adapter, edit_config, make_conv, make_llama, quietly, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -200,18 +204,18 @@ def answers(folder: Path | None, make: Callable[[], torch.nn.Module], example: t
 
 TOKENS = torch.arange(12).view(2, 6)
 CONV = {"target_modules": ["first", "second", "third"], "r": 2, "lora_alpha": 6, "use_rslora": True}
-LLAMA = {"target_modules": ["q_proj", "up_proj"], "r": 4, "lora_alpha": 2}
+LLAMA: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "r": 4, "lora_alpha": 2}
 REAL = {
     "llama": (make_llama, TOKENS, LLAMA),
     "convolutions": (make_conv, torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)), CONV),
 }
 
 
-def save_zoo(root: Path, make: Callable[[], torch.nn.Module], settings: dict[str, Any]) -> list[Path]:
+def save_zoo(root: Path, make: Callable[[], torch.nn.Module], chosen: dict[str, Any]) -> list[Path]:
     """Four adapters that peft saved."""
     folders = []
     for number in range(4):
-        peft = add_adapter(make(), **settings)
+        peft = add_adapter(make(), **chosen)
         with torch.no_grad():
             for name, parameter in peft.named_parameters():
                 if "lora_" in name:
@@ -223,8 +227,8 @@ def save_zoo(root: Path, make: Callable[[], torch.nn.Module], settings: dict[str
 
 @pytest.mark.parametrize("kind", REAL)
 def test_peft_answers_with_a_rebuilt_adapter_as_with_vloras_own(tmp_path: Path, kind: str) -> None:
-    make, example, settings = REAL[kind]
-    folders = save_zoo(tmp_path / "zoo", make, settings)
+    make, example, chosen = REAL[kind]
+    folders = save_zoo(tmp_path / "zoo", make, chosen)
     adapters = [vlora.load_adapter(folder) for folder in folders]
     shared = vlora.SharedSubspace.from_adapters(
         adapters, task_ids=[folder.name for folder in folders], num_components=2
@@ -239,6 +243,22 @@ def test_peft_answers_with_a_rebuilt_adapter_as_with_vloras_own(tmp_path: Path, 
         found = answers(space.rebuild(task).save(tmp_path / "ours" / task), make, example)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
         assert (expected - answers(None, make, example)).abs().max() > 1e-2
+
+
+def test_folders_of_vloras_own_command_line_answer_as_its_export(tmp_path: Path) -> None:
+    folders = save_zoo(tmp_path / "zoo", make_llama, LLAMA)
+    names = "model.layers.0.self_attn.q_proj,model.layers.1.self_attn.q_proj,model.layers.0.mlp.up_proj,model.layers.1.mlp.up_proj"
+    for words in (
+        ["compress", *folders[:3], "-o", tmp_path / "vlora", "--num-components", 2],
+        ["add", tmp_path / "vlora", folders[3], "--task-id", "late", "--incremental"],
+        ["export", tmp_path / "vlora", "t1", "-o", tmp_path / "theirs", "--alpha", 2, "--target-modules", names],
+    ):
+        done = CliRunner().invoke(vlora.cli.cli, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+    space = ez.import_subspace(tmp_path / "vlora", alpha=2)
+    assert space.names == ("t0", "t1", "t2", "late")
+    found = answers(space.rebuild("t1").save(tmp_path / "ours"), make_llama, TOKENS)
+    torch.testing.assert_close(found, answers(tmp_path / "theirs", make_llama, TOKENS), rtol=2e-5, atol=2e-5)
 
 
 def test_without_a_model_adapter_the_config_is_made_up_and_peft_takes_it(tmp_path: Path) -> None:
@@ -262,8 +282,8 @@ def test_without_a_model_adapter_the_config_is_made_up_and_peft_takes_it(tmp_pat
 
 
 def test_what_is_no_factor_comes_from_the_adapter_that_they_are_like(tmp_path: Path) -> None:
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 2}
-    folder = save_adapter(add_adapter(make_llama(), **settings), tmp_path / "zoo" / "t0")
+    chosen = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "r": 2}
+    folder = save_adapter(add_adapter(make_llama(), **chosen), tmp_path / "zoo" / "t0")
     shared = vlora.SharedSubspace.from_adapters([vlora.load_adapter(folder)] * 2, task_ids=["a", "b"], num_components=1)
     shared.save(tmp_path / "vlora")
     space = ez.import_subspace(tmp_path / "vlora", like=folder)
@@ -380,6 +400,60 @@ def test_faults_are_refused(tmp_path: Path, written: Path, fault: str) -> None:
     with pytest.raises(ez.EigenzooError, match=said):
         ez.import_subspace(tmp_path / "vlora", alpha=12, workspace=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["vlora"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([*MODULES, *TASKS]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*MODULES, *TASKS]), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ["layer_names", "task_ids", "task_filenames", "rank", "shapes_a", "shapes_b", "format", "num_components"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=2))
+def test_whatever_the_metadata_say_is_imported_or_refused(
+    tmp_path: Path, written: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(written / "vlora", tmp_path / "vlora", dirs_exist_ok=True)
+    edit_meta(tmp_path / "vlora", **changes)
+    try:
+        space = ez.import_subspace(tmp_path / "vlora", alpha=12)
+    except ez.EigenzooError:
+        return
+    assert list(space.verify()) == []
+
+
+@pytest.mark.parametrize("file", [PLAIN, TASK])
+def test_whatever_byte_of_a_header_is_changed_is_imported_or_refused(tmp_path: Path, written: Path, file: str) -> None:
+    shutil.copytree(written / "vlora", tmp_path / "vlora")
+    whole = (written / "vlora" / file).read_bytes()
+    refused = 0
+    for place in range(0, int.from_bytes(whole[:8], "little"), 7):
+        (tmp_path / "vlora" / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            ez.import_subspace(tmp_path / "vlora", alpha=12)
+        except ez.EigenzooError:
+            refused += 1
+    assert refused > 10
+
+
+def test_more_directions_than_values_take_no_memory_of_their_square(tmp_path: Path) -> None:
+    """A file of 4 MB whose directions' Gram would take 8 TB."""
+    adapter = write_adapter(tmp_path / "a", {"m": (torch.ones(1, 1), torch.ones(1, 1))})
+    shared = vlora.SharedSubspace.from_adapters([vlora.load_adapter(adapter)], task_ids=["t"], num_components=1)
+    shared.components_a["m"] = torch.ones(10**6, 1)
+    shared.tasks["t"].loadings_a["m"] = torch.ones(10**6)
+    shared.save(tmp_path / "vlora")
+    space = ez.import_subspace(tmp_path / "vlora", alpha=1)
+    assert float(space.rebuild("t").layer("m.lora_A")) == pytest.approx(10**6 + 1)
+    assert any("more than dimensions" in warning for warning in space.report["warnings"])
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(tmp_path: Path) -> None:
+    doubled(tmp_path).save(tmp_path / "vlora")
+    with pytest.raises(ez.DataError, match="too large for float32"):
+        ez.import_subspace(tmp_path / "vlora", alpha=1e60)
 
 
 def test_a_task_behind_a_link_that_leads_out_is_refused(tmp_path: Path, written: Path) -> None:

@@ -50,8 +50,15 @@ def command(
 
     check_free(output, force=force, replaceable=is_only_a_bundle)
     with progress_bar(quiet=quiet or json) as progress:
+        output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.import_subspace(
-            folders, like=like, alpha=alpha, components=components, allow_pickle=allow_pickle, progress=progress
+            folders,
+            like=like,
+            alpha=alpha,
+            components=components,
+            allow_pickle=allow_pickle,
+            workspace=output.parent,
+            progress=progress,
         )
         space.save(output, force=force)
     report = ez.load(output).report

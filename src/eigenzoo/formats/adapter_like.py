@@ -73,7 +73,7 @@ def made_like(foreign: ForeignSubspace, alpha: float) -> AdapterLike:
     if not isfinite(alpha) or alpha < 0:
         raise UsageError(f"alpha {alpha}", rule="alpha is finite and not negative")
     ranks = {module: shape_a[0] for module, (shape_a, _) in foreign.shapes.items()}
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": None,
         "task_type": None,

@@ -22,7 +22,8 @@ from eigenzoo.formats.safetensors_file import SafetensorsFile
 FACTORS = ("lora_A", "lora_B")
 """The two factors of a module, as layers of view `factors` are called."""
 
-MAX_NAME = 1024
+MAX_NAME = 1000
+"""Little enough that a factor's name is one that a bundle may hold."""
 MOST_VALUES = 2**40
 """Values of one factor, as many as a bundle may have of a layer."""
 
@@ -94,7 +95,7 @@ def open_tensors(path: Path, root: Path) -> SafetensorsFile:
 
 
 def check_names(names: Sequence[object], what: str, where: str) -> tuple[str, ...]:
-    """Return names that a bundle can have: text of 1 to 1,024 characters, each once."""
+    """Return names that a bundle can have: text of 1 to 1,000 characters, each once."""
     checked = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= MAX_NAME and _is_text(name))
     if len(checked) != len(names):
         raise FormatError(

@@ -38,8 +38,10 @@ PLAIN, PACKED, FLOATS = "subspace.safetensors", "subspace_nf4.safetensors", "sub
 NF4 = "nf4_packed"
 
 # What vLoRA's sixteen indices stand for; QLoRA's quantiles (Dettmers et al. 2023) to four digits.
-_LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
-_LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
+_BELOW, _ABOVE = (
+    (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+    (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
+)
 _MOST_BLOCK = 2**16
 
 
@@ -148,16 +150,18 @@ def _task_files(names: tuple[str, ...], meta: Mapping[str, Any], where: str) -> 
     listed = meta.get("task_filenames", {})
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise FormatError("task_filenames does not map tasks to names", where=where)
-    files = [f"task_{listed.get(name, name)}.safetensors" for name in names]
-    for place, file in enumerate(files):
-        if file in files[:place]:
+    files: dict[str, str] = {}
+    for name in names:
+        file = f"task_{listed.get(name, name)}.safetensors"
+        if file in files:
             raise FormatError(
-                f"tasks {names[files.index(file)][:100]!r} and {names[place][:100]!r} are one file, {file[:200]!r}",
+                f"tasks {files[file][:100]!r} and {name[:100]!r} are one file, {file[:200]!r}",
                 where=where,
                 rule="vLoRA wrote the second over the first, whose loadings are lost",
                 next_step="save them again under names of letters, digits, '-', '_' and '.'",
             )
-    return files
+        files[file] = name
+    return list(files)
 
 
 def _opened_packed(path: Path, meta: Mapping[str, Any], where: str) -> _Packed | None:
@@ -187,6 +191,6 @@ def _unpacked(packed: _Packed, module: str, letter: str, shape: tuple[int, int])
             rule=f"two values a byte, a scale for every {packed.block}",
         )
     bytes_ = packed.file.read(names[0])
-    levels = torch.tensor(_LEVELS)[torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten().int()]
+    levels = torch.tensor([*_BELOW, *_ABOVE])[torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten().int()]
     values = levels.view(-1, packed.block) * packed.file.read(names[1])[:, None]
     return values.flatten()[:size].view(shape)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
 
+from eigenzoo.errors import DataError
 from eigenzoo.formats.foreign import ForeignFactor
 from eigenzoo.formats.manifest import LayerRecord
 from eigenzoo.records import Layer, LayerFit
@@ -56,9 +57,11 @@ def scaled(factor: ForeignFactor, scale: float) -> ForeignFactor:
 def orthonormalized(directions_KS: Tensor) -> tuple[Tensor, Tensor, float]:
     """Return orthonormal directions Q (K', S), the turn R (K, K') with V = R·Q, and how far V was from orthonormal.
 
-    Directions that are orthonormal to float32's own round-off stay as they are; there are at most S others.
+    Directions that are orthonormal to float32's own round-off stay as they are. Of more than S the deviation counts as infinite:
+    their Gram, which only a hostile file makes larger than themselves, is not formed.
     """
-    deviation = deviation_from_identity(directions_KS @ directions_KS.T)
+    num_directions, size = directions_KS.shape
+    deviation = inf if num_directions > size else deviation_from_identity(directions_KS @ directions_KS.T)
     if deviation <= ORTHONORMAL:
         return directions_KS, torch.eye(directions_KS.shape[0], dtype=directions_KS.dtype), deviation
     q_SK, r_KK = torch.linalg.qr(directions_KS.T)
@@ -72,6 +75,7 @@ def import_flat(layer: Layer, factor: ForeignFactor, writer: PartWriter) -> Impo
     directions_KD, turn_KK, deviation = orthonormalized(factor.directions)
     coefficients_NK = factor.loadings @ turn_KK
     ranks = {"models": directions_KD.shape[0]}
+    _check_range(layer, factor.mean, coefficients_NK)
     writer.append(f"{layer.name}/mean", factor.mean.float().view(layer.shape))
     if ranks["models"]:
         writer.append(f"{layer.name}/models", directions_KD.float().view(-1, *layer.shape))
@@ -97,6 +101,7 @@ def import_side(layer: Layer, factor: ForeignFactor, writer: PartWriter) -> Impo
         cores_NKR, ranks = torch.einsum("nkr,ks->nsr", cores_NKR, directions_KS), {}
     elif ranks[axis]:
         writer.append(f"{layer.name}/{axis}", directions_KS.T.float().contiguous())
+    _check_range(layer, cores_NKR)
     cores = cores_NKR.mT if axis == "inputs" else cores_NKR
     energies_N = cores.flatten(1).square().sum(1)
     variance = float((cores - cores.mean(0)).square().sum())
@@ -104,6 +109,17 @@ def import_side(layer: Layer, factor: ForeignFactor, writer: PartWriter) -> Impo
     shown = {side: ranks.get(side, layer.shape[place]) for place, side in enumerate(("outputs", "inputs"))}
     fit = _fit(layer, shown, energies_N, variance, float(cores.mean(0).square().sum()))
     return ImportedLayer(record, fit, cores.contiguous(), energies_N, deviation)
+
+
+def _check_range(layer: Layer, *values: Tensor) -> None:
+    """Refuse numbers that are finite in a file of float64, or before their scale, and infinite in float32."""
+    if not all(bool(torch.isfinite(tensor.float()).all()) for tensor in values):
+        raise DataError(
+            "a mean or coefficients too large for float32",
+            where=f"layer '{layer.name}'",
+            rule="bundles hold float32",
+            next_step="check the scale that the adapter or alpha gives",
+        )
 
 
 def _fit(layer: Layer, ranks: Mapping[str, int], energies_N: Tensor, variance: float, mean_energy: float) -> LayerFit:

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,11 @@ def _said(foreign: ForeignSubspace, layers: Mapping[str, ImportedLayer]) -> list
     turned = [layer.deviation for layer in layers.values() if layer.deviation > ORTHONORMAL]
     if turned:
         said.append(
-            f"the directions of {len(turned)} of {len(layers)} layers were not orthonormal (|VVᵀ − 1| up to {max(turned):.1e}); "
+            f"the directions of {len(turned)} of {len(layers)} layers were not orthonormal ({_leaning(max(turned))}); "
             "they were made so and the coefficients turned with them, which changes nothing of what is rebuilt"
         )
     return said
+
+
+def _leaning(deviation: float) -> str:
+    return f"|VVᵀ − 1| up to {deviation:.1e}" if deviation < inf else "of some there are more than dimensions"
