@@ -38,6 +38,7 @@ def test_a_folder_becomes_a_bundle_that_the_other_commands_take(
     assert 0 < run("project", bundle, tmp_path / "zoo" / "a1", "--json").json["models"]["a1"]["residual"] < 1
     said = run("rebuild", bundle, "a2", "-o", tmp_path / "out")
     assert "as vLoRA rebuilds it; what that had lost is not known" in said.out
+    assert run("rebuild", bundle, "a3", "-o", tmp_path / "out3", "--json").json["residual"] is None
     rebuilt, expected = load_file(tmp_path / "out" / "adapter_model.safetensors"), shared.reconstruct("a2")
     for layer in MODULES:
         found = rebuilt[f"base_model.model.{layer}.lora_B.weight"]
@@ -45,7 +46,10 @@ def test_a_folder_becomes_a_bundle_that_the_other_commands_take(
     assert "the bundle has no moments" in refused("evidence", bundle)
     assert "the bundle has no moments" in refused("report", bundle, "-o", tmp_path / "page.html")
     write_adapter(tmp_path / "new", random_factors(MODULES, 2, 9), lora_alpha=6)
-    assert run("add", bundle, tmp_path / "new", "-o", tmp_path / "grown").code == 0
+    grown = tmp_path / "grown"
+    assert run("add", bundle, tmp_path / "new", "-o", grown).code == 0
+    assert run("rebuild", grown, "new", "-o", tmp_path / "out4", "--json").json["residual"] > 0
+    assert run("rebuild", grown, "a3", "-o", tmp_path / "out5", "--json").json["residual"] is None
 
 
 def test_json_is_one_document(tmp_path: Path, shared: vlora.SharedSubspace, run: Run) -> None:

@@ -133,6 +133,10 @@ def test_peft_answers_as_components_and_loadings_do(tmp_path: Path, zoo: Path, s
         TASKS,
     )
     assert_same(space, parts, scale)
+    for layer, fit in space.report["layers"].items():
+        energies = [float(space.rebuild(task).layer(layer).square().sum()) for task in TASKS]
+        assert [space.coefficients(task).energies[layer] for task in TASKS] == pytest.approx(energies, rel=1e-5)
+        assert fit["energy"] == pytest.approx(sum(energies), rel=1e-5)
     space.save(tmp_path / "bundle")
     assert list(ez.load(tmp_path / "bundle").verify()) == []
     for task in TASKS[:2]:
@@ -231,16 +235,22 @@ def test_pickles_need_permission_and_run_nothing(tmp_path: Path, zoo: Path) -> N
     assert not (tmp_path / "made").exists()
 
 
-def test_trained_heads_are_carried_each_with_its_own_model(tmp_path: Path, zoo: Path) -> None:
-    root = write(tmp_path / "theirs", split(zoo, 6))
-    heads = {}
+@pytest.mark.parametrize("known", ["a config", "an adapter with a head of its own"])
+def test_trained_heads_are_carried_each_with_its_own_model(tmp_path: Path, zoo: Path, known: str) -> None:
+    head = "base_model.model.lm_head.weight"
+    root, heads = write(tmp_path / "theirs", split(zoo, 6)), {}
     for number, task in enumerate(TASKS):
         path = root / task / "adapter_model.safetensors"
         heads[task] = torch.full((40, 16), float(number))
-        save_file({**load_file(path), "base_model.model.lm_head.weight": heads[task]}, path)
+        save_file({**load_file(path), head: heads[task]}, path)
+    like = tmp_path / "like"
+    like.mkdir()
     config = json.loads((zoo / "task1" / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
-    (tmp_path / "like.json").write_text(json.dumps(config))
-    space = ez.import_subspace(root, like=tmp_path / "like.json")
+    (like / "adapter_config.json").write_text(json.dumps(config))
+    if known != "a config":
+        tensors = load_file(zoo / "task1" / "adapter_model.safetensors")
+        save_file({**tensors, head: torch.full((40, 16), 77.0)}, like / "adapter_model.safetensors")
+    space = ez.import_subspace(root, like=like)
     for task in TASKS:
         space.rebuild(task).save(tmp_path / task)
         peft = quietly(PeftModel.from_pretrained, make_llama(), tmp_path / task)

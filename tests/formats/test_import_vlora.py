@@ -149,6 +149,25 @@ def test_directions_that_lean_are_said_and_made_orthonormal(tmp_path: Path) -> N
     assert max(basis.orthonormality() for basis in space.layers.values()) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["components", "projected", "leaning"])
+def test_energies_are_those_of_the_rebuilt_models(tmp_path: Path, kind: str) -> None:
+    KINDS[kind](tmp_path).save(tmp_path / "vlora")
+    space = ez.import_subspace(tmp_path / "vlora", alpha=12)
+    assert_energies(space)
+
+
+def assert_energies(space: ez.Subspace) -> None:
+    """Energies, variance and the mean's share are those of the rebuilt layers, within float32."""
+    for layer, fit in space.report["layers"].items():
+        rows_ND = torch.stack([space.rebuild(name).layer(layer).flatten() for name in space.names])
+        for name, row_D in zip(space.names, rows_ND, strict=True):
+            assert space.coefficients(name).energies[layer] == pytest.approx(float(row_D.square().sum()), rel=1e-5)
+        energy, mean_D = float(rows_ND.square().sum()), rows_ND.mean(0)
+        assert fit["energy"] == pytest.approx(energy, rel=1e-5)
+        assert fit["variance"] == pytest.approx(float((rows_ND - mean_D).square().sum()), rel=1e-5)
+        assert fit["mean_energy"] == pytest.approx(len(rows_ND) * float(mean_D.square().sum()) / energy, rel=1e-5)
+
+
 def test_a_folder_of_an_early_version_without_shapes_and_file_names(tmp_path: Path) -> None:
     shared = fitted(tmp_path, num_components=2)
     shared.tasks = {"sql": shared.tasks["sql"], "code": shared.tasks["code"]}
@@ -189,6 +208,8 @@ def test_models_are_added_to_an_imported_bundle(tmp_path: Path, refresh: bool, n
     assert grown.names == (*TASKS, "new")
     assert list(grown.verify()) == []
     assert not grown.report["growth"]["exact"]
+    assert grown.report["imported"]["tool"] == "vLoRA"
+    assert grown.report["warnings"] == space.report["warnings"]
     if not refresh:
         assert_same(space, shared)
 

@@ -74,7 +74,7 @@ def command(
                 "name": coefficients.name,
                 "output": str(output),
                 "mean_only": mean_only,
-                "residual": coefficients.residual,
+                "residual": None if _is_imported(space, coefficients) else coefficients.residual,
             }
         )
         return
@@ -84,9 +84,15 @@ def command(
     )
 
 
+def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
+    """Whether a model's residual is against what another tool rebuilt, and not against the original."""
+    sources = {model.name: model.source for model in space.manifest.models}
+    return "imported" in space.report and coefficients.name in sources and not sources[coefficients.name].files
+
+
 def _lost(space: Subspace, coefficients: Coefficients) -> str:
     """What the rebuilt model lacks; of an imported one, what is known of that."""
-    if "imported" in space.report and coefficients.name in space.names:
+    if _is_imported(space, coefficients):
         return f"as {space.report['imported']['tool']} rebuilds it; what that had lost is not known"
     return f"{in_percent(coefficients.residual)} of its energy is lost"
 

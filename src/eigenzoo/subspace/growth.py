@@ -316,6 +316,9 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
     """Give recalled models their own records again, and count what they had lost before."""
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
+    if "imported" in space.report:
+        # What another tool had lost before stays unknown.
+        report |= {key: space.report[key] for key in ("imported", "warnings")}
     if not exact:
         models = restore_records(space, manifest, root)
         lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
