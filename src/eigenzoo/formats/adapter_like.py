@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, MismatchError, UsageError
 from eigenzoo.formats.contents import Template, carried_values
 from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.foreign import ForeignSubspace
+from eigenzoo.formats.foreign_subspace import ForeignSubspace
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.lora_config import CONFIG_FILE, check_config

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError
-from eigenzoo.formats.foreign import (
+from eigenzoo.formats.foreign_subspace import (
     ForeignFactor,
     ForeignSubspace,
     check_names,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.foreign import (
+from eigenzoo.formats.foreign_subspace import (
     ForeignFactor,
     ForeignSubspace,
     check_names,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError
-from eigenzoo.formats.foreign import ForeignFactor
+from eigenzoo.formats.foreign_subspace import ForeignFactor
 from eigenzoo.formats.manifest import LayerRecord
 from eigenzoo.records import Layer, LayerFit
 from eigenzoo.subspace.basis import FLAT, TUCKER, PartWriter, deviation_from_identity

@@ -23,7 +23,7 @@ from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats.adapter_like import AdapterLike, made_like, read_like, templates
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.formats.bundle import file_record
-from eigenzoo.formats.foreign import FACTORS, ForeignSubspace
+from eigenzoo.formats.foreign_subspace import FACTORS, ForeignSubspace
 from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, SourceRecord, make_manifest
 from eigenzoo.formats.paths import list_folder
 from eigenzoo.formats.subspace_adapters import SubspaceAdapters, is_subspace_adapter
