@@ -88,7 +88,9 @@ Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep moments for the next run, and use those that are kept.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", min=0, max=2**63 - 1)]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt and .bin files too (tensors only).")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .bin and .ckpt files too (tensors only).")
+]
 AllowMissing = Annotated[
     bool,
     typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted."),

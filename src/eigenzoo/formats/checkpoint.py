@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,14 +78,14 @@ class Checkpoint(SafetensorsModel):
         self.name = final_name(self.path)
         try:
             single, self.index = _weights_of(self.path)
-            entries = {} if self.index is None else _read_index(self.path, self.index)
+            entries = {} if self.index is None else read_index(self.path, self.index)
             shards = (single,) if single else tuple(dict.fromkeys(entries.values()))
             carried = frozenset() if self.index is None else frozenset({self.index})
             self.side_files, self.ignored_files = list_side_files(self.path, frozenset(shards), carried)
             refuse_quantised(self.path, self.side_files)
             files = {shard: SafetensorsFile(self.path / shard, self.path) for shard in shards}
             if self.index is not None:
-                _check_index(entries, files, self.index)
+                check_index(entries, {shard: file.tensors for shard, file in files.items()}, self.index)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
         self._take_files(files)
@@ -132,7 +132,7 @@ def _weights_of(folder: Path) -> tuple[str, str | None]:
     return (singles[0], None) if singles else ("", indexes[0])
 
 
-def _read_index(folder: Path, index: str) -> dict[str, str]:
+def read_index(folder: Path, index: str) -> dict[str, str]:
     """Read which shard holds which tensor; every shard is a file of this folder."""
     entries: Any = read_json(inside(folder, index), where=index).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(shard, str) for shard in entries.values()):
@@ -153,11 +153,11 @@ def _read_index(folder: Path, index: str) -> dict[str, str]:
     return entries
 
 
-def _check_index(entries: Mapping[str, str], files: Mapping[str, SafetensorsFile], index: str) -> None:
+def check_index(entries: Mapping[str, str], tensors: Mapping[str, Collection[str]], index: str) -> None:
     """Check that index and shards name the same tensors, each in one shard."""
     holders: dict[str, str] = {}
-    for shard, file in files.items():
-        for name in file.tensors:
+    for shard, names in tensors.items():
+        for name in names:
             if name in holders:
                 raise FormatError(f"tensor {name!r} is in two shards, {holders[name]!r} and {shard!r}", where=index)
             holders[name] = shard

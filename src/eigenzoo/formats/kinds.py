@@ -6,26 +6,31 @@ import re
 from collections.abc import Collection
 
 from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.foreign import FOREIGN, is_foreign, refuse_foreign
 from eigenzoo.formats.lora_config import CONFIG_FILE
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = f"{PICKLE_FILE}.index.json"
 
 READABLE = (
     f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
-    "index with the shards), a .safetensors file or a folder with exactly one, and with --allow-pickle .pt, .pth, .bin"
+    "index with the shards), a .safetensors file or a folder with exactly one, and with --allow-pickle "
+    f"{', '.join(PICKLE_SUFFIXES)}"
 )
 
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
 
 
 def kind_of_file(name: str) -> str | None:
-    """Return the kind of a single file: `state-dict`, `pickle`, or None."""
+    """Return the kind of a single file: `state-dict`, `pickle`, `foreign`, or None."""
     if name.endswith(".safetensors"):
         return "state-dict"
-    return "pickle" if name.endswith(PICKLE_SUFFIXES) else None
+    if name.endswith(PICKLE_SUFFIXES):
+        return "pickle"
+    return "foreign" if name.endswith(tuple(FOREIGN)) else None
 
 
 def kind_of_folder(names: Collection[str]) -> str | None:
@@ -39,9 +44,13 @@ def kind_of_folder(names: Collection[str]) -> str | None:
     found = [name for name in names if name.endswith(".safetensors")]
     if found:
         return "state-dict" if len(found) == 1 else None
-    if f"{PICKLE_FILE}.index.json" in names or any(_SHARD.fullmatch(name) for name in names):
+    if PICKLE_FILE in names or PICKLE_INDEX in names:
+        return "pickle"
+    if any(_SHARD.fullmatch(name) for name in names):
         return "pickle-shards"
-    return "pickle" if PICKLE_FILE in names or len(pickle_names(names)) == 1 else None
+    if len(pickle_names(names)) == 1:
+        return "pickle"
+    return "foreign" if any(is_foreign(name) for name in names) else None
 
 
 def pickle_names(names: Collection[str]) -> list[str]:
@@ -50,8 +59,10 @@ def pickle_names(names: Collection[str]) -> list[str]:
     return [name for name in names if name.endswith(PICKLE_SUFFIXES) and not name.startswith(states)]
 
 
-def refuse_shards(kind: str | None, where: str) -> None:
-    """Refuse kinds that are no whole model."""
+def refuse_unreadable(kind: str | None, names: Collection[str], where: str) -> None:
+    """Refuse kinds that are no whole model, and models of other kinds by their name."""
+    if kind == "foreign":
+        refuse_foreign(next((name for name in sorted(names) if is_foreign(name)), next(iter(names))), where)
     if kind == "shards":
         raise FormatError(
             "shards of a checkpoint without their index",
@@ -61,5 +72,8 @@ def refuse_shards(kind: str | None, where: str) -> None:
         )
     if kind == "pickle-shards":
         raise UnsupportedError(
-            "a checkpoint of pickled shards", where=where, next_step="convert the model to safetensors"
+            "pickled shards of a checkpoint without their index",
+            where=where,
+            rule=f"their index is {PICKLE_INDEX}",
+            next_step="download the index too, or convert the model to safetensors",
         )

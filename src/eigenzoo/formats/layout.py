@@ -18,6 +18,7 @@ from eigenzoo.formats.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.paths import relative_name
+from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
 
 FORMATS = ("checkpoint", "state-dict", "lora")
@@ -101,15 +102,15 @@ class ModelLayout:
 
 def layout_of(model: Model) -> ModelLayout:
     """Describe a model as it will be written; one that was pickled is written as safetensors."""
+    if isinstance(model, PickleModel):
+        kind, file = model.written_as
+        listed = tuple(TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in model.tensors.values())
+        return ModelLayout(kind, {file: listed}, None, dict(model.updates))
     grouped = tensors_by_file(model)
     files = {
         file: tuple(TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in grouped.get(file, ()))
         for file in model.metadata
     }
-    if model.format == "pickle":
-        name = "model.safetensors" if model.path.is_dir() else f"{model.path.stem}.safetensors"
-        (tensors,) = files.values()
-        return ModelLayout("checkpoint" if model.path.is_dir() else "state-dict", {name: tensors})
     index = model.index if isinstance(model, Checkpoint) else None
     return ModelLayout(model.format, files, index, dict(model.updates))
 

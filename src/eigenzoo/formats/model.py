@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class Model(ABC):
         metadata: per file, the header's string metadata.
         side_files: the files beside the weights that a rebuilt model carries along (configs, tokenizers).
         ignored_files: the files that are seen and not carried.
+        warnings: what opening it decided and a reader of any result must know.
+        config: an adapter's config; None for full weights.
     """
 
     format: ClassVar[str]
@@ -73,6 +75,7 @@ class Model(ABC):
     side_files: tuple[str, ...]
     ignored_files: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
-from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_shards
+from eigenzoo.formats.foreign import refuse_foreign
+from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.paths import list_folder
-from eigenzoo.formats.peft_lora import LoraAdapter
+from eigenzoo.formats.paths import list_folder, read_start
+from eigenzoo.formats.peft_lora import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
 from eigenzoo.formats.pickle_file import PickleStateDict
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.mirror import mirror_url
@@ -36,15 +37,23 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
 def _open(path: Path, allow_pickle: bool) -> Model:
     kind = _kind(path)
     openers: dict[str, Callable[[], Model]] = {
-        "adapter": lambda: LoraAdapter(path),
+        "adapter": lambda: _adapter(path, allow_pickle),
         "checkpoint": lambda: Checkpoint(path),
         "state-dict": lambda: StateDict(path),
         "pickle": lambda: PickleStateDict(path, allow_pickle=allow_pickle),
     }
     if kind in openers:
         return openers[kind]()
-    refuse_shards(kind, str(path))
+    refuse_unreadable(kind, list_folder(path) if path.is_dir() else [path.name], str(path))
+    if kind is None and path.is_file():
+        refuse_foreign(read_start(path, 4), str(path))
     raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=READABLE)
+
+
+def _adapter(path: Path, allow_pickle: bool) -> Model:
+    """A pickled adapter is one that has no other weights."""
+    pickled = not (path / WEIGHTS_FILE).exists() and (path / PICKLE_FILE).exists()
+    return PickleAdapter(path, allow_pickle=allow_pickle) if pickled else LoraAdapter(path)
 
 
 def is_model(path: str | Path) -> bool:

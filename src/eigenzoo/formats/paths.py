@@ -116,6 +116,15 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
     return data
 
 
+def read_start(path: Path, num_bytes: int) -> bytes:
+    """Read the first bytes of a plain file."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(num_bytes)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+
 def list_folder(folder: Path) -> list[str]:
     """List the names in a folder, sorted."""
     try:

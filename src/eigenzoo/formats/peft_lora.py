@@ -27,6 +27,8 @@ from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.lora_config import CONFIG_FILE, check_config
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.paths import final_name, inside
+from eigenzoo.formats.pickle_contents import check_tensors
+from eigenzoo.formats.pickle_file import PickleModel, load_pickle, refuse_pickle
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.safetensors_header import HeaderContents
 from eigenzoo.formats.side_files import list_side_files
@@ -65,7 +67,7 @@ class LoraAdapter(SafetensorsModel):
             self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
             if not os.path.exists(self.path / WEIGHTS_FILE):
-                raise _without_weights(self.path)
+                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")
             self.side_files, self.ignored_files = list_side_files(self.path, _WEIGHTS)
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
             found = _known_updates(file.contents, self.config)
@@ -88,6 +90,33 @@ class LoraAdapter(SafetensorsModel):
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+
+class PickleAdapter(PickleModel):
+    """One LoRA adapter whose factors are pickled (`adapter_model.bin`); it is written back as safetensors."""
+
+    format = "lora"
+    written_as = ("lora", WEIGHTS_FILE)
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+        self.path = Path(path)
+        self.name = final_name(self.path)
+        try:
+            config = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
+            self.config, self.warnings = config, check_config(config)
+            refuse_pickle(allow_pickle)
+            self.side_files, self.ignored_files = list_side_files(self.path, frozenset({PICKLE_FILE, CONFIG_FILE}))
+            state = load_pickle(inside(self.path, PICKLE_FILE))
+            check_tensors(state)
+            self._take(dict(state), dict.fromkeys(state, PICKLE_FILE), self.path)
+            self._updates = MappingProxyType(find_updates(self.tensors, config))
+        except FormatError as error:
+            raise error.at(str(self.path)) from error.__cause__
+
+    @property
+    def updates(self) -> Mapping[str, LoraUpdate]:
+        """The updates by module, in the order of the file."""
+        return self._updates
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +220,3 @@ def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
             raise UnsupportedError(f"{shapes}: a convolution in groups", next_step="leave such layers out of the LoRA")
         raise FormatError(shapes, rule="B's second size is A's first, the rank")
     return a[0]
-
-
-def _without_weights(folder: Path) -> FormatError:
-    if (folder / PICKLE_FILE).exists():
-        return UnsupportedError(
-            f"the factors are a pickle, {PICKLE_FILE}",
-            rule=f"adapters are read from {WEIGHTS_FILE}",
-            next_step="load it with PEFT and save it again with safe_serialization=True",
-        )
-    return FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -14,44 +15,39 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
+from eigenzoo.formats.checkpoint import check_index, read_index
 from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_SUFFIXES, pickle_names
+from eigenzoo.formats.foreign import refuse_foreign
+from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, pickle_names
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, list_folder
+from eigenzoo.formats.pickle_contents import check_tensors, state_dict_of
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 from eigenzoo.formats.tensor_bytes import check_out
 
 SUFFIXES = PICKLE_SUFFIXES
-NESTING_KEYS = ("state_dict", "model_state_dict", "model")
+
+_BLOCKED = re.compile(r"GLOBAL ([\w.]{1,100})")
 
 
-class PickleStateDict(Model):
-    """A pickled dict of tensors, plain or one level below `state_dict`, `model_state_dict` or `model`.
+class PickleModel(Model):
+    """What models in pickles have in common: tensors by name, from one file or from shards.
 
-    `path` is the file, or a folder with `pytorch_model.bin` or exactly one pickle.
+    Attributes:
+        written_as: the format and the file name that a rebuilt model is written in, which is safetensors.
     """
 
-    format = "pickle"
+    written_as: tuple[str, str]
+    _state: dict[str, Tensor]
+    _files: tuple[Path, ...]
 
-    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
-        self.path = Path(path)
-        folder = self.path.is_dir()
-        self.name = self.path.resolve().name if folder else self.path.stem
-        try:
-            file = find_pickle(self.path) if folder else self.path.name
-            refuse_pickle(allow_pickle)
-            target = inside(self.path, file) if folder else self.path
-            self.side_files, self.ignored_files = (), ()
-            if folder:
-                self.side_files, self.ignored_files = list_side_files(self.path, frozenset({file}))
-                refuse_quantised(self.path, self.side_files)
-            self._state = _state_dict(_load(target))
-            tensors = {name: _info(name, tensor, file) for name, tensor in self._state.items()}
-        except FormatError as error:
-            raise error.at(str(self.path)) from error.__cause__
-        self._file = self.path / file if folder else self.path
-        self.tensors = MappingProxyType(tensors)
-        self.metadata = {file: {}}
+    def _take(self, state: dict[str, Tensor], holders: Mapping[str, str], folder: Path) -> None:
+        """Take the tensors of a state dict; `holders` says which file has which."""
+        self._state = state
+        self.tensors = MappingProxyType({name: _info(name, tensor, holders[name]) for name, tensor in state.items()})
+        files = tuple(dict.fromkeys(holders.values()))
+        self._files = tuple(folder / file for file in files)
+        self.metadata = MappingProxyType({file: {} for file in files})
 
     def read(self, name: str) -> Tensor:
         """Read one tensor whole, in its own dtype and shape."""
@@ -70,14 +66,62 @@ class PickleStateDict(Model):
         return out.copy_(values[start:stop])
 
     def weight_files(self) -> tuple[Path, ...]:
-        """The one file."""
-        return (self._file,)
+        """The file, or the shards in the order of their index."""
+        return self._files
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._state.get(name)
         if tensor is None:
             raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
         return tensor
+
+
+class PickleStateDict(PickleModel):
+    """A pickled state dict, plain or in a training checkpoint (`pickle_contents`).
+
+    `path` is the file, or a folder with `pytorch_model.bin`, with the index of its shards, or with exactly one pickle.
+    """
+
+    format = "pickle"
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+        self.path = Path(path)
+        folder = self.path.is_dir()
+        self.name = self.path.resolve().name if folder else self.path.stem
+        self.written_as = ("checkpoint", "model.safetensors") if folder else ("state-dict", f"{self.name}.safetensors")
+        self.side_files, self.ignored_files = (), ()
+        try:
+            file = find_pickle(self.path) if folder else self.path.name
+            refuse_pickle(allow_pickle)
+            if file == PICKLE_INDEX:
+                entries = read_index(self.path, file)
+                self._list_side_files(frozenset({file, *entries.values()}))
+                state, holders = _load_shards(self.path, entries)
+            else:
+                if folder:
+                    self._list_side_files(frozenset({file}))
+                loaded = load_pickle(inside(self.path, file) if folder else self.path)
+                state, self.warnings = state_dict_of(loaded)
+                holders = dict.fromkeys(state, file)
+            self._take(state, holders, self.path if folder else self.path.parent)
+        except FormatError as error:
+            raise error.at(str(self.path)) from error.__cause__
+
+    def _list_side_files(self, weights: frozenset[str]) -> None:
+        self.side_files, self.ignored_files = list_side_files(self.path, weights)
+        refuse_quantised(self.path, self.side_files)
+
+
+def _load_shards(folder: Path, entries: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load the shards that an index names; each is a plain state dict, and together they hold what the index says."""
+    loaded = {shard: load_pickle(inside(folder, shard)) for shard in dict.fromkeys(entries.values())}
+    for shard, state in loaded.items():
+        try:
+            check_tensors(state)
+        except FormatError as error:
+            raise error.at(shard) from None
+    check_index(entries, loaded, PICKLE_INDEX)
+    return {name: loaded[shard][name] for name, shard in entries.items()}, dict(entries)
 
 
 def refuse_pickle(allow_pickle: bool) -> None:
@@ -92,8 +136,9 @@ def refuse_pickle(allow_pickle: bool) -> None:
 
 def find_pickle(folder: Path) -> str:
     """Find the one pickle of a folder that holds weights."""
-    if (folder / PICKLE_FILE).exists():
-        return PICKLE_FILE
+    for name in (PICKLE_FILE, PICKLE_INDEX):
+        if (folder / name).exists():
+            return name
     found = pickles_of(folder)
     if len(found) != 1:
         raise FormatError(f"{len(found)} pickles: {', '.join(found[:5])}", rule="exactly one is read")
@@ -105,40 +150,26 @@ def pickles_of(folder: Path) -> list[str]:
     return pickle_names(list_folder(folder))
 
 
-def _load(path: Path) -> Any:
+def load_pickle(path: Path) -> Any:
+    """Unpickle a file of tensors and plain values, never anything else; zip files are mapped, not read."""
     if not is_regular(path):
         raise FormatError("no plain file")
     with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"
+        magic = stream.read(4)
+    refuse_foreign(magic, path.name)
+    zipped = magic == b"PK\x03\x04"
     try:
         # Only torch's zip files can be mapped; older ones are read whole, as strictly.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
+        blocked = _BLOCKED.search(str(error))
         raise UnsupportedError(
-            "the pickle holds more than tensors, or is damaged",
+            "the pickle holds more than tensors, or is damaged" + (f" ({blocked[1]})" if blocked else ""),
             rule="pickles are read with weights_only=True, never otherwise",
             next_step="load it where it was made and save its state dict as safetensors",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
         raise FormatError(f"cannot be unpickled ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """Find the dict of tensors in what was loaded."""
-    for key in NESTING_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise FormatError(f"the pickle holds {type(loaded).__name__}", rule="a dict from names to tensors is expected")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise FormatError(
-                f"the entry {str(name)[:100]!r} is {type(value).__name__}",
-                rule="every entry of a state dict is a tensor",
-                next_step="save the state dict alone, as safetensors",
-            )
-    return dict(loaded)
 
 
 def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:

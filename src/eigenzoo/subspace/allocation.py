@@ -22,7 +22,6 @@ from eigenzoo.errors import BudgetError
 from eigenzoo.formats.basis_files import header_room
 from eigenzoo.formats.contents import canonical_json, tensor_id
 from eigenzoo.formats.layout import layout_of
-from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer, Progress
@@ -156,7 +155,7 @@ def _contents(zoo: Zoo, place: int) -> dict[str, int]:
     """Bytes in rest/ of everything that one model needs besides its coefficients, by content."""
     model = zoo.models[place]
     documents = [layout_of(model).to_json()]
-    documents += [dict(model.config)] if isinstance(model, LoraAdapter) else []
+    documents += [dict(model.config)] if model.config is not None else []
     found = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
     for file in model.side_files:
         data = model.read_side_file(file)

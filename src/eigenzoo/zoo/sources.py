@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.formats.kinds import PICKLE_SUFFIXES
 from eigenzoo.formats.opening import is_model
 from eigenzoo.formats.remote import is_url, remote_url
 from eigenzoo.formats.remote.address import local_path, shown_url
@@ -24,7 +25,8 @@ Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
+"""Endings of files in a folder that are models; a GGUF file is found to be refused by name."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from torch import Tensor
 from eigenzoo.formats.contents import Template
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.zoo.zoo import Zoo
 
@@ -19,7 +18,7 @@ class ZooTemplate(Template):
         self._zoo, self._place = zoo, place
         self._model: Model = zoo.models[place]
         self.layout = layout_of(self._model)
-        self.config = self._model.config if isinstance(self._model, LoraAdapter) else None
+        self.config = self._model.config
         self.metadata = self._model.metadata
         self.carried = zoo.carried(place)
         self.left_at = remote_url(self._model.path) or ""

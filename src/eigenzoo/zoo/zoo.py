@@ -18,8 +18,7 @@ from eigenzoo.formats.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.peft_lora import LoraAdapter
-from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.views import VIEWS, check_choice
@@ -78,7 +77,7 @@ class Zoo:
             self.selection,
             None if self.base is None else _address(self.base),
             self.skipped,
-            any(isinstance(model, PickleStateDict) for model in (*self.models, self.base)),
+            any(isinstance(model, PickleModel) for model in (*self.models, self.base)),
             self._files,
         )
 
@@ -324,10 +323,12 @@ def _open_all(
 
 def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
     """Warn of what each file says and of adapters that name different base models."""
-    texts = [f"{name}: {text}" for model, name in zip(models, names, strict=True) for text in model.warnings]
-    bases = sorted(
-        {str(model.config.get("base_model_name_or_path")) for model in models if isinstance(model, LoraAdapter)}
-    )
+    said: dict[str, list[str]] = {}
+    for model, name in zip(models, names, strict=True):
+        for text in model.warnings:
+            said.setdefault(text, []).append(name)
+    texts = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in said.items()]
+    bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if model.config is not None})
     if len(bases) > 1:
         texts.append(
             f"the adapters name {len(bases)} different base models: {', '.join(bases[:3])}{', …' if len(bases) > 3 else ''}"

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from eigenzoo.errors import EigenzooError, UnsafePathError
+from eigenzoo.formats.foreign import FOREIGN_NAMES
 from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.paths import relative_name
@@ -20,7 +21,7 @@ from eigenzoo.formats.side_files import SIDE_FILES
 ATTEMPTS = 3
 """Attempts to reach a store at first: a name that is mistyped should be told soon."""
 
-FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
 BUNDLE_FILE = "manifest.json"
 
 # Stores that keep names and no folders: all names below a prefix are one listing, whatever their depth.
@@ -108,6 +109,7 @@ def _matters(name: str) -> bool:
     return (
         name.endswith((*FILE_SUFFIXES, *(f"{suffix}.index.json" for suffix in FILE_SUFFIXES)))
         or name in SIDE_FILES
+        or name in FOREIGN_NAMES
         or name in (CONFIG_FILE, BUNDLE_FILE, *INDEXES)
     )
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from eigenzoo.errors import EigenzooError, FormatError, OutputError, UnsupportedError
 from eigenzoo.formats.cache_folder import VARIABLE
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, parse_json
-from eigenzoo.formats.kinds import INDEXES, kind_of_file, kind_of_folder, refuse_shards
+from eigenzoo.formats.kinds import INDEXES, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, relative_name
+from eigenzoo.formats.peft_lora import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.peft_lora import WEIGHTS_FILE
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.remote.fetching import Request, fetch_each
@@ -153,8 +154,9 @@ def _inner_shards(folder: Folder) -> dict[str, RemoteFile]:
 
 
 def _refuse(plan: _Plan) -> None:
-    refuse_shards(plan.kind, plan.url)
-    if plan.kind == "pickle":
+    names = plan.listed.entries if isinstance(plan.listed, Folder) else plan.files
+    refuse_unreadable(plan.kind, names, plan.url)
+    if plan.kind == "pickle" or (plan.kind == "adapter" and WEIGHTS_FILE not in names and PICKLED_ADAPTER in names):
         raise UnsupportedError(
             "the weights are a Python pickle at a remote place",
             where=plan.url,
