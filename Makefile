@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Apart and without what it asks for: torchvision as PyPI has it wants CUDA's torch, and beside a CPU one it breaks transformers.
+VISION = $(PIP) --no-deps --upgrade --target .venv/vision timm torchvision
+
 .PHONY: demo test check bench clean
 
 demo: .venv/nursery
@@ -37,6 +40,7 @@ clean:
 
 .venv/test: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
+	$(VISION)
 	touch $@
 
 .venv/check: .venv/bin/python pyproject.toml constraints.txt

@@ -28,6 +28,7 @@ from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.formats.splitting import split_model
 from eigenzoo.formats.writers import cast_to
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
@@ -67,7 +68,7 @@ def rebuild(
         return rebuilt
     if space.view == "update":
         return _Change(name, space.layers, found.values, filled, space.view, lambda: _nothing(name))
-    trained = open_model(os.fspath(model)) if model is not None else space.base
+    trained = split_model(open_model(os.fspath(model)), space.split) if model is not None else space.base
     if trained is None:
         raise UsageError(
             "was trained from start zero, as a change of a model's weights",

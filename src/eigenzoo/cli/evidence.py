@@ -41,6 +41,7 @@ def command(
     center: options.Center = "models",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    split: options.Split = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     cluster: options.Cluster = None,
@@ -59,7 +60,7 @@ def command(
         progress_bar(quiet=quiet or json) as progress,
         options.opened_workers(cluster, max_memory, device) as workers,
     ):
-        source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
+        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, progress)
         sides = options.parse_axes(axes) or ()
         found = ez.evidence(
             source,
@@ -83,6 +84,7 @@ def open_source(
     base: str | None,
     include: list[str] | None,
     exclude: list[str] | None,
+    split: list[str] | None,
     allow_pickle: bool,
     allow_missing: bool,
     progress: Progress,
@@ -98,13 +100,14 @@ def open_source(
             base=base,
             include=include or (),
             exclude=exclude or (),
+            split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
             progress=progress,
         )
-    if view is not None or include or exclude:
+    if view is not None or include or exclude or split:
         raise UsageError(
-            "--view, --include or --exclude of a bundle",
+            "--view, --include, --exclude or --split of a bundle",
             where=source,
             rule="a bundle has its own view and layers",
             next_step="name the zoo instead",

@@ -27,6 +27,7 @@ def command(
     center: options.Center = "models",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    split: options.Split = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +68,7 @@ def command(
             base=base,
             include=include or (),
             exclude=exclude or (),
+            split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
             progress=progress,

@@ -61,6 +61,15 @@ Exclude = Annotated[
         show_default=False,
     ),
 ]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Cut fused weights that match a glob into layers of their own, in equal parts along the outputs (repeatable): "
+        "'*.attn.qkv.*=q,k,v', or '…=3'.",
+        metavar="RULE",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="Where products run: cpu, cuda or cuda:<number>.")]
 MaxMemory = Annotated[
@@ -89,7 +98,7 @@ Cache = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", min=0, max=2**63 - 1)]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .bin and .ckpt files too (tensors only).")
+    bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .pth.tar, .bin and .ckpt files too (tensors only).")
 ]
 AllowMissing = Annotated[
     bool,

@@ -47,6 +47,7 @@ def command(
     center: options.Center = "models",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    split: options.Split = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     cluster: options.Cluster = None,
@@ -68,7 +69,7 @@ def command(
     pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress, options.opened_workers(cluster, max_memory, device) as workers:
-        source = open_source(zoo, view, base, include, exclude, allow_pickle, allow_missing, progress)
+        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, progress)
         if measure is not None and not isinstance(source, ez.Subspace):
             raise UsageError(
                 "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"

@@ -29,6 +29,7 @@ from eigenzoo.evidence.refit import hold_out, is_known
 from eigenzoo.evidence.variants import Variants, check_parent
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
@@ -172,7 +173,7 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
             rule=f"there the models' parent is {whose}",
             next_step="leave the parent out",
         )
-    found = open_model(Path(parent))
+    found = split_model(open_model(Path(parent)), space.split)
     check_parent(space, found)
     return found
 

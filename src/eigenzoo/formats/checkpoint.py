@@ -24,14 +24,16 @@ class SafetensorsModel(Model):
     """What models in one or more safetensors files have in common: reading by a tensor's name.
 
     Attributes:
+        files: the opened files by their names.
         likeness: one object for all models that are the same but for their values; None of a model of several files.
     """
 
     likeness: object | None
-    _files: Mapping[str, SafetensorsFile]
+    files: Mapping[str, SafetensorsFile]
 
-    def _take_files(self, files: Mapping[str, SafetensorsFile]) -> None:
-        self._files = files
+    def take_files(self, files: Mapping[str, SafetensorsFile]) -> None:
+        """Take opened files by their names; what they hold is what the model holds."""
+        self.files = files
         for file in files.values():
             file.kept_open = True
         if len(files) == 1:
@@ -52,14 +54,14 @@ class SafetensorsModel(Model):
 
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights, in the order of the index."""
-        return tuple(file.path for file in self._files.values())
+        return tuple(file.path for file in self.files.values())
 
     def file_of(self, name: str) -> SafetensorsFile:
         """Return the file that holds a tensor."""
         info = self.tensors.get(name)
         if info is None:
             raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
-        return self._files[info.file]
+        return self.files[info.file]
 
 
 class Checkpoint(SafetensorsModel):
@@ -88,7 +90,7 @@ class Checkpoint(SafetensorsModel):
                 check_index(entries, {shard: file.tensors for shard, file in files.items()}, self.index)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._take_files(files)
+        self.take_files(files)
 
 
 class StateDict(SafetensorsModel):
@@ -119,7 +121,7 @@ class StateDict(SafetensorsModel):
             opened = SafetensorsFile(root / file, root if self.path.is_dir() else None)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._take_files({file: opened})
+        self.take_files({file: opened})
 
 
 def _weights_of(folder: Path) -> tuple[str, str | None]:

@@ -24,6 +24,7 @@ from eigenzoo.formats.paths import inside, read_bounded
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.side_files import MAX_SIDE_BYTES
+from eigenzoo.formats.splitting import cut_model
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
 VALUE = "value"
@@ -157,7 +158,7 @@ class StoredTemplate(Template):
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged: from rest/, or, of a model in a store, what was left there."""
         if name not in self._carried:
-            return carried_values(self._at_source(), name)
+            return carried_values(cut_model(self._at_source(), self.layout.splits), name)
         file = SafetensorsFile(inside(self._root, f"rest/{self._carried[name]}.safetensors"))
         if VALUE not in file.tensors:
             raise BundleError(f"rest/{self._carried[name]}.safetensors has no tensor {VALUE!r}", where=str(self._root))

@@ -11,7 +11,9 @@ from eigenzoo.formats.lora_config import CONFIG_FILE
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
+"""Endings of files in a folder that are models; a GGUF file is found to be refused by name."""
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = f"{PICKLE_FILE}.index.json"
 
@@ -22,6 +24,15 @@ READABLE = (
 )
 
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
+
+
+def weights_stem(name: str) -> str:
+    """Return a weights file's name without its ending.
+
+    >>> weights_stem("checkpoint-3.pth.tar"), weights_stem("m.v2.safetensors")
+    ('checkpoint-3', 'm.v2')
+    """
+    return name.removesuffix(max((ending for ending in FILE_SUFFIXES if name.endswith(ending)), key=len, default=""))
 
 
 def kind_of_file(name: str) -> str | None:

@@ -5,7 +5,7 @@ A layout is stored in bundles, which others may have written: reading one checks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,10 +16,11 @@ from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, tensors_by_file
 from eigenzoo.formats.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.kinds import INDEXES
-from eigenzoo.formats.model import LoraUpdate, Model
+from eigenzoo.formats.model import LoraUpdate, Model, Parts, TensorInfo, part_name
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
+from eigenzoo.weights.splits import MAX_PARTS
 
 FORMATS = ("checkpoint", "state-dict", "lora")
 
@@ -52,12 +53,25 @@ class ModelLayout:
         files: per file the tensors in the order of their bytes.
         index: the name of a sharded checkpoint's index.
         updates: for lora, each module's factors.
+        splits: the tensors that are cut into layers of their own, which a writer joins again.
     """
 
     format: str
     files: Mapping[str, tuple[TensorLayout, ...]]
     index: str | None = None
     updates: Mapping[str, LoraUpdate] = field(default_factory=dict)
+    splits: Mapping[str, Parts] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> dict[str, TensorLayout]:
+        """Every tensor by its name, those that are cut as their parts."""
+        found = self.tensors
+        for name, parts in self.splits.items():
+            whole = found.pop(name)
+            for part, rows in parts:
+                piece = part_name(name, part)
+                found[piece] = TensorLayout(piece, whole.dtype, (rows, *whole.shape[1:]))
+        return found
 
     @property
     def tensors(self) -> dict[str, TensorLayout]:
@@ -70,7 +84,7 @@ class ModelLayout:
             module: {"key_a": update.key_a, "key_b": update.key_b, "rank": update.rank, "scale": update.scale}
             for module, update in self.updates.items()
         }
-        return {
+        document: dict[str, Any] = {
             "format": self.format,
             "index": self.index,
             "files": {
@@ -79,12 +93,15 @@ class ModelLayout:
             },
             "updates": updates,
         }
+        if self.splits:
+            document["splits"] = {name: [list(part) for part in parts] for name, parts in self.splits.items()}
+        return document
 
     @classmethod
     def from_json(cls, value: Any) -> ModelLayout:
         """Read a layout back, checking types, names and sizes; raises FormatError or UnsafePathError."""
-        if not isinstance(value, dict) or set(value) != {"format", "index", "files", "updates"}:
-            raise FormatError("not an object with exactly format, index, files and updates", where="layout")
+        if not isinstance(value, dict) or set(value) - {"splits"} != {"format", "index", "files", "updates"}:
+            raise FormatError("not an object with exactly format, index, files, updates and splits", where="layout")
         if value["format"] not in FORMATS:
             raise FormatError(f"format {str(value['format'])[:40]!r}", where="layout", rule=f"one of {FORMATS}")
         files = _files(value["files"])
@@ -97,22 +114,31 @@ class ModelLayout:
         updates = _updates(value["updates"], layout.tensors)
         if bool(updates) != (layout.format == "lora") or (layout.format == "lora" and len(files) != 1):
             raise FormatError("updates belong to a lora of one file, and a lora has some", where="layout")
-        return cls(layout.format, files, index, updates)
+        return cls(layout.format, files, index, updates, _splits(value.get("splits", {}), layout))
 
 
 def layout_of(model: Model) -> ModelLayout:
     """Describe a model as it will be written; one that was pickled is written as safetensors."""
     if isinstance(model, PickleModel):
         kind, file = model.written_as
-        listed = tuple(TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in model.tensors.values())
-        return ModelLayout(kind, {file: listed}, None, dict(model.updates))
+        listed = _written(model, model.tensors.values())
+        return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits)
     grouped = tensors_by_file(model)
-    files = {
-        file: tuple(TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in grouped.get(file, ()))
-        for file in model.metadata
-    }
+    files = {file: _written(model, grouped.get(file, ())) for file in model.metadata}
     index = model.index if isinstance(model, Checkpoint) else None
-    return ModelLayout(model.format, files, index, dict(model.updates))
+    return ModelLayout(model.format, files, index, dict(model.updates), model.splits)
+
+
+def _written(model: Model, infos: Iterable[TensorInfo]) -> tuple[TensorLayout, ...]:
+    """The tensors of one file as they are written, parts joined."""
+    whole = {part_name(name, part): name for name, parts in model.splits.items() for part, _ in parts}
+    found: dict[str, TensorLayout] = {}
+    for info in infos:
+        name, shape = whole.get(info.name, info.name), info.shape
+        if name != info.name:
+            shape = (sum(rows for _, rows in model.splits[name]), *shape[1:])
+        found[name] = TensorLayout(name, dtype_name(info.dtype), shape)
+    return tuple(found.values())
 
 
 def _files(value: Any) -> dict[str, tuple[TensorLayout, ...]]:
@@ -144,6 +170,27 @@ def _tensor(value: Any) -> TensorLayout:
         raise FormatError(f"the shape of {name[:200]!r} is no list of sizes", where="layout")
     dtype_of(dtype)
     return TensorLayout(name, dtype, tuple(shape))
+
+
+def _splits(value: Any, layout: ModelLayout) -> dict[str, Parts]:
+    """Read which tensors are cut; the parts are all of a tensor's rows, and no other tensor has their names."""
+    if not isinstance(value, dict) or (value and layout.format == "lora"):
+        raise FormatError("splits is no mapping from tensors of full weights", where="layout")
+    tensors, splits, taken = layout.tensors, {}, set(layout.tensors)
+    for name, parts in value.items():
+        where = f"layout, split of {name[:200]!r}"
+        if not isinstance(parts, list) or not 2 <= len(parts) <= MAX_PARTS:
+            raise FormatError("is no list of parts", where=where)
+        for part in parts:
+            if not isinstance(part, list) or len(part) != 2 or not isinstance(part[0], str) or type(part[1]) is not int:
+                raise FormatError("a part is not [name, rows]", where=where)
+            if part[1] < 1 or not part[0] or part_name(name, part[0]) in taken:
+                raise FormatError("a part has no rows, no name, or that of another", where=where)
+            taken.add(part_name(name, part[0]))
+        if name not in tensors or tensors[name].shape[:1] != (sum(rows for _, rows in parts),):
+            raise FormatError("the parts are not the rows of a tensor", where=where)
+        splits[name] = tuple((part, rows) for part, rows in parts)
+    return splits
 
 
 def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraUpdate]:

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eigenzoo.errors import BundleError, UnsafePathError
+from eigenzoo.errors import BundleError, UnsafePathError, UsageError
 from eigenzoo.formats.paths import relative_name
+from eigenzoo.weights.splits import parse_split
 
 SCHEMA_VERSION = 1
 
@@ -108,6 +109,14 @@ class ModelRecord(_Strict):
     carried: dict[str, ContentId]
 
 
+def _split_rule(text: str) -> str:
+    try:
+        parse_split(text)
+    except UsageError as error:
+        raise ValueError(error.what) from error
+    return text
+
+
 class _Options(BaseModel):
     """The options that growth reads again; versions may add others."""
 
@@ -117,6 +126,7 @@ class _Options(BaseModel):
     rules: dict[str, Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1)] | Literal["auto"]]
     center: Literal["models", "columns", "none", "global"]
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    split: list[Annotated[str, AfterValidator(_split_rule)]] = []
     budget: Count | None
     max_error: Energy | None
     seed: int

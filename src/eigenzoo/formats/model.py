@@ -35,6 +35,15 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+Parts = tuple[tuple[str, int], ...]
+"""The parts that a tensor is cut into along its outputs, in order: their names and numbers of rows."""
+
+
+def part_name(tensor: str, part: str) -> str:
+    """Return what a part of a tensor is called."""
+    return f"{tensor}.{part}"
+
+
 @dataclass(frozen=True)
 class LoraUpdate:
     """Where the two factors of one LoRA update lie: ΔW = scale · B · A, with A (rank, inputs), B (outputs, rank).
@@ -64,6 +73,7 @@ class Model(ABC):
         ignored_files: the files that are seen and not carried.
         warnings: what opening it decided and a reader of any result must know.
         config: an adapter's config; None for full weights.
+        splits: the tensors of the files that are cut into parts (`formats.splitting`), whose names are among `tensors`.
     """
 
     format: ClassVar[str]
@@ -76,6 +86,7 @@ class Model(ABC):
     ignored_files: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
+    splits: Mapping[str, Parts] = MappingProxyType({})
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

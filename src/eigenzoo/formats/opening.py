@@ -9,7 +9,7 @@ from pathlib import Path
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
 from eigenzoo.formats.foreign import refuse_foreign
-from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
+from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder, read_start
@@ -84,7 +84,7 @@ def _found(path: Path) -> str:
     names = list_folder(path)
     if not names:
         return "an empty folder"
-    weights = sum(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in names)
+    weights = sum(name.endswith(FILE_SUFFIXES) for name in names)
     if weights > 1:
         return f"a folder with {weights} weight files, which are several models (open them one by one, or as a zoo)"
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -74,7 +74,7 @@ class LoraAdapter(SafetensorsModel):
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
         self._updates = found.updates
-        self._take_files({WEIGHTS_FILE: file})
+        self.take_files({WEIGHTS_FILE: file})
         self.likeness = found
 
     @property
@@ -108,7 +108,7 @@ class PickleAdapter(PickleModel):
             self.side_files, self.ignored_files = list_side_files(self.path, frozenset({PICKLE_FILE, CONFIG_FILE}))
             state = load_pickle(inside(self.path, PICKLE_FILE))
             check_tensors(state)
-            self._take(dict(state), dict.fromkeys(state, PICKLE_FILE), self.path)
+            self.take(dict(state), dict.fromkeys(state, PICKLE_FILE), self.path)
             self._updates = MappingProxyType(find_updates(self.tensors, config))
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__

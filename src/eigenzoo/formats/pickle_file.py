@@ -18,7 +18,7 @@ from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.checkpoint import check_index, read_index
 from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.foreign import refuse_foreign
-from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, pickle_names
+from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, pickle_names, weights_stem
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, list_folder
 from eigenzoo.formats.pickle_contents import check_tensors, state_dict_of
@@ -34,16 +34,17 @@ class PickleModel(Model):
     """What models in pickles have in common: tensors by name, from one file or from shards.
 
     Attributes:
+        state: the tensors by name.
         written_as: the format and the file name that a rebuilt model is written in, which is safetensors.
     """
 
     written_as: tuple[str, str]
-    _state: dict[str, Tensor]
+    state: dict[str, Tensor]
     _files: tuple[Path, ...]
 
-    def _take(self, state: dict[str, Tensor], holders: Mapping[str, str], folder: Path) -> None:
+    def take(self, state: dict[str, Tensor], holders: Mapping[str, str], folder: Path) -> None:
         """Take the tensors of a state dict; `holders` says which file has which."""
-        self._state = state
+        self.state = state
         self.tensors = MappingProxyType({name: _info(name, tensor, holders[name]) for name, tensor in state.items()})
         files = tuple(dict.fromkeys(holders.values()))
         self._files = tuple(folder / file for file in files)
@@ -70,7 +71,7 @@ class PickleModel(Model):
         return self._files
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = self._state.get(name)
+        tensor = self.state.get(name)
         if tensor is None:
             raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
         return tensor
@@ -87,7 +88,7 @@ class PickleStateDict(PickleModel):
     def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
         self.path = Path(path)
         folder = self.path.is_dir()
-        self.name = self.path.resolve().name if folder else self.path.stem
+        self.name = self.path.resolve().name if folder else weights_stem(self.path.name)
         self.written_as = ("checkpoint", "model.safetensors") if folder else ("state-dict", f"{self.name}.safetensors")
         self.side_files, self.ignored_files = (), ()
         try:
@@ -103,7 +104,7 @@ class PickleStateDict(PickleModel):
                 loaded = load_pickle(inside(self.path, file) if folder else self.path)
                 state, self.warnings = state_dict_of(loaded)
                 holders = dict.fromkeys(state, file)
-            self._take(state, holders, self.path if folder else self.path.parent)
+            self.take(state, holders, self.path if folder else self.path.parent)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
 

@@ -6,6 +6,7 @@ stays bounded whatever the size of the zoo. Nothing is held open between two rea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -20,7 +21,7 @@ from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.paths import inside, relative_to
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.remote.values import fetch_values
-from eigenzoo.formats.safetensors_header import read_header
+from eigenzoo.formats.safetensors_header import HeaderContents, read_header
 from eigenzoo.formats.tensor_bytes import check_out, read_values
 
 
@@ -80,6 +81,12 @@ class SafetensorsFile:
         with self._opened() as file:
             read_values(file, position, dtype, out, self._where(name))
         return out
+
+    def seen_as(self, contents: HeaderContents) -> SafetensorsFile:
+        """Return the same file under another view of its contents: other names, or parts of tensors."""
+        seen = copy.copy(self)
+        seen.contents, seen.tensors = contents, contents.tensors
+        return seen
 
     def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
         """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""

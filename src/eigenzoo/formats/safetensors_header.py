@@ -44,11 +44,13 @@ class HeaderContents:
         tensors: in the order of their bytes.
         places: of each tensor its first byte in the file, and its number of values.
         metadata: the strings besides.
+        made_of: what these contents are another view of: a view is known for as long as what it shows.
     """
 
     tensors: Mapping[str, TensorInfo]
     places: Mapping[str, tuple[int, int]]
     metadata: Mapping[str, str]
+    made_of: HeaderContents | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from eigenzoo.subspace.storage import (
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.subspace.work import Work, work_folder
 from eigenzoo.subspace.workers import Workers, opened_workers
+from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -216,7 +217,7 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
         axes=list(options.axes),
         center=options.center,
         dtype=options.dtype,
-        options=plain(options),
+        options={**plain(options), **split_options(zoo.selection.split)},
         base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
         layers=[
             layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()
@@ -226,6 +227,11 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
         report=_report(zoo, options, fitted, collected, folder, models, started).to_dict(),
         files={},
     )
+
+
+def split_options(rules: Sequence[SplitRule]) -> dict[str, list[str]]:
+    """What a manifest's options say of fused weights that are cut; nothing where none is."""
+    return {"split": [str(rule) for rule in rules]} if rules else {}
 
 
 def _captured(fitted: FittedLayer, moments: LayerMoments, outside_N: Tensor) -> float:

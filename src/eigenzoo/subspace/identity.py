@@ -30,7 +30,18 @@ class ZooIdentity:
         """Key of one layer under a choice of what is done with it."""
         layer = self._zoo.layers[name]
         return digest(
-            [*VERSIONS, self.files, self._zoo.view, name, layer.shape, layer.dtype, self._zoo.keys(name), *details]
+            [
+                *VERSIONS,
+                self.files,
+                self._zoo.view,
+                name,
+                layer.shape,
+                layer.dtype,
+                self._zoo.keys(name),
+                # The same name and shape may be other rows.
+                *map(str, self._zoo.selection.split),
+                *details,
+            ]
         )
 
     def whole(self, *details: object) -> str:

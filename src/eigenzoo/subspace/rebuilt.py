@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eigenzoo.errors import BundleError, EigenzooError
 from eigenzoo.formats.contents import Template
-from eigenzoo.formats.model import Model
+from eigenzoo.formats.layout import ModelLayout
+from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.opening import is_only_a_model
 from eigenzoo.formats.output import new_folder
 from eigenzoo.formats.remote.address import shown_url
@@ -80,10 +81,16 @@ class RebuiltModel:
         write_checkpoint(folder, template.layout, self._read, metadata=template.metadata, side_files=side_files)
 
     def _read(self, name: str) -> Tensor:
-        """Read one tensor of the rebuilt checkpoint, in the dtype of its layout."""
+        """Read one tensor of the rebuilt checkpoint, in the dtype of its layout; one that was cut is joined of its parts."""
+        layout = self._template.layout
+        if name in layout.splits:
+            return torch.cat([self._read_piece(part_name(name, part), layout) for part, _ in layout.splits[name]])
+        return self._read_piece(name, layout)
+
+    def _read_piece(self, name: str, layout: ModelLayout) -> Tensor:
         if name not in self._layers:
             return self._carried(name)
-        return cast_to(self._template.layout.tensors[name], self.exact(name))
+        return cast_to(layout.pieces[name], self.exact(name))
 
     def exact(self, name: str) -> Tensor:
         """Return one layer's weight in float64 before it is rounded to the files' dtype; with view `delta`, base included."""
@@ -154,7 +161,7 @@ class RebuiltModel:
 def check_layout(layers: Mapping[str, LayerBasis], coefficients: Coefficients) -> None:
     """Raise unless the model's files have every layer in its shape: before any of it is computed."""
     layout = coefficients.template.layout
-    tensors = {name: tensor.shape for name, tensor in layout.tensors.items()}
+    tensors = {name: tensor.shape for name, tensor in layout.pieces.items()}
     shapes = {**tensors, **{module: update.shape for module, update in layout.updates.items()}}
     for module, update in layout.updates.items():
         shapes |= {f"{module}.lora_A": tensors[update.key_a], f"{module}.lora_B": tensors[update.key_b]}

@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle import StoredCoefficients, write_coefficients
 from eigenzoo.formats.manifest import Manifest, ModelRecord
-from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
+from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo, part_name
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.source_records import Relocation
@@ -32,13 +32,20 @@ class RecalledModel(Model):
     def __init__(self, coefficients: Coefficients, rebuilt: RebuiltModel, path: Path) -> None:
         self._rebuilt, self._template = rebuilt, coefficients.template
         layout = self._template.layout
+        pieces = layout.pieces
         self.name, self.path = coefficients.name, path
         self._held_updates = frozenset(coefficients.values)
         self.tensors = {
             tensor.name: TensorInfo(tensor.name, tensor.torch_dtype, tensor.shape, file)
             for file, tensors in layout.files.items()
-            for tensor in tensors
+            for whole in tensors
+            for tensor in (
+                [pieces[part_name(whole.name, part)] for part, _ in layout.splits[whole.name]]
+                if whole.name in layout.splits
+                else [whole]
+            )
         }
+        self.splits = layout.splits
         self.metadata = self._template.metadata
         self.side_files, self.ignored_files = self._template.side_files, ()
         self._updates = {

@@ -30,6 +30,7 @@ from eigenzoo.formats.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection, basis_faults
 from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
@@ -46,6 +47,7 @@ from eigenzoo.subspace.storage import (
     split_coefficients,
 )
 from eigenzoo.subspace.workers import opened_workers
+from eigenzoo.weights.splits import SplitRule, parse_split
 from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
@@ -75,7 +77,8 @@ class Subspace:
     ) -> None:
         self.path, self.manifest = path, manifest
         self.checksums = manifest.files if checksums is None else checksums
-        self._base, self._keep = base, keep
+        self._base = None if base is None else split_model(base, self.split)
+        self._keep = keep
         if keep is not None:
             weakref.finalize(self, keep.cleanup)
 
@@ -86,6 +89,11 @@ class Subspace:
     def view(self) -> str:
         """How a layer becomes a matrix."""
         return self.manifest.view
+
+    @property
+    def split(self) -> tuple[SplitRule, ...]:
+        """The rules by which fused weights are cut into layers of their own, of the zoo and of every model that is opened."""
+        return tuple(parse_split(rule) for rule in self.manifest.options.get("split", []))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -230,7 +238,7 @@ class Subspace:
                     rule="view 'delta' adds its layers to the base",
                     next_step="name the base with base=… or --base",
                 )
-            self._base = open_model(path)
+            self._base = split_model(open_model(path), self.split)
             self._check_base(self._base)
         return self._base
 
@@ -245,7 +253,7 @@ class Subspace:
         What the models have besides is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
-        selection = Selection(self.view, only=frozenset(self.layers))
+        selection = Selection(self.view, only=frozenset(self.layers), split=self.split)
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
         if base is not None and isinstance(found, Zoo) and found.base is not None:
             self._check_base(found.base)

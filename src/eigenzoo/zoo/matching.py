@@ -18,6 +18,7 @@ from eigenzoo.errors import MismatchError, ZooError
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import is_task_head, role
+from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
 
 EXCLUDED = "excluded"
@@ -26,13 +27,15 @@ EXCLUDED = "excluded"
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user asked to see of a zoo: the view, layer globs (matched on names and on roles), and leniency."""
+    """What a user asked to see of a zoo: the view, layer globs (matched on names and on roles), leniency, and fused weights
+    that are cut into layers of their own."""
 
     view: str
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_missing: bool = False
     only: frozenset[str] | None = None
+    split: tuple[SplitRule, ...] = ()
 
     def excludes(self, layer: str) -> bool:
         """Tell whether the globs leave a layer out; `only` names layers to the letter."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
-from eigenzoo.formats.kinds import PICKLE_SUFFIXES
+from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
 from eigenzoo.formats.remote import is_url, remote_url
 from eigenzoo.formats.remote.address import local_path, shown_url
@@ -24,9 +24,6 @@ Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
 MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
-
-WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
-"""Endings of files in a folder that are models; a GGUF file is found to be refused by name."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def _in_folder(folder: Path, depth: int) -> list[Path]:
                 found.append(child)
             elif depth > 1 and not child.is_symlink() and not is_bundle(child):
                 found.extend(_in_folder(child, depth - 1))
-        elif child.suffix in WEIGHT_SUFFIXES:
+        elif child.name.endswith(FILE_SUFFIXES):
             found.append(child)
     return found
 
@@ -139,7 +136,7 @@ def _in_glob(pattern: str) -> list[Path]:
     for name in sorted(glob.glob(pattern, recursive=True), key=_natural):
         path = Path(name)
         if not path.name.startswith((".", "_")) and (
-            is_model(path) if path.is_dir() else path.suffix in WEIGHT_SUFFIXES
+            is_model(path) if path.is_dir() else path.name.endswith(FILE_SUFFIXES)
         ):
             found.append(path)
     return found
@@ -173,18 +170,14 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def name_models(paths: list[Path]) -> list[str]:
     """Name models by their folder or file; where two agree, by the path below their common folder."""
-    stems = [path.stem if path.suffix in WEIGHT_SUFFIXES else _folder_name(path) for path in paths]
+    stems = [weights_stem(path.name) if path.name.endswith(FILE_SUFFIXES) else _folder_name(path) for path in paths]
     repeated = {stem for stem, count in Counter(stems).items() if count > 1}
     if not repeated:
         return stems
     resolved = [_whole_path(path) for path in paths]
     common = Path(os.path.commonpath([path.parent for path in resolved]))
     return [
-        path.relative_to(common).with_suffix("").as_posix()
-        if stem in repeated and path.suffix in WEIGHT_SUFFIXES
-        else path.relative_to(common).as_posix()
-        if stem in repeated
-        else stem
+        weights_stem(path.relative_to(common).as_posix()) if stem in repeated else stem
         for path, stem in zip(resolved, stems, strict=True)
     ]
 

@@ -20,7 +20,9 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
+from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
 from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.layers import default_view, layer_sources
@@ -53,8 +55,9 @@ class Zoo:
         base: Model | None = None,
         skipped: Sequence[SkippedModel] = (),
     ) -> None:
-        self.models, self.names = tuple(models), tuple(names)
-        self.selection, self.base, self.skipped = selection, base, tuple(skipped)
+        self.models, self.names = tuple(split_model(model, selection.split) for model in models), tuple(names)
+        self.base = None if base is None else split_model(base, selection.split)
+        self.selection, self.skipped = selection, tuple(skipped)
         if selection.view == "delta" and base is None:
             raise UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
@@ -62,7 +65,7 @@ class Zoo:
             raise ZooError(
                 f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique"
             )
-        self._match: Match = match_models(self.models, self.names, selection, base)
+        self._match: Match = match_models(self.models, self.names, selection, self.base)
         self.warnings = tuple(_warnings(self.models, self.names))
 
     def __reduce__(self) -> tuple[Callable[[ZooSource], Zoo], tuple[ZooSource]]:
@@ -149,6 +152,7 @@ class Zoo:
             self.selection.exclude if exclude is None else tuple(exclude),
             self.selection.allow_missing,
             self.selection.only if view is None and include is None and exclude is None else None,
+            self.selection.split,
         )
         places = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(
@@ -249,6 +253,7 @@ def open_zoo(
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    split: Sequence[str] = (),
     allow_missing: bool = False,
     allow_pickle: bool = False,
     progress: Progress = no_progress,
@@ -262,19 +267,22 @@ def open_zoo(
             for adapters, `delta` where a base is given, else `weight`.
         base: the checkpoint that view `delta` subtracts.
         include, exclude: globs of layer names or roles; what is excluded is carried unchanged.
+        split: rules that cut fused weights into layers of their own, such as `"*.attn.qkv.*=q,k,v"` (docs/formats.md); a
+            rule that matches nothing, or does not divide the outputs, is an error.
         allow_missing: skip models that cannot be read and layers that some models lack, and count them.
         allow_pickle: read torch's .pt and .bin files too (only tensors are unpickled).
 
     Raises:
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
+    rules = tuple(parse_split(rule) for rule in ([split] if isinstance(split, str) else split))
     with seldom_collecting():
         models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
     base_model = open_model(os.fspath(base), allow_pickle=allow_pickle) if base is not None else None
     chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
     if chosen != "delta" and base_model is not None:
         raise UsageError(f"a base is given with view {chosen!r}", rule="only view 'delta' subtracts a base")
-    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing)
+    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing, split=rules)
     return Zoo(models, names, selection, base_model, skipped)
 
 

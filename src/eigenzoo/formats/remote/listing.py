@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from eigenzoo.errors import EigenzooError, UnsafePathError
 from eigenzoo.formats.foreign import FOREIGN_NAMES
-from eigenzoo.formats.kinds import INDEXES, PICKLE_SUFFIXES
+from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.remote.address import Address, below, connect, find_address, protocol_of, shown_url
@@ -21,7 +21,6 @@ from eigenzoo.formats.side_files import SIDE_FILES
 ATTEMPTS = 3
 """Attempts to reach a store at first: a name that is mistyped should be told soon."""
 
-FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
 BUNDLE_FILE = "manifest.json"
 
 # Stores that keep names and no folders: all names below a prefix are one listing, whatever their depth.
