@@ -11,16 +11,22 @@ from eigenzoo.formats.lora_config import CONFIG_FILE
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)
+MODEL_INDEX = "model_index.json"
+"""What a diffusers pipeline is made of."""
+
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
 """Endings of files in a folder that are models; a GGUF file is found to be refused by name."""
 PICKLE_FILE = "pytorch_model.bin"
+DIFFUSION_PICKLE = "diffusion_pytorch_model.bin"
+"""The oldest pipelines are one network, whose weights lie beside the index."""
+
 PICKLE_INDEX = f"{PICKLE_FILE}.index.json"
 
 READABLE = (
     f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
-    "index with the shards), a .safetensors file or a folder with exactly one, and with --allow-pickle "
-    f"{', '.join(PICKLE_SUFFIXES)}"
+    f"index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "
+    f"with exactly one, and with --allow-pickle {', '.join(PICKLE_SUFFIXES)}"
 )
 
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
@@ -50,6 +56,8 @@ def kind_of_folder(names: Collection[str]) -> str | None:
         return "adapter"
     if any(name in names for name in (*WEIGHTS, *INDEXES)):
         return "checkpoint"
+    if MODEL_INDEX in names and DIFFUSION_PICKLE not in names:
+        return "pipeline"
     if any(_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
         return "shards"
     found = [name for name in names if name.endswith(".safetensors")]

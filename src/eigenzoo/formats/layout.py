@@ -22,7 +22,7 @@ from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
 from eigenzoo.weights.splits import MAX_PARTS
 
-FORMATS = ("checkpoint", "state-dict", "lora")
+FORMATS = ("checkpoint", "state-dict", "lora", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelLayout:
     """The files of a model and what lies in each, in order.
 
     Attributes:
-        format: checkpoint, state-dict or lora.
+        format: checkpoint, state-dict, lora or pipeline.
         files: per file the tensors in the order of their bytes.
         index: the name of a sharded checkpoint's index.
         updates: for lora, each module's factors.
@@ -61,6 +61,10 @@ class ModelLayout:
     index: str | None = None
     updates: Mapping[str, LoraUpdate] = field(default_factory=dict)
     splits: Mapping[str, Parts] = field(default_factory=dict)
+
+    def prefix(self, file: str) -> str:
+        """What names have before those in the file: the component, of a pipeline; else nothing."""
+        return f"{file.partition('/')[0]}." if self.format == "pipeline" else ""
 
     @property
     def pieces(self) -> dict[str, TensorLayout]:
@@ -108,7 +112,9 @@ class ModelLayout:
         index = value["index"]
         if index is not None and index not in INDEXES:
             raise FormatError("the index has no name of an index", where="layout", rule=f"it is one of {INDEXES}")
-        if index is None and value["format"] != "lora" and len(files) > 1:
+        if value["format"] == "pipeline":
+            _check_components(files, index)
+        elif index is None and value["format"] != "lora" and len(files) > 1:
             raise FormatError("several files without an index", where="layout")
         layout = cls(value["format"], files, index)
         updates = _updates(value["updates"], layout.tensors)
@@ -158,6 +164,17 @@ def _files(value: Any) -> dict[str, tuple[TensorLayout, ...]]:
     if len(names) > MAX_TENSORS:
         raise FormatError(f"{len(names)} tensors", where="layout", rule=f"at most {MAX_TENSORS}")
     return files
+
+
+def _check_components(files: Mapping[str, tuple[TensorLayout, ...]], index: str | None) -> None:
+    """Check that a pipeline's files lie in the folders of components, whose names their tensors have before their own."""
+    for file, tensors in files.items():
+        component, _, name = file.partition("/")
+        if index is not None or not component.isidentifier() or not name or "/" in name:
+            raise FormatError(f"{file[:100]!r} is no file of a component", where="layout")
+        for tensor in tensors:
+            if not tensor.name.startswith(f"{component}.") or tensor.name == f"{component}.":
+                raise FormatError(f"tensor {tensor.name[:200]!r} is in {file[:100]!r}", where="layout")
 
 
 def _tensor(value: Any) -> TensorLayout:

@@ -15,6 +15,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder, read_start
 from eigenzoo.formats.peft_lora import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
 from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.pipeline import Pipeline
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.mirror import mirror_url
 from eigenzoo.formats.remote.record import by_url
@@ -39,6 +40,7 @@ def _open(path: Path, allow_pickle: bool) -> Model:
     openers: dict[str, Callable[[], Model]] = {
         "adapter": lambda: _adapter(path, allow_pickle),
         "checkpoint": lambda: Checkpoint(path),
+        "pipeline": lambda: Pipeline(path),
         "state-dict": lambda: StateDict(path),
         "pickle": lambda: PickleStateDict(path, allow_pickle=allow_pickle),
     }
@@ -63,10 +65,15 @@ def is_model(path: str | Path) -> bool:
 
 def is_only_a_model(folder: Path) -> bool:
     """Tell whether a folder is a model and nothing else, so that replacing it removes nobody's other files."""
-    return is_model(folder) and all(
-        path.is_file() and (path.suffix == ".safetensors" or path.name in {*SIDE_FILES, *INDEXES, CONFIG_FILE})
-        for path in folder.iterdir()
-    )
+    if not is_model(folder):
+        return False
+    inner = [path for path in folder.iterdir() if path.is_dir()] if _kind(folder) == "pipeline" else []
+    return all(_is_of_a_model(path) for place in (folder, *inner) for path in place.iterdir() if path not in inner)
+
+
+def _is_of_a_model(path: Path) -> bool:
+    known = {*SIDE_FILES, *INDEXES, CONFIG_FILE}
+    return path.is_file() and (path.suffix == ".safetensors" or path.name in known)
 
 
 def _kind(path: Path) -> str | None:

@@ -28,6 +28,7 @@ SIDE_FILES = frozenset(
         "merges.txt",
         "chat_template.jinja",
         "model_index.json",
+        "scheduler_config.json",
     }
 )
 

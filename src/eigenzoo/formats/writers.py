@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError, OutputError, UsageError
 from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.layout import ModelLayout, TensorLayout, layout_of
 from eigenzoo.formats.lora_config import CONFIG_FILE, check_config, merged_config
 from eigenzoo.formats.model import LoraUpdate
@@ -48,20 +50,29 @@ def write_checkpoint(
         metadata: per file the header's string metadata; `{"format": "pt"}` where a file has none.
         side_files: contents by name, of known names only. The index is written anew unless it is among them.
     """
-    if layout.format not in ("checkpoint", "state-dict"):
+    if layout.format not in ("checkpoint", "state-dict", "pipeline"):
         raise UsageError(f"a layout of format {layout.format!r}", rule="full weights are written")
     side_files = _checked_side_files(side_files or {}, layout)
     for file, tensors in layout.files.items():
         target = folder / relative_name(file)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot be made ({error.strerror})", where=str(target.parent)) from error
-        write_tensors(target, tensors, read, (metadata or {}).get(file) or DEFAULT_METADATA)
+        _make_parent(target)
+        _write_file(target, tensors, layout.prefix(file), read, (metadata or {}).get(file) or DEFAULT_METADATA)
     if layout.index is not None and layout.index not in side_files:
         _write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
     for name, data in side_files.items():
         _write_bytes(folder / name, data)
+
+
+def _write_file(
+    path: Path,
+    tensors: Sequence[TensorLayout],
+    prefix: str,
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write one file, whose names lack the prefix that `read` knows them by."""
+    named = [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors] if prefix else tensors
+    write_tensors(path, named, lambda name: read(prefix + name), metadata)
 
 
 def write_lora(
@@ -177,19 +188,30 @@ def _padded(update: LoraUpdate, factor_b: Tensor, factor_a: Tensor, rank: int) -
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
     """Only known names are written: a bundle that others made must not place files of its choice."""
     for name, data in side_files.items():
-        if name == layout.index:
+        component, slash, last = name.rpartition("/")
+        if slash and not (layout.format == "pipeline" and component.isidentifier()):
+            raise FormatError(
+                f"{name[:100]!r} is no known side file", rule="only a pipeline has folders, one per component"
+            )
+        if name == layout.index or (component and last in INDEXES):
             entries = parse_json(data, where=name).get("weight_map")
-            if entries != _weight_map(layout):
+            if entries != _weight_map(layout, component):
                 raise FormatError("its weight_map does not fit the files that are written", where=name[:100])
-        elif name not in SIDE_FILES:
+        elif last not in SIDE_FILES:
             raise FormatError(
                 f"{name[:100]!r} is no known side file", rule=f"known are {', '.join(sorted(SIDE_FILES))}"
             )
     return side_files
 
 
-def _weight_map(layout: ModelLayout) -> dict[str, str]:
-    return {tensor.name: file for file, tensors in layout.files.items() for tensor in tensors}
+def _weight_map(layout: ModelLayout, component: str = "") -> dict[str, str]:
+    """What the index says: in which file each tensor is; of a pipeline, that of one of its components."""
+    return {
+        tensor.name.removeprefix(layout.prefix(file)): file.removeprefix(f"{component}/")
+        for file, tensors in layout.files.items()
+        for tensor in tensors
+        if not component or file.startswith(f"{component}/")
+    }
 
 
 def _index_bytes(layout: ModelLayout) -> bytes:
@@ -198,7 +220,15 @@ def _index_bytes(layout: ModelLayout) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made ({error.strerror})", where=str(path.parent)) from error
+
+
 def _write_bytes(path: Path, data: bytes) -> None:
+    _make_parent(path)
     try:
         with path.open("xb") as file:
             file.write(data)

@@ -163,6 +163,13 @@ def _refuse(plan: _Plan) -> None:
             rule="pickles can run code and are read from this machine only, with permission",
             next_step="download it and pass --allow-pickle (allow_pickle=True), or convert it to safetensors",
         )
+    if plan.kind == "pipeline":
+        raise UnsupportedError(
+            "a diffusers pipeline at a remote place",
+            where=plan.url,
+            rule="of pipelines, single components are read from URLs",
+            next_step=f"name the folder of one ({plan.url}/unet), or download the pipeline",
+        )
     if plan.kind is None:
         raise FormatError("no model here", where=plan.url, rule="read from URLs are safetensors models and adapters")
 
