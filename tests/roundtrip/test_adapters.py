@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -271,6 +272,13 @@ def test_embeddings_and_convolutions_answer_as_the_originals(tmp_path: Path, cas
     space = ez.fit(tmp_path / "zoo", rank=1.0)
     for name, expected in answers.items():
         assert_same_answers(kind, space.rebuild(name).save(tmp_path / name), expected, logits(make(kind), kind))
+    copy = shutil.copytree(tmp_path / "zoo" / "a1", tmp_path / "copy")
+    coefficients = space.project(copy)
+    assert coefficients.residual < 1e-10
+    folder = space.rebuild(coefficients).save(tmp_path / "projected")
+    assert_same_answers(kind, folder, answers["a1"], logits(make(kind), kind))
+    peft = add_adapter(make(kind), 9, r=2, lora_alpha=4, **settings)
+    assert space.project(save_adapter(peft, tmp_path / "foreign")).residual > 0.3
 
 
 def test_bfloat16_adapters_stay_bfloat16(tmp_path: Path) -> None:

@@ -122,6 +122,24 @@ def test_the_index_of_pickled_shards_is_checked(tmp_path: Path) -> None:
         ez.open_zoo([folder], allow_pickle=True)
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_a_bare_state_dict_keeps_its_kind_and_its_name(tmp_path: Path, ending: str) -> None:
+    """Files of torch modules, safe or pickled: what comes back is a safetensors file that the module loads strictly."""
+    (tmp_path / "zoo").mkdir()
+    for number in range(3):
+        state = make_finetune("resnet", number).state_dict()
+        file = tmp_path / "zoo" / f"m.{number}{ending}"
+        save_file(state, file) if ending == ".safetensors" else torch.save(state, file)
+    space = ez.fit(ez.open_zoo(tmp_path / "zoo", allow_pickle=True), rank=1.0)
+    assert space.names == ("m.0", "m.1", "m.2")
+    folder = space.rebuild("m.1").save(tmp_path / "out")
+    assert [path.name for path in folder.iterdir()] == ["m.1.safetensors"]
+    model = make("resnet")
+    model.load_state_dict(load_file(folder / "m.1.safetensors"), strict=True)
+    expected = logits(make_finetune("resnet", 1), "resnet")
+    torch.testing.assert_close(logits(model, "resnet"), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_safetensors_beside_a_pickle_are_what_is_read(tmp_path: Path, adapter_zoo: Callable) -> None:
     """No permission is needed, and the pickle, which is none, is never looked at."""
     source = adapter_zoo("llama").path("a0")

@@ -96,7 +96,7 @@ def test_a_bundle_grows_by_its_rule(
     if gone:
         shutil.rmtree(zoo)
     grown = ez.load(space.add(tmp_path / "unseen", refresh=refresh).save(tmp_path / "grown"))
-    assert grown.split == space.split
+    assert grown.manifest.split == space.manifest.split
     assert grown.report["growth"]["exact"] is not gone
     for place, name in enumerate(["m0", "m1", "m2", "m3", "unseen"]):
         assert_equal(grown.rebuild(name).save(tmp_path / f"out-{name}"), stacks, place)

@@ -79,4 +79,4 @@ def test_qkv_of_timm_are_three_layers_by_rule_and_one_without(zoos: Path) -> Non
     assert whole.layers[name].shape == (72, 24)
     assert [cut.layers[f"{name}.{part}"].shape for part in "qkv"] == [(24, 24)] * 3
     assert name not in cut.layers
-    assert ez.load(zoos / "timm-hub" / "bundle").split == tuple(cut.selection.split)
+    assert ez.load(zoos / "timm-hub" / "bundle").manifest.split == tuple(cut.selection.split)

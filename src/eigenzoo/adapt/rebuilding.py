@@ -68,7 +68,7 @@ def rebuild(
         return rebuilt
     if space.view == "update":
         return _Change(name, space.layers, found.values, filled, space.view, lambda: _nothing(name))
-    trained = split_model(open_model(os.fspath(model)), space.split) if model is not None else space.base
+    trained = split_model(open_model(os.fspath(model)), space.manifest.split) if model is not None else space.base
     if trained is None:
         raise UsageError(
             "was trained from start zero, as a change of a model's weights",

@@ -173,7 +173,7 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
             rule=f"there the models' parent is {whose}",
             next_step="leave the parent out",
         )
-    found = split_model(open_model(Path(parent)), space.split)
+    found = split_model(open_model(Path(parent)), space.manifest.split)
     check_parent(space, found)
     return found
 

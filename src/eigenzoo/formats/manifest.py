@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from eigenzoo.errors import BundleError, UnsafePathError, UsageError
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.weights.splits import parse_split
+from eigenzoo.weights.splits import SplitRule, parse_split
 
 SCHEMA_VERSION = 1
 
@@ -187,6 +187,11 @@ class Manifest(_Strict):
     discarded: dict[str, Energy]
     report: Annotated[dict[str, Any], AfterValidator(_known_report)]
     files: dict[FileName, FileRecord]
+
+    @property
+    def split(self) -> tuple[SplitRule, ...]:
+        """The rules by which fused weights are cut into layers of their own, of the zoo and of every model that is opened."""
+        return tuple(parse_split(rule) for rule in self.options.get("split", []))
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

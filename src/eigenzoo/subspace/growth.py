@@ -119,7 +119,7 @@ def _was_exact(space: Subspace) -> bool:
 
 def _selection(space: Subspace) -> Selection:
     """The subspace's layers and no others, whatever else the models have."""
-    return Selection(space.view, only=frozenset(space.layers), split=space.split)
+    return Selection(space.view, only=frozenset(space.layers), split=space.manifest.split)
 
 
 def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:

@@ -39,15 +39,8 @@ from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.subspace.saving import save
 from eigenzoo.subspace.source_records import is_at_hand
-from eigenzoo.subspace.storage import (
-    identify,
-    num_held,
-    read_basis,
-    read_moments,
-    split_coefficients,
-)
+from eigenzoo.subspace.storage import identify, num_held, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.workers import opened_workers
-from eigenzoo.weights.splits import SplitRule, parse_split
 from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
@@ -77,7 +70,7 @@ class Subspace:
     ) -> None:
         self.path, self.manifest = path, manifest
         self.checksums = manifest.files if checksums is None else checksums
-        self._base = None if base is None else split_model(base, self.split)
+        self._base = None if base is None else split_model(base, self.manifest.split)
         self._keep = keep
         if keep is not None:
             weakref.finalize(self, keep.cleanup)
@@ -89,11 +82,6 @@ class Subspace:
     def view(self) -> str:
         """How a layer becomes a matrix."""
         return self.manifest.view
-
-    @property
-    def split(self) -> tuple[SplitRule, ...]:
-        """The rules by which fused weights are cut into layers of their own, of the zoo and of every model that is opened."""
-        return tuple(parse_split(rule) for rule in self.manifest.options.get("split", []))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -238,7 +226,7 @@ class Subspace:
                     rule="view 'delta' adds its layers to the base",
                     next_step="name the base with base=… or --base",
                 )
-            self._base = split_model(open_model(path), self.split)
+            self._base = split_model(open_model(path), self.manifest.split)
             self._check_base(self._base)
         return self._base
 
@@ -253,7 +241,7 @@ class Subspace:
         What the models have besides is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
-        selection = Selection(self.view, only=frozenset(self.layers), split=self.split)
+        selection = Selection(self.view, only=frozenset(self.layers), split=self.manifest.split)
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
         if base is not None and isinstance(found, Zoo) and found.base is not None:
             self._check_base(found.base)

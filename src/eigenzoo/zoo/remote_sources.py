@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from eigenzoo.errors import EigenzooError, UnsupportedError, ZooError
-from eigenzoo.formats.kinds import kind_of_folder
+from eigenzoo.formats.kinds import FILE_SUFFIXES, kind_of_folder
 from eigenzoo.formats.remote.address import shown_url, split_glob
-from eigenzoo.formats.remote.listing import BUNDLE_FILE, FILE_SUFFIXES, Entry, Folder, entries_matching, list_urls
+from eigenzoo.formats.remote.listing import BUNDLE_FILE, Entry, Folder, entries_matching, list_urls
 from eigenzoo.formats.remote.mirror import MODEL_DEPTH
 
 Key = Callable[[str], list[tuple[int, int, str]]]
