@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from eigenzoo.subspace.plan import plan
     from eigenzoo.subspace.rebuilt import RebuiltModel
     from eigenzoo.subspace.subspace import Subspace, load
+    from eigenzoo.zoo.adapter_verifying import verify_adapter
     from eigenzoo.zoo.inspection import inspect
     from eigenzoo.zoo.zoo import Zoo, open_zoo
 
@@ -69,6 +70,7 @@ _HOMES = {
     "load": "subspace.subspace",
     "open_zoo": "zoo.zoo",
     "plan": "subspace.plan",
+    "verify_adapter": "zoo.adapter_verifying",
     **dict.fromkeys(_ERRORS, "errors"),
 }
 
@@ -98,6 +100,7 @@ __all__ = [
     "load",
     "open_zoo",
     "plan",
+    "verify_adapter",
 ]
 
 

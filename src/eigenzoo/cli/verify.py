@@ -1,45 +1,140 @@
-"""`eigenzoo verify BUNDLE`: whether a bundle is whole."""
+"""`eigenzoo verify PATH`: whether a bundle is whole, and whether an adapter takes effect on its base."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import print_json, say
+from eigenzoo.cli.console import print_json, print_table, say
+from eigenzoo.errors import EigenzooError, UsageError
+
+if TYPE_CHECKING:
+    from eigenzoo.formats.model import Model
+    from eigenzoo.zoo.verification import Loader, Verification
 
 
-def command(bundle: options.BundleArgument, json: options.Json = False) -> None:
-    """Check checksums, unknown files, finiteness, orthonormality, and that every coefficient matches its layer.
+def command(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A bundle that `eigenzoo fit` wrote, or a LoRA adapter.", metavar="BUNDLE|ADAPTER", show_default=False
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model that adapters change: its folder, file or URL. Then it is checked whether they take effect there.",
+            metavar="BASE",
+            show_default=False,
+        ),
+    ] = None,
+    dry_load: Annotated[
+        bool,
+        typer.Option(
+            "--dry-load/--no-dry-load", help="Have PEFT load names and shapes into the base, where it is installed."
+        ),
+    ] = True,
+    allow_pickle: options.AllowPickle = False,
+    json: options.Json = False,
+) -> None:
+    """Check that a bundle is whole: checksums, finite values, orthonormal bases, coefficients that match their layers.
 
+    With --against: that every update finds its module in the base, in the right shape, and changes what it answers.
     Exit code 1 if a check fails.
     """
+    from eigenzoo.formats.bundle import MANIFEST
+    from eigenzoo.formats.opening import is_model
+    from eigenzoo.formats.remote import is_url
+
+    if is_url(path) or (is_model(path) and not (Path(path) / MANIFEST).is_file()):
+        _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json)
+        return
+    _verify_bundle(Path(path), against, dry_load, allow_pickle=allow_pickle, json=json)
+
+
+def _verify_bundle(bundle: Path, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
     import eigenzoo as ez
     from eigenzoo.formats.bundle import MANIFEST
 
-    num_models = num_layers = None
+    base = None if against is None else _opened(against, allow_pickle)
+    found, num_models, num_layers = None, None, None
     try:
         space = ez.load(bundle)
         num_models, num_layers = len(space.names), len(space.layers)
-        faults = list(space.verify())
-    except ez.EigenzooError as error:
+        found = space.verify(against=base, loader=_loader(dry_load))
+        faults = list(found)
+    except EigenzooError as error:
         # A bundle that cannot even be loaded has failed the check; what is no bundle is bad input.
-        if not (bundle / MANIFEST).is_file():
+        if isinstance(error, UsageError) or not (bundle / MANIFEST).is_file():
             raise
         faults = [str(error)]
+    document: dict[str, Any] = {
+        "bundle": str(bundle),
+        "ok": not faults,
+        "num_models": num_models,
+        "num_layers": num_layers,
+        "faults": faults,
+    }
+    held = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
+    _tell(document, found, f"{bundle}: {held}", "whole", json=json)
+
+
+def _verify_adapter(path: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
+    import eigenzoo as ez
+
+    if Path(path).is_file():
+        from eigenzoo.adapt.adapter_file import is_adapter_file
+
+        if is_adapter_file(Path(path)):
+            raise UsageError(
+                "is a file of `eigenzoo adapt`, which says nothing without its bundle",
+                where=path,
+                next_step="verify what `eigenzoo rebuild BUNDLE FILE -o DIR` makes of it",
+            )
+    base = None if against is None else _opened(against, allow_pickle)
+    found = ez.verify_adapter(path, base, loader=_loader(dry_load))
+    num_layers = sum(len(layers) for layers in found.changes.values()) or None
+    document = {"bundle": None, "ok": found.ok, "num_models": 1, "num_layers": num_layers, "faults": list(found)}
+    held = "" if num_layers is None else f"{num_layers} modules, "
+    whole = (
+        "sound in itself; --against BASE says whether it takes effect"
+        if against is None
+        else f"takes effect on {against}"
+    )
+    _tell(document, found, f"{path}: {held}", whole, json=json)
+
+
+def _opened(against: str, allow_pickle: bool) -> Model:
+    from eigenzoo.formats.opening import open_model
+
+    return open_model(against, allow_pickle=allow_pickle)
+
+
+def _loader(dry_load: bool) -> Loader | None:
+    if not dry_load:
+        return None
+    from eigenzoo.integrations.peft_loading import load_dry
+
+    return load_dry
+
+
+def _tell(document: dict[str, Any], found: Verification | None, subject: str, whole: str, *, json: bool) -> None:
+    if found is not None:
+        document = document | {key: value for key, value in found.to_dict().items() if key not in document}
+    faults = document["faults"]
     if json:
-        print_json(
-            {
-                "bundle": str(bundle),
-                "ok": not faults,
-                "num_models": num_models,
-                "num_layers": num_layers,
-                "faults": faults,
-            }
-        )
+        print_json(document)
     else:
+        if found is not None:
+            rows = [("ok" if check.ok else "FAULT", check.name, check.detail) for check in found.checks]
+            print_table("", ("", "check", "what was looked at"), rows, left=3)
+            for note in found.notes:
+                say(f"note: {note}")
         for fault in faults:
             say(f"fault: {fault}")
-        held = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
-        say(f"{bundle}: {held}" + ("whole" if not faults else f"faults: {len(faults)}"))
+        say(subject + (whole if not faults else f"faults: {len(faults)}"))
     if faults:
         raise typer.Exit(1)

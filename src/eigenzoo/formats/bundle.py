@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
 from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.contents import VALUE, tensor_id
 from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.manifest import FileRecord, Manifest, parse_manifest
@@ -105,8 +106,8 @@ def read_coefficients(
     return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
 
 
-def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Check every file against the manifest: sizes, checksums, contents' ids, and files that nobody names."""
+def file_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Check every file against the manifest: sizes, checksums, contents' ids."""
     for name, record in manifest.files.items():
         file = inside(path, name)
         if name == MOMENTS and not file.exists():
@@ -117,7 +118,25 @@ def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: the checksum differs from the manifest's"
         elif name.startswith("rest/") and not name.endswith(".safetensors") and record.sha256[:32] != Path(name).stem:
             yield f"{name}: the name is not the hash of the content"
-    yield from _models_faults(path, manifest)
+
+
+def content_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Check that every tensor of rest/ is the one that its name is the hash of."""
+    for name in manifest.files:
+        if not (name.startswith("rest/") and name.endswith(".safetensors")):
+            continue
+        try:
+            file = SafetensorsFile(path / name, path)
+            found = tensor_id(file.read(VALUE))
+        except FormatError as error:
+            yield f"{name}: {error}"
+            continue
+        if found != Path(name).stem:
+            yield f"{name}: the name is not the hash of the content"
+
+
+def unknown_files(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Find the files that nobody names."""
     known = {*manifest.files, MANIFEST, CARD}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -125,7 +144,7 @@ def find_faults(path: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: no such file is in the manifest"
 
 
-def _models_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+def model_faults(path: Path, manifest: Manifest) -> Iterator[str]:
     """Check that every model's file names it, and that the contents of its record are files of the bundle."""
     for model in manifest.models:
         try:

@@ -19,7 +19,6 @@ from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.subspace.basis import LayerBasis
-from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.weights.roles import VARIANCE
 
 
@@ -118,7 +117,7 @@ class RebuiltModel:
         factors: dict[str, Factors] = {}
         used: set[str] = set()
         for module, update in layout.updates.items():
-            factors[module] = self._adapter_factors(module)
+            factors[module] = self.adapter_factors(module)
             used |= {update.key_a, update.key_b}
         left = [name for name in layout.tensors if name not in template.carried and name not in used]
         others = {name: self._carried(name) for name in (*template.carried, *left) if name not in used}
@@ -134,7 +133,7 @@ class RebuiltModel:
             side_files=side_files,
         )
 
-    def _adapter_factors(self, module: str) -> Factors:
+    def adapter_factors(self, module: str) -> Factors:
         """B and A of one module: from the subspace, or, where it was excluded, as carried."""
         if module in self._layers:
             return self.factors(module)
@@ -158,9 +157,8 @@ class RebuiltModel:
         return {name: self._read(name) for name in self._template.layout.tensors}
 
 
-def check_layout(layers: Mapping[str, LayerBasis], coefficients: Coefficients) -> None:
+def check_layout(layers: Mapping[str, LayerBasis], layout: ModelLayout, model: str) -> None:
     """Raise unless the model's files have every layer in its shape: before any of it is computed."""
-    layout = coefficients.template.layout
     tensors = {name: tensor.shape for name, tensor in layout.pieces.items()}
     shapes = {**tensors, **{module: update.shape for module, update in layout.updates.items()}}
     for module, update in layout.updates.items():
@@ -168,7 +166,7 @@ def check_layout(layers: Mapping[str, LayerBasis], coefficients: Coefficients) -
     for name, basis in layers.items():
         if shapes.get(name) != basis.layer.tensor_shape:
             raise BundleError(
-                f"{coefficients.name} has shape {shapes.get(name)}",
+                f"{model} has shape {shapes.get(name)}",
                 where=f"layer '{name}'",
                 rule=f"the basis has {basis.layer.tensor_shape}",
             )

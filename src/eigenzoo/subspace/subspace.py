@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from eigenzoo.formats.bundle import (
     MOMENTS,
     StoredCoefficients,
     file_sizes,
-    find_faults,
     open_basis,
     read_coefficients,
     read_manifest,
@@ -32,7 +31,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.basis import LayerBasis, Projection, basis_faults
+from eigenzoo.subspace.basis import LayerBasis, Projection
 from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
 from eigenzoo.subspace.inside import extended_inside
 from eigenzoo.subspace.moments import LayerMoments
@@ -45,6 +44,7 @@ from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.verification import Loader, Verification
 from eigenzoo.zoo.zoo import Zoo, open_models
 
 
@@ -113,7 +113,7 @@ class Subspace:
     def coefficients(self, name: str) -> Coefficients:
         """Return a kept model's coefficients, read from its own small file."""
         record = self._record(name)
-        stored = self._stored(record)
+        stored = self.stored(record)
         residuals = dict(zip(self.layers, stored.residuals_L.tolist(), strict=True))
         energies = self._energies(name, stored)
         weights = energies or dict.fromkeys(self.layers, 1.0)
@@ -144,9 +144,10 @@ class Subspace:
     @cached_property
     def _all_stored(self) -> Sequence[StoredCoefficients]:
         """Every model's small file, read once."""
-        return [self._stored(record) for record in self.manifest.models]
+        return [self.stored(record) for record in self.manifest.models]
 
-    def _stored(self, record: ModelRecord) -> StoredCoefficients:
+    def stored(self, record: ModelRecord) -> StoredCoefficients:
+        """Read what is kept of a model, checked against the layers."""
         return read_coefficients(
             self.path,
             record.coefficients,
@@ -295,7 +296,7 @@ class Subspace:
         values = dict(coefficients.values)
         if set(values) != set(self.layers):
             raise UsageError("the coefficients are of another subspace", where=coefficients.name)
-        check_layout(self.layers, coefficients)
+        check_layout(self.layers, coefficients.template.layout, coefficients.name)
         for name, basis in self.layers.items():
             if tuple(values[name].shape) != basis.coefficient_shape:
                 raise UsageError(
@@ -343,22 +344,18 @@ class Subspace:
             return [file for file in self.manifest.files if file in there or (self.path / file).exists()]
         return list(there)
 
-    def verify(self) -> Iterator[str]:
-        """Yield every fault: checksums, unknown files, values that are not finite, bases that are not orthonormal,
-        coefficients that do not match their layers."""
-        if self.manifest.files:
-            if identify(open_basis(self.path).paths) != self.manifest.basis_id:
-                yield "basis: it is not the one that the coefficients belong to"
-            yield from find_faults(self.path, self.manifest)
-        yield from basis_faults(open_basis(self.path), self.layers, self.manifest.dtype)
-        for model in self.manifest.models:
-            try:
-                values = self.coefficients(model.name).values
-            except BundleError as error:
-                yield str(error)
-                continue
-            if not all(bool(torch.isfinite(value).all()) for value in values.values()):
-                yield f"model {model.name}: coefficients are NaN or Inf"
+    def verify(
+        self, *, against: str | os.PathLike[str] | Model | None = None, loader: Loader | None = None
+    ) -> Verification:
+        """Check all that a bundle promises: checksums, finite values, orthonormal bases, coefficients that match layers.
+
+        With a base in `against`, whether the adapters that it rebuilds take effect there (see `eigenzoo.verify_adapter`); of full
+        weights, whether the base has the layers, and how far the mean is from it. Cost: all files and the base's weights are
+        read once, and each adapter is rebuilt once.
+        """
+        from eigenzoo.subspace.verifying import verify
+
+        return verify(self, against, loader)
 
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:

@@ -102,6 +102,15 @@ def _pattern_key(keys: tuple[str, ...], module: str) -> str | None:
 @lru_cache(maxsize=65536)
 def _compiled(key: str) -> tuple[re.Pattern[str], int]:
     """Compile a key as PEFT does; gives the number of its unbounded repetitions too."""
+    plain = check_pattern(key)
+    try:
+        return re.compile(rf"(.*\.)?({key})$"), len(re.findall(r"[*+]|\{\d*,", plain))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(f"the pattern {key[:100]!r} is no regular expression ({error})") from error
+
+
+def check_pattern(key: str) -> str:
+    """Refuse a regular expression that could take minutes; gives it without escapes and classes, to count its operators in."""
     plain = re.sub(r"\\.", "x", key, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
     if len(key) > _MAX_PATTERN:
@@ -110,10 +119,7 @@ def _compiled(key: str) -> tuple[re.Pattern[str], int]:
         raise _refused_pattern(key, "repeats a group")
     if len(re.findall(r"[^(*+}]\?|\{", plain)) > _MAX_OPTIONAL:
         raise _refused_pattern(key, f"has more than {_MAX_OPTIONAL} optional parts")
-    try:
-        return re.compile(rf"(.*\.)?({key})$"), len(re.findall(r"[*+]|\{\d*,", plain))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"the pattern {key[:100]!r} is no regular expression ({error})") from error
+    return plain
 
 
 def _refused_pattern(key: str, fault: str) -> UnsupportedError:

@@ -1,0 +1,92 @@
+"""How the names of an adapter's modules differ from those of a base: a prefix, a wrapper's part, or another name altogether."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+WRAPPERS = {
+    "module": "DataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "base_model": "PEFT",
+}
+"""Parts of names that wrappers put there, and whose they are."""
+
+Accepts = Callable[[str, str], bool]
+"""Tells whether a name of the adapter and a name of the base may be one module: by their shapes."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One change of names that makes all of them names of the base.
+
+    Attributes:
+        old: what names begin with now.
+        new: what they would begin with.
+        parts: the wrappers' parts that are taken out instead, wherever they stand.
+    """
+
+    old: str = ""
+    new: str = ""
+    parts: tuple[str, ...] = ()
+
+    def __call__(self, name: str) -> str:
+        """Return the changed name."""
+        if self.parts:
+            return ".".join(part for part in name.split(".") if part not in self.parts)
+        return self.new + name.removeprefix(self.old)
+
+    def __str__(self) -> str:
+        if self.parts:
+            return " and ".join(f"'{part}.' ({WRAPPERS[part]}) taken out of the names" for part in self.parts)
+        if not self.old:
+            return f"'{self.new}' before each name"
+        whose = WRAPPERS.get(self.old.split(".")[0], "")
+        old = f"'{self.old}'" + (f" ({whose})" if whose else "")
+        return f"{old} replaced by '{self.new}'" if self.new else f"{old} cut off each name"
+
+
+def find_rename(names: Sequence[str], base: Collection[str], accepts: Accepts) -> Rename | None:
+    """Find one change of prefix, or of wrappers' parts, that makes every name one of the base that it may be.
+
+    Cost: names times those of the base that end as the first one does.
+    """
+    if not names:
+        return None
+    candidates = [Rename(parts=_wrappers_of(names))] if _wrappers_of(names) else []
+    first = names[0].split(".")
+    ending = [other for other in base if other.rpartition(".")[2] == first[-1]]
+    prefixes = {_differing(first, other.split(".")) for other in ending}
+    # The least change first: of two towers with blocks of one name, the one whose prefix is more alike.
+    candidates += [Rename(*pair) for pair in sorted(prefixes, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))]
+    for change in candidates:
+        if all(name.startswith(change.old) and change(name) in base and accepts(name, change(name)) for name in names):
+            return change
+    return None
+
+
+def _wrappers_of(names: Sequence[str]) -> tuple[str, ...]:
+    parts = {part for name in names for part in name.split(".")}
+    return tuple(part for part in WRAPPERS if part in parts and part != "base_model")
+
+
+def _differing(name: list[str], other: list[str]) -> tuple[str, str]:
+    """Cut the longest common ending off two names; gives what is left of both, with its dot."""
+    common = 0
+    while common < min(len(name), len(other)) and name[-1 - common] == other[-1 - common]:
+        common += 1
+    old, new = name[: len(name) - common], other[: len(other) - common]
+    return ".".join([*old, ""]) if old else "", ".".join([*new, ""]) if new else ""
+
+
+def nearest(name: str, base: Mapping[str, object] | Collection[str]) -> str | None:
+    """Return the name of the base that is most like this one; None where nothing is.
+
+    >>> nearest("layers.0.q_proj", ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "norm"])
+    'layers.0.attn.q_proj'
+    """
+    found = difflib.get_close_matches(name[:300], base, 1, 0.5)
+    return found[0] if found else None

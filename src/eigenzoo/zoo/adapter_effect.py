@@ -1,0 +1,92 @@
+"""Whether an adapter changes what a base answers: by its factors, and one read of each weight that it changes.
+
+For random x with independent normal entries, ‖s·B·A·x‖ / ‖W·x‖ is ‖s·B·A‖ / ‖W‖ up to the spread of a few draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+import torch
+
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.zoo.adapter_names import Adapter, by_role, grouped, is_transposed
+from eigenzoo.zoo.base_modules import BaseModules, random_inputs
+from eigenzoo.zoo.verification import ABSURD, MUCH, NEGLIGIBLE, Check, LayerChange
+
+
+def effect_checks(adapter: Adapter, base: BaseModules | None) -> tuple[list[Check], dict[str, LayerChange]]:
+    """Check that values are finite and change something; gives each module's change too.
+
+    Cost: one read of the factors, and of each weight of the base that was not read for another adapter.
+    """
+    transposed = base is not None and is_transposed(adapter, base)
+    spoilt, none, changes = [], [], {}
+    for module, update in adapter.updates.items():
+        factors = adapter.factors(module)
+        weight = None if base is None else base.weight_of(update, transposed=transposed)
+        seed = module if weight is None else weight.tensor.name
+        if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+            spoilt.append(module)
+            changes[module] = LayerChange(None if weight is None else weight.tensor.name, None)
+            continue
+        answer = _answer(factors, update.scale, seed)
+        if answer == 0.0:
+            none.append(module)
+        if base is None or weight is None:
+            changes[module] = LayerChange(None, None)
+            continue
+        whole = base.answer(weight)
+        changes[module] = LayerChange(weight.tensor.name, answer / whole if whole > 0 else None)
+    return [_finite(spoilt, adapter), _some_effect(none, adapter), *_sizes(changes, none)], changes
+
+
+def _answer(factors: Factors, scale: float, seed: str) -> float:
+    b_OR, a_RI = (factor.double() for factor in factors)
+    inputs_IT = random_inputs(seed, a_RI.shape[1]).double()
+    return abs(scale) * float(torch.linalg.matrix_norm(b_OR @ (a_RI @ inputs_IT)))
+
+
+def _finite(spoilt: Sequence[str], adapter: Adapter) -> Check:
+    faults = tuple(f"{grouped(group)}: NaN or Inf in its factors" for group in by_role(spoilt))
+    return Check("values", f"factors of {len(adapter.updates)} modules are finite", faults)
+
+
+def _some_effect(none: Sequence[str], adapter: Adapter) -> Check:
+    name, detail = "effect", f"{len(adapter.updates) - len(none)} of {len(adapter.updates)} modules change something"
+    if not none:
+        return Check(name, detail)
+    if len(none) == len(adapter.updates):
+        scales = {update.scale for update in adapter.updates.values()}
+        why = "the scale is 0 (lora_alpha)" if scales == {0.0} else "B or A is zero in every module, as before training"
+        return Check(name, detail, (f"the adapter changes nothing: {why}",))
+    return Check(name, detail, notes=tuple(f"{grouped(group)}: its update is zero" for group in by_role(none)))
+
+
+def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str]) -> list[Check]:
+    """Compare changes with the base's answers; nothing where none are known."""
+    known = {module: layer.change for module, layer in changes.items() if layer.change is not None}
+    if not known:
+        return []
+    detail = f"of the base's answers: {median(known.values()):.2g} as a rule, "
+    detail += f"{min(known.values()):.2g} to {max(known.values()):.2g}"
+    little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
+    absurd = [module for module, change in known.items() if not change <= ABSURD]
+    much = [module for module, change in known.items() if MUCH < change <= ABSURD]
+    faults = [
+        f"{_changing(group, known)}, and above {ABSURD:g} nothing of that is left: damaged values, or another base"
+        for group in by_role(absurd)
+    ]
+    notes = [f"{_changing(group, known)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
+    if little and len(little) + len(none) == len(changes):
+        faults.append(f"every change is below {NEGLIGIBLE:g} of what the base answers: as good as none")
+    else:
+        notes += [f"{_changing(group, known)}: as good as nothing" for group in by_role(little)]
+    return [Check("change", detail, tuple(faults), tuple(notes))]
+
+
+def _changing(modules: Sequence[str], known: Mapping[str, float]) -> str:
+    low, high = min(known[module] for module in modules), max(known[module] for module in modules)
+    amount = f"{low:.3g}" if len(modules) == 1 else f"{low:.3g} to {high:.3g}"
+    return f"{grouped(modules)}: changes {amount} times what the base's layer answers"

@@ -1,0 +1,264 @@
+"""Whether an adapter's factors find their places: by what its file, its config and the headers of a base say."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.model import LoraUpdate, Model
+from eigenzoo.formats.peft_lora import PREFIX
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.weights.lora_targets import ALL_LINEAR, is_named, is_target
+from eigenzoo.weights.renames import find_rename, nearest
+from eigenzoo.weights.roles import role
+from eigenzoo.zoo.base_modules import BaseModules, BaseWeight, fits
+from eigenzoo.zoo.verification import Check, Loading
+
+SHOWN = 5
+"""How many names a sentence gives."""
+
+HINTED = 20
+"""Roles whose nearest names are looked for: each takes a comparison with every name of the base."""
+
+RENAMING = (
+    "transformers may call modules otherwise in memory than in files: with eigenzoo[peft] installed that is looked up"
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is checked of an adapter: one on disk, or one that a bundle rebuilds.
+
+    Attributes:
+        name: what to call it.
+        config: PEFT's; None where the format has none.
+        updates: by module, with the scale that is not yet in B.
+        shapes: of every tensor of its file.
+        factors: gives B (outputs, rank) and A (rank, inputs) of a module, as they are stored.
+    """
+
+    name: str
+    config: Mapping[str, Any] | None
+    updates: Mapping[str, LoraUpdate]
+    shapes: Mapping[str, tuple[int, ...]]
+    factors: Callable[[str], Factors]
+
+
+def adapter_of(model: Model) -> Adapter:
+    """Take an adapter on disk."""
+    shapes = {name: info.shape for name, info in model.tensors.items()}
+    return Adapter(model.name, getattr(model, "config", None), model.updates, shapes, model.read_factors)
+
+
+def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
+    """Tell whether a base's weights lie as (inputs, outputs), as Conv1D's do: by those that are not square, else by the config."""
+    found = [(update, base.find(module)) for module, update in adapter.updates.items()]
+    ways = [fits(update, info) for update, info in found if info is not None and "lora_embedding_" not in update.key_a]
+    told = [way[0] for way in ways if len(way) == 1]
+    return all(told) if told else (adapter.config or {}).get("fan_in_fan_out") is True
+
+
+def name_checks(adapter: Adapter) -> list[Check]:
+    """Check what needs no base: the names of the factors, and whether the config has PEFT load them."""
+    if adapter.config is None:
+        return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",))]
+    bare = [update.key_a for update in adapter.updates.values() if not update.key_a.startswith(PREFIX)]
+    faults: tuple[str, ...] = ()
+    if bare:
+        faults = (
+            f"{len(bare)} of {len(adapter.updates)} modules have no '{PREFIX}' before their names ({_some(bare)}): "
+            f"PEFT drops them. Put it before each key",
+        )
+    return [Check("names", f"each factor's name begins with '{PREFIX}'", faults), _targets(adapter, adapter.config)]
+
+
+def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
+    name, targets = "target modules", config.get("target_modules")
+    try:
+        outside = [module for module in adapter.updates if not is_target(config, _asked(module))]
+    except UnsupportedError as error:
+        return Check(name, "not tried", notes=(str(error),))
+    except FormatError as error:
+        return Check(name, "the config's", (str(error),))
+    faults = [
+        f"{grouped(group)}: the config's target_modules, exclude_modules and layers leave it out: PEFT drops its factors. "
+        "Correct the config"
+        for group in by_role(outside)
+    ]
+    if targets is None:
+        return Check(name, "the config names none", notes=("PEFT chooses them by the base's type",))
+    detail = f"name all {len(adapter.updates)} modules that have factors"
+    return Check(name, detail, tuple(faults))
+
+
+def base_checks(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
+    """Check that a base has every module in the right shape, and factors for every module that the config names."""
+    transposed = is_transposed(adapter, base)
+    found = {module: base.weight_of(update, transposed=transposed) for module, update in adapter.updates.items()}
+    absent = [module for module, weight in found.items() if weight is None and base.find(module) is None]
+    misshapen = [module for module, weight in found.items() if weight is None and base.find(module) is not None]
+    taken = [module for module in absent if _is_taken(module, loading)]
+    lost = [module for module in absent if module not in taken]
+    notes = [f"{grouped(group)}: no tensor of the base alone, but PEFT finds its place" for group in by_role(taken)]
+    faults = _absent(lost, adapter, base) if lost else []
+    if lost and loading is None and base.config:
+        notes.append(RENAMING)
+    modules = Check(
+        "modules", f"{len(found) - len(absent)} of {len(found)} are in the base", tuple(faults), tuple(notes)
+    )
+    shapes = Check(
+        "shapes", f"{len(found) - len(absent) - len(misshapen)} fit", tuple(_misshapen(misshapen, adapter, base))
+    )
+    # Whose names are all others' has no factors for anything: that is said already.
+    missing = [] if lost else _missing(adapter, base)
+    return [modules, shapes, *_layout_checks(adapter, base, found), *missing, *_others(adapter, base)]
+
+
+def _is_taken(module: str, loading: Loading | None) -> bool:
+    if loading is None or loading.error:
+        return False
+    return not any(name.startswith(f"{PREFIX}{module}.") for name in loading.dropped)
+
+
+def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[str]:
+    """Say which modules the base has not; one sentence where one change of names finds them all."""
+
+    def accepts(module: str, name: str) -> bool:
+        return bool(fits(adapter.updates[module], base.weights[name]))
+
+    rename = find_rename(lost, base.weights, accepts)
+    if rename is not None:
+        return [
+            f"{len(lost)} of {len(adapter.updates)} modules are not in the base ({_some(lost)}); with {rename} all of them are "
+            f"({rename(lost[0])!r}). Rename the keys, or load the base by the class that the adapter was trained on"
+        ]
+    faults = []
+    for place, group in enumerate(by_role(lost)):
+        near = nearest(group[0], base.weights) if place < HINTED else None
+        faults.append(f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else ""))
+    return faults
+
+
+def _misshapen(misshapen: Sequence[str], adapter: Adapter, base: BaseModules) -> Iterable[str]:
+    for group in by_role(misshapen):
+        update, info = adapter.updates[group[0]], base.find(group[0])
+        assert info is not None
+        yield (
+            f"{grouped(group)}: the update is for a weight of {list(_wanted(update))}, and the base's is {list(info.shape)}. "
+            "It was trained on another base"
+        )
+
+
+def _wanted(update: LoraUpdate) -> tuple[int, ...]:
+    if "lora_embedding_" in update.key_a:
+        return update.shape[::-1]
+    return (update.shape[0], *update.factor_shapes[0][1:])
+
+
+def _layout_checks(adapter: Adapter, base: BaseModules, found: Mapping[str, BaseWeight | None]) -> list[Check]:
+    """Say which weights are another module's, and whether the config knows how they lie."""
+    notes = [
+        f"{module}: shares the weight {weight.tensor.name!r}, which the base's files hold once; PEFT changes this one's use alone"
+        for module, weight in found.items()
+        if weight is not None and weight.tied
+    ]
+    plain = [
+        weight.transposed
+        for module, weight in found.items()
+        if weight is not None and not weight.tied and "lora_embedding_" not in adapter.updates[module].key_a
+    ]
+    stated = (adapter.config or {}).get("fan_in_fan_out") is True
+    if adapter.config is not None and plain and all(plain) != stated and any(plain) != stated:
+        way = "(inputs, outputs), as Conv1D's do" if plain[0] else "(outputs, inputs)"
+        notes.append(
+            f"the config says fan_in_fan_out={str(stated).lower()}, but the base's weights lie as {way}. "
+            "PEFT corrects that on loading, others may not"
+        )
+    return [Check("layout", "transposed and shared weights", notes=tuple(notes))] if notes else []
+
+
+def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
+    """Check that every module of the base that the config's list names has factors."""
+    config = adapter.config or {}
+    targets = config.get("target_modules")
+    if targets is None or targets == ALL_LINEAR:
+        return []
+    try:
+        wanted = [name for name in base.own_names if is_target(config, name)]
+    except FormatError:
+        return []  # said by another check
+    have = {base.find(module) for module in adapter.updates}
+    without = [name for name in wanted if name not in adapter.updates and base.weights[name] not in have]
+    random = config.get("init_lora_weights") is False
+    said = [
+        f"{grouped(group)}: the config names it, and the adapter has no factors for it"
+        + (": PEFT draws them at random" if random else "; PEFT fills in some that change nothing")
+        for group in by_role(without)
+    ]
+    unknown = [
+        name
+        for name in (targets if isinstance(targets, list) else [])
+        if not any(is_named(name, module) for module in (*adapter.updates, *base.weights))
+    ]
+    notes = [f"target_modules: {_some(unknown)} name nothing, in the adapter or in the base"] if unknown else []
+    detail = f"factors for all {len(wanted)} modules of the base that the config names"
+    return [Check("completeness", detail, tuple(said), tuple(notes))]
+
+
+def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
+    """Look at the tensors that are no factors: trained whole, with the module that they replace."""
+    factors = {key for update in adapter.updates.values() for key in (update.key_a, update.key_b)}
+    others = {name: shape for name, shape in adapter.shapes.items() if name not in factors}
+    if not others:
+        return []
+    notes = []
+    for name, shape in others.items():
+        info = base.tensor(name.removeprefix(PREFIX))
+        if info is None:
+            notes.append(f"{name.removeprefix(PREFIX)}: new, the base has none")
+        elif info.shape != shape:
+            notes.append(f"{name.removeprefix(PREFIX)}: {list(shape)}, in the base {list(info.shape)}")
+    return [Check("other tensors", f"{len(others)} are trained whole", notes=tuple(notes))]
+
+
+def loading_check(loading: Loading | str, adapter: Adapter) -> Check:
+    """Say what a library does with the adapter."""
+    if isinstance(loading, str):
+        return Check("loading", "not tried", notes=(f"loading was not tried: {loading}",))
+    if loading.error:
+        return Check("loading", f"{loading.what} takes up nothing", (f"{loading.what} {loading.error}",))
+    num = len(adapter.shapes)
+    faults = (
+        (f"{loading.what} drops {len(loading.dropped)} of {num} tensors ({_some(loading.dropped)})",)
+        if loading.dropped
+        else ()
+    )
+    notes = (
+        (f"{loading.what} misses {len(loading.missing)} tensors ({_some(loading.missing)})",) if loading.missing else ()
+    )
+    return Check("loading", f"{loading.what} takes up {num - len(loading.dropped)} of {num} tensors", faults, notes)
+
+
+def _asked(module: str) -> str:
+    """What PEFT asks the config for: of an attention's output projection, the attention."""
+    return module.partition(".base_layer.")[0]
+
+
+def by_role(names: Iterable[str]) -> list[list[str]]:
+    """Gather names that differ only by the numbers of their blocks."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[role(name)].append(name)
+    return list(groups.values())
+
+
+def grouped(names: Sequence[str]) -> str:
+    """Say names that were gathered by their role."""
+    return names[0] if len(names) == 1 else f"{role(names[0])} ({len(names)} of this name)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

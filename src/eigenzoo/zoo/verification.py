@@ -1,0 +1,145 @@
+"""What was checked of a bundle or an adapter, and what was found: frozen records that read as a sequence of faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from eigenzoo.formats.model import Model
+
+MUCH = 1.0
+"""A change that outweighs what the layer itself answers: trained updates mostly stay well below."""
+
+ABSURD = 100.0
+"""A change of so many times what the layer itself answers leaves nothing of the base."""
+
+NEGLIGIBLE = 1e-6
+"""A change below this share of what the layer answers: less than float32 rounds away over a layer's sum."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: what was checked, in two or three words.
+        detail: of what, and how much of it.
+        faults: why it failed; none where it held.
+        notes: what a reader should know, and what fails nothing.
+    """
+
+    name: str
+    detail: str
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether it held."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One layer beside its base.
+
+    Attributes:
+        base: the tensor of the base that it changes; None where there is none.
+        change: ‖s·B·A·x‖ / ‖W·x‖ for random x (of full weights, the mean's ‖M − W‖ / ‖W‖); None where it cannot be said.
+    """
+
+    base: str | None
+    change: float | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a library does with an adapter when it loads it into a base; see `eigenzoo.integrations.peft_loading`.
+
+    Attributes:
+        what: which library, and into what.
+        names: what it calls the tensors of the base's files in memory.
+        dropped: the adapter's tensors that it does not take up.
+        missing: the tensors that it looks for in vain.
+        error: why it refuses the adapter altogether; empty where it does not.
+    """
+
+    what: str
+    names: Mapping[str, str]
+    dropped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    error: str = ""
+
+
+Loader = Callable[[Model, Mapping[str, Any], Mapping[str, tuple[int, ...]]], Loading | str]
+"""Called as loader(base, config, shapes of the adapter's tensors); a text says why it was not tried."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one bundle or adapter; iterating over it gives the faults.
+
+    Attributes:
+        path: what was checked.
+        kind: `bundle` or `adapter`.
+        against: the base, where one was given.
+        checks: in the order in which they were made.
+        changes: by model (of an adapter: its name; of a bundle of full weights: `mean`) and layer.
+    """
+
+    path: str
+    kind: str
+    against: str | None
+    checks: tuple[Check, ...]
+    changes: Mapping[str, Mapping[str, LayerChange]] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why checks failed."""
+        return tuple(fault for check in self.checks for fault in check.faults)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What fails nothing and should be known."""
+        return tuple(note for check in self.checks for note in check.notes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check held."""
+        return not self.faults
+
+    @property
+    def typical_change(self) -> float | None:
+        """The median change over all layers of all models; None where none is known."""
+        known = [layer.change for layers in self.changes.values() for layer in layers.values()]
+        return median(found) if (found := [change for change in known if change is not None]) else None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.faults)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as `eigenzoo verify --json` prints them."""
+        return {
+            self.kind: self.path,
+            "against": self.against,
+            "ok": self.ok,
+            "faults": list(self.faults),
+            "notes": list(self.notes),
+            "checks": [
+                {
+                    "name": check.name,
+                    "ok": check.ok,
+                    "detail": check.detail,
+                    "faults": list(check.faults),
+                    "notes": list(check.notes),
+                }
+                for check in self.checks
+            ],
+            "typical_change": self.typical_change,
+            "changes": {
+                model: {name: {"base": layer.base, "change": layer.change} for name, layer in layers.items()}
+                for model, layers in self.changes.items()
+            },
+        }
