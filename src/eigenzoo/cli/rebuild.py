@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, say
+from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def command(
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Rebuild one model: layers from the subspace, everything else as it was."""
     import eigenzoo as ez
@@ -66,7 +67,11 @@ def command(
     if model is not None or like is not None:
         raise UsageError("--model and --like are for files of `eigenzoo adapt`", where=name)
     known = name in space.names or not Path(name).exists()
-    coefficients = space.coefficients(name) if known else space.project(space.open(name, allow_pickle=allow_pickle))
+    if known:
+        coefficients = space.coefficients(name)
+    else:
+        with progress_bar(quiet=quiet or json) as progress:
+            coefficients = space.project(space.open(name, allow_pickle=allow_pickle), progress=progress)
     space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force)
     if json:
         print_json(

@@ -13,7 +13,9 @@ from eigenzoo.errors import EigenzooError, UsageError
 
 if TYPE_CHECKING:
     from eigenzoo.formats.model import Model
-    from eigenzoo.zoo.verification import Loader, Verification
+    from eigenzoo.zoo.verification import Check, Loader, Verification
+
+SHOWN_NOTES = 20
 
 
 def command(
@@ -121,6 +123,12 @@ def _loader(dry_load: bool) -> Loader | None:
     return load_dry
 
 
+def _mark(check: Check) -> str:
+    if not check.done:
+        return "–"
+    return "ok" if check.ok else "FAULT"
+
+
 def _tell(document: dict[str, Any], found: Verification | None, subject: str, whole: str, *, json: bool) -> None:
     if found is not None:
         document = document | {key: value for key, value in found.to_dict().items() if key not in document}
@@ -129,10 +137,12 @@ def _tell(document: dict[str, Any], found: Verification | None, subject: str, wh
         print_json(document)
     else:
         if found is not None:
-            rows = [("ok" if check.ok else "FAULT", check.name, check.detail) for check in found.checks]
+            rows = [(_mark(check), check.name, check.detail) for check in found.checks]
             print_table("", ("", "check", "what was looked at"), rows, left=3)
-            for note in found.notes:
+            for note in found.notes[:SHOWN_NOTES]:
                 say(f"note: {note}")
+            if len(found.notes) > SHOWN_NOTES:
+                say(f"note: {len(found.notes) - SHOWN_NOTES} more, which --json gives")
         for fault in faults:
             say(f"fault: {fault}")
         say(subject + (whole if not faults else f"faults: {len(faults)}"))

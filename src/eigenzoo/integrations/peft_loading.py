@@ -90,7 +90,11 @@ def _built(base: Model, named: str) -> nn.Module:
     _check_counts(config.to_dict(), base)
     for name in (named, *(getattr(config, "architectures", None) or ()), "AutoModel"):
         found: Any = getattr(transformers, str(name), None) if name else None
-        if name in _AUTO or (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        if name in _AUTO or (
+            isinstance(found, type)
+            and issubclass(found, transformers.PreTrainedModel)
+            and isinstance(config, found.config_class or ())
+        ):
             break
     make = partial(found.from_config, config, trust_remote_code=False) if name in _AUTO else partial(found, config)
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from statistics import median
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from eigenzoo.errors import BundleError, FormatError
+from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.lora_config import check_config, merged_config
 from eigenzoo.formats.model import LoraUpdate, Model
@@ -45,23 +46,24 @@ def _adapters(space: Subspace, base: Model, loader: Loader | None) -> tuple[list
     """Check every model as it would be rebuilt; what the files of many have in common once."""
     found: list[Check] = []
     changes: Changes = {}
-    known: dict[tuple[str, str | None], BaseModules | None] = {}
+    known: dict[str, BaseModules | None] = {}
+    norms: dict[tuple[str, bool], float] = {}
     for record in space.manifest.models:
         try:
             adapter, left = _rebuilt(space, record.name)
-        except (FormatError, BundleError) as error:
+        except EigenzooError as error:
             found.append(Check("rebuilt adapters", "", (f"model {record.name}: {error}",)))
             continue
-        key = (record.layout, record.config)
+        key = json.dumps([record.layout, {name: _sorted(value) for name, value in (adapter.config or {}).items()}])
         if key not in known:
-            structure, known[key] = structure_checks(adapter, base, loader)
+            structure, known[key] = structure_checks(adapter, base, loader, norms)
             found += structure
             if left:
                 note = f"{left} modules were excluded, and stay in the store: not checked"
                 found.append(Check("rebuilt adapters", "", notes=(note,)))
         effect, changes[record.name] = effect_checks(adapter, known[key])
         found += [_of_model(record.name, check) for check in effect]
-    return _merged(found, len(space.names)), changes
+    return _merged(found), changes
 
 
 def _rebuilt(space: Subspace, name: str) -> tuple[Adapter, int]:
@@ -94,7 +96,12 @@ def _of_model(name: str, check: Check) -> Check:
     return replace(check, faults=faults, notes=tuple(f"model {name}: {note}" for note in check.notes))
 
 
-def _merged(checks: Iterable[Check], num_models: int) -> list[Check]:
+def _sorted(value: object) -> object:
+    """PEFT writes its sets of names in another order each time."""
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def _merged(checks: Iterable[Check]) -> list[Check]:
     """Put checks of one name together; those that each model had say so."""
     groups: dict[str, list[Check]] = {}
     for check in checks:
@@ -102,9 +109,10 @@ def _merged(checks: Iterable[Check], num_models: int) -> list[Check]:
     return [
         Check(
             name,
-            group[0].detail if len(group) == 1 else f"of {len(group)} models or layouts, such as: {group[0].detail}",
-            tuple(fault for check in group for fault in check.faults),
-            tuple(note for check in group for note in check.notes),
+            group[0].detail if len(group) == 1 else f"{len(group)} times, such as: {group[0].detail}",
+            tuple(dict.fromkeys(fault for check in group for fault in check.faults)),
+            tuple(dict.fromkeys(note for check in group for note in check.notes)),
+            any(check.done for check in group),
         )
         for name, group in groups.items()
     ]
@@ -116,7 +124,11 @@ def _recorded(space: Subspace, base: Model) -> list[Check]:
     if record is None:
         return []
     if remote_url(base.path) is not None:
-        return [Check("recorded base", "not compared", notes=("the base is at a URL: its checksum is not known",))]
+        return [
+            Check(
+                "recorded base", "not compared", notes=("the base is at a URL: its checksum is not known",), done=False
+            )
+        ]
     found = record.model_copy(update={"path": str(base.path.absolute())})
     fault = f"{base.path} is not the base that was subtracted: its weights differ"
     return [Check("recorded base", "the files that were subtracted", () if is_at_hand(found, space.path) else (fault,))]
@@ -149,7 +161,7 @@ def _weights(space: Subspace, base: Model) -> tuple[list[Check], dict[str, Layer
     if space.manifest.center != "models":
         return [
             *checks,
-            Check("distance", "not taken", notes=("the bundle's center is not the mean of its models",)),
+            Check("distance", "not taken", notes=("the bundle's center is not the mean of its models",), done=False),
         ], {}
     changes = {name: LayerChange(name, _distance(space, name, base)) for name in fitting}
     known = [layer.change for layer in changes.values() if layer.change is not None]

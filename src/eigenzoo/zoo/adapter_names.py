@@ -23,9 +23,7 @@ SHOWN = 5
 HINTED = 20
 """Roles whose nearest names are looked for: each takes a comparison with every name of the base."""
 
-RENAMING = (
-    "transformers may call modules otherwise in memory than in files: with eigenzoo[peft] installed that is looked up"
-)
+RENAMING = "transformers may call modules otherwise in memory than in files: only PEFT's own loading tells, and it was not tried"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
 def name_checks(adapter: Adapter) -> list[Check]:
     """Check what needs no base: the names of the factors, and whether the config has PEFT load them."""
     if adapter.config is None:
-        return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",))]
+        return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",), done=False)]
     bare = [update.key_a for update in adapter.updates.values() if not update.key_a.startswith(PREFIX)]
     faults: tuple[str, ...] = ()
     if bare:
@@ -80,7 +78,7 @@ def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
     try:
         outside = [module for module in adapter.updates if not is_target(config, _asked(module))]
     except UnsupportedError as error:
-        return Check(name, "not tried", notes=(str(error),))
+        return Check(name, "not tried", notes=(str(error),), done=False)
     except FormatError as error:
         return Check(name, "the config's", (str(error),))
     faults = [
@@ -227,7 +225,7 @@ def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
 def loading_check(loading: Loading | str, adapter: Adapter) -> Check:
     """Say what a library does with the adapter."""
     if isinstance(loading, str):
-        return Check("loading", "not tried", notes=(f"loading was not tried: {loading}",))
+        return Check("loading", "not tried", notes=(f"loading was not tried: {loading}",), done=False)
     if loading.error:
         return Check("loading", f"{loading.what} takes up nothing", (f"{loading.what} {loading.error}",))
     num = len(adapter.shapes)

@@ -64,9 +64,15 @@ def verify_adapter(
 
 
 def structure_checks(
-    adapter: Adapter, base: Model | None, loader: Loader | None
+    adapter: Adapter,
+    base: Model | None,
+    loader: Loader | None,
+    norms: dict[tuple[str, bool], float] | None = None,
 ) -> tuple[list[Check], BaseModules | None]:
-    """Run the checks that read no values; gives the base's modules, under a library's names where it was asked."""
+    """Run the checks that read no values; gives the base's modules, under a library's names where it was asked.
+
+    `norms` are what was found of the base already.
+    """
     checks = name_checks(adapter)
     if base is None:
         return checks, None
@@ -74,7 +80,7 @@ def structure_checks(
     if loader is not None and adapter.config is not None:
         loading = loader(base, adapter.config, adapter.shapes)
     known = loading if isinstance(loading, Loading) else None
-    modules = BaseModules(base, known.names if known else None)
+    modules = BaseModules(base, known.names if known else None, norms)
     checks += base_checks(adapter, modules, known)
     if loading is not None:
         checks.append(loading_check(loading, adapter))

@@ -25,8 +25,8 @@ from eigenzoo.formats.side_files import CONFIG
 SPAN_VALUES = 2**24
 """Values of a weight that are in memory at once, in float32."""
 
-NUM_INPUTS = 8
-"""Random inputs whose answers are compared: enough for two digits of a ratio of norms."""
+NUM_INPUTS = 32
+"""Random inputs whose answers are compared: the ratio of norms is then good to a tenth or so, whatever the rank."""
 
 WEIGHT, ATTENTION = ".weight", ".in_proj_weight"
 
@@ -58,13 +58,16 @@ class BaseModules:
     Args:
         model: the base.
         names: what a library calls the tensors of its files in memory, where that differs.
+        norms: of answers, where several look at one base.
 
     Attributes:
         weights: the weight of each module, by the module's name; in the files and, where known, in memory.
         own_names: these names once: those in memory where they are known, else those of the files.
     """
 
-    def __init__(self, model: Model, names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, model: Model, names: Mapping[str, str] | None = None, norms: dict[tuple[str, bool], float] | None = None
+    ) -> None:
         self.model = model
         found = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
         # Who asks by a name of the files may mean that: libraries translate it.
@@ -77,7 +80,7 @@ class BaseModules:
         found.update(renamed)
         self.weights: Mapping[str, TensorInfo] = found
         self._renamed = {name: file for file, name in (names or {}).items()}
-        self._norms: dict[tuple[str, bool, int], float] = {}
+        self._norms = {} if norms is None else norms
 
     @cached_property
     def config(self) -> Mapping[str, object]:
@@ -118,10 +121,10 @@ class BaseModules:
 
     def answer(self, weight: BaseWeight) -> float:
         """Return ‖W·x‖ over the random inputs, with a weight's kernel folded into its inputs."""
-        columns = prod(weight.tensor.shape[1:])
-        inputs = weight.tensor.shape[0] if weight.transposed else columns
-        key = (weight.tensor.name, weight.transposed, inputs)
+        key = (weight.tensor.name, weight.transposed)
         if key not in self._norms:
+            columns = prod(weight.tensor.shape[1:])
+            inputs = weight.tensor.shape[0] if weight.transposed else columns
             self._norms[key] = self._norm(weight, columns, random_inputs(weight.tensor.name, inputs))
         return self._norms[key]
 

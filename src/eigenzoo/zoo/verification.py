@@ -28,16 +28,18 @@ class Check:
         detail: of what, and how much of it.
         faults: why it failed; none where it held.
         notes: what a reader should know, and what fails nothing.
+        done: whether it was made at all; a note says why not.
     """
 
     name: str
     detail: str
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    done: bool = True
 
     @property
     def ok(self) -> bool:
-        """Whether it held."""
+        """Whether it held, as far as it was made."""
         return not self.faults
 
 
@@ -131,6 +133,7 @@ class Verification:
                 {
                     "name": check.name,
                     "ok": check.ok,
+                    "done": check.done,
                     "detail": check.detail,
                     "faults": list(check.faults),
                     "notes": list(check.notes),
