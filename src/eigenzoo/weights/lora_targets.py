@@ -38,6 +38,8 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     if isinstance(targets, str):
         return _matches(targets, module)
     names = _names(config, "target_modules")
+    if module in names:  # by its whole name, whatever its layer
+        return True
     return any(is_named(name, module) for name in names) and _is_in_layers(config, module)
 
 

@@ -1,0 +1,116 @@
+"""`eigenzoo verify` as a user runs it: exit codes, one document, a line for each check."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from verify_cases import broken, write_adapter
+
+import eigenzoo as ez
+from eigenzoo.cli.app import main
+
+Made = Callable[[str], Path]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line inside this process: exit code, standard output, standard error on one line."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["eigenzoo", *map(str, words)])
+        out, err, code = io.StringIO(), io.StringIO(), None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as leave:
+                code = leave.code
+        assert isinstance(code, int)
+        return code, out.getvalue(), " ".join(err.getvalue().split())
+
+    return call
+
+
+def test_an_adapter_against_its_base(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    code, out, err = run("verify", sound("llama"), "--against", base("llama"))
+    assert (code, err) == (0, "")
+    assert f"4 modules, takes effect on {base('llama')}" in out
+    for name in ("file", "names", "target modules", "modules", "shapes", "completeness", "loading", "values", "change"):
+        assert f"ok  {name}" in out
+    assert "takes up 8 of 8 tensors" in out
+    code, out, _ = run("verify", sound("llama"), "--against", base("llama"), "--no-dry-load", "--json")
+    document: Any = json.loads(out)
+    assert (code, document["ok"], document["bundle"], document["faults"]) == (0, True, None, [])
+    assert (document["num_models"], document["num_layers"]) == (1, 4)
+    assert document["adapter"] == str(sound("llama"))
+    assert "loading" not in [check["name"] for check in document["checks"]]
+    adapter = broken(sound("llama"), tmp_path / "broken", lambda key: key.replace("model.layers", "layers"))
+    code, out, err = run("verify", adapter, "--against", base("llama"))
+    assert (code, err) == (1, "")
+    assert "FAULT  modules" in out
+    assert "fault: 4 of 4 modules are not in the base" in out
+    assert f"{adapter}: 4 modules, faults: 2" in out
+    code, out, _ = run("verify", adapter, "--against", base("llama"), "--json")
+    assert (code, len(json.loads(out)["faults"])) == (1, 2)
+
+
+def test_an_adapter_alone(run: Run, sound: Made) -> None:
+    code, out, _ = run("verify", sound("llama"))
+    assert code == 0
+    assert "sound in itself; --against BASE says whether it takes effect" in out
+
+
+def test_a_bundle_against_a_base(run: Run, base: Made, tmp_path: Path) -> None:
+    paths = [write_adapter(tmp_path / f"a{place}", "llama", seed=place) for place in range(3)]
+    bundle = ez.fit(paths, 1).save(tmp_path / "bundle")
+    code, out, err = run("verify", bundle, "--against", base("llama"))
+    assert (code, err) == (0, "")
+    assert "3 models, 4 layers, whole" in out
+    assert "ok  checksums" in out
+    assert "ok  change" in out
+    code, out, _ = run("verify", bundle, "--against", base("gpt2"), "--json")
+    document = json.loads(out)
+    assert code == 1
+    assert not document["ok"]
+    assert (document["num_models"], document["num_layers"]) == (3, 4)
+    assert document["against"] == str(base("gpt2"))
+    (bundle / "basis.safetensors").write_bytes(b"")
+    code, out, _ = run("verify", bundle, "--against", base("llama"), "--json")
+    assert (code, json.loads(out)["ok"]) == (1, False)
+
+
+def test_bad_input(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    for words, message in (
+        ((base("llama"),), "is no adapter"),
+        ((tmp_path / "nowhere",), "there is no manifest.json"),
+        ((sound("llama"), "--against", tmp_path / "nowhere"), "nothing of this name exists"),
+        ((sound("llama"), "--against", sound("llama")), "A base is a model of full weights"),
+        ((broken(sound("llama"), tmp_path / "dora", use_dora=True),), "DoRA"),
+    ):
+        code, out, err = run("verify", *words)
+        assert (code, out) == (2, ""), words
+        assert message in err
+        assert "Traceback" not in err
+
+
+def test_names_of_strangers_move_no_terminal(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    adapter = broken(sound("llama"), tmp_path / "odd", lambda key: key.replace("q_proj", "q\x1b[31m"))
+    for words in ((), ("--json",)):
+        code, out, _ = run("verify", adapter, "--against", base("llama"), *words)
+        assert code == 1
+        assert "\x1b" not in out
+
+
+def test_rebuild_is_quiet_where_it_is_asked(run: Run, tmp_path: Path) -> None:
+    paths = [write_adapter(tmp_path / f"a{place}", "llama", seed=place) for place in range(4)]
+    bundle = ez.fit(paths[:3], 1).save(tmp_path / "bundle")
+    for name, source in (("known", "a0"), ("other", paths[3])):
+        code, _, err = run("rebuild", bundle, source, "-o", tmp_path / name, "--quiet")
+        assert (code, err) == (0, "")
+        assert ez.verify_adapter(tmp_path / name).ok
