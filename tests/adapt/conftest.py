@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,73 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
         return bundles[name]
 
     return get
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The command line inside this process: exit code, standard output, standard error on one line."""
+    from eigenzoo.cli.app import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["eigenzoo", *map(str, words)])
+        out, err, code = io.StringIO(), io.StringIO(), None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as leave:
+                code = leave.code
+        assert isinstance(code, int)
+        return code, out.getvalue(), " ".join(err.getvalue().split())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Zoos of six hastily trained models, each with its bundle of rank 4 in `<kind>-bundle` beside it."""
+    import eigenzoo as ez
+    from eigenzoo.nursery.making import make_zoo
+    from eigenzoo.nursery.recipe import Schedule, plan_zoo
+
+    root = tmp_path_factory.mktemp("digits")
+
+    def make(kind: str) -> Path:
+        if not (root / kind).exists():
+            plan = plan_zoo(kind, 6, 0, False, False, None)
+            hasty = replace(plan, schedule=replace(plan.schedule, steps=60))
+            if plan.pretraining is not None:
+                hasty = replace(hasty, pretraining=Schedule(200, 64, 5e-3))
+            make_zoo(hasty, root / kind, False, None)
+            head = ["classifier.*"] if kind == "digits-vit" else []
+            ez.fit(ez.open_zoo(root / kind, exclude=head), 4).save(root / f"{kind}-bundle")
+        return root / kind
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Five such models and their bundle of rank 3, heads left out."""
+    from adapt_cases import write_text_model
+
+    import eigenzoo as ez
+
+    root = tmp_path_factory.mktemp("texts")
+
+    def make(kind: str) -> Path:
+        if not (root / kind).exists():
+            for number in range(5):
+                write_text_model(root / kind / f"m{number}", kind, number)
+            zoo = ez.open_zoo(root / kind, exclude=["classifier.*", "score.*"])
+            ez.fit(zoo, 3).save(root / f"{kind}-bundle")
+        return root / kind
+
+    return make

@@ -90,16 +90,19 @@ def _built(base: Model, named: str) -> nn.Module:
     _check_counts(config.to_dict(), base)
     for name in (named, *(getattr(config, "architectures", None) or ()), "AutoModel"):
         found: Any = getattr(transformers, str(name), None) if name else None
-        if name in _AUTO or (
-            isinstance(found, type)
-            and issubclass(found, transformers.PreTrainedModel)
-            and isinstance(config, found.config_class or ())
-        ):
+        if name in _AUTO or _is_class_of(config, found, transformers.PreTrainedModel):
             break
     make = partial(found.from_config, config, trust_remote_code=False) if name in _AUTO else partial(found, config)
     with torch.device("meta"):
         model: nn.Module = told(f"{name} cannot be built", base.folder, make)
     return model
+
+
+def _is_class_of(config: Any, found: Any, models: type) -> bool:
+    """Tell whether what a file names is a class of models, and of models with such a config."""
+    return (
+        isinstance(found, type) and issubclass(found, models) and isinstance(config, getattr(found, "config_class", ()))
+    )
 
 
 def _check_counts(config: Mapping[str, Any], base: Model) -> None:
