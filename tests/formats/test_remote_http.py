@@ -265,3 +265,24 @@ def test_a_repository_of_the_hub_is_read_at_the_commit_that_was_listed(hub: Any)
     assert torch.equal(again.models[1].read("w"), zoo.models[1].read("w"))
     single = open_model(f"hf://someone/zoo@{'a' * 40}/runs/m0/model.safetensors")
     assert torch.equal(single.read("w"), old)
+
+
+def test_an_adapter_and_its_base_are_verified_where_they_lie(tmp_path: Path) -> None:
+    from builders import random_factors, write_adapter, write_model
+
+    modules = {"block.q": (7, 6), "block.v": (5, 8)}
+    adapter = write_adapter(tmp_path / "adapter", random_factors(modules, 2, 0))
+    draw = torch.Generator().manual_seed(1)
+    weights = {f"{name}.weight": torch.randn(shape, generator=draw) for name, shape in modules.items()}
+    base = write_model(tmp_path / "base", {**weights, "other.weight": torch.ones(300, 300)})
+    files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with running(FileServer(files)) as server:
+        found = ez.verify_adapter(f"{server.url}/adapter", f"{server.url}/base")
+        opened = ez.verify_adapter(f"{server.url}/adapter", open_model(f"{server.url}/base"))
+        (changes,) = found.changes.values()
+    assert list(found) == []
+    assert found.path == opened.path == f"{server.url}/adapter"
+    assert found.against == opened.against == f"{server.url}/base"
+    (here,) = ez.verify_adapter(adapter, base).changes.values()
+    assert changes == here
+    assert len(changes) == 2

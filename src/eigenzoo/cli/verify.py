@@ -104,7 +104,7 @@ def _verify_adapter(path: str, against: str | None, dry_load: bool, *, allow_pic
     whole = (
         "sound in itself; --against BASE says whether it takes effect"
         if against is None
-        else f"takes effect on {against}"
+        else f"takes effect on {found.against}"
     )
     _tell(document, found, f"{path}: {held}", whole, json=json)
 

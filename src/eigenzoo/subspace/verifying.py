@@ -15,7 +15,7 @@ from eigenzoo.subspace.basis import ORTHONORMAL, finite_faults
 from eigenzoo.subspace.rebuilt import check_layout
 from eigenzoo.subspace.storage import identify
 from eigenzoo.subspace.verifying_against import checks_against
-from eigenzoo.zoo.base_modules import open_base
+from eigenzoo.zoo.base_modules import open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Verification
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def verify(
     if base is None:
         return Verification(str(folder), "bundle", None, tuple(checks))
     more, changes = checks_against(space, base, loader)
-    return Verification(str(folder), "bundle", str(base.path), (*checks, *more), changes)
+    return Verification(str(folder), "bundle", shown_base(base), (*checks, *more), changes)
 
 
 def _check(name: str, detail: str, faults: Iterable[str]) -> Check:

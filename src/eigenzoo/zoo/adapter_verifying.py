@@ -10,9 +10,10 @@ from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import Adapter, adapter_of, base_checks, loading_check, name_checks
-from eigenzoo.zoo.base_modules import BaseModules, open_base
+from eigenzoo.zoo.base_modules import BaseModules, open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Loading, Verification
 
 
@@ -43,7 +44,7 @@ def verify_adapter(
         if is_url(text) or not (Path(text) / CONFIG_FILE).is_file():
             raise
         found = Check("file", "the adapter's config and factors", (str(error),))
-        return Verification(text, "adapter", None if base is None else _shown(base), (found,))
+        return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
         raise UsageError(
             "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
@@ -59,8 +60,8 @@ def verify_adapter(
     file = Check("file", f"{detail}; the config agrees", notes=model.warnings)
     structure, modules = structure_checks(adapter, opened, loader)
     effect, changes = effect_checks(adapter, modules)
-    shown = None if base is None else _shown(base)
-    return Verification(text, "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
+    shown = None if base is None else shown_base(base)
+    return Verification(shown_url(text), "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
 
 
 def structure_checks(
@@ -85,7 +86,3 @@ def structure_checks(
     if loading is not None:
         checks.append(loading_check(loading, adapter))
     return checks, modules
-
-
-def _shown(base: str | os.PathLike[str] | Model) -> str:
-    return str(base.path) if isinstance(base, Model) else os.fspath(base)

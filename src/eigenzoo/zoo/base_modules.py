@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.side_files import CONFIG
 
 SPAN_VALUES = 2**24
@@ -182,3 +185,10 @@ def open_base(base: str | Path | Model, *, allow_pickle: bool = False) -> Model:
             rule="a base is a model of full weights",
         )
     return model
+
+
+def shown_base(base: str | os.PathLike[str] | Model) -> str:
+    """Say where a base lies, without the secrets of URLs."""
+    if isinstance(base, Model):
+        return remote_url(base.path) or str(base.path)
+    return shown_url(os.fspath(base))
