@@ -38,7 +38,7 @@ from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.subspace.saving import save
 from eigenzoo.subspace.source_records import is_at_hand
-from eigenzoo.subspace.storage import identify, num_held, read_basis, read_moments, split_coefficients
+from eigenzoo.subspace.storage import num_held, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
