@@ -155,3 +155,13 @@ def test_the_command_line_splits(zoo: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["fit", str(zoo), "-o", str(tmp_path / "c"), "--split", "*.qkv.*=5"])
     assert refused.exit_code != 0
     assert not (tmp_path / "c").exists()
+
+
+def test_a_bundle_with_rules_is_verified_against_a_whole_base(zoo: Path, tmp_path: Path) -> None:
+    space = ez.fit(ez.open_zoo(zoo, split=RULE), rank=2)
+    assert space.verify(against=zoo / "m0").ok
+
+    write_model(tmp_path / "other", {"blocks.0.mlp.weight": torch.ones(5, 6)})
+    (fault,) = space.verify(against=tmp_path / "other")
+    assert RULE.partition("=")[0] in fault
+    assert "matches no tensor" in fault

@@ -15,6 +15,7 @@ from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.lora_config import check_config, merged_config
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Layer
 from eigenzoo.subspace.source_records import is_at_hand
 from eigenzoo.weights.renames import find_rename, nearest
@@ -38,8 +39,13 @@ def checks_against(space: Subspace, base: Model, loader: Loader | None) -> tuple
     """Check a bundle against a base; gives the changes of each model, or of full weights those of the mean."""
     if any(record.config is not None for record in space.manifest.models):
         return _adapters(space, base, loader)
-    checks, changes = _weights(space, base)
-    return [*_recorded(space, base), *checks], {"mean": changes}
+    recorded = _recorded(space, base)
+    try:
+        cut = split_model(base, space.manifest.split)
+    except EigenzooError as error:
+        return [*recorded, Check("layers", "", (str(error),))], {}
+    checks, changes = _weights(space, cut)
+    return [*recorded, *checks], {"mean": changes}
 
 
 def _adapters(space: Subspace, base: Model, loader: Loader | None) -> tuple[list[Check], Changes]:
