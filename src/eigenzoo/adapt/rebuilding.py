@@ -147,7 +147,7 @@ def _placed(template: Template, found: AdapterFile, where: str) -> dict[str, Ten
             raise BundleError(
                 "was trained besides, and has no place in the zoo's format",
                 where=f"{where}, '{name}'",
-                rule="adapters hold updates alone" if template.config is not None else "the model has no such tensor",
+                rule="adapters hold updates alone" if template.layout.updates else "the model has no such tensor",
                 next_step="put it into the model that it belongs to, or train coefficients alone",
             )
         placed[names[0]] = values

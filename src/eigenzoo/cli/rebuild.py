@@ -48,6 +48,12 @@ def command(
             show_default=False,
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a LoRA of a diffusion model: write it with the keys of `diffusers` or `kohya`.", show_default=False
+        ),
+    ] = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -62,6 +68,8 @@ def command(
     check_free(output, force=force, replaceable=is_only_a_model)
     space = ez.load(bundle, base=base)
     if name not in space.names and is_adapter_file(Path(name)):
+        if format is not None:
+            raise UsageError("--format is not for files of `eigenzoo adapt`", where=name, next_step="leave it out")
         _rebuild_adapter(space, name, output, model, like, mean_only=mean_only, fetch=fetch, force=force, json=json)
         return
     if model is not None or like is not None:
@@ -72,7 +80,7 @@ def command(
     else:
         with progress_bar(quiet=quiet or json) as progress:
             coefficients = space.project(space.open(name, allow_pickle=allow_pickle), progress=progress)
-    space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force)
+    space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force, format=format)
     if json:
         print_json(
             {

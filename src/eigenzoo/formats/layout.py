@@ -22,7 +22,10 @@ from eigenzoo.formats.pickle_file import PickleModel
 from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
 from eigenzoo.weights.splits import MAX_PARTS
 
-FORMATS = ("checkpoint", "state-dict", "lora", "pipeline")
+FORMATS = ("checkpoint", "state-dict", "lora", "diffusion-lora", "pipeline")
+ADAPTERS = ("lora", "diffusion-lora")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers looks for in a folder: the name of every LoRA of a diffusion model that is written."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class ModelLayout:
     """The files of a model and what lies in each, in order.
 
     Attributes:
-        format: checkpoint, state-dict, lora or pipeline.
+        format: checkpoint, state-dict, lora, diffusion-lora or pipeline.
         files: per file the tensors in the order of their bytes.
         index: the name of a sharded checkpoint's index.
-        updates: for lora, each module's factors.
+        updates: for adapters, each module's factors.
         splits: the tensors that are cut into layers of their own, which a writer joins again.
     """
 
@@ -86,6 +89,7 @@ class ModelLayout:
         """Give the layout as JSON values."""
         updates = {
             module: {"key_a": update.key_a, "key_b": update.key_b, "rank": update.rank, "scale": update.scale}
+            | ({} if update.key_alpha is None else {"key_alpha": update.key_alpha})
             for module, update in self.updates.items()
         }
         document: dict[str, Any] = {
@@ -114,23 +118,29 @@ class ModelLayout:
             raise FormatError("the index has no name of an index", where="layout", rule=f"it is one of {INDEXES}")
         if value["format"] == "pipeline":
             _check_components(files, index)
-        elif index is None and value["format"] != "lora" and len(files) > 1:
+        elif index is None and value["format"] not in ADAPTERS and len(files) > 1:
             raise FormatError("several files without an index", where="layout")
         layout = cls(value["format"], files, index)
         updates = _updates(value["updates"], layout.tensors)
-        if bool(updates) != (layout.format == "lora") or (layout.format == "lora" and len(files) != 1):
+        adapter = layout.format in ADAPTERS
+        if bool(updates) != adapter or (adapter and len(files) != 1):
             raise FormatError("updates belong to a lora of one file, and a lora has some", where="layout")
+        if layout.format == "lora" and any(update.key_alpha for update in updates.values()):
+            raise FormatError("a tensor of α in an adapter whose config says it", where="layout")
         return cls(layout.format, files, index, updates, _splits(value.get("splits", {}), layout))
 
 
 def layout_of(model: Model) -> ModelLayout:
-    """Describe a model as it will be written; one that was pickled is written as safetensors."""
+    """Describe a model as it will be written: one that was pickled as safetensors, a LoRA of a diffusion model as `LORA_FILE`."""
     if isinstance(model, PickleModel):
         kind, file = model.written_as
         listed = _written(model, model.tensors.values())
         return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits)
     grouped = tensors_by_file(model)
     files = {file: _written(model, grouped.get(file, ())) for file in model.metadata}
+    if model.format == "diffusion-lora":
+        # One layout for all that are alike: a bundle holds it once, and it is longer than a model's coefficients.
+        files = dict(zip([LORA_FILE], files.values(), strict=True))
     index = model.index if isinstance(model, Checkpoint) else None
     return ModelLayout(model.format, files, index, dict(model.updates), model.splits)
 
@@ -191,7 +201,7 @@ def _tensor(value: Any) -> TensorLayout:
 
 def _splits(value: Any, layout: ModelLayout) -> dict[str, Parts]:
     """Read which tensors are cut; the parts are all of a tensor's rows, and no other tensor has their names."""
-    if not isinstance(value, dict) or (value and layout.format == "lora"):
+    if not isinstance(value, dict) or (value and layout.format in ADAPTERS):
         raise FormatError("splits is no mapping from tensors of full weights", where="layout")
     tensors, splits, taken = layout.tensors, {}, set(layout.tensors)
     for name, parts in value.items():
@@ -217,17 +227,17 @@ def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraU
     keys: set[str] = set()
     for module, entry in value.items():
         update = _update(module, entry, tensors)
-        if update.key_a == update.key_b or keys & {update.key_a, update.key_b}:
+        if len(update.keys) < len(value[module]) - 2 or keys & update.keys:
             raise FormatError(f"a factor of {module[:200]!r} is used twice", where="layout")
-        keys |= {update.key_a, update.key_b}
+        keys |= update.keys
         updates[module] = update
     return updates
 
 
 def _update(module: str, entry: Any, tensors: Mapping[str, TensorLayout]) -> LoraUpdate:
     where = f"layout, module {module[:200]!r}"
-    if not isinstance(entry, dict) or set(entry) != {"key_a", "key_b", "rank", "scale"}:
-        raise FormatError("not an object with exactly key_a, key_b, rank and scale", where=where)
+    if not isinstance(entry, dict) or set(entry) - {"key_alpha"} != {"key_a", "key_b", "rank", "scale"}:
+        raise FormatError("not an object with exactly key_a, key_b, rank and scale, and perhaps key_alpha", where=where)
     rank, scale = entry["rank"], entry["scale"]
     found = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
     factor_a, factor_b = found
@@ -240,6 +250,10 @@ def _update(module: str, entry: Any, tensors: Mapping[str, TensorLayout]) -> Lor
         raise FormatError(f"factors of shapes {a} and {b} for rank {rank}", where=where)
     if any(size != 1 for size in b[2:]):
         raise FormatError(f"B of shape {b}", where=where, rule="a convolution's B has a kernel of ones")
-    return LoraUpdate(
-        module, factor_a.name, factor_b.name, (b[0], prod(a[1:])), rank, float(scale), (factor_a.shape, factor_b.shape)
-    )
+    key_alpha = entry.get("key_alpha")
+    if "key_alpha" in entry:
+        alpha = tensors.get(key_alpha) if isinstance(key_alpha, str) else None
+        if alpha is None or prod(alpha.shape) != 1:
+            raise FormatError("α is no tensor of one value in the files", where=where)
+    shapes = (factor_a.shape, factor_b.shape)
+    return LoraUpdate(module, factor_a.name, factor_b.name, (b[0], prod(a[1:])), rank, float(scale), shapes, key_alpha)

@@ -49,7 +49,8 @@ class LoraUpdate:
     """Where the two factors of one LoRA update lie: ΔW = scale · B · A, with A (rank, inputs), B (outputs, rank).
 
     `shape` is (outputs, inputs) of ΔW with a convolution's kernel folded into its inputs; `factor_shapes` are A's and
-    B's own shapes on disk. `scale` is what PEFT multiplies by when it merges.
+    B's own shapes on disk. `scale` is what PEFT multiplies by when it merges. `key_alpha` is the tensor that says it, where
+    the file has one: α = scale · rank.
     """
 
     module: str
@@ -59,6 +60,12 @@ class LoraUpdate:
     rank: int
     scale: float
     factor_shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    key_alpha: str | None = None
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The tensors that this update is made of."""
+        return frozenset({self.key_a, self.key_b, *([] if self.key_alpha is None else [self.key_alpha])})
 
 
 class Model(ABC):
@@ -133,6 +140,6 @@ class Model(ABC):
 
     @property
     def other_tensors(self) -> tuple[str, ...]:
-        """The tensors that are no factor of an update."""
-        factors = {key for update in self.updates.values() for key in (update.key_a, update.key_b)}
-        return tuple(name for name in self.tensors if name not in factors)
+        """The tensors that are no part of an update."""
+        parts = {key for update in self.updates.values() for key in update.keys}
+        return tuple(name for name in self.tensors if name not in parts)

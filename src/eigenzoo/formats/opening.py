@@ -1,4 +1,4 @@
-"""Which format lies at a path, decided by file names; the files themselves are checked by the format."""
+"""Which format lies at a path, decided by file names, and of a bare file by its keys; the files are checked by the format."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from eigenzoo.errors import FormatError
+from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
+from eigenzoo.formats.diffusion_keys import is_diffusion_lora
+from eigenzoo.formats.diffusion_lora import DiffusionLora
 from eigenzoo.formats.foreign import refuse_foreign
 from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora_config import CONFIG_FILE
@@ -41,8 +43,8 @@ def _open(path: Path, allow_pickle: bool) -> Model:
         "adapter": lambda: _adapter(path, allow_pickle),
         "checkpoint": lambda: Checkpoint(path),
         "pipeline": lambda: Pipeline(path),
-        "state-dict": lambda: StateDict(path),
-        "pickle": lambda: PickleStateDict(path, allow_pickle=allow_pickle),
+        "state-dict": lambda: _open_bare(path),
+        "pickle": lambda: _open_pickle(path, allow_pickle),
     }
     if kind in openers:
         return openers[kind]()
@@ -56,6 +58,24 @@ def _adapter(path: Path, allow_pickle: bool) -> Model:
     """A pickled adapter is one that has no other weights."""
     pickled = not (path / WEIGHTS_FILE).exists() and (path / PICKLE_FILE).exists()
     return PickleAdapter(path, allow_pickle=allow_pickle) if pickled else LoraAdapter(path)
+
+
+def _open_bare(path: Path) -> Model:
+    """Open one safetensors file: full weights, or by its keys a LoRA of a diffusion model."""
+    opened = StateDict(path)
+    return DiffusionLora(opened) if is_diffusion_lora(opened.tensors) else opened
+
+
+def _open_pickle(path: Path, allow_pickle: bool) -> Model:
+    opened = PickleStateDict(path, allow_pickle=allow_pickle)
+    if is_diffusion_lora(opened.tensors):
+        raise UnsupportedError(
+            "a LoRA of a diffusion model in a pickle",
+            where=str(path),
+            rule="such LoRAs are read from .safetensors",
+            next_step="save its tensors with safetensors.torch.save_file",
+        )
+    return opened
 
 
 def is_model(path: str | Path) -> bool:

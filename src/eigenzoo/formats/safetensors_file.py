@@ -7,7 +7,7 @@ stays bounded whatever the size of the zoo. Nothing is held open between two rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -87,6 +87,18 @@ class SafetensorsFile:
         seen = copy.copy(self)
         seen.contents, seen.tensors = contents, contents.tensors
         return seen
+
+    def read_scalars(self, names: Sequence[str]) -> list[float]:
+        """Read tensors of one value each as numbers: the file is opened once, and a remote one is asked once."""
+        values = torch.empty(len(names), dtype=torch.float64)
+        wanted = [(*self.locate(name, 0, 1), values[place : place + 1]) for place, name in enumerate(names)]
+        if self.remote is not None:
+            fetch_values([(self.remote, position, dtype, out) for position, dtype, out in wanted])
+        elif wanted:
+            with self._opened() as file:
+                for name, (position, dtype, out) in zip(names, wanted, strict=True):
+                    read_values(file, position, dtype, out, self._where(name))
+        return values.tolist()
 
     def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
         """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""

@@ -185,6 +185,12 @@ def _padded(update: LoraUpdate, factor_b: Tensor, factor_a: Tensor, rank: int) -
     return wide_a.reshape(rank, *shape_a[1:]), wide_b.reshape(outputs, rank, *shape_b[2:])
 
 
+def write_side_files(folder: Path, side_files: Mapping[str, bytes], layout: ModelLayout) -> None:
+    """Write the files beside the weights, of known names only."""
+    for name, data in _checked_side_files(side_files, layout).items():
+        _write_bytes(folder / name, data)
+
+
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
     """Only known names are written: a bundle that others made must not place files of its choice."""
     for name, data in side_files.items():

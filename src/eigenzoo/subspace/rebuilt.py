@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, EigenzooError
+from eigenzoo.errors import BundleError, EigenzooError, UsageError
 from eigenzoo.formats.contents import Template
+from eigenzoo.formats.diffusion_names import renamed
+from eigenzoo.formats.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.layout import ModelLayout
 from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.opening import is_only_a_model
@@ -60,16 +62,25 @@ class RebuiltModel:
     def _rebuild(self, name: str) -> Tensor | Factors:
         return self._layers[name].rebuild(self._values[name])
 
-    def save(self, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False, format: str | None = None) -> Path:
         """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.
 
-        A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a bare state
-        dict keeps its file name. With `force` an existing model folder is replaced.
+        A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a LoRA of a
+        diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
+        With `force` an existing model folder is replaced. `format`, of LoRAs of diffusion models: `diffusers` or `kohya`, the
+        keys that it gets instead of its own.
         """
         target = Path(folder)
+        if format is not None and self._template.layout.format != "diffusion-lora":
+            raise UsageError(
+                f"format {format[:40]!r} for a {self._template.layout.format}",
+                where=self.name,
+                rule="only LoRAs of diffusion models are written in another format",
+                next_step="leave it out",
+            )
         with new_folder(target, force=force, replaceable=is_only_a_model) as staging:
-            if self._template.config is not None:
-                self._save_adapter(staging)
+            if self._template.layout.updates:
+                self._save_adapter(staging, format)
             else:
                 self._save_weights(staging)
         return target
@@ -111,27 +122,26 @@ class RebuiltModel:
             )
         return self._template.read_carried(name)
 
-    def _save_adapter(self, folder: Path) -> None:
+    def _save_adapter(self, folder: Path, family: str | None) -> None:
         template = self._template
         layout = template.layout
         factors: dict[str, Factors] = {}
         used: set[str] = set()
         for module, update in layout.updates.items():
             factors[module] = self.adapter_factors(module)
-            used |= {update.key_a, update.key_b}
+            used |= update.keys
         left = [name for name in layout.tensors if name not in template.carried and name not in used]
         others = {name: self._carried(name) for name in (*template.carried, *left) if name not in used}
         metadata = next(iter(template.metadata.values()), None)
         side_files = {name: template.read_side_file(name) for name in template.side_files}
-        write_lora(
-            folder,
-            layout,
-            dict(template.config or {}),
-            factors,
-            others=others,
-            metadata=metadata,
-            side_files=side_files,
-        )
+        if layout.format == "diffusion-lora":
+            if family is not None:
+                ranks = {module: a_RI.shape[0] for module, (_, a_RI) in factors.items()}
+                layout, metadata = renamed(layout, family, ranks, metadata or {})
+            write_diffusion_lora(folder, layout, factors, others=others, metadata=metadata, side_files=side_files)
+            return
+        config = dict(template.config or {})
+        write_lora(folder, layout, config, factors, others=others, metadata=metadata, side_files=side_files)
 
     def adapter_factors(self, module: str) -> Factors:
         """B and A of one module: from the subspace, or, where it was excluded, as carried."""
@@ -148,11 +158,11 @@ class RebuiltModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of a rebuilt checkpoint by its name in the files, in the files' dtypes."""
-        if self._template.config is not None:
+        if self._template.layout.updates:
             raise EigenzooError(
                 "an adapter has no state dict of full weights",
                 where=self.name,
-                next_step="save it, and load it with PEFT",
+                next_step="save it, and load it with PEFT or diffusers",
             )
         return {name: self._read(name) for name in self._template.layout.tensors}
 

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from eigenzoo.errors import MismatchError, ZooError
+from eigenzoo.formats.layout import ADAPTERS
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import is_task_head, role
@@ -59,6 +60,7 @@ class Match:
 
 def match_models(models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None) -> Match:
     """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
+    _refuse_mixed_adapters(models, names)
     found = _Found(models, selection.view)
     base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
     every = found.count_names()
@@ -91,6 +93,21 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         tuple(left_out + found.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
+
+
+def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:
+    """Refuse adapters of several formats: one names its modules as the base does, the other flattened."""
+    first: dict[str, str] = {}
+    for model, name in zip(models, names, strict=True):
+        if model.format in ADAPTERS:
+            first.setdefault(model.format, name)
+    if len(first) > 1:
+        found = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
+        raise MismatchError(
+            found,
+            rule="adapters of one zoo are of one format",
+            next_step="save them all with diffusers (save_lora_weights), or all with PEFT (save_pretrained)",
+        )
 
 
 class _Found:

@@ -209,7 +209,9 @@ class Zoo:
         held = {source.key for source in sources.values()}
         for module, update in model.updates.items():
             if module in held:
-                held |= {update.key_a, update.key_b}
+                held |= update.keys
+            if update.key_alpha is not None:
+                held.add(update.key_alpha)  # a layout says the scale
         return [name for name in model.tensors if name not in held]
 
     def read_carried(self, place: int, name: str) -> Tensor:

@@ -1,0 +1,229 @@
+"""The keys of LoRA files for diffusion models: which tensor is which factor of which layer.
+
+Three families of keys occur in single `.safetensors` files:
+
+* kohya's: `lora_unet_<module, flattened>.lora_down.weight`, `.lora_up.weight` and `.alpha`; of text encoders `lora_te_`,
+  `lora_te1_`, `lora_te2_`;
+* diffusers': `unet.<module>.lora_A.weight` and `.lora_B.weight` with the pipeline's component in front (`text_encoder.`,
+  `transformer.`), or nothing where one model saved its own adapter;
+* diffusers' older: `.lora.down.weight`, `.lora_linear_layer.down.weight`, `.processor.to_q_lora.down.weight`, and `.up.`.
+
+A flattened name cannot be given its dots back without the model, so what a layer is called here is made of the flattened
+name: the component, a dot, the name with underscores, and dots about each number. Layers of Stable Diffusion are called as
+diffusers does (`sgm_blocks`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.sgm_blocks import to_diffusers
+
+ALPHA = ".alpha"
+
+_FACTOR = re.compile(
+    r"(?P<stem>.+?)"
+    r"(?:\.lora_(?P<ab>[AB])|\.lora_(?P<kohya>down|up)|\.(?:lora|lora_linear_layer)\.(?P<way>down|up)"
+    r"|(?<=\.to_[qkv])_lora\.(?P<old>down|up)|(?<=\.to_out)_lora\.(?P<out>down|up))\.weight"
+)
+_SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
+_KOHYA = re.compile(r"lora_(?P<part>unet|transformer|te[123]?)_(?P<name>.+)")
+_KOHYA_COMPONENTS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+_COMPONENTS = frozenset(
+    {*_KOHYA_COMPONENTS.values(), "transformer_2", "diffusion_model", "prior", "controlnet", "connectors"}
+)
+_UNET = frozenset({"down_blocks", "mid_block", "up_blocks"})
+_TRANSFORMER = frozenset({"transformer_blocks", "single_transformer_blocks"})
+_PEFT = "base_model."
+
+# What a text encoder's attention is called in diffusers' oldest files, after the name of the UNet's.
+_OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+_MERGE = "merge it into its base model, save that with save_pretrained, and open it as a checkpoint"
+# Of a file without a plain factor these names alone say that it is some LoRA; `diff` or `scale` may be anybody's.
+_HINT = re.compile(r"^lora_|^lycoris_|\.lora_|\.hada_w|\.lokr_w|\.dora_scale$|\.on_input$")
+_VARIANTS = (
+    (re.compile(r".+\.hada_[wt]\d(_[ab])?"), "LoHa, a product of two low-rank matrices entry by entry"),
+    (re.compile(r".+\.lokr_[wt]\d(_[ab])?"), "LoKr, a Kronecker product"),
+    (re.compile(r".+\.lora_mid\.weight"), "a convolution in Tucker form, with a core between the factors"),
+    (re.compile(r".+\.(dora_scale|lora_magnitude_vector(\..+)?)"), "DoRA: a magnitude per output rescales the whole weight"),
+    (re.compile(r".+\.(b?oft_[A-Za-z]+\d?(\..+)?|rescale)"), "OFT, a rotation of the base weights"),
+    (re.compile(r"(lora|lycoris)_.+\.(a1|a2|b1|b2|bm)\.weight"), "GLoRA, whose update depends on the base weights"),
+    (re.compile(r".+\.on_input"), "IA3, which scales the base weights"),
+    (re.compile(r".+\.(diff|diff_b|set_weight)"), "a whole weight's difference"),
+    (re.compile(r".+\.[wb]_norm"), "a norm's difference"),
+    (re.compile(r".+\.(lora_up|lora_down|lora_[AB])\.bias"), "a bias of its own on a factor"),
+    (re.compile(r"(lora|lycoris)_.+\.(scalar|scale)"), "a trained scale beside α"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FactorKey:
+    """One factor's key, taken apart.
+
+    Attributes:
+        side: A or B.
+        stem: what the names of this layer's tensors have in common.
+        component: the pipeline's component that the key names, empty where it names none.
+        name: the module in that component as PEFT calls it; of kohya's keys, flattened.
+    """
+
+    side: str
+    stem: str
+    component: str
+    name: str
+
+    def module(self, component: str) -> str:
+        """Return what the layer is called in every zoo, of this component where the key names none."""
+        return _module(self.component or component, self.name)
+
+
+# A zoo asks the same names again for each of its files.
+@lru_cache(maxsize=16384)
+def _module(component: str, name: str) -> str:
+    flat = name.replace(".", "_")
+    if component == "unet":
+        flat = to_diffusers(flat)
+    elif component.startswith("text_encoder"):
+        # Newer transformers have no such level in CLIP, and the same layers.
+        flat = flat.removeprefix("text_model_")
+    flat = f"{component}.{flat}" if component else flat
+    return re.sub(r"(\.\d+)_", r"\1.", re.sub(r"_(\d+)(?=_|$)", r".\1", flat))
+
+
+@dataclass
+class FactorPair:
+    """The keys of one layer, and how they name it."""
+
+    component: str
+    name: str
+    keys: dict[str, str] = field(default_factory=dict)
+    alpha: str | None = None
+
+
+@lru_cache(maxsize=16384)
+def split_key(key: str) -> FactorKey | None:
+    """Take a factor's key apart; None for any other key.
+
+    >>> split_key("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight").module("")
+    'text_encoder.encoder_layers.0.mlp_fc1'
+    >>> split_key("unet.mid_block.attentions.0.proj_in.lora_A.weight").module("")
+    'unet.mid_block_attentions.0.proj_in'
+    """
+    match = _FACTOR.fullmatch(key)
+    if match is None or key.startswith(_PEFT):
+        return None
+    stem = match["stem"]
+    side = _SIDES[match["ab"] or match["kohya"] or match["way"] or match["old"] or match["out"]]
+    if (flat := _KOHYA.fullmatch(stem)) is not None and "." not in stem:
+        return FactorKey(side, stem, _KOHYA_COMPONENTS[flat["part"]], flat["name"])
+    first, _, rest = stem.partition(".")
+    component, name = (first, rest) if first in _COMPONENTS and rest else ("", stem)
+    name = name.replace(".processor.", ".")
+    if match["old"] or match["out"]:
+        parent, _, last = name.rpartition(".")
+        if component.startswith("text_encoder"):
+            last = _OLD_TEXT[last]
+        name = f"{parent}.{last}.0" if last == "to_out" else f"{parent}.{last}"
+        stem = f"{stem}_lora"
+    return FactorKey(side, stem, component, name)
+
+
+def is_diffusion_lora(names: Iterable[str]) -> bool:
+    """Tell by the names of its tensors whether a file is a LoRA of a diffusion model, one that is refused included.
+
+    A file that also holds the weights that its factors belong to is a whole model.
+    """
+    stems, others = set(), []
+    for name in names:
+        found = split_key(name) if "lora" in name else None
+        if found is not None:
+            stems.add(found.stem.removesuffix("_lora"))
+        else:
+            others.append(name)
+    if not stems:
+        hints = [name for name in others if _HINT.search(name) and not name.startswith(_PEFT)]
+        return any(pattern.fullmatch(name) for name in hints for pattern, _ in _VARIANTS)
+    return not any(_is_inside(name, stems) and _variant(name) is None for name in others)
+
+
+def _is_inside(name: str, stems: Collection[str]) -> bool:
+    """Tell whether a tensor belongs to one of these modules or to a module in it, and is not its α."""
+    places = [match.start() for match in re.finditer(r"\.", name)]
+    return not name.endswith(ALPHA) and any(name[:place] in stems for place in places)
+
+
+def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
+    """Pair the factors of a file by what their layer is called; refuses whatever else belongs to a LoRA.
+
+    Raises UnsupportedError for LyCORIS's and others' variants, FormatError for factors without their partner.
+    """
+    names = tuple(names)
+    found = {name: key for name in names if (key := split_key(name)) is not None}
+    for name in names:
+        if name not in found and not name.endswith(ALPHA):
+            _refuse_variant(name)
+    component = _component_of(found.values())
+    pairs: dict[str, FactorPair] = {}
+    stems: dict[str, str] = {}
+    for name, key in found.items():
+        module = key.module(component)
+        pair = pairs.setdefault(module, FactorPair(key.component, key.name))
+        if key.side in pair.keys:
+            raise FormatError(f"two factors {key.side} of module {module!r}: {pair.keys[key.side]!r} and {name!r}")
+        pair.keys[key.side] = name
+        stems[key.stem] = module
+    for module, pair in pairs.items():
+        if len(pair.keys) < 2:
+            missing = "A (down)" if "B" in pair.keys else "B (up)"
+            raise FormatError(
+                f"the factor {missing} is missing", where=f"module {module[:200]!r}", rule="an update has both factors"
+            )
+    _place_alphas([name for name in names if name not in found], pairs, stems)
+    return pairs
+
+
+def _component_of(keys: Iterable[FactorKey]) -> str:
+    """What the layers of a file that names no component are part of, as far as their names say."""
+    tops = {"" if key.component else key.name.partition(".")[0] for key in keys}
+    if "" in tops:
+        return ""
+    return "unet" if tops & _UNET else "transformer" if tops & _TRANSFORMER else ""
+
+
+def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems: Mapping[str, str]) -> None:
+    """Give every α to its layer; a key of a LoRA's own that is left is refused, and all other tensors are carried."""
+    for name in others:
+        stem = name.removesuffix(ALPHA)
+        if stem != name and stem in stems:
+            pairs[stems[stem]].alpha = name
+        elif stem != name or "lora" in name.lower() or name.startswith("lycoris_"):
+            raise UnsupportedError(
+                f"{name[:200]!r} is no factor of an update",
+                rule="only s·B·A is read",
+                next_step="save it again without this tensor if it does nothing, or merge it into its base model",
+            )
+
+
+def _refuse_variant(name: str) -> None:
+    meaning = _variant(name)
+    if meaning is not None:
+        raise UnsupportedError(
+            f"{name[:200]!r} belongs to {meaning}", rule="only updates of the form s·B·A are read", next_step=_MERGE
+        )
+
+
+def _variant(name: str) -> str | None:
+    """Return what other kind of adapter a tensor belongs to."""
+    return next((meaning for pattern, meaning in _VARIANTS if pattern.fullmatch(name)), None)

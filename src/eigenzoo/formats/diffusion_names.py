@@ -1,0 +1,121 @@
+"""A LoRA of Stable Diffusion under the other family of keys: kohya's for diffusers' and the other way round.
+
+Flattening is always certain. Dots come back only for names that the grammar of Stable Diffusion's UNet and of CLIP's text
+model has, where each can be read in one way; any other name is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from eigenzoo.errors import UnsupportedError, UsageError
+from eigenzoo.formats.diffusion_keys import FactorKey, split_key
+from eigenzoo.formats.diffusion_lora import METADATA_KEY
+from eigenzoo.formats.layout import ModelLayout, TensorLayout
+from eigenzoo.formats.sgm_blocks import to_diffusers
+
+FAMILIES = ("diffusers", "kohya")
+
+_UNET = re.compile(
+    r"conv_in|conv_out|(time|add)_embedding_linear_[12]|(down_blocks_\d|mid_block|up_blocks_\d)_"
+    r"(resnets_\d_(conv[12]|time_emb_proj|conv_shortcut)|(down|up)samplers_0_conv"
+    r"|attentions_\d_(proj_in|proj_out|transformer_blocks_\d+_(attn[12]_to_([qkv]|out_0)|ff_net_0_proj|ff_net_2)))"
+)
+_CLIP = re.compile(r"text_projection|encoder_layers_\d+_(self_attn_([qkv]|out)_proj|mlp_fc[12])")
+# The parts of those names; whatever else stands between two underscores is a part by itself.
+_PART = re.compile(
+    r"(conv_in|conv_out|conv_shortcut|time_emb_proj|time_embedding|add_embedding|linear_\d|down_blocks|mid_block|up_blocks"
+    r"|transformer_blocks|proj_in|proj_out|to_[qkv]|to_out|self_attn|[qkv]_proj|out_proj|text_projection|[^_]+)(?:_|$)"
+)
+
+
+def renamed(
+    layout: ModelLayout, family: str, ranks: Mapping[str, int], metadata: Mapping[str, str]
+) -> tuple[ModelLayout, dict[str, str]]:
+    """Return the layout of the same LoRA with the keys of a family, and the header's strings for it.
+
+    kohya's keys get one α for the whole file, the largest rank, since some programs read no more than one.
+
+    Args:
+        layout: of a LoRA of a diffusion model.
+        family: diffusers or kohya.
+        ranks: of the factors that will be written, by module.
+        metadata: the header's strings as they were.
+    """
+    if family not in FAMILIES:
+        raise UsageError(f"the format {family[:40]!r}", rule=f"one of {', '.join(FAMILIES)}")
+    keys = {module: split_key(update.key_a) for module, update in layout.updates.items()}
+    text = _text_encoder(layout)
+    alpha = max(ranks.values())
+    tensors, updates = [], {}
+    for module, update in layout.updates.items():
+        key = keys[module]
+        if key is None:
+            raise UsageError(f"{update.key_a[:200]!r} is no factor's key", rule="keys of a diffusion LoRA are renamed")
+        stem = _kohya(key, module, text) if family == "kohya" else _diffusers(key, module)
+        down, up = (".lora_down", ".lora_up") if family == "kohya" else (".lora_A", ".lora_B")
+        new = replace(update, key_a=f"{stem}{down}.weight", key_b=f"{stem}{up}.weight", scale=1.0, key_alpha=None)
+        tensors += [_named(layout, update.key_a, new.key_a), _named(layout, update.key_b, new.key_b)]
+        if family == "kohya":
+            new = replace(new, key_alpha=f"{stem}.alpha", scale=alpha / update.rank)
+            tensors.append(TensorLayout(f"{stem}.alpha", "F32", ()))
+        updates[module] = new
+    parts = {name for update in layout.updates.values() for name in update.keys}
+    ((file, listed),) = layout.files.items()
+    tensors += [tensor for tensor in listed if tensor.name not in parts]
+    kept = {name: value for name, value in metadata.items() if name != METADATA_KEY}
+    return replace(layout, files={file: tuple(tensors)}, updates=updates), kept
+
+
+def _named(layout: ModelLayout, old: str, new: str) -> TensorLayout:
+    return replace(layout.tensors[old], name=new)
+
+
+def _kohya(key: FactorKey, module: str, text: str) -> str:
+    """Give the stem of kohya's keys, by diffusers' blocks: what kohya writes for SD 1.5, and every program reads."""
+    component = module.partition(".")[0]
+    prefixes = {"unet": "lora_unet_", "text_encoder": text, "text_encoder_2": "lora_te2_text_model_"}
+    if component not in prefixes:
+        raise _uncertain(module, "kohya's keys are written for Stable Diffusion's UNet and text encoders")
+    flat = key.name.replace(".", "_")
+    if component == "unet":
+        return prefixes[component] + to_diffusers(flat)
+    flat = flat.removeprefix("text_model_")
+    return prefixes[component].removesuffix("text_model_" if flat == "text_projection" else "") + flat
+
+
+def _text_encoder(layout: ModelLayout) -> str:
+    """Give kohya's prefix of the first text encoder, which is another one where the model has two, as SDXL."""
+    two = any(
+        module.startswith("text_encoder_2.") or re.search(r"transformer_blocks\.[1-9]", module)
+        for module in layout.updates
+    )
+    return f"lora_{'te1' if two else 'te'}_text_model_"
+
+
+def _diffusers(key: FactorKey, module: str) -> str:
+    """Give the stem of diffusers' keys."""
+    component = module.partition(".")[0]
+    flat = key.name.replace(".", "_")
+    if component == "unet":
+        flat, grammar = to_diffusers(flat), _UNET
+    elif component in ("text_encoder", "text_encoder_2"):
+        flat, grammar = flat.removeprefix("text_model_"), _CLIP
+    else:
+        raise _uncertain(module, "dots are given back to names of Stable Diffusion's UNet and text encoders")
+    if grammar.fullmatch(flat) is None:
+        raise _uncertain(module, "dots are given back to names whose parts are known")
+    name = ".".join(match[1] for match in _PART.finditer(flat))
+    # diffusers takes the level away where a newer transformers has none, and never adds it.
+    return f"{component}.{'text_model.' if name.startswith('encoder.') else ''}{name}"
+
+
+def _uncertain(module: str, rule: str) -> UnsupportedError:
+    return UnsupportedError(
+        "has no certain name in that format",
+        where=f"module {module[:200]!r}",
+        rule=rule,
+        next_step="rebuild it in the format that it came in: without format= (--format)",
+    )
