@@ -109,3 +109,20 @@ def test_small_files_are_bounded(tmp_path: Path) -> None:
 def test_bad_json_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(FormatError, match=rf"^f\.json: .*{message}"):
         parse_json(data, where="f.json")
+
+
+def test_the_store_that_repositories_of_the_hub_s_cache_share(tmp_path: Path) -> None:
+    name = "ab" + "0" * 62
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    shared = tmp_path / "blobs" / "ab" / name
+    for folder in (snapshot, snapshot.parent.parent / "blobs", shared.parent):
+        folder.mkdir(parents=True)
+    shared.write_bytes(b"x")
+    (snapshot.parent.parent / "blobs" / "etag").symlink_to(f"../../blobs/ab/{name}")
+    (snapshot / "w").symlink_to("../../blobs/etag")
+    assert inside(snapshot, "w") == shared
+    other = shared.with_name("secret")
+    other.write_bytes(b"x")
+    (snapshot / "v").symlink_to("../../../blobs/ab/secret")
+    with pytest.raises(UnsafePathError, match="leads out of the folder"):
+        inside(snapshot, "v")

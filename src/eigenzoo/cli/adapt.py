@@ -104,7 +104,7 @@ def command(
         render(found, bundle)
 
 
-def render(found: Adaptation, bundle: Path) -> None:
+def render(found: Adaptation, bundle: str) -> None:
     """Print what was trained, what it weighs beside the alternatives, and how well it does beside its controls."""
     besides = f", {found.num_besides} of them besides the coefficients" if found.num_besides else ""
     random = " in a random basis" if found.random_basis else ""

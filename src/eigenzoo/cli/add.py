@@ -10,6 +10,7 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
+from eigenzoo.errors import UsageError
 
 
 def command(
@@ -35,8 +36,15 @@ def command(
     import eigenzoo as ez
     from eigenzoo.formats.bundle import is_only_a_bundle
     from eigenzoo.formats.output import check_free
+    from eigenzoo.formats.remote.hub_id import find_id
 
-    target = bundle if output is None else output
+    if output is None and find_id(bundle) is not None:
+        raise UsageError(
+            "a bundle of the hub is not replaced by add",
+            where=bundle,
+            next_step="name the grown bundle with -o, then push it",
+        )
+    target = Path(bundle) if output is None else output
     check_free(target, force=force or output is None, replaceable=is_only_a_bundle)
     space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:

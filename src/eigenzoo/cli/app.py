@@ -22,6 +22,7 @@ from eigenzoo.cli import (
     nursery,
     plan,
     project,
+    push,
     rebuild,
     report,
     verify,
@@ -72,6 +73,7 @@ app.command("add")(add.command)
 app.command("import")(importing.command)
 app.command("verify")(verify.command)
 app.command("evaluate")(evaluate.command)
+app.command("push")(push.command)
 app.command("report")(report.command)
 app.command("demo")(demo.command)
 app.add_typer(nursery.app, name="nursery")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,18 +17,24 @@ if TYPE_CHECKING:
 ZooArgument = Annotated[
     list[str],
     typer.Argument(
-        help="The zoo: a folder of models, a glob, several paths, a .txt file of paths, or URLs (s3://…, hf://…).",
+        help="The zoo: a folder of models, a glob, several paths, a .txt file of paths, URLs (s3://…, hf://…), or ids of the hub "
+        "(org/name@revision).",
         metavar="ZOO",
         show_default=False,
     ),
 ]
 BundleArgument = Annotated[
-    Path, typer.Argument(help="A bundle that `eigenzoo fit` wrote.", metavar="BUNDLE", show_default=False)
+    str,
+    typer.Argument(
+        help="A bundle that `eigenzoo fit` wrote, or its id on the hub: org/name@revision.",
+        metavar="BUNDLE",
+        show_default=False,
+    ),
 ]
 ZooOrBundleArgument = Annotated[
     list[str],
     typer.Argument(
-        help="A bundle; or a zoo: a folder of models, a glob, several paths, a .txt file of paths, or URLs.",
+        help="A bundle; or a zoo: a folder of models, a glob, several paths, a .txt file of paths, URLs, or ids of the hub.",
         metavar="ZOO|BUNDLE",
         show_default=False,
     ),
@@ -185,7 +190,7 @@ def one_or_many(zoo: list[str]) -> str | list[str]:
 
 
 def is_bundle(path: str) -> bool:
-    """Tell whether a word names the folder of a bundle."""
-    from eigenzoo.formats.bundle import is_bundle
+    """Tell whether a word names a bundle: a folder, or an id of the hub."""
+    from eigenzoo.formats.remote.hub_bundle import names_a_bundle
 
-    return is_bundle(Path(path))
+    return names_a_bundle(path)

@@ -50,14 +50,17 @@ def command(
     from eigenzoo.formats.bundle import MANIFEST
     from eigenzoo.formats.opening import is_model
     from eigenzoo.formats.remote import is_url
+    from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+    from eigenzoo.formats.remote.hub_id import find_id
 
-    if is_url(path) or (is_model(path) and not (Path(path) / MANIFEST).is_file()):
+    adapter = is_url(path) or (is_model(path) and not (Path(path) / MANIFEST).is_file())
+    if adapter or (find_id(path) is not None and not names_a_bundle(path)):
         _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json)
         return
-    _verify_bundle(Path(path), against, dry_load, allow_pickle=allow_pickle, json=json)
+    _verify_bundle(path, against, dry_load, allow_pickle=allow_pickle, json=json)
 
 
-def _verify_bundle(bundle: Path, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
+def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
     import eigenzoo as ez
     from eigenzoo.formats.bundle import MANIFEST
 
@@ -70,11 +73,11 @@ def _verify_bundle(bundle: Path, against: str | None, dry_load: bool, *, allow_p
         faults = list(found)
     except EigenzooError as error:
         # A bundle that cannot even be loaded has failed the check; what is no bundle is bad input.
-        if isinstance(error, UsageError) or not (bundle / MANIFEST).is_file():
+        if isinstance(error, UsageError) or not (Path(bundle) / MANIFEST).is_file():
             raise
         faults = [str(error)]
     document: dict[str, Any] = {
-        "bundle": str(bundle),
+        "bundle": bundle,
         "ok": not faults,
         "num_models": num_models,
         "num_layers": num_layers,

@@ -10,7 +10,7 @@ from typing import Any
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.evidence import Evidence
 from eigenzoo.evidence.function import FunctionEvidence
-from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.remote import source_url
 from eigenzoo.subspace.sizes import sizes
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
@@ -62,7 +62,7 @@ def _sizes(source: Zoo | Subspace) -> dict[str, Any] | None:
 def _models(source: Zoo | Subspace) -> dict[str, Mapping[str, Any]]:
     if isinstance(source, Zoo):
         return {
-            name: {"residual": None, "energy": None, "source": remote_url(model.path) or str(model.path)}
+            name: {"residual": None, "energy": None, "source": source_url(model.path) or str(model.path)}
             for name, model in zip(source.names, source.models, strict=True)
         }
     found: dict[str, Mapping[str, Any]] = {}

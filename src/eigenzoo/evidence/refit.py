@@ -13,7 +13,7 @@ from eigenzoo.evidence.variants import mean_values
 from eigenzoo.records import Progress
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fit import fit
-from eigenzoo.subspace.source_records import is_at_hand
+from eigenzoo.subspace.source_records import is_at_hand, source_path
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 
@@ -41,7 +41,7 @@ def hold_out(space: Subspace, seed: int, progress: Progress) -> tuple[Subspace, 
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
     # Their own paths, which do not lead through a temporary folder that may be gone before they are read.
-    paths = [os.path.realpath(space.path / model.source.path) for model in space.manifest.models]
+    paths = [os.path.realpath(source_path(model.source, space.path) or space.path) for model in space.manifest.models]
     zoo = space.open(paths).renamed(space.names)
     order = torch.randperm(len(zoo), generator=torch.Generator().manual_seed(seed))
     held = set(order.tensor_split(NUM_FOLDS)[0].tolist())

@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.formats.remote.hub_bundle import names_a_bundle
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.side import SideMoment
@@ -175,7 +174,7 @@ def open_source(
     cache: bool = True,
 ) -> MomentSource:
     """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
-    if isinstance(source, str | os.PathLike) and is_bundle(Path(source)):
+    if isinstance(source, str | os.PathLike) and names_a_bundle(source):
         source = load(source)
     chosen = view is not None or base is not None or bool(include) or bool(exclude)
     if isinstance(source, Subspace):

@@ -23,6 +23,9 @@ from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
 MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"
+HUB_FILE = ".gitattributes"
+"""What the hub puts into each repository, and so beside a bundle that is one."""
+
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 
@@ -33,7 +36,7 @@ def is_bundle(folder: Path) -> bool:
 
 def is_only_a_bundle(folder: Path) -> bool:
     """Tell whether a folder is a bundle and nothing else, so that replacing it removes nobody's other files."""
-    own = (MANIFEST, CARD, MOMENTS)
+    own = (MANIFEST, CARD, MOMENTS, HUB_FILE)
     return is_bundle(folder) and all(
         entry.name in own
         or (entry.name in ("coefficients", "rest") and entry.is_dir())
@@ -137,7 +140,7 @@ def content_faults(path: Path, manifest: Manifest) -> Iterator[str]:
 
 def unknown_files(path: Path, manifest: Manifest) -> Iterator[str]:
     """Find the files that nobody names."""
-    known = {*manifest.files, MANIFEST, CARD}
+    known = {*manifest.files, MANIFEST, CARD, HUB_FILE}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if (file.is_symlink() or not file.is_dir()) and name not in known:

@@ -19,18 +19,23 @@ from eigenzoo.formats.peft_lora import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, P
 from eigenzoo.formats.pickle_file import PickleStateDict
 from eigenzoo.formats.pipeline import Pipeline
 from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.remote.hub import fetch_model
+from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.remote.mirror import mirror_url
 from eigenzoo.formats.remote.record import by_url
 from eigenzoo.formats.side_files import SIDE_FILES
 
 
 def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
-    """Open the model at `path`, or at a URL, by its headers.
+    """Open the model at `path`, at a URL, or of an id of the hub (`org/name@revision`), by its headers.
 
     Raises FormatError that says what was found where nothing is readable, and UnsupportedError for a pickle without
     `allow_pickle`.
     """
-    path = Path(mirror_url(path) if isinstance(path, str) and is_url(path) else path)
+    if isinstance(path, str):
+        place = None if is_url(path) else find_id(path)
+        path = fetch_model(place, allow_pickle=allow_pickle) if place else mirror_url(path) if is_url(path) else path
+    path = Path(path)
     try:
         return _open(path, allow_pickle)
     except FormatError as error:

@@ -14,6 +14,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _PLAIN = re.compile(r"(?:[\w%+-][\w%+.-]*/)*[\w%+-][\w%+.-]*", re.ASCII)
 """Names that need no second look, which nearly all are: letters, digits and little else, no part beginning with a dot."""
 
+_HASH = re.compile(r"[0-9a-f]{64}")
+
 RECORD_FILE = ".eigenzoo-remote.json"
 """In a mirror of a remote model, what its files are stubs of; no file of the model."""
 
@@ -51,7 +53,7 @@ def inside(root: Path, file: str) -> Path:
     """Resolve the file named `file` of the model in folder `root`; links may not lead out of the folder.
 
     One exception: the Hugging Face cache keeps `snapshots/<revision>/x` as a link to `../../blobs/<hash>` of the same
-    repository, which is accepted. The file need not exist.
+    repository, or that as a link to the store that all its repositories share, which is accepted. The file need not exist.
     """
     relative_name(file)
     try:
@@ -88,7 +90,12 @@ def final_name(path: Path) -> str:
 def _is_cache_blob(folder: Path, target: Path) -> bool:
     for snapshots in (folder, *folder.parents):
         if snapshots.name == "snapshots" and snapshots != folder:
-            return target.parent == snapshots.parent / "blobs"
+            repository = snapshots.parent
+            return target.parent == repository / "blobs" or (
+                repository.name.startswith("models--")
+                and target.parent == repository.parent / "blobs" / target.name[:2]
+                and _HASH.fullmatch(target.name) is not None
+            )
     return False
 
 

@@ -107,7 +107,7 @@ class _Task:
 
 
 def adapt_classifier(
-    bundle: Path,
+    bundle: str | Path,
     data: str,
     model: Path,
     output: Path | None,

@@ -11,6 +11,7 @@ from eigenzoo.adapt.starts import MEAN, RANDOM, ZERO, find_start
 from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
 from eigenzoo.subspace.subspace import Subspace, load
 
@@ -77,9 +78,9 @@ def open_bundle(config: EigenzooConfig) -> Subspace:
     """
     if config.bundle is None:
         raise UsageError("no bundle is named", rule="an adapter lies in a basis", next_step="EigenzooConfig(bundle=…)")
-    path = Path(config.bundle)
-    if config.basis is not None and not is_bundle(path):
-        path = _moved(path, config.basis)
+    path: str | Path = config.bundle
+    if config.basis is not None and find_id(path) is None and not is_bundle(Path(path)):
+        path = _moved(Path(path), config.basis)
     space = load(path)
     found = space.manifest.basis_id
     if config.basis not in (None, found):

@@ -1,29 +1,43 @@
-"""README.md of a bundle: its card, for people."""
+"""README.md of a bundle: its card, for people, with the front matter that the hub reads."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eigenzoo.formats.bundle import CARD, MOMENTS, file_sizes, write_manifest
-from eigenzoo.formats.manifest import Manifest
+from eigenzoo.formats.manifest import Manifest, SourceRecord
+from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.records import weighted_share
+from eigenzoo.subspace.provenance import KEY
+
+UNKNOWN = "unknown"
+MAX_NAMED = 6
+"""Sources that the card's command names one by one."""
+
+_SPDX = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./@:=,+-]{1,300}")
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Write the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
     report, sizes = manifest.report, manifest.report["bytes"]
+    licences = _licences(manifest)
     lines = [
         "---",
-        "library_name: eigenzoo",
-        "tags: [eigenzoo, weight-subspace]",
+        *_front_matter(manifest, licences).splitlines(),
         "---",
         "",
         f"# A shared weight subspace of {len(manifest.models)} models",
         "",
         f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
         f"center `{manifest.center}`, bases in {manifest.dtype}.",
+        "",
+        "```bash",
+        _command(manifest),
+        "```",
         "",
         "| | bytes |",
         "|---|---|",
@@ -36,14 +50,96 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         "",
         _lost(report),
         "",
+        *_base_lines(manifest),
         "| model | source |",
         "|---|---|",
         *(f"| {_escape(model.name)} | {_escape(model.source.path)} |" for model in manifest.models),
         "",
-        "Licences: those of the models it was made from. Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
+        "## Licences",
+        "",
+        "Those of the models it was made from, as their own READMEs say them; they hold for what is rebuilt, and for the basis.",
+        "",
+        "| licence | models |",
+        "|---|---|",
+        *(f"| {_escape(licence)} | {_escape(', '.join(names))} |" for licence, names in licences.items()),
+        "",
+        "Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
         "",
     ]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["eigenzoo", "weight-subspace"]
+    bases = list(dict.fromkeys(base["id"] for base in _bases(manifest)))
+    options: dict[str, Any] = {}
+    if bases:
+        options["base_model"] = bases[0] if len(bases) == 1 else bases
+        options["base_model_relation"] = "adapter" if manifest.view in ("update", "factors") else "finetune"
+    said = set(licences) | {base["licence"] for base in _bases(manifest) if base["licence"]}
+    (only, *others) = sorted(said)
+    options["license"] = only if not others and _SPDX.fullmatch(only) else "other"
+    if options["license"] == "other":
+        options["license_name"] = "those-of-the-sources"
+    return str(ModelCardData(library_name="eigenzoo", tags=tags, **options).to_yaml())
+
+
+def _licences(manifest: Manifest) -> dict[str, list[str]]:
+    """The names of the models under each licence, unknown last."""
+    known = (manifest.report.get(KEY) or {}).get("licences")
+    known = known if isinstance(known, dict) else {}
+    found: dict[str, list[str]] = {}
+    for model in manifest.models:
+        found.setdefault(str(known.get(model.name) or UNKNOWN), []).append(model.name)
+    return dict(sorted(found.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))) or {UNKNOWN: []}
+
+
+def _bases(manifest: Manifest) -> list[dict[str, str]]:
+    """What is known of base models; a record that a stranger wrote otherwise is left out."""
+    found = (manifest.report.get(KEY) or {}).get("bases")
+    return [
+        {key: str(base.get(key, "")) for key in ("id", "revision", "licence")}
+        for base in (found if isinstance(found, list) else [])
+        if isinstance(base, dict) and parse_id(base.get("id")) is not None
+    ]
+
+
+def _base_lines(manifest: Manifest) -> list[str]:
+    lines = [
+        f"Base model: {_escape(base['id'])}, revision {_escape(base['revision'] or 'not said')}, "
+        f"licence {_escape(base['licence'] or 'not read')}."
+        for base in _bases(manifest)
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _command(manifest: Manifest) -> str:
+    """The command that makes such a bundle, as a user types it: of paths of some machine only that there were any."""
+    options, known = manifest.options, manifest.report.get(KEY) or {}
+    places = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
+    zoo = places if len(places) <= MAX_NAMED and "" not in places else ["ZOO"]
+    words = ["eigenzoo", "fit", *zoo, "--view", manifest.view]
+    if manifest.base is not None:
+        words += ["--base", _hub_id(manifest.base) or "BASE"]
+    words += ["--axes", ",".join(manifest.axes), "--center", manifest.center, "--dtype", manifest.dtype]
+    chosen = [("--budget", options["budget"]), ("--max-error", options["max_error"])]
+    if all(value is None for _, value in chosen):
+        words += ["--rank", ",".join(f"{axis}={rule}" for axis, rule in options["rules"].items())]
+    for option, value in (*chosen, ("--solver", options.get("solver")), ("--precision", options.get("precision"))):
+        words += [option, str(value)] if value is not None else []
+    for option in ("include", "exclude"):
+        patterns = known.get(option)
+        for pattern in patterns if isinstance(patterns, list) else []:
+            words += [f"--{option}", f"'{pattern}'" if re.fullmatch(r"[\w.*?\[\]-]{1,200}", str(pattern)) else "…"]
+    words += ["--seed", str(options["seed"]), "-o", "BUNDLE"]
+    return " ".join(word if _PLAIN_WORD.fullmatch(word) or word[:1] in ("'", "…") else "…" for word in words)
+
+
+def _hub_id(source: SourceRecord) -> str:
+    place = parse_url(source.path)
+    return str(place) if place is not None and _PLAIN_WORD.fullmatch(str(place)) else ""
 
 
 def _break_even(num_models: int | None) -> str:

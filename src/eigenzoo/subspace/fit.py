@@ -32,6 +32,8 @@ from eigenzoo.subspace.models_fit import FittedLayer
 from eigenzoo.subspace.moments import LayerMoments, recentered
 from eigenzoo.subspace.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.options import FitOptions, Rank, check_against, resolve_options
+from eigenzoo.subspace.provenance import KEY as PROVENANCE
+from eigenzoo.subspace.provenance import provenance
 from eigenzoo.subspace.source_records import source_record
 from eigenzoo.subspace.storage import (
     identify,
@@ -224,7 +226,10 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
         ],
         models=models,
         discarded={name: float(layer.outside_N.sum()) for name, layer in fitted.items()},
-        report=_report(zoo, options, fitted, collected, folder, models, started).to_dict(),
+        report={
+            **_report(zoo, options, fitted, collected, folder, models, started).to_dict(),
+            PROVENANCE: provenance(zoo),
+        },
         files={},
     )
 

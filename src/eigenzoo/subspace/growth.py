@@ -37,6 +37,8 @@ from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.moments_cache import opened_cache
 from eigenzoo.subspace.options import EXACT, FitOptions
 from eigenzoo.subspace.originals import find_originals
+from eigenzoo.subspace.provenance import KEY as PROVENANCE
+from eigenzoo.subspace.provenance import joined, provenance
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.resources import Resources
 from eigenzoo.subspace.source_records import Relocation, source_record
@@ -263,6 +265,7 @@ def _with_growth(
         "bytes": vars(counted),
         "growth": plain(growth),
         "energy": energy,
+        PROVENANCE: joined(space.report, provenance(new)),
     }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0
     return manifest.model_copy(update={"report": report})
@@ -330,6 +333,7 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
         report["bytes"] = vars(counted)
         report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
         manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
+    report[PROVENANCE] = joined(space.report, provenance(new))
     growth = Growth(new.names, exact, True, sum(discarded.values()), _statement(exact, True))
     return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from eigenzoo.errors import BundleError
 from eigenzoo.subspace.border import bordered
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.duplicates import DUPLICATE
@@ -51,3 +52,22 @@ def find_copies(new: Sequence[Coefficients], space: Subspace) -> list[tuple[str,
         close_N = (rows_NC[:place] - rows_NC[place]).square().sum(1) <= DUPLICATE * sum(model.energies.values())
         found += [(space.names[other], model.name) for other in close_N.nonzero()[:, 0].tolist()]
     return found
+
+
+def extended_by_records(space: Subspace, layer: str, moments: LayerMoments) -> LayerMoments:
+    """Moments with the models that were added without them, as far as their coefficients tell."""
+    added, place = space.all_stored[moments.num_models :], list(space.layers).index(layer)
+    unknown = [
+        record.name
+        for record, stored in zip(space.manifest.models[moments.num_models :], added, strict=True)
+        if stored.energies_L is None
+    ]
+    if unknown:
+        raise BundleError(
+            f"neither the moments nor its own file tell the energies of {unknown[0]!r}",
+            where=str(space.path),
+            rule="see docs/bundle-format.md",
+        )
+    energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, place]
+    outside_M = energies_M * torch.stack([stored.residuals_L for stored in added])[:, place].double()
+    return extended_inside(moments, space.all_coefficients[layer].flatten(1), energies_M, outside_M)

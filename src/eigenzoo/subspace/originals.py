@@ -7,7 +7,7 @@ from pathlib import Path
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.pickle_file import SUFFIXES as PICKLES
-from eigenzoo.subspace.source_records import is_at_hand
+from eigenzoo.subspace.source_records import is_at_hand, source_path
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -39,7 +39,7 @@ def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Z
         return None
     if not all(is_at_hand(record, space.path) for record in records.values()):
         return None
-    paths = [space.path / record.path for record in records.values()]
+    paths = [source_path(record, space.path) or space.path / record.path for record in records.values()]
     zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
     if any(_other_scales(space, name, model) for name, model in zip(zoo.names, zoo.models, strict=True)):
         return None

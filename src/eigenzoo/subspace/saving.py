@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eigenzoo.formats.bundle import MOMENTS, is_only_a_bundle, record_files
+from eigenzoo.formats.manifest import Manifest
 from eigenzoo.formats.output import new_folder
 from eigenzoo.subspace.card import write_counted
 from eigenzoo.subspace.source_records import Relocation
@@ -20,8 +22,18 @@ MEASURED = ("seconds", "peak_memory")
 """What the report of a fit says of the run and not of the result."""
 
 
-def save(space: Subspace, target: Path, *, force: bool, moments: bool) -> Path:
-    """Save a subspace as a bundle; see `Subspace.save`. Files that have a checksum keep it, unread."""
+def save(
+    space: Subspace,
+    target: Path,
+    *,
+    force: bool,
+    moments: bool,
+    change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+) -> Path:
+    """Save a subspace as a bundle; see `Subspace.save`. Files that have a checksum keep it, unread.
+
+    `change` is what is done to the manifest before it is written.
+    """
     manifest = space.manifest
     with new_folder(target, force=force, replaceable=is_only_a_bundle) as staging:
         link_all(space.path, staging, (file for file in space.files() if moments or file != MOMENTS))
@@ -36,5 +48,5 @@ def save(space: Subspace, target: Path, *, force: bool, moments: bool) -> Path:
         # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
         report = {key: value for key, value in manifest.report.items() if key not in MEASURED}
         update = {"models": sources, "base": base, "report": report, "files": record_files(staging, space.checksums)}
-        write_counted(staging, manifest.model_copy(update=update))
+        write_counted(staging, change(manifest.model_copy(update=update)))
     return target

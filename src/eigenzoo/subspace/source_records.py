@@ -8,17 +8,20 @@ from pathlib import Path
 from eigenzoo.formats.bundle import file_sha256
 from eigenzoo.formats.manifest import SourceFile, SourceRecord
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.remote import is_url, remote_url
+from eigenzoo.formats.remote import is_url, source_url
+from eigenzoo.formats.remote.hub import stored_sha256
+from eigenzoo.formats.remote.hub_id import cached_path
 
 
 def source_record(model: Model, root: Path) -> SourceRecord:
-    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved."""
+    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved, unless the hub's
+    cache knows them."""
     files = {}
     for path in model.weight_files():
         status = path.stat()
         key = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
-        files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=None)
-    return SourceRecord(path=remote_url(model.path) or _relative(model.path, root), files=files)
+        files[key] = SourceFile(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=stored_sha256(path))
+    return SourceRecord(path=source_url(model.path) or _relative(model.path, root), files=files)
 
 
 class Relocation:
@@ -74,11 +77,12 @@ def _sha256(path: Path, known: SourceFile) -> str | None:
 def is_at_hand(record: SourceRecord, root: Path) -> bool:
     """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum.
 
-    Files of a store count as gone: growing from them again is a choice that `old` makes.
+    Files of a store count as gone: growing from them again is a choice that `old` makes. Those of the hub are at hand where
+    its cache has their commit.
     """
-    if is_url(record.path):
+    path = source_path(record, root)
+    if path is None:
         return False
-    path = root / record.path
     folder = path if path.is_dir() else path.parent
     for name, known in record.files.items():
         try:
@@ -92,6 +96,11 @@ def is_at_hand(record: SourceRecord, root: Path) -> bool:
         ):
             return False
     return bool(record.files)
+
+
+def source_path(record: SourceRecord, root: Path) -> Path | None:
+    """Return where a model's files are, or were, on this machine; None for those of a store. Asks no network."""
+    return cached_path(record.path) if is_url(record.path) else root / record.path
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -28,16 +28,19 @@ from eigenzoo.formats.contents import StoredTemplate
 from eigenzoo.formats.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.remote.hub_bundle import bundle_path
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection
 from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
-from eigenzoo.subspace.inside import extended_inside
+from eigenzoo.subspace.inside import extended_by_records
 from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.pushing import push
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.subspace.saving import save
-from eigenzoo.subspace.source_records import is_at_hand
+from eigenzoo.subspace.source_records import is_at_hand, source_path
 from eigenzoo.subspace.storage import num_held, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.garbage import seldom_collecting
@@ -139,10 +142,10 @@ class Subspace:
     @cached_property
     def all_coefficients(self) -> Mapping[str, Tensor]:
         """Every kept model's coefficients (N, …), layer by layer, read once."""
-        return split_coefficients(torch.stack([stored.values for stored in self._all_stored]), self.layers)
+        return split_coefficients(torch.stack([stored.values for stored in self.all_stored]), self.layers)
 
     @cached_property
-    def _all_stored(self) -> Sequence[StoredCoefficients]:
+    def all_stored(self) -> Sequence[StoredCoefficients]:
         """Every model's small file, read once."""
         return [self.stored(record) for record in self.manifest.models]
 
@@ -190,26 +193,8 @@ class Subspace:
         held = min(num_held(self._moments_file, basis.layer), len(self.names))
         moments = read_moments(self._moments_file, basis.layer, held)
         if held < len(self.names):
-            moments = self._extended(layer, moments)
+            moments = extended_by_records(self, layer, moments)
         return moments if moments.shift_N is None else replace(moments, removed=basis.removed())
-
-    def _extended(self, layer: str, moments: LayerMoments) -> LayerMoments:
-        """Moments with the models that were added without them, as far as their coefficients tell."""
-        added, place = self._all_stored[moments.num_models :], list(self.layers).index(layer)
-        unknown = [
-            record.name
-            for record, stored in zip(self.manifest.models[moments.num_models :], added, strict=True)
-            if stored.energies_L is None
-        ]
-        if unknown:
-            raise BundleError(
-                f"neither the moments nor its own file tell the energies of {unknown[0]!r}",
-                where=str(self.path),
-                rule="see docs/bundle-format.md",
-            )
-        energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, place]
-        outside_M = energies_M * torch.stack([stored.residuals_L for stored in added])[:, place].double()
-        return extended_inside(moments, self.all_coefficients[layer].flatten(1), energies_M, outside_M)
 
     @cached_property
     def _moments_file(self) -> SafetensorsFile:
@@ -219,11 +204,12 @@ class Subspace:
     def base(self) -> Model | None:
         """The base of view `delta`: the one given, else where the manifest says; BundleError where it is gone."""
         if self._base is None and self.manifest.base is not None:
-            path = self.path / self.manifest.base.path
-            if not path.exists():
+            path = source_path(self.manifest.base, self.path)
+            if path is None or not path.exists():
+                where = self.manifest.base.path if is_url(self.manifest.base.path) else str(path)
                 raise BundleError(
                     "the base is not at hand",
-                    where=str(path),
+                    where=where,
                     rule="view 'delta' adds its layers to the base",
                     next_step="name the base with base=… or --base",
                 )
@@ -337,6 +323,24 @@ class Subspace:
         """
         return save(self, Path(folder), force=force, moments=moments)
 
+    def push(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        private: bool = False,
+        force: bool = False,
+        moments: bool = False,
+        message: str | None = None,
+    ) -> str:
+        """Push as a bundle to a model repository of the Hugging Face hub, in one commit; returns `org/name@commit`.
+
+        It is verified before. A repository that is not there is made (`private` or not), and so is the branch `revision`;
+        another bundle there is replaced with `force` only, anything else never. `moments` (large; evidence, plan and exact
+        growth need them) are pushed where they are asked for. Of paths of this machine only the last part is told.
+        """
+        return push(self, repo, revision=revision, private=private, force=force, moments=moments, message=message)
+
     def files(self) -> list[str]:
         """Every file but the manifest and the card, relative to the folder."""
         there = file_sizes(self.path)
@@ -371,9 +375,11 @@ class Subspace:
 def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
     """Load a bundle; reads its manifest and headers, values on demand.
 
-    Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of view `delta` lies now.
+    `folder` is a path, or an id of the hub (`org/name@revision`), whose files are downloaded into its cache and compared with
+    the manifest's checksums. Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of
+    view `delta` lies now.
     """
-    path = Path(folder)
+    path = bundle_path(folder)
     with seldom_collecting():
         manifest = read_manifest(path)
     space = Subspace(path, manifest, base=open_model(os.fspath(base)) if base is not None else None)

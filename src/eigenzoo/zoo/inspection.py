@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.remote import source_url
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
@@ -128,7 +128,7 @@ def _model_report(model: Model, name: str) -> ModelReport:
     infos = model.tensors.values()
     return ModelReport(
         name,
-        remote_url(model.path) or str(model.path),
+        source_url(model.path) or str(model.path),
         model.format,
         model.nbytes,
         sum(torch.Size(info.shape).numel() for info in infos),

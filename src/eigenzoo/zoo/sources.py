@@ -7,15 +7,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
-from eigenzoo.formats.remote import is_url, remote_url
+from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
+from eigenzoo.formats.remote.hub import Stopped, find_hub_models
+from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
 from eigenzoo.formats.remote.mirror import mirror_models
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.remote_sources import find_remote, last_name
@@ -26,6 +31,10 @@ MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
 
 
+MAX_REPOSITORIES = 4
+"""Repositories of the hub that are asked and downloaded side by side, each with several files at once."""
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """A remote model that cannot be read, and why."""
@@ -34,12 +43,15 @@ class Unreadable:
     error: EigenzooError
 
 
-def find_models(source: Source, progress: Progress = no_progress) -> list[Path | Unreadable]:
+def find_models(
+    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False
+) -> list[Path | Unreadable]:
     """Return the paths of the models that a source names, each once, in the order given; folders and globs by name.
 
     A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
     `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there. A URL is listed by the same rules,
-    and its models are mirrored: the path is that of the mirror.
+    and its models are mirrored: the path is that of the mirror. So is an id of the hub, whose models are downloaded into the
+    hub's cache.
     """
     try:
         found = list(dict.fromkeys(_expand(source)))
@@ -49,12 +61,12 @@ def find_models(source: Source, progress: Progress = no_progress) -> list[Path |
         ) from error
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
-    models = _mirrored(found, progress)
+    models = _mirrored(_downloaded(found, allow_pickle, progress), progress)
     if not models:
         raise ZooError(
             "no model is found",
             where=shown_source(source),
-            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, or URLs of such",
+            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of such, or ids of the hub",
         )
     return models
 
@@ -66,17 +78,48 @@ def shown_source(source: Source) -> str:
     return repr(shown_url(source) if isinstance(source, str) else source)
 
 
-def _mirrored(found: Sequence[Path | str], progress: Progress) -> list[Path | Unreadable]:
+def _downloaded(
+    found: Sequence[Path | str | HubId], allow_pickle: bool, progress: Progress
+) -> list[Path | str | Unreadable]:
+    """Put the models that ids of the hub name in the ids' places."""
+    places = list(dict.fromkeys(item for item in found if isinstance(item, HubId)))
+    if not places:
+        return [item for item in found if not isinstance(item, HubId)]
+    stopped = Event()
+
+    def telling(stage: str, done: int, total: int) -> None:
+        if stopped.is_set():
+            raise Stopped
+        progress(stage, done, total)
+
+    find = partial(find_hub_models, max_depth=MAX_DEPTH, order=_natural, allow_pickle=allow_pickle, progress=telling)
+    pool = ThreadPoolExecutor(MAX_REPOSITORIES, thread_name_prefix="eigenzoo-hub")
+    try:
+        models = dict(zip(places, pool.map(find, places), strict=True))
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    items: list[Path | str | Unreadable] = []
+    for item in found:
+        if not isinstance(item, HubId):
+            items.append(item)
+            continue
+        for path, error in models[item]:
+            items.append(path if error is None else Unreadable(hub_name(path) or path.name, error))
+    return items
+
+
+def _mirrored(found: Sequence[Path | str | Unreadable], progress: Progress) -> list[Path | Unreadable]:
     """Put the mirrors of the models of URLs in the URLs' places."""
     urls = [item for item in found if isinstance(item, str)]
     if not urls:
-        return [item for item in found if isinstance(item, Path)]
+        return list(dict.fromkeys(item for item in found if not isinstance(item, str)))
     listed = find_remote(urls, MAX_DEPTH, _natural)
     paths = iter(mirror_models([model for models in listed for model in models], progress))
     models: list[Path | Unreadable] = []
     by_url = dict(zip(urls, listed, strict=True))
     for item in found:
-        if isinstance(item, Path):
+        if not isinstance(item, str):
             models.append(item)
             continue
         for model in by_url[item]:
@@ -85,12 +128,16 @@ def _mirrored(found: Sequence[Path | str], progress: Progress) -> list[Path | Un
     return list(dict.fromkeys(models))
 
 
-def _expand(source: Source) -> list[Path | str]:
+def _expand(source: Source | HubId) -> list[Path | str | HubId]:
+    if isinstance(source, HubId):
+        return [source]
     if not isinstance(source, str | os.PathLike):
         return [path for item in source for path in _expand(item)]
     if isinstance(source, str):
         if is_url(source):
             return [source]
+        if (place := find_id(source)) is not None:
+            return [place]
         source = local_path(source)
     path = Path(source)
     is_folder = os.path.isdir(path)
@@ -112,7 +159,11 @@ def _expand(source: Source) -> list[Path | str]:
     raise ZooError(
         "there is no such file or folder",
         where=str(source),
-        next_step="a URL is given as text, since a path has no double slash" if spoilt else "",
+        next_step="a URL is given as text, since a path has no double slash"
+        if spoilt
+        else "an id of the hub is given as text, not as a path"
+        if parse_id(str(source))
+        else "",
     )
 
 
@@ -142,12 +193,16 @@ def _in_glob(pattern: str) -> list[Path]:
     return found
 
 
-def _in_list(file: Path) -> list[Path | str]:
+def _in_list(file: Path) -> list[Path | str | HubId]:
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    items: list[Path | str] = [
-        line if "://" in line else file.parent / line for line in lines if line and not line.startswith("#")
-    ]
-    return _expand(items)
+    found = [_expand(_line(line, file.parent)) for line in lines if line and not line.startswith("#")]
+    return [item for items in found for item in items]
+
+
+def _line(line: str, folder: Path) -> Path | str | HubId:
+    """Read a line of a list: a URL, a path from the list's folder, or an id of the hub where no such path is there."""
+    place = None if os.path.lexists(folder / line) else parse_id(line)
+    return line if "://" in line else place or folder / line
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
@@ -184,7 +239,7 @@ def name_models(paths: list[Path]) -> list[str]:
 
 def _whole_path(path: Path) -> Path:
     """The absolute path, or for a mirror the URL as if it were one; a commit of the hub says nothing in a name."""
-    url = remote_url(path)
+    url = source_url(path)
     if url is None:
         return Path(os.path.abspath(path))
     return Path("/", re.sub(r"@[0-9a-f]{40}(?=/|$)", "", url.replace("://", "/").replace("::", "/")))
@@ -192,4 +247,4 @@ def _whole_path(path: Path) -> Path:
 
 def _folder_name(path: Path) -> str:
     """The name that the user wrote, a link's own; where it says nothing (`.`), the folder's."""
-    return path.name if path.name not in ("", "..") else path.resolve().name
+    return hub_name(path) or (path.name if path.name not in ("", "..") else path.resolve().name)

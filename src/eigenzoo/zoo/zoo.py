@@ -264,7 +264,8 @@ def open_zoo(
 
     Args:
         source: a folder of models, a glob, a list of paths, or a .txt file with a path a line; or URLs in the place of
-            paths (`s3://…`, `hf://…`, whatever fsspec opens), of which only the parts that are needed are read.
+            paths (`s3://…`, `hf://…`, whatever fsspec opens), of which only the parts that are needed are read; or ids of
+            the hub (`org/name@revision`), which are downloaded into its cache.
         view: `weight`, `delta` (minus `base`), `update` (scaled ΔW of LoRA adapters) or `factors`; by default `update`
             for adapters, `delta` where a base is given, else `weight`.
         base: the checkpoint that view `delta` subtracts.
@@ -307,7 +308,9 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 def _open_named(
     source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[str], list[SkippedModel]]:
-    models, skipped = _open_all(find_models(source, progress), allow_missing, allow_pickle, progress)
+    models, skipped = _open_all(
+        find_models(source, progress, allow_pickle=allow_pickle), allow_missing, allow_pickle, progress
+    )
     if not models:
         raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
     return models, name_models([model.path for model in models]), skipped

@@ -18,6 +18,7 @@ from eigenzoo.formats.cache_folder import VARIABLE, cache_folder
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
 from eigenzoo.formats.paths import RECORD_FILE
 from eigenzoo.formats.remote.address import shown_url
+from eigenzoo.formats.remote.hub_id import hub_url
 from eigenzoo.formats.remote.source import RemoteFile
 
 VERSION = 1
@@ -135,9 +136,14 @@ def remote_url(path: Path) -> str | None:
     return record[1][real.name].file.url if record and real.name in record[1] else None
 
 
+def source_url(path: Path) -> str | None:
+    """Return the URL that a model came from, mirrored or in the hub's cache; None for a model of this machine."""
+    return hub_url(path) or remote_url(path)
+
+
 def by_url(error: FormatError, path: Path) -> FormatError:
     """Return a model's error with its URL where its mirror's path stands; any other error as it is."""
-    url = remote_url(path)
+    url = source_url(path)
     if url is None or str(path) not in error.where:
         return error
     where = error.where.replace(str(path), url)

@@ -1,0 +1,223 @@
+"""Models and bundles of the Hugging Face hub by their ids, downloaded whole into huggingface_hub's own cache.
+
+A revision becomes a commit first; one listing of that commit, which the cache keeps, says which files a model has that are
+read here; and only those are downloaded. What has been downloaded is checked against its hash, once. So a second run asks for
+the commit and for nothing else, and a run without a network asks for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
+from eigenzoo.formats.remote.hub_calls import persist
+from eigenzoo.formats.remote.hub_files import HubModel, find_in_tree, needed_files
+from eigenzoo.formats.remote.hub_id import HubId
+from eigenzoo.records import Progress, no_progress
+
+MAX_DOWNLOADS = 8
+"""Files that are downloaded side by side, as in huggingface_hub."""
+
+
+class Stopped(Exception):
+    """Ends a download in its thread at its next piece, where another has failed or the user has interrupted."""
+
+
+FIRST_FILES = ["README.md", ".gitattributes"]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit of a repository: where the cache has its files, and how many bytes each file has."""
+
+    place: HubId
+    folder: Path
+    sizes: Mapping[str, int]
+
+
+def find_commit(place: HubId) -> Commit:
+    """Resolve the revision of an id to a commit, and list it; without a network both come from the cache."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    api, offline = HfApi(), constants.is_offline_mode()
+
+    resolved = persist(
+        lambda: api.resolve_revision(place.repo, revision=place.revision, local_files_only=offline),
+        place,
+        local_too=True,
+    )
+    pinned = replace(place, revision=resolved.resolved)
+    # This call keeps the listing in the cache; that of a commit is asked for once.
+    folder = persist(
+        lambda: snapshot_download(
+            place.repo, revision=resolved, allow_patterns=FIRST_FILES, tqdm_class=_hidden_bar(lambda _: None)
+        ),
+        place,
+    )
+    sizes = persist(partial(_list, api, pinned), place)
+    return Commit(pinned, Path(folder), sizes)
+
+
+def _list(api: Any, place: HubId) -> dict[str, int]:
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        entries = get_cached_repo_tree(place.repo, revision=place.revision)
+    except CachedRepoTreeNotFoundError:  # a cache that cannot be written to
+        entries = api.list_repo_tree(place.repo, recursive=True, revision=place.revision)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+
+
+def find_hub_models(
+    place: HubId,
+    max_depth: int,
+    order: Callable[[str], Any],
+    *,
+    allow_pickle: bool = False,
+    progress: Progress = no_progress,
+) -> list[tuple[Path, EigenzooError | None]]:
+    """Download the models that an id names, by the rules for folders; returns their paths, and why one cannot be read.
+
+    Args:
+        place: a repository, or a folder in it, that is a model or holds models.
+        max_depth: how many folders deep models are looked for.
+        order: the sort key of names.
+        allow_pickle: download pickles too.
+        progress: told of the bytes that are downloaded.
+    """
+    commit = find_commit(place)
+    models = find_in_tree(commit.sizes, place.folder, max_depth, order, str(place))
+    found: list[tuple[Path, EigenzooError | None]] = []
+    wanted: list[HubModel] = []
+    for model in models:
+        error = _refused(model, commit, allow_pickle)
+        wanted += [] if error else [model]
+        found.append((commit.folder / model.path, error))
+    download(commit, {name for model in wanted for name in model.files}, progress)
+    shards: set[str] = set()
+    for number, (path, error) in enumerate(found):
+        if error is None:
+            try:
+                shards |= needed_files(models[number], commit.folder, commit.sizes)
+            except FormatError as fault:
+                found[number] = (path, fault.at(f"{commit.place}/{models[number].path}".rstrip("/")))
+    download(commit, shards, progress)
+    return found
+
+
+def fetch_model(place: HubId, *, allow_pickle: bool = False) -> Path:
+    """Download the one model that an id names; returns the path that opens it."""
+    found = find_hub_models(place, 0, str, allow_pickle=allow_pickle)
+    if not found:
+        raise FormatError("no model here", where=str(place), rule="a model is a repository, or a folder of one")
+    path, error = found[0]
+    if error is not None:
+        raise error
+    return path
+
+
+def _refused(model: HubModel, commit: Commit, allow_pickle: bool) -> EigenzooError | None:
+    where = f"{commit.place.repo}/{model.path}".rstrip("/.")
+    if model.error is not None:
+        return model.error.at(where)
+    if model.is_pickled and not allow_pickle:
+        return UnsupportedError(
+            "the weights are a Python pickle",
+            where=where,
+            rule="pickles can run code, and are downloaded with permission only",
+            next_step="pass --allow-pickle (allow_pickle=True), or ask its author for safetensors",
+        )
+    return None
+
+
+def download(commit: Commit, names: Iterable[str], progress: Progress = no_progress) -> None:
+    """Download those files of a commit that the cache has not, several at once, and check each against its hash."""
+    missing = sorted(name for name in set(names) if not (commit.folder / name).exists())
+    if not missing:
+        return
+    total, done, stopped = sum(commit.sizes[name] for name in missing), 0, Event()
+
+    def count(num_bytes: float) -> None:
+        nonlocal done
+        if stopped.is_set():
+            raise Stopped
+        done += int(num_bytes)
+        progress(f"downloading {commit.place.repo}", min(done, total), total)
+
+    bar = _hidden_bar(count)
+    pool = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="eigenzoo-hub")
+    try:
+        for _ in pool.map(lambda name: _download(commit, name, bar), missing):
+            pass
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _download(commit: Commit, name: str, bar: type[Any]) -> None:
+    from huggingface_hub import hf_hub_download
+
+    def call() -> None:
+        path = hf_hub_download(commit.place.repo, name, revision=commit.place.revision, tqdm_class=bar)
+        _check(Path(path), commit.sizes[name], name)
+
+    persist(call, commit.place)
+
+
+def _check(path: Path, size: int, name: str) -> None:
+    """Check a file that was just downloaded; what is wrong is taken out of the cache again, and raises OSError."""
+    found = path.stat().st_size
+    fault = f"{name} has {found} bytes, its listing says {size}" if found != size else _hash_fault(path, name)
+    if fault:
+        blob = path.parent / os.readlink(path) if path.is_symlink() else None
+        path.unlink()
+        if blob is not None:
+            blob.unlink(missing_ok=True)
+        raise OSError(fault)
+
+
+def _hash_fault(path: Path, name: str) -> str:
+    """Say what is wrong with a file of the cache, whose blob is named by its hash: SHA-256, or git's own of small files."""
+    expected = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if len(expected) not in (40, 64) or not set(expected) <= set("0123456789abcdef"):
+        return ""
+    with path.open("rb") as file:
+        if len(expected) == 64:
+            found = {hashlib.file_digest(file, "sha256").hexdigest()}
+        else:
+            data = file.read()
+            # Some stores in the hub's place answer with the SHA-1 of the bytes alone.
+            found = {hashlib.sha1(head + data).hexdigest() for head in (b"blob %d\0" % len(data), b"")}
+    return "" if expected in found else f"{name} has not the hash that the hub says"
+
+
+def stored_sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file in the hub's cache where its blob is named by it, which was checked when it came."""
+    name = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return name if len(name) == 64 else None
+
+
+def _hidden_bar(count: Callable[[float], None]) -> type[Any]:
+    """Return a class of progress bars that are not drawn, and hand on what they are told."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """A bar that nobody sees."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, num: float | None = 1) -> None:
+            """Count."""
+            count(num or 0)
+
+    return Bar

@@ -1,0 +1,95 @@
+"""Bundles on the hub: the files that a manifest names, downloaded into the hub's cache and compared with its checksums."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from eigenzoo.errors import BundleError
+from eigenzoo.formats.bundle import CARD, MANIFEST, MAX_MANIFEST_BYTES, MOMENTS, file_sha256, is_bundle
+from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.manifest import parse_manifest
+from eigenzoo.formats.paths import inside
+from eigenzoo.formats.remote.address import is_url, local_path, shown_url
+from eigenzoo.formats.remote.hub import Commit, download, find_commit, stored_sha256
+from eigenzoo.formats.remote.hub_files import BUNDLE_FILES
+from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
+
+
+def bundle_path(source: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bundle: a path as it is; an id of the hub, or its URL, once its files are in the cache.
+
+    Raises BundleError for what is no bundle, and for files that are not those of its manifest.
+    """
+    place = _place(source)
+    return Path(source if not isinstance(source, str) else local_path(source)) if place is None else fetch_bundle(place)
+
+
+def names_a_bundle(source: str | os.PathLike[str]) -> bool:
+    """Tell by names alone whether a path or an id of the hub is meant to be a bundle."""
+    if not isinstance(source, str):
+        return is_bundle(Path(source))
+    place = find_id(source)
+    return is_bundle(Path(source)) if place is None else _is_bundle(find_commit(place))
+
+
+def _place(source: str | os.PathLike[str]) -> HubId | None:
+    if not isinstance(source, str):
+        return None
+    if not is_url(source):
+        return find_id(source)
+    place = parse_url(source)
+    if place is None:
+        raise BundleError(
+            "a bundle at a URL",
+            where=shown_url(source),
+            rule="bundles are read from this machine, and from model repositories of the hub",
+            next_step="download it",
+        )
+    return place
+
+
+def _is_bundle(commit: Commit) -> bool:
+    return all(_below(commit, name) in commit.sizes for name in BUNDLE_FILES)
+
+
+def _below(commit: Commit, name: str) -> str:
+    return f"{commit.place.folder}/{name}" if commit.place.folder else name
+
+
+def fetch_bundle(place: HubId) -> Path:
+    """Download a bundle of the hub; returns its folder in the hub's cache."""
+    commit = find_commit(place)
+    if not _is_bundle(commit):
+        raise BundleError(
+            "is no bundle",
+            where=str(place),
+            rule=f"a bundle has {' and '.join(BUNDLE_FILES)}",
+            next_step="name a model or a zoo where one is asked for",
+        )
+    folder, named = commit.folder / commit.place.folder, _below(commit, MANIFEST)
+    if commit.sizes[named] > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST} has {commit.sizes[named]} bytes", where=str(place))
+    download(commit, [named])
+    document = read_json(inside(folder, MANIFEST), where=f"{place}, {MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
+    files = parse_manifest(document, str(place)).files
+    wanted = []
+    for name, record in files.items():
+        size = commit.sizes.get(_below(commit, name))
+        if size is None and name == MOMENTS:
+            continue
+        if size != record.bytes:
+            found = "is missing" if size is None else f"has {size} bytes, but the manifest says {record.bytes}"
+            raise BundleError(f"the file {name!r} {found}", where=str(place), next_step="push the bundle again, whole")
+        wanted.append(name)
+    card = [_below(commit, CARD)] if _below(commit, CARD) in commit.sizes else []
+    download(commit, [*(_below(commit, name) for name in wanted), *card])
+    for name in wanted:
+        file = folder / name
+        if (stored_sha256(file) or file_sha256(inside(folder, name))) != files[name].sha256:
+            raise BundleError(
+                f"{name}: the checksum differs from the manifest's",
+                where=str(place),
+                next_step="push the bundle again, whole",
+            )
+    return folder

@@ -1,0 +1,221 @@
+"""Calls to the Hugging Face hub: tried again while they may still succeed, and told in our own words when they do not.
+
+huggingface_hub resumes a body that breaks and waits where a file's request is refused for now; what it gives up is tried
+anew here, with the delay that the hub asks for. Tokens are in no text: what is said is said of ids, and of statuses.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from eigenzoo.errors import EigenzooError, FormatError
+from eigenzoo.formats.remote.address import scrubbed, shown_url
+from eigenzoo.formats.remote.hub_id import HubId
+from eigenzoo.formats.remote.retrying import status_of
+
+Answer = TypeVar("Answer")
+
+ATTEMPTS, UNREACHED = 4, 2
+"""Attempts, and those where not even a connection is made: a path that is mistyped should be told soon without a network."""
+
+FIRST_DELAY = 1.0
+LONGEST_WAIT = 300.0
+"""The hub counts requests in windows of five minutes; who is told to wait for longer is told so instead."""
+
+_BROKEN = (ConnectionError, TimeoutError, RuntimeError)
+"""What Python and the hub's own storage call a way that is broken."""
+
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False) -> Answer:
+    """Call, and call again while the fault may pass; raises FormatError for what lasts.
+
+    Args:
+        call: a request to the hub by huggingface_hub.
+        place: what it is about.
+        local_too: whether the id could have been meant as a path of this machine, which the error then says.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The class of all faults of its HTTP library, whichever that is.
+    http_error = HfHubHTTPError.__bases__[0]
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except (OSError, ValueError, RuntimeError, http_error, _resolution_error()) as error:
+            # The hub's own storage raises it, and an upload that wraps what it failed by; its subclasses are faults of a program.
+            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                raise
+            cause = _cause(error)
+            delay = _delay(cause, attempt)
+            if delay is None or attempt >= (UNREACHED if type(cause).__name__ == "ConnectError" else ATTEMPTS):
+                raise told(cause, place, local_too=local_too) from None
+            # Looked up when it is needed: a test's clock is another.
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def _resolution_error() -> type[Exception]:
+    from huggingface_hub.errors import RevisionResolutionError
+
+    kind: type[Exception] = RevisionResolutionError
+    return kind
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what a request failed by, where huggingface_hub says instead that its cache has nothing either."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, IncompleteSnapshotError
+
+    wrapped = isinstance(error, EntryNotFoundError | _resolution_error() | RuntimeError) and not isinstance(
+        error, HfHubHTTPError
+    )
+    if wrapped and not isinstance(error, IncompleteSnapshotError) and error.__cause__ is not None:
+        return _cause(error.__cause__)
+    return error
+
+
+def _delay(error: BaseException, attempt: int) -> float | None:
+    """Return how long to wait before the next attempt, None where there is none."""
+    from huggingface_hub.errors import (
+        FileMetadataError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    backoff: float = FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+    status = status_of(error)
+    if status is not None:
+        if status not in PASSING:
+            return None
+        asked = _asked_to_wait(error)
+        return None if asked > LONGEST_WAIT else max(asked, backoff)
+    lasting = (OfflineModeIsEnabled, LocalEntryNotFoundError, FileMetadataError, ValueError, _resolution_error())
+    if isinstance(error, lasting):
+        return None
+    if isinstance(error, (HfHubHTTPError.__bases__[0], *_BROKEN)):
+        return backoff
+    # A plain OSError: a number says what this machine lacks; without one it is a body of the wrong length.
+    return None if isinstance(error, OSError) and error.errno is not None else backoff
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        return max(0.0, float(headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0  # a date
+
+
+def told(error: BaseException, place: HubId, *, local_too: bool = False) -> EigenzooError:
+    """Say a fault in our own words: what, where, the rule and the next step."""
+    from huggingface_hub.errors import (
+        FileMetadataError,
+        GatedRepoError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where, status = str(place), status_of(error)
+    here = "no file or folder of this name is here, and " if local_too else ""
+    page = f"{endpoint()}/{place.repo}"
+    if isinstance(error, GatedRepoError):
+        return FormatError(
+            "the repository is gated, and this account may not read it",
+            where=where,
+            rule="who wants to read it accepts its terms first, and is logged in",
+            next_step=f"accept the terms at {page}, then `hf auth login`",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return FormatError(
+            f"{here}the hub shows no such repository",
+            where=where,
+            rule="an id is org/name or org/name@revision; a repository that is private is shown only to those who may read it",
+            next_step="check the name; of a private repository `hf auth login` first",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FormatError(
+            f"{here}the repository has no revision {place.revision or 'main'!r}",
+            where=where,
+            rule="a revision is a branch, a tag or a commit",
+            next_step=f"see {page}/tree/main for those that there are",
+        )
+    if isinstance(error, RemoteEntryNotFoundError) or status == 404:
+        return FormatError("the repository has no such file", where=where, next_step=f"see {page}/tree/main")
+    if status in (401, 403):
+        return FormatError(
+            f"the hub refuses the request (status {status})",
+            where=where,
+            rule="a token must be valid and have the right for this repository",
+            next_step="`hf auth login` with such a token, or ask the owner for access",
+        )
+    missing = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled, _resolution_error())
+    if isinstance(error, missing):
+        return _not_cached(place, here)
+    if isinstance(error, HFValidationError):
+        return FormatError(f"{here}this is no id of the hub: {scrubbed(str(error))}", where=where)
+    if status in (409, 412):
+        return FormatError(
+            f"the repository changed while it was written to (status {status})", where=where, next_step="run it again"
+        )
+    if status == 429:
+        wait = _asked_to_wait(error)
+        return FormatError(
+            "the hub answers no more requests for now (status 429)",
+            where=where,
+            next_step=(f"run it again in {wait:.0f} s" if wait else "run it again later")
+            + "; `hf auth login` raises the limit",
+        )
+    if status is not None:
+        return FormatError(f"the hub fails (status {status})", where=where, next_step="run it again later")
+    if isinstance(error, FileMetadataError):
+        return FormatError(
+            f"what answers at {endpoint()} is no hub", where=where, next_step="check HF_ENDPOINT and the proxy"
+        )
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _BROKEN):
+        return FormatError(
+            f"cannot be kept in the hub's cache ({error.strerror})",
+            where=where,
+            next_step="free some space, or set HF_HUB_CACHE to another folder",
+        )
+    if isinstance(error, OSError | ValueError) and not isinstance(error, _BROKEN):
+        return FormatError(
+            f"what the hub sends is not what it says that it has ({type(error).__name__}: {scrubbed(str(error))})",
+            where=where,
+            rule="nothing of it is kept",
+            next_step="run it again later",
+        )
+    return FormatError(
+        f"{here}the hub at {endpoint()} cannot be reached ({type(error).__name__})",
+        where=where,
+        next_step="check the connection; what is in the cache is read without one",
+    )
+
+
+def _not_cached(place: HubId, here: str) -> FormatError:
+    from huggingface_hub import constants
+
+    offline = constants.is_offline_mode()
+    why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    return FormatError(
+        f"{here}{why}, and the hub's cache has not all of it",
+        where=str(place),
+        rule=f"the cache is {str(constants.HF_HUB_CACHE)!r}, here",
+        next_step="run it once without HF_HUB_OFFLINE" if offline else "check the connection and run it again",
+    )
+
+
+def endpoint() -> str:
+    """Return the hub's address, without the secrets that it may hold."""
+    from huggingface_hub import constants
+
+    return shown_url(constants.ENDPOINT)

@@ -1,0 +1,173 @@
+"""Which files of a repository are models, and which of them are read: decided by names and sizes, before any is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import FormatError, UnsupportedError, ZooError
+from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
+from eigenzoo.formats.kinds import (
+    INDEXES,
+    PICKLE_FILE,
+    PICKLE_INDEX,
+    PICKLE_SUFFIXES,
+    WEIGHTS,
+    kind_of_file,
+    kind_of_folder,
+    pickle_names,
+    refuse_unreadable,
+)
+from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
+from eigenzoo.formats.peft_lora import PICKLE_FILE as PICKLED_ADAPTER
+from eigenzoo.formats.peft_lora import WEIGHTS_FILE
+from eigenzoo.formats.side_files import SIDE_FILES
+
+BUNDLE_FILES = ("manifest.json", "basis.safetensors")
+README = "README.md"
+MAX_README_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """One model of a repository.
+
+    Attributes:
+        path: its folder in the repository, or its file.
+        kind: what `kind_of_folder` says.
+        files: what is downloaded of it at first; the shards that an index names come later.
+        index: the index, empty where there is none.
+        error: why it cannot be read.
+    """
+
+    path: str
+    kind: str
+    files: frozenset[str]
+    index: str = ""
+    error: FormatError | None = None
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether pickles are among its files, by their names."""
+        return any(name.endswith((*PICKLE_SUFFIXES, PICKLE_INDEX)) for name in self.files)
+
+
+@dataclass
+class _Folder:
+    files: set[str] = field(default_factory=set)
+    folders: dict[str, _Folder] = field(default_factory=dict)
+
+
+def find_in_tree(
+    sizes: Mapping[str, int], root: str, max_depth: int, order: Callable[[str], Any], where: str
+) -> list[HubModel]:
+    """Find the models below a folder of a repository, by the rules for folders of this machine."""
+    top = _tree(sizes)
+    for part in root.split("/") if root else []:
+        if part not in top.folders:
+            raise FormatError(f"the repository has no folder {root!r}", where=where)
+        top = top.folders[part]
+    if _is_bundle(top):
+        raise ZooError(
+            "this is a bundle, not a zoo or a model",
+            where=where,
+            next_step="use verify, project, rebuild or add on it, or name the models it was made from",
+        )
+    return _visit(top, root, max_depth, order, sizes)
+
+
+def _tree(sizes: Mapping[str, int]) -> _Folder:
+    root = _Folder()
+    for name in sizes:
+        relative_name(name)
+        *folders, last = name.split("/")
+        place = root
+        for part in folders:
+            place = place.folders.setdefault(part, _Folder())
+        place.files.add(last)
+    return root
+
+
+def _is_bundle(folder: _Folder) -> bool:
+    return folder.files.issuperset(BUNDLE_FILES)
+
+
+def _visit(
+    folder: _Folder, path: str, depth: int, order: Callable[[str], Any], sizes: Mapping[str, int]
+) -> list[HubModel]:
+    kind = kind_of_folder(folder.files)
+    if kind is not None:
+        return [_model(kind, folder, path, sizes)]
+    if depth == 0:
+        return []
+    found: list[HubModel] = []
+    for name in sorted({*folder.files, *folder.folders}, key=order):
+        if name.startswith((".", "_")):
+            continue
+        inner = f"{path}/{name}" if path else name
+        if name in folder.folders:
+            if not _is_bundle(folder.folders[name]):
+                found += _visit(folder.folders[name], inner, depth - 1, order, sizes)
+        elif (file_kind := kind_of_file(name)) is not None:
+            found.append(HubModel(inner, file_kind, frozenset({inner})))
+    return found
+
+
+def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> HubModel:
+    prefix = f"{path}/" if path else ""
+    names = {name for name in folder.files if name in SIDE_FILES}
+    index = ""
+    try:
+        refuse_unreadable(kind, folder.files, "")
+        if kind == "pipeline":
+            raise UnsupportedError(
+                "a diffusers pipeline on the hub",
+                rule="of pipelines, single components are read from there",
+                next_step="name the folder of one (org/name/unet), or download the pipeline",
+            )
+        if kind == "adapter":
+            weights = WEIGHTS_FILE if WEIGHTS_FILE in folder.files else PICKLED_ADAPTER
+            names |= {CONFIG_FILE, weights} & folder.files
+        elif kind == "checkpoint":
+            found = [name for name in (*WEIGHTS, *INDEXES) if name in folder.files]
+            if len(found) > 1:
+                raise FormatError(
+                    f"found {', '.join(found)}",
+                    rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}",
+                )
+            names |= set(found)
+            index = prefix + found[0] if found[0] in INDEXES else ""
+        elif kind == "state-dict":
+            names |= {name for name in folder.files if name.endswith(".safetensors")}
+        elif PICKLE_INDEX in folder.files and PICKLE_FILE not in folder.files:
+            names.add(PICKLE_INDEX)
+            index = prefix + PICKLE_INDEX
+        else:
+            names |= {PICKLE_FILE} & folder.files or set(pickle_names(folder.files)[:1])
+        for name in names & {*SIDE_FILES, CONFIG_FILE, *INDEXES, PICKLE_INDEX}:
+            limit = MAX_SIDE_BYTES if name in SIDE_FILES else MAX_CONFIG_BYTES
+            if sizes[prefix + name] > limit:
+                raise FormatError(
+                    f"{name!r} has {sizes[prefix + name]} bytes", rule=f"such a file has at most {limit} bytes"
+                )
+    except FormatError as error:
+        return HubModel(path, kind, frozenset(), error=error)
+    # What its author says of it: for the licence.
+    names |= {name for name in folder.files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
+    return HubModel(path, kind, frozenset(prefix + name for name in names), index)
+
+
+def needed_files(model: HubModel, folder: Path, sizes: Mapping[str, int]) -> set[str]:
+    """Return the shards that a model's downloaded index names, each a file of the repository."""
+    if not model.index:
+        return set()
+    entries = read_json(inside(folder / model.path, Path(model.index).name), where=model.index).get("weight_map")
+    names = {str(shard) for shard in entries.values()} if isinstance(entries, dict) else set()
+    prefix = f"{model.path}/" if model.path else ""
+    for shard in names:
+        if prefix + relative_name(shard) not in sizes:
+            raise FormatError(f"the repository has no shard {shard[:100]!r}", where=model.index)
+    return {prefix + shard for shard in names}

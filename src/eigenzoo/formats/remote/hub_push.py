@@ -1,0 +1,180 @@
+"""Bundles to the hub: one commit that holds all of it, on top of what was looked at, or nothing.
+
+One commit, and not huggingface_hub's `upload_folder`, which may make several of a large folder: whoever reads in between
+would find half a bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import BundleError, OutputError
+from eigenzoo.formats.bundle import CARD, HUB_FILE, MANIFEST, MOMENTS, file_sha256
+from eigenzoo.formats.remote.hub_calls import persist
+from eigenzoo.formats.remote.hub_id import HubId
+
+
+def push_bundle(
+    folder: Path,
+    place: HubId,
+    files: Mapping[str, str],
+    *,
+    message: str,
+    private: bool = False,
+    force: bool = False,
+) -> HubId:
+    """Make a repository, or a branch of it, hold a bundle; returns it with the commit.
+
+    Args:
+        folder: the bundle.
+        place: the repository; its revision is a branch, which is made where there is none.
+        files: SHA-256 of every file that is pushed, by name.
+        message: the first line of the commit.
+        private: make the repository private where it is new.
+        force: replace another bundle.
+
+    Raises:
+        OutputError: for a repository that holds anything else, or another bundle where `force` is not given.
+        FormatError: for what the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    head = _find_or_make(api, place, private)
+    there = _list(api, replace(place, revision=head))
+    if _same(there, folder, files):
+        return replace(place, revision=head)
+    _check_replaceable(place, there, force)
+    if place.revision is not None:
+        persist(lambda: api.create_branch(place.repo, branch=str(place.revision), revision=head, exist_ok=True), place)
+    commit = persist(_committing(api, place, head, there, folder, files, message), place)
+    pushed = replace(place, revision=commit)
+    if not _same(_list(api, pushed), folder, files):
+        raise BundleError(
+            "the hub does not hold what was pushed", where=str(pushed), next_step="push it again, with --force"
+        )
+    return pushed
+
+
+def _find_or_make(api: Any, place: HubId, private: bool) -> str:
+    """Return the commit that the push goes on top of; a repository that is not there is made."""
+    found = persist(partial(_look, api, place), place)
+    if found is None:
+        persist(lambda: api.create_repo(place.repo, private=private or None, exist_ok=True), place)
+        found = persist(partial(_look, api, replace(place, revision=None)), place)
+    elif private and not found.private:
+        raise OutputError(
+            "the repository is public",
+            where=place.repo,
+            rule="--private is for a repository that the push makes",
+            next_step="make it private in its settings first",
+        )
+    if found is None or not found.sha:
+        raise BundleError("the hub does not show the repository that it has made", where=place.repo)
+    return str(found.sha)
+
+
+def _look(api: Any, place: HubId) -> Any:
+    """What the hub knows of a branch, of the default branch where there is no such; None without the repository."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return api.repo_info(place.repo, revision=place.revision)
+    except RevisionNotFoundError:
+        return api.repo_info(place.repo)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+
+
+def _list(api: Any, place: HubId) -> dict[str, str]:
+    """Hashes of the files of a commit: SHA-256 of large ones, git's own of the others."""
+
+    def call() -> dict[str, str]:
+        entries = api.list_repo_tree(place.repo, recursive=True, revision=place.revision)
+        return {
+            entry.path: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
+            for entry in entries
+            if hasattr(entry, "blob_id")
+        }
+
+    return persist(call, place)
+
+
+def _same(there: Mapping[str, str], folder: Path, files: Mapping[str, str]) -> bool:
+    """Tell whether a listing holds these files and no other of a bundle."""
+    if {name for name in there if _is_ours(name)} != set(files):
+        return False
+    return all(there[name] in (sha256, _git_hash(folder / name, there[name])) for name, sha256 in files.items())
+
+
+def _git_hash(path: Path, like: str) -> str:
+    """The hash that git has of a file; of one that is large on the hub it is not wanted."""
+    if len(like) != 40:
+        return ""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether a name is one of a bundle's."""
+    top, _, below = name.partition("/")
+    if below:
+        return top in ("coefficients", "rest")
+    return top in (MANIFEST, CARD, MOMENTS) or (top.startswith("basis") and top.endswith((".safetensors", ".json")))
+
+
+def _check_replaceable(place: HubId, there: Mapping[str, str], force: bool) -> None:
+    beside = [name for name in there if name != HUB_FILE and not name.startswith("LICENSE")]
+    others = [name for name in beside if not _is_ours(name)]
+    if others:
+        raise OutputError(
+            f"the repository holds other files ({', '.join(sorted(others)[:3])}{', …' if len(others) > 3 else ''})",
+            where=str(place),
+            rule="a bundle has a repository of its own, and --force replaces bundles only",
+            next_step="choose another name",
+        )
+    if beside and not force:
+        raise OutputError(
+            "the repository holds other content already",
+            where=str(place),
+            next_step="choose another name or --revision, or --force to replace it",
+        )
+
+
+def _committing(
+    api: Any, place: HubId, head: str, there: Mapping[str, str], folder: Path, files: Mapping[str, str], message: str
+) -> Callable[[], str]:
+    """Return the call that commits; when its answer is lost and it is called again, it looks first whether it has done it."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    operations: list[Any] = [
+        CommitOperationDelete(path_in_repo=name) for name in there if _is_ours(name) and name not in files
+    ]
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
+    tried = False
+
+    def call() -> str:
+        nonlocal tried
+        if tried:
+            now = str(_look(api, place).sha)
+            if now != head and _same(_list(api, replace(place, revision=now)), folder, files):
+                return now
+        tried = True
+        done = api.create_commit(
+            place.repo, operations, commit_message=message, revision=place.revision, parent_commit=head
+        )
+        return str(done.oid)
+
+    return call
+
+
+def hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of a bundle's files: those that its manifest knows, and of manifest and card."""
+    return {**known, **{name: file_sha256(folder / name) for name in (MANIFEST, CARD)}}
