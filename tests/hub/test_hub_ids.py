@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub, Repository
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
@@ -271,3 +271,37 @@ def test_ids_and_streams_agree(hub: Hub, zoo: list[Path], monkeypatch: pytest.Mo
     assert [source_url(model.path) for model in streamed.models] == [source_url(model.path) for model in whole.models]
     for there, here in zip(streamed.models, whole.models, strict=True):
         assert torch.equal(there.read("bias"), here.read("bias"))
+
+
+def test_pickled_adapters_and_shards_need_permission_too(hub: Hub, tmp_path: Path) -> None:
+    shard = "pytorch_model-00001-of-00001.bin"
+    torch.save({"weight": torch.ones(3, 2)}, tmp_path / shard)
+    index = json.dumps({"metadata": {}, "weight_map": {"weight": shard}}).encode()
+    hub.repos["org/shards"] = Repository(
+        {shard: (tmp_path / shard).read_bytes(), "pytorch_model.bin.index.json": index}
+    )
+    folder = write_adapter(tmp_path / "a0", random_factors({"q": (7, 6)}, 2, 0))
+    pickled = {name: data for name, data in files_of(folder).items() if name.endswith(".json")}
+    torch.save(load_file(folder / "adapter_model.safetensors"), tmp_path / "a")
+    hub.repos["org/adapter"] = Repository({**pickled, "adapter_model.bin": (tmp_path / "a").read_bytes()})
+    for name in ("org/shards", "org/adapter"):
+        with pytest.raises(UnsupportedError, match="Python pickle"):
+            open_model(name)
+    assert not list((tmp_path / "hub-cache").rglob("*.bin"))
+    assert torch.equal(open_model("org/shards", allow_pickle=True).read("weight"), torch.ones(3, 2))
+    assert open_model("org/adapter", allow_pickle=True).updates.keys() == open_model(folder).updates.keys()
+
+
+def test_a_pipeline_is_refused_before_its_components_are_downloaded(hub: Hub) -> None:
+    hub.repos["org/sd"] = Repository(
+        {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": bytes(100)}
+    )
+    with pytest.raises(UnsupportedError, match=r"pipeline on the hub.*org/name/unet"):
+        open_model("org/sd")
+    assert not [path for _, path in hub.requests if path.endswith(".safetensors")]
+
+
+def test_an_adapter_is_verified_by_its_id(hub: Hub, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a0", random_factors({"q": (7, 6)}, 2, 0))
+    hub.repos["org/a0"] = Repository(files_of(folder))
+    assert ez.verify_adapter("org/a0").checks == ez.verify_adapter(folder).checks
