@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Apart and without what it asks for: torchvision as PyPI has it wants CUDA's torch, and beside a CPU one it breaks transformers.
 VISION = $(PIP) --no-deps --upgrade --target .venv/vision timm torchvision
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench fuzz clean
 
 demo: .venv/nursery
 	$(BIN)/eigenzoo demo --force
@@ -23,8 +23,12 @@ check: .venv/check
 bench: .venv/bench
 	$(BIN)/python -m bench
 
+SECONDS ?= 60
+fuzz: .venv/fuzz
+	$(BIN)/python -m fuzz --seconds $(SECONDS)
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .fuzz demo
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -45,4 +49,8 @@ clean:
 
 .venv/check: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[test,check]'
+	touch $@
+
+.venv/fuzz: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[fuzz]'
 	touch $@

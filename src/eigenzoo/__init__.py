@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.fit import fit
     from eigenzoo.subspace.importing import import_subspace
+    from eigenzoo.subspace.loading import load
     from eigenzoo.subspace.plan import plan
     from eigenzoo.subspace.rebuilt import RebuiltModel
-    from eigenzoo.subspace.subspace import Subspace, load
+    from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.adapter_verifying import verify_adapter
     from eigenzoo.zoo.inspection import inspect
     from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -67,7 +68,7 @@ _HOMES = {
     "fit": "subspace.fit",
     "import_subspace": "subspace.importing",
     "inspect": "zoo.inspection",
-    "load": "subspace.subspace",
+    "load": "subspace.loading",
     "open_zoo": "zoo.zoo",
     "plan": "subspace.plan",
     "verify_adapter": "zoo.adapter_verifying",

@@ -22,6 +22,7 @@ from eigenzoo import adapt
 from eigenzoo.adapt import unfinished
 from eigenzoo.adapt.training import Order, TensorData, Trained, rate, train
 from eigenzoo.errors import DataError, EigenzooError, FormatError, UsageError
+from eigenzoo.formats.held_folder import system_mark
 
 STEPS, EVERY = 60, 7
 
@@ -286,10 +287,11 @@ def test_a_damaged_checkpoint_is_refused(space: ez.Subspace, tmp_path: Path) -> 
 
 
 def test_what_is_left_of_a_killed_write_goes_with_the_checkpoint(tmp_path: Path) -> None:
-    for name in ("task.checkpoint", ".task.checkpoint.tmp-01234567", ".task.checkpoint2.tmp-01234567", "task"):
-        (tmp_path / name).touch()
+    mark = system_mark()
+    for name in ("task.checkpoint", f".task.checkpoint.tmp-{mark}0123", f".task.checkpoint2.tmp-{mark}0123", "task"):
+        (tmp_path / name).mkdir() if ".tmp-" in name else (tmp_path / name).touch()
     unfinished.remove(tmp_path / "task.checkpoint")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".task.checkpoint2.tmp-01234567", "task"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".task.checkpoint2.tmp-{mark}0123", "task"]
     unfinished.remove(tmp_path / "task.checkpoint")
 
 

@@ -12,7 +12,7 @@ import pytest
 from bundle_files import fit_form, write_bundle, write_zoo
 
 import eigenzoo as ez
-from eigenzoo.errors import DataError
+from eigenzoo.errors import DataError, OutputError
 
 STEPS = {"write_card": "card", "write_manifest": "card", "record_files": "saving", "link_or_copy": "storage"}
 
@@ -58,7 +58,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"eigenzoo.subspace.{STEPS[step]}.{step}", failing)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="bundle: cannot be written \\(No space left"):
         space.save(tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
     monkeypatch.undo()

@@ -38,8 +38,8 @@ from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.output import new_folder
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.loading import load as load_bundle
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.subspace.subspace import load as load_bundle
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILE = re.compile(r"(\d{4})-(.+)\.safetensors")

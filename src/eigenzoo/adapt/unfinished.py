@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.output import new_file
+from eigenzoo.formats.output import new_file, remove_left
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
@@ -84,8 +84,7 @@ def read(
 def remove(path: Path) -> None:
     """Remove a checkpoint, and what a process that was killed while it wrote one has left beside it."""
     path.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{path.name[:100]}.tmp-????????"):
-        left.unlink(missing_ok=True)
+    remove_left(path)
 
 
 def _check(file: SafetensorsFile, parameters: Sequence[Tensor], steps: int, path: Path) -> None:

@@ -2,41 +2,72 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eigenzoo.errors import OutputError
+from eigenzoo.formats.held_folder import HeldFolder, sweep
+from eigenzoo.formats.renaming import exchange, rename_new
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk answers that takes nothing more: not what is wrong with a file that is read."""
+
+
+def no_check() -> None:
+    """Have no objection."""
 
 
 @contextmanager
 def new_folder(
-    target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None
+    target: Path,
+    *,
+    force: bool = False,
+    replaceable: Callable[[Path], bool] | None = None,
+    check: Callable[[], object] = no_check,
 ) -> Iterator[Path]:
     """Give a temporary folder beside `target` to fill; it takes the target's name at the end, or vanishes on any error.
 
-    An existing target is refused; with `force` it is replaced, but only where `replaceable` says that it is an output of
-    this kind: nobody's other folder is ever removed.
+    An existing target is refused; with `force` it is replaced in one step, but only where `replaceable` says that it is an output
+    of this kind: nobody's other folder is ever removed. `check` is called last, when no other process can replace the target, and
+    raises where it should stay. What killed processes have left beside the target is removed.
     """
     check_free(target, force=force, replaceable=replaceable)
-    staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
+        _restore(target)
+        staging = HeldFolder(target.parent, _prefix(target))
     except OSError as error:
         raise OutputError(f"cannot be made ({error.strerror})", where=str(target)) from error
     try:
-        yield staging
-        _sync(staging)
-        check_free(target, force=force, replaceable=replaceable)
-        _put_in_place(staging, target)
+        with clear_errors(target):
+            yield staging.path
+            _sync(staging.path)
+            with _held(target):
+                check_free(target, force=force, replaceable=replaceable)
+                check()
+                _put_in_place(staging.path, target)
     finally:
-        if staging.exists():
-            shutil.rmtree(staging)
+        staging.remove()
+
+
+@contextmanager
+def clear_errors(target: Path | None) -> Iterator[None]:
+    """Turn what a full or failing disk answers into an OutputError that names the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = str(target) if target is not None else str(error.filename or "")
+        raise OutputError(f"cannot be written ({error.strerror})", where=where) from error
 
 
 def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None) -> None:
@@ -91,33 +122,102 @@ def write_file(target: Path, text: str, *, force: bool = False) -> Path:
 
 @contextmanager
 def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary name beside `target` for a file; flushed, it takes the target's name, or vanishes on any error."""
+    """Give a name beside `target` for a file; flushed, it takes the target's name, or vanishes on any error."""
     check_free_file(target, force=force)
-    staging = target.parent / f".{target.name[:100]}.tmp-{secrets.token_hex(4)}"
     try:
-        yield staging
-        with staging.open("rb") as file:
-            os.fsync(file.fileno())
-        check_free_file(target, force=force)
-        staging.rename(target)
+        folder = HeldFolder(target.parent, _prefix(target))
+        try:
+            staging = folder.path / target.name
+            yield staging
+            with staging.open("rb") as file:
+                os.fsync(file.fileno())
+            check_free_file(target, force=force)
+            _name_file(staging, target, force=force)
+        finally:
+            folder.remove()
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", where=str(target)) from error
+
+
+def remove_left(target: Path) -> None:
+    """Remove what processes that were killed while they wrote `target` have left beside it."""
+    sweep(target.parent, _prefix(target))
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:100]}.tmp-"
+
+
+def _name_file(staging: Path, target: Path, *, force: bool) -> None:
+    if force:
+        staging.replace(target)
+        return
+    try:
+        rename_new(staging, target)
+    except FileExistsError:
+        check_free_file(target)
+        raise
+
+
+@contextmanager
+def _held(target: Path) -> Iterator[None]:
+    """Keep other processes from replacing an existing folder meanwhile; where folders cannot be locked, nothing does."""
+    lock = _lock_target(target)
+    try:
+        yield
     finally:
-        staging.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_target(target: Path) -> int | None:
+    while True:
+        try:
+            lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # there is none
+            return None
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Who had it may have put another folder there meanwhile.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(target)):
+                return lock
+        os.close(lock)
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
+    """Give the folder its name; what had it before is in `staging` then, or gone."""
+    if not os.path.lexists(target):
+        try:
+            rename_new(staging, target)
+        except FileExistsError:
+            check_free(target)
+            raise
+        _sync_names(target.parent)
         return
-    old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
+    if exchange(staging, target):
+        _sync_names(target.parent)
+        return
+    old = target.parent / f".{target.name[:100]}.old-{secrets.token_hex(4)}"
     target.rename(old)
     try:
         staging.rename(target)
     except BaseException:
         old.rename(target)
         raise
+    _sync_names(target.parent)
     shutil.rmtree(old)
+
+
+def _restore(target: Path) -> None:
+    """Give a folder its name back that a process had moved aside when it was killed: where no exchange is possible."""
+    own = re.compile(re.escape(f".{target.name[:100]}.old-") + "[0-9a-f]{8}")
+    for name in sorted(os.listdir(target.parent)):
+        if own.fullmatch(name):
+            if os.path.lexists(target):
+                shutil.rmtree(target.parent / name, ignore_errors=True)
+            else:
+                (target.parent / name).rename(target)
 
 
 def _sync(folder: Path) -> None:
@@ -128,3 +228,12 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Flush a folder's names: the old output is not removed before the new one has its name for good."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

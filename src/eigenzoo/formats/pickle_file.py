@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -28,6 +29,11 @@ from eigenzoo.formats.tensor_bytes import check_out
 SUFFIXES = PICKLE_SUFFIXES
 
 _BLOCKED = re.compile(r"GLOBAL ([\w.]{1,100})")
+# What torch's reader raises for damaged files: it takes lengths and indexes out of the file as they are.
+_DAMAGED = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile),
+    *(MemoryError, ArithmeticError, AssertionError, struct.error),
+)
 
 
 class PickleModel(Model):
@@ -169,7 +175,7 @@ def load_pickle(path: Path) -> Any:
             rule="pickles are read with weights_only=True, never otherwise",
             next_step="load it where it was made and save its state dict as safetensors",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, BadZipFile) as error:
+    except _DAMAGED as error:
         raise FormatError(f"cannot be unpickled ({type(error).__name__}: {str(error)[:200]})") from error
 
 

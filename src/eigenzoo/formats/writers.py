@@ -26,7 +26,7 @@ from eigenzoo.formats.peft_lora import WEIGHTS_FILE
 from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
 from eigenzoo.formats.side_files import SIDE_FILES
 
-__all__ = ["ModelLayout", "TensorLayout", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
+__all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
 
 # transformers refuses a safetensors file that does not say for which framework it was saved.
 DEFAULT_METADATA = {"format": "pt"}
@@ -160,12 +160,13 @@ def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:
     if not (values.is_floating_point() and dtype.is_floating_point):
         raise FormatError(f"{values.dtype} values for a tensor of {dtype}", where=where, rule="counts are never cast")
     cast = values.to(dtype)
-    if dtype.itemsize < values.dtype.itemsize and not _all_finite(cast) and _all_finite(values):
+    if dtype.itemsize < values.dtype.itemsize and not all_finite(cast) and all_finite(values):
         raise DataError(f"values up to {values.abs().max().item():.3g} overflow {dtype}", where=where)
     return cast
 
 
-def _all_finite(values: Tensor) -> bool:
+def all_finite(values: Tensor) -> bool:
+    """Tell whether no value is NaN or Inf."""
     # Eight-bit floats have no isfinite of their own.
     return bool(torch.isfinite(values if values.dtype.itemsize > 1 else values.to(torch.float32)).all())
 

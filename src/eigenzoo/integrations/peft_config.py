@@ -13,7 +13,8 @@ from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
-from eigenzoo.subspace.subspace import Subspace, load
+from eigenzoo.subspace.loading import load
+from eigenzoo.subspace.subspace import Subspace
 
 BUNDLES = "EIGENZOO_BUNDLE"
 """Environment: where bundles lie that are not where an adapter says; several with the separator of PATH."""

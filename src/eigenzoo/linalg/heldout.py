@@ -5,6 +5,7 @@ Legend: N models, T fitted ones, H held-out ones, K directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,6 +168,8 @@ def cross_validated_capture(
     if num_models < 3:
         return None
     most = max(ranks, default=0)
+    # Shares do not depend on the unit, and squares of energies may not be finite; a power of two rounds nothing.
+    gram_NN = gram_NN * 2.0 ** -math.frexp(float(gram_NN.diagonal().max()))[1]
     found = [hold_out(gram_NN, fitted, held, most) for fitted, held in _looked_at(num_models, folds, seed)]
     total = sum(fold.energy for fold in found)
     return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eigenzoo.errors import DataError
+
 Factors = tuple[Tensor, Tensor]
 """(B with shape (O, R), A with shape (R, I)); the update is B @ A."""
 
@@ -74,7 +76,10 @@ def truncated(
     """
     q_left, r_left = torch.linalg.qr(left_OP)
     q_right, r_right = torch.linalg.qr(right_PI.T)
-    u_PP, values_P, vt_PP = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    core_PP = r_left @ r_right.T
+    if not bool(torch.isfinite(core_PP).all()):
+        raise DataError("factors with NaN or Inf, or whose product overflows", rule="an update is of finite values")
+    u_PP, values_P, vt_PP = torch.linalg.svd(core_PP, full_matrices=False)
     energies_P = values_P.square()
     total = float(energies_P.sum())
     tails = total - energies_P.cumsum(0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.writers import all_finite
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import Stack
@@ -140,5 +141,5 @@ ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e
 def finite_faults(files: BasisFiles) -> Iterator[str]:
     """Yield the tensors of bases whose values are not finite."""
     for name in files.names:
-        if not bool(torch.isfinite(files.read(name)).all()):
+        if not all_finite(files.read(name)):
             yield f"basis tensor {name}: NaN or Inf"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,9 @@ from torch import Tensor
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.basis_files import BasisFiles, BasisWriter
 from eigenzoo.formats.bundle import open_basis
+from eigenzoo.formats.held_folder import TemporaryFolder
 from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
+from eigenzoo.formats.output import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.records import FitReport, Progress, no_progress, plain
@@ -116,7 +117,7 @@ def fit(
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
     check_against(options, source.view, len(source))
     place = None if workspace is None else Path(workspace)
-    with ExitStack() as unfinished:
+    with clear_errors(place), ExitStack() as unfinished:
         with (
             opened_workers(workers, max_memory, device) as running,
             opened_cache(source, cache, running.resources.device) as kept,
@@ -129,7 +130,7 @@ def fit(
                 fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
                 layers = fit_layers(source, options, per_layer, progress, fitting)
                 # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
-                folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+                folder = TemporaryFolder(workspace)
                 unfinished.callback(folder.cleanup)
                 manifest = write_subspace(source, options, layers, Path(folder.name), started)
         # Not before the pass has ended: there it shows whether a file was written to meanwhile.

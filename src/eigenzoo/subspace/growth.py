@@ -11,7 +11,6 @@ Legend: N old models, M new ones, R the reference (see `moments`).
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,9 @@ from typing import Any
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.held_folder import TemporaryFolder
 from eigenzoo.formats.manifest import Manifest
+from eigenzoo.formats.output import clear_errors
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.records import Progress, no_progress, plain
@@ -97,6 +98,19 @@ def add(
     the old files treats the old models as their rebuilt selves; what they lose then adds to what they had lost:
     ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
     """
+    with clear_errors(None if workspace is None else Path(workspace)):
+        return _grown(space, source, refresh, old, allow_pickle, workspace, progress)
+
+
+def _grown(
+    space: Subspace,
+    source: Source | Zoo,
+    refresh: bool,
+    old: Source | None,
+    allow_pickle: bool,
+    workspace: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Subspace:
     started = time.perf_counter()
     new = space.open(source)
     taken = sorted(set(new.names) & set(space.names))
@@ -177,7 +191,7 @@ def _extended(
     """
     projected = space.with_templates(new, projections)
     inside = moments is None and space.has_moments and space.manifest.center == "models"
-    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+    folder = TemporaryFolder(workspace)
     root = Path(folder.name)
     relocation = Relocation(space.path, root)
     try:
@@ -206,7 +220,7 @@ def _extended(
         growth = Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False))
         manifest = _with_growth(manifest, space, new, root, energy, growth)
         linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
-        grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked)
+        grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
         grown.report["duplicates"] = plain(_duplicates(space, grown, list(projected.values()), moments))
     except BaseException:
         folder.cleanup()
@@ -243,6 +257,7 @@ def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coeffi
 def _link_files(space: Subspace, root: Path, *, moments: bool) -> None:
     """Bring the old files, the moments only if asked for, into a new folder."""
     link_all(space.path, root, (file for file in space.files() if moments or file != MOMENTS))
+    space.check_current()
 
 
 def _with_growth(
@@ -301,7 +316,7 @@ def _refreshed(
         known = Zoo(recalled, space.names, _selection(space), new.base)
         moments = None
     zoo = _joined(space, known, new)
-    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+    folder = TemporaryFolder(workspace)
     try:
         root = Path(folder.name)
         with opened_workers(None) as workers, opened_cache(zoo, enabled=False) as kept:
@@ -312,7 +327,8 @@ def _refreshed(
     except BaseException:
         folder.cleanup()
         raise
-    return Subspace(Path(folder.name), manifest, base=space._base, keep=folder)
+    space.check_current()
+    return Subspace(Path(folder.name), manifest, base=space._base, keep=folder, snapshot=space.snapshot)
 
 
 def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, root: Path) -> Manifest:

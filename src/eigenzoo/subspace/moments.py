@@ -158,4 +158,6 @@ def entry_dimensions(gram_NN: Tensor, squares: float) -> float:
     chosen = gram_NN.diagonal()[sample(gram_NN.shape[0])]
     num_free = min(chosen.numel(), gram_NN.shape[0] - 1)
     chance = (num_free + 2) / num_free if num_free > 0 else 1.0
-    return float(chosen.sum()) ** 2 / squares * chance if squares > 0 else 0.0
+    total = float(chosen.sum())
+    # Divided before it is multiplied: the square of what is finite may not be.
+    return total / squares * total * chance if squares > 0 else 0.0

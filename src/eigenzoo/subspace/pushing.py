@@ -28,7 +28,7 @@ def push(
     message: str | None,
 ) -> str:
     """Push a subspace; see `Subspace.push`."""
-    from eigenzoo.subspace.subspace import load
+    from eigenzoo.subspace.loading import load
 
     place = _place(repo, revision)
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, EigenzooError, UsageError
+from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
 from eigenzoo.formats.contents import Template
 from eigenzoo.formats.diffusion_names import renamed
 from eigenzoo.formats.diffusion_writer import write_diffusion_lora
@@ -60,7 +60,10 @@ class RebuiltModel:
         return rebuilt
 
     def _rebuild(self, name: str) -> Tensor | Factors:
-        return self._layers[name].rebuild(self._values[name])
+        try:
+            return self._layers[name].rebuild(self._values[name])
+        except DataError as error:
+            raise error.at(f"layer '{name}' of {self.name}") from None
 
     def save(self, folder: str | os.PathLike[str], *, force: bool = False, format: str | None = None) -> Path:
         """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.

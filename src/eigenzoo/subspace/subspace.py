@@ -5,32 +5,31 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, DataError, UsageError
+from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
 from eigenzoo.formats.bundle import (
     MOMENTS,
     StoredCoefficients,
     file_sizes,
     open_basis,
     read_coefficients,
-    read_manifest,
 )
 from eigenzoo.formats.contents import StoredTemplate
 from eigenzoo.formats.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
-from eigenzoo.formats.remote.hub_bundle import bundle_path
 from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.snapshot import Snapshot
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection
@@ -43,12 +42,13 @@ from eigenzoo.subspace.saving import save
 from eigenzoo.subspace.source_records import is_at_hand, source_path
 from eigenzoo.subspace.storage import num_held, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.workers import opened_workers
-from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.verification import Loader, Verification
 from eigenzoo.zoo.zoo import Zoo, open_models
+
+T = TypeVar("T")
 
 
 class Subspace:
@@ -60,6 +60,7 @@ class Subspace:
         path: the folder.
         manifest: everything about it but the values.
         checksums: of a saved subspace's files, and of those that another took over from it.
+        snapshot: of the bundle that it was loaded or grown from, which others may replace at any time.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Subspace:
         base: Model | None = None,
         keep: tempfile.TemporaryDirectory[str] | None = None,
         checksums: Mapping[str, FileRecord] | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
-        self.path, self.manifest = path, manifest
+        self.path, self.manifest, self.snapshot = path, manifest, snapshot
         self.checksums = manifest.files if checksums is None else checksums
         self._base = None if base is None else split_model(base, self.manifest.split)
         self._keep = keep
@@ -151,14 +153,8 @@ class Subspace:
 
     def stored(self, record: ModelRecord) -> StoredCoefficients:
         """Read what is kept of a model, checked against the layers."""
-        return read_coefficients(
-            self.path,
-            record.coefficients,
-            record.name,
-            self.manifest.basis_id,
-            self._num_coefficients,
-            len(self.layers),
-        )
+        basis, sizes = self.manifest.basis_id, (self._num_coefficients, len(self.layers))
+        return self._current(lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes))
 
     @cached_property
     def _num_coefficients(self) -> int:
@@ -198,7 +194,7 @@ class Subspace:
 
     @cached_property
     def _moments_file(self) -> SafetensorsFile:
-        return SafetensorsFile(self.path / MOMENTS, self.path)
+        return self._current(lambda: SafetensorsFile(self.path / MOMENTS, self.path))
 
     @property
     def base(self) -> Model | None:
@@ -214,10 +210,11 @@ class Subspace:
                     next_step="name the base with base=… or --base",
                 )
             self._base = split_model(open_model(path), self.manifest.split)
-            self._check_base(self._base)
+            self.check_base(self._base)
         return self._base
 
-    def _check_base(self, base: Model) -> None:
+    def check_base(self, base: Model) -> None:
+        """Raise BundleError unless this is the base that was subtracted."""
         record = self.manifest.base
         if record is None or not is_at_hand(record.model_copy(update={"path": str(base.path.absolute())}), self.path):
             raise BundleError("is not the base that was subtracted: its weights differ", where=str(base.path))
@@ -231,7 +228,7 @@ class Subspace:
         selection = Selection(self.view, only=frozenset(self.layers), split=self.manifest.split)
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
         if base is not None and isinstance(found, Zoo) and found.base is not None:
-            self._check_base(found.base)
+            self.check_base(found.base)
         zoo = Zoo(found.models, found.names, selection, base, found.skipped)
         zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
         return zoo
@@ -341,6 +338,21 @@ class Subspace:
         """
         return push(self, repo, revision=revision, private=private, force=force, moments=moments, message=message)
 
+    def check_current(self) -> None:
+        """Raise BundleError where another process has replaced the bundle that it lies in."""
+        if self.snapshot is not None and self.snapshot.path == self.path:
+            self.snapshot.check()
+
+    def _current(self, read: Callable[[], T]) -> T:
+        """Read something of the folder; what is found there, a fault too, counts only if the folder is still this subspace's."""
+        try:
+            found = read()
+        except EigenzooError:
+            self.check_current()
+            raise
+        self.check_current()
+        return found
+
     def files(self) -> list[str]:
         """Every file but the manifest and the card, relative to the folder."""
         there = file_sizes(self.path)
@@ -370,23 +382,6 @@ class Subspace:
                 rule=f"the bundle has {len(self.names)}: {near}, …",
             )
         return self._records[name]
-
-
-def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
-    """Load a bundle; reads its manifest and headers, values on demand.
-
-    `folder` is a path, or an id of the hub (`org/name@revision`), whose files are downloaded into its cache and compared with
-    the manifest's checksums. Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of
-    view `delta` lies now.
-    """
-    path = bundle_path(folder)
-    with seldom_collecting():
-        manifest = read_manifest(path)
-    space = Subspace(path, manifest, base=open_model(os.fspath(base)) if base is not None else None)
-    if space._base is not None:
-        space._check_base(space._base)
-    _ = space.layers
-    return space
 
 
 def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:

@@ -25,7 +25,20 @@ if TYPE_CHECKING:
 def verify(
     space: Subspace, against: str | os.PathLike[str] | Model | None = None, loader: Loader | None = None
 ) -> Verification:
-    """Run every check on a subspace, and where a base is given those against it."""
+    """Run every check on a subspace, and where a base is given those against it.
+
+    Raises BundleError where another process replaces the bundle meanwhile.
+    """
+    try:
+        found = _verify(space, against, loader)
+    except (EigenzooError, OSError):
+        space.check_current()
+        raise
+    space.check_current()
+    return found
+
+
+def _verify(space: Subspace, against: str | os.PathLike[str] | Model | None, loader: Loader | None) -> Verification:
     base = None if against is None else open_base(against if isinstance(against, Model) else os.fspath(against))
     num_models, num_layers = len(space.names), len(space.layers)
     checks = [Check("manifest", "follows the format, and so do the headers")]

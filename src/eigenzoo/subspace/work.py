@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from torch import Tensor
 from eigenzoo.errors import EigenzooError, FormatError, OutputError
 from eigenzoo.formats.basis_files import BasisWriter
 from eigenzoo.formats.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.held_folder import TemporaryFolder
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.safetensors_writer import SafetensorsWriter
 from eigenzoo.records import Layer, LayerFit, plain
@@ -149,14 +149,14 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
     after an error that would come again; what interrupts (a signal, a full disk, a kill) leaves it.
     """
     if workspace is None:
-        with tempfile.TemporaryDirectory(prefix=".eigenzoo-") as name:
+        with TemporaryFolder() as name:
             yield Path(name), False
         return
     sweep(workspace)
     folder = workspace / f"{PREFIX}{key[:32]}"
     lock = _claim(folder)
     if lock is None:
-        with tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace) as name:
+        with TemporaryFolder(workspace) as name:
             yield Path(name), False
         return
     try:

@@ -17,6 +17,7 @@ from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
+from eigenzoo.formats.paths import list_folder
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
 from eigenzoo.formats.remote.hub import Stopped, find_hub_models
@@ -149,11 +150,10 @@ def _expand(source: Source | HubId) -> list[Path | str | HubId]:
         )
     if is_folder:
         return [path] if is_model(path) else [*_in_folder(path, MAX_DEPTH)]
-    if path.suffix == ".txt" and path.is_file():
-        return _in_list(path)
-    if path.is_file():
-        return [path]
-    if glob.has_magic(str(source)):
+    # os.path's answer to a name that no file can have (too long, a NUL in it) is no; pathlib's is an OSError.
+    if os.path.isfile(path):
+        return _in_list(path) if path.suffix == ".txt" else [path]
+    if glob.has_magic(str(source)) and "\0" not in str(source):
         return [*_in_glob(str(source))]
     spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
     raise ZooError(
@@ -169,10 +169,10 @@ def _expand(source: Source | HubId) -> list[Path | str | HubId]:
 
 def _in_folder(folder: Path, depth: int) -> list[Path]:
     found: list[Path] = []
-    for child in sorted(folder.iterdir(), key=lambda path: _natural(path.name)):
+    for child in (folder / name for name in sorted(list_folder(folder), key=_natural)):
         if child.name.startswith((".", "_")):
             continue
-        if child.is_dir():
+        if os.path.isdir(child):
             if is_model(child) and not is_bundle(child):
                 found.append(child)
             elif depth > 1 and not child.is_symlink() and not is_bundle(child):
@@ -187,14 +187,14 @@ def _in_glob(pattern: str) -> list[Path]:
     for name in sorted(glob.glob(pattern, recursive=True), key=_natural):
         path = Path(name)
         if not path.name.startswith((".", "_")) and (
-            is_model(path) if path.is_dir() else path.name.endswith(FILE_SUFFIXES)
+            is_model(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
         ):
             found.append(path)
     return found
 
 
 def _in_list(file: Path) -> list[Path | str | HubId]:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
     found = [_expand(_line(line, file.parent)) for line in lines if line and not line.startswith("#")]
     return [item for items in found for item in items]
 

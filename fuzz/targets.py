@@ -1,0 +1,357 @@
+"""The table of what is fuzzed. A target is a function that makes, in an empty folder, sound inputs and a way to read one.
+
+To add one, write a function like those below: `of_file` for a parser of a file, `Parser` for a parser of bytes.
+Whatever a reader raises on purpose (`EigenzooError`) is fine; anything else is a finding.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import eigenzoo as ez
+from eigenzoo.adapt import adapter_file, search_state, unfinished
+from eigenzoo.cli import options
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.layout import ModelLayout, layout_of
+from eigenzoo.formats.manifest import parse_manifest
+from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.remote.address import is_url, local_path, scrubbed, shown_url, split_glob
+from eigenzoo.formats.remote.record import Entry, read_record, write_record
+from eigenzoo.formats.remote.source import RemoteFile
+from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.subspace.moments_cache import MomentsCache
+from eigenzoo.subspace.options import resolve_options
+from eigenzoo.subspace.work import Work
+from eigenzoo.zoo.inspection import inspect
+from eigenzoo.zoo.matching import Selection
+from eigenzoo.zoo.sources import find_models, name_models
+from fuzz import samples
+from fuzz.mutations import BYTES, JSON, SAFETENSORS, TEXT
+
+
+@dataclass(frozen=True)
+class Parser:
+    """A way to read bytes, and sound inputs for it; `kind` says how they are changed."""
+
+    kind: str
+    seeds: list[bytes]
+    read: Callable[[bytes], object]
+
+    def survives(self, data: bytes) -> bool:
+        """Read an input, and tell whether it is accepted; anything but acceptance and an EigenzooError comes through."""
+        try:
+            self.read(data)
+        except EigenzooError as error:
+            str(error).encode("utf-8", "surrogateescape")
+            return False
+        return True
+
+
+TARGETS: dict[str, Callable[[Path], Parser]] = {}
+
+
+def target(make: Callable[[Path], Parser]) -> Callable[[Path], Parser]:
+    """Put a function into the table under its name."""
+    TARGETS[make.__name__] = make
+    return make
+
+
+def of_file(kind: str, path: Path, use: Callable[[], object]) -> Parser:
+    """A parser of one file among others that stay sound: its contents are put in place, and `use` reads what they are part of."""
+
+    def read(data: bytes) -> None:
+        path.unlink(missing_ok=True)  # it may be a hard link
+        path.write_bytes(data)
+        use()
+
+    return Parser(kind, [path.read_bytes()], read)
+
+
+@target
+def json(folder: Path) -> Parser:
+    return Parser(JSON, [b'{"r": 8, "a": [1.5, null, "x"]}'], lambda data: parse_json(data, where="a file"))
+
+
+@target
+def safetensors(folder: Path) -> Parser:
+    path = samples.write_file(folder / "model.safetensors", samples.weights(0))
+
+    def use() -> None:
+        file = SafetensorsFile(path)
+        for name in file.tensors:
+            file.read(name)
+
+    return of_file(SAFETENSORS, path, use)
+
+
+@target
+def checkpoint_index(folder: Path) -> Parser:
+    samples.write_shards(folder / "m")
+    return of_file(
+        JSON, folder / "m" / "model.safetensors.index.json", lambda: samples.read_all(open_model(folder / "m"))
+    )
+
+
+@target
+def checkpoint_shard(folder: Path) -> Parser:
+    path = samples.write_shards(folder / "m") / "model-00002-of-00002.safetensors"
+    return of_file(SAFETENSORS, path, lambda: samples.read_all(open_model(folder / "m")))
+
+
+@target
+def checkpoint_config(folder: Path) -> Parser:
+    (path,) = samples.write_models(folder, 1)
+    return of_file(JSON, path / "config.json", lambda: samples.read_all(open_model(path)))
+
+
+@target
+def adapter_config(folder: Path) -> Parser:
+    path = samples.write_adapter(folder / "m")
+    return of_file(JSON, path / "adapter_config.json", lambda: samples.read_all(open_model(path)))
+
+
+@target
+def adapter_weights(folder: Path) -> Parser:
+    path = samples.write_adapter(folder / "m")
+    return of_file(SAFETENSORS, path / "adapter_model.safetensors", lambda: samples.read_all(open_model(path)))
+
+
+@target
+def pickle(folder: Path) -> Parser:
+    path = folder / "m.pt"
+    seeds = []
+    for zipped in (True, False):
+        for state in (samples.weights(0), {"state_dict": samples.weights(0)}):
+            stream = io.BytesIO()
+            torch.save(state, stream, _use_new_zipfile_serialization=zipped)
+            seeds.append(stream.getvalue())
+
+    def read(data: bytes) -> None:
+        path.unlink(missing_ok=True)  # the last one may still be mapped
+        path.write_bytes(data)
+        samples.read_all(open_model(path, allow_pickle=True))
+
+    return Parser(BYTES, seeds, read)
+
+
+@target
+def zoo_of_models(folder: Path) -> Parser:
+    path, *_ = samples.write_models(folder)
+
+    def use() -> None:
+        zoo = ez.open_zoo(folder, allow_missing=True)
+        inspect(zoo)
+        ez.fit(zoo, 1, cache=False)
+
+    return of_file(SAFETENSORS, path / "model.safetensors", use)
+
+
+@target
+def zoo_of_adapters(folder: Path) -> Parser:
+    path, *_ = [samples.write_adapter(folder / f"m{place}", place) for place in range(3)]
+    return of_file(SAFETENSORS, path / "adapter_model.safetensors", lambda: ez.fit(ez.open_zoo(folder), 1, cache=False))
+
+
+@target
+def manifest(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "tucker") / "manifest.json"
+    return Parser(JSON, [path.read_bytes()], lambda data: parse_manifest(parse_json(data, where="it"), "it"))
+
+
+@target
+def bundle_manifest(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "flat")
+    return of_file(JSON, path / "manifest.json", samples.use_bundle(path))
+
+
+@target
+def bundle_basis(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "stacked")
+    return of_file(SAFETENSORS, path / "basis.safetensors", samples.use_bundle(path))
+
+
+@target
+def bundle_basis_of_sides(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "tucker")
+    return of_file(SAFETENSORS, path / "basis.safetensors", samples.use_bundle(path))
+
+
+@target
+def bundle_coefficients(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "flat")
+    return of_file(SAFETENSORS, path / "coefficients" / "m0.safetensors", samples.use_bundle(path))
+
+
+@target
+def bundle_moments(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "stacked")
+    return of_file(SAFETENSORS, path / "moments.safetensors", samples.use_bundle(path))
+
+
+@target
+def layout(folder: Path) -> Parser:
+    models = [open_model(samples.write_shards(folder / "m")), open_model(samples.write_adapter(folder / "a"))]
+    from eigenzoo.formats.contents import canonical_json
+
+    seeds = [canonical_json(layout_of(model).to_json()) for model in models]
+    return Parser(JSON, seeds, lambda data: ModelLayout.from_json(parse_json(data, where="it")))
+
+
+@target
+def adapted_coefficients(folder: Path) -> Parser:
+    space = ez.load(samples.write_bundle(folder, "flat"))
+    values = torch.cat([value.reshape(-1) for value in space.coefficients("m0").values.values()])
+    about = {"format": adapter_file.FORMAT, "basis": space.manifest.basis_id, "mean": "true"}
+    path = samples.write_file(folder / "a.safetensors", {"coefficients": values, "besides.head": torch.ones(2)}, about)
+
+    def use() -> None:
+        adapter_file.is_adapter_file(path)
+        adapter_file.read(path, space, augmented=True)
+        adapter_file.read(path, space)
+
+    return of_file(SAFETENSORS, path, use)
+
+
+@target
+def training_state(folder: Path) -> Parser:
+    path = folder / "state"
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = torch.optim.Adam(parameters)
+    unfinished.write(path, "run", parameters, optimizer, [1.0, 0.5])
+    return of_file(SAFETENSORS, path, lambda: unfinished.read(path, "run", parameters, optimizer, 5))
+
+
+@target
+def search(folder: Path) -> Parser:
+    path = folder / "state"
+    state = search_state.SearchState(torch.ones(3), [1.0, 0.5, 0.25], torch.ones(2, 3, dtype=torch.float64).numpy())
+    search_state.write_state(path, "key", state)
+    return of_file(SAFETENSORS, path, lambda: search_state.read_state(path, "key", 3, 3))
+
+
+def _work(folder: Path) -> tuple[Path, Callable[[], object]]:
+    """The unfinished work of a fit that stopped after its layers."""
+    from unittest import mock
+
+    zoo = ez.open_zoo(samples.write_models(folder / "zoo"))
+    with mock.patch("eigenzoo.subspace.fit.write_moments", side_effect=KeyboardInterrupt):
+        try:
+            ez.fit(zoo, 2, cache=False, workspace=folder)
+        except KeyboardInterrupt:
+            (left,) = folder.glob(".eigenzoo-fit-*")
+    return left / "layers", lambda: Work(left, list(zoo.layers.values()))
+
+
+@target
+def work_record(folder: Path) -> Parser:
+    layers, use = _work(folder)
+    return of_file(JSON, layers / "00000.json", use)
+
+
+@target
+def work_values(folder: Path) -> Parser:
+    layers, use = _work(folder)
+    return of_file(SAFETENSORS, layers / "00000.safetensors", use)
+
+
+@target
+def kept_moments(folder: Path) -> Parser:
+    zoo = ez.open_zoo(samples.write_models(folder / "zoo"))
+    space = ez.fit(zoo, 2, cache=False)
+    kept = MomentsCache(zoo, folder / "cache")
+    kept.put("block.weight", "models", "default", space.moments("block.weight"))
+    (path,) = (folder / "cache").iterdir()
+    return of_file(SAFETENSORS, path, lambda: kept.get("block.weight", "models", "default"))
+
+
+@target
+def mirror_record(folder: Path) -> Parser:
+    entry = Entry(RemoteFile("s3://bucket", "zoo/m0", "s3://bucket/zoo/m0", 10, "tag"), 8, "0" * 64)
+    write_record(folder, "s3://bucket/zoo", {"m0": entry})
+    return of_file(JSON, folder / ".eigenzoo-remote.json", lambda: read_record(folder))
+
+
+@target
+def zoo_list(folder: Path) -> Parser:
+    samples.write_models(folder, 2)
+    path = folder / "zoo.txt"
+    path.write_text("# a zoo\nm0\nm*\nm1/model.safetensors\n[m]?\n**\n")
+
+    def read(data: bytes) -> None:
+        # Neither the whole disk nor the network is the parser's.
+        words = data.decode("utf-8", "replace")
+        if ".." in words or "://" in words or any(line.strip()[:1] in ("/", "~") for line in words.split("\n")):
+            return
+        path.write_bytes(data)
+        name_models([found for found in find_models(os.fspath(path)) if isinstance(found, Path)])
+
+    return Parser(TEXT, [path.read_bytes()], read)
+
+
+@target
+def zoo_glob(folder: Path) -> Parser:
+    samples.write_models(folder, 2)
+
+    def read(data: bytes) -> None:
+        words = data.decode("utf-8", "surrogateescape")
+        if ".." not in words and "://" not in words:
+            find_models([f"{folder}/{word}" for word in words.split("\n")])
+
+    return Parser(TEXT, [b"m*", b"m0\nm1/*.safetensors", b"**", b"[!x]?"], read)
+
+
+@target
+def layer_globs(folder: Path) -> Parser:
+    def read(data: bytes) -> None:
+        include, _, exclude = data.decode("utf-8", "surrogateescape").partition("\n")
+        selection = Selection("weight", tuple(include.split(",")), tuple(exclude.split(",")))
+        for layer in ("model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "a" * 200):
+            selection.excludes(layer)
+
+    return Parser(TEXT, [b"*.q_proj.*,norm\nlm_head*", b"[a-z]*?[!0-9]\n"], read)
+
+
+@target
+def command_words(folder: Path) -> Parser:
+    def read(data: bytes) -> None:
+        words = [*data.decode("utf-8", "surrogateescape").split("\n"), "", "", ""]
+        options.parse_bytes(words[2], "--budget")
+        if "=" not in words[0]:
+            options.parse_rule(words[0])
+        rank = options.parse_rank(words[0])
+        resolve_options(rank, options.parse_axes(words[1]), "models", "float32", None, None, 0)
+
+    words = [
+        "16 models 2GB",
+        "0.95 models,outputs 1.5GiB",
+        "outputs=64,inputs=auto outputs,inputs 500000",
+        "auto models 1kb",
+    ]
+    seeds = [line.replace(" ", "\n").encode() for line in words]
+    return Parser(TEXT, seeds, read)
+
+
+@target
+def urls(folder: Path) -> Parser:
+    def read(data: bytes) -> None:
+        for word in data.decode("utf-8", "surrogateescape").split("\n"):
+            shown_url(word)
+            scrubbed(word)
+            local_path(word)
+            if is_url(word):
+                split_glob(word)
+
+    words = [
+        "https://me:secret@host:8080/zoo/*?sig=1",
+        "zip://m0::s3://b/zoo.zip",
+        "file:///tmp/x",
+        "hf://a/b@main/[ab]",
+    ]
+    return Parser(TEXT, [word.encode() for word in words], read)

@@ -1,0 +1,123 @@
+"""Hidden folders for what is not finished: locked while their process lives, removed by the next one when it has died.
+
+A process that is killed removes nothing. So whoever makes such a folder first removes those of its kind that nobody holds. What
+another machine may hold (a disk over the network, whose locks are its own) is left alone until it is a week old.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from functools import cache
+from pathlib import Path
+
+from eigenzoo.errors import OutputError
+
+PREFIX = ".eigenzoo-tmp-"
+STALE_SECONDS = 7 * 24 * 3600
+
+
+class HeldFolder:
+    """A new folder that takes an output's name later, or goes.
+
+    Attributes:
+        path: where it lies now.
+    """
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        sweep(parent, prefix)
+        lock = None
+        while lock is None:
+            self.path = parent / f"{prefix}{system_mark()}{secrets.token_hex(4)}"
+            self.path.mkdir()
+            lock = _hold(self.path)
+        self._release = weakref.finalize(self, os.close, lock)
+
+    def remove(self) -> None:
+        """Remove what has the name still, and let go of the folder; what cannot be removed the next one of its kind removes."""
+        if self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._release()
+
+
+class TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder in `parent` (None: the system's), which a kill leaves and the next one in the same place removes.
+
+    Raises OutputError where no folder can be made.
+    """
+
+    def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
+        place = os.fspath(parent) if parent is not None else tempfile.gettempdir()
+        sweep(Path(place), PREFIX)
+        lock = None
+        while lock is None:
+            try:
+                super().__init__(prefix=f"{PREFIX}{system_mark()}", dir=parent)
+            except OSError as error:
+                raise OutputError(f"no folder can be made there ({error.strerror})", where=place) from error
+            lock = _hold(Path(self.name))
+            if lock is None:
+                super().cleanup()
+        weakref.finalize(self, os.close, lock)
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the folders of a kind that no living process holds; whatever stands in the way of that is no error."""
+    try:
+        names = [name for name in os.listdir(parent) if name.startswith(prefix)]
+    except OSError:
+        return
+    for path in (parent / name for name in names):
+        lock = None
+        try:
+            status = path.lstat()
+            ours = path.name.startswith(f"{prefix}{system_mark()}") or time.time() - status.st_mtime > STALE_SECONDS
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and ours:
+                lock = _lock(path)
+        except OSError:
+            continue
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _hold(path: Path) -> int | None:
+    """Lock a folder that was just made; None where a sweep was faster, and the folder is gone or going."""
+    try:
+        return _lock(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        # Where folders cannot be locked no sweep removes any.
+        return None if error.errno == errno.EWOULDBLOCK else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _lock(path: Path) -> int:
+    """Lock a folder; raises OSError where another process holds it, and FileNotFoundError where it has lost its name."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+@cache
+def system_mark() -> str:
+    """Eight characters that tell this running system from others, whose locks cannot be seen here."""
+    try:
+        running = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        running = ""
+    return hashlib.sha256(running.encode()).hexdigest()[:8]

@@ -1,0 +1,49 @@
+"""Opening a bundle, of this machine or of the hub, while others may be replacing it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from eigenzoo.errors import BundleError, EigenzooError
+from eigenzoo.formats.bundle import read_manifest
+from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.remote.hub_bundle import bundle_path
+from eigenzoo.formats.snapshot import Snapshot
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.garbage import seldom_collecting
+
+_ATTEMPTS = 20
+"""How often a bundle is opened anew that was replaced while it was being opened."""
+
+
+def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
+    """Load a bundle; reads its manifest and headers, values on demand.
+
+    `folder` is a path, or an id of the hub (`org/name@revision`), whose files are downloaded into its cache and compared with
+    the manifest's checksums. Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of
+    view `delta` lies now.
+    """
+    path = bundle_path(folder)
+    for _ in range(_ATTEMPTS):
+        snapshot = Snapshot.of(path)
+        try:
+            space = _opened(path, base, snapshot)
+            snapshot.check()
+        except (EigenzooError, FileNotFoundError):
+            if snapshot.is_current:
+                raise
+            continue
+        return space
+    raise BundleError("is replaced again and again while it is opened", where=str(path), next_step="open it later")
+
+
+def _opened(path: Path, base: str | os.PathLike[str] | None, snapshot: Snapshot) -> Subspace:
+    with seldom_collecting():
+        manifest = read_manifest(path)
+    opened_base = open_model(os.fspath(base)) if base is not None else None
+    space = Subspace(path, manifest, base=opened_base, snapshot=snapshot)
+    if opened_base is not None:
+        space.check_base(space.base or opened_base)
+    _ = space.layers
+    return space
