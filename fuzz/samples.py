@@ -120,3 +120,93 @@ def use_bundle(path: Path) -> Callable[[], object]:
                 _ = space.moments(layer).energies_N
 
     return use
+
+
+def training_checkpoint() -> dict[str, object]:
+    """What a training script saves: an average beside the weights, prefixed names, and a counter."""
+    average = {f"module.{name}": value for name, value in weights(1).items()}
+    return {"epoch": 3, "state_dict": weights(0), "state_dict_ema": average, "pytorch-lightning_version": "2.0"}
+
+
+def write_pickled_shards(folder: Path) -> Path:
+    """Write a checkpoint of two pickled shards; returns its index."""
+    folder.mkdir(parents=True)
+    files = {name: f"pytorch_model-0000{place}-of-00003.bin" for place, name in enumerate(weights(0), 1)}
+    for name, file in files.items():
+        torch.save({name: weights(0)[name]}, folder / file)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 148}, "weight_map": files}))
+    return index
+
+
+def write_pipeline(folder: Path) -> Path:
+    """Write a pipeline of diffusers with two components."""
+    for component, file in {"unet": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        write_file(folder / component / f"{file}.safetensors", weights(0))
+        (folder / component / "config.json").write_text('{"a": 1}')
+    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "Pipeline", **parts, "safety_checker": [None, None]})
+    )
+    return folder
+
+
+def kohya_factors() -> dict[str, Tensor]:
+    """The tensors of a LoRA by kohya's keys: a linear layer, a convolution, one of SGM's names, and one without alpha."""
+    factors: dict[str, Tensor] = {}
+    stems = {
+        "lora_unet_mid_block_attentions_0_proj_in": (5, 4),
+        "lora_unet_input_blocks_4_1_proj_in": (5, 4),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1": (3, 6),
+    }
+    for stem, (outputs, inputs) in stems.items():
+        factors |= {f"{stem}.lora_down.weight": torch.ones(2, inputs), f"{stem}.lora_up.weight": torch.ones(outputs, 2)}
+    convolution = "lora_unet_mid_block_resnets_0_conv1"
+    factors[f"{convolution}.lora_down.weight"] = torch.ones(2, 4, 3, 3)
+    factors[f"{convolution}.lora_up.weight"] = torch.ones(6, 2, 1, 1)
+    return factors | {f"{stem}.alpha": torch.tensor(1.0) for stem in (convolution, *list(stems)[:2])}
+
+
+def write_diffusers_lora(path: Path) -> Path:
+    """Write a LoRA by diffusers' keys, with the config that its header holds."""
+    factors = {}
+    for module in ("unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"):
+        factors |= {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(5, 2)}
+    config = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"proj_in": 2}, "unet.use_rslora": True}
+    return write_file(path, factors, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+
+
+def write_vlora(folder: Path) -> Path:
+    """Write a folder as vLoRA does: two tasks, two directions of each factor."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": {module: [2, inputs] for module, (_, inputs) in MODULES.items()}}
+    shapes["b"] = {module: [outputs, 2] for module, (outputs, _) in MODULES.items()}
+    values, loadings = {}, {}
+    for letter, of_modules in shapes.items():
+        for module, (rows, columns) in of_modules.items():
+            values[f"{module}.components_{letter}"] = torch.linalg.qr(torch.randn(rows * columns, 2, generator=draw))[
+                0
+            ].T
+            values[f"{module}.mean_{letter}"] = torch.ones(rows * columns)
+            values[f"{module}.sv_{letter}"] = torch.ones(2)
+            loadings[f"{module}.loadings_{letter}"] = torch.ones(2)
+    contiguous = {name: value.contiguous() for name, value in values.items()}
+    write_file(folder / "subspace.safetensors", contiguous)
+    about = {"layer_names": [*MODULES], "task_ids": ["x", "y"], "rank": 2, "num_components": 2}
+    about |= {"task_filenames": {"x": "x", "y": "y"}, "shapes_a": shapes["a"], "shapes_b": shapes["b"]}
+    for task in "xy":
+        write_file(folder / f"task_{task}.safetensors", loadings)
+    (folder / "subspace_meta.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_components(folder: Path) -> Path:
+    """Write an adapter of components and loadings."""
+    tensors = {}
+    for module, (outputs, inputs) in MODULES.items():
+        for letter, side in (("A", inputs), ("B", outputs)):
+            stem = f"base_model.model.{module}.subspaceadapter_{letter}"
+            tensors |= {f"{stem}.components": torch.eye(side)[:, :2].contiguous(), f"{stem}.loadings": torch.ones(2, 2)}
+    write_file(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "SUBSPACEADAPTER", "r": 2}))
+    return folder

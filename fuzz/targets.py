@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from json import dumps as json_text
 from pathlib import Path
 
 import torch
@@ -23,15 +24,19 @@ from eigenzoo.formats.layout import ModelLayout, layout_of
 from eigenzoo.formats.manifest import parse_manifest
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.address import is_url, local_path, scrubbed, shown_url, split_glob
+from eigenzoo.formats.remote.hub_files import find_in_tree
+from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.subspace.moments_cache import MomentsCache
 from eigenzoo.subspace.options import resolve_options
+from eigenzoo.subspace.provenance import read_licence
 from eigenzoo.subspace.work import Work
+from eigenzoo.weights.splits import parse_split
 from eigenzoo.zoo.inspection import inspect
 from eigenzoo.zoo.matching import Selection
-from eigenzoo.zoo.sources import find_models, name_models
+from eigenzoo.zoo.sources import MAX_DEPTH, find_models, name_models
 from fuzz import samples
 from fuzz.mutations import BYTES, JSON, SAFETENSORS, TEXT
 
@@ -128,7 +133,7 @@ def pickle(folder: Path) -> Parser:
     path = folder / "m.pt"
     seeds = []
     for zipped in (True, False):
-        for state in (samples.weights(0), {"state_dict": samples.weights(0)}):
+        for state in (samples.weights(0), samples.training_checkpoint()):
             stream = io.BytesIO()
             torch.save(state, stream, _use_new_zipfile_serialization=zipped)
             seeds.append(stream.getvalue())
@@ -139,6 +144,75 @@ def pickle(folder: Path) -> Parser:
         samples.read_all(open_model(path, allow_pickle=True))
 
     return Parser(BYTES, seeds, read)
+
+
+@target
+def pickle_index(folder: Path) -> Parser:
+    path = samples.write_pickled_shards(folder / "m")
+    return of_file(JSON, path, lambda: samples.read_all(open_model(folder / "m", allow_pickle=True)))
+
+
+@target
+def pipeline(folder: Path) -> Parser:
+    path = samples.write_pipeline(folder / "m") / "model_index.json"
+    return of_file(JSON, path, lambda: samples.read_all(open_model(folder / "m")))
+
+
+@target
+def kohya_lora(folder: Path) -> Parser:
+    path = samples.write_file(folder / "m.safetensors", samples.kohya_factors())
+    return of_file(SAFETENSORS, path, lambda: samples.read_all(open_model(path)))
+
+
+@target
+def diffusers_lora(folder: Path) -> Parser:
+    path = samples.write_diffusers_lora(folder / "m.safetensors")
+    return of_file(SAFETENSORS, path, lambda: samples.read_all(open_model(path)))
+
+
+@target
+def vlora_record(folder: Path) -> Parser:
+    path = samples.write_vlora(folder / "m")
+    return of_file(JSON, path / "subspace_meta.json", lambda: ez.import_subspace(path, alpha=4))
+
+
+@target
+def vlora_values(folder: Path) -> Parser:
+    path = samples.write_vlora(folder / "m")
+    return of_file(SAFETENSORS, path / "subspace.safetensors", lambda: ez.import_subspace(path, alpha=4))
+
+
+@target
+def components_and_loadings(folder: Path) -> Parser:
+    path = samples.write_components(folder / "m")
+    return of_file(SAFETENSORS, path / "adapter_model.safetensors", lambda: ez.import_subspace(path, alpha=4))
+
+
+@target
+def hub_listing(folder: Path) -> Parser:
+    names = [
+        "model.safetensors",
+        "config.json",
+        "a/adapter_config.json",
+        "a/adapter_model.bin",
+        "b/c/pytorch_model.bin",
+    ]
+
+    def read(data: bytes) -> None:
+        sizes = {name: size for name, size in parse_json(data, where="it").items() if type(size) is int}
+        for model in find_in_tree(sizes, "", MAX_DEPTH, str, "it"):
+            assert model.files <= {*sizes}
+
+    return Parser(JSON, [json_text(dict.fromkeys(names, 10)).encode()], read)
+
+
+@target
+def readme(folder: Path) -> Parser:
+    (path,) = samples.write_models(folder, 1)
+    model = open_model(path)
+    head = "---\nlicense: [mit, apache-2.0]\nlicense_name: x\ntags:\n- a: {b: [1, 2]}\n---\n# A model\n"
+    (path / "README.md").write_text(head)
+    return of_file(TEXT, path / "README.md", lambda: read_licence(model))
 
 
 @target
@@ -287,7 +361,12 @@ def zoo_list(folder: Path) -> Parser:
     def read(data: bytes) -> None:
         # Neither the whole disk nor the network is the parser's.
         words = data.decode("utf-8", "replace")
-        if ".." in words or "://" in words or any(line.strip()[:1] in ("/", "~") for line in words.split("\n")):
+        if (
+            ".." in words
+            or "://" in words
+            or any(parse_id(line.strip()) for line in words.split("\n"))
+            or any(line.strip()[:1] in ("/", "~") for line in words.split("\n"))
+        ):
             return
         path.write_bytes(data)
         name_models([found for found in find_models(os.fspath(path)) if isinstance(found, Path)])
@@ -325,11 +404,13 @@ def command_words(folder: Path) -> Parser:
         options.parse_bytes(words[2], "--budget")
         if "=" not in words[0]:
             options.parse_rule(words[0])
+        if words[3]:
+            parse_split(words[3])
         rank = options.parse_rank(words[0])
         resolve_options(rank, options.parse_axes(words[1]), "models", "float32", None, None, 0)
 
     words = [
-        "16 models 2GB",
+        "16 models 2GB *.qkv.*=q:4,k:1,v:1",
         "0.95 models,outputs 1.5GiB",
         "outputs=64,inputs=auto outputs,inputs 500000",
         "auto models 1kb",
@@ -342,6 +423,8 @@ def command_words(folder: Path) -> Parser:
 def urls(folder: Path) -> Parser:
     def read(data: bytes) -> None:
         for word in data.decode("utf-8", "surrogateescape").split("\n"):
+            parse_id(word)
+            parse_url(word)
             shown_url(word)
             scrubbed(word)
             local_path(word)
@@ -353,5 +436,6 @@ def urls(folder: Path) -> Parser:
         "zip://m0::s3://b/zoo.zip",
         "file:///tmp/x",
         "hf://a/b@main/[ab]",
+        "org/name/folder@refs/pr/1",
     ]
     return Parser(TEXT, [word.encode() for word in words], read)
