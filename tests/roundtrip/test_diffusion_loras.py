@@ -380,3 +380,23 @@ def test_state_of_is_what_was_saved(zoo: Zoo) -> None:
     """The builders write every factor: a key that they forgot would be no test at all."""
     models = add_lora(make_all(), 0)
     assert sum(len(state_of(model)) for model in models.values()) == 2 * len(zoo.deltas["diffusers"])
+
+
+def test_loras_are_verified_against_the_models_that_they_change(zoo: Zoo, space: ez.Subspace, tmp_path: Path) -> None:
+    models = make_all()
+    parts: dict[str, list[str]] = {}
+    with quiet():
+        for name, model in models.items():
+            model.save_pretrained(tmp_path / "base" / name)
+            parts[name] = ["diffusers" if name == "unet" else "transformers", type(model).__name__]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", **parts}))
+    for kind in KINDS:
+        found = ez.verify_adapter(zoo.path(kind), tmp_path / "base")
+        assert found.ok, (kind, list(found))
+        assert found.typical_change is not None
+        assert found.typical_change > 0.01
+    assert space.verify(against=tmp_path / "base").ok
+
+    alone = ez.verify_adapter(zoo.path("kohya"), tmp_path / "base" / "unet")
+    assert "text_encoder" in " ".join(alone), "the text encoders' layers are not there"
+    assert "down_blocks" not in " ".join(alone)

@@ -194,6 +194,21 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
     return pairs
 
 
+def weights_as_layers(names: Iterable[str]) -> dict[str, str]:
+    """Return what the weights of a diffusion model are called by the layers of its LoRAs: `<layer>.weight`, by the model's own names.
+
+    >>> weights_as_layers(["unet.mid_block.attentions.0.proj_in.weight", "unet.conv_in.bias"])
+    {'unet.mid_block.attentions.0.proj_in.weight': 'unet.mid_block_attentions.0.proj_in.weight'}
+    """
+    found = {
+        name: key
+        for name in names
+        if name.endswith(".weight") and (key := split_key(f"{name.removesuffix('.weight')}.lora_A.weight")) is not None
+    }
+    component = _component_of(found.values())
+    return {name: f"{key.module(component)}.weight" for name, key in found.items()}
+
+
 def _component_of(keys: Iterable[FactorKey]) -> str:
     """What the layers of a file that names no component are part of, as far as their names say."""
     tops = {"" if key.component else key.name.partition(".")[0] for key in keys}

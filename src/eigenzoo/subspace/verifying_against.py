@@ -37,7 +37,7 @@ Changes = dict[str, dict[str, LayerChange]]
 
 def checks_against(space: Subspace, base: Model, loader: Loader | None) -> tuple[list[Check], Changes]:
     """Check a bundle against a base; gives the changes of each model, or of full weights those of the mean."""
-    if any(record.config is not None for record in space.manifest.models):
+    if space.view in ("update", "factors"):
         return _adapters(space, base, loader)
     recorded = _recorded(space, base)
     try:
@@ -76,8 +76,9 @@ def _rebuilt(space: Subspace, name: str) -> tuple[Adapter, int]:
     """The adapter that a model is rebuilt as, with scale 1 and one rank; and how many of its modules are elsewhere."""
     rebuilt = space.rebuild(name)
     template = space.template(name)
-    layout, config = template.layout, dict(template.config or {})
-    check_config(config)
+    layout, config = template.layout, template.config
+    if config is not None:
+        check_config(config)
     held = {*space.layers, *template.carried}
     updates = {
         module: update for module, update in layout.updates.items() if held & {module, f"{module}.lora_A", update.key_a}
@@ -87,7 +88,8 @@ def _rebuilt(space: Subspace, name: str) -> tuple[Adapter, int]:
     shapes = {tensor: layout.tensors[tensor].shape for tensor in template.carried if tensor in layout.tensors}
     for update in ranked.values():
         shapes |= {update.key_a: update.factor_shapes[0], update.key_b: update.factor_shapes[1]}
-    adapter = Adapter(name, merged_config(config, rank), ranked, shapes, rebuilt.adapter_factors)
+    merged = None if config is None else merged_config(config, rank)
+    adapter = Adapter(name, merged, ranked, shapes, rebuilt.adapter_factors)
     return adapter, len(layout.updates) - len(updates)
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
+from eigenzoo.formats.diffusion_keys import weights_as_layers
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
@@ -81,7 +82,8 @@ def structure_checks(
     if loader is not None and adapter.config is not None:
         loading = loader(base, adapter.config, adapter.shapes)
     known = loading if isinstance(loading, Loading) else None
-    modules = BaseModules(base, known.names if known else None, norms)
+    names = known.names if known else weights_as_layers(base.tensors) if adapter.config is None else None
+    modules = BaseModules(base, names, norms)
     checks += base_checks(adapter, modules, known)
     if loading is not None:
         checks.append(loading_check(loading, adapter))
