@@ -195,7 +195,7 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
 
 
 def weights_as_layers(names: Iterable[str]) -> dict[str, str]:
-    """Return what the weights of a diffusion model are called by the layers of its LoRAs: `<layer>.weight`, by the model's own names.
+    """Return what LoRAs call the weights of a diffusion model, `<layer>.weight`, by the model's own names.
 
     >>> weights_as_layers(["unet.mid_block.attentions.0.proj_in.weight", "unet.conv_in.bias"])
     {'unet.mid_block.attentions.0.proj_in.weight': 'unet.mid_block_attentions.0.proj_in.weight'}
