@@ -81,7 +81,7 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"tensor 'w': shape \(1099511627776,\) is larger than what is stored"):
         PickleStateDict(tmp_path / "m.pt", allow_pickle=True)
     torch.save({"w": torch.eye(2).to_sparse()}, tmp_path / "m.pt")
-    with pytest.raises(UnsupportedError, match=r"layout torch\.sparse_coo"):
+    with pytest.raises(UnsupportedError, match=r"_rebuild_sparse_tensor"):
         PickleStateDict(tmp_path / "m.pt", allow_pickle=True)
     torch.save({"w": torch.ones(2, dtype=torch.complex128)}, tmp_path / "m.pt")
     with pytest.raises(UnsupportedError, match=r"tensor 'w': safetensors cannot hold torch\.complex128"):

@@ -16,10 +16,18 @@ from rich.text import Text
 from eigenzoo.records import Progress as ProgressCallback
 from eigenzoo.records import no_progress
 
+LONGEST = 4000
+"""Characters of an error."""
+
 
 def printable(text: object) -> str:
     """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
     return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
+
+
+def one_line(text: object) -> str:
+    """Make text printable on one line: a name with line ends could say what the command says."""
+    return printable(text).replace("\n", "�")
 
 
 class _Output(Console):
@@ -36,13 +44,16 @@ def output() -> Console:
 
 
 def say(text: str) -> None:
-    """Print a sentence."""
-    output().print(Text(printable(text)), soft_wrap=True)
+    """Print a sentence on a line of its own, below an empty one where it begins with a line end."""
+    body = text.lstrip("\n")
+    output().print(Text("\n" * (len(text) - len(body)) + one_line(body)), soft_wrap=True)
 
 
 def complain(text: str) -> None:
-    """Print an error."""
-    Console(stderr=True, highlight=False).print(Text(printable(text), style="red"), soft_wrap=True)
+    """Print an error: one line, whatever names it holds."""
+    line = one_line(text)
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    Console(stderr=True, highlight=False).print(Text(line, style="red"), soft_wrap=True)
 
 
 def as_json(document: Mapping[str, Any]) -> str:
@@ -63,7 +74,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < left else "right", overflow="fold", header_style="dim")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     output().print(table)
 
 

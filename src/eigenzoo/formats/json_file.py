@@ -11,6 +11,9 @@ from eigenzoo.formats.paths import read_bounded
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
+MAX_VALUES = 4_000_000
+"""Objects, lists and commas: twice what the header of the largest model has. Each may cost 70 bytes once it is an object."""
+
 
 def read_json(path: Path, *, where: str, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file; anything else raises FormatError with `where` in it."""
@@ -23,6 +26,8 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     >>> parse_json(b'{"r": 8}', where="adapter_config.json")
     {'r': 8}
     """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise FormatError(f"JSON of more than {MAX_VALUES} values", where=where)
     try:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:

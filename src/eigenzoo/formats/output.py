@@ -115,8 +115,8 @@ def check_free_file(target: Path, *, force: bool = False) -> None:
 
 def write_file(target: Path, text: str, *, force: bool = False) -> Path:
     """Write a text file under a temporary name beside its own, flush it, and rename it; returns its path."""
-    with new_file(target, force=force) as staging:
-        staging.write_text(text, encoding="utf-8")
+    with new_file(target, force=force) as staging, staging.open("x", encoding="utf-8") as file:
+        file.write(text)
     return target
 
 

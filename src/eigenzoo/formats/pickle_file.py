@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -23,6 +24,7 @@ from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, p
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, list_folder
 from eigenzoo.formats.pickle_contents import check_tensors, state_dict_of
+from eigenzoo.formats.pickle_scan import ZIP, check_pickle
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 from eigenzoo.formats.tensor_bytes import check_out
 
@@ -164,10 +166,13 @@ def load_pickle(path: Path) -> Any:
     with path.open("rb") as stream:
         magic = stream.read(4)
     refuse_foreign(magic, path.name)
-    zipped = magic == b"PK\x03\x04"
+    check_pickle(path)
+    zipped = magic == ZIP
     try:
-        # Only torch's zip files can be mapped; older ones are read whole, as strictly.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols and archives that are refused or read right all the same
+            # Only torch's zip files can be mapped; older ones are read whole, as strictly.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         blocked = _BLOCKED.search(str(error))
         raise UnsupportedError(
@@ -177,6 +182,7 @@ def load_pickle(path: Path) -> Any:
         ) from error
     except _DAMAGED as error:
         raise FormatError(f"cannot be unpickled ({type(error).__name__}: {str(error)[:200]})") from error
+    return loaded
 
 
 def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:

@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import DataError, UsageError
+from eigenzoo.errors import DataError, FormatError, UsageError
 from eigenzoo.integrations.models import IMAGE, TEXT, pad_token, quietly, read_config, read_tokenizer, require, told
 
 READERS = {".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json", ".parquet": "from_parquet"}
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 TRAIN, TESTS = "train", ("test", "validation")
 TEST_SHARE = 0.2
+MOST_POINTS = 2**25
+"""Of an image in a file: decoded and converted it takes some 14 bytes a point."""
+MOST_SIDE = 4096
+"""Of an image as a model takes it, either side."""
 LONGEST = 512
 """Tokens of a text at most; fewer where model or tokenizer say so."""
 
@@ -92,7 +96,7 @@ class Images:
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, processor: Any, mode: str) -> None:
         self._data, self.labels = _image_table(paths), labels
-        self._processor, self._mode = processor, mode
+        self._processor, self._mode, self._paths = processor, mode, paths
         sizes = [path.stat().st_size for path in paths]
         digest = hashlib.sha256(repr([[path.name for path in paths], sizes, labels.tolist()]).encode())
         self.fingerprint = digest.hexdigest()[:32]
@@ -102,8 +106,16 @@ class Images:
 
     def take(self, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return what the model is called with, and the labels."""
-        decoded = [image.convert(self._mode) for image in self._data[indices.tolist()]["image"]]
-        return dict(self._processor(images=decoded, return_tensors="pt")), self.labels[indices]
+        # One by one: small files may be large images, and only what the processor makes of them is small.
+        made = [self._prepared(place) for place in indices.tolist()]
+        return {key: torch.cat([one[key] for one in made]) for key in made[0]}, self.labels[indices]
+
+    def _prepared(self, place: int) -> dict[str, Tensor]:
+        def prepare() -> dict[str, Tensor]:
+            image = self._data[place]["image"].convert(self._mode)
+            return dict(self._processor(images=image, return_tensors="pt"))
+
+        return told("cannot be prepared for the model", self._paths[place], prepare)
 
 
 def read_labelled(path: Path, model: Path, test_share: float | None = None) -> Labelled:
@@ -228,6 +240,14 @@ def _decode(file: Path) -> None:
     from PIL import Image
 
     with Image.open(file) as image:
+        width, height = image.size
+        if width * height > MOST_POINTS:
+            raise DataError(
+                f"an image of {width} × {height}",
+                where=str(file),
+                rule=f"at most {MOST_POINTS} points",
+                next_step="make it smaller",
+            )
         image.load()
 
 
@@ -303,7 +323,18 @@ def _prepare_images(model: Path, config: Any) -> Callable[[Sequence[Path], Tenso
             model,
             lambda: AutoImageProcessor.from_pretrained(model, local_files_only=True, trust_remote_code=False),
         )
+    sizes = [number for name in ("size", "crop_size") for number in _numbers(getattr(processor, name, None))]
+    if any(number > MOST_SIDE for number in sizes):
+        raise FormatError(
+            f"its image processor makes images of {max(sizes)}", where=str(model), rule=f"at most {MOST_SIDE} a side"
+        )
     return lambda paths, labels: Images(paths, labels, processor, mode)
+
+
+def _numbers(size: Any) -> list[int]:
+    """Return the numbers in what an image processor says of a size: a number, or a mapping from names to numbers."""
+    entries = [size] if isinstance(size, int) else list((dict(size) if size else {}).values())
+    return [entry for entry in entries if isinstance(entry, int)]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.integrations.model_limits import no_larger_than
 from eigenzoo.integrations.transformers_names import saved_names
 
 EXTRA = 'run: pip install "eigenzoo[adapt]"'
@@ -91,14 +92,17 @@ def read_classifier(
     config = read_config(folder)
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    file_bytes = open_model(folder).nbytes
+    files = open_model(folder)
+    if files.format != "checkpoint":
+        # An adapter's config sends transformers to whatever folder it names.
+        raise UsageError(f"holds a {files.format}", where=str(folder), rule="the model is a checkpoint of transformers")
     reader: Any = AutoModelForImageClassification if kind == IMAGE else AutoModelForSequenceClassification
     if config.num_labels != num_classes:
         config.num_labels = num_classes
     if kind == TEXT and getattr(config, "pad_token_id", None) is None:
         # Models that answer at the last token have to know where a padded text ends.
         config.pad_token_id = pad_token(read_tokenizer(folder))[1]
-    with quietly(), torch.random.fork_rng(devices=[]):
+    with quietly(), torch.random.fork_rng(devices=[]), no_larger_than(files, folder):
         torch.manual_seed(seed)
         module, found = told(
             f"is no classifier of {kind}s",
@@ -114,7 +118,7 @@ def read_classifier(
             ),
         )
         _check_drawn(folder, found, besides)
-        return Classifier(module.eval(), saved_names(module), num_classes, file_bytes)
+        return Classifier(module.eval(), saved_names(module), num_classes, files.nbytes)
 
 
 def read_tokenizer(folder: Path) -> Any:

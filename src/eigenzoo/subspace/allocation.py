@@ -146,7 +146,9 @@ def overhead(zoo: Zoo, axes: tuple[str, ...]) -> Overhead:
         MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
     carried = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
-    texts = sum(6 * len(name.encode()) for name in zoo.names) + sum(len(str(model.metadata)) for model in zoo.models)
+    texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
+        len(str(model.metadata)) for model in zoo.models
+    )
     per_model = FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((own + carried + texts) / len(zoo))
     return Overhead(CARD_AND_REPORT + layers + sum(sizes.values()) - own, per_model)
 

@@ -170,7 +170,10 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerM
             raise BundleError(
                 "is missing or of another shape", where=f"moment '{layer.name}/{part}'", rule=f"float64 {list(shape)}"
             )
-        return file.read(info.name)
+        values = file.read(info.name)
+        if not bool(torch.isfinite(values).all()):
+            raise BundleError("holds NaN or Inf", where=f"moment '{layer.name}/{part}'", rule="moments are finite")
+        return values
 
     count = file.metadata.get(REFERENCE, "")
     if not (count.isascii() and count.isdigit() and len(count) < 9 and 1 <= int(count) <= num_models):

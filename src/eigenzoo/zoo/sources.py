@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -17,19 +17,23 @@ from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
-from eigenzoo.formats.paths import list_folder
+from eigenzoo.formats.paths import list_folder, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
 from eigenzoo.formats.remote.hub import Stopped, find_hub_models
 from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
 from eigenzoo.formats.remote.mirror import mirror_models
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.zoo.globs import find_names
 from eigenzoo.zoo.remote_sources import find_remote, last_name
 
 Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
 MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
+
+MAX_LIST_BYTES, MAX_LINES = 16 * 2**20, 100_000
+"""Of a text file of paths."""
 
 
 MAX_REPOSITORIES = 4
@@ -55,11 +59,7 @@ def find_models(
     hub's cache.
     """
     try:
-        found = list(dict.fromkeys(_expand(source)))
-    except RecursionError as error:
-        raise ZooError(
-            "a list of models names itself", where=shown_source(source), rule="a .txt file lists models, not itself"
-        ) from error
+        found = list(dict.fromkeys(_expand(source, _Lists())))
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     models = _mirrored(_downloaded(found, allow_pickle, progress), progress)
@@ -129,11 +129,19 @@ def _mirrored(found: Sequence[Path | str | Unreadable], progress: Progress) -> l
     return list(dict.fromkeys(models))
 
 
-def _expand(source: Source | HubId) -> list[Path | str | HubId]:
+@dataclass
+class _Lists:
+    """The text files that are being read, one within another, and all that have been."""
+
+    within: tuple[Path, ...] = ()
+    read: set[Path] = field(default_factory=set)
+
+
+def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
     if isinstance(source, HubId):
         return [source]
     if not isinstance(source, str | os.PathLike):
-        return [path for item in source for path in _expand(item)]
+        return [path for item in source for path in _expand(item, lists)]
     if isinstance(source, str):
         if is_url(source):
             return [source]
@@ -152,9 +160,9 @@ def _expand(source: Source | HubId) -> list[Path | str | HubId]:
         return [path] if is_model(path) else [*_in_folder(path, MAX_DEPTH)]
     # os.path's answer to a name that no file can have (too long, a NUL in it) is no; pathlib's is an OSError.
     if os.path.isfile(path):
-        return _in_list(path) if path.suffix == ".txt" else [path]
+        return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
-        return [*_in_glob(str(source))]
+        return [*_in_glob(str(source), follow=not lists.within)]
     spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
     raise ZooError(
         "there is no such file or folder",
@@ -182,9 +190,9 @@ def _in_folder(folder: Path, depth: int) -> list[Path]:
     return found
 
 
-def _in_glob(pattern: str) -> list[Path]:
+def _in_glob(pattern: str, *, follow: bool) -> list[Path]:
     found: list[Path] = []
-    for name in sorted(glob.glob(pattern, recursive=True), key=_natural):
+    for name in sorted(find_names(pattern, follow=follow), key=_natural):
         path = Path(name)
         if not path.name.startswith((".", "_")) and (
             is_model(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
@@ -193,9 +201,20 @@ def _in_glob(pattern: str) -> list[Path]:
     return found
 
 
-def _in_list(file: Path) -> list[Path | str | HubId]:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n")]
-    found = [_expand(_line(line, file.parent)) for line in lines if line and not line.startswith("#")]
+def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
+    """Read a list of models, folders of models, globs, and further lists, each once."""
+    resolved = file.resolve()
+    if resolved in lists.within:
+        raise ZooError("a list of models names itself", where=str(file), rule="a .txt file lists models, not itself")
+    if resolved in lists.read:
+        return []
+    lists.read.add(resolved)
+    text = read_bounded(resolved, MAX_LIST_BYTES, where=str(file)).decode("utf-8")
+    lines = list(dict.fromkeys(line.strip() for line in text.split("\n")))
+    if len(lines) > MAX_LINES:
+        raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
+    within = _Lists((*lists.within, resolved), lists.read)
+    found = [_expand(_line(line, file.parent), within) for line in lines if line and not line.startswith("#")]
     return [item for items in found for item in items]
 
 
