@@ -42,6 +42,8 @@ class EigenzooError(Exception):
         for part in (self.rule, self.next_step):
             if part:
                 text = f"{text.rstrip('.')}. {part[0].upper()}{part[1:]}"
+        # Half surrogates, of odd file names or spelt in JSON, can be neither printed nor logged as they are.
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         return text if text.endswith(".") else f"{text}."
 
     def at(self, where: str) -> EigenzooError:
