@@ -54,7 +54,7 @@ class Parser:
         try:
             self.read(data)
         except EigenzooError as error:
-            str(error).encode("utf-8", "surrogateescape")
+            str(error).encode("utf-8")
             return False
         return True
 
