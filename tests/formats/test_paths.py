@@ -27,6 +27,8 @@ BAD_NAMES = {
     "a\nb": "holds control characters",
     "\ud800": "holds control characters",
     "x" * 2000: "is longer than 1024",
+    "x" * 256: "more than 255 bytes",
+    "a/" + "é" * 128: "more than 255 bytes",
 }
 
 

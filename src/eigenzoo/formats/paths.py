@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from eigenzoo.errors import FormatError, UnsafePathError
 
 MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
-_MAX_NAME = 1024
+_MAX_NAME, _MAX_PART = 1024, 255
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _PLAIN = re.compile(r"(?:[\w%+-][\w%+.-]*/)*[\w%+-][\w%+.-]*", re.ASCII)
 """Names that need no second look, which nearly all are: letters, digits and little else, no part beginning with a dot."""
@@ -36,7 +36,7 @@ def relative_name(file: str) -> str:
 
 def _name_fault(file: str) -> str:
     """Say what is wrong with a name; empty when nothing is."""
-    if len(file) <= _MAX_NAME and _PLAIN.fullmatch(file):
+    if len(file) <= _MAX_PART and _PLAIN.fullmatch(file):
         return ""
     if not file or len(file) > _MAX_NAME:
         return "is empty" if not file else f"is longer than {_MAX_NAME} characters"
@@ -46,6 +46,8 @@ def _name_fault(file: str) -> str:
         return "is absolute"
     if any(part in ("", ".", "..") for part in file.replace("\\", "/").split("/")):
         return "holds '..', '.' or an empty part"
+    if any(len(os.fsencode(part)) > _MAX_PART for part in file.split("/")):
+        return f"holds a part of more than {_MAX_PART} bytes, which no file system takes"
     return "holds a backslash" if "\\" in file else ""
 
 
