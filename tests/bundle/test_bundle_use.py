@@ -66,3 +66,15 @@ def test_a_linked_model_keeps_the_name_of_its_link(zoo: Path, tmp_path: Path) ->
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "mine").symlink_to(zoo / "m2")
     assert ez.open_zoo(tmp_path / "links").names == ("mine",)
+
+
+def test_a_model_whose_coefficients_are_damaged_is_not_rebuilt(zoo: Path, tmp_path: Path) -> None:
+    ez.fit(zoo, rank=2).save(tmp_path / "bundle")
+    file = tmp_path / "bundle" / "coefficients" / "m0.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    space = ez.load(tmp_path / "bundle")
+    with pytest.raises(ez.BundleError, match=r"m0\.safetensors: the checksum differs.*run verify"):
+        space.rebuild("m0")
+    assert space.rebuild("m1").name == "m1"

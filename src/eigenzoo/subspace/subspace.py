@@ -19,6 +19,7 @@ from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
 from eigenzoo.formats.bundle import (
     MOMENTS,
     StoredCoefficients,
+    file_sha256,
     file_sizes,
     open_basis,
     read_coefficients,
@@ -116,9 +117,13 @@ class Subspace:
         return {model.name: model for model in self.manifest.models}
 
     def coefficients(self, name: str) -> Coefficients:
-        """Return a kept model's coefficients, read from its own small file."""
+        """Return a kept model's coefficients, read from its own small file, which is compared with its checksum."""
         record = self._record(name)
         stored = self.stored(record)
+        known = self.manifest.files.get(record.coefficients)
+        if known is not None and self._current(lambda: file_sha256(self.path / record.coefficients)) != known.sha256:
+            what = f"{record.coefficients}: the checksum differs from the manifest's"
+            raise BundleError(what, where=str(self.path), next_step="run verify, and copy the bundle again, whole")
         residuals = dict(zip(self.layers, stored.residuals_L.tolist(), strict=True))
         energies = self._energies(name, stored)
         weights = energies or dict.fromkeys(self.layers, 1.0)
