@@ -35,10 +35,14 @@ PLAIN = [
     "eigenzoo.subspace.recall",
     "torch._weights_only_unpickler",
     "eigenzoo.integrations.cluster",
+    "eigenzoo.subspace.importing",
+    "eigenzoo.zoo.adapter_verifying",
+    "huggingface_hub",
 ]
 ADAPT = [
     *PLAIN,
-    *["eigenzoo.integrations.classification", "transformers", "datasets", "PIL.Image", "tokenizers"],
+    *["eigenzoo.integrations.classification", "transformers", "datasets", "PIL.Image", "tokenizers", "peft"],
+    "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.modeling_auto",
     "transformers.models.vit.modeling_vit",

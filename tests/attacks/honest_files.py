@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
-from builders import random_factors, random_stack, write_adapter, write_stacks
+from builders import random_factors, random_stack, write_adapter, write_model, write_stacks
+from fuzz.samples import kohya_factors, write_components, write_diffusers_lora, write_pipeline, write_vlora
 
 Get = Callable[[str], Path]
 MODULES = {"block.q": (7, 6), "block.v": (5, 8)}
@@ -50,6 +51,62 @@ def make_task(path: Path, get: Get) -> None:
     space = ez.load(get("bundle"))
     metadata = {"format": "eigenzoo-coefficients", "basis": space.manifest.basis_id, "mean": "true"}
     save_file({"coefficients": torch.zeros(4)}, path, metadata)
+
+
+def make_base(path: Path, get: Get) -> None:
+    """A checkpoint that the adapters fit."""
+    write_model(path, {f"{module}.weight": random_stack(1, shape, 9)[0] for module, shape in MODULES.items()})
+
+
+LLAMA_MODULES = {f"model.layers.0.self_attn.{name}_proj": (8, 8) for name in "qv"}
+
+
+def make_llama(path: Path, get: Get) -> None:
+    """A tiny Llama as transformers saves it."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes)).save_pretrained(path)
+
+
+def make_llama_adapter(path: Path, get: Get) -> None:
+    """An adapter that fits it."""
+    factors = {module: (0.02 * b, 0.02 * a) for module, (b, a) in random_factors(LLAMA_MODULES, 2, 0).items()}
+    write_adapter(path, factors, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+
+
+def make_vlora(path: Path, get: Get) -> None:
+    """A folder as vLoRA saves them."""
+    write_vlora(path)
+
+
+def make_components(path: Path, get: Get) -> None:
+    """Two adapters of components and loadings."""
+    for name in ("x", "y"):
+        write_components(path / name)
+
+
+def make_kohya(path: Path, get: Get) -> None:
+    """Four LoRAs of a diffusion model by kohya's keys."""
+    path.mkdir()
+    for number in range(4):
+        tensors = kohya_factors()
+        draw = torch.Generator().manual_seed(number)
+        for name, values in tensors.items():
+            if values.dim() > 1:
+                tensors[name] = torch.randn(values.shape, generator=draw)
+        save_file(tensors, path / f"m{number}.safetensors", {"format": "pt"})
+
+
+def make_diffusers_lora(path: Path, get: Get) -> None:
+    """One LoRA of a diffusion model by diffusers' keys, its configs in the header."""
+    write_diffusers_lora(path)
+
+
+def make_pipelines(path: Path, get: Get) -> None:
+    """Three pipelines."""
+    for number in range(3):
+        write_pipeline(path / f"m{number}")
 
 
 def write_text_model(folder: Path, seed: int, **sizes: Any) -> None:
@@ -137,6 +194,14 @@ MAKERS: dict[str, Callable[[Path, Get], None]] = {
     "adapters_bundle": make_adapters_bundle,
     "tucker_bundle": make_tucker_bundle,
     "task.safetensors": make_task,
+    "base": make_base,
+    "llama": make_llama,
+    "llama_adapter": make_llama_adapter,
+    "vlora": make_vlora,
+    "components": make_components,
+    "kohya": make_kohya,
+    "diffusers.safetensors": make_diffusers_lora,
+    "pipelines": make_pipelines,
     "texts_zoo": make_texts_zoo,
     "texts_bundle": make_texts_bundle,
     "texts": make_texts,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import attacks_adapt
 import attacks_bundles
 import attacks_configs
+import attacks_diffusion
+import attacks_imports
 import attacks_names
 import attacks_outputs
 import attacks_paths
 import attacks_pickle
 import attacks_safetensors
+import attacks_verify
+import attacks_words
 import pytest
 from attack_runner import Attack, Ran, Sandbox, carry_out
 
@@ -22,6 +26,10 @@ FAMILIES = (
     attacks_bundles,
     attacks_outputs,
     attacks_adapt,
+    attacks_verify,
+    attacks_imports,
+    attacks_diffusion,
+    attacks_words,
 )
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]
 
