@@ -78,7 +78,7 @@ def placed(kind: str, file: str, put: Callable[[Sandbox, Path], object]) -> Call
         folder = sandbox.copy(kind)
         (folder / file).unlink()
         put(sandbox, folder / file)
-        return [("import", folder, *ALPHA)]
+        return [("import", (folder / file).parent, *ALPHA)]
 
     return build
 

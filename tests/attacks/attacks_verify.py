@@ -65,6 +65,18 @@ def many_modules(tensors: dict[str, torch.Tensor]) -> None:
         tensors |= {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(7, 2)}
 
 
+def many_of_both(sandbox: Sandbox) -> Sequence[Words]:
+    """Twenty thousand modules, of a base too, and as many names and layers for them."""
+    targets = [f"x{number}" for number in range(20_000)]
+    layers = {"layers_to_transform": list(range(20_000)), "exclude_modules": [f"y{number}" for number in range(20_000)]}
+    (words,) = tensors_of("adapter", many_modules)(sandbox)
+    against(target_modules=targets, **layers)(sandbox)
+    path = sandbox.files / "base" / "model.safetensors"
+    more = {f"block{number}.q{number}.weight": torch.ones(7, 6) for number in range(20_000)}
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
+    return [words]
+
+
 def base_is(name: str) -> Callable[[Sandbox], Sequence[Words]]:
     """A base that is something else."""
 
@@ -130,6 +142,8 @@ BUILT: dict[str, dict[str, Any]] = {
     "10^8 layers": {"num_hidden_layers": 10**8},
     "as many layers as its tensors": {"num_hidden_layers": 256},
     "10^9 layers, listed by kind": {"model_type": "qwen2", "num_hidden_layers": 10**9, "architectures": []},
+    "layers of 5000 digits": {"num_hidden_layers": int("9" * 4000)},
+    "nine hundred levels": {"a": json.loads('{"a":' * 400 + "[" * 400 + "1" + "]" * 400 + "}" * 400)},
     "10^9 labels": {"num_labels": 10**9},
     "a width of 2^62": {"hidden_size": 2**62},
     "a width of 2^31": {"hidden_size": 2**31},
@@ -177,7 +191,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "a mapping to a function": {"auto_mapping": {"base_model_class": "pipeline", "parent_library": "transformers.x"}},
     "a task of no kind": {"task_type": "\x1b[2J"},
     "target modules that are slow": {"target_modules": "(a+)+$"},
-    "a million target modules": {"target_modules": [f"m{number}" for number in range(100_000)]},
+    "10^5 target modules": {"target_modules": [f"m{number}" for number in range(100_000)]},
+    "10^5 layers to transform": {"layers_to_transform": list(range(100_000))},
+    "10^5 modules to save": {"modules_to_save": [f"m{number}" for number in range(100_000)]},
     "layers pattern that is slow": {
         "layers_to_transform": [0],
         "layers_pattern": "(l|l)*x",
@@ -218,6 +234,7 @@ ATTACKS = [
     Attack("verify: a base elsewhere", against(base_model_name_or_path="../../etc/passwd", revision="../.."), SAFE),
     Attack("verify: a base named by escapes", against("--json", base_model_name_or_path="\x1b[2J\n"), SAFE),
     Attack("verify: twenty thousand modules that nobody has", tensors_of("adapter", many_modules), ANY),
+    Attack("verify: twenty thousand modules and names", many_of_both, ANY),
     Attack(
         "verify: factors of NaN", tensors_of("adapter", lambda t: [old.fill_(float("nan")) for old in t.values()]), ANY
     ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -14,10 +16,34 @@ from torch.nn.modules.module import (
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.side_files import CONFIG
 
 # Loading registers a tensor again; heads, positions and masks are in no file.
 _TIMES = 8
 _MORE_TENSORS, _MORE_VALUES = 2_000, 2**26
+
+MOST_COUNTED = 2**18
+"""Layers, labels or heads that any config may speak of: transformers writes some of them out as lists while it reads it."""
+
+_COUNTS = re.compile(r"layers?$|experts$|blocks$|depth|heads?$|labels$|^attention_types$")
+
+
+def check_counts(config: Mapping[str, Any], most: int, folder: Path) -> None:
+    """Refuse a config that counts more than `most` modules, or more labels than any model has."""
+    left: list[tuple[str, object]] = list(config.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict) and key not in ("label2id", "id2label"):
+            left += [(str(inner), entry) for inner, entry in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(key, entry) for entry in value]
+        elif type(value) is int and _COUNTS.search(key):
+            limit = MOST_COUNTED if key.endswith("labels") else most
+            if value > limit:
+                shown = value if value < 10**30 else "a huge integer"
+                raise FormatError(
+                    f"{key[:60]} is {shown}", where=f"{folder}/{CONFIG}", rule=f"at most {limit} are built of these files"
+                )
 
 
 @contextmanager

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError
+from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
-from eigenzoo.integrations.model_limits import no_larger_than
+from eigenzoo.integrations.model_limits import MOST_COUNTED, check_counts, no_larger_than
 from eigenzoo.integrations.transformers_names import saved_names
 
 EXTRA = 'run: pip install "eigenzoo[adapt]"'
@@ -69,6 +70,7 @@ def read_config(folder: Path) -> Any:
             rule="the model is a local checkpoint of transformers",
             next_step="save it with save_pretrained, and name that folder",
         )
+    check_counts(read_json(folder / CONFIG, where=str(folder / CONFIG)), MOST_COUNTED, folder)
     require("transformers")
     from transformers import AutoConfig
 

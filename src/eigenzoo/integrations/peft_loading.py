@@ -5,7 +5,6 @@ Nothing is downloaded, no code that comes with a model is run, and no value is r
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.errors import EigenzooError, FormatError
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.integrations.model_limits import check_counts, no_larger_than
 from eigenzoo.integrations.models import quietly, read_config, told
-from eigenzoo.weights.lora_targets import is_target
+from eigenzoo.weights.lora_targets import targeting
 from eigenzoo.zoo.verification import Loading
 
 CLASSES = {
@@ -36,7 +36,6 @@ CLASSES = {
 ADAPTER = "default"
 
 _AUTO = frozenset(CLASSES.values())
-_COUNTS = re.compile(r"layers?$|experts$|blocks$|depth|heads?$")
 # How factors are drawn says nothing about where they lie, and may want data or weights.
 _OF_INITIALISATION = frozenset({"eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"})
 
@@ -57,8 +56,10 @@ def load_dry(base: Model, config: Mapping[str, Any], shapes: Mapping[str, tuple[
 
     try:
         # Before PEFT tries the patterns of a stranger's config on every module.
+        is_target = targeting(config)
         for name in base.tensors:
-            is_target(config, name.rpartition(".")[0])
+            is_target(name.rpartition(".")[0])
+        _check_lists(config, base)
         with warnings.catch_warnings(), quietly():
             warnings.simplefilter("ignore")
             model = _built(base, _named_class(config))
@@ -87,13 +88,13 @@ def _built(base: Model, named: str) -> nn.Module:
     import transformers
 
     config = read_config(base.folder)
-    _check_counts(config.to_dict(), base)
+    check_counts(config.to_dict(), max(len(base.tensors), 256), base.folder)
     for name in (named, *(getattr(config, "architectures", None) or ()), "AutoModel"):
         found: Any = getattr(transformers, str(name), None) if name else None
         if name in _AUTO or _is_class_of(config, found, transformers.PreTrainedModel):
             break
     make = partial(found.from_config, config, trust_remote_code=False) if name in _AUTO else partial(found, config)
-    with torch.device("meta"):
+    with torch.device("meta"), no_larger_than(base, base.folder):
         model: nn.Module = told(f"{name} cannot be built", base.folder, make)
     return model
 
@@ -105,15 +106,12 @@ def _is_class_of(config: Any, found: Any, models: type) -> bool:
     )
 
 
-def _check_counts(config: Mapping[str, Any], base: Model) -> None:
-    """Refuse a config that would build far more modules than the files have tensors."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _check_counts(value, base)
-        elif type(value) is int and _COUNTS.search(key) and value > max(len(base.tensors), 256):
-            raise FormatError(
-                f"{key[:60]} is {value}, but the files have {len(base.tensors)} tensors", where=f"{base.path}/{CONFIG}"
-            )
+def _check_lists(config: Mapping[str, Any], base: Model) -> None:
+    """Refuse an adapter's lists of far more modules than there are: PEFT compares each entry with every other."""
+    for key in ("target_modules", "exclude_modules", "layers_to_transform"):
+        names, most = config.get(key), max(len(base.tensors), 1000)
+        if isinstance(names, list) and len(names) > most:
+            raise UnsupportedError(f"{key} has {len(names)} entries", rule=f"PEFT is given at most {most} for this base")
 
 
 def _names_in(base: Model, model: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ ALL_LINEAR = "all-linear"
 """What PEFT replaces by the names of all linear modules when it saves."""
 
 _MAX_STEPS = 5e8
+_OF_PATTERNS, _MAX_PATTERNS = frozenset({"modules_to_save", "layers_pattern"}), 100
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
@@ -30,57 +31,87 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     >>> is_target({"target_modules": ["q_proj"], "layers_to_transform": [1]}, "model.layers.0.self_attn.q_proj")
     False
     """
-    targets = config.get("target_modules")
-    if is_left_out(config, module):
-        return False
+    return targeting(config)(module)
+
+
+def targeting(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return `is_target` of one config, whose lists are looked through once for all modules."""
+    targets, is_left_out = config.get("target_modules"), _leaving_out(config)
     if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
-        return True
+        return lambda module: not is_left_out(module)
     if isinstance(targets, str):
-        return _matches(targets, module)
-    names = _names(config, "target_modules")
-    if module in names:  # by its whole name, whatever its layer
-        return True
-    return any(is_named(name, module) for name in names) and _is_in_layers(config, module)
+        return lambda module: not is_left_out(module) and _matches(targets, module)
+    names, is_in_layers = frozenset(_names(config, "target_modules")), _in_layers(config)
+
+    def is_targeted(module: str) -> bool:
+        if is_left_out(module):
+            return False
+        # By its whole name, whatever its layer.
+        return module in names or (is_named_by(names, module) and is_in_layers(module))
+
+    return is_targeted
 
 
-def is_left_out(config: Mapping[str, Any], module: str) -> bool:
+def _leaving_out(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Tell whether `exclude_modules` or `modules_to_save` keep the adapter from a module."""
-    excluded = config.get("exclude_modules")
-    if isinstance(excluded, str) and _matches(excluded, module):
-        return True
-    if not isinstance(excluded, str) and any(is_named(name, module) for name in _names(config, "exclude_modules")):
-        return True
-    return any(_matches(rf"(^|.*\.){name}($|\..*)", module, name) for name in _names(config, "modules_to_save"))
+    excluded, saved = config.get("exclude_modules"), _names(config, "modules_to_save")
+    names = frozenset(() if isinstance(excluded, str) else _names(config, "exclude_modules"))
+
+    def is_left_out(module: str) -> bool:
+        if _matches(excluded, module) if isinstance(excluded, str) else is_named_by(names, module):
+            return True
+        return any(_matches(rf"(^|.*\.){name}($|\..*)", module, name) for name in saved)
+
+    return is_left_out
 
 
-def is_named(name: str, module: str) -> bool:
-    """Tell whether an entry of a list of names means a module: it is its name, or how its name ends."""
-    return module == name or module.endswith(f".{name}")
+def is_named_by(names: Collection[str], module: str) -> bool:
+    """Tell whether an entry of a set of names means a module: it is its name, or how its name ends."""
+    return any(ending in names for ending in endings(module))
 
 
-def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
+def endings(module: str) -> Iterator[str]:
+    """Yield the names that mean a module in a list: its own, and what follows each of its dots.
+
+    >>> list(endings("layers.0.q"))
+    ['layers.0.q', '0.q', 'q']
+    """
+    yield module
+    yield from (module[dot.end() :] for dot in re.finditer(r"\.", module))
+
+
+def _in_layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
-        return True
-    wanted = [layers] if isinstance(layers, int) else layers
-    if not isinstance(wanted, list) or not all(type(layer) is int for layer in wanted):
+        return lambda module: True
+    listed = [layers] if isinstance(layers, int) else layers
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         raise FormatError("layers_to_transform is no list of numbers")
+    wanted = frozenset(listed)
     patterns = config.get("layers_pattern")
     patterns = [patterns] if isinstance(patterns, str) and patterns else _names(config, "layers_pattern")
     tried = [(rf"(?:^|.*?\.){name}\.(?P<place>\d+)\..*", name) for name in patterns]
-    for pattern, name in tried or [(r".*?\.[^.]*\.(?P<place>\d+)\..*", "")]:
-        found = _match(pattern, module, name)
-        if found is not None:
-            # A pattern may name a group of its own so; then the number is that one's.
-            place = found["place"]
-            return place is not None and place.isdigit() and int(place[:9]) in wanted
-    return False
+
+    def is_in_layers(module: str) -> bool:
+        for pattern, name in tried or [(r".*?\.[^.]*\.(?P<place>\d+)\..*", "")]:
+            found = _match(pattern, module, name)
+            if found is not None:
+                # A pattern may name a group of its own so; then the number is that one's.
+                place = found["place"]
+                return place is not None and place.isdigit() and int(place[:9]) in wanted
+        return False
+
+    return is_in_layers
 
 
 def _names(config: Mapping[str, Any], key: str) -> Sequence[str]:
     names = config.get(key) or ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise FormatError(f"{key} is no list of names")
+    if key in _OF_PATTERNS and len(names) > _MAX_PATTERNS:
+        raise UnsupportedError(
+            f"{key} has {len(names)} entries", rule=f"each is a pattern for every module, and at most {_MAX_PATTERNS} are tried"
+        )
     return names
 
 

@@ -11,7 +11,7 @@ from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.peft_lora import PREFIX
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.weights.lora_targets import ALL_LINEAR, is_named, is_target
+from eigenzoo.weights.lora_targets import ALL_LINEAR, endings, targeting
 from eigenzoo.weights.renames import find_rename, nearest
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.base_modules import BaseModules, BaseWeight, fits
@@ -76,7 +76,8 @@ def name_checks(adapter: Adapter) -> list[Check]:
 def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
     name, targets = "target modules", config.get("target_modules")
     try:
-        outside = [module for module in adapter.updates if not is_target(config, _asked(module))]
+        is_target = targeting(config)
+        outside = [module for module in adapter.updates if not is_target(_asked(module))]
     except UnsupportedError as error:
         return Check(name, "not tried", notes=(str(error),), done=False)
     except FormatError as error:
@@ -185,7 +186,8 @@ def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
     if targets is None or targets == ALL_LINEAR:
         return []
     try:
-        wanted = [name for name in base.own_names if is_target(config, name)]
+        is_target = targeting(config)
+        wanted = [name for name in base.own_names if is_target(name)]
     except FormatError:
         return []  # said by another check
     have = {base.find(module) for module in adapter.updates}
@@ -196,12 +198,11 @@ def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
         + (": PEFT draws them at random" if random else "; PEFT fills in some that change nothing")
         for group in by_role(without)
     ]
-    unknown = [
-        name
-        for name in (targets if isinstance(targets, list) else [])
-        if not any(is_named(name, module) for module in (*adapter.updates, *base.weights))
-    ]
-    notes = [f"target_modules: {_some(unknown)} name nothing, in the adapter or in the base"] if unknown else []
+    unknown = dict.fromkeys(targets if isinstance(targets, list) else [])
+    for module in (*adapter.updates, *base.weights):
+        for name in endings(module):
+            unknown.pop(name, None)
+    notes = [f"target_modules: {_some([*unknown])} name nothing, in the adapter or in the base"] if unknown else []
     detail = f"factors for all {len(wanted)} modules of the base that the config names"
     return [Check("completeness", detail, tuple(said), tuple(notes))]
 
