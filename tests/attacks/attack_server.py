@@ -7,6 +7,7 @@ Reads one JSON request per line ({words, folder, environment, out, err, limit, m
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,9 @@ def main() -> None:
     os.dup2(2, 1)
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    # Children share what was imported, as long as their collectors do not write into it.
+    gc.collect()
+    gc.freeze()
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin:

@@ -38,7 +38,7 @@ def written(text: str) -> Callable[[Sandbox], Sequence[Words]]:
     def build(sandbox: Sandbox) -> Sequence[Words]:
         bundle = sandbox.copy("bundle")
         (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-        return use_bundle(sandbox, bundle)
+        return use_bundle(sandbox, bundle)[:1]
 
     return build
 

@@ -60,7 +60,8 @@ def in_place(kind: str, file: str, put: Put) -> Callable[[Sandbox], Sequence[Wor
             model,
             "--allow-pickle",
             kind=kind,
-            thorough=None if file.startswith(("config", "tok", "chat")) else False,
+            # What a model is opened by is the same code for all: one more command sees that, on one of them.
+            thorough=None if put is not link_to_secret or file.startswith(("config", "tok", "chat")) else False,
         )
 
     return build
@@ -74,7 +75,7 @@ def in_bundle(file: str, put: Put) -> Callable[[Sandbox], Sequence[Words]]:
         path = next(bundle.glob(file))
         path.unlink()
         put(sandbox, path)
-        return use_bundle(sandbox, bundle)
+        return use_bundle(sandbox, bundle)[: 1 if file == "manifest.json" and put is not link_to_secret else 2]
 
     return build
 
@@ -101,7 +102,7 @@ def lists(text: str, **others: str) -> Callable[[Sandbox], Sequence[Words]]:
         sandbox.copy("zoo")
         for name, content in {"list": text, **others}.items():
             (sandbox.files / f"{name}.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
-        return use_zoo(sandbox, sandbox.files / "list.txt")[:2]
+        return use_zoo(sandbox, sandbox.files / "list.txt")[:1]
 
     return build
 
@@ -123,7 +124,7 @@ def link_maze(sandbox: Sandbox) -> Sequence[Words]:
     zoo = sandbox.copy("zoo")
     for name in ("a", "b", "c"):
         (zoo / name).symlink_to(".")
-    return [*use_zoo(sandbox, zoo)[:2], *use_zoo(sandbox, f"{zoo}/**")[:2]]
+    return [*use_zoo(sandbox, zoo)[:2], *use_zoo(sandbox, f"{zoo}/**")[:1]]
 
 
 def deep_folders(sandbox: Sandbox) -> Sequence[Words]:
@@ -150,7 +151,7 @@ def zoo_of_links(sandbox: Sandbox) -> Sequence[Words]:
 
 def device_zoo(name: str) -> Callable[[Sandbox], Sequence[Words]]:
     """A device or a folder of devices as a zoo."""
-    return lambda sandbox: use_zoo(sandbox, name)
+    return lambda sandbox: use_zoo(sandbox, name)[: None if name == "/dev/zero" else 1]
 
 
 ATTACKS = [

@@ -133,7 +133,9 @@ def adapter(write: Write) -> Callable[[Sandbox], Sequence[Words]]:
     return build
 
 
-def sharded(change: Callable[[dict[str, str], Path, Sandbox], object]) -> Callable[[Sandbox], Sequence[Words]]:
+def sharded(
+    change: Callable[[dict[str, str], Path, Sandbox], object], thorough: bool | None = None
+) -> Callable[[Sandbox], Sequence[Words]]:
     """A checkpoint of two shards, its index changed."""
 
     def build(sandbox: Sandbox) -> Sequence[Words]:
@@ -147,7 +149,7 @@ def sharded(change: Callable[[dict[str, str], Path, Sandbox], object]) -> Callab
         index = folder / "model.safetensors.index.json"
         if not index.exists():
             index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-        return use_model(sandbox, folder)
+        return use_model(sandbox, folder, thorough=thorough)
 
     return build
 
@@ -214,8 +216,12 @@ ATTACKS = [
         for what in ("a length of 2^63", "a shape whose product overflows", "overlapping tensors")
     ),
     *(
-        Attack(f"index: {what}", sharded(change), EITHER if what == "a shard that nothing lists" else REFUSED)
+        Attack(
+            f"index: {what}",
+            sharded(change, False if what in ("a shard that nothing lists", "a shard above") else None),
+            EITHER if what == "a shard that nothing lists" else REFUSED,
+        )
         for what, change in INDEXES.items()
     ),
-    Attack("index: sound, as the control", sharded(lambda shards, folder, sandbox: None), SAFE),
+    Attack("index: sound, as the control", sharded(lambda shards, folder, sandbox: None, False), SAFE),
 ]

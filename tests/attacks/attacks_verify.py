@@ -59,20 +59,20 @@ def tensors_of(which: str, edit: Callable[[dict[str, torch.Tensor]], object]) ->
 
 
 def many_modules(tensors: dict[str, torch.Tensor]) -> None:
-    """Twenty thousand modules that nobody has, each with a name that is near to others."""
-    for number in range(20_000):
+    """Ten thousand modules that nobody has, each with a name that is near to others."""
+    for number in range(10_000):
         name = f"base_model.model.block{number}.q{number}"
         tensors |= {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(7, 2)}
 
 
 def many_of_both(sandbox: Sandbox) -> Sequence[Words]:
-    """Twenty thousand modules, of a base too, and as many names and layers for them."""
-    targets = [f"x{number}" for number in range(20_000)]
-    layers = {"layers_to_transform": list(range(20_000)), "exclude_modules": [f"y{number}" for number in range(20_000)]}
+    """Ten thousand modules, of a base too, and as many names and layers for them."""
+    targets = [f"x{number}" for number in range(10_000)]
+    layers = {"layers_to_transform": list(range(10_000)), "exclude_modules": [f"y{number}" for number in range(10_000)]}
     (words,) = tensors_of("adapter", many_modules)(sandbox)
     against(target_modules=targets, **layers)(sandbox)
     path = sandbox.files / "base" / "model.safetensors"
-    more = {f"block{number}.q{number}.weight": torch.ones(7, 6) for number in range(20_000)}
+    more = {f"block{number}.q{number}.weight": torch.ones(7, 6) for number in range(10_000)}
     save_file({**load_file(path), **more}, path, {"format": "pt"})
     return [words]
 
@@ -233,8 +233,8 @@ ATTACKS = [
     Attack("verify: NaN as alpha", against(lora_alpha=float("nan")), ANY),
     Attack("verify: a base elsewhere", against(base_model_name_or_path="../../etc/passwd", revision="../.."), SAFE),
     Attack("verify: a base named by escapes", against("--json", base_model_name_or_path="\x1b[2J\n"), SAFE),
-    Attack("verify: twenty thousand modules that nobody has", tensors_of("adapter", many_modules), ANY),
-    Attack("verify: twenty thousand modules and names", many_of_both, ANY),
+    Attack("verify: ten thousand modules that nobody has", tensors_of("adapter", many_modules), ANY),
+    Attack("verify: ten thousand modules and names", many_of_both, ANY),
     Attack(
         "verify: factors of NaN", tensors_of("adapter", lambda t: [old.fill_(float("nan")) for old in t.values()]), ANY
     ),

@@ -52,7 +52,7 @@ WORDS = {
     "a revision of 10^5 characters": "org/name@" + "a" * 10**5,
     "a folder of 50,000 levels": "org/name" + "/a" * 50_000,
     "a name of nearly 96": "o" * 96 + "/" + "-" * 96,
-    "escapes": "org/\x1b[2Jname",
+    "escapes": "org/\x1b]0;x\x07name",
     "a revision of escapes": "org/name@\x1b]52;c;YQ==\x07",
     "lines": "org/name\nfault: none",
     "HTML": f"org/{SCRIPT}",

@@ -75,7 +75,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
         left=2,
     )
     _more(len(found.models), most, "models")
-    roles = sorted(found.roles, key=lambda row: -row.num_values)[:most_roles]
+    largest = sorted(range(len(found.roles)), key=lambda place: -found.roles[place].num_values)[:most_roles]
     print_table(
         "layers of one model",
         ("role", "shape", "unfolding", "dtype", "layers", "values", "bytes", "ranks"),
@@ -90,8 +90,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
                 in_bytes(row.num_bytes),
                 ", ".join(map(str, row.ranks)) or "–",
             )
-            for row in found.roles
-            if row in roles
+            for row in (found.roles[place] for place in sorted(largest))
         ],
         left=4,
     )

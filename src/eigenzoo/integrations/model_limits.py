@@ -42,7 +42,9 @@ def check_counts(config: Mapping[str, Any], most: int, folder: Path) -> None:
             if value > limit:
                 shown = value if value < 10**30 else "a huge integer"
                 raise FormatError(
-                    f"{key[:60]} is {shown}", where=f"{folder}/{CONFIG}", rule=f"at most {limit} are built of these files"
+                    f"{key[:60]} is {shown}",
+                    where=f"{folder}/{CONFIG}",
+                    rule=f"at most {limit} are built of these files",
                 )
 
 

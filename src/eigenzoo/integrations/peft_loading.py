@@ -111,7 +111,9 @@ def _check_lists(config: Mapping[str, Any], base: Model) -> None:
     for key in ("target_modules", "exclude_modules", "layers_to_transform"):
         names, most = config.get(key), max(len(base.tensors), 1000)
         if isinstance(names, list) and len(names) > most:
-            raise UnsupportedError(f"{key} has {len(names)} entries", rule=f"PEFT is given at most {most} for this base")
+            raise UnsupportedError(
+                f"{key} has {len(names)} entries", rule=f"PEFT is given at most {most} for this base"
+            )
 
 
 def _names_in(base: Model, model: Any) -> dict[str, str]:

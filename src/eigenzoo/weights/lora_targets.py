@@ -110,7 +110,8 @@ def _names(config: Mapping[str, Any], key: str) -> Sequence[str]:
         raise FormatError(f"{key} is no list of names")
     if key in _OF_PATTERNS and len(names) > _MAX_PATTERNS:
         raise UnsupportedError(
-            f"{key} has {len(names)} entries", rule=f"each is a pattern for every module, and at most {_MAX_PATTERNS} are tried"
+            f"{key} has {len(names)} entries",
+            rule=f"each is a pattern for every module, and at most {_MAX_PATTERNS} are tried",
         )
     return names
 

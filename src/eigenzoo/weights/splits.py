@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from eigenzoo.errors import UsageError
 
 MAX_PARTS = 1024
-_PART = re.compile(r"(?P<name>[A-Za-z_]\w{0,63})(?::(?P<share>[1-9]\d{0,5}))?")
+_PART = re.compile(r"(?P<name>[A-Za-z_]\w{0,63})(?::(?P<share>[1-9][0-9]{0,5}))?")
 _FORM = "a rule is GLOB=NUMBER, GLOB=NAME,NAME,… or GLOB=NAME:SHARE,…, of 2 to 1024 parts"
 
 
@@ -59,7 +59,7 @@ def parse_split(text: str) -> SplitRule:
     (('part0', 1), ('part1', 1))
     """
     glob, _, right = text.rpartition("=")
-    if re.fullmatch(r"\d{1,4}", right.strip()):
+    if re.fullmatch(r"[0-9]{1,4}", right.strip()):
         names = [(f"part{place}", 1) for place in range(int(right))]
     else:
         found = [_PART.fullmatch(part.strip()) for part in right.split(",")]
