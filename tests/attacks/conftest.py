@@ -48,7 +48,8 @@ def figures() -> Iterator[list[tuple[str, Ran]]]:
         lines = ["| attack | command | exit | seconds | peak MB |", "|---|---|---|---|---|"]
         for name, ran in sorted(rows, key=lambda row: -row[1].seconds):
             lines.append(f"| {name} | {ran.words[0]} | {ran.code} | {ran.seconds:.2f} | {ran.peak / 1e6:.0f} |")
-        Path(os.environ["ATTACKS_REPORT"]).write_text("\n".join(lines) + "\n")
+        report = Path(os.environ["ATTACKS_REPORT"] + os.environ.get("PYTEST_XDIST_WORKER", ""))
+        report.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
