@@ -75,6 +75,6 @@ def test_a_model_whose_coefficients_are_damaged_is_not_rebuilt(zoo: Path, tmp_pa
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     space = ez.load(tmp_path / "bundle")
-    with pytest.raises(ez.BundleError, match=r"m0\.safetensors: the checksum differs.*run verify"):
+    with pytest.raises(ez.BundleError, match=r"m0\.safetensors: the checksum differs.*Run verify"):
         space.rebuild("m0")
     assert space.rebuild("m1").name == "m1"
