@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 import eigenzoo as ez
 from eigenzoo.weights.lora_targets import is_target
-from eigenzoo.weights.renames import WRAPPERS, Rename, find_rename, nearest
+from eigenzoo.weights.renames import WRAPPERS, Rename, beyond, find_rename, nearest
 
 PARTS = ("model", "layers", "0", "1", "q_proj", "v_proj", "head", "q")
 NAMES = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map(".".join)
@@ -71,6 +71,15 @@ def test_a_prefix_is_only_believed_where_all_names_and_shapes_fit() -> None:
     assert find_rename(names[:1], BASE, lambda name, other: True) == Rename("", "model.")
     assert find_rename(names[:1], BASE, lambda name, other: False) is None
     assert find_rename([], BASE, lambda name, other: True) is None
+
+
+def test_no_rename_leads_to_another_block_or_onto_a_name_that_is_held() -> None:
+    def accepts(name: str, other: str) -> bool:
+        return True
+
+    assert find_rename(["model.layers.3.attn.q"], BASE, accepts) is None
+    assert find_rename(["layers.0.attn.q"], BASE, accepts, ["model.layers.0.attn.q"]) is None
+    assert beyond(["model.layers.3.attn.q", "model.layers.1.attn.z", "head"], BASE) == ["model.layers.3.attn.q"]
 
 
 def test_of_two_towers_the_one_is_chosen_that_fits() -> None:

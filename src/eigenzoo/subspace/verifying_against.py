@@ -18,7 +18,7 @@ from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Layer
 from eigenzoo.subspace.source_records import is_at_hand
-from eigenzoo.weights.renames import find_rename, nearest
+from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import is_task_head
 from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import HINTED, Adapter, by_role, grouped
@@ -188,11 +188,14 @@ def _absent(absent: list[str], layers: Mapping[str, Layer], base: Model) -> Iter
     def accepts(name: str, other: str) -> bool:
         return layers[name].tensor_shape == base.tensors[other].shape
 
-    rename = find_rename(absent, base.tensors, accepts)
+    rename = find_rename(absent, base.tensors, accepts, layers.keys() - set(absent))
     if rename is not None:
         yield f"{len(absent)} layers are not in the base ({absent[0]!r}, …); with {rename} all of them are"
         return
-    for place, group in enumerate(by_role(absent)):
+    later = beyond(absent, base.tensors)
+    if later:
+        yield f"{len(later)} layers ({later[0]!r}, …) are of blocks that the base has not: it has fewer, and is another base"
+    for place, group in enumerate(by_role(name for name in absent if name not in set(later))):
         near = nearest(group[0], base.tensors) if place < HINTED else None
         yield f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else "")
 

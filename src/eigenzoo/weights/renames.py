@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from eigenzoo.weights.roles import depth, role
+
 WRAPPERS = {
     "module": "DataParallel",
     "_orig_mod": "torch.compile",
@@ -49,9 +51,12 @@ class Rename:
         return f"{old} replaced by '{self.new}'" if self.new else f"{old} cut off each name"
 
 
-def find_rename(names: Sequence[str], base: Collection[str], accepts: Accepts) -> Rename | None:
+def find_rename(
+    names: Sequence[str], base: Collection[str], accepts: Accepts, held: Collection[str] = ()
+) -> Rename | None:
     """Find one change of prefix, or of wrappers' parts, that makes every name one of the base that it may be.
 
+    None leads onto a name that is `held` already, and none changes the number of a block: those are other layers.
     Cost: names times those of the base that end as the first one does.
     """
     if not names:
@@ -59,18 +64,42 @@ def find_rename(names: Sequence[str], base: Collection[str], accepts: Accepts) -
     candidates = [Rename(parts=_wrappers_of(names))] if _wrappers_of(names) else []
     first = names[0].split(".")
     ending = [other for other in base if other.rpartition(".")[2] == first[-1]]
-    prefixes = {_differing(first, other.split(".")) for other in ending}
+    prefixes = {pair for other in ending if _keeps_numbers(*(pair := _differing(first, other.split("."))))}
     # The least change first: of two towers with blocks of one name, the one whose prefix is more alike.
     candidates += [Rename(*pair) for pair in sorted(prefixes, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))]
     for change in candidates:
-        if all(name.startswith(change.old) and change(name) in base and accepts(name, change(name)) for name in names):
+        if not all(name.startswith(change.old) for name in names):
+            continue
+        found = {change(name): name for name in names}
+        apart = len(found) == len(set(names)) and found.keys().isdisjoint(held)
+        if apart and all(new in base and accepts(name, new) for new, name in found.items()):
             return change
     return None
+
+
+def beyond(names: Sequence[str], base: Collection[str]) -> list[str]:
+    """Return the names that the base has for earlier blocks alone: those of a model of more layers.
+
+    >>> beyond(["layers.0.q", "layers.2.q", "layers.2.k"], ["layers.0.q", "layers.1.q"])
+    ['layers.2.q']
+    """
+    last: dict[str, int] = {}
+    for name in base:
+        place = depth(name)
+        if place is not None:
+            last[role(name)] = max(place, last.get(role(name), 0))
+    return [name for name in names if (place := depth(name)) is not None and place > last.get(role(name), place)]
 
 
 def _wrappers_of(names: Sequence[str]) -> tuple[str, ...]:
     parts = {part for name in names for part in name.split(".")}
     return tuple(part for part in WRAPPERS if part in parts and part != "base_model")
+
+
+def _keeps_numbers(old: str, new: str) -> bool:
+    """Tell whether two prefixes do not number a block differently; one of them may have no number."""
+    numbers = [[part for part in prefix.split(".") if part.isdigit()] for prefix in (old, new)]
+    return numbers[0] == numbers[1] or not all(numbers)
 
 
 def _differing(name: list[str], other: list[str]) -> tuple[str, str]:

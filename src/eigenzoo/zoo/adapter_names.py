@@ -12,7 +12,7 @@ from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.peft_lora import PREFIX
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.weights.lora_targets import ALL_LINEAR, endings, targeting
-from eigenzoo.weights.renames import find_rename, nearest
+from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.base_modules import BaseModules, BaseWeight, fits
 from eigenzoo.zoo.verification import Check, Loading
@@ -128,14 +128,21 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
 
-    rename = find_rename(lost, base.weights, accepts)
+    rename = find_rename(lost, base.weights, accepts, adapter.updates.keys() - set(lost))
     if rename is not None:
         return [
             f"{len(lost)} of {len(adapter.updates)} modules are not in the base ({_some(lost)}); with {rename} all of them are "
             f"({rename(lost[0])!r}). Rename the keys, or load the base by the class that the adapter was trained on"
         ]
     faults = []
-    for place, group in enumerate(by_role(lost)):
+    later = beyond(lost, base.weights)
+    if later:
+        faults.append(
+            f"{len(later)} of {len(adapter.updates)} modules ({_some(later)}) are of layers that the base has not: "
+            "it has fewer layers, so it is another base than the adapter's"
+        )
+    rest = set(lost) - set(later)
+    for place, group in enumerate(by_role(name for name in lost if name in rest)):
         near = nearest(group[0], base.weights) if place < HINTED else None
         faults.append(f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else ""))
     return faults
@@ -209,7 +216,7 @@ def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
 
 def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
     """Look at the tensors that are no factors: trained whole, with the module that they replace."""
-    factors = {key for update in adapter.updates.values() for key in (update.key_a, update.key_b)}
+    factors = {key for update in adapter.updates.values() for key in update.keys}
     others = {name: shape for name, shape in adapter.shapes.items() if name not in factors}
     if not others:
         return []
