@@ -74,7 +74,7 @@ def test_bad_input_is_one_message(refused: Refused, zoo: Path, bundle: Path, tmp
     assert "there is no such file or folder" in refused("inspect", tmp_path / "nowhere")
     assert "no model is found" in refused("inspect", f"{tmp_path}/nowhere/*")
     assert "no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
-    assert "there is no manifest.json" in refused("verify", tmp_path / "empty")
+    assert "is neither a bundle nor an adapter" in refused("verify", tmp_path / "empty")
     assert "there is no manifest.json" in refused("project", zoo / "m0", zoo / "m1")
     assert "there is no such file or folder" in refused("project", bundle, tmp_path / "nowhere")
     assert "no model is called 'm9'" in refused("rebuild", bundle, "m9", "-o", out)

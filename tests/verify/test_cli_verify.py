@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from verify_cases import broken, write_adapter
+from verify_cases import WEIGHTS, broken, write_adapter
 
 import eigenzoo as ez
 from eigenzoo.cli.app import main
@@ -71,7 +72,7 @@ def test_a_bundle_against_a_base(run: Run, base: Made, tmp_path: Path) -> None:
     bundle = ez.fit(paths, 1).save(tmp_path / "bundle")
     code, out, err = run("verify", bundle, "--against", base("llama"))
     assert (code, err) == (0, "")
-    assert "3 models, 4 layers, whole" in out
+    assert f"3 models, 4 layers, whole, and takes effect on {base('llama')}" in " ".join(out.split())
     assert "ok  checksums" in out
     assert "ok  change" in out
     code, out, _ = run("verify", bundle, "--against", base("gpt2"), "--json")
@@ -86,9 +87,13 @@ def test_a_bundle_against_a_base(run: Run, base: Made, tmp_path: Path) -> None:
 
 
 def test_bad_input(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    alone = Path(shutil.copy(sound("llama") / WEIGHTS, tmp_path / "alone.safetensors"))
     for words, message in (
         ((base("llama"),), "is no adapter"),
-        ((tmp_path / "nowhere",), "there is no manifest.json"),
+        ((tmp_path / "nowhere",), "there is no such file or folder"),
+        ((sound("llama").parent,), "Name one of them"),
+        ((alone,), "but no adapter_config.json beside it"),
+        ((sound("llama") / WEIGHTS,), "Name their folder"),
         ((sound("llama"), "--against", tmp_path / "nowhere"), "nothing of this name exists"),
         ((sound("llama"), "--against", sound("llama")), "A base is a model of full weights"),
         ((broken(sound("llama"), tmp_path / "dora", use_dora=True),), "DoRA"),

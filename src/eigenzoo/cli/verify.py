@@ -57,7 +57,34 @@ def command(
     if adapter or (find_id(path) is not None and not names_a_bundle(path)):
         _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json)
         return
+    if find_id(path) is None:
+        _check_place(Path(path))
     _verify_bundle(path, against, dry_load, allow_pickle=allow_pickle, json=json)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path at which there is neither a bundle nor a model."""
+    from eigenzoo.formats.bundle import MANIFEST
+    from eigenzoo.formats.opening import is_model
+
+    if (path / MANIFEST).is_file():
+        return
+    if not path.exists():
+        raise UsageError("there is no such file or folder", where=str(path), next_step="check the name")
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    found = [entry.name for entry in inner if is_model(entry) or (entry / MANIFEST).is_file()]
+    if found:
+        raise UsageError(
+            f"is no bundle and no adapter, but a folder of {len(found)}, such as {found[0]!r}",
+            where=str(path),
+            rule="one is verified at a time",
+            next_step="name one of them",
+        )
+    raise UsageError(
+        "is neither a bundle nor an adapter",
+        where=str(path),
+        rule=f"a bundle is a folder that eigenzoo fit wrote, with {MANIFEST}; an adapter has adapter_config.json",
+    )
 
 
 def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
@@ -84,7 +111,10 @@ def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pi
         "faults": faults,
     }
     held = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
-    _tell(document, found, f"{bundle}: {held}", "whole", json=json)
+    whole = "whole"
+    if found is not None and found.against is not None:
+        whole += f", and {'fits' if 'mean' in found.changes else 'takes effect on'} {found.against}"
+    _tell(document, found, f"{bundle}: {held}", whole, json=json)
 
 
 def _verify_adapter(path: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:

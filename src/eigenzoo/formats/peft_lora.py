@@ -32,7 +32,7 @@ from eigenzoo.formats.pickle_file import PickleModel, load_pickle, refuse_pickle
 from eigenzoo.formats.safetensors_file import SafetensorsFile
 from eigenzoo.formats.safetensors_header import HeaderContents
 from eigenzoo.formats.side_files import list_side_files
-from eigenzoo.weights.lora_scale import lora_rank, lora_scale
+from eigenzoo.weights.lora_scale import DEFAULT_RANK, lora_rank, lora_scale
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -189,6 +189,12 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
         if "base_layer" in pattern_name.split("."):
             raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
         stated = lora_rank(config, pattern_name)
+        if stated != rank and "r" not in config and lora_rank({**config, "r": rank}, pattern_name) == rank:
+            raise FormatError(
+                f"rank {rank} in the file, but {CONFIG_FILE} has no r",
+                rule=f"PEFT takes {DEFAULT_RANK} where it is missing",
+                next_step=f"add it to {CONFIG_FILE}",
+            )
         if stated != rank:
             raise FormatError(f"rank {rank} in the file and {stated} in {CONFIG_FILE}", rule="they are the same number")
         scale = lora_scale(config, pattern_name, rank)

@@ -180,7 +180,7 @@ def told(what: str, where: Path, call: Callable[[], Made]) -> Made:
         raise
     # These libraries raise whatever they run into in a broken file: KeyError, TypeError, errors of their own.
     except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0]
+        said = " ".join(str(error).split())
         raise FormatError(f"{what} ({type(error).__name__}: {said[:300]})", where=str(where)) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from eigenzoo.subspace.rebuilt import check_layout
 from eigenzoo.subspace.storage import identify
 from eigenzoo.subspace.verifying_against import checks_against
 from eigenzoo.zoo.base_modules import open_base, shown_base
-from eigenzoo.zoo.verification import Check, Loader, Verification
+from eigenzoo.zoo.verification import Check, Loader, Verification, checked
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.subspace import Subspace
@@ -44,36 +44,40 @@ def _verify(space: Subspace, against: str | os.PathLike[str] | Model | None, loa
     checks = [Check("manifest", "follows the format, and so do the headers")]
     manifest, folder = space.manifest, space.path
     if manifest.files:
+        broken = tuple(file_faults(folder, manifest))
         checks += [
-            _check(
+            checked(
                 "checksums",
                 f"{len(manifest.files)} files have the bytes that the manifest says",
-                file_faults(folder, manifest),
+                broken,
+                f"{len(broken)} of {len(manifest.files)} files differ from what the manifest says",
             ),
-            _check("unknown files", "none", unknown_files(folder, manifest)),
-            _check("contents", "what models need besides is there, under its hash", _contents(space)),
-            _check("basis id", "the basis is the one that the coefficients belong to", _identity(space)),
+            checked("unknown files", "none", unknown_files(folder, manifest)),
+            checked("contents", "what models need besides is there, under its hash", _contents(space)),
+            checked("basis id", "the basis is the one that the coefficients belong to", _identity(space)),
         ]
     basis = open_basis(folder)
+    spoilt = tuple(finite_faults(basis))
     checks += [
-        _check("finite basis", f"{len(basis.names)} tensors without NaN or Inf", finite_faults(basis)),
+        checked(
+            "finite basis",
+            f"{len(basis.names)} tensors without NaN or Inf",
+            spoilt,
+            f"NaN or Inf in {len(spoilt)} of {len(basis.names)} tensors",
+        ),
         _orthonormality(space),
-        _check(
+        checked(
             "coefficients",
             f"of {num_models} models, finite, and as many as {num_layers} layers take",
             _coefficients(space),
         ),
-        _check("layouts", "every model's files have every layer in its shape", _layouts(space)),
-        _check("moments", "finite" if space.has_moments else "none are kept", _moments(space)),
+        checked("layouts", "every model's files have every layer in its shape", _layouts(space)),
+        checked("moments", "finite" if space.has_moments else "none are kept", _moments(space)),
     ]
     if base is None:
         return Verification(str(folder), "bundle", None, tuple(checks))
     more, changes = checks_against(space, base, loader)
     return Verification(str(folder), "bundle", shown_base(base), (*checks, *more), changes)
-
-
-def _check(name: str, detail: str, faults: Iterable[str]) -> Check:
-    return Check(name, detail, tuple(faults))
 
 
 def _contents(space: Subspace) -> Iterator[str]:

@@ -24,7 +24,7 @@ from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import HINTED, Adapter, by_role, grouped
 from eigenzoo.zoo.adapter_verifying import structure_checks
 from eigenzoo.zoo.base_modules import BaseModules
-from eigenzoo.zoo.verification import Check, LayerChange, Loader
+from eigenzoo.zoo.verification import Check, LayerChange, Loader, checked
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.subspace import Subspace
@@ -43,7 +43,7 @@ def checks_against(space: Subspace, base: Model, loader: Loader | None) -> tuple
     try:
         cut = split_model(base, space.manifest.split)
     except EigenzooError as error:
-        return [*recorded, Check("layers", "", (str(error),))], {}
+        return [*recorded, Check("layers", "not compared", (str(error),))], {}
     checks, changes = _weights(space, cut)
     return [*recorded, *checks], {"mean": changes}
 
@@ -58,7 +58,7 @@ def _adapters(space: Subspace, base: Model, loader: Loader | None) -> tuple[list
         try:
             adapter, left = _rebuilt(space, record.name)
         except EigenzooError as error:
-            found.append(Check("rebuilt adapters", "", (f"model {record.name}: {error}",)))
+            found.append(Check("rebuilt adapters", "not all can be rebuilt", (f"model {record.name}: {error}",)))
             continue
         key = json.dumps([record.layout, {name: _sorted(value) for name, value in (adapter.config or {}).items()}])
         if key not in known:
@@ -66,7 +66,7 @@ def _adapters(space: Subspace, base: Model, loader: Loader | None) -> tuple[list
             found += structure
             if left:
                 note = f"{left} modules were excluded, and stay in the store: not checked"
-                found.append(Check("rebuilt adapters", "", notes=(note,)))
+                found.append(Check("rebuilt adapters", "not all of their modules", notes=(note,)))
         effect, changes[record.name] = effect_checks(adapter, known[key])
         found += [_of_model(record.name, check) for check in effect]
     return _merged(found), changes
@@ -117,13 +117,18 @@ def _merged(checks: Iterable[Check]) -> list[Check]:
     return [
         Check(
             name,
-            group[0].detail if len(group) == 1 else f"{len(group)} times, such as: {group[0].detail}",
+            _telling(group).detail if len(group) == 1 else f"{len(group)} times, such as: {_telling(group).detail}",
             tuple(dict.fromkeys(fault for check in group for fault in check.faults)),
             tuple(dict.fromkeys(note for check in group for note in check.notes)),
             any(check.done for check in group),
         )
         for name, group in groups.items()
     ]
+
+
+def _telling(checks: list[Check]) -> Check:
+    """The check whose detail stands for all: one that failed, else one that was made."""
+    return min(checks, key=lambda check: (check.ok, not check.done))
 
 
 def _recorded(space: Subspace, base: Model) -> list[Check]:
@@ -139,7 +144,8 @@ def _recorded(space: Subspace, base: Model) -> list[Check]:
         ]
     found = record.model_copy(update={"path": str(base.path.absolute())})
     fault = f"{base.path} is not the base that was subtracted: its weights differ"
-    return [Check("recorded base", "the files that were subtracted", () if is_at_hand(found, space.path) else (fault,))]
+    faults = () if is_at_hand(found, space.path) else (fault,)
+    return [checked("recorded base", "the files that were subtracted", faults, "other files than were subtracted")]
 
 
 def _weights(space: Subspace, base: Model) -> tuple[list[Check], dict[str, LayerChange]]:

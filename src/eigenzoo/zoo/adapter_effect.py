@@ -13,7 +13,7 @@ import torch
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.zoo.adapter_names import Adapter, by_role, grouped, is_transposed
 from eigenzoo.zoo.base_modules import BaseModules, random_inputs
-from eigenzoo.zoo.verification import ABSURD, MUCH, NEGLIGIBLE, Check, LayerChange
+from eigenzoo.zoo.verification import ABSURD, MUCH, NEGLIGIBLE, Check, LayerChange, checked
 
 
 def effect_checks(adapter: Adapter, base: BaseModules | None) -> tuple[list[Check], dict[str, LayerChange]]:
@@ -39,7 +39,7 @@ def effect_checks(adapter: Adapter, base: BaseModules | None) -> tuple[list[Chec
             continue
         whole = base.answer(weight)
         changes[module] = LayerChange(weight.tensor.name, answer / whole if whole > 0 else None)
-    return [_finite(spoilt, adapter), _some_effect(none, adapter), *_sizes(changes, none)], changes
+    return [_finite(spoilt, adapter), _some_effect(none, spoilt, adapter), *_sizes(changes, none, adapter)], changes
 
 
 def _answer(factors: Factors, scale: float, seed: str) -> float:
@@ -49,12 +49,17 @@ def _answer(factors: Factors, scale: float, seed: str) -> float:
 
 
 def _finite(spoilt: Sequence[str], adapter: Adapter) -> Check:
-    faults = tuple(f"{grouped(group)}: NaN or Inf in its factors" for group in by_role(spoilt))
-    return Check("values", f"factors of {len(adapter.updates)} modules are finite", faults)
+    faults = [f"{grouped(group)}: NaN or Inf in its factors" for group in by_role(spoilt)]
+    num = len(adapter.updates)
+    failed = f"NaN or Inf in the factors of {len(spoilt)} of {num} modules"
+    return checked("values", f"factors of {num} modules are finite", faults, failed)
 
 
-def _some_effect(none: Sequence[str], adapter: Adapter) -> Check:
-    name, detail = "effect", f"{len(adapter.updates) - len(none)} of {len(adapter.updates)} modules change something"
+def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -> Check:
+    if len(spoilt) == len(adapter.updates):
+        return Check("effect", "not looked for", done=False)
+    some = len(adapter.updates) - len(none) - len(spoilt)
+    name, detail = "effect", f"{some} of {len(adapter.updates)} modules change something"
     if not none:
         return Check(name, detail)
     if len(none) == len(adapter.updates):
@@ -64,18 +69,21 @@ def _some_effect(none: Sequence[str], adapter: Adapter) -> Check:
     return Check(name, detail, notes=tuple(f"{grouped(group)}: its update is zero" for group in by_role(none)))
 
 
-def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str]) -> list[Check]:
+def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Adapter) -> list[Check]:
     """Compare changes with the base's answers; nothing where none are known."""
     known = {module: layer.change for module, layer in changes.items() if layer.change is not None}
     if not known:
         return []
+    if len(none) == len(changes):
+        return [Check("change", "not looked for, as there is none", done=False)]
     detail = f"of the base's answers: {median(known.values()):.2g} as a rule, "
     detail += f"{min(known.values()):.2g} to {max(known.values()):.2g}"
     little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
     absurd = [module for module, change in known.items() if not change <= ABSURD]
     much = [module for module, change in known.items() if MUCH < change <= ABSURD]
     faults = [
-        f"{_changing(group, known)}, and above {ABSURD:g} nothing of that is left: damaged values, or another base"
+        f"{_changing(group, known)}, and above {ABSURD:g} nothing of that is left: damaged values, "
+        f"{_scaled(adapter, group)}or another base"
         for group in by_role(absurd)
     ]
     notes = [f"{_changing(group, known)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
@@ -84,6 +92,12 @@ def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str]) -> list[Chec
     else:
         notes += [f"{_changing(group, known)}: as good as nothing" for group in by_role(little)]
     return [Check("change", detail, tuple(faults), tuple(notes))]
+
+
+def _scaled(adapter: Adapter, modules: Sequence[str]) -> str:
+    """Name the scale among the causes, where there is one."""
+    scale = max(abs(adapter.updates[module].scale) for module in modules)
+    return f"a scale of {scale:g} (lora_alpha), " if scale != 1.0 else ""
 
 
 def _changing(modules: Sequence[str], known: Mapping[str, float]) -> str:

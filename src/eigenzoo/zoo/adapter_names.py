@@ -15,7 +15,7 @@ from eigenzoo.weights.lora_targets import ALL_LINEAR, endings, targeting
 from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.base_modules import BaseModules, BaseWeight, fits
-from eigenzoo.zoo.verification import Check, Loading
+from eigenzoo.zoo.verification import Check, Loading, checked
 
 SHOWN = 5
 """How many names a sentence gives."""
@@ -70,7 +70,9 @@ def name_checks(adapter: Adapter) -> list[Check]:
             f"{len(bare)} of {len(adapter.updates)} modules have no '{PREFIX}' before their names ({_some(bare)}): "
             f"PEFT drops them. Put it before each key",
         )
-    return [Check("names", f"each factor's name begins with '{PREFIX}'", faults), _targets(adapter, adapter.config)]
+    failed = f"{len(bare)} of {len(adapter.updates)} modules' names do not begin with '{PREFIX}'"
+    names = checked("names", f"each factor's name begins with '{PREFIX}'", faults, failed)
+    return [names, _targets(adapter, adapter.config)]
 
 
 def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
@@ -89,8 +91,9 @@ def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
     ]
     if targets is None:
         return Check(name, "the config names none", notes=("PEFT chooses them by the base's type",))
-    detail = f"name all {len(adapter.updates)} modules that have factors"
-    return Check(name, detail, tuple(faults))
+    num = len(adapter.updates)
+    failed = f"leave out {len(outside)} of {num} modules that have factors"
+    return checked(name, f"name all {num} modules that have factors", faults, failed)
 
 
 def base_checks(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
@@ -108,8 +111,11 @@ def base_checks(adapter: Adapter, base: BaseModules, loading: Loading | None) ->
     modules = Check(
         "modules", f"{len(found) - len(absent)} of {len(found)} are in the base", tuple(faults), tuple(notes)
     )
-    shapes = Check(
-        "shapes", f"{len(found) - len(absent) - len(misshapen)} fit", tuple(_misshapen(misshapen, adapter, base))
+    fitting = len(found) - len(absent) - len(misshapen)
+    shapes = (
+        Check("shapes", "not looked for", done=False)
+        if len(absent) == len(found)
+        else Check("shapes", f"{fitting} fit", tuple(_misshapen(misshapen, adapter, base)))
     )
     # Whose names are all others' has no factors for anything: that is said already.
     missing = [] if lost else _missing(adapter, base)
@@ -135,6 +141,15 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
             f"({rename(lost[0])!r}). Rename the keys, or load the base by the class that the adapter was trained on"
         ]
     faults = []
+    if adapter.config is None:
+        apart = _of_other_components(lost, base)
+        if apart:
+            components = sorted({module.partition(".")[0] for module in apart})
+            faults.append(
+                f"{len(apart)} of {len(adapter.updates)} modules are of {_some(components)}, and no layer of the base is: "
+                "another base, or only a part of the pipeline"
+            )
+            lost = [module for module in lost if module not in set(apart)]
     later = beyond(lost, base.weights)
     if later:
         faults.append(
@@ -146,6 +161,12 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
         near = nearest(group[0], base.weights) if place < HINTED else None
         faults.append(f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else ""))
     return faults
+
+
+def _of_other_components(lost: Sequence[str], base: BaseModules) -> list[str]:
+    """Of the layers of a diffusion model's LoRA, those of components that the base has nothing of."""
+    have = {name.partition(".")[0] for name in base.weights}
+    return [module for module in lost if module.partition(".")[0] not in have]
 
 
 def _misshapen(misshapen: Sequence[str], adapter: Adapter, base: BaseModules) -> Iterable[str]:
@@ -210,8 +231,8 @@ def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
         for name in endings(module):
             unknown.pop(name, None)
     notes = [f"target_modules: {_some([*unknown])} name nothing, in the adapter or in the base"] if unknown else []
-    detail = f"factors for all {len(wanted)} modules of the base that the config names"
-    return [Check("completeness", detail, tuple(said), tuple(notes))]
+    named = f"{len(wanted)} modules of the base that the config names"
+    return [checked("completeness", f"factors for all {named}", said, f"none for {len(without)} of {named}", notes)]
 
 
 def _others(adapter: Adapter, base: BaseModules) -> list[Check]:

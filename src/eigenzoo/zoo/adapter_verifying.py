@@ -10,6 +10,7 @@ from eigenzoo.formats.diffusion_keys import weights_as_layers
 from eigenzoo.formats.lora_config import CONFIG_FILE
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.peft_lora import PREFIX
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.zoo.adapter_effect import effect_checks
@@ -44,9 +45,10 @@ def verify_adapter(
     except FormatError as error:
         if is_url(text) or not (Path(text) / CONFIG_FILE).is_file():
             raise
-        found = Check("file", "the adapter's config and factors", (str(error),))
+        found = Check("file", "cannot be read", (str(error),))
         return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
+        _refuse_without_config(model)
         raise UsageError(
             "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
         )
@@ -58,11 +60,28 @@ def verify_adapter(
     adapter = adapter_of(model)
     ranks = sorted({update.rank for update in adapter.updates.values()})
     detail = f"{len(adapter.updates)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
-    file = Check("file", f"{detail}; the config agrees", notes=model.warnings)
+    agrees = "" if adapter.config is None else "; the config agrees"
+    file = Check("file", detail + agrees, notes=model.warnings)
     structure, modules = structure_checks(adapter, opened, loader)
     effect, changes = effect_checks(adapter, modules)
     shown = None if base is None else shown_base(base)
     return Verification(shown_url(text), "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
+
+
+def _refuse_without_config(model: Model) -> None:
+    """Say of PEFT's factors without PEFT's config what is missing."""
+    if not any(name.startswith(PREFIX) for name in model.tensors):
+        return
+    beside = model.path if model.path.is_dir() else model.path.parent
+    there = (beside / CONFIG_FILE).is_file()
+    raise UsageError(
+        "is the weights of a PEFT adapter alone"
+        if there
+        else f"has the keys of a PEFT adapter, but no {CONFIG_FILE} beside it",
+        where=str(model.path),
+        rule=f"{CONFIG_FILE} says the scale",
+        next_step="name their folder" if there else f"get {CONFIG_FILE} too, and name the folder of both",
+    )
 
 
 def structure_checks(

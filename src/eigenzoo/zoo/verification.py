@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -25,10 +25,10 @@ class Check:
 
     Attributes:
         name: what was checked, in two or three words.
-        detail: of what, and how much of it.
+        detail: of what, and how much of it; true of what failed, too.
         faults: why it failed; none where it held.
         notes: what a reader should know, and what fails nothing.
-        done: whether it was made at all; a note says why not.
+        done: whether it was made at all; a note, or a fault of a check before it, says why not.
     """
 
     name: str
@@ -41,6 +41,13 @@ class Check:
     def ok(self) -> bool:
         """Whether it held, as far as it was made."""
         return not self.faults
+
+
+def checked(name: str, held: str, faults: Iterable[str], failed: str = "", notes: Iterable[str] = ()) -> Check:
+    """Make a check whose detail is `held` where it has no faults, else `failed`, or how many they are."""
+    found = tuple(faults)
+    detail = held if not found else failed or f"faults: {len(found)}"
+    return Check(name, detail, found, tuple(notes))
 
 
 @dataclass(frozen=True)
