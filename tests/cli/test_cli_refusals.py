@@ -48,7 +48,7 @@ def test_the_program_as_a_user_runs_it(zoo: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     done = command("verify", tmp_path / "bundel")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("BundleError: ")
+    assert done.stderr.startswith("UsageError: ")
     assert len(done.stderr.splitlines()) == 1
     done = command("inspect", "--typo")
     assert (done.returncode, done.stdout) == (2, "")
