@@ -47,7 +47,12 @@ def test_a_folder_becomes_a_bundle_that_the_other_commands_take(
     assert "the bundle has no moments" in refused("report", bundle, "-o", tmp_path / "page.html")
     write_adapter(tmp_path / "new", random_factors(MODULES, 2, 9), lora_alpha=6)
     grown = tmp_path / "grown"
-    assert run("add", bundle, tmp_path / "new", "-o", grown).code == 0
+    added = run("add", bundle, tmp_path / "new", "-o", grown)
+    assert "the basis is unchanged; the bundle has no moments · lost: " in added.out
+    assert "of the new models' energy; what vLoRA had lost of the imported ones is not known" in added.out
+    card = (grown / "README.md").read_text()
+    assert "```bash\neigenzoo import FOLDER --like ADAPTER -o BUNDLE\neigenzoo add BUNDLE MODEL…\n```" in card
+    assert "eigenzoo fit" not in card
     assert run("rebuild", grown, "new", "-o", tmp_path / "out4", "--json").json["residual"] > 0
     assert run("rebuild", grown, "a3", "-o", tmp_path / "out5", "--json").json["residual"] is None
 

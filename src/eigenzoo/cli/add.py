@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
 from eigenzoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
 
 
 def command(
@@ -58,11 +61,25 @@ def command(
             progress=progress,
         )
         grown.save(target, force=force or output is None)
-    report = ez.load(target).report
+    saved = ez.load(target)
+    report = saved.report
     if json:
         print_json(report)
         return
     growth = report["growth"]
     say(f"added {', '.join(growth['added'])}: {report['num_models']} models in {target}")
-    say(f"{growth['statement']} · lost: {in_percent(report['residual'])} of all energy")
+    say(f"{growth['statement']} · {_lost(saved)}")
     render_bytes(report["bytes"])
+
+
+def _lost(space: Subspace) -> str:
+    """What is lost of all models; in an imported bundle of the new ones alone, since of the others nobody knows."""
+    if "imported" not in space.report:
+        return f"lost: {in_percent(space.report['residual'])} of all energy"
+    new = [space.coefficients(name) for name in space.report["growth"]["added"]]
+    energies = [sum(coefficients.energies.values()) for coefficients in new]
+    lost = sum(coefficients.residual * energy for coefficients, energy in zip(new, energies, strict=True))
+    return (
+        f"lost: {in_percent(lost / sum(energies) if sum(energies) > 0 else 0.0)} of the new models' energy; "
+        f"what {space.report['imported']['tool']} had lost of the imported ones is not known"
+    )

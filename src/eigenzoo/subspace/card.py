@@ -36,7 +36,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         f"center `{manifest.center}`, bases in {manifest.dtype}.",
         "",
         "```bash",
-        _command(manifest),
+        *_commands(manifest),
         "```",
         "",
         "| | bytes |",
@@ -115,8 +115,19 @@ def _base_lines(manifest: Manifest) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _command(manifest: Manifest) -> str:
-    """The command that makes such a bundle, as a user types it: of paths of some machine only that there were any."""
+def _commands(manifest: Manifest) -> list[str]:
+    """What makes such a bundle: a fit, or an import and what the bundle has grown by since."""
+    if "imported" not in manifest.report:
+        return [_fit_command(manifest)]
+    growth = manifest.report.get("growth")
+    lines = ["eigenzoo import FOLDER --like ADAPTER -o BUNDLE"]
+    if isinstance(growth, dict):
+        lines.append("eigenzoo add BUNDLE MODEL…" + (" --refresh" if growth.get("refreshed") is True else ""))
+    return lines
+
+
+def _fit_command(manifest: Manifest) -> str:
+    """The fit as a user types it: of paths of some machine only that there were any."""
     options, known = manifest.options, manifest.report.get(KEY) or {}
     places = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
     zoo = places if len(places) <= MAX_NAMED and "" not in places else ["ZOO"]

@@ -217,7 +217,7 @@ def _extended(
                 "files": {},
             }
         )
-        growth = Growth(new.names, exact, False, sum(discarded.values()), _statement(exact, False))
+        growth = Growth(new.names, exact, False, sum(discarded.values()), _extension(moments is not None, inside))
         manifest = _with_growth(manifest, space, new, root, energy, growth)
         linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
         grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
@@ -286,18 +286,20 @@ def _with_growth(
     return manifest.model_copy(update={"report": report})
 
 
-def _statement(exact: bool, refreshed: bool) -> str:
-    if refreshed:
-        return (
-            "fitted anew on all models' files"
-            if exact
-            else "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost"
-        )
+def _refresh(exact: bool) -> str:
     return (
-        "the basis is unchanged and the moments are exact"
+        "fitted anew on all models' files"
         if exact
-        else "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only"
+        else "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost"
     )
+
+
+def _extension(exact_moments: bool, inside: bool) -> str:
+    if exact_moments:
+        return "the basis is unchanged and the moments are exact"
+    if inside:
+        return "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only"
+    return "the basis is unchanged; the bundle has no moments"
 
 
 def _refreshed(
@@ -350,7 +352,7 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
         report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
         manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
     report[PROVENANCE] = joined(space.report, provenance(new))
-    growth = Growth(new.names, exact, True, sum(discarded.values()), _statement(exact, True))
+    growth = Growth(new.names, exact, True, sum(discarded.values()), _refresh(exact))
     return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 
 
