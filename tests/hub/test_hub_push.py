@@ -177,12 +177,28 @@ def test_branches_and_private_repositories(hub: Hub, logged_in: str, bundle: Pat
             space.push(wrong)
 
 
-def test_who_may_not_write_is_told(hub: Hub, bundle: Path) -> None:
+def test_who_may_not_write_is_told(
+    hub: Hub, bundle: Path, offline: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.repos["org/space"] = Repository({})
+    with pytest.raises(UsageError, match=r"org/space: no token is set.*`hf auth login`"):
+        ez.load(bundle).push("org/space")
+    assert hub.requests == []
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "wrong" * 6)
     for name in ("org/space", "org/new"):
         with pytest.raises(FormatError, match=rf"{name}: the hub refuses the request \(status 403\).*`hf auth login`"):
             ez.load(bundle).push(name)
     assert hub.repos["org/space"].messages == ["first"]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        FormatError, match=r"org/space: the hub at .* cannot be reached \(ConnectError\)\. Check the connection\.$"
+    ):
+        ez.load(bundle).push("org/space")
+    offline()
+    with pytest.raises(
+        UsageError, match=r"org/space: HF_HUB_OFFLINE is set, and a push needs the hub\. Run it without"
+    ):
+        ez.load(bundle).push("org/space")
 
 
 def test_a_push_goes_on_through_faults_and_is_one_commit(

@@ -217,7 +217,9 @@ def _extended(
                 "files": {},
             }
         )
-        growth = Growth(new.names, exact, False, sum(discarded.values()), _extension(moments is not None, inside))
+        growth = Growth(
+            new.names, exact, False, sum(discarded.values()), _extension(space, exact, moments is not None, inside)
+        )
         manifest = _with_growth(manifest, space, new, root, energy, growth)
         linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
         grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
@@ -294,12 +296,13 @@ def _refresh(exact: bool) -> str:
     )
 
 
-def _extension(exact_moments: bool, inside: bool) -> str:
+def _extension(space: Subspace, exact: bool, exact_moments: bool, inside: bool) -> str:
     if exact_moments:
         return "the basis is unchanged and the moments are exact"
     if inside:
         return "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only"
-    return "the basis is unchanged; the bundle has no moments"
+    gone = "" if exact or "imported" in space.report else "the old files are gone, and "
+    return f"the basis is unchanged; {gone}the bundle has no moments"
 
 
 def _refreshed(

@@ -10,7 +10,7 @@ from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.manifest import Manifest, SourceRecord
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.hub_id import HubId, parse_id
-from eigenzoo.formats.remote.hub_push import hashes, push_bundle
+from eigenzoo.formats.remote.hub_push import check_may_push, hashes, push_bundle
 from eigenzoo.subspace.saving import save
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def push(
     from eigenzoo.subspace.loading import load
 
     place = _place(repo, revision)
+    check_may_push(place)
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:
         folder = save(space, Path(temporary) / "bundle", force=False, moments=moments, change=portable)
         saved = load(folder)

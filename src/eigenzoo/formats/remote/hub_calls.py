@@ -31,13 +31,14 @@ _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False) -> Answer:
+def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False, writing: bool = False) -> Answer:
     """Call, and call again while the fault may pass; raises FormatError for what lasts.
 
     Args:
         call: a request to the hub by huggingface_hub.
         place: what it is about.
         local_too: whether the id could have been meant as a path of this machine, which the error then says.
+        writing: whether it is part of a push, which no cache can stand in for.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -53,7 +54,7 @@ def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False
             cause = _cause(error)
             delay = _delay(cause, attempt)
             if delay is None or attempt >= (UNREACHED if type(cause).__name__ == "ConnectError" else ATTEMPTS):
-                raise told(cause, place, local_too=local_too) from None
+                raise told(cause, place, local_too=local_too, writing=writing) from None
             # Looked up when it is needed: a test's clock is another.
             time.sleep(delay)
     raise AssertionError("unreachable")
@@ -111,7 +112,7 @@ def _asked_to_wait(error: BaseException) -> float:
         return 0.0  # a date
 
 
-def told(error: BaseException, place: HubId, *, local_too: bool = False) -> EigenzooError:
+def told(error: BaseException, place: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
     """Say a fault in our own words: what, where, the rule and the next step."""
     from huggingface_hub.errors import (
         FileMetadataError,
@@ -159,7 +160,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False) -> Eige
             next_step="`hf auth login` with such a token, or ask the owner for access",
         )
     missing = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled, _resolution_error())
-    if isinstance(error, missing):
+    if isinstance(error, missing) and not writing:
         return _not_cached(place, here)
     if isinstance(error, HFValidationError):
         return FormatError(f"{here}this is no id of the hub: {scrubbed(str(error))}", where=where)
@@ -197,7 +198,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False) -> Eige
     return FormatError(
         f"{here}the hub at {endpoint()} cannot be reached ({type(error).__name__})",
         where=where,
-        next_step="check the connection; what is in the cache is read without one",
+        next_step="check the connection" + ("" if writing else "; what is in the cache is read without one"),
     )
 
 
@@ -209,7 +210,7 @@ def _not_cached(place: HubId, here: str) -> FormatError:
     return FormatError(
         f"{here}{why}, and the hub's cache has not all of it",
         where=str(place),
-        rule=f"the cache is {str(constants.HF_HUB_CACHE)!r}, here",
+        rule=f"the cache is the folder {str(constants.HF_HUB_CACHE)!r}",
         next_step="run it once without HF_HUB_OFFLINE" if offline else "check the connection and run it again",
     )
 

@@ -13,10 +13,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.errors import BundleError, OutputError
+from eigenzoo.errors import BundleError, OutputError, UsageError
 from eigenzoo.formats.bundle import CARD, HUB_FILE, MANIFEST, MOMENTS, file_sha256
-from eigenzoo.formats.remote.hub_calls import persist
+from eigenzoo.formats.remote import hub_calls
 from eigenzoo.formats.remote.hub_id import HubId
+
+persist = partial(hub_calls.persist, writing=True)
+
+
+def check_may_push(place: HubId) -> None:
+    """Refuse what needs no request to be known: a push without a network by choice, or without a token."""
+    from huggingface_hub import constants, get_token
+
+    if constants.is_offline_mode():
+        raise UsageError(
+            "HF_HUB_OFFLINE is set, and a push needs the hub",
+            where=str(place),
+            next_step="run it without HF_HUB_OFFLINE",
+        )
+    if get_token() is None:
+        raise UsageError(
+            "no token is set, and the hub takes a push from who is logged in only",
+            where=str(place),
+            next_step="`hf auth login` with a token that may write, or set HF_TOKEN",
+        )
 
 
 def push_bundle(
