@@ -44,7 +44,7 @@ class EigenzooError(Exception):
                 text = f"{text.rstrip('.')}. {part[0].upper()}{part[1:]}"
         # Half surrogates, of odd file names or spelt in JSON, can be neither printed nor logged as they are.
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        return text if text.endswith(".") else f"{text}."
+        return text if text.endswith((".", "?")) else f"{text}."
 
     def at(self, where: str) -> EigenzooError:
         """Return the same error with its place named; an inner place that is known already stays behind it."""

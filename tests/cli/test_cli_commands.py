@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,20 @@ def test_add_grows_the_bundle_in_place_or_beside(run: Run, zoo: Path, bundle: Pa
     assert ez.load(bundle).names[-1] == "m5"
     assert list(ez.load(bundle).verify()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "bundle", "zoo"]
+
+
+def test_a_fit_that_keeps_nothing_and_a_larger_bundle_say_so(run: Run, zoo: Path, tmp_path: Path) -> None:
+    out = run("fit", zoo, "-o", tmp_path / "bundle", "--rank", "auto").out
+    assert "no direction is beyond chance in 3 of 3 layers: rebuilt models are the mean there" in out
+    assert "note: the bundle is larger than the models' files" in out
+    assert "beyond chance" not in run("fit", zoo, "-o", tmp_path / "other", "--rank", 1).out
+
+
+def test_a_wrong_name_has_the_nearest_one_beside_it(
+    zoo: Path, bundle: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    said = refused("rebuild", bundle, "mm3", "-o", tmp_path / "out")
+    assert said.endswith("no model is called 'mm3'. The bundle has 5: m0, m1, m2, m3, m4. Did you mean 'm3'?")
 
 
 def test_add_from_the_bundle_alone_says_so(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:

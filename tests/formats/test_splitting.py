@@ -116,7 +116,10 @@ def test_what_is_no_rule_is_refused(text: str) -> None:
 def test_rules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file({**TENSORS, "blocks.0.attn.qkv.weight.taken": torch.ones(1)}, tmp_path / "m.safetensors")
     for rules, message in (
-        (["*.query.*=q,k,v"], r"matches no tensor.*inspect shows the names"),
+        (
+            ["*.query.*=q,k,v"],
+            r"the split \*\.query\.\*=q,k,v matches no tensor.*The names are in what `eigenzoo inspect --json` prints",
+        ),
         (["*.qkv.bias=5"], r"qkv\.bias': 12 outputs are not 5 equal parts"),
         (["*.qkv.bias=q,k,v", "*.bias=2"], "two splits match it"),
         (["counter=2"], r"tensor of shape \[\] and torch\.int64 is not split"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
+from eigenzoo.cli.console import counted, in_percent, print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
 from eigenzoo.errors import UsageError
 
@@ -67,7 +67,7 @@ def command(
         print_json(report)
         return
     growth = report["growth"]
-    say(f"added {', '.join(growth['added'])}: {report['num_models']} models in {target}")
+    say(f"added {', '.join(growth['added'])}: {counted(report['num_models'], 'model')} in {target}")
     say(f"{growth['statement']} · {_lost(saved)}")
     render_bytes(report["bytes"])
 

@@ -108,12 +108,23 @@ def in_bytes(count: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
+def counted(number: int, thing: str) -> str:
+    """Write how many there are of a thing.
+
+    >>> counted(1, "model"), counted(1200, "layer")
+    ('1 model', '1,200 layers')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def in_percent(share: float | None) -> str:
     """Write a share; a dash where there is none.
 
-    >>> in_percent(0.1234), in_percent(None)
-    ('12.3 %', '–')
+    >>> in_percent(0.1234), in_percent(1e-17), in_percent(None)
+    ('12.3 %', '< 1e-06 %', '–')
     """
     if share is None:
         return "–"
+    if 0 < share < 1e-8:
+        return "< 1e-06 %"  # round-off, for the most part
     return f"{100 * share:.3g} %" if 0 < share < 0.1 else f"{100 * share:.1f} %"

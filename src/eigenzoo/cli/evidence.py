@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import counted, in_percent, print_json, print_table, progress_bar, say
 from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def render(found: Evidence, most: int = 40) -> None:
 
     say(f"verdict: {found.verdict.code}")
     say(found.verdict.text)
-    say(f"\n{len(found.names)} models, {len(found.layers)} layers, view {found.view}, center {found.center}")
+    say(
+        f"\n{counted(len(found.names), 'model')}, {counted(len(found.layers), 'layer')}, view {found.view}, center {found.center}"
+    )
     for control in controls(found):
         say(f"{control.name:>12}  {control.sentence}")
     say("")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
 from eigenzoo.records import weighted_share
 from eigenzoo.weights.roles import role
 
@@ -103,7 +103,8 @@ def command(
 def render(report: Mapping[str, Any], most: int = 100) -> None:
     """Print a fit by role: in-sample beside held-out, the null and the mean's energy beside both."""
     say(
-        f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
+        f"{counted(report['num_models'], 'model')}, {counted(report['num_layers'], 'layer')}, "
+        f"view {report['view']}, axes {', '.join(report['axes'])}, "
         f"center {report['center']}"
     )
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -171,11 +172,13 @@ def render_bytes(sizes: Mapping[str, Any]) -> None:
             ),
         ],
     )
+    if sizes["whole_bundle"] > sizes["whole_zoo"]:
+        say("note: the bundle is larger than the models' files")
     even = sizes["break_even_models"]
     say(
         f"one more model: {in_bytes(sizes['per_model'])} · "
         + (
-            f"smaller than the models' files from {even:,} models on"
+            f"smaller than the models' files from {counted(even, 'model')} on"
             if even is not None
             else "never smaller than the models' files"
         )

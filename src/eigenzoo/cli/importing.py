@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import print_json, progress_bar, say
+from eigenzoo.cli.console import counted, print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
 
 
@@ -72,9 +72,11 @@ def command(
 def render(report: Mapping[str, Any]) -> None:
     """Print what was imported, what is to be known of it, and the bytes."""
     ranks = sorted({rank for layer in report["layers"].values() for rank in layer["rank"].values()})
+    directions = counted(ranks[0], "direction") if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]} directions"
     say(
-        f"{report['num_models']} models, {report['num_layers']} layers, view {report['view']}, axes {', '.join(report['axes'])}, "
-        f"center {report['center']}, {ranks[0]}–{ranks[-1]} directions"
+        f"{counted(report['num_models'], 'model')}, {counted(report['num_layers'], 'layer')}, "
+        f"view {report['view']}, axes {', '.join(report['axes'])}, "
+        f"center {report['center']}, {directions}"
     )
     for first, second in report["duplicates"][:10]:
         say(f"duplicates: {first} and {second}")

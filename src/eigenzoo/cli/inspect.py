@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_bytes, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import counted, in_bytes, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from eigenzoo.zoo.inspection import Inspection
@@ -55,7 +55,7 @@ def command(
 def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
     """Print an inspection as tables; long lists are cut, and say by how much."""
     say(
-        f"{found.num_models} models, {found.num_layers} layers, view {found.view}: "
+        f"{counted(found.num_models, 'model')}, {counted(found.num_layers, 'layer')}, view {found.view}: "
         f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files"
     )
     print_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.plan import Plan
@@ -59,7 +59,8 @@ def command(
 def render(made: Plan) -> None:
     """Print a plan as one table."""
     say(
-        f"{made.num_models} models, {made.num_layers} layers, view {made.view}, {in_bytes(made.whole_zoo)} in files; "
+        f"{counted(made.num_models, 'model')}, {counted(made.num_layers, 'layer')}, "
+        f"view {made.view}, {in_bytes(made.whole_zoo)} in files; "
         f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
     )
     print_table(

@@ -49,10 +49,10 @@ def _find_splits(model: Model, rules: Sequence[SplitRule]) -> dict[str, Parts]:
         matching = [name for name in model.tensors if rule.matches(name)]
         if not matching:
             raise UsageError(
-                f"the split {rule} matches no tensor",
+                f"the split {rule.shown} matches no tensor",
                 where=model.name,
                 rule="a rule is a glob of tensors' names and what they are cut into",
-                next_step="eigenzoo inspect shows the names",
+                next_step="the names are in what `eigenzoo inspect --json` prints",
             )
         for name in matching:
             if name in splits:

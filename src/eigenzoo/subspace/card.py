@@ -30,7 +30,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         *_front_matter(manifest, licences).splitlines(),
         "---",
         "",
-        f"# A shared weight subspace of {len(manifest.models)} models",
+        f"# A shared weight subspace of {len(manifest.models)} model{'' if len(manifest.models) == 1 else 's'}",
         "",
         f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
         f"center `{manifest.center}`, bases in {manifest.dtype}.",

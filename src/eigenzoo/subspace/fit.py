@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, mak
 from eigenzoo.formats.output import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
+from eigenzoo.linalg.rank import AUTO
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.allocation import allocate
 from eigenzoo.subspace.basis import PARTS, STACKED, TUCKER, form_of
@@ -335,7 +336,11 @@ def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[
 
 
 def _warnings(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer]) -> list[str]:
-    chosen = [*_dtype_warnings(options, fitted.values()), *_precision_warnings(options, fitted)]
+    chosen = [
+        *_dtype_warnings(options, fitted.values()),
+        *_precision_warnings(options, fitted),
+        *_chance_warnings(options, fitted.values()),
+    ]
     return [*zoo.warnings, *_left_warnings(zoo), *chosen]
 
 
@@ -362,6 +367,22 @@ def _precision_warnings(options: FitOptions, fitted: Mapping[str, FittedLayer]) 
         f"precision 'fast' finds fewer than {asked} directions in {len(short)} layers ({', '.join(short[:3])}"
         f"{', …' if len(short) > 3 else ''}): the others lie below {BFLOAT16_ROUND_OFF:.0e} of the largest variance; "
         "use precision 'default' for them"
+    ]
+
+
+def _chance_warnings(options: FitOptions, fitted: Collection[FittedLayer]) -> list[str]:
+    """Say where nothing is kept because nothing is above chance, and what may be asked for instead."""
+    axes = [axis for axis, rule in options.rules.items() if rule == AUTO]
+    empty = [
+        layer for layer in fitted if layer.record.variance > 0 and any(layer.ranks.get(axis) == 0 for axis in axes)
+    ]
+    if not empty:
+        return []
+    rebuilt = "the mean" if all(layer.has_mean for layer in empty) else "the mean or zero"
+    sides = "" if options.axes != ("models",) else ", or axes outputs,inputs (--axes), for what they share by side"
+    return [
+        f"no direction is beyond chance in {len(empty)} of {len(fitted)} layers: rebuilt models are {rebuilt} there; "
+        f"ask for a number of directions (--rank){sides}"
     ]
 
 

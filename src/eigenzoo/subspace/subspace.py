@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -380,11 +381,12 @@ class Subspace:
 
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:
-            near = ", ".join(self.names[:5])
+            near = get_close_matches(name[:200], self.names, n=1)
             raise UsageError(
                 f"no model is called {name!r}",
                 where=str(self.path),
-                rule=f"the bundle has {len(self.names)}: {near}, …",
+                rule=f"the bundle has {len(self.names)}: {', '.join(self.names[:5])}{', …' if len(self.names) > 5 else ''}",
+                next_step=f"did you mean {near[0]!r}?" if near else "",
             )
         return self._records[name]
 

@@ -11,7 +11,7 @@ A part is a run of whole rows, outputs first. The part `q` of the tensor `blocks
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from eigenzoo.errors import UsageError
@@ -31,9 +31,15 @@ class SplitRule:
 
     glob: str
     parts: tuple[tuple[str, int], ...]
+    typed: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.glob}={','.join(f'{name}:{share}' for name, share in self.parts)}"
+
+    @property
+    def shown(self) -> str:
+        """The rule as errors show it: as it was typed."""
+        return self.typed or str(self)
 
     def matches(self, name: str) -> bool:
         """Tell whether a tensor of this name is cut."""
@@ -46,7 +52,7 @@ class SplitRule:
             raise UsageError(
                 f"{rows} outputs are not {total} equal parts",
                 where=f"tensor {name[:200]!r}",
-                rule=f"the split is {self}",
+                rule=f"the split is {self.shown}",
                 next_step="correct the number of parts, or narrow the glob",
             )
         return tuple((part, rows // total * share) for part, share in self.parts)
@@ -67,4 +73,4 @@ def parse_split(text: str) -> SplitRule:
         names = names if len(names) == len(found) else []
     if not glob or not 2 <= len(names) <= MAX_PARTS or len({name for name, _ in names}) < len(names):
         raise UsageError(f"the split {text[:200]!r} is no rule", rule=_FORM, next_step="write '*.attn.qkv.*=q,k,v'")
-    return SplitRule(glob, tuple(names))
+    return SplitRule(glob, tuple(names), text[:500])

@@ -161,7 +161,17 @@ def _open(url: str) -> tuple[Any, str]:
     return _connected[key]
 
 
+_PAGE = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/tree/([^/?#]+))?/?")
+"""A model's page on the hub, which is no file."""
+
+
 def _check_drivers(url: str) -> None:
+    page = _PAGE.fullmatch(url)
+    if page is not None:
+        revision = f"@{page[2]}" if page[2] else ""
+        raise UnsupportedError(
+            "is a page of the hub, and no file", where=shown_url(url), next_step=f"give the id, {page[1]}{revision}"
+        )
     for part in url.split("::"):
         protocol = protocol_of(part)
         try:
