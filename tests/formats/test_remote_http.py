@@ -228,6 +228,8 @@ def test_a_missing_driver_is_named_with_its_package(monkeypatch: pytest.MonkeyPa
         ez.open_zoo("gs://bucket/zoo")
     with pytest.raises(UnsupportedError, match=r"the driver of odd:// is not installed. Install odd-fs"):
         ez.open_zoo("odd://bucket/zoo")
+    with pytest.raises(UnsupportedError, match=r"is a page of the hub, and no file\. Give the id, org/name@v1"):
+        ez.open_zoo("https://huggingface.co/org/name/tree/v1")
     with pytest.raises(UnsupportedError, match="no driver of fsspec is called 'nonsense'"):
         ez.open_zoo("nonsense://bucket/zoo")
 

@@ -118,7 +118,7 @@ def test_rules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for rules, message in (
         (
             ["*.query.*=q,k,v"],
-            r"the split \*\.query\.\*=q,k,v matches no tensor.*The names are in what `eigenzoo inspect --json` prints",
+            r"the split \*\.query\.\*=q,k,v matches no tensor.*The names are in what `eigenzoo inspect",
         ),
         (["*.qkv.bias=5"], r"qkv\.bias': 12 outputs are not 5 equal parts"),
         (["*.qkv.bias=q,k,v", "*.bias=2"], "two splits match it"),
