@@ -382,12 +382,11 @@ class Subspace:
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:
             near = get_close_matches(name[:200], self.names, n=1)
-            raise UsageError(
-                f"no model is called {name!r}",
-                where=str(self.path),
-                rule=f"the bundle has {len(self.names)}: {', '.join(self.names[:5])}{', …' if len(self.names) > 5 else ''}",
-                next_step=f"did you mean {near[0]!r}?" if near else "",
+            there = (
+                f"the bundle has {len(self.names)}: {', '.join(self.names[:5])}{', …' if len(self.names) > 5 else ''}"
             )
+            meant = f"did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
 
 
