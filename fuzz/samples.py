@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import eigenzoo as ez
-from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.writers import TensorLayout, layout_of, write_tensors
 
 CONFIG = {

@@ -19,16 +19,16 @@ import eigenzoo as ez
 from eigenzoo.adapt import adapter_file, search_state, unfinished
 from eigenzoo.cli import options
 from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.bundle.manifest import parse_manifest
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout, layout_of
-from eigenzoo.formats.manifest import parse_manifest
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.address import is_url, local_path, scrubbed, shown_url, split_glob
 from eigenzoo.formats.remote.hub_files import find_in_tree
 from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.subspace.moments_cache import MomentsCache
 from eigenzoo.subspace.options import resolve_options
 from eigenzoo.subspace.provenance import read_licence
@@ -272,7 +272,7 @@ def bundle_moments(folder: Path) -> Parser:
 @target
 def layout(folder: Path) -> Parser:
     models = [open_model(samples.write_shards(folder / "m")), open_model(samples.write_adapter(folder / "a"))]
-    from eigenzoo.formats.contents import canonical_json
+    from eigenzoo.formats.bundle.contents import canonical_json
 
     seeds = [canonical_json(layout_of(model).to_json()) for model in models]
     return Parser(JSON, seeds, lambda data: ModelLayout.from_json(parse_json(data, where="it")))

@@ -22,7 +22,7 @@ from eigenzoo import adapt
 from eigenzoo.adapt import unfinished
 from eigenzoo.adapt.training import Order, TensorData, Trained, rate, train
 from eigenzoo.errors import DataError, EigenzooError, FormatError, UsageError
-from eigenzoo.formats.held_folder import system_mark
+from eigenzoo.formats.output.held_folder import system_mark
 
 STEPS, EVERY = 60, 7
 

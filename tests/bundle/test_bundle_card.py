@@ -11,7 +11,7 @@ import torch
 from bundle_files import write_zoo
 
 import eigenzoo as ez
-from eigenzoo.formats.manifest import SourceRecord
+from eigenzoo.formats.bundle.manifest import SourceRecord
 
 HOSTILE = {
     "tag": "<img src=x onerror=alert(1)>",

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
-from eigenzoo.formats.diffusion_keys import is_diffusion_lora, pair_factors, split_key
-from eigenzoo.formats.sgm_blocks import to_diffusers
+from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora, pair_factors, split_key
+from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 ALIKE = {

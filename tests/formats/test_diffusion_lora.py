@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import eigenzoo as ez
 from builders import random_factors, seeded, write_adapter
 from eigenzoo.cli.app import app
-from eigenzoo.formats.diffusion_lora import MAX_TEXT
-from eigenzoo.formats.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.layout import LORA_FILE, ModelLayout, layout_of
+from eigenzoo.formats.lora.diffusion_file import MAX_TEXT
+from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.opening import open_model
 
 LINEAR, CONV = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_conv_in"

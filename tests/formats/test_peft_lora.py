@@ -18,11 +18,11 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
-from eigenzoo.formats import lora_config
-from eigenzoo.formats.lora_config import check_config
+from eigenzoo.formats.lora import config as lora_config
+from eigenzoo.formats.lora.config import check_config
+from eigenzoo.formats.lora.peft_folder import LoraAdapter, find_updates
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.peft_lora import LoraAdapter, find_updates
 
 ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (make_llama, {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}),

@@ -13,8 +13,8 @@ from torch import nn
 
 import eigenzoo as ez
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.pickle_contents import WRAPPERS, state_dict_of
-from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.pickles.contents import WRAPPERS, state_dict_of
+from eigenzoo.formats.pickles.file import PickleStateDict
 
 
 class Attack:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
-from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.pickles.file import PickleStateDict
 
 
 class Attack:

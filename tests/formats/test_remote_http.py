@@ -25,7 +25,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.remote.fetching import PIECE_BYTES, fetch
 from eigenzoo.formats.remote.source import RemoteFile
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES
+from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 
 HEADER = 2**15  # bytes that are read of a file at first
 

@@ -24,7 +24,7 @@ from eigenzoo.errors import FormatError, OutputError, UnsafePathError, Unsupport
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import RECORD_FILE
 from eigenzoo.formats.remote import remote_file, remote_url
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES
+from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.zoo.sources import find_models, name_models
 
 

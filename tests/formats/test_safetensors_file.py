@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError, UsageError
-from eigenzoo.formats import safetensors_header
-from eigenzoo.formats.dtypes import DTYPES
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
+from eigenzoo.formats.safetensors import header as safetensors_header
+from eigenzoo.formats.safetensors.dtypes import DTYPES
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES, MAX_TENSORS
 
 
 def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int, ...] = (0, 8)) -> dict[str, object]:

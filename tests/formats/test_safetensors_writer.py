@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.errors import OutputError, UnsupportedError, UsageError
-from eigenzoo.formats.dtypes import DTYPES
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
+from eigenzoo.formats.safetensors.dtypes import DTYPES
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.writer import SafetensorsWriter, header_bytes
 
 
 def test_the_library_reads_what_was_streamed(tmp_path: Path) -> None:

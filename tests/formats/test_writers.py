@@ -18,9 +18,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from eigenzoo.errors import DataError, EigenzooError, FormatError, OutputError, UnsafePathError, UsageError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
+from eigenzoo.formats.lora.peft_folder import LoraAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.formats.writers import ModelLayout, TensorLayout, cast_to, layout_of, write_checkpoint, write_lora
 
 

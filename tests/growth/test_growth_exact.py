@@ -9,7 +9,7 @@ import torch
 from growth_zoos import CASES, Case, open_case, rebuilt, relative_gap, saved, write
 
 import eigenzoo as ez
-from eigenzoo.formats.bundle import MANIFEST
+from eigenzoo.formats.bundle.folder import MANIFEST
 from tolerance import tolerance
 
 FLOAT32 = tolerance(64, dtype=torch.float32)

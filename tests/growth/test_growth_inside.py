@@ -11,7 +11,7 @@ from growth_zoos import delete, saved, write
 from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
-from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.bundle.folder import MOMENTS
 from tolerance import tolerance
 
 FLOAT32 = tolerance(64, dtype=torch.float32)

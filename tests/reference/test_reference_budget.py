@@ -14,7 +14,7 @@ from reference_cases import rebuilt_stack, stored
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.errors import BudgetError, UsageError
-from eigenzoo.formats.bundle import MOMENTS
+from eigenzoo.formats.bundle.folder import MOMENTS
 from tolerance import tolerance
 
 NUM_MODELS = 8

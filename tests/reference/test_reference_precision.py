@@ -11,7 +11,7 @@ from torch import Tensor
 
 import eigenzoo as ez
 from builders import seeded, write_stacks
-from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.linalg.spectrum import eigenpairs, explained_variance_ratio
 from eigenzoo.subspace.collecting import collect, loaded_spans

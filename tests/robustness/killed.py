@@ -94,7 +94,7 @@ def _child(work: Work, kill_at: int | None, writing: int) -> None:
 
 def _watch(counted: Callable[[bool], None]) -> None:
     """Count every call that changes the disk, before it is made."""
-    from eigenzoo.formats import renaming
+    from eigenzoo.formats.output import renaming
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         written = (

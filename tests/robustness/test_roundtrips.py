@@ -19,13 +19,13 @@ import eigenzoo as ez
 from builders import write_adapter, write_model
 from eigenzoo.adapt import search_state, unfinished
 from eigenzoo.cli.options import parse_axes, parse_bytes, parse_rank
-from eigenzoo.formats.bundle import StoredCoefficients, coefficient_file, read_coefficients, write_coefficients
+from eigenzoo.formats.bundle.folder import StoredCoefficients, coefficient_file, read_coefficients, write_coefficients
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout, layout_of
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import write_checkpoint
 from eigenzoo.subspace.bytes import count_bytes
 from eigenzoo.zoo.sources import find_models

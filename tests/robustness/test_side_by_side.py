@@ -18,8 +18,8 @@ from operations import write_start
 import eigenzoo as ez
 from builders import random_stack, write_stacks
 from eigenzoo.errors import BundleError, EigenzooError, OutputError
-from eigenzoo.formats.held_folder import TemporaryFolder
-from eigenzoo.formats.output import new_file
+from eigenzoo.formats.output.held_folder import TemporaryFolder
+from eigenzoo.formats.output.whole import new_file
 
 ROUNDS, MOST_READS = 6, 5_000
 
@@ -169,7 +169,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
 
 def test_where_names_cannot_be_exchanged_the_old_output_comes_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system without the exchange: a kill between two renames leaves the old folder beside its name."""
-    from eigenzoo.formats import renaming
+    from eigenzoo.formats.output import renaming
 
     def work() -> None:
         calls = 0
@@ -200,7 +200,7 @@ def test_where_names_cannot_be_exchanged_the_old_output_comes_back(root: Path, m
 
 
 def test_a_folder_that_a_living_process_fills_is_not_swept(tmp_path: Path) -> None:
-    from eigenzoo.formats.output import new_folder
+    from eigenzoo.formats.output.whole import new_folder
 
     with new_folder(tmp_path / "out") as first:
         (first / "file").write_text("first")

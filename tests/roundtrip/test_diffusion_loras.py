@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import eigenzoo as ez
-from eigenzoo.formats.diffusion_keys import split_key
+from eigenzoo.formats.lora.diffusion_keys import split_key
 from eigenzoo.formats.opening import open_model
 
 KINDS = ("diffusers", "before-0.34", "kohya", "sgm")

@@ -10,9 +10,9 @@ from diffusion_adapters import StableDiffusionXLPipeline, UNet2DConditionModel, 
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from eigenzoo.formats.diffusion_keys import split_key
-from eigenzoo.formats.diffusion_names import renamed
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
+from eigenzoo.formats.lora.diffusion_keys import split_key
+from eigenzoo.formats.lora.diffusion_names import renamed
 from eigenzoo.formats.model import LoraUpdate
 
 SD15 = {

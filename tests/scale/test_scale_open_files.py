@@ -17,7 +17,7 @@ from builders import write_stacks
 from eigenzoo.errors import DataError, FormatError
 from eigenzoo.formats import open_files
 from eigenzoo.formats.open_files import kept_open
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 
 NUM_MODELS, SHAPE = 6, (8, 7)
 

@@ -20,7 +20,7 @@ import eigenzoo as ez
 from builders import random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
-from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
 from eigenzoo.subspace import fit_layers
 from eigenzoo.subspace.resources import LEAST_MEMORY

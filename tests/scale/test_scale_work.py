@@ -328,7 +328,7 @@ def test_a_full_disk_leaves_the_work(tmp_path: Path, tasks: Counter[str]) -> Non
 
     def fill(stage: str, done: int, total: int) -> None:
         if stage == "fitting layers" and done == STOPS_AFTER:
-            disk.setattr("eigenzoo.formats.safetensors_writer.write_values", full)
+            disk.setattr("eigenzoo.formats.safetensors.writer.write_values", full)
 
     with pytest.MonkeyPatch.context() as disk, pytest.raises(OutputError, match="No space left on device"):
         ez.fit(tmp_path / "zoo", 3, workspace=tmp_path / "work", progress=fill)

@@ -26,9 +26,9 @@ from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.augment import NONE, Augmentation
 from eigenzoo.adapt.fingerprints import of_weights
 from eigenzoo.errors import BundleError, FormatError, UsageError
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.output import new_file
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.output.whole import new_file
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.subspace.subspace import Subspace
 

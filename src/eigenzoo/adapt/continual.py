@@ -35,7 +35,7 @@ from eigenzoo.adapt.attach import Adapted, attach
 from eigenzoo.adapt.maps import map_of
 from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
-from eigenzoo.formats.output import new_folder
+from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.loading import load as load_bundle

@@ -23,7 +23,7 @@ from eigenzoo.adapt.attach import PREFIXES
 from eigenzoo.adapt.fingerprints import of_weights
 from eigenzoo.adapt.maps import map_of
 from eigenzoo.errors import BundleError, FormatError, UsageError
-from eigenzoo.formats.contents import Template
+from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model

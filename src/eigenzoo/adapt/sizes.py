@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from eigenzoo.formats.safetensors_writer import header_bytes
+from eigenzoo.formats.safetensors.writer import header_bytes
 from eigenzoo.subspace.basis import LayerBasis
 
 LORA_RANK = 8

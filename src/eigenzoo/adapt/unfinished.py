@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.errors import FormatError, UsageError
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.output import new_file, remove_left
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.output.whole import new_file, remove_left
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
 FORMAT = "eigenzoo-training"

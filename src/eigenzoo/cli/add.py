@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle import is_only_a_bundle
-    from eigenzoo.formats.output import check_free
+    from eigenzoo.formats.bundle.folder import is_only_a_bundle
+    from eigenzoo.formats.output.whole import check_free
     from eigenzoo.formats.remote.hub_id import find_id
 
     if output is None and find_id(bundle) is not None:

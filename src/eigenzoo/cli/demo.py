@@ -47,7 +47,7 @@ def command(
     from eigenzoo import nursery
     from eigenzoo.errors import UsageError
     from eigenzoo.evidence.presentation import present
-    from eigenzoo.formats.output import new_folder
+    from eigenzoo.formats.output.whole import new_folder
     from eigenzoo.linalg.rank import check_rule
     from eigenzoo.report import render_html, require
 

@@ -63,7 +63,7 @@ def command(
     import eigenzoo as ez
     from eigenzoo.adapt.adapter_file import is_adapter_file
     from eigenzoo.formats.opening import is_only_a_model
-    from eigenzoo.formats.output import check_free
+    from eigenzoo.formats.output.whole import check_free
 
     check_free(output, force=force, replaceable=is_only_a_model)
     space = ez.load(bundle, base=base)

@@ -107,7 +107,7 @@ def choose_format(output: Path, asked: str | None) -> str:
 
 def check_output(output: Path, format: str, force: bool) -> None:
     """Refuse an output that exists, before any work."""
-    from eigenzoo.formats.output import check_free, check_free_file
+    from eigenzoo.formats.output.whole import check_free, check_free_file
 
     if format in FIGURES:
         check_free(output, force=force, replaceable=_holds_only_figures)
@@ -122,7 +122,7 @@ def check_output(output: Path, format: str, force: bool) -> None:
 def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -> None:
     """Render a document and write it whole or not at all."""
     from eigenzoo import report as pages
-    from eigenzoo.formats.output import new_folder, write_file
+    from eigenzoo.formats.output.whole import new_folder, write_file
 
     if format in FIGURES:
         with new_folder(output, force=force, replaceable=_holds_only_figures) as folder:

@@ -47,7 +47,7 @@ def command(
     With --against: that every update finds its module in the base, in the right shape, and changes what it answers.
     Exit code 1 if a check fails.
     """
-    from eigenzoo.formats.bundle import MANIFEST
+    from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
     from eigenzoo.formats.remote import is_url
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
@@ -64,7 +64,7 @@ def command(
 
 def _check_place(path: Path) -> None:
     """Refuse a path at which there is neither a bundle nor a model."""
-    from eigenzoo.formats.bundle import MANIFEST
+    from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
 
     if (path / MANIFEST).is_file():
@@ -89,7 +89,7 @@ def _check_place(path: Path) -> None:
 
 def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
     import eigenzoo as ez
-    from eigenzoo.formats.bundle import MANIFEST
+    from eigenzoo.formats.bundle.folder import MANIFEST
 
     base = None if against is None else _opened(against, allow_pickle)
     found, num_models, num_layers = None, None, None

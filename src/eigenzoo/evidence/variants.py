@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenzoo.errors import BundleError, MismatchError
 from eigenzoo.evidence.random_basis import rebuild_randomly
-from eigenzoo.formats.contents import Template, tensor_id
+from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.subspace.basis import LayerBasis

@@ -14,7 +14,7 @@ from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import INDEXES, WEIGHTS
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 
 MAX_SHARDS = 10_000

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection
 
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.foreign import FOREIGN, is_foreign, refuse_foreign
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.refused import FOREIGN, is_foreign, refuse_foreign
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)

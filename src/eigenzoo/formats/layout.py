@@ -14,12 +14,12 @@ import torch
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, tensors_by_file
-from eigenzoo.formats.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.model import LoraUpdate, Model, Parts, TensorInfo, part_name
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.formats.pickle_file import PickleModel
-from eigenzoo.formats.safetensors_header import MAX_TENSORS, is_shape
+from eigenzoo.formats.pickles.file import PickleModel
+from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.safetensors.header import MAX_TENSORS, is_shape
 from eigenzoo.weights.splits import MAX_PARTS
 
 FORMATS = ("checkpoint", "state-dict", "lora", "diffusion-lora", "pipeline")

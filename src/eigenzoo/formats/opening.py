@@ -8,16 +8,16 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
-from eigenzoo.formats.diffusion_keys import is_diffusion_lora
-from eigenzoo.formats.diffusion_lora import DiffusionLora
-from eigenzoo.formats.foreign import refuse_foreign
 from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.diffusion_file import DiffusionLora
+from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora
+from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder, read_start
-from eigenzoo.formats.peft_lora import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
-from eigenzoo.formats.pickle_file import PickleStateDict
+from eigenzoo.formats.pickles.file import PickleStateDict
 from eigenzoo.formats.pipeline import Pipeline
+from eigenzoo.formats.refused import refuse_foreign
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.hub import fetch_model
 from eigenzoo.formats.remote.hub_id import find_id

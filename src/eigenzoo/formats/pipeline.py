@@ -16,8 +16,8 @@ from eigenzoo.formats.checkpoint import Checkpoint, SafetensorsModel, StateDict
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import FILE_SUFFIXES, MODEL_INDEX, WEIGHTS, kind_of_folder
 from eigenzoo.formats.paths import final_name, inside, list_folder, relative_name
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_header import HeaderContents
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.header import HeaderContents
 from eigenzoo.formats.side_files import list_side_files
 
 MAX_COMPONENTS = 64

@@ -14,8 +14,8 @@ from eigenzoo.formats import open_files
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote.values import fetch_values
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.tensor_bytes import as_bytes
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 
 
 class RowReader:

@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.model import Model, Parts, TensorInfo, part_name
-from eigenzoo.formats.pickle_file import PickleModel
-from eigenzoo.formats.safetensors_header import HeaderContents
+from eigenzoo.formats.pickles.file import PickleModel
+from eigenzoo.formats.safetensors.header import HeaderContents
 from eigenzoo.weights.splits import SplitRule
 
 

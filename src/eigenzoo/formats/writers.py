@@ -19,11 +19,11 @@ from eigenzoo.errors import DataError, FormatError, OutputError, UsageError
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.layout import ModelLayout, TensorLayout, layout_of
-from eigenzoo.formats.lora_config import CONFIG_FILE, check_config, merged_config
+from eigenzoo.formats.lora.config import CONFIG_FILE, check_config, merged_config
+from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.formats.peft_lora import WEIGHTS_FILE
-from eigenzoo.formats.safetensors_writer import SafetensorsWriter, header_bytes
+from eigenzoo.formats.safetensors.writer import SafetensorsWriter, header_bytes
 from eigenzoo.formats.side_files import SIDE_FILES
 
 __all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]

@@ -19,7 +19,7 @@ from eigenzoo.adapt.starts import MEAN, ZERO
 from eigenzoo.adapt.trained import LEARNING_RATE
 from eigenzoo.adapt.training import Data, TensorData, check_options, train
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.output import check_free_file
+from eigenzoo.formats.output.whole import check_free_file
 from eigenzoo.integrations.classification_data import read_labelled
 from eigenzoo.integrations.models import (
     Classifier,

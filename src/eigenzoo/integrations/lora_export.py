@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from eigenzoo.adapt.starts import ZERO
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
-from eigenzoo.formats.dtypes import dtype_name
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
+from eigenzoo.formats.lora.peft_folder import PREFIX as MODEL
+from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.model import LoraUpdate
-from eigenzoo.formats.output import new_folder
-from eigenzoo.formats.peft_lora import PREFIX as MODEL
-from eigenzoo.formats.peft_lora import WEIGHTS_FILE
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.output.whole import new_folder
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import write_lora
 from eigenzoo.integrations.peft_chains import Stages, freeze, sides
 from eigenzoo.integrations.peft_config import EigenzooConfig, open_bundle

@@ -10,7 +10,7 @@ from typing import Any
 from eigenzoo.adapt.starts import MEAN, RANDOM, ZERO, find_start
 from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
-from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
 from eigenzoo.subspace.loading import load

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BudgetError
-from eigenzoo.formats.basis_files import header_room
-from eigenzoo.formats.contents import canonical_json, tensor_id
+from eigenzoo.formats.bundle.basis_files import header_room
+from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.spectrum import eigenpairs

@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from eigenzoo.formats.basis_files import BasisFiles
+from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.records import Layer

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from eigenzoo.formats.bundle import MOMENTS, file_sizes
-from eigenzoo.formats.manifest import ModelRecord
+from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes
+from eigenzoo.formats.bundle.manifest import ModelRecord
 from eigenzoo.records import ByteCount, Layer
 
 COEFFICIENT_BYTES = 4

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.formats.bundle import CARD, MOMENTS, file_sizes, write_manifest
-from eigenzoo.formats.manifest import Manifest, SourceRecord
+from eigenzoo.formats.bundle.folder import CARD, MOMENTS, file_sizes, write_manifest
+from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
 from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.records import weighted_share
 from eigenzoo.subspace.provenance import KEY

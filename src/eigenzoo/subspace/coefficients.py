@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenzoo.formats.contents import Template
+from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.subspace.basis import Projection
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.basis_files import BasisFiles, BasisWriter
-from eigenzoo.formats.bundle import open_basis
-from eigenzoo.formats.held_folder import TemporaryFolder
-from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
-from eigenzoo.formats.output import clear_errors
+from eigenzoo.formats.bundle.basis_files import BasisFiles, BasisWriter
+from eigenzoo.formats.bundle.folder import open_basis
+from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
+from eigenzoo.formats.output.held_folder import TemporaryFolder
+from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from eigenzoo.formats.basis_files import BasisWriter
+from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.records import Progress
 from eigenzoo.subspace.collecting import Asked, cut, dense_moments
 from eigenzoo.subspace.flat import write_flat

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.bundle import MOMENTS
-from eigenzoo.formats.held_folder import TemporaryFolder
-from eigenzoo.formats.manifest import Manifest
-from eigenzoo.formats.output import clear_errors
+from eigenzoo.formats.bundle.folder import MOMENTS
+from eigenzoo.formats.bundle.manifest import Manifest
+from eigenzoo.formats.output.held_folder import TemporaryFolder
+from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.records import Progress, no_progress, plain

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError
-from eigenzoo.formats.foreign_subspace import ForeignFactor
-from eigenzoo.formats.manifest import LayerRecord
+from eigenzoo.formats.bundle.manifest import LayerRecord
+from eigenzoo.formats.subspaces.factors import ForeignFactor
 from eigenzoo.records import Layer, LayerFit
 from eigenzoo.subspace.basis import FLAT, TUCKER, PartWriter, deviation_from_identity
 from eigenzoo.subspace.flat import ORTHONORMAL

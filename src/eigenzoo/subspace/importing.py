@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from eigenzoo.errors import FormatError, UsageError
-from eigenzoo.formats.adapter_like import AdapterLike, made_like, read_like, templates
-from eigenzoo.formats.basis_files import BasisWriter
-from eigenzoo.formats.bundle import file_record
-from eigenzoo.formats.foreign_subspace import FACTORS, ForeignSubspace
-from eigenzoo.formats.manifest import SCHEMA_VERSION, Manifest, ModelRecord, SourceRecord, make_manifest
+from eigenzoo.formats.bundle.basis_files import BasisWriter
+from eigenzoo.formats.bundle.folder import file_record
+from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, SourceRecord, make_manifest
 from eigenzoo.formats.paths import list_folder
-from eigenzoo.formats.subspace_adapters import SubspaceAdapters, is_subspace_adapter
-from eigenzoo.formats.vlora_folder import VloraFolder, is_vlora
+from eigenzoo.formats.subspaces.adapter_like import AdapterLike, made_like, read_like, templates
+from eigenzoo.formats.subspaces.factors import FACTORS, ForeignSubspace
+from eigenzoo.formats.subspaces.subspace_adapters import SubspaceAdapters, is_subspace_adapter
+from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.basis import FLAT, PARTS, TUCKER
 from eigenzoo.subspace.bytes import count_bytes

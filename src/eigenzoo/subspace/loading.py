@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from eigenzoo.errors import BundleError, EigenzooError
-from eigenzoo.formats.bundle import read_manifest
+from eigenzoo.formats.bundle.folder import read_manifest
+from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
-from eigenzoo.formats.snapshot import Snapshot
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.garbage import seldom_collecting
 

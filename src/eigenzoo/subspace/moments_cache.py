@@ -17,8 +17,8 @@ from torch import Tensor
 
 from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.cache_folder import OFF, VARIABLE, cache_folder
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.tensor_bytes import as_bytes
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 from eigenzoo.subspace.identity import ZooIdentity
 from eigenzoo.subspace.moments import LayerMoments
 from eigenzoo.subspace.storage import moment_tensors, read_moments, write_moment_tensors

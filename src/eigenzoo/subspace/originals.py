@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.pickle_file import SUFFIXES as PICKLES
+from eigenzoo.formats.pickles.file import SUFFIXES as PICKLES
 from eigenzoo.subspace.source_records import is_at_hand, source_path
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eigenzoo.formats.lora.peft_folder import LoraAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import is_regular
-from eigenzoo.formats.peft_lora import LoraAdapter
 from eigenzoo.formats.remote.hub_id import cached_path, hub_url, parse_id, parse_url
 from eigenzoo.zoo.zoo import Zoo
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eigenzoo.errors import BundleError, UsageError
-from eigenzoo.formats.manifest import Manifest, SourceRecord
+from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.hub_id import HubId, parse_id
 from eigenzoo.formats.remote.hub_push import check_may_push, hashes, push_bundle

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
-from eigenzoo.formats.contents import Template
-from eigenzoo.formats.diffusion_names import renamed
-from eigenzoo.formats.diffusion_writer import write_diffusion_lora
+from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import ModelLayout
+from eigenzoo.formats.lora.diffusion_names import renamed
+from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.opening import is_only_a_model
-from eigenzoo.formats.output import new_folder
+from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.bundle import StoredCoefficients, write_coefficients
-from eigenzoo.formats.manifest import Manifest, ModelRecord
+from eigenzoo.formats.bundle.folder import StoredCoefficients, write_coefficients
+from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo, part_name
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel

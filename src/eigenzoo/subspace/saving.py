@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eigenzoo.formats.bundle import MOMENTS, is_only_a_bundle, record_files
-from eigenzoo.formats.manifest import Manifest
-from eigenzoo.formats.output import new_folder, no_check
-from eigenzoo.formats.snapshot import Snapshot
+from eigenzoo.formats.bundle.folder import MOMENTS, is_only_a_bundle, record_files
+from eigenzoo.formats.bundle.manifest import Manifest
+from eigenzoo.formats.bundle.snapshot import Snapshot
+from eigenzoo.formats.output.whole import new_folder, no_check
 from eigenzoo.subspace.card import write_counted
 from eigenzoo.subspace.source_records import Relocation
 from eigenzoo.subspace.storage import link_all

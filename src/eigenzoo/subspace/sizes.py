@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eigenzoo.errors import UsageError
-from eigenzoo.formats.bundle import open_basis
+from eigenzoo.formats.bundle.folder import open_basis
 from eigenzoo.records import Layer, plain
 from eigenzoo.subspace.allocation import overhead
 from eigenzoo.subspace.basis import STACKED

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from eigenzoo.formats.bundle import file_sha256
-from eigenzoo.formats.manifest import SourceFile, SourceRecord
+from eigenzoo.formats.bundle.folder import file_sha256
+from eigenzoo.formats.bundle.manifest import SourceFile, SourceRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.hub import stored_sha256

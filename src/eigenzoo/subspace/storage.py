@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.basis_files import BasisFiles
-from eigenzoo.formats.bundle import MOMENTS, StoredCoefficients, coefficient_file, file_sha256, write_coefficients
-from eigenzoo.formats.contents import ContentStore, Template, put_template
-from eigenzoo.formats.manifest import LayerRecord, ModelRecord, SourceRecord
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.bundle.basis_files import BasisFiles
+from eigenzoo.formats.bundle.contents import ContentStore, Template, put_template
+from eigenzoo.formats.bundle.folder import (
+    MOMENTS,
+    StoredCoefficients,
+    coefficient_file,
+    file_sha256,
+    write_coefficients,
+)
+from eigenzoo.formats.bundle.manifest import LayerRecord, ModelRecord, SourceRecord
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.records import Layer
 from eigenzoo.subspace.basis import FLAT, STACKED, LayerBasis

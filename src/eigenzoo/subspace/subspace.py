@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
-from eigenzoo.formats.bundle import (
+from eigenzoo.formats.bundle.contents import StoredTemplate
+from eigenzoo.formats.bundle.folder import (
     MOMENTS,
     StoredCoefficients,
     file_sha256,
@@ -25,13 +26,12 @@ from eigenzoo.formats.bundle import (
     open_basis,
     read_coefficients,
 )
-from eigenzoo.formats.contents import StoredTemplate
-from eigenzoo.formats.manifest import FileRecord, Manifest, ModelRecord
+from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, ModelRecord
+from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.snapshot import Snapshot
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.basis import LayerBasis, Projection

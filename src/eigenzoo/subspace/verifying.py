@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from eigenzoo.errors import EigenzooError
-from eigenzoo.formats.bundle import content_faults, file_faults, model_faults, open_basis, unknown_files
+from eigenzoo.formats.bundle.folder import content_faults, file_faults, model_faults, open_basis, unknown_files
 from eigenzoo.formats.model import Model
 from eigenzoo.subspace.basis import ORTHONORMAL, finite_faults
 from eigenzoo.subspace.rebuilt import check_layout

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from eigenzoo.errors import EigenzooError
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.lora_config import check_config, merged_config
+from eigenzoo.formats.lora.config import check_config, merged_config
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Layer
 from eigenzoo.subspace.source_records import is_at_hand

@@ -28,11 +28,11 @@ from pathlib import Path
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, FormatError, OutputError
-from eigenzoo.formats.basis_files import BasisWriter
-from eigenzoo.formats.dtypes import dtype_name, dtype_of
-from eigenzoo.formats.held_folder import TemporaryFolder
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_writer import SafetensorsWriter
+from eigenzoo.formats.bundle.basis_files import BasisWriter
+from eigenzoo.formats.output.held_folder import TemporaryFolder
+from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.writer import SafetensorsWriter
 from eigenzoo.records import Layer, LayerFit, plain
 from eigenzoo.subspace.identity import digest
 from eigenzoo.subspace.models_fit import FittedLayer

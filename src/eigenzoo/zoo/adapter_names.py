@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import LoraUpdate, Model
-from eigenzoo.formats.peft_lora import PREFIX
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.weights.lora_targets import ALL_LINEAR, endings, targeting
 from eigenzoo.weights.renames import beyond, find_rename, nearest

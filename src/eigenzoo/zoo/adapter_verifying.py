@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
-from eigenzoo.formats.diffusion_keys import weights_as_layers
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.diffusion_keys import weights_as_layers
+from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.peft_lora import PREFIX
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.zoo.adapter_effect import effect_checks

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 
 from eigenzoo.errors import EigenzooError, ZooError
-from eigenzoo.formats.bundle import is_bundle
+from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
 from eigenzoo.formats.paths import list_folder, read_bounded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from eigenzoo.formats.contents import Template
+from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote import remote_url

@@ -14,11 +14,11 @@ from types import MappingProxyType
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
-from eigenzoo.formats.contents import carried_values
+from eigenzoo.formats.bundle.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.pickle_file import PickleModel
+from eigenzoo.formats.pickles.file import PickleModel
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress

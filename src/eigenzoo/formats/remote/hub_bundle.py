@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.bundle import CARD, MANIFEST, MAX_MANIFEST_BYTES, MOMENTS, file_sha256, is_bundle
+from eigenzoo.formats.bundle.folder import CARD, MANIFEST, MAX_MANIFEST_BYTES, MOMENTS, file_sha256, is_bundle
+from eigenzoo.formats.bundle.manifest import parse_manifest
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.manifest import parse_manifest
 from eigenzoo.formats.paths import inside
 from eigenzoo.formats.remote.address import is_url, local_path, shown_url
 from eigenzoo.formats.remote.hub import Commit, download, find_commit, stored_sha256

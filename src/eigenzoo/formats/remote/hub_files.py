@@ -20,10 +20,10 @@ from eigenzoo.formats.kinds import (
     pickle_names,
     refuse_unreadable,
 )
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
+from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
-from eigenzoo.formats.peft_lora import PICKLE_FILE as PICKLED_ADAPTER
-from eigenzoo.formats.peft_lora import WEIGHTS_FILE
 from eigenzoo.formats.side_files import SIDE_FILES
 
 BUNDLE_FILES = ("manifest.json", "basis.safetensors")

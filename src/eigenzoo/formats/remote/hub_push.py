@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenzoo.errors import BundleError, OutputError, UsageError
-from eigenzoo.formats.bundle import CARD, HUB_FILE, MANIFEST, MOMENTS, file_sha256
+from eigenzoo.formats.bundle.folder import CARD, HUB_FILE, MANIFEST, MOMENTS, file_sha256
 from eigenzoo.formats.remote import hub_calls
 from eigenzoo.formats.remote.hub_id import HubId
 

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, cast
 
 from eigenzoo.errors import EigenzooError, UnsafePathError
-from eigenzoo.formats.foreign import FOREIGN_NAMES
 from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.paths import relative_name
+from eigenzoo.formats.refused import FOREIGN_NAMES
 from eigenzoo.formats.remote.address import Address, below, connect, find_address, protocol_of, shown_url
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, tag_of

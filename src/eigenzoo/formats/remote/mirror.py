@@ -20,10 +20,10 @@ from eigenzoo.errors import EigenzooError, FormatError, OutputError, Unsupported
 from eigenzoo.formats.cache_folder import VARIABLE
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, parse_json
 from eigenzoo.formats.kinds import INDEXES, kind_of_file, kind_of_folder, refuse_unreadable
-from eigenzoo.formats.lora_config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
+from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, relative_name
-from eigenzoo.formats.peft_lora import PICKLE_FILE as PICKLED_ADAPTER
-from eigenzoo.formats.peft_lora import WEIGHTS_FILE
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.remote.fetching import Request, fetch_each
 from eigenzoo.formats.remote.listing import Entry as Listed
@@ -31,7 +31,7 @@ from eigenzoo.formats.remote.listing import Folder, list_urls
 from eigenzoo.formats.remote.record import Entry, mirror_folder, read_record, remember, write_record
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, fresh_info, tag_of
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES
+from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.formats.side_files import CONFIG, SIDE_FILES
 from eigenzoo.records import Progress, no_progress
 

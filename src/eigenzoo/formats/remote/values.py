@@ -11,7 +11,7 @@ from eigenzoo.errors import UnsupportedError
 from eigenzoo.formats.remote.fetching import Request, fetch
 from eigenzoo.formats.remote.retrying import MAX_BYTES
 from eigenzoo.formats.remote.source import RemoteFile
-from eigenzoo.formats.tensor_bytes import as_bytes
+from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 
 Values = tuple[RemoteFile, int, torch.dtype, Tensor]
 """A file, the byte at which values begin, their dtype, and a contiguous 1-D tensor that takes them."""

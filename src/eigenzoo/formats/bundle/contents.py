@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.bundle.manifest import SourceRecord
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout
-from eigenzoo.formats.manifest import SourceRecord
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import inside, read_bounded
 from eigenzoo.formats.remote import is_url
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.side_files import MAX_SIDE_BYTES
 from eigenzoo.formats.splitting import cut_model
 from eigenzoo.formats.writers import TensorLayout, write_tensors

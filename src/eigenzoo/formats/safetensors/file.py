@@ -21,8 +21,8 @@ from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.paths import inside, relative_to
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.remote.values import fetch_values
-from eigenzoo.formats.safetensors_header import HeaderContents, read_header
-from eigenzoo.formats.tensor_bytes import check_out, read_values
+from eigenzoo.formats.safetensors.header import HeaderContents, read_header
+from eigenzoo.formats.safetensors.tensor_bytes import check_out, read_values
 
 
 class SafetensorsFile:

@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eigenzoo.errors import OutputError
-from eigenzoo.formats.held_folder import HeldFolder, sweep
-from eigenzoo.formats.renaming import exchange, rename_new
+from eigenzoo.formats.output.held_folder import HeldFolder, sweep
+from eigenzoo.formats.output.renaming import exchange, rename_new
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk answers that takes nothing more: not what is wrong with a file that is read."""

@@ -24,9 +24,9 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError, safe_open
 
 from eigenzoo.errors import FormatError
-from eigenzoo.formats.dtypes import dtype_of
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import TensorInfo
+from eigenzoo.formats.safetensors.dtypes import dtype_of
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.sgm_blocks import to_diffusers
+from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ALPHA = ".alpha"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError, UnsafePathError
 from eigenzoo.formats.model import TensorInfo
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 
 FACTORS = ("lora_A", "lora_B")
 """The two factors of a module, as layers of view `factors` are called."""

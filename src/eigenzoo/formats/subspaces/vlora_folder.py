@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError
-from eigenzoo.formats.foreign_subspace import (
+from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
+from eigenzoo.formats.paths import inside
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.subspaces.factors import (
     ForeignFactor,
     ForeignSubspace,
     check_names,
@@ -29,9 +32,6 @@ from eigenzoo.formats.foreign_subspace import (
     open_tensors,
     require_shape,
 )
-from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
-from eigenzoo.formats.paths import inside
-from eigenzoo.formats.safetensors_file import SafetensorsFile
 
 META = "subspace_meta.json"
 PLAIN, PACKED, FLOATS = "subspace.safetensors", "subspace_nf4.safetensors", "subspace_float.safetensors"

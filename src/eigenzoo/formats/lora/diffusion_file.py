@@ -19,11 +19,11 @@ import torch
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel, StateDict
-from eigenzoo.formats.diffusion_keys import FactorPair, pair_factors
 from eigenzoo.formats.json_file import parse_json
-from eigenzoo.formats.lora_config import check_config
+from eigenzoo.formats.lora.config import check_config
+from eigenzoo.formats.lora.diffusion_keys import FactorPair, pair_factors
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
-from eigenzoo.formats.safetensors_header import HeaderContents
+from eigenzoo.formats.safetensors.header import HeaderContents
 from eigenzoo.weights.lora_scale import lora_rank, lora_scale
 
 METADATA_KEY = "lora_adapter_metadata"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import OutputError, UsageError
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.safetensors_header import MAX_HEADER_BYTES, METADATA_KEY
-from eigenzoo.formats.tensor_bytes import check_out, read_values, write_values
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES, METADATA_KEY
+from eigenzoo.formats.safetensors.tensor_bytes import check_out, read_values, write_values
 
 
 def header_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.checkpoint import check_index, read_index
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.foreign import refuse_foreign
 from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, pickle_names, weights_stem
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import inside, is_regular, list_folder
-from eigenzoo.formats.pickle_contents import check_tensors, state_dict_of
-from eigenzoo.formats.pickle_scan import ZIP, check_pickle
+from eigenzoo.formats.pickles.contents import check_tensors, state_dict_of
+from eigenzoo.formats.pickles.scan import ZIP, check_pickle
+from eigenzoo.formats.refused import refuse_foreign
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.tensor_bytes import check_out
 from eigenzoo.formats.side_files import list_side_files, refuse_quantised
-from eigenzoo.formats.tensor_bytes import check_out
 
 SUFFIXES = PICKLE_SUFFIXES
 

@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, MismatchError, UsageError
-from eigenzoo.formats.contents import Template, carried_values
-from eigenzoo.formats.dtypes import dtype_name
-from eigenzoo.formats.foreign_subspace import ForeignSubspace
+from eigenzoo.formats.bundle.contents import Template, carried_values
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
-from eigenzoo.formats.lora_config import CONFIG_FILE, check_config
+from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
+from eigenzoo.formats.lora.peft_folder import PREFIX, WEIGHTS_FILE, LoraAdapter
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.paths import inside
-from eigenzoo.formats.peft_lora import PREFIX, WEIGHTS_FILE, LoraAdapter
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.subspaces.factors import ForeignSubspace
 from eigenzoo.weights.lora_scale import lora_rank, lora_scale
 
 

@@ -13,13 +13,13 @@ from urllib.parse import quote
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
-from eigenzoo.formats.basis_files import BasisFiles
-from eigenzoo.formats.contents import VALUE, tensor_id
-from eigenzoo.formats.dtypes import dtype_name
+from eigenzoo.formats.bundle.basis_files import BasisFiles
+from eigenzoo.formats.bundle.contents import VALUE, tensor_id
+from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.paths import inside, is_regular
-from eigenzoo.formats.safetensors_file import SafetensorsFile
+from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 
 MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, UsageError
-from eigenzoo.formats.diffusion_keys import FactorKey, split_key
-from eigenzoo.formats.diffusion_lora import ALPHA_DTYPES, METADATA_KEY, component_configs
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
-from eigenzoo.formats.lora_config import merged_config
+from eigenzoo.formats.lora.config import merged_config
+from eigenzoo.formats.lora.diffusion_file import ALPHA_DTYPES, METADATA_KEY, component_configs
+from eigenzoo.formats.lora.diffusion_keys import FactorKey, split_key
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.writers import DEFAULT_METADATA, write_side_files, write_tensors

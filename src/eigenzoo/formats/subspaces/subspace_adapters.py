@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError
-from eigenzoo.formats.foreign_subspace import (
+from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, PREFIX, WEIGHTS_FILE
+from eigenzoo.formats.model import TensorInfo
+from eigenzoo.formats.paths import inside
+from eigenzoo.formats.pickles.file import PickleStateDict
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.subspaces.factors import (
     ForeignFactor,
     ForeignSubspace,
     check_names,
@@ -31,11 +36,6 @@ from eigenzoo.formats.foreign_subspace import (
     open_tensors,
     require_shape,
 )
-from eigenzoo.formats.model import TensorInfo
-from eigenzoo.formats.paths import inside
-from eigenzoo.formats.peft_lora import PICKLE_FILE, PREFIX, WEIGHTS_FILE
-from eigenzoo.formats.pickle_file import PickleStateDict
-from eigenzoo.formats.safetensors_file import SafetensorsFile
 
 COMPONENTS, LOADINGS = "components", "loadings"
 

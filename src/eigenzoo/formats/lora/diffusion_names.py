@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from eigenzoo.errors import UnsupportedError, UsageError
-from eigenzoo.formats.diffusion_keys import FactorKey, split_key
-from eigenzoo.formats.diffusion_lora import METADATA_KEY
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
-from eigenzoo.formats.sgm_blocks import to_diffusers
+from eigenzoo.formats.lora.diffusion_file import METADATA_KEY
+from eigenzoo.formats.lora.diffusion_keys import FactorKey, split_key
+from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 FAMILIES = ("diffusers", "kohya")
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.lora_config import CONFIG_FILE, check_config
+from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.paths import final_name, inside
-from eigenzoo.formats.pickle_contents import check_tensors
-from eigenzoo.formats.pickle_file import PickleModel, load_pickle, refuse_pickle
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_header import HeaderContents
+from eigenzoo.formats.pickles.contents import check_tensors
+from eigenzoo.formats.pickles.file import PickleModel, load_pickle, refuse_pickle
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.header import HeaderContents
 from eigenzoo.formats.side_files import list_side_files
 from eigenzoo.weights.lora_scale import DEFAULT_RANK, lora_rank, lora_scale
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.formats.safetensors_file import SafetensorsFile
-from eigenzoo.formats.safetensors_writer import SafetensorsWriter
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.writer import SafetensorsWriter
 
 SHARD_BYTES = 4 * 2**30
 """A shard is closed when it has passed this size; a layer's tensors may make it longer."""

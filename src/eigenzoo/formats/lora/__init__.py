@@ -1,0 +1,1 @@
+"""LoRA adapters: PEFT's folders, and the files of diffusion tools under their own names."""

@@ -1,0 +1,1 @@
+"""Subspaces that other tools have written: read, and given as mean, directions and loadings."""
