@@ -25,6 +25,7 @@ from eigenzoo.formats.bundle.folder import (
     write_coefficients,
 )
 from eigenzoo.formats.bundle.manifest import LayerRecord, ModelRecord, SourceRecord
+from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.records import Layer
@@ -75,8 +76,22 @@ def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasi
         basis = FlatBasis(layer, ranks, center, files, has_mean=record.has_mean)
     else:
         basis = TuckerBasis(layer, ranks, center, files, has_mean=record.has_mean)
+    _check_dtypes(layer.name, files)
     _check_shapes(basis, files, record.has_mean)
     return basis
+
+
+def _check_dtypes(layer: str, files: BasisFiles) -> None:
+    """Raise BundleError unless a layer's parts are of the dtypes that products of them need."""
+    for part, dtype in files.dtypes(layer).items():
+        if part == "ranks":
+            fits, rule = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool), "ranks are integers"
+        elif part in ("scales", "weights", "products"):
+            fits, rule = dtype == torch.float64, "scales, weights and products are float64"
+        else:
+            fits, rule = dtype.is_floating_point, "bases are floating-point"
+        if not fits:
+            raise BundleError(f"dtype {dtype_name(dtype)}", where=f"tensor '{layer}/{part}'", rule=rule)
 
 
 def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:

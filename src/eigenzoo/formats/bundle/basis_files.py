@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
+from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import SafetensorsWriter
 
@@ -99,12 +100,15 @@ class BasisFiles:
     def __init__(self, paths: Sequence[Path], root: Path | None = None) -> None:
         self.paths = tuple(paths)
         self._place: dict[str, SafetensorsFile] = {}
+        self._parts: dict[str, dict[str, TensorInfo]] = {}
         for path in self.paths:
             shard = SafetensorsFile(path, root)
-            for name in shard.tensors:
+            for name, info in shard.tensors.items():
                 if name in self._place:
                     raise BundleError(f"tensor {name!r} occurs in two shards", where=str(path))
                 self._place[name] = shard
+                layer, _, part = name.rpartition("/")
+                self._parts.setdefault(layer, {})[part] = info
 
     def __contains__(self, name: str) -> bool:
         return name in self._place
@@ -118,9 +122,13 @@ class BasisFiles:
         """Shape of a tensor, from its header."""
         return self._shard(name).tensors[name].shape
 
+    def dtypes(self, layer: str) -> dict[str, torch.dtype]:
+        """The dtypes of the tensors of one layer, from their headers, by the last part of their names."""
+        return {part: info.dtype for part, info in self._parts.get(layer, {}).items()}
+
     def num_bytes(self, layer: str) -> int:
         """Bytes of the tensors of one layer."""
-        return sum(self._place[name].tensors[name].nbytes for name in self._place if name.rpartition("/")[0] == layer)
+        return sum(info.nbytes for info in self._parts.get(layer, {}).values())
 
     def read(self, name: str) -> Tensor:
         """Read a tensor whole."""
