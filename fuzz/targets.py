@@ -29,10 +29,10 @@ from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.file import SafetensorsFile
-from eigenzoo.subspace.moments_cache import MomentsCache
-from eigenzoo.subspace.options import resolve_options
-from eigenzoo.subspace.provenance import read_licence
-from eigenzoo.subspace.work import Work
+from eigenzoo.subspace.bundles.provenance import read_licence
+from eigenzoo.subspace.fitting.options import resolve_options
+from eigenzoo.subspace.moments.moments_cache import MomentsCache
+from eigenzoo.subspace.passes.work import Work
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.zoo.inspection import inspect
 from eigenzoo.zoo.matching import Selection
@@ -315,7 +315,7 @@ def _work(folder: Path) -> tuple[Path, Callable[[], object]]:
     from unittest import mock
 
     zoo = ez.open_zoo(samples.write_models(folder / "zoo"))
-    with mock.patch("eigenzoo.subspace.fit.write_moments", side_effect=KeyboardInterrupt):
+    with mock.patch("eigenzoo.subspace.fitting.fit.write_moments", side_effect=KeyboardInterrupt):
         try:
             ez.fit(zoo, 2, cache=False, workspace=folder)
         except KeyboardInterrupt:

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     )
     from eigenzoo.evidence.evidence import Evidence, evidence
     from eigenzoo.evidence.function import evaluate
+    from eigenzoo.subspace.bundles.loading import load
     from eigenzoo.subspace.coefficients import Coefficients
-    from eigenzoo.subspace.fit import fit
-    from eigenzoo.subspace.importing import import_subspace
-    from eigenzoo.subspace.loading import load
-    from eigenzoo.subspace.plan import plan
+    from eigenzoo.subspace.fitting.fit import fit
+    from eigenzoo.subspace.fitting.plan import plan
+    from eigenzoo.subspace.imports.importing import import_subspace
     from eigenzoo.subspace.rebuilt import RebuiltModel
     from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.adapter_verifying import verify_adapter
@@ -65,12 +65,12 @@ _HOMES = {
     "Evidence": "evidence.evidence",
     "evaluate": "evidence.function",
     "evidence": "evidence.evidence",
-    "fit": "subspace.fit",
-    "import_subspace": "subspace.importing",
+    "fit": "subspace.fitting.fit",
+    "import_subspace": "subspace.imports.importing",
     "inspect": "zoo.inspection",
-    "load": "subspace.loading",
+    "load": "subspace.bundles.loading",
     "open_zoo": "zoo.zoo",
-    "plan": "subspace.plan",
+    "plan": "subspace.fitting.plan",
     "verify_adapter": "zoo.adapter_verifying",
     **dict.fromkeys(_ERRORS, "errors"),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total) while long work runs."""
@@ -12,6 +14,13 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def telling(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
+    """Yield the items, and report each when the next is asked for."""
+    for done, item in enumerate(items, 1):
+        yield item
+        progress(stage, done, len(items))
 
 
 def plain(value: Any) -> Any:

@@ -301,11 +301,16 @@ def test_a_stacked_basis_whose_parts_do_not_fit_is_refused(sound: dict[str, Path
         "ranks": lambda ranks: ranks + 1,
         "factors_b": lambda factors: factors.reshape(-1),
         "scales": lambda scales: scales[:1],
+        "weights": lambda weights: weights.long(),
+        "products": lambda products: products.bool(),
+        "factors_a": lambda factors: factors.to(torch.int8),
     }
-    for part, change in parts.items():
-        bundle = Path(shutil.copytree(sound["stacked"], tmp_path / part))
+    parts |= {"ranks of fractions": lambda ranks: ranks.float()}
+    for case, change in parts.items():
+        part = case.split()[0]
+        bundle = Path(shutil.copytree(sound["stacked"], tmp_path / case))
         edit_tensors(
             bundle, "basis.safetensors", lambda t, p=part, c=change: t.update({f"block.q/{p}": c(t[f"block.q/{p}"])})
         )
-        with pytest.raises(ez.EigenzooError, match=r"block\.q"):
-            touch_everything(bundle, tmp_path / f"{part}-out")
+        with pytest.raises(ez.EigenzooError, match=r"block\.q/"):
+            touch_everything(bundle, tmp_path / f"{case}-out")

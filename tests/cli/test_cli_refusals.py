@@ -72,6 +72,11 @@ def test_bad_input_is_one_message(refused: Refused, zoo: Path, bundle: Path, tmp
     assert "no model is found" in refused("fit", tmp_path / "empty", "-o", out)
     assert "there is no such file or folder" in refused("inspect", tmp_path / "nowhere")
     assert "no model is found" in refused("inspect", f"{tmp_path}/nowhere/*")
+    for nothing in (tmp_path / "empty", f"{tmp_path}/nowhere/*"):
+        assert "no model is found" in refused("fit", zoo, nothing, "-o", out), (
+            "beside others it would be missed by nobody"
+        )
+    assert "names axis 'models' twice" in refused("fit", zoo, "-o", out, "--rank", "models=1,models=2")
     assert "no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
     assert "is neither a bundle nor an adapter" in refused("verify", tmp_path / "empty")
     assert "there is no manifest.json" in refused("project", zoo / "m0", zoo / "m1")
@@ -157,7 +162,7 @@ def test_names_cannot_move_the_terminal(run: Run, tmp_path: Path, name: str) -> 
 
 SLOW = """
 import sys, time
-from eigenzoo.subspace import fit
+from eigenzoo.subspace.fitting import fit
 step = fit.write_moments
 def slow(*args, **kwargs):
     print("now", file=sys.stderr, flush=True)

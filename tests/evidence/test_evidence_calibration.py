@@ -11,7 +11,7 @@ from evidence_zoos import find, noise, normal, planted
 
 from eigenzoo.evidence.layer_evidence import findings
 from eigenzoo.evidence.unseen import capture
-from eigenzoo.subspace.moments import from_raw_gram
+from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
 SETTINGS = [(8, 12), (12, 20), (24, 16)]
 """Models, and the side of each layer's square matrix."""

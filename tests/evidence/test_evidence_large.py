@@ -11,7 +11,7 @@ from scipy.linalg import subspace_angles
 from eigenzoo.evidence import growth, universality, unseen
 from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
 from eigenzoo.records import Layer
-from eigenzoo.subspace.moments import from_raw_gram
+from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
 NUM_MODELS, SHAPE, SEED = unseen.LARGE_ZOO + 3, (12, 10), 4
 ROWS = noise(NUM_MODELS, SHAPE, 1, spread=0.5).flatten(1)

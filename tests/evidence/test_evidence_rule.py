@@ -15,7 +15,7 @@ from eigenzoo.evidence.mean import MeanShare
 from eigenzoo.evidence.summary import Pooled, shown_places
 from eigenzoo.evidence.verdict import Directions, Findings, Weighed, directions, judge, judge_zoo
 from eigenzoo.linalg.heldout import deal
-from eigenzoo.subspace.moments import from_raw_gram
+from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
 NOTHING = MeanShare(0.0, 0.0, 0.0, 0.0, 0.0)
 MEAN = replace(NOTHING, common=0.3, deviations=9.0)

@@ -21,7 +21,7 @@ from eigenzoo.evidence.suitability import (
     suitability,
 )
 from eigenzoo.linalg.spectrum import eigenpairs
-from eigenzoo.subspace.moments import from_raw_gram
+from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 from tolerance import tolerance
 
 powerlaw = pytest.importorskip("powerlaw", reason="the package that exponents are compared with")

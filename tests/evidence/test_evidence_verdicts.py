@@ -15,7 +15,7 @@ import eigenzoo as ez
 from builders import random_factors, seeded, write_adapter, write_stacks
 from eigenzoo.evidence.unseen import capture
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.subspace.moments import from_raw_gram
+from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
 NUM_MODELS = 32
 

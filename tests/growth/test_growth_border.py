@@ -13,10 +13,10 @@ import eigenzoo as ez
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import sample
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.subspace import border
-from eigenzoo.subspace.border import extend
-from eigenzoo.subspace.collecting import collect
-from eigenzoo.subspace.moments import LayerMoments, entry_dimensions
+from eigenzoo.subspace.moments import border
+from eigenzoo.subspace.moments.border import extend
+from eigenzoo.subspace.moments.collecting import collect
+from eigenzoo.subspace.moments.layer_moments import LayerMoments, entry_dimensions
 from eigenzoo.zoo.stack import DenseStack
 
 OUTPUTS, INPUTS = 300, 70

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
-from eigenzoo.subspace.provenance import MAX_README_BYTES
+from eigenzoo.subspace.bundles.provenance import MAX_README_BYTES
 
 
 def write_zoo(root: Path, heads: list[str]) -> list[Path]:

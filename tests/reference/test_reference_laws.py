@@ -141,8 +141,8 @@ def test_block_size_does_not_matter(zoo, monkeypatch, exact):
         found = []
         for block_bytes in (1500, 2**26):
             monkeypatch.setattr("eigenzoo.zoo.stack.SPAN_BYTES", block_bytes)
-            monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_BYTES", block_bytes)
-            monkeypatch.setattr("eigenzoo.subspace.flat.BLOCK_BYTES", block_bytes)
+            monkeypatch.setattr("eigenzoo.subspace.moments.update_moments.TILE_BYTES", block_bytes)
+            monkeypatch.setattr("eigenzoo.subspace.bases.flat.BLOCK_BYTES", block_bytes)
             space = ez.fit(zoo, rank=2, axes=axes)
             found.append({layer: rebuilt_stack(space, layer) for layer in space.layers})
         for layer, whole in found[-1].items():

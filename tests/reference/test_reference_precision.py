@@ -14,9 +14,9 @@ from builders import seeded, write_stacks
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.linalg.spectrum import eigenpairs, explained_variance_ratio
-from eigenzoo.subspace.collecting import collect, loaded_spans
-from eigenzoo.subspace.flat import FlatBasis, orthonormalized, span_basis, write_flat
-from eigenzoo.subspace.resources import Resources
+from eigenzoo.subspace.bases.flat import FlatBasis, orthonormalized, span_basis, write_flat
+from eigenzoo.subspace.moments.collecting import collect, loaded_spans
+from eigenzoo.subspace.passes.resources import Resources
 from eigenzoo.zoo.zoo import Zoo
 from tolerance import tolerance
 
@@ -129,7 +129,7 @@ def test_stored_directions_are_orthonormal_down_a_steep_spectrum(tmp_path, path,
 
 def test_without_the_correction_small_directions_would_lean_on_each_other(tmp_path, path, monkeypatch):
     """The case above reaches the Cholesky step: with it switched off the float32 path is not orthonormal."""
-    monkeypatch.setattr("eigenzoo.subspace.flat.ORTHONORMAL", 10.0)
+    monkeypatch.setattr("eigenzoo.subspace.bases.flat.ORTHONORMAL", 10.0)
     draw = seeded(2)
     stack = (
         torch.logspace(0, -4, NUM_MODELS, dtype=torch.float64)[:, None]

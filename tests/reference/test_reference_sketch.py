@@ -15,9 +15,9 @@ import eigenzoo as ez
 from builders import random_factors, read_update, regauge, seeded, write_adapter, write_stacks
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.sketch import PASSES, Krylov, num_columns
-from eigenzoo.subspace import heldout
-from eigenzoo.subspace.collecting import collect
-from eigenzoo.subspace.sketched import SketchPlan, sketch_sides, sketched_ranks
+from eigenzoo.subspace.fitting import heldout
+from eigenzoo.subspace.moments.collecting import collect
+from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketched_ranks
 from tolerance import tolerance
 
 NUM_MODELS, SHAPE, RANK = 7, (160, 150), 4

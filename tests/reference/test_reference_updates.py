@@ -26,9 +26,9 @@ import eigenzoo as ez
 from builders import random_factors, regauge, write_adapter
 from eigenzoo.linalg.lora import TRUNCATION
 from eigenzoo.linalg.spectrum import explained_variance_ratio
-from eigenzoo.subspace.collecting import collect
-from eigenzoo.subspace.resources import Resources
-from eigenzoo.subspace.update_moments import update_grams
+from eigenzoo.subspace.moments.collecting import collect
+from eigenzoo.subspace.moments.update_moments import update_grams
+from eigenzoo.subspace.passes.resources import Resources
 from tolerance import angle_tolerance, tolerance
 
 MODULES = {"h.0.q": (10, 8), "h.0.up": (14, 8), "h.1.q": (10, 8)}
@@ -82,7 +82,7 @@ def test_moments_equal_the_dense_ones(written, module, num_models, monkeypatch):
     stack = ez.open_zoo(folders[:num_models]).stack(module)
     flat_ND = unfold(stack_NOI, "models")
     for tile_bytes in (2**26, 2000, 1):
-        monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_BYTES", tile_bytes)
+        monkeypatch.setattr("eigenzoo.subspace.moments.update_moments.TILE_BYTES", tile_bytes)
         grams = update_grams(stack, Resources())
         assert np.abs(grams.raw_NN.numpy() - flat_ND @ flat_ND.T).max() <= bound(stack_NOI)
         assert np.abs(grams.sums_N.numpy() - flat_ND.sum(1)).max() <= bound(stack_NOI)

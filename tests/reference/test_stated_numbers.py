@@ -69,7 +69,7 @@ def test_a_side_longer_than_all_columns_together_is_a_factor_and_exact(tmp_path)
 
 
 def test_a_side_that_is_too_long_is_kept_whole_and_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setattr("eigenzoo.subspace.collecting.LARGEST_SIDE", 16)
+    monkeypatch.setattr("eigenzoo.subspace.moments.collecting.LARGEST_SIDE", 16)
     write(tmp_path, noisy(9, (20, 6)))
     space = ez.fit(tmp_path, rank=3, axes=["outputs", "inputs"])
     layer = space.report["layers"]["w"]

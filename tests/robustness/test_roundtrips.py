@@ -27,7 +27,7 @@ from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import write_checkpoint
-from eigenzoo.subspace.bytes import count_bytes
+from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.zoo.sources import find_models
 from fuzz.samples import write_file
 

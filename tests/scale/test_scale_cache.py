@@ -16,8 +16,8 @@ import eigenzoo as ez
 from builders import random_factors, write_adapter, write_stacks
 from eigenzoo.errors import OutputError
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF, NUMERICAL_RANK
-from eigenzoo.subspace import collecting
-from eigenzoo.subspace.moments_cache import trim
+from eigenzoo.subspace.moments import collecting
+from eigenzoo.subspace.moments.moments_cache import trim
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 
 NUM_LAYERS, NUM_MODELS, SHAPE = 3, 8, (12, 10)
@@ -228,7 +228,7 @@ def test_a_run_leaves_no_more_than_there_is_room_for(
     for age, path in enumerate(files):
         os.utime(path, (1e9 - age, 1e9 - age))
     size = files[0].stat().st_size
-    monkeypatch.setattr("eigenzoo.subspace.moments_cache.CACHE_BYTES", 2 * size + size // 2)
+    monkeypatch.setattr("eigenzoo.subspace.moments.moments_cache.CACHE_BYTES", 2 * size + size // 2)
     others = write_stacks(tmp_path / "others", {"layer.0": planted(NUM_MODELS, SHAPE, 9)})
     ez.evidence(others)
     left = kept(own_folder_of_moments)
@@ -262,8 +262,8 @@ def test_a_cache_that_is_read_only_is_read(
 
     for name in ("os.utime", "pathlib.Path.unlink", "pathlib.Path.replace"):
         monkeypatch.setattr(name, refuse)
-    monkeypatch.setattr("eigenzoo.subspace.moments_cache.write_moment_tensors", refuse_output)
-    monkeypatch.setattr("eigenzoo.subspace.moments_cache.CACHE_BYTES", 0)
+    monkeypatch.setattr("eigenzoo.subspace.moments.moments_cache.write_moment_tensors", refuse_output)
+    monkeypatch.setattr("eigenzoo.subspace.moments.moments_cache.CACHE_BYTES", 0)
     reads.clear()
     assert said(paths) == first
     assert reads["products"] == 1

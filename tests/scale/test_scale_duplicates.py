@@ -12,7 +12,7 @@ from scale_zoos import planted, read_in_float32
 
 import eigenzoo as ez
 from builders import Factors, random_factors, regauge, write_adapter, write_stacks
-from eigenzoo.subspace import duplicates
+from eigenzoo.subspace.moments import duplicates
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from tolerance import tolerance
 

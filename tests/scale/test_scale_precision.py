@@ -130,7 +130,7 @@ def test_updates_have_the_products_of_their_dense_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     # Five models a tile, and ranks that differ: products of tiles with themselves and with each other.
-    monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_RANKS", 30)
+    monkeypatch.setattr("eigenzoo.subspace.moments.update_moments.TILE_RANKS", 30)
     ranks = [4, 6, 5, 6]
     folders = [
         write_adapter(tmp_path / f"m{n}", random_factors({"w": SHAPE}, ranks[n % 4], n), lora_alpha=3 + n)

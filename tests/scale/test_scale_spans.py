@@ -22,10 +22,10 @@ from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
-from eigenzoo.subspace import fit_layers
-from eigenzoo.subspace.resources import LEAST_MEMORY
-from eigenzoo.subspace.storage import moment_tensors
-from eigenzoo.subspace.workers import local_workers
+from eigenzoo.subspace.bundles.storage import moment_tensors
+from eigenzoo.subspace.fitting import fit_layers
+from eigenzoo.subspace.passes.resources import LEAST_MEMORY
+from eigenzoo.subspace.passes.workers import local_workers
 from eigenzoo.zoo import buffers
 from tolerance import tolerance
 
@@ -149,7 +149,7 @@ def test_a_base_is_subtracted_span_by_span(tmp_path: Path, monkeypatch: pytest.M
 def test_memory_decides_on_blocks_and_spans_on_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are as large as there is memory; what they sum up to is decided by the spans."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, (400, 700))}))
-    monkeypatch.setattr("eigenzoo.subspace.resources.MOST_KEPT", 0)
+    monkeypatch.setattr("eigenzoo.subspace.passes.resources.MOST_KEPT", 0)
     found = []
     for max_memory in (None, LEAST_MEMORY):
         with local_workers(max_memory, num=8) as workers:
@@ -183,7 +183,7 @@ class Lent:
 @pytest.fixture
 def lent(monkeypatch: pytest.MonkeyPatch) -> Lent:
     found = Lent()
-    for module in ("zoo.stack", "subspace.collecting", "subspace.update_moments"):
+    for module in ("zoo.stack", "subspace.moments.collecting", "subspace.moments.update_moments"):
         monkeypatch.setattr(f"eigenzoo.{module}.borrow", found.record(buffers.borrow))
     return found
 
@@ -204,7 +204,7 @@ def test_buffers_stay_within_the_memory_given(tmp_path: Path, lent: Lent, center
 
 
 def test_tiles_of_updates_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lent: Lent) -> None:
-    monkeypatch.setattr("eigenzoo.subspace.update_moments.TILE_BYTES", 2**13)
+    monkeypatch.setattr("eigenzoo.subspace.moments.update_moments.TILE_BYTES", 2**13)
     ez.fit([write_adapter(tmp_path / f"m{n}", random_factors({"w": SHAPE}, 4, n)) for n in range(12)], 4)
     # Two tiles at a time, one update at least in each.
     assert 0 < lent.most <= 2 * 2**13
@@ -223,7 +223,7 @@ def test_results_do_not_pile_up_before_a_slow_disk(tmp_path: Path, monkeypatch: 
     """Spans of a basis wait for their turn to be written; workers wait too, when what waits weighs too much."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)}))
     spans_of(monkeypatch, 2, kept=False)
-    monkeypatch.setattr("eigenzoo.subspace.workers.HELD_BYTES", 0)
+    monkeypatch.setattr("eigenzoo.subspace.passes.workers.HELD_BYTES", 0)
     made, written, ahead = [], [], []
     make, write = fit_layers.basis_task, BasisWriter.write_flat
 

@@ -79,6 +79,24 @@ def test_a_bundle_of_another_architecture_or_of_renamed_keys(
     assert "drops 8 of 8 tensors" in dropped
 
 
+def test_each_step_is_told(bundle: Made, base: Made) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+    space = ez.load(bundle("llama"))
+    found = space.verify(
+        against=base("llama"), progress=lambda stage, *counts: told.setdefault(stage, []).append(counts)
+    )
+    assert found.ok
+    assert {stage: counts[-1] for stage, counts in told.items()} == {
+        "comparing files": (len(space.manifest.files),) * 2,
+        "reading bases": (6 * len(space.layers),) * 2,
+        "multiplying bases": (len(space.layers),) * 2,
+        "reading coefficients": (len(space.names),) * 2,
+        "reading moments": (len(space.layers),) * 2,
+        "checking adapters": (len(space.names),) * 2,
+    }
+    assert all([done for done, _ in counts] == list(range(1, len(counts) + 1)) for counts in told.values())
+
+
 def test_a_model_that_changes_nothing_is_named(base: Made, tmp_path: Path) -> None:
     paths = [
         write_adapter(tmp_path / f"a{place}", "llama", seed=place, size=0.0 if place == 2 else 0.02)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from eigenzoo.adapt.maps import FlatMap, Map, TuckerMap
 from eigenzoo.errors import UsageError
-from eigenzoo.subspace.basis import LayerBasis
-from eigenzoo.subspace.flat import FlatBasis
-from eigenzoo.subspace.tucker import TuckerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.flat import FlatBasis
+from eigenzoo.subspace.bases.tucker import TuckerBasis
 
 
 @dataclass(frozen=True)

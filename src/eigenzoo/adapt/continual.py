@@ -37,8 +37,8 @@ from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.bundles.loading import load as load_bundle
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.loading import load as load_bundle
 from eigenzoo.subspace.subspace import Subspace
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from eigenzoo.subspace.basis import LayerBasis
-from eigenzoo.subspace.flat import FlatBasis
-from eigenzoo.subspace.stacked import StackedBasis
-from eigenzoo.subspace.tucker import TuckerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.flat import FlatBasis
+from eigenzoo.subspace.bases.stacked import StackedBasis
+from eigenzoo.subspace.bases.tucker import TuckerBasis
 
 
 class Map(nn.Module, ABC):

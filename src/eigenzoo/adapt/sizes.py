@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from eigenzoo.formats.safetensors.writer import header_bytes
-from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
 
 LORA_RANK = 8
 _DIMENSIONS = (2, 4)

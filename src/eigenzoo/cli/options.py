@@ -12,7 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from eigenzoo.errors import RankError, UsageError
 
 if TYPE_CHECKING:
-    from eigenzoo.subspace.workers import Workers
+    from eigenzoo.subspace.passes.workers import Workers
 
 ZooArgument = Annotated[
     list[str],
@@ -129,10 +129,12 @@ def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | 
         return None
     if "=" not in text:
         return _parse_rule(text.strip())
-    rules = {}
+    rules: dict[str, int | float | str] = {}
     for part in text.split(","):
-        axis, _, rule = part.partition("=")
-        rules[axis.strip()] = _parse_rule(rule.strip())
+        axis, _, rule = (word.strip() for word in part.partition("="))
+        if axis in rules:
+            raise UsageError(f"rank {text!r} names axis {axis!r} twice", rule="one rank for each axis")
+        rules[axis] = _parse_rule(rule)
     return rules
 
 
@@ -171,7 +173,7 @@ def parse_bytes(text: str | None, option: str) -> int | None:
 @contextmanager
 def opened_workers(cluster: str | None, max_memory: str | None, device: str) -> Iterator[Workers]:
     """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
-    from eigenzoo.subspace.workers import local_workers
+    from eigenzoo.subspace.passes.workers import local_workers
 
     num_bytes = parse_bytes(max_memory, "--max-memory")
     if cluster is None:

@@ -8,7 +8,7 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from eigenzoo.subspace.plan import Plan
+    from eigenzoo.subspace.fitting.plan import Plan
 
 
 def command(

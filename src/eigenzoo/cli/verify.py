@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import print_json, print_table, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
 from eigenzoo.errors import EigenzooError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def command(
     ] = True,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Check that a bundle is whole: checksums, finite values, orthonormal bases, coefficients that match their layers.
 
@@ -59,7 +60,7 @@ def command(
         return
     if find_id(path) is None:
         _check_place(Path(path))
-    _verify_bundle(path, against, dry_load, allow_pickle=allow_pickle, json=json)
+    _verify_bundle(path, against, dry_load, allow_pickle=allow_pickle, json=json, quiet=quiet or json)
 
 
 def _check_place(path: Path) -> None:
@@ -87,7 +88,9 @@ def _check_place(path: Path) -> None:
     )
 
 
-def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
+def _verify_bundle(
+    bundle: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool, quiet: bool
+) -> None:
     import eigenzoo as ez
     from eigenzoo.formats.bundle.folder import MANIFEST
 
@@ -96,7 +99,8 @@ def _verify_bundle(bundle: str, against: str | None, dry_load: bool, *, allow_pi
     try:
         space = ez.load(bundle)
         num_models, num_layers = len(space.names), len(space.layers)
-        found = space.verify(against=base, loader=_loader(dry_load))
+        with progress_bar(quiet=quiet) as progress:
+            found = space.verify(against=base, loader=_loader(dry_load), progress=progress)
         faults = list(found)
     except EigenzooError as error:
         # A bundle that cannot even be loaded has failed the check; what is no bundle is bad input.

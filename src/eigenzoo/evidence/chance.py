@@ -24,7 +24,7 @@ from eigenzoo.linalg.nulls import (
 )
 from eigenzoo.linalg.rank import AUTO, choose_rank
 from eigenzoo.linalg.spectrum import effective_rank
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 LARGE_ZOO = 128
 """From this many models on a spectrum averages itself, and fewer draws tell as much: its spread falls as N^(-2/3)."""

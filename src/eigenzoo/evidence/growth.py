@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenzoo.evidence.unseen import LARGE_ZOO, unrelated_share
 from eigenzoo.linalg.heldout import hold_out, up_to
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 RANK = 16
 """Directions kept at each size, or all that so few models span."""

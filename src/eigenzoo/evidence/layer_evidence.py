@@ -13,7 +13,7 @@ from eigenzoo.linalg.heldout import deal
 from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
-from eigenzoo.subspace.moments import LayerMoments, recentered
+from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.records import Layer
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 GAP = 0.2
 """Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""

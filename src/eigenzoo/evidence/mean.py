@@ -9,7 +9,7 @@ from math import sqrt
 from torch import Tensor
 
 from eigenzoo.linalg.heldout import others
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.evidence.evidence import Evidence
 from eigenzoo.evidence.function import FunctionEvidence
 from eigenzoo.formats.remote import source_url
-from eigenzoo.subspace.sizes import sizes
+from eigenzoo.subspace.fitting.sizes import sizes
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 

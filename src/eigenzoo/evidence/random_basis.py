@@ -15,9 +15,9 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.basis import LayerBasis
-from eigenzoo.subspace.stacked import StackedBasis
-from eigenzoo.subspace.tucker import TuckerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.stacked import StackedBasis
+from eigenzoo.subspace.bases.tucker import TuckerBasis
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack, UpdateStack
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.variants import mean_values
 from eigenzoo.records import Progress
+from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.fit import fit
-from eigenzoo.subspace.source_records import is_at_hand, source_path
+from eigenzoo.subspace.fitting.fit import fit
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigenzoo.evidence.unseen import LARGE_ZOO
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 MIN_TAIL = 4
 """Fewer eigenvalues above x_min fit any exponent."""

@@ -8,7 +8,7 @@ import torch
 
 from eigenzoo.evidence.unseen import LARGE_ZOO
 from eigenzoo.linalg.angles import half_cosines, random_cosines
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 NUM_SPLITS = 20
 NUM_SPLITS_LARGE = 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigenzoo.linalg.gram import scale_models
 from eigenzoo.linalg.heldout import HeldOut, contrast, deal, hold_out, leave_one_out, others, up_to
-from eigenzoo.subspace.moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 NUM_FOLDS = 5
 MIN_MODELS = 4

@@ -13,7 +13,7 @@ from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace

@@ -30,7 +30,7 @@ from eigenzoo.integrations.models import (
     require,
 )
 from eigenzoo.records import Progress, no_progress, plain
-from eigenzoo.subspace.loading import load
+from eigenzoo.subspace.bundles.loading import load
 
 NURSERY = "5-against-5:"
 STEPS, BATCH_SIZE = 200, 64

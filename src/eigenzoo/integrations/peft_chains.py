@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from eigenzoo.adapt.maps import FlatMap, Map, StackedMap, TuckerMap, map_of
-from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
 
 Chain = list[Tensor]
 """Matrices from the inputs' side to the outputs'; a vector is a diagonal. Their product is (O, I)."""

@@ -13,7 +13,7 @@ from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
-from eigenzoo.subspace.loading import load
+from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.subspace import Subspace
 
 BUNDLES = "EIGENZOO_BUNDLE"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eigenzoo.formats.bundle.contents import Template
-from eigenzoo.subspace.basis import Projection
+from eigenzoo.subspace.bases.basis import Projection
 
 
 @dataclass(frozen=True)

@@ -26,27 +26,28 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.records import Progress, no_progress, plain
-from eigenzoo.subspace.basis import Projection
-from eigenzoo.subspace.border import extend
-from eigenzoo.subspace.bytes import count_bytes
+from eigenzoo.subspace.bases.basis import Projection
+from eigenzoo.subspace.bundles.originals import find_originals
+from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
+from eigenzoo.subspace.bundles.provenance import joined, provenance
+from eigenzoo.subspace.bundles.source_records import Relocation, source_record
+from eigenzoo.subspace.bundles.storage import link_all, write_model, write_moments
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.collecting import collect
-from eigenzoo.subspace.duplicates import find_duplicates
-from eigenzoo.subspace.fit import Fitting, fit_layers, write_subspace
-from eigenzoo.subspace.inside import find_copies
-from eigenzoo.subspace.moments import LayerMoments
-from eigenzoo.subspace.moments_cache import opened_cache
-from eigenzoo.subspace.options import EXACT, FitOptions
-from eigenzoo.subspace.originals import find_originals
-from eigenzoo.subspace.provenance import KEY as PROVENANCE
-from eigenzoo.subspace.provenance import joined, provenance
+from eigenzoo.subspace.fitting.bytes import count_bytes
+from eigenzoo.subspace.fitting.fit import Fitting, fit_layers, write_subspace
+from eigenzoo.subspace.fitting.options import EXACT, FitOptions
+from eigenzoo.subspace.moments.border import extend
+from eigenzoo.subspace.moments.collecting import collect
+from eigenzoo.subspace.moments.duplicates import find_duplicates
+from eigenzoo.subspace.moments.inside import find_copies
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.subspace.moments.moments_cache import opened_cache
+from eigenzoo.subspace.passes.resources import Resources
+from eigenzoo.subspace.passes.work import Work
+from eigenzoo.subspace.passes.workers import opened_workers
+from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
-from eigenzoo.subspace.resources import Resources
-from eigenzoo.subspace.source_records import Relocation, source_record
-from eigenzoo.subspace.storage import link_all, write_model, write_moments
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.subspace.work import Work
-from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -121,7 +122,7 @@ def _grown(
             next_step="rename the new model's folder",
         )
     originals = find_originals(space, old, allow_pickle)
-    projections = {} if refresh and originals is not None else space.project_layers(new, progress)
+    projections = {} if refresh and originals is not None else project_layers(space.layers, new, progress)
     moments = _grown_moments(space, new, originals, progress)
     if refresh:
         return _refreshed(space, new, originals, moments, progress, started, workspace)
@@ -189,7 +190,7 @@ def _extended(
     Without the old files the moments stay those of the models before: what the bundle knows of the others follows from their
     coefficients and energies when it is asked for (`inside`).
     """
-    projected = space.with_templates(new, projections)
+    projected = with_templates(new, projections)
     inside = moments is None and space.has_moments and space.manifest.center == "models"
     folder = TemporaryFolder(workspace)
     root = Path(folder.name)

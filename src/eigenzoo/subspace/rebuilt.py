@@ -20,7 +20,7 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.weights.roles import VARIANCE
 
 

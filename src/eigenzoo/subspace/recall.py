@@ -17,10 +17,10 @@ from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle.folder import StoredCoefficients, write_coefficients
 from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo, part_name
+from eigenzoo.subspace.bundles.source_records import Relocation
+from eigenzoo.subspace.bundles.storage import link_or_copy
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
-from eigenzoo.subspace.source_records import Relocation
-from eigenzoo.subspace.storage import link_or_copy
 from eigenzoo.subspace.subspace import Subspace
 
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -34,19 +34,18 @@ from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.basis import LayerBasis, Projection
-from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
-from eigenzoo.subspace.inside import extended_by_records
-from eigenzoo.subspace.moments import LayerMoments
-from eigenzoo.subspace.pushing import push
+from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bundles.pushing import push
+from eigenzoo.subspace.bundles.saving import save
+from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
+from eigenzoo.subspace.bundles.storage import num_held, read_basis, read_moments, split_coefficients
+from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.moments.inside import extended_by_records
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
-from eigenzoo.subspace.saving import save
-from eigenzoo.subspace.source_records import is_at_hand, source_path
-from eigenzoo.subspace.storage import num_held, read_basis, read_moments, split_coefficients
-from eigenzoo.subspace.workers import opened_workers
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.verification import Loader, Verification
 from eigenzoo.zoo.zoo import Zoo, open_models
 
@@ -255,26 +254,7 @@ class Subspace:
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
         """Project every model of a source onto the subspace, layer after layer."""
         zoo = self.open(source)
-        return self.with_templates(zoo, self.project_layers(zoo, progress))
-
-    def project_layers(self, zoo: Zoo, progress: Progress = no_progress) -> dict[str, list[Projection]]:
-        """Project every model of an opened zoo (see `open`), layer by layer, layers side by side."""
-        found: dict[str, list[Projection]] = {}
-        with opened_workers(None) as workers:
-            tasks = ((name, [partial(_project_layer, basis, zoo, name)]) for name, basis in self.layers.items())
-            for name, (projections,) in workers.in_order(tasks):
-                found[name] = projections
-                progress("projecting layers", len(found), len(self.layers))
-        return found
-
-    def with_templates(self, zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
-        """Put the projections of a zoo's models together with what makes them complete models again."""
-        return {
-            name: coefficients_of(
-                name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
-            )
-            for place, name in enumerate(zoo.names)
-        }
+        return with_templates(zoo, project_layers(self.layers, zoo, progress))
 
     def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:
         """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
@@ -367,7 +347,11 @@ class Subspace:
         return list(there)
 
     def verify(
-        self, *, against: str | os.PathLike[str] | Model | None = None, loader: Loader | None = None
+        self,
+        *,
+        against: str | os.PathLike[str] | Model | None = None,
+        loader: Loader | None = None,
+        progress: Progress = no_progress,
     ) -> Verification:
         """Check all that a bundle promises: checksums, finite values, orthonormal bases, coefficients that match layers.
 
@@ -375,9 +359,9 @@ class Subspace:
         weights, whether the base has the layers, and how far the mean is from it. Cost: all files and the base's weights are
         read once, and each adapter is rebuilt once.
         """
-        from eigenzoo.subspace.verifying import verify
+        from eigenzoo.subspace.bundles.verifying import verify
 
-        return verify(self, against, loader)
+        return verify(self, against, loader, progress)
 
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:
@@ -388,10 +372,6 @@ class Subspace:
             meant = f"did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
-
-
-def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:
-    return basis.project_all(zoo.stack(name))
 
 
 def _some(model: Model | None) -> Model:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import TypeVar
 
 from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
@@ -26,6 +27,8 @@ from eigenzoo.formats.remote.mirror import mirror_models
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.globs import find_names
 from eigenzoo.zoo.remote_sources import find_remote, last_name
+
+M = TypeVar("M")
 
 Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
@@ -63,6 +66,11 @@ def find_models(
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     models = _mirrored(_downloaded(found, allow_pickle, progress), progress)
+    return _some(models, source)
+
+
+def _some(models: list[M], source: Source) -> list[M]:
+    """Raise ZooError where a source names no model: beside others it would be missed by nobody."""
     if not models:
         raise ZooError(
             "no model is found",
@@ -157,12 +165,12 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
             next_step="use verify, project, rebuild or add on it, or name the models it was made from",
         )
     if is_folder:
-        return [path] if is_model(path) else [*_in_folder(path, MAX_DEPTH)]
+        return [path] if is_model(path) else [*_some(_in_folder(path, MAX_DEPTH), str(source))]
     # os.path's answer to a name that no file can have (too long, a NUL in it) is no; pathlib's is an OSError.
     if os.path.isfile(path):
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
-        return [*_in_glob(str(source), follow=not lists.within)]
+        return [*_some(_in_glob(str(source), follow=not lists.within), str(source))]
     spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
     raise ZooError(
         "there is no such file or folder",

@@ -21,6 +21,7 @@ from eigenzoo.formats.paths import inside, is_regular
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
+from eigenzoo.records import Progress, no_progress, telling
 
 MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"
 HUB_FILE = ".gitattributes"
@@ -109,9 +110,9 @@ def read_coefficients(
     return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
 
 
-def file_faults(path: Path, manifest: Manifest) -> Iterator[str]:
+def file_faults(path: Path, manifest: Manifest, progress: Progress = no_progress) -> Iterator[str]:
     """Check every file against the manifest: sizes, checksums, contents' ids."""
-    for name, record in manifest.files.items():
+    for name, record in telling(progress, "comparing files", manifest.files.items()):
         file = inside(path, name)
         if name == MOMENTS and not file.exists():
             continue

@@ -1,0 +1,145 @@
+"""What every form of a fitted layer gives: project a model onto it, rebuild a model from it, count its bytes.
+
+Three forms, one file each:
+
+    flat      (flat.py)      full weights, axis `models` alone: k directions, each a whole layer
+    tucker    (tucker.py)    anything with axis `outputs` or `inputs`: bases of the sides and small cores between them
+    stacked   (stacked.py)   LoRA updates, axis `models` alone: directions as weights over the zoo's own factors
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from eigenzoo.formats.bundle.basis_files import BasisFiles
+from eigenzoo.formats.writers import all_finite
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.records import Layer, Progress, no_progress, telling
+from eigenzoo.zoo.stack import Stack
+
+FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
+PARTS = {FLAT: 2, TUCKER: 4, STACKED: 6}
+"""How many tensors a layer of each form has, at most."""
+
+
+def form_of(layer_kinds: Iterable[str], axes: Sequence[str]) -> str:
+    """Return the form that a fit of these kinds of layers and axes writes."""
+    if tuple(axes) != ("models",):
+        return TUCKER
+    return STACKED if "update" in layer_kinds else FLAT
+
+
+class TensorReader(Protocol):
+    """Where a basis lies: one safetensors file or several."""
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor whole."""
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read a run of a flattened tensor."""
+
+
+class PartWriter(Protocol):
+    """Where a fit writes a basis to, tensor by tensor."""
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor whole."""
+
+
+class TensorWriter(PartWriter, Protocol):
+    """The same, tensor by tensor or block by block."""
+
+    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Make room for a tensor that is written block by block."""
+
+    def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
+        """Write a run of a tensor that was begun."""
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read back a run of what was written."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One model's layer in a basis: its coefficients, ‖X − X̂‖², and ‖X‖²."""
+
+    coefficients: Tensor
+    outside: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class LayerBasis(ABC):
+    """A fitted layer.
+
+    Attributes:
+        layer: the layer's record.
+        ranks: directions kept, per truncated axis.
+        center: what was removed; see `weights.views.CENTERS`.
+        tensors: where the basis is read from; its names begin with the layer's name.
+    """
+
+    form: ClassVar[str]
+
+    layer: Layer
+    ranks: Mapping[str, int]
+    center: str
+    tensors: TensorReader
+
+    @property
+    @abstractmethod
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """Shape of one model's coefficients."""
+
+    @property
+    def num_coefficients(self) -> int:
+        """Numbers that one model needs for this layer."""
+        return prod(self.coefficient_shape)
+
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer of a stack."""
+        return [self.project(stack, place) for place in range(len(stack))]
+
+    @abstractmethod
+    def project(self, stack: Stack, place: int) -> Projection:
+        """Project one model's layer; the coefficients come in float64."""
+
+    @abstractmethod
+    def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
+        """Rebuild the layer: an (O, I) matrix in float64, or (B, A) factors of a LoRA update with the scale in B."""
+
+    @abstractmethod
+    def orthonormality(self) -> float:
+        """Largest entry of |VVᵀ − 1| over the layer's bases: 0 when they are orthonormal."""
+
+    def removed(self) -> Tensor:
+        """The center M as it is stored, broadcastable over (O, I); zero where nothing is stored."""
+        return torch.zeros(1, 1, dtype=torch.float64)
+
+    def _name(self, part: str) -> str:
+        return f"{self.layer.name}/{part}"
+
+
+def deviation_from_identity(gram_KK: Tensor) -> float:
+    """Return the largest entry of |G − 1|."""
+    if not gram_KK.numel():
+        return 0.0
+    return float((gram_KK - torch.eye(gram_KK.shape[0], dtype=gram_KK.dtype)).abs().max())
+
+
+ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
+"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
+
+
+def finite_faults(files: BasisFiles, progress: Progress = no_progress) -> Iterator[str]:
+    """Yield the tensors of bases whose values are not finite."""
+    for name in telling(progress, "reading bases", files.names):
+        if not all_finite(files.read(name)):
+            yield f"basis tensor {name}: NaN or Inf"

@@ -1,0 +1,258 @@
+"""Form `flat`: PCA of flattened layers. X̂ = M + Σ c_k V_k with k whole-layer directions V_k and k numbers per model.
+
+Legend: N models, D values of one flattened layer, K kept directions, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg import kernels
+from eigenzoo.linalg.block_sums import exact_mean
+from eigenzoo.records import Layer
+from eigenzoo.subspace.bases.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.zoo.buffers import borrow, lend
+from eigenzoo.zoo.layers import widest
+from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
+
+ORTHONORMAL = 1e-6
+"""Deviation from orthonormality above which directions are corrected; float32 storage alone gives about 1e-7."""
+
+
+@dataclass(frozen=True)
+class SpanBasis:
+    """A run of the directions from value `start` on, their Gram, and the models' mean there where it goes into the bundle."""
+
+    start: int
+    directions_KD: Tensor
+    gram_KK: Tensor
+    mean_D: Tensor | None
+
+
+def span_basis(
+    extended_ED: Tensor, start: int, inputs: int, weights_NK: Tensor, removed: Tensor | None, dtype: torch.dtype
+) -> SpanBasis:
+    """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
+    num_models, num_kept = weights_NK.shape
+    rows_ND = extended_ED[:num_models]
+    room = lend(num_kept, rows_ND.shape[1], rows_ND.dtype) if rows_ND.device.type == "cpu" else None
+    directions_KD, mean_D = kernels.product(weights_NK.T.to(rows_ND), rows_ND, room), None
+    if removed is None:
+        mean_D = exact_mean(extended_ED, num_models, _mean_dtype(dtype)).cpu()
+    else:
+        # The rows are about the models' mean, M is not: what lies between them comes as often as the weights add up to.
+        rounded_D = extended_ED[num_models].double()
+        between_D = rounded_D - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
+        directions_KD += (weights_NK.sum(0).to(between_D.device)[:, None] * between_D).to(directions_KD.dtype)
+    directions_KD = directions_KD.cpu().to(dtype)
+    return SpanBasis(start, directions_KD, _own_gram(directions_KD), mean_D)
+
+
+def _own_gram(directions_KD: Tensor) -> Tensor:
+    return kernels.long_gram(directions_KD.to(torch.promote_types(directions_KD.dtype, torch.float32)))
+
+
+def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
+    """Values of M, which is constant along one axis or both, over a run of whole output rows."""
+    return (
+        removed.expand(count // inputs, inputs).reshape(-1)
+        if removed.shape[0] == 1
+        else removed.view(-1)[start : start + count]
+    )
+
+
+def orthonormalized(
+    spans: Sequence[SpanBasis], coefficients_NK: Tensor, dtype: torch.dtype
+) -> tuple[list[SpanBasis], Tensor]:
+    """Return the spans of a layer that are all in memory with directions that do not lean on each other; see `write_flat`."""
+    gram_KK = torch.stack([span.gram_KK for span in spans]).sum(0)
+    if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
+        return list(spans), coefficients_NK
+    lower_KK = torch.linalg.cholesky(gram_KK)
+    inverse_KK = torch.linalg.inv(lower_KK)
+    turned = []
+    for span in spans:
+        exact = torch.promote_types(dtype, torch.float32)
+        directions_KD = kernels.product(inverse_KK.to(exact), span.directions_KD.to(exact)).to(dtype)
+        turned.append(replace(span, directions_KD=directions_KD, gram_KK=_own_gram(directions_KD)))
+    return turned, coefficients_NK @ lower_KK
+
+
+def write_flat(
+    layer: Layer,
+    removed: Tensor | None,
+    spans: Iterable[SpanBasis],
+    coefficients_NK: Tensor,
+    dtype: torch.dtype,
+    writer: TensorWriter,
+) -> Tensor:
+    """Write the center and the directions, span by span as they come; returns the coefficients.
+
+    Directions of small eigenvalues inherit the Gram's round-off and lean on each other; one Cholesky step makes them
+    orthonormal again and hands the coefficients the inverse, so that C·V stays what it was.
+    """
+    num_kept = coefficients_NK.shape[1]
+    if removed is not None and float(removed.abs().max()) > 0:
+        writer.append(f"{layer.name}/mean", removed.to(_mean_dtype(dtype)))
+    if removed is None:
+        writer.begin(f"{layer.name}/mean", _mean_dtype(dtype), layer.shape)
+    if num_kept:
+        writer.begin(f"{layer.name}/models", dtype, (num_kept, *layer.shape))
+    gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
+    for span in spans:
+        gram_KK += span.gram_KK
+        if span.mean_D is not None:
+            writer.write_flat(f"{layer.name}/mean", span.start, span.mean_D)
+        for number, direction in enumerate(span.directions_KD):
+            writer.write_flat(f"{layer.name}/models", number * layer.num_values + span.start, direction)
+    if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
+        return coefficients_NK
+    return _orthonormalize(writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype)
+
+
+def _mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the mean: a rounded one would cost more than what the directions add."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _orthonormal(dtype: torch.dtype) -> float:
+    return max(ORTHONORMAL, 4 * torch.finfo(dtype).eps)
+
+
+def _orthonormalize(
+    writer: TensorWriter,
+    name: str,
+    gram_KK: Tensor,
+    coefficients_NK: Tensor,
+    num_values: int,
+    dtype: torch.dtype,
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
+    """Replace V by L⁻¹V in place, with LLᵀ = VVᵀ, and return C·L (CholeskyQR, Yamamoto et al. 2015)."""
+    lower_KK: Tensor = torch.linalg.cholesky(gram_KK)
+    num_kept = gram_KK.shape[0]
+    per_block = max(1, block_bytes // (8 * num_kept))
+    for start in range(0, num_values, per_block):
+        stop = min(start + per_block, num_values)
+        run = torch.empty(num_kept, stop - start, dtype=torch.float64)
+        for number in range(num_kept):
+            run[number] = writer.read_flat(name, number * num_values + start, number * num_values + stop)
+        run = torch.linalg.solve_triangular(lower_KK, run, upper=False).to(dtype)
+        for number in range(num_kept):
+            writer.write_flat(name, number * num_values + start, run[number])
+    return coefficients_NK @ lower_KK
+
+
+@dataclass(frozen=True)
+class FlatBasis(LayerBasis):
+    """A layer as a center plus whole-layer directions."""
+
+    form: ClassVar[str] = FLAT
+    has_mean: bool = True
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """(K,)."""
+        return (self.ranks["models"],)
+
+    def project(self, stack: Stack, place: int) -> Projection:
+        """Project one model's layer; two passes over the basis, block by block."""
+        assert isinstance(stack, DenseStack)
+        return self.project_all(stack.subset([place]))[0]
+
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these.
+
+        In float32, and sums in float64, unless the layer or its basis is float64.
+        """
+        assert isinstance(stack, DenseStack)
+        dtype, num_values = self._working_dtype(), self.layer.num_values
+        at_once = max(1, 4 * BLOCK_BYTES // (dtype.itemsize * num_values))
+        found: list[Projection] = []
+        for first in range(0, len(stack), at_once):
+            places = range(first, min(first + at_once, len(stack)))
+            some = stack if len(places) == len(stack) else stack.subset(places)
+            with borrow(len(places), num_values, dtype) as values_MD:
+                some.read(0, num_values, values_MD)
+                found += self._project(values_MD, some)
+        return found
+
+    def _project(self, values_MD: Tensor, stack: DenseStack) -> list[Projection]:
+        energies_M = kernels.row_energies(values_MD)
+        if not bool(torch.isfinite(energies_M).all()):
+            stack.check_finite(0, values_MD.shape[1])
+        if self.has_mean:
+            mean = self.tensors.read(self._name("mean")).to(values_MD.dtype)
+            kernels.subtract(values_MD, mean.expand(self.layer.shape).reshape(-1))
+        coefficients_MK = torch.zeros(values_MD.shape[0], self.ranks["models"], dtype=torch.float64)
+        dtype = values_MD.dtype
+        kept = list(self._blocks(dtype)) if self._per_block(dtype) >= self.layer.num_values else None
+        for start, stop, directions_KD in kept or self._blocks(dtype):
+            coefficients_MK += kernels.long_product(values_MD[:, start:stop], directions_KD)
+        for start, stop, directions_KD in kept or self._blocks(dtype):
+            kernels.subtract(values_MD[:, start:stop], kernels.product(coefficients_MK.to(dtype), directions_KD))
+        outside_M = kernels.row_energies(values_MD)
+        return [
+            Projection(coefficients, outside, energy)
+            for coefficients, outside, energy in zip(
+                coefficients_MK, outside_M.tolist(), energies_M.tolist(), strict=True
+            )
+        ]
+
+    def rebuild(self, coefficients: Tensor) -> Tensor:
+        """Return M + Σ c_k V_k."""
+        matrix_OI = self.removed().expand(self.layer.shape).clone()
+        flat = matrix_OI.view(-1)
+        for start, stop, directions in self._blocks():
+            flat[start:stop] += coefficients.double() @ directions
+        return matrix_OI
+
+    def orthonormality(self) -> float:
+        """Largest entry of |VVᵀ − 1|."""
+        num_kept = self.ranks["models"]
+        gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
+        for _, _, directions in self._blocks():
+            gram_KK += directions @ directions.T
+        return deviation_from_identity(gram_KK)
+
+    def directions(self) -> Tensor:
+        """The directions (K, O, I), whole, in the dtype that they are stored in."""
+        if not self.ranks["models"]:
+            return torch.zeros(0, *self.layer.shape)
+        return self.tensors.read(self._name("models"))
+
+    def removed(self) -> Tensor:
+        """The center; of updates its core."""
+        if not self.has_mean:
+            return torch.zeros(1, 1, dtype=torch.float64)
+        return self.tensors.read(self._name("mean")).double()
+
+    def _blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (start, stop, directions (K, stop − start)) over the flattened layer; the next takes the memory of the last."""
+        num_kept, num_values, name = self.ranks["models"], self.layer.num_values, self._name("models")
+        if not num_kept:
+            return
+        per_block = min(self._per_block(dtype), num_values)
+        memory = lend(1, num_kept * per_block, dtype)[0]
+        for start in range(0, num_values, per_block):
+            stop = min(start + per_block, num_values)
+            directions = memory[: num_kept * (stop - start)].view(num_kept, stop - start)
+            if per_block == num_values:
+                self.tensors.read_flat(name, 0, memory.numel(), out=memory)
+            else:
+                for number, row in enumerate(directions):
+                    self.tensors.read_flat(name, number * num_values + start, number * num_values + stop, out=row)
+            yield start, stop, directions
+
+    def _per_block(self, dtype: torch.dtype) -> int:
+        return max(1, BLOCK_BYTES // (dtype.itemsize * max(1, self.ranks["models"])))
+
+    def _working_dtype(self) -> torch.dtype:
+        parts = ["models"] * bool(self.ranks["models"]) + ["mean"] * self.has_mean
+        dtypes = [self.tensors.read_flat(self._name(part), 0, 0).dtype for part in parts]
+        return widest(torch.float32, getattr(torch, self.layer.dtype), *dtypes)

@@ -1,0 +1,130 @@
+"""Form `stacked`: PCA of LoRA updates without a dense matrix. Every direction is a weighted sum of the zoo's own updates.
+
+    X̂ = Σ_n w_n · s_n B_n A_n,   w = m + Σ c_k v_k   (m = 1/N for the mean, v_k the weights of direction k)
+
+The bundle holds the factors as they were stored and a (1 + K) × N table of weights: exact, and never smaller than the
+zoo itself; for fewer bytes truncate the axes `outputs` and `inputs` (form `tucker`).
+
+Legend: N models, O outputs, I inputs, P ranks of all updates stacked, K kept directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg import lora
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.subspace.bases.basis import STACKED, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.zoo.stack import Stack, UpdateStack
+
+
+def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor, writer: TensorWriter) -> None:
+    """Write factors, owners, scales and weights; factors in the dtype they come in, one model at a time.
+
+    Directions are V_k = Σ_n w_nk (X_n − M): over the updates themselves their weights are w_k minus their sum's share of M.
+    """
+    layer, ranks, num_models = stack.layer, stack.ranks, len(stack)
+    dtype = getattr(torch, layer.dtype)
+    outputs, inputs = layer.shape
+    mean_N = torch.full((num_models,), 1 / num_models if moments.removed is None else 0.0, dtype=torch.float64)
+    directions_KN = weights_NK.T - weights_NK.sum(0)[:, None] * mean_N
+    scales_N = torch.empty(num_models, dtype=torch.float64)
+    # Bᵀ (P, O) and A (P, I): each model's factors are one contiguous run of rows.
+    writer.begin(f"{layer.name}/factors_b", dtype, (sum(ranks), outputs))
+    writer.begin(f"{layer.name}/factors_a", dtype, (sum(ranks), inputs))
+    first = 0
+    for place in range(num_models):
+        b_OR, a_RI, scales_N[place] = stack.stored_factors(place)
+        writer.write_flat(f"{layer.name}/factors_b", first * outputs, b_OR.T.contiguous().to(dtype).view(-1))
+        writer.write_flat(f"{layer.name}/factors_a", first * inputs, a_RI.contiguous().to(dtype).view(-1))
+        first += ranks[place]
+    writer.append(f"{layer.name}/ranks", torch.tensor(ranks, dtype=torch.int32))
+    writer.append(f"{layer.name}/scales", scales_N)
+    writer.append(f"{layer.name}/weights", torch.cat([mean_N[None], directions_KN]))
+    raw_NN = moments.raw_NN
+    weights = torch.cat([mean_N[None], directions_KN])
+    writer.append(f"{layer.name}/products", weights @ raw_NN @ weights.T)
+
+
+@dataclass(frozen=True)
+class StackedBasis(LayerBasis):
+    """A LoRA update as weights over the zoo's own factors."""
+
+    form: ClassVar[str] = STACKED
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """(K,)."""
+        return (self.ranks["models"],)
+
+    def project(self, stack: Stack, place: int) -> Projection:
+        """Project one update: c_k = ⟨V_k, X − M⟩ and ‖X − X̂‖² = ‖X − M‖² − ‖c‖², by products of factors."""
+        assert isinstance(stack, UpdateStack)
+        b_OR, a_RI = stack.factors(place)
+        products_N = self._inner_products(b_OR, a_RI)
+        weights = self.tensors.read(self._name("weights"))
+        products = self.tensors.read(self._name("products"))
+        along = weights @ products_N
+        energy = lora.energy((b_OR, a_RI))
+        coefficients = along[1:] - products[1:, 0]
+        outside = energy - 2 * float(along[0]) + float(products[0, 0]) - float(coefficients.square().sum())
+        return Projection(coefficients, max(outside, 0.0), energy)
+
+    def rebuild(self, coefficients: Tensor) -> Factors:
+        """Return the balanced factors of least rank of Σ w_n s_n B_n A_n; cost (O + I)·P² + P³."""
+        weights = self.tensors.read(self._name("weights"))
+        combined_N = (weights[0] + coefficients.double() @ weights[1:]) * self.tensors.read(self._name("scales"))
+        owner_P = self._owner()
+        used_P = (combined_N != 0)[owner_P]
+        b_PO = self.tensors.read(self._name("factors_b")).double()[used_P]
+        a_PI = self.tensors.read(self._name("factors_a")).double()[used_P]
+        # A model near zero is a difference of the mean and the directions: their round-off is no rank of its own.
+        noise = lora.ROUND_OFF * (
+            float(self.tensors.read(self._name("products"))[0, 0]) + float(coefficients.double().square().sum())
+        )
+        factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI, noise=noise)
+        return factors
+
+    def orthonormality(self) -> float:
+        """Largest entry of |⟨V_j, V_k⟩ − δ_jk|, from the factors themselves."""
+        weights = self.tensors.read(self._name("weights"))[1:]
+        if not weights.numel():
+            return 0.0
+        factors = self._factors()
+        return deviation_from_identity(weights @ lora.inner_products(factors, factors) @ weights.T)
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All models' factors Bᵀ (P, O) and A (P, I), and what each row counts in the mean and the directions (1 + K, P); float64.
+
+        M + Σ c_k V_k = B · diag(t_0 + Σ c_k t_k) · A with t the rows of the table; the models' scales are in it.
+        """
+        weights = self.tensors.read(self._name("weights")) * self.tensors.read(self._name("scales"))
+        factors = (self.tensors.read(self._name(part)).double() for part in ("factors_b", "factors_a"))
+        return (*factors, weights[:, self._owner()])  # type: ignore[return-value]
+
+    def _owner(self) -> Tensor:
+        ranks = self.tensors.read(self._name("ranks")).long()
+        return torch.repeat_interleave(torch.arange(ranks.numel()), ranks)
+
+    def _factors(self) -> list[Factors]:
+        ranks = self.tensors.read(self._name("ranks")).long().tolist()
+        scales = self.tensors.read(self._name("scales")).tolist()
+        b_PO = self.tensors.read(self._name("factors_b")).double()
+        a_PI = self.tensors.read(self._name("factors_a")).double()
+        return [
+            (b.T * scale, a)
+            for b, a, scale in zip(torch.split(b_PO, ranks), torch.split(a_PI, ranks), scales, strict=True)
+        ]
+
+    def _inner_products(self, b_OR: Tensor, a_RI: Tensor) -> Tensor:
+        """⟨X_n, BA⟩ for every model of the basis: two thin products and a sum over each model's ranks."""
+        b_PO = self.tensors.read(self._name("factors_b")).double()
+        a_PI = self.tensors.read(self._name("factors_a")).double()
+        sums_P = ((b_PO @ b_OR) * (a_PI @ a_RI.T)).sum(1)
+        scales_N = self.tensors.read(self._name("scales"))
+        return torch.zeros_like(scales_N).index_add_(0, self._owner(), sums_P) * scales_N

@@ -1,0 +1,195 @@
+"""Form `tucker`: shared bases U of the outputs and V of the inputs, and a small core per model between them.
+
+    full weights:   X̂ = M + U · C · Vᵀ          updates:   X̂ = U · (C̄ + C) · Vᵀ
+
+An axis that is not truncated has no basis (U = 1). With axis `models` the cores lie in turn in k shared cores:
+C = Σ c_k D_k, and a model is k numbers. U and V come from the moments of the stack, the shared cores from the cores
+(a sequentially truncated higher-order SVD, Vannieuwenhoven et al. 2012: its error is never above that of truncating
+every axis from the full stack).
+
+The mean of updates is kept as a core, C̄ = UᵀX̄V, so that it costs no dense matrix; their bases therefore come from
+moments about zero, where the mean's own directions count by their energy.
+
+Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K shared cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg import lora
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.subspace.bases.basis import TUCKER, LayerBasis, PartWriter, Projection, deviation_from_identity
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+
+
+@dataclass(frozen=True)
+class Cores:
+    """All models' cores (N, P, Q) after their mean is removed, and the mean that goes into the bundle."""
+
+    cores_NPQ: Tensor
+    mean: Tensor | None
+
+
+def stack_mean(stack: DenseStack) -> Tensor:
+    """Return the mean over models as an (O, I) float64 matrix; one pass."""
+    mean_OI = torch.empty(stack.layer.shape, dtype=torch.float64)
+    for block in stack.blocks():
+        mean_OI.view(-1)[block.start : block.stop] = block.rows.mean(0, dtype=torch.float64)
+    return mean_OI
+
+
+def collect_cores(stack: Stack, moments: LayerMoments, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Cores:
+    """Reduce every model to its core Uᵀ(X − M)V; one pass over the weights (two for center `models` of full weights)."""
+    if isinstance(stack, UpdateStack):
+        cores_NPQ = torch.stack(
+            [_reduce_update(stack.factors(place), outputs_OP, inputs_IQ) for place in range(len(stack))]
+        )
+        if moments.removed is not None:
+            return Cores(cores_NPQ, None)
+        mean_PQ = cores_NPQ.mean(0)
+        return Cores(cores_NPQ - mean_PQ, mean_PQ)
+    removed = stack_mean(stack) if moments.removed is None else moments.removed
+    matrices = (stack.matrix(place).double() - removed for place in range(len(stack)))
+    cores_NPQ = torch.stack([_reduce(matrix_OI, outputs_OP, inputs_IQ) for matrix_OI in matrices])
+    return Cores(cores_NPQ, removed if float(removed.abs().max()) > 0 else None)
+
+
+def _reduce(matrix_OI: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
+    core = matrix_OI if outputs_OP is None else outputs_OP.T @ matrix_OI
+    return core if inputs_IQ is None else core @ inputs_IQ
+
+
+def _reduce_update(factors: Factors, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
+    b_OR, a_RI = factors
+    left = b_OR if outputs_OP is None else outputs_OP.T @ b_OR
+    return left @ (a_RI if inputs_IQ is None else a_RI @ inputs_IQ)
+
+
+def write_tucker(
+    name: str,
+    cores: Cores,
+    outputs_OP: Tensor | None,
+    inputs_IQ: Tensor | None,
+    shared_KPQ: Tensor | None,
+    dtype: torch.dtype,
+    writer: PartWriter,
+) -> None:
+    """Write the mean, the bases of the sides, and the shared cores."""
+    for part, tensor in (("mean", cores.mean), ("outputs", outputs_OP), ("inputs", inputs_IQ), ("models", shared_KPQ)):
+        if tensor is not None and tensor.numel():
+            # A rounded mean would cost more than what the directions add.
+            kept = torch.promote_types(dtype, torch.float32) if part == "mean" else dtype
+            writer.append(f"{name}/{part}", tensor.to(kept).contiguous())
+
+
+@dataclass(frozen=True)
+class TuckerBasis(LayerBasis):
+    """A layer as bases of its sides and a core per model."""
+
+    form: ClassVar[str] = TUCKER
+    has_mean: bool = True
+
+    @property
+    def core_shape(self) -> tuple[int, int]:
+        """(P, Q)."""
+        outputs, inputs = self.layer.shape
+        return self.ranks.get("outputs", outputs), self.ranks.get("inputs", inputs)
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """(K,) with axis `models`, else (P, Q)."""
+        return (self.ranks["models"],) if "models" in self.ranks else self.core_shape
+
+    def project(self, stack: Stack, place: int) -> Projection:
+        """Project one model's layer: its core, then the core's coordinates in the shared cores."""
+        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
+        mean = self.removed()
+        if isinstance(stack, UpdateStack):
+            factors = stack.factors(place)
+            energy = lora.energy(factors)
+            whole = _reduce_update(factors, outputs_OP, inputs_IQ)
+            core = whole - mean
+            coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
+            kept = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+            return Projection(coefficients, _outside(energy, whole, kept, outputs_OP, inputs_IQ), energy)
+        matrix_OI = stack.matrix(place).double()
+        energy = float(matrix_OI.square().sum())
+        centered = matrix_OI - mean
+        core = _reduce(centered, outputs_OP, inputs_IQ)
+        outside = float((centered - _expand(core, outputs_OP, inputs_IQ)).square().sum())
+        if shared_KPQ is None:
+            return Projection(core, outside, energy)
+        coefficients = shared_KPQ.flatten(1) @ core.flatten()
+        outside += float((core.flatten() - coefficients @ shared_KPQ.flatten(1)).square().sum())
+        return Projection(coefficients, outside, energy)
+
+    def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
+        """Return M + U C Vᵀ, or the balanced factors of least rank of U (C̄ + C) Vᵀ."""
+        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
+        core = coefficients.double()
+        if shared_KPQ is not None:
+            core = torch.tensordot(core, shared_KPQ, 1)
+        if self.layer.kind != "update":
+            return self.removed() + _expand(core, outputs_OP, inputs_IQ)
+        mean = self.removed()
+        noise = lora.ROUND_OFF * float(core.square().sum() + mean.square().sum())
+        return _update_factors(core + mean, outputs_OP, inputs_IQ, noise)
+
+    def orthonormality(self) -> float:
+        """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
+        bases = [basis.T for basis in (self.side("outputs"), self.side("inputs")) if basis is not None]
+        shared_KPQ = self.shared()
+        bases += [shared_KPQ.flatten(1)] if shared_KPQ is not None else []
+        return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
+
+    def removed(self) -> Tensor:
+        """The center; of updates its core."""
+        if not self.has_mean:
+            return torch.zeros(1, 1, dtype=torch.float64)
+        return self.tensors.read(self._name("mean")).double()
+
+    def side(self, axis: str) -> Tensor | None:
+        """The basis of `outputs` (O, P) or `inputs` (I, Q) in float64; None where that side is kept whole."""
+        if axis not in self.ranks:
+            return None
+        size = self.layer.shape[0 if axis == "outputs" else 1]
+        if not self.ranks[axis]:
+            return torch.zeros(size, 0, dtype=torch.float64)
+        return self.tensors.read(self._name(axis)).double()
+
+    def shared(self) -> Tensor | None:
+        """The shared cores (K, P, Q) in float64, with axis `models`."""
+        if "models" not in self.ranks:
+            return None
+        if not self.ranks["models"] or 0 in self.core_shape:
+            return torch.zeros(self.ranks["models"], *self.core_shape, dtype=torch.float64)
+        return self.tensors.read(self._name("models")).double()
+
+
+def _outside(energy: float, whole: Tensor, kept: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> float:
+    """‖X − U·K·Vᵀ‖² = ‖X‖² − 2⟨UᵀXV, K⟩ + ⟨K, UᵀU·K·VᵀV⟩: right also for bases that float32 left not quite orthonormal."""
+    turned = kept if outputs_OP is None else (outputs_OP.T @ outputs_OP) @ kept
+    turned = turned if inputs_IQ is None else turned @ (inputs_IQ.T @ inputs_IQ)
+    return max(energy - 2 * float((whole * kept).sum()) + float((kept * turned).sum()), 0.0)
+
+
+def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
+    left = core if outputs_OP is None else outputs_OP @ core
+    return left if inputs_IQ is None else left @ inputs_IQ.T
+
+
+def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None, noise: float) -> Factors:
+    """Balanced factors of U·C·Vᵀ: the SVD of the core, carried to the sides."""
+    identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
+    if core_PQ.numel():
+        (left, right), _ = lora.truncated(identity, core_PQ, noise=noise)
+    else:
+        left, right = core_PQ.new_zeros(core_PQ.shape[0], 1), core_PQ.new_zeros(1, core_PQ.shape[1])
+    b_OR = left if outputs_OP is None else outputs_OP @ left
+    return b_OR, right if inputs_IQ is None else right @ inputs_IQ.T

@@ -1,0 +1,203 @@
+"""README.md of a bundle: its card, for people, with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.formats.bundle.folder import CARD, MOMENTS, file_sizes, write_manifest
+from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
+from eigenzoo.formats.remote.hub_id import parse_id, parse_url
+from eigenzoo.records import weighted_share
+from eigenzoo.subspace.bundles.provenance import KEY
+
+UNKNOWN = "unknown"
+MAX_NAMED = 6
+"""Sources that the card's command names one by one."""
+
+_SPDX = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9_./@:=,+-]{1,300}")
+
+
+def write_card(folder: Path, manifest: Manifest) -> None:
+    """Write the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
+    report, sizes = manifest.report, manifest.report["bytes"]
+    licences = _licences(manifest)
+    lines = [
+        "---",
+        *_front_matter(manifest, licences).splitlines(),
+        "---",
+        "",
+        f"# A shared weight subspace of {len(manifest.models)} model{'' if len(manifest.models) == 1 else 's'}",
+        "",
+        f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
+        f"center `{manifest.center}`, bases in {manifest.dtype}.",
+        "",
+        "```bash",
+        *_commands(manifest),
+        "```",
+        "",
+        "| | bytes |",
+        "|---|---|",
+        f"| the models' files | {sizes['whole_zoo']:,} |",
+        f"| this bundle, everything but the moments | {sizes['whole_bundle']:,} |",
+        f"| one more model | {sizes['per_model']:,} |",
+        f"| moments (optional) | {sizes['moments']:,} |",
+        "",
+        _break_even(sizes["break_even_models"]),
+        "",
+        _lost(report),
+        "",
+        *_base_lines(manifest),
+        "| model | source |",
+        "|---|---|",
+        *(f"| {_escape(model.name)} | {_escape(model.source.path)} |" for model in manifest.models),
+        "",
+        "## Licences",
+        "",
+        "Those of the models it was made from, as their own READMEs say them; they hold for what is rebuilt, and for the basis.",
+        "",
+        "| licence | models |",
+        "|---|---|",
+        *(f"| {_escape(licence)} | {_escape(', '.join(names))} |" for licence, names in licences.items()),
+        "",
+        "Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
+        "",
+    ]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["eigenzoo", "weight-subspace"]
+    bases = list(dict.fromkeys(base["id"] for base in _bases(manifest)))
+    options: dict[str, Any] = {}
+    if bases:
+        options["base_model"] = bases[0] if len(bases) == 1 else bases
+        options["base_model_relation"] = "adapter" if manifest.view in ("update", "factors") else "finetune"
+    said = set(licences) | {base["licence"] for base in _bases(manifest) if base["licence"]}
+    (only, *others) = sorted(said)
+    options["license"] = only if not others and _SPDX.fullmatch(only) else "other"
+    if options["license"] == "other":
+        options["license_name"] = "those-of-the-sources"
+    return str(ModelCardData(library_name="eigenzoo", tags=tags, **options).to_yaml())
+
+
+def _licences(manifest: Manifest) -> dict[str, list[str]]:
+    """The names of the models under each licence, unknown last."""
+    known = (manifest.report.get(KEY) or {}).get("licences")
+    known = known if isinstance(known, dict) else {}
+    found: dict[str, list[str]] = {}
+    for model in manifest.models:
+        found.setdefault(str(known.get(model.name) or UNKNOWN), []).append(model.name)
+    return dict(sorted(found.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))) or {UNKNOWN: []}
+
+
+def _bases(manifest: Manifest) -> list[dict[str, str]]:
+    """What is known of base models; a record that a stranger wrote otherwise is left out."""
+    found = (manifest.report.get(KEY) or {}).get("bases")
+    return [
+        {key: str(base.get(key, "")) for key in ("id", "revision", "licence")}
+        for base in (found if isinstance(found, list) else [])
+        if isinstance(base, dict) and parse_id(base.get("id")) is not None
+    ]
+
+
+def _base_lines(manifest: Manifest) -> list[str]:
+    lines = [
+        f"Base model: {_escape(base['id'])}, revision {_escape(base['revision'] or 'not said')}, "
+        f"licence {_escape(base['licence'] or 'not read')}."
+        for base in _bases(manifest)
+    ]
+    return [*lines, ""] if lines else []
+
+
+def _commands(manifest: Manifest) -> list[str]:
+    """What makes such a bundle: a fit, or an import and what the bundle has grown by since."""
+    if "imported" not in manifest.report:
+        return [_fit_command(manifest)]
+    growth = manifest.report.get("growth")
+    lines = ["eigenzoo import FOLDER --like ADAPTER -o BUNDLE"]
+    if isinstance(growth, dict):
+        lines.append("eigenzoo add BUNDLE MODEL…" + (" --refresh" if growth.get("refreshed") is True else ""))
+    return lines
+
+
+def _fit_command(manifest: Manifest) -> str:
+    """The fit as a user types it: of paths of some machine only that there were any."""
+    options, known = manifest.options, manifest.report.get(KEY) or {}
+    places = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
+    zoo = places if len(places) <= MAX_NAMED and "" not in places else ["ZOO"]
+    words = ["eigenzoo", "fit", *zoo, "--view", manifest.view]
+    if manifest.base is not None:
+        words += ["--base", _hub_id(manifest.base) or "BASE"]
+    words += ["--axes", ",".join(manifest.axes), "--center", manifest.center, "--dtype", manifest.dtype]
+    chosen = [("--budget", options["budget"]), ("--max-error", options["max_error"])]
+    if all(value is None for _, value in chosen):
+        words += ["--rank", ",".join(f"{axis}={rule}" for axis, rule in options["rules"].items())]
+    for option, value in (*chosen, ("--solver", options.get("solver")), ("--precision", options.get("precision"))):
+        words += [option, str(value)] if value is not None else []
+    for option in ("include", "exclude"):
+        patterns = known.get(option)
+        for pattern in patterns if isinstance(patterns, list) else []:
+            words += [f"--{option}", f"'{pattern}'" if re.fullmatch(r"[\w.*?\[\]-]{1,200}", str(pattern)) else "…"]
+    words += ["--seed", str(options["seed"]), "-o", "BUNDLE"]
+    return " ".join(word if _PLAIN_WORD.fullmatch(word) or word[:1] in ("'", "…") else "…" for word in words)
+
+
+def _hub_id(source: SourceRecord) -> str:
+    place = parse_url(source.path)
+    return str(place) if place is not None and _PLAIN_WORD.fullmatch(str(place)) else ""
+
+
+def _break_even(num_models: int | None) -> str:
+    if num_models is None:
+        return "With this basis the bundle never becomes smaller than the models' files."
+    return f"With this basis the bundle is smaller than the models' files from {num_models:,} models on."
+
+
+def _lost(report: dict[str, Any]) -> str:
+    """What was lost, in-sample and held-out, or that nobody knows."""
+    if "imported" in report:
+        return (
+            f"Imported from {_escape(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, "
+            "in-sample or held-out, its files do not say."
+        )
+    return f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}"
+
+
+def _heldout(report: dict[str, object]) -> str:
+    """The mean held-out share of the variance over the layers that have one."""
+    layers = report["layers"]
+    assert isinstance(layers, dict)
+    known = [layer for layer in layers.values() if layer["heldout"] is not None]
+    if not known:
+        return "Held-out error was not measured by the fit: project models that it has not seen."
+    inside, outside = (weighted_share(known, key) or 0.0 for key in ("captured", "heldout"))
+    return (
+        f"Of the variance about the mean, the kept directions hold {inside:.1%} in-sample and {outside:.1%} of models "
+        f"held out of the fit ({len(known)} of {len(layers)} layers)."
+    )
+
+
+def _escape(text: str) -> str:
+    """Make untrusted text inert in Markdown and HTML."""
+    text = "".join(char if char.isprintable() else "�" for char in text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", text)
+
+
+def write_counted(folder: Path, manifest: Manifest) -> None:
+    """Write manifest and card with the bundle's own bytes in them: written again until the count is that of the files."""
+    for _ in range(8):
+        write_manifest(folder, manifest)
+        write_card(folder, manifest)
+        sizes = file_sizes(folder)
+        moments = sizes.pop(MOMENTS, 0)
+        counted = {**manifest.report["bytes"], "moments": moments, "whole_bundle": sum(sizes.values())}
+        if counted == manifest.report["bytes"]:
+            return
+        manifest = manifest.model_copy(update={"report": {**manifest.report, "bytes": counted}})

@@ -1,0 +1,78 @@
+"""Pushing: a subspace to a repository of the hub, checked before, and without what its own machine is called like."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eigenzoo.errors import BundleError, UsageError
+from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
+from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.remote.hub_id import HubId, parse_id
+from eigenzoo.formats.remote.hub_push import check_may_push, hashes, push_bundle
+from eigenzoo.subspace.bundles.saving import save
+
+if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
+
+
+def push(
+    space: Subspace,
+    repo: str,
+    *,
+    revision: str | None,
+    private: bool,
+    force: bool,
+    moments: bool,
+    message: str | None,
+) -> str:
+    """Push a subspace; see `Subspace.push`."""
+    from eigenzoo.subspace.bundles.loading import load
+
+    place = _place(repo, revision)
+    check_may_push(place)
+    with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:
+        folder = save(space, Path(temporary) / "bundle", force=False, moments=moments, change=portable)
+        saved = load(folder)
+        fault = next(iter(saved.verify()), None)
+        if fault is not None:
+            raise BundleError(
+                fault,
+                where=str(space.path),
+                rule="what is damaged is not pushed",
+                next_step="run verify, and fit it again",
+            )
+        there = {name: record.sha256 for name, record in saved.manifest.files.items()}
+        text = message or f"A shared weight subspace of {len(space.names)} models"
+        done = push_bundle(folder, place, hashes(folder, there), message=text, private=private, force=force)
+    return str(done)
+
+
+def _place(repo: str, revision: str | None) -> HubId:
+    place = parse_id(repo)
+    if place is None or place.folder or (revision and place.revision):
+        raise UsageError(
+            "is no repository of the hub",
+            where=repo,
+            rule="a bundle is pushed to org/name, its branch named once: org/name@branch or --revision",
+        )
+    place = HubId(place.repo, "", revision or place.revision)
+    if place.is_commit:
+        raise UsageError("a commit cannot be pushed to", where=str(place), next_step="name a branch")
+    return place
+
+
+def portable(manifest: Manifest) -> Manifest:
+    """Return a manifest that names no folders of this machine: of local paths only the last part stays."""
+
+    def named(record: SourceRecord) -> SourceRecord:
+        return record if is_url(record.path) else record.model_copy(update={"path": Path(record.path).name or "model"})
+
+    models = [model.model_copy(update={"source": named(model.source)}) for model in manifest.models]
+    # Why a model was left out says where it lay.
+    skipped = [{**item, "reason": "not read"} for item in manifest.report.get("skipped", [])]
+    report = {**manifest.report, **({"skipped": skipped} if skipped else {})}
+    return manifest.model_copy(
+        update={"models": models, "base": manifest.base and named(manifest.base), "report": report}
+    )

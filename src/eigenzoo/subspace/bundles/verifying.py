@@ -1,0 +1,156 @@
+"""`Subspace.verify`: every rule of docs/bundle-format.md that a reader can check, one named check each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.bundle.folder import content_faults, file_faults, model_faults, open_basis, unknown_files
+from eigenzoo.formats.model import Model
+from eigenzoo.records import Progress, no_progress, telling
+from eigenzoo.subspace.bases.basis import ORTHONORMAL, finite_faults
+from eigenzoo.subspace.bundles.storage import identify
+from eigenzoo.subspace.bundles.verifying_against import checks_against
+from eigenzoo.subspace.rebuilt import check_layout
+from eigenzoo.zoo.base_modules import open_base, shown_base
+from eigenzoo.zoo.verification import Check, Loader, Verification, checked
+
+if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
+
+
+def verify(
+    space: Subspace,
+    against: str | os.PathLike[str] | Model | None = None,
+    loader: Loader | None = None,
+    progress: Progress = no_progress,
+) -> Verification:
+    """Run every check on a subspace, and where a base is given those against it.
+
+    Raises BundleError where another process replaces the bundle meanwhile.
+    """
+    try:
+        found = _verify(space, against, loader, progress)
+    except (EigenzooError, OSError):
+        space.check_current()
+        raise
+    space.check_current()
+    return found
+
+
+def _verify(
+    space: Subspace, against: str | os.PathLike[str] | Model | None, loader: Loader | None, progress: Progress
+) -> Verification:
+    base = None if against is None else open_base(against if isinstance(against, Model) else os.fspath(against))
+    num_models, num_layers = len(space.names), len(space.layers)
+    checks = [Check("manifest", "follows the format, and so do the headers")]
+    manifest, folder = space.manifest, space.path
+    if manifest.files:
+        broken = tuple(file_faults(folder, manifest, progress))
+        checks += [
+            checked(
+                "checksums",
+                f"{len(manifest.files)} files have the bytes that the manifest says",
+                broken,
+                f"{len(broken)} of {len(manifest.files)} files differ from what the manifest says",
+            ),
+            checked("unknown files", "none", unknown_files(folder, manifest)),
+            checked("contents", "what models need besides is there, under its hash", _contents(space)),
+            checked("basis id", "the basis is the one that the coefficients belong to", _identity(space)),
+        ]
+    basis = open_basis(folder)
+    spoilt = tuple(finite_faults(basis, progress))
+    checks += [
+        checked(
+            "finite basis",
+            f"{len(basis.names)} tensors without NaN or Inf",
+            spoilt,
+            f"NaN or Inf in {len(spoilt)} of {len(basis.names)} tensors",
+        ),
+        _orthonormality(space, progress),
+        checked(
+            "coefficients",
+            f"of {num_models} models, finite, and as many as {num_layers} layers take",
+            _coefficients(space, progress),
+        ),
+        checked("layouts", "every model's files have every layer in its shape", _layouts(space)),
+        checked("moments", "finite" if space.has_moments else "none are kept", _moments(space, progress)),
+    ]
+    if base is None:
+        return Verification(str(folder), "bundle", None, tuple(checks))
+    more, changes = checks_against(space, base, loader, progress)
+    return Verification(str(folder), "bundle", shown_base(base), (*checks, *more), changes)
+
+
+def _contents(space: Subspace) -> Iterator[str]:
+    yield from model_faults(space.path, space.manifest)
+    yield from content_faults(space.path, space.manifest)
+
+
+def _identity(space: Subspace) -> Iterator[str]:
+    if identify(open_basis(space.path).paths) != space.manifest.basis_id:
+        yield "basis: it is not the one that the coefficients belong to"
+
+
+def _orthonormality(space: Subspace, progress: Progress) -> Check:
+    faults, largest = [], 0.0
+    for name, basis in telling(progress, "multiplying bases", space.layers.items()):
+        deviation = basis.orthonormality()
+        if not deviation <= ORTHONORMAL[space.manifest.dtype]:
+            faults.append(f"layer {name}: the basis deviates from orthonormality by {deviation:.1e}")
+        largest = max(largest, deviation)
+    detail = f"off by at most {largest:.0e}; {ORTHONORMAL[space.manifest.dtype]:.0e} is allowed"
+    return Check("orthonormality", detail, tuple(faults))
+
+
+def _coefficients(space: Subspace, progress: Progress) -> Iterator[str]:
+    for record in telling(progress, "reading coefficients", space.manifest.models):
+        try:
+            stored = space.stored(record)
+        except EigenzooError as error:
+            yield str(error)
+            continue
+        if not bool(torch.isfinite(stored.values).all()):
+            yield f"model {record.name}: coefficients are NaN or Inf"
+        # Of a model that is zero but for round-off, the share that is outside may be infinite.
+        energies_L = torch.zeros(1) if stored.energies_L is None else stored.energies_L
+        if not bool((stored.residuals_L >= 0).all() and (torch.isfinite(energies_L) & (energies_L >= 0)).all()):
+            yield f"model {record.name}: residuals or energies are negative or NaN"
+
+
+def _layouts(space: Subspace) -> Iterator[str]:
+    """Look at each pair of a layout and a config once: models of one zoo mostly have them in common."""
+    seen = set()
+    for record in space.manifest.models:
+        if (record.layout, record.config) in seen:
+            continue
+        seen.add((record.layout, record.config))
+        try:
+            template = space.template(record.name)
+            check_layout(space.layers, template.layout, record.name)
+            _ = template.config
+        except (EigenzooError, KeyError) as error:
+            yield f"model {record.name}: {error}"
+
+
+def _moments(space: Subspace, progress: Progress) -> Iterator[str]:
+    if not space.has_moments:
+        return
+    for name in telling(progress, "reading moments", space.layers):
+        try:
+            moments = space.moments(name)
+        except EigenzooError as error:
+            yield str(error)
+            continue
+        values = [moments.gram_NN, moments.cross_N, torch.tensor([moments.reference_energy, moments.round_off])]
+        values += [
+            part
+            for part in (moments.shift_N, moments.sums_N, moments.singular_NR, moments.starts_NN)
+            if part is not None
+        ]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            yield f"layer {name}: its moments are NaN or Inf"

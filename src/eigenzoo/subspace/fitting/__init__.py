@@ -1,0 +1,1 @@
+"""Fitting a zoo: what was asked, ranks for a budget, and the tasks that make bases and coefficients."""

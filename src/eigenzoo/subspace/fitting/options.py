@@ -1,0 +1,177 @@
+"""What a user asks of a fit, resolved: axes, one rank rule per axis, center, precision, budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from eigenzoo.errors import BudgetError, RankError, UsageError
+from eigenzoo.linalg.block_sums import DEFAULT, FAST, HIGH, PRECISIONS
+from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
+from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
+from eigenzoo.subspace.moments.sketched import SketchPlan
+from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
+
+Rank = RankRule | Mapping[str, RankRule]
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+EXACT, SKETCH = "exact", "sketch"
+SOLVERS = (EXACT, SKETCH)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Resolved options of a fit; saved beside its result.
+
+    Attributes:
+        axes: the truncated axes.
+        rules: a rank rule for each of them.
+        center: what is removed before the moments.
+        dtype: what bases are stored in.
+        budget: bytes that the whole bundle may have, or None.
+        max_error: share of the analysed energy that may be lost, or None.
+        seed: of the null, of the folds and of sketches.
+        solver: how the bases of `outputs` and `inputs` are found: from their moments, or from sketches of them.
+        precision: of products: `high`, `default` or `fast` (see `linalg.block_sums`).
+    """
+
+    axes: tuple[str, ...]
+    rules: Mapping[str, RankRule]
+    center: str
+    dtype: str
+    budget: int | None
+    max_error: float | None
+    seed: int
+    solver: str = EXACT
+    precision: str = DEFAULT
+
+    @property
+    def sketch(self) -> SketchPlan | None:
+        """What is to be sketched; None for the exact solver."""
+        if self.solver != SKETCH:
+            return None
+        ranks = {axis: rule for axis, rule in self.rules.items() if axis != "models" and isinstance(rule, int)}
+        return SketchPlan(ranks, self.seed)
+
+    @property
+    def precision_of_products(self) -> str:
+        """The precision that layers are read in: everything is meant to the last bit, which float32 products would lose."""
+        return HIGH if self.wants_everything else self.precision
+
+    @property
+    def wants_everything(self) -> bool:
+        """Whether an axis is to keep all its variance."""
+        return any(isinstance(rule, float) and rule == 1.0 for rule in self.rules.values())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that bases are stored in."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+def resolve_options(
+    rank: Rank | None,
+    axes: Iterable[str] | None,
+    center: str,
+    dtype: str,
+    budget: int | None,
+    max_error: float | None,
+    seed: int,
+    solver: str = EXACT,
+    precision: str = DEFAULT,
+) -> FitOptions:
+    """Resolve what a user wrote; raises UsageError for what cannot be meant together."""
+    if budget is not None and max_error is not None:
+        raise UsageError("budget and max_error are both given", rule="one of them decides the ranks")
+    if rank is not None and (budget is not None or max_error is not None):
+        raise UsageError("a rank is given beside a budget or an error bound", rule="one of them decides the ranks")
+    if budget is not None and budget <= 0:
+        raise BudgetError(f"a budget of {budget} bytes", rule="a budget is positive")
+    if max_error is not None and not 0 <= max_error < 1:
+        raise BudgetError(f"an error bound of {max_error}", rule="it is a share of the energy in [0, 1)")
+    chosen = _axes_of(rank) if axes is None else check_axes(axes)
+    rules = _rules_of(AUTO if rank is None else rank, chosen)
+    if check_choice(solver, SOLVERS, "solver") == SKETCH:
+        _check_sketch(chosen, rules, budget is not None or max_error is not None)
+    if precision == FAST and 1.0 in rules.values() and any(isinstance(rule, float) for rule in rules.values()):
+        raise UsageError(
+            "precision 'fast' with rank 1.0",
+            rule=f"bfloat16 products lose eigenvalues below {BFLOAT16_ROUND_OFF:.0e} of the largest, and 1.0 asks for all of them",
+            next_step="use precision 'high' or 'default', or a rank below 1.0",
+        )
+    return FitOptions(
+        chosen,
+        rules,
+        check_choice(center, CENTERS, "center"),
+        check_choice(dtype, DTYPES, "dtype"),
+        budget,
+        max_error,
+        seed,
+        solver,
+        check_choice(precision, PRECISIONS, "precision"),
+    )
+
+
+def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided: bool) -> None:
+    """Raise UsageError for what a sketch cannot give: it holds no more of a side's spectrum than a rank asks for."""
+    sides = [axis for axis in axes if axis != "models"]
+    if not sides:
+        raise UsageError(
+            "solver 'sketch' without axis outputs or inputs",
+            rule="axis models is solved by the Gram of the models, which needs no sketch",
+            next_step="add an axis, such as axes=('models', 'outputs'), or leave the solver out",
+        )
+    if decided:
+        raise UsageError(
+            "solver 'sketch' with a budget or an error bound",
+            rule="these choose ranks by whole spectra, and a sketch holds the leading directions alone",
+            next_step=f"give a number of directions for each of {', '.join(sides)}, or use solver 'exact'",
+        )
+    for axis in sides:
+        if not isinstance(rules[axis], int):
+            raise UsageError(
+                f"solver 'sketch' with rank {rules[axis]!r} for axis {axis!r}",
+                rule="shares and 'auto' are chosen by whole spectra, and a sketch holds the leading directions alone",
+                next_step=f"give a number, such as rank={{{axis!r}: 64}}, or use solver 'exact'",
+            )
+
+
+def _axes_of(rank: Rank | None) -> tuple[str, ...]:
+    """The axes that a rank names, else `models`."""
+    return check_axes(rank) if isinstance(rank, Mapping) else ("models",)
+
+
+def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
+    if not isinstance(rank, Mapping):
+        return {axis: check_rule(rank) for axis in axes}
+    strange = [axis for axis in rank if axis not in axes]
+    if strange:
+        raise RankError(
+            f"a rank for axis {strange[0]!r}",
+            rule=f"the truncated axes are {', '.join(axes)}",
+            next_step=f"choose among {', '.join(AXES)} with axes=…",
+        )
+    missing = [axis for axis in axes if axis not in rank]
+    if missing:
+        raise RankError(f"no rank for axis {missing[0]!r}", rule="a rank per axis names every truncated axis")
+    return {axis: check_rule(rank[axis]) for axis in axes}
+
+
+def check_against(options: FitOptions, view: str, num_models: int) -> None:
+    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
+    if view == "update" and options.center in ("columns", "global"):
+        raise UsageError(
+            f"center {options.center!r} with view 'update'",
+            rule="updates are centered on the models' mean or not at all",
+            next_step="use view 'factors', as the paper's scripts do, or center 'models' or 'none'",
+        )
+    rule = options.rules.get("models")
+    spanned = num_models - 1 if options.center == "models" else num_models
+    if isinstance(rule, int) and rule > spanned:
+        after = " after centering" if options.center == "models" else ""
+        raise RankError(
+            f"rank {rule}, but {num_models} models span at most {spanned} directions{after}",
+            next_step=f"ask for rank <= {spanned} or add models",
+        )

@@ -1,0 +1,140 @@
+"""Fit axes `outputs` and `inputs` of one layer: from its moments and rank rules to a written basis and all models' cores.
+
+Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.nulls import axis_null
+from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
+from eigenzoo.linalg.side import SideMoment
+from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.subspace.bases.basis import TUCKER, PartWriter
+from eigenzoo.subspace.bases.tucker import Cores, collect_cores, write_tucker
+from eigenzoo.subspace.fitting.heldout import tucker_capture
+from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, models_axis
+from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
+from eigenzoo.subspace.moments.collecting import LARGEST_SIDE, collect
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.subspace.passes.resources import Resources
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+
+
+def fit_tucker(
+    stack: Stack, moments: LayerMoments, options: FitOptions, resources: Resources, writer: PartWriter
+) -> FittedLayer:
+    """Axes `outputs` and `inputs` from their moments, then axis `models` from the cores."""
+    ranks: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    bases: dict[str, Tensor | None] = {"outputs": None, "inputs": None}
+    most: list[float] = []
+    for axis, moment in (("outputs", moments.outputs), ("inputs", moments.inputs)):
+        if axis in options.axes and moment is None:
+            reasons[axis] = f"kept whole: more than {LARGEST_SIDE:,} {axis}; solver 'sketch' truncates them"
+        elif axis in options.axes and moment is not None:
+            choice, basis, held = _side(axis, moment, stack, moments, options)
+            reasons[axis] = choice.reason
+            most.append(held / moment.trace if moment.trace > 0 else 0.0)
+            # A side kept whole needs no basis: U = 1.
+            if choice.rank < moment.size:
+                ranks[axis], bases[axis] = choice.rank, basis
+    cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
+    coefficients, shared_KPQ = cores.cores_NPQ, None
+    if "models" in options.axes:
+        choice, coefficients, shared_KPQ = _shared_cores(cores, moments, options)
+        ranks["models"], reasons["models"] = choice.rank, choice.reason
+    write_tucker(stack.layer.name, cores, bases["outputs"], bases["inputs"], shared_KPQ, options.torch_dtype, writer)
+    captured, outside_N = _tucker_energies(stack, moments, cores, coefficients)
+    shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
+    heldout = None
+    if options.center == "models":
+        heldout = tucker_capture(
+            stack,
+            moments,
+            ranks,
+            lambda part: collect(part, options.axes, options.center, resources, sketch=options.sketch),
+            seed=options.seed,
+        )
+    record = describe_fit(stack.layer, moments, options, shown, reasons, captured, float(outside_N.sum()), heldout)
+    if options.solver == SKETCH:
+        record = replace(record, bound=_bound(stack, moments, ranks, most, float(outside_N.sum())))
+    return FittedLayer(
+        stack.layer.name,
+        TUCKER,
+        ranks,
+        cores.mean is not None and cores.mean.numel() > 0,
+        coefficients,
+        outside_N,
+        record,
+    )
+
+
+def _side(
+    axis: str, moment: SideMoment, stack: Stack, moments: LayerMoments, options: FitOptions
+) -> tuple[RankChoice, Tensor, float]:
+    """Rank and basis (O, P) of the outputs or (I, Q) of the inputs, and the energy that so many directions hold at most."""
+    # Equal updates still have their mean in these moments; equal full weights have round-off only.
+    if moments.variance == 0 and (isinstance(stack, DenseStack) or moment.trace <= 0):
+        return RankChoice(0, "no variance"), torch.zeros(moment.size, 0, dtype=torch.float64), 0.0
+    found = moment.eigenvectors()
+    rule = options.rules[axis]
+    if isinstance(rule, int):
+        found.check_rank(rule)
+    null = None
+    if rule == AUTO:
+        centered = isinstance(stack, DenseStack) and moments.removed is None
+        null = axis_null(moment.size, moments.energies_N, _columns(stack, axis), centered=centered, seed=options.seed)
+    choice = choose_rank(rule, found.values_K, moment.trace, null)
+    if moment.outside is not None:
+        choice = replace(choice, reason=f"{choice.reason}, from a sketch of {moment.outside.columns} directions")
+    return choice, found.basis(choice.rank), found.most(choice.rank)
+
+
+def _bound(
+    stack: Stack, moments: LayerMoments, ranks: dict[str, int], most: list[float], outside: float
+) -> float | None:
+    """Share of the energy that bases and cores of these ranks could hold beyond these: no axis lets more through than its most."""
+    centered = float(moments.centered_NN.diagonal().sum())
+    total = float(moments.energies_N.sum()) if isinstance(stack, UpdateStack) else moments.variance
+    if total <= 0:
+        return None
+    if "models" in ranks:
+        values_N = eigenpairs(moments.centered_NN, moments.round_off)[0]
+        most = [*most, (total - centered + float(values_N[: ranks["models"]].sum())) / total]
+    return max(min(most, default=1.0) - (1 - outside / total), 0.0)
+
+
+def _columns(stack: Stack, axis: str) -> float:
+    """How many independent columns (rows) one model brings to the outputs' (inputs') moment."""
+    if isinstance(stack, UpdateStack):
+        return sum(stack.ranks) / len(stack)
+    outputs, inputs = stack.layer.shape
+    return inputs if axis == "outputs" else outputs
+
+
+def _shared_cores(cores: Cores, moments: LayerMoments, options: FitOptions) -> tuple[RankChoice, Tensor, Tensor]:
+    """PCA of the cores: rank, coefficients (N, K) and shared cores (K, P, Q)."""
+    flat_ND = cores.cores_NPQ.flatten(1)
+    choice, values_K, vectors_NK = models_axis(flat_ND @ flat_ND.T, moments, options)
+    roots_K = values_K.sqrt()
+    shared_KD = (vectors_NK / roots_K).T @ flat_ND
+    return choice, vectors_NK * roots_K, shared_KD.view(choice.rank, *cores.cores_NPQ.shape[1:])
+
+
+def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coefficients: Tensor) -> tuple[float, Tensor]:
+    """Centered energy that is kept, and each model's energy ‖X − X̂‖² that is not.
+
+    Everything dropped is orthogonal to everything kept, so energies subtract; for updates the mean is part of the core.
+    """
+    kept_N = coefficients.flatten(1).square().sum(1)
+    if isinstance(stack, DenseStack):
+        return float(kept_N.sum()), (moments.centered_NN.diagonal() - kept_N).clamp_min(0)
+    whole = cores.cores_NPQ if cores.mean is None else cores.cores_NPQ + cores.mean
+    lost_in_models_N = cores.cores_NPQ.flatten(1).square().sum(1) - kept_N
+    outside_N = moments.energies_N - whole.flatten(1).square().sum(1) + lost_in_models_N
+    return float(kept_N.sum()), outside_N.clamp_min(0)

@@ -1,0 +1,1 @@
+"""Other tools' subspaces, as bundles."""

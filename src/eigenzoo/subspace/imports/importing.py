@@ -1,0 +1,234 @@
+"""Other tools' subspaces as bundles: their means, directions and loadings, kept, and no model read.
+
+    tool                      axes              a factor is kept as
+    vLoRA                     models            form `flat`: mean + Σ c_k V_k, each V_k a whole factor
+    components and loadings   outputs, inputs   form `tucker` without a mean: C · Vᵀ for A, U · C for B
+
+View `factors`: A and s·B of a module are two layers, so the scale s of an adapter's config goes into the mean and the coefficients
+of B. The models of such a bundle are the adapters that the tool rebuilds. What it had lost of the originals is in none of its
+files: residuals are zero against those adapters, and there are no moments.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from eigenzoo.errors import FormatError, UsageError
+from eigenzoo.formats.bundle.basis_files import BasisWriter
+from eigenzoo.formats.bundle.folder import file_record
+from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, SourceRecord, make_manifest
+from eigenzoo.formats.paths import list_folder
+from eigenzoo.formats.subspaces.adapter_like import AdapterLike, made_like, read_like, templates
+from eigenzoo.formats.subspaces.factors import FACTORS, ForeignSubspace
+from eigenzoo.formats.subspaces.subspace_adapters import SubspaceAdapters, is_subspace_adapter
+from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
+from eigenzoo.records import FitReport, Progress, no_progress, plain
+from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER
+from eigenzoo.subspace.bases.flat import ORTHONORMAL
+from eigenzoo.subspace.bundles.storage import identify, write_model
+from eigenzoo.subspace.fitting.bytes import count_bytes
+from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.imports.imported_layers import ImportedLayer, factor_layer, import_flat, import_side, scaled
+from eigenzoo.subspace.moments.inside import find_copies
+from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.sources import name_models
+
+Folders = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
+
+
+def import_subspace(
+    source: Folders,
+    *,
+    like: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    components: str | os.PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    workspace: str | os.PathLike[str] | None = None,
+    progress: Progress = no_progress,
+) -> Subspace:
+    """Import another tool's subspace of LoRA adapters: what `rebuild` gives of a model is what that tool rebuilds of it.
+
+    Args:
+        source: a folder that vLoRA saved; or adapters of components and loadings: one, several, or a folder of them.
+        like: an adapter of the zoo, or its adapter_config.json: gives the scale, the keys, and what is no factor.
+        alpha: in the place of `like`, the adapters' alpha: alpha = rank is a scale of 1. The tools keep neither.
+        components: of adapters that hold loadings alone: the file of the components.
+        allow_pickle: read adapter_model.bin and pickled components too (only tensors are unpickled).
+        workspace: a folder on the disk where the bundle will be saved; it is put together there.
+        progress: called as progress(stage, done, total).
+
+    Returns:
+        A Subspace of view `factors` without moments. Its files lie in a temporary folder that goes with it; `save` keeps it.
+
+    Raises:
+        FormatError, MismatchError, DataError: with the file, the tensor, the rule and the next step.
+
+    Cost: one read of the tool's files, and K²·D products a factor; memory one factor's directions in float64, twice.
+    """
+    foreign = open_foreign(source, components=components, allow_pickle=allow_pickle)
+    chosen = _like(foreign, like, alpha)
+    folder = tempfile.TemporaryDirectory(prefix=".eigenzoo-", dir=workspace)
+    try:
+        manifest = _write(foreign, chosen, Path(folder.name), progress)
+        space = Subspace(Path(folder.name), manifest, keep=folder)
+        space.report["duplicates"] = plain(find_copies([space.coefficients(name) for name in space.names], space))
+    except BaseException:
+        folder.cleanup()
+        raise
+    return space
+
+
+def open_foreign(
+    source: Folders, *, components: str | os.PathLike[str] | None = None, allow_pickle: bool = False
+) -> ForeignSubspace:
+    """Find out by names and headers which tool wrote a folder, and open it."""
+    paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
+    missing = [path for path in paths if not path.is_dir()]
+    if missing or not paths:
+        raise FormatError("there is no such folder", where=str(missing[0]) if missing else "import", rule=_KINDS)
+    if any(is_vlora(path) for path in paths):
+        if len(paths) > 1 or components is not None:
+            raise UsageError("a folder of vLoRA is imported alone, and has its components", where=str(paths[0]))
+        return VloraFolder(paths[0])
+    folders = [folder for path in paths for folder in _adapters_at(path)]
+    return SubspaceAdapters(
+        folders, name_models(folders), components=Path(components) if components else None, allow_pickle=allow_pickle
+    )
+
+
+_KINDS = (
+    "imported are a folder that vLoRA saved (subspace_meta.json) and adapters of components and loadings "
+    "(adapter_model.safetensors), or a folder of these"
+)
+
+
+def _adapters_at(path: Path) -> list[Path]:
+    """The folder itself, or those in it, that are adapters of components and loadings."""
+    if is_subspace_adapter(path):
+        return [path]
+    children = [path / name for name in list_folder(path) if not name.startswith((".", "_"))]
+    found = [child for child in children if child.is_dir() and is_subspace_adapter(child)]
+    if not found:
+        raise FormatError("no subspace of another tool is here", where=str(path), rule=_KINDS)
+    return found
+
+
+def _like(foreign: ForeignSubspace, like: str | os.PathLike[str] | None, alpha: float | None) -> AdapterLike:
+    if (like is None) == (alpha is None):
+        ranks = sorted({shape_a[0] for shape_a, _ in foreign.shapes.values()})
+        raise UsageError(
+            "both like and alpha are given" if like is not None else "the scale of the adapters is not known",
+            where=str(foreign.path),
+            rule="its files hold no alpha, and an adapter counts alpha / rank times",
+            next_step="name one of the adapters or its adapter_config.json (like=, --like), or give alpha (alpha=, --alpha); "
+            f"alpha = {' or '.join(map(str, ranks[:3]))}, the rank, is a scale of 1",
+        )
+    return read_like(Path(like)) if like is not None else made_like(foreign, float(alpha or 0.0))
+
+
+def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: Progress) -> Manifest:
+    """Put bases, coefficients and contents into `folder`, and describe them."""
+    made, scales, notes = templates(foreign, like)
+    form = FLAT if foreign.axes == ("models",) else TUCKER
+    names = [f"{module}.{factor}" for module in foreign.shapes for factor in FACTORS]
+    writer = BasisWriter(folder, names, PARTS[form])
+    layers: dict[str, ImportedLayer] = {}
+    try:
+        for module, shapes in foreign.shapes.items():
+            for factor, shape in zip(FACTORS, shapes, strict=True):
+                found = scaled(foreign.factor(module, factor), scales[module] if factor == "lora_B" else 1.0)
+                layer = factor_layer(f"{module}.{factor}", shape, foreign.dtype)
+                import_one = import_flat if form == FLAT else import_side
+                layers[layer.name] = import_one(layer, found, writer)
+                progress("importing layers", len(layers), len(names))
+        basis_id = identify(writer.finish().paths)
+    finally:
+        writer.close()
+    models = [
+        write_model(
+            folder,
+            name,
+            basis_id,
+            [layer.coefficients[place] for layer in layers.values()],
+            [0.0] * len(layers),
+            made[place],
+            SourceRecord(path=os.path.relpath(foreign.sources[place].resolve(), folder.resolve()), files={}),
+            [float(layer.energies_N[place]) for layer in layers.values()],
+        )
+        for place, name in enumerate(foreign.names)
+    ]
+    most = {axis: max(layer.fit.rank[axis] for layer in layers.values()) for axis in foreign.axes}
+    if form == FLAT:  # what a fit anew, with at least one model more, may ask for
+        most["models"] = min(most["models"], len(models))
+    center = "models" if form == FLAT else "none"
+    options = FitOptions(foreign.axes, dict(most), center, "float32", None, None, 0)
+    return make_manifest(
+        schema_version=SCHEMA_VERSION,
+        eigenzoo_version=version("eigenzoo"),
+        basis_id=basis_id,
+        view="factors",
+        axes=list(foreign.axes),
+        center=center,
+        dtype="float32",
+        options=plain(options),
+        base=None,
+        layers=[layer.record for layer in layers.values()],
+        models=models,
+        discarded=dict.fromkeys(layers, 0.0),
+        report=_report(foreign, layers, models, folder, center, notes),
+        files={},
+    )
+
+
+def _report(
+    foreign: ForeignSubspace,
+    layers: Mapping[str, ImportedLayer],
+    models: Sequence[ModelRecord],
+    folder: Path,
+    center: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    num_bytes = len(models) * sum(layer.record.num_bytes for layer in layers.values())
+    report = FitReport(
+        num_models=len(models),
+        num_layers=len(layers),
+        view="factors",
+        center=center,
+        axes=foreign.axes,
+        layers={name: layer.fit for name, layer in layers.items()},
+        energy=sum(layer.fit.energy for layer in layers.values()),
+        residual=0.0,
+        duplicates=(),
+        bytes=count_bytes(folder, models, len(layers), num_bytes, num_bytes),
+        left_out=(),
+        skipped=(),
+        warnings=(*_said(foreign, layers), *foreign.notes, *notes),
+        seconds=0.0,
+        peak_memory=0,
+    )
+    files = {os.path.relpath(file, foreign.path): plain(file_record(file).model_dump()) for file in foreign.files}
+    return {**report.to_dict(), "imported": {"tool": foreign.tool, "files": files}}
+
+
+def _said(foreign: ForeignSubspace, layers: Mapping[str, ImportedLayer]) -> list[str]:
+    said = [
+        f"imported from {foreign.tool}: the models are the adapters that it rebuilds, and residuals are zero against those. What "
+        "it had lost of the originals its files do not say; there are no moments; the models' bytes are those of their factors"
+    ]
+    turned = [layer.deviation for layer in layers.values() if layer.deviation > ORTHONORMAL]
+    if turned:
+        said.append(
+            f"the directions of {len(turned)} of {len(layers)} layers were not orthonormal ({_leaning(max(turned))}); "
+            "they were made so and the coefficients turned with them, which changes nothing of what is rebuilt"
+        )
+    return said
+
+
+def _leaning(deviation: float) -> str:
+    return f"|VVᵀ − 1| up to {deviation:.1e}" if deviation < inf else "of some there are more than dimensions"

@@ -1,0 +1,126 @@
+"""Moments that are kept between runs: an interrupted pass goes on where it was, and a repeated one reads no weight.
+
+One file per layer in the user's cache folder, named by what it was made of (`identity`). Nothing depends on it: what is missing,
+damaged or of other files is collected again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.cache_folder import OFF, VARIABLE, cache_folder
+from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
+from eigenzoo.subspace.bundles.identity import ZooIdentity
+from eigenzoo.subspace.bundles.storage import moment_tensors, read_moments, write_moment_tensors
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.zoo.zoo import Zoo
+
+CHECKSUM = "sha256"
+"""Metadata of a file of kept moments: the hash of its values."""
+
+CACHE_BYTES = 4 * 2**30
+"""Bytes of kept moments; the longest unused go first."""
+
+
+class MomentsCache:
+    """The kept moments of one zoo's layers about the models' mean; with `folder` None, nothing is kept."""
+
+    def __init__(self, zoo: Zoo, folder: Path | None, device: str = "cpu") -> None:
+        self._zoo, self._folder, self.identity = zoo, folder, ZooIdentity(zoo)
+        self._device = device.partition(":")[0]
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                self._folder = None
+
+    def get(self, name: str, center: str, precision: str) -> LayerMoments | None:
+        """Return a layer's moments, or None where they are not kept."""
+        path = self._path(name, center, precision)
+        if path is None or not path.is_file():
+            return None
+        try:
+            file = SafetensorsFile(path)
+            moments = read_moments(file, self._zoo.layers[name], len(self._zoo))
+        except (EigenzooError, OSError):
+            _remove(path)
+            return None
+        # A loss of power may have left a file of the right size with other values.
+        if file.metadata.get(CHECKSUM) != checksum(moment_tensors(name, moments)):
+            _remove(path)
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return moments
+
+    def put(self, name: str, center: str, precision: str, moments: LayerMoments) -> None:
+        """Keep a layer's moments; where there is no room for them, nothing happens."""
+        path = self._path(name, center, precision)
+        if path is None or path.exists():
+            return
+        staging = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            values = moment_tensors(name, moments)
+            write_moment_tensors(staging, values, moments.num_reference, metadata={CHECKSUM: checksum(values)})
+            staging.replace(path)
+        except (EigenzooError, OSError):
+            _remove(staging)
+
+    def _path(self, name: str, center: str, precision: str) -> Path | None:
+        if self._folder is None or center != "models":
+            return None
+        return self._folder / f"{self.identity.layer(name, precision, self._device)}.safetensors"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, as far as the folder lets us."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def checksum(values: Mapping[str, Tensor]) -> str:
+    """Return the hash of tensors by name."""
+    total = hashlib.sha256()
+    for name in sorted(values):
+        total.update(name.encode())
+        total.update(as_bytes(values[name].contiguous()))
+    return total.hexdigest()
+
+
+@contextmanager
+def opened_cache(zoo: Zoo, enabled: bool, device: str = "cpu") -> Iterator[MomentsCache]:
+    """Open the kept moments of a zoo in the user's cache folder; what is too much there is removed at the end."""
+    if not enabled or os.environ.get(VARIABLE) == OFF or not all(model.path.exists() for model in zoo.models):
+        yield MomentsCache(zoo, None)
+        return
+    folder = cache_folder() / "moments"
+    cache = MomentsCache(zoo, folder, device)
+    # Now, before any value is read: a file that is replaced meanwhile must not be taken for the one that was read.
+    _ = cache.identity.files
+    yield cache
+    trim(folder, CACHE_BYTES)
+
+
+def trim(folder: Path, num_bytes: int) -> None:
+    """Remove the files that were longest unused, unfinished ones too, until the others take at most so many bytes."""
+    try:
+        found = sorted(
+            ((path.stat(), path) for path in folder.glob("*.safetensors*")), key=lambda item: item[0].st_mtime
+        )
+    except OSError:
+        return
+    whole = sum(status.st_size for status, _ in found)
+    for status, path in found:
+        if whole <= num_bytes:
+            return
+        _remove(path)
+        whole -= status.st_size

@@ -1,0 +1,146 @@
+"""Moments of LoRA updates from their factors, tile by tile of models; nothing dense is formed.
+
+Legend: N models, S size of a side, R one update's rank, P stacked ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eigenzoo.errors import DataError
+from eigenzoo.linalg import kernels, lora
+from eigenzoo.linalg.side import SideMoment
+from eigenzoo.linalg.update_tiles import Tile, products, singular_values
+from eigenzoo.subspace.moments.layer_moments import LayerMoments, from_raw_gram, round_off, shifted_to_zero
+from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketched_ranks
+from eigenzoo.subspace.passes.resources import Resources
+from eigenzoo.zoo.buffers import borrow
+from eigenzoo.zoo.stack import UpdateStack
+
+TILE_RANKS = 2048
+"""The most ranks of a tile: its products of P × P values stay within a few tens of megabytes."""
+
+TILE_BYTES = 64 * 2**20
+"""Bytes of a tile's factors, which decide with its shape how models are cut into tiles, whatever memory there is."""
+
+
+@dataclass(frozen=True)
+class UpdateGrams:
+    """⟨X_i, X_j⟩ of all updates, products of their A-factors' leading rows, sums of entries, and singular values."""
+
+    raw_NN: Tensor
+    starts_NN: Tensor
+    sums_N: Tensor
+    singular_NR: Tensor
+
+
+def collect_updates(
+    stack: UpdateStack,
+    axes: tuple[str, ...],
+    center: str,
+    resources: Resources,
+    sketch: SketchPlan | None = None,
+) -> LayerMoments:
+    """Collect the moments of updates: two products of P × P ranks, the lower halves left out; sides where an axis asks."""
+    grams = update_grams(stack, resources)
+    moments = replace(
+        from_raw_gram(grams.raw_NN, stack.layer.num_values, round_off(stack)),
+        starts_NN=grams.starts_NN,
+        sums_N=grams.sums_N,
+        singular_NR=grams.singular_NR,
+    )
+    if center == "none":
+        moments = shifted_to_zero(moments)
+    sketched = sketch_sides(stack, sketched_ranks(stack, sketch), None, seed=sketch.seed if sketch else 0)
+    sides = {axis: sketched.get(axis) or update_side(stack, axis) for axis in ("outputs", "inputs") if axis in axes}
+    return replace(moments, outputs=sides.get("outputs"), inputs=sides.get("inputs"))
+
+
+def update_grams(stack: UpdateStack, resources: Resources, first_new: int = 0) -> UpdateGrams:
+    """Return the Grams of all updates; with `first_new`, only the rows and columns of the models from there on are filled.
+
+    The leading rows are as many as the smallest rank has: PEFT draws A row by row, so that one seed gives the same leading rows
+    at any rank.
+
+    Raises DataError, naming the model, for NaN and Inf.
+    """
+    num_models, num_rows = len(stack), min(stack.ranks)
+    raw_NN, starts_NN = torch.zeros(2, num_models, num_models, dtype=torch.float64)
+    sums_N = torch.zeros(num_models, dtype=torch.float64)
+    singular_NR = torch.zeros(num_models, max(stack.ranks), dtype=torch.float64)
+    old, new = tiles(stack, 0, first_new), tiles(stack, first_new, num_models)
+    for number, places in enumerate(new):
+        columns = slice(places.start, places.stop)
+        with loaded_tile(stack, places, resources) as tile:
+            sums_N[columns] = tile.sums()
+            for other in (*old, *new[: number + 1]):
+                rows = slice(other.start, other.stop)
+                with ExitStack() as lent:
+                    left = tile if other == places else lent.enter_context(loaded_tile(stack, other, resources))
+                    found = products(left, tile, num_rows, stack.precision)
+                if not torch.isfinite(found.updates_nn).all():
+                    _refuse(stack)
+                if other == places:
+                    singular_NR[columns] = singular_values(tile, found, singular_NR.shape[1])
+                raw_NN[rows, columns], raw_NN[columns, rows] = found.updates_nn, found.updates_nn.T
+                starts_NN[rows, columns], starts_NN[columns, rows] = found.starts_nn, found.starts_nn.T
+    return UpdateGrams(raw_NN, starts_NN, sums_N, singular_NR)
+
+
+def _refuse(stack: UpdateStack) -> None:
+    stack.check_finite()
+    raise DataError(
+        "the products of its factors overflow",
+        where=f"layer '{stack.layer.name}'",
+        rule="energies of updates are finite in the precision of the products",
+        next_step="use precision 'high', or --exclude the layer so that it is carried unchanged",
+    )
+
+
+@contextmanager
+def loaded_tile(stack: UpdateStack, places: range, resources: Resources) -> Iterator[Tile]:
+    """Lend the factors of some models side by side, on the device."""
+    num_ranks = sum(stack.ranks[place] for place in places)
+    outputs, inputs = stack.layer.shape
+    on_cpu = resources.device == "cpu"
+    with (
+        borrow(outputs, num_ranks, stack.dtype, pinned=not on_cpu) as b_OP,
+        borrow(num_ranks, inputs, stack.dtype, pinned=not on_cpu) as a_PI,
+    ):
+        tile = stack.tile(places, b_OP, a_PI)
+        if not on_cpu:
+            tile = Tile(
+                tile.b_OP.to(resources.device, non_blocking=True),
+                tile.a_PI.to(resources.device, non_blocking=True),
+                tile.ranks,
+            )
+        yield tile
+
+
+def tiles(stack: UpdateStack, start: int, stop: int) -> list[range]:
+    """Cut models into runs whose factors, and products of two runs, fit into a tile."""
+    width = max(stack.ranks)
+    per_model = stack.dtype.itemsize * width * sum(stack.layer.shape)
+    num_tile = max(1, min(TILE_BYTES // per_model, TILE_RANKS // width))
+    return [range(first, min(first + num_tile, stop)) for first in range(start, stop, num_tile)]
+
+
+def update_side(stack: UpdateStack, axis: str) -> SideMoment:
+    """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero; as a factor while all ranks together are fewer than the side."""
+    size = stack.layer.shape[0 if axis == "outputs" else 1]
+    fits = sum(stack.ranks) < size
+    moment_SS = torch.zeros(0 if fits else size, 0 if fits else size, dtype=torch.float64)
+    columns: list[Tensor] = []
+    for place in range(len(stack)):
+        b_OR, a_RI = stack.factors(place)
+        columns.append(lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T)))
+        # One product of many thin factors: each alone would only move the moment through memory.
+        if not fits and (place + 1 == len(stack) or sum(column.shape[1] for column in columns) >= size // 4):
+            moment_SS += kernels.gram(torch.cat(columns, 1))
+            columns = []
+    return SideMoment(factor_SP=torch.cat(columns, 1)) if fits else SideMoment(moment_SS)
