@@ -1,5 +1,6 @@
-"""The table of what is fuzzed. A target is a function that makes, in an empty folder, sound inputs and a way to read one.
+"""The table of what is fuzzed, whole in one file.
 
+A target is a function that makes, in an empty folder, sound inputs and a way to read one.
 To add one, write a function like those below: `of_file` for a parser of a file, `Parser` for a parser of bytes.
 Whatever a reader raises on purpose (`EigenzooError`) is fine; anything else is a finding.
 """

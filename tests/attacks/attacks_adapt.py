@@ -13,7 +13,8 @@ from typing import Any
 
 from attack_runner import EITHER, REFUSED, SAFE, Attack, Sandbox, Words
 from attacks_configs import CANARY_MODULE
-from attacks_pickle import Canary, torch_pickle
+from attacks_pickle import torch_pickle
+from pickle_programs import Canary
 
 Spoil = Callable[[Sandbox, Path], object]
 QUICKLY = ("--steps", 2, "--batch-size", 4, "--besides", "classifier.*")
