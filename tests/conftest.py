@@ -1,11 +1,13 @@
 """Puts its folder on the path, so that all tests can import `builders`; pins threads, since tests run side by side; and
-gives each run a cache of its own."""
+gives each run a cache of its own, and the command line inside this process."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +23,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EIGENZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """The command line inside this process: exit code, standard output, standard error on one line."""
+    from eigenzoo.cli.app import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["eigenzoo", *map(str, words)])
+        out, err, code = io.StringIO(), io.StringIO(), None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as leave:
+                code = leave.code
+        assert isinstance(code, int)
+        return code, out.getvalue(), " ".join(err.getvalue().split())
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,25 +32,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """The command line inside this process: exit code, standard output, standard error on one line."""
-    from eigenzoo.cli.app import main
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["eigenzoo", *map(str, words)])
-        out, err, code = io.StringIO(), io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as leave:
-                code = leave.code
-        assert isinstance(code, int)
-        return code, out.getvalue(), " ".join(err.getvalue().split())
-
-    return run
 
 
 @pytest.fixture(scope="session")

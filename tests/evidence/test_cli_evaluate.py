@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 
 import eigenzoo as ez
 from builders import random_stack, write_model, write_stacks
-from eigenzoo.cli.app import main
 from eigenzoo.cli.evaluate import load_metric, parse_ranks
 
 METRICS = """
@@ -64,19 +62,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["eigenzoo", "evaluate", *map(str, words)])
-        out, err, code = io.StringIO(), io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as leave:
-                code = leave.code
-        assert isinstance(code, int)
-        return code, out.getvalue(), " ".join(err.getvalue().split())
-
-    return call
+def run(call: Run) -> Run:
+    return partial(call, "evaluate")
 
 
 def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -14,27 +12,13 @@ import pytest
 from verify_cases import WEIGHTS, broken, write_adapter
 
 import eigenzoo as ez
-from eigenzoo.cli.app import main
 
 Made = Callable[[str], Path]
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line inside this process: exit code, standard output, standard error on one line."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["eigenzoo", *map(str, words)])
-        out, err, code = io.StringIO(), io.StringIO(), None
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as leave:
-                code = leave.code
-        assert isinstance(code, int)
-        return code, out.getvalue(), " ".join(err.getvalue().split())
-
+def run(call: Run) -> Run:
     return call
 
 
