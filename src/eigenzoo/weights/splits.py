@@ -65,7 +65,8 @@ def parse_split(text: str) -> SplitRule:
     (('part0', 1), ('part1', 1))
     """
     glob, _, right = text.rpartition("=")
-    if re.fullmatch(r"[0-9]{1,4}", right.strip()):
+    right = right.strip()
+    if re.fullmatch(r"[0-9]{1,4}", right):
         names = [(f"part{place}", 1) for place in range(int(right))]
     else:
         found = [_PART.fullmatch(part.strip()) for part in right.split(",")]

@@ -49,10 +49,13 @@ def is_url(source: object) -> bool:
 
 
 def local_path(source: str) -> str:
-    """Return the path of a `file://` URL; any other source as it is."""
+    """Return the path of a `file://` URL; any other source as it is. Raises FormatError for a name that no file can have."""
     if "://" not in source or protocol_of(source) not in LOCAL:
         return source
-    return str(fsspec.get_filesystem_class("file")._strip_protocol(source))
+    try:
+        return str(fsspec.get_filesystem_class("file")._strip_protocol(source))
+    except ValueError as error:  # a NUL, or half a character, where a home folder is looked up
+        raise FormatError("is no path of a file", where=repr(source[:200])) from error
 
 
 def protocol_of(url: str) -> str:
