@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,11 @@ def telling(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]
     for done, item in enumerate(items, 1):
         yield item
         progress(stage, done, len(items))
+
+
+def finite(value: float) -> float | None:
+    """The number as JSON has it, which knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def plain(value: Any) -> Any:

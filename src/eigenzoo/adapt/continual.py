@@ -230,7 +230,7 @@ class Stream:
                 continue
             template = self.space.template(like if like is not None else self.space.names[0])
             path = self.folder / "models" / name
-            rebuilt = self.space.rebuild(Coefficients(name, found.values, {}, 0.0, {}, template))
+            rebuilt = self.space.rebuild(Coefficients(name, found.values, {}, 0.0, {}, {}, template))
             paths.append(rebuilt.save(path, force=True))  # one may be there, of a refresh that did not end
         return paths
 

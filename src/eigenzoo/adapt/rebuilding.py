@@ -62,7 +62,7 @@ def rebuild(
     else:
         template = space.template(like if like is not None else space.names[0])
     filled = _Filled(template, found, str(path))
-    record = Coefficients(name, found.values, {}, 0.0, {}, filled)
+    record = Coefficients(name, found.values, {}, 0.0, {}, {}, filled)
     rebuilt = space.rebuild(record)  # its checks are those of every other model
     if found.mean:
         return rebuilt

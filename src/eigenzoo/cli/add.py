@@ -78,7 +78,7 @@ def _lost(space: Subspace) -> str:
         return f"lost: {in_percent(space.report['residual'])} of all energy"
     new = [space.coefficients(name) for name in space.report["growth"]["added"]]
     energies = [sum(coefficients.energies.values()) for coefficients in new]
-    lost = sum(coefficients.residual * energy for coefficients, energy in zip(new, energies, strict=True))
+    lost = sum(sum(coefficients.outside.values()) for coefficients in new)
     return (
         f"lost: {in_percent(lost / sum(energies) if sum(energies) > 0 else 0.0)} of the new models' energy; "
         f"what {space.report['imported']['tool']} had lost of the imported ones is not known"

@@ -120,11 +120,13 @@ def counted(number: int, thing: str) -> str:
 def in_percent(share: float | None) -> str:
     """Write a share; a dash where there is none.
 
-    >>> in_percent(0.1234), in_percent(1e-17), in_percent(None)
-    ('12.3 %', '< 1e-06 %', '–')
+    >>> in_percent(0.1234), in_percent(1e-17), in_percent(1e9), in_percent(None)
+    ('12.3 %', '< 1e-06 %', '> 1e+06 %', '–')
     """
     if share is None:
         return "–"
+    if share > 1e4:
+        return "> 1e+06 %"  # of a model that is zero, or zero but for round-off
     if 0 < share < 1e-8:
         return "< 1e-06 %"  # round-off, for the most part
     return f"{100 * share:.3g} %" if 0 < share < 0.1 else f"{100 * share:.1f} %"

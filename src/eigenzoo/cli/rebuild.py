@@ -10,6 +10,7 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 from eigenzoo.errors import UsageError
+from eigenzoo.records import finite
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.coefficients import Coefficients
@@ -87,7 +88,7 @@ def command(
                 "name": coefficients.name,
                 "output": str(output),
                 "mean_only": mean_only,
-                "residual": None if _is_imported(space, coefficients) else coefficients.residual,
+                "residual": None if _is_imported(space, coefficients) else finite(coefficients.residual),
             }
         )
         return

@@ -11,6 +11,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.evidence.evidence import Evidence
 from eigenzoo.evidence.function import FunctionEvidence
 from eigenzoo.formats.remote import source_url
+from eigenzoo.records import finite
 from eigenzoo.subspace.fitting.sizes import sizes
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
@@ -69,7 +70,7 @@ def _models(source: Zoo | Subspace) -> dict[str, Mapping[str, Any]]:
     for record in source.manifest.models:
         coefficients = source.coefficients(record.name)
         found[record.name] = {
-            "residual": coefficients.residual,
+            "residual": finite(coefficients.residual),
             "energy": sum(coefficients.energies.values()) if coefficients.energies else None,
             "source": record.source.path,
         }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
 from torch import Tensor
 
 from eigenzoo.formats.bundle.contents import Template
-from eigenzoo.subspace.bases.basis import Projection
+from eigenzoo.linalg import lora
+from eigenzoo.records import finite
+from eigenzoo.subspace.bases.basis import LayerBasis, Projection
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class Coefficients:
         name: the model's name.
         values: per layer, (K,) numbers or a (P, Q) core, float32.
         residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace; above 1 for a small
-            update in a zoo of a large mean.
+            update in a zoo of a large mean, and infinite for a layer that is zero and is rebuilt as something else.
         residual: the same over all layers; the layers' plain mean where a bundle was saved without its moments.
-        energies: per layer ‖X‖², center included; empty where a bundle was saved without its moments.
+        energies, outside: per layer ‖X‖², center included, and ‖X − X̂‖²; empty where a bundle was saved without its moments.
         template: what a rebuilt model needs besides.
     """
 
@@ -31,26 +34,44 @@ class Coefficients:
     residuals: Mapping[str, float]
     residual: float
     energies: Mapping[str, float]
+    outside: Mapping[str, float]
     template: Template
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the residuals as plain JSON values."""
-        layers = {layer: {"residual": value} for layer, value in self.residuals.items()}
-        return {"residual": self.residual, "layers": layers}
+        """Return the residuals as plain JSON values, infinite ones as None."""
+        layers = {layer: {"residual": finite(value)} for layer, value in self.residuals.items()}
+        return {"residual": finite(self.residual), "layers": layers}
+
+
+def share_of(outside: float, energy: float) -> float:
+    """What is outside as a share of the energy; of nothing, anything is infinitely much.
+
+    >>> share_of(1.0, 4.0), share_of(1.0, 0.0), share_of(0.0, 0.0)
+    (0.25, inf, 0.0)
+    """
+    if energy > 0:
+        return outside / energy
+    return inf if outside > 0 else 0.0
 
 
 def coefficients_of(name: str, projections: Mapping[str, Projection], template: Template) -> Coefficients:
     """Put one model's projections together with what makes it a complete model again."""
-    energy = sum(projection.energy for projection in projections.values())
-    outside = sum(projection.outside for projection in projections.values())
+    energies = {layer: projection.energy for layer, projection in projections.items()}
+    outside = {layer: projection.outside for layer, projection in projections.items()}
     return Coefficients(
         name,
         {layer: projection.coefficients.float() for layer, projection in projections.items()},
-        {
-            layer: projection.outside / projection.energy if projection.energy > 0 else 0.0
-            for layer, projection in projections.items()
-        },
-        outside / energy if energy > 0 else 0.0,
-        {layer: projection.energy for layer, projection in projections.items()},
+        {layer: share_of(outside[layer], energies[layer]) for layer in projections},
+        share_of(sum(outside.values()), sum(energies.values())),
+        energies,
+        outside,
         template,
     )
+
+
+def outside_of(basis: LayerBasis, values: Tensor, residual: float, energy: float) -> float:
+    """‖X − X̂‖² of a kept layer; of one that is zero the share says nothing, and all that it is rebuilt as is outside."""
+    if isfinite(residual):
+        return residual * energy
+    rebuilt = basis.rebuild(values)
+    return lora.energy(rebuilt) if isinstance(rebuilt, tuple) else float(rebuilt.double().square().sum())

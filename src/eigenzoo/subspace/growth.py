@@ -207,8 +207,8 @@ def _extended(
         discarded, energy = dict(space.manifest.discarded), space.report["energy"]
         for coefficients in projected.values():
             energy += sum(coefficients.energies.values())
-            for name, share in coefficients.residuals.items():
-                discarded[name] += share * coefficients.energies[name]
+            for name, outside in coefficients.outside.items():
+                discarded[name] += outside
         base = space.manifest.base and relocation.moved(space.manifest.base)
         manifest = space.manifest.model_copy(
             update={

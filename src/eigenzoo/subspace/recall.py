@@ -19,7 +19,7 @@ from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo, part_name
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_or_copy
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, share_of
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 
@@ -129,11 +129,11 @@ def restore_records(space: Subspace, manifest: Manifest, root: Path) -> list[Mod
 def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -> None:
     before, after = space.coefficients(record.name), refitted.coefficients(record.name)
     bounds = []
-    for layer, residual in after.residuals.items():
+    for layer in after.residuals:
         # Without the old moments the originals' energy is not known, and their rebuilt selves' stands for it.
         recalled = after.energies[layer]
         energy = before.energies.get(layer, recalled)
-        lost = residual * recalled / energy if energy > 0 else 0.0
+        lost = share_of(after.outside[layer], energy)
         bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
     flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])
     path = refitted.path / record.coefficients

@@ -10,6 +10,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from eigenzoo.subspace.bundles.pushing import push
 from eigenzoo.subspace.bundles.saving import save
 from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
 from eigenzoo.subspace.bundles.storage import num_held, read_basis, read_moments, split_coefficients
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, outside_of, share_of
 from eigenzoo.subspace.moments.inside import extended_by_records
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.projecting import project_layers, with_templates
@@ -125,13 +126,13 @@ class Subspace:
             what = f"{record.coefficients}: the checksum differs from the manifest's"
             raise BundleError(what, where=str(self.path), next_step="run verify, and copy the bundle again, whole")
         residuals = dict(zip(self.layers, stored.residuals_L.tolist(), strict=True))
-        energies = self._energies(name, stored)
-        weights = energies or dict.fromkeys(self.layers, 1.0)
-        total = sum(weights.values())
-        whole = sum(residuals[layer] * weights[layer] for layer in residuals) / total if total > 0 else 0.0
-        return Coefficients(
-            name, split_coefficients(stored.values, self.layers), residuals, whole, energies, self.template(name)
-        )
+        values, energies = split_coefficients(stored.values, self.layers), self._energies(name, stored)
+        outside = {
+            layer: outside_of(self.layers[layer], values[layer], residuals[layer], energy)
+            for layer, energy in energies.items()
+        }
+        whole = share_of(sum(outside.values()), sum(energies.values())) if energies else fmean(residuals.values())
+        return Coefficients(name, values, residuals, whole, energies, outside, self.template(name))
 
     def template(self, name: str) -> StoredTemplate:
         """Return what makes a kept model's coefficients a complete model again."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, outside_of
 from eigenzoo.subspace.moments.border import bordered
 from eigenzoo.subspace.moments.duplicates import DUPLICATE
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
@@ -69,5 +69,13 @@ def extended_by_records(space: Subspace, layer: str, moments: LayerMoments) -> L
             rule="see docs/bundle-format.md",
         )
     energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, place]
-    outside_M = energies_M * torch.stack([stored.residuals_L for stored in added])[:, place].double()
+    residuals_M = torch.stack([stored.residuals_L for stored in added])[:, place].tolist()
+    values_MK = space.all_coefficients[layer][moments.num_models :]
+    outside_M = torch.tensor(
+        [
+            outside_of(space.layers[layer], *known)
+            for known in zip(values_MK, residuals_M, energies_M.tolist(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
     return extended_inside(moments, space.all_coefficients[layer].flatten(1), energies_M, outside_M)
