@@ -20,7 +20,7 @@ SCRIPT = """
 import importlib, os, signal, sys
 import eigenzoo as ez
 space = ez.load(sys.argv[1])
-room = importlib.import_module(f"eigenzoo.subspace.{sys.argv[5]}")
+room = importlib.import_module(f"eigenzoo.subspace.bundles.{sys.argv[5]}")
 step, calls = getattr(room, sys.argv[3]), 0
 def dying(*args, **kwargs):
     global calls
@@ -57,7 +57,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def failing(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"eigenzoo.subspace.{STEPS[step]}.{step}", failing)
+    monkeypatch.setattr(f"eigenzoo.subspace.bundles.{STEPS[step]}.{step}", failing)
     with pytest.raises(OutputError, match="bundle: cannot be written \\(No space left"):
         space.save(tmp_path / "bundle")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
