@@ -69,6 +69,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     ),
     "config above": (lambda d: d["models"][0].update(config="../x"), "String should match"),
     "model twice": (lambda d: d["models"].append(d["models"][0]), "a model is listed twice"),
+    "no layer": (lambda d: d.update(layers=[], discarded={}), r"layers: List should have at least 1 item"),
     "layer twice": (lambda d: d["layers"].append(d["layers"][0]), "a layer is listed twice"),
     "shape of 10¹⁸": (lambda d: d["layers"][0].update(shape=[10**9, 10**9], tensor_shape=[10**18]), "at most"),
     "shape of nothing": (lambda d: d["layers"][0].update(shape=[0, 5], tensor_shape=[0]), "both positive"),

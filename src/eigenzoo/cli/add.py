@@ -74,12 +74,14 @@ def command(
 
 def _lost(space: Subspace) -> str:
     """What is lost of all models; in an imported bundle of the new ones alone, since of the others nobody knows."""
+    from eigenzoo.subspace.coefficients import share_of
+
     if "imported" not in space.report:
         return f"lost: {in_percent(space.report['residual'])} of all energy"
     new = [space.coefficients(name) for name in space.report["growth"]["added"]]
-    energies = [sum(coefficients.energies.values()) for coefficients in new]
+    energy = sum(sum(coefficients.energies.values()) for coefficients in new)
     lost = sum(sum(coefficients.outside.values()) for coefficients in new)
     return (
-        f"lost: {in_percent(lost / sum(energies) if sum(energies) > 0 else 0.0)} of the new models' energy; "
+        f"lost: {in_percent(share_of(lost, energy))} of the new models' energy; "
         f"what {space.report['imported']['tool']} had lost of the imported ones is not known"
     )

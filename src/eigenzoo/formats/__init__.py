@@ -1,1 +1,1 @@
-"""One file per on-disk format: readers that look at headers first, and writers that the formats' own libraries read."""
+"""One file or folder per on-disk format: readers that look at headers first, and writers that the formats' own libraries read."""

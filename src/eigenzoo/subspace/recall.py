@@ -131,8 +131,7 @@ def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -
     bounds = []
     for layer in after.residuals:
         # Without the old moments the originals' energy is not known, and their rebuilt selves' stands for it.
-        recalled = after.energies[layer]
-        energy = before.energies.get(layer, recalled)
+        energy = before.energies.get(layer, after.energies[layer])
         lost = share_of(after.outside[layer], energy)
         bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
     flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])

@@ -182,7 +182,7 @@ class Manifest(_Strict):
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     options: Annotated[dict[str, Any], AfterValidator(_known_options)]
     base: SourceRecord | None
-    layers: list[LayerRecord]
+    layers: Annotated[list[LayerRecord], Field(min_length=1)]
     models: list[ModelRecord]
     discarded: dict[str, Energy]
     report: Annotated[dict[str, Any], AfterValidator(_known_report)]
