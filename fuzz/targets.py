@@ -32,8 +32,8 @@ from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.subspace.bundles.provenance import read_licence
 from eigenzoo.subspace.fitting.options import resolve_options
+from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.subspace.passes.work import Work
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.zoo.inspection import inspect
 from eigenzoo.zoo.matching import Selection

@@ -12,13 +12,13 @@ from typing import Any, cast
 import eigenzoo as ez
 from bench.collection import Array
 from bench.peers.work import Work
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import no_progress
 from eigenzoo.subspace.fitting.fit_layers import LayerPass
 from eigenzoo.subspace.fitting.options import resolve_options
+from eigenzoo.subspace.fitting.work import Work as Finished
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.subspace.passes.work import Work as Finished
-from eigenzoo.subspace.passes.workers import local_workers
 
 # Names are imported at first use: memory is counted from after that.
 _ = ez.fit, ez.open_zoo, ez.load

@@ -14,9 +14,9 @@ from builders import seeded, write_stacks
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.linalg.spectrum import eigenpairs, explained_variance_ratio
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.bases.flat import FlatBasis, orthonormalized, span_basis, write_flat
 from eigenzoo.subspace.moments.collecting import collect, loaded_spans
-from eigenzoo.subspace.passes.resources import Resources
 from eigenzoo.zoo.zoo import Zoo
 from tolerance import tolerance
 

@@ -26,9 +26,9 @@ import eigenzoo as ez
 from builders import random_factors, regauge, write_adapter
 from eigenzoo.linalg.lora import TRUNCATION
 from eigenzoo.linalg.spectrum import explained_variance_ratio
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.update_moments import update_grams
-from eigenzoo.subspace.passes.resources import Resources
 from tolerance import angle_tolerance, tolerance
 
 MODULES = {"h.0.q": (10, 8), "h.0.up": (14, 8), "h.1.q": (10, 8)}

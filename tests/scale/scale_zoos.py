@@ -73,9 +73,9 @@ def read_in_spans(monkeypatch: pytest.MonkeyPatch, num_bytes: int | None = None,
     """Cut layers into spans of so many bytes, and read them twice, as layers are that are too large to be `kept`."""
     if num_bytes is not None:
         monkeypatch.setattr("eigenzoo.zoo.stack.SPAN_BYTES", num_bytes)
-        monkeypatch.setattr("eigenzoo.subspace.passes.resources.SPAN_BYTES", num_bytes)
+        monkeypatch.setattr("eigenzoo.passes.resources.SPAN_BYTES", num_bytes)
     if not kept:
-        monkeypatch.setattr("eigenzoo.subspace.passes.resources.MOST_KEPT", 0)
+        monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -22,8 +22,8 @@ from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, FormatError, UsageError
 from eigenzoo.integrations.cluster import cluster_workers
-from eigenzoo.subspace.passes.resources import LEAST_MEMORY
-from eigenzoo.subspace.passes.workers import local_workers
+from eigenzoo.passes.resources import LEAST_MEMORY
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.zoo.zoo import reopen
 
 distributed = pytest.importorskip("distributed")
@@ -99,7 +99,7 @@ def test_layers_in_blocks_are_those_of_threads_to_the_byte(
 ) -> None:
     """Memory decides on the blocks of a worker; this much is less than the large layer."""
     monkeypatch.setattr("eigenzoo.integrations.cluster.LEAST_MEMORY", 0)
-    monkeypatch.setattr("eigenzoo.subspace.passes.resources.LEAST_MEMORY", 0)
+    monkeypatch.setattr("eigenzoo.passes.resources.LEAST_MEMORY", 0)
     memory = 4 * NUM_MODELS * LARGE[0] * LARGE[1]
     with local_workers(memory, num=1) as workers:
         here = saved(ez.fit(zoos["weight"], 3, cache=False, workers=workers), tmp_path / "here")

@@ -16,7 +16,7 @@ from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.linalg import kernels
-from eigenzoo.subspace.passes.resources import check_device
+from eigenzoo.passes.resources import check_device
 from tolerance import tolerance
 
 NUM_MODELS, SHAPE = 12, (120, 96)

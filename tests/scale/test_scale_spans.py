@@ -22,10 +22,10 @@ from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
+from eigenzoo.passes.resources import LEAST_MEMORY
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bundles.storage import moment_tensors
 from eigenzoo.subspace.fitting import fit_layers
-from eigenzoo.subspace.passes.resources import LEAST_MEMORY
-from eigenzoo.subspace.passes.workers import local_workers
 from eigenzoo.zoo import buffers
 from tolerance import tolerance
 
@@ -149,7 +149,7 @@ def test_a_base_is_subtracted_span_by_span(tmp_path: Path, monkeypatch: pytest.M
 def test_memory_decides_on_blocks_and_spans_on_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are as large as there is memory; what they sum up to is decided by the spans."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, (400, 700))}))
-    monkeypatch.setattr("eigenzoo.subspace.passes.resources.MOST_KEPT", 0)
+    monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
     found = []
     for max_memory in (None, LEAST_MEMORY):
         with local_workers(max_memory, num=8) as workers:
@@ -223,7 +223,7 @@ def test_results_do_not_pile_up_before_a_slow_disk(tmp_path: Path, monkeypatch: 
     """Spans of a basis wait for their turn to be written; workers wait too, when what waits weighs too much."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)}))
     spans_of(monkeypatch, 2, kept=False)
-    monkeypatch.setattr("eigenzoo.subspace.passes.workers.HELD_BYTES", 0)
+    monkeypatch.setattr("eigenzoo.passes.workers.HELD_BYTES", 0)
     made, written, ahead = [], [], []
     make, write = fit_layers.basis_task, BasisWriter.write_flat
 

@@ -8,7 +8,7 @@ import pytest
 
 import eigenzoo as ez
 from builders import random_stack, write_stacks
-from eigenzoo.subspace.passes.work import work_folder
+from eigenzoo.subspace.fitting.work import work_folder
 
 
 @pytest.mark.parametrize("planted", ["link", "writable"])

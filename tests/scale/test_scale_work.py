@@ -25,7 +25,7 @@ from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, OutputError
 from eigenzoo.subspace.fitting import fit_layers
-from eigenzoo.subspace.passes.work import PREFIX, STALE_SECONDS
+from eigenzoo.subspace.fitting.work import PREFIX, STALE_SECONDS
 
 NUM_LAYERS, NUM_MODELS, SHAPE = 8, 5, (6, 5)
 STOPS_AFTER = 5
@@ -225,7 +225,7 @@ def test_another_run_of_the_system_begins_anew(
     """After a loss of power files may be there without what was written into them."""
     write_zoo(tmp_path / "zoo")
     fit_until_interrupted(open_zoo(tmp_path / "zoo"), tmp_path / "work")
-    monkeypatch.setattr("eigenzoo.subspace.passes.work._running_system", lambda: "another")
+    monkeypatch.setattr("eigenzoo.subspace.fitting.work._running_system", lambda: "another")
     tasks.clear()
     found = saved(ez.fit(tmp_path / "zoo", 3, workspace=tmp_path / "work"), tmp_path / "work" / "bundle")
     assert len(tasks) == NUM_LAYERS

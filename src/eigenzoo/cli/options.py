@@ -12,7 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from eigenzoo.errors import RankError, UsageError
 
 if TYPE_CHECKING:
-    from eigenzoo.subspace.passes.workers import Workers
+    from eigenzoo.passes.workers import Workers
 
 ZooArgument = Annotated[
     list[str],
@@ -173,7 +173,7 @@ def parse_bytes(text: str | None, option: str) -> int | None:
 @contextmanager
 def opened_workers(cluster: str | None, max_memory: str | None, device: str) -> Iterator[Workers]:
     """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
-    from eigenzoo.subspace.passes.workers import local_workers
+    from eigenzoo.passes.workers import local_workers
 
     num_bytes = parse_bytes(max_memory, "--max-memory")
     if cluster is None:

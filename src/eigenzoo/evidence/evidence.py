@@ -24,9 +24,9 @@ from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import deal_whole
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.moments.duplicates import find_duplicates
-from eigenzoo.subspace.passes.workers import Workers, local_workers
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source

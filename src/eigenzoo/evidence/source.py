@@ -13,13 +13,13 @@ from eigenzoo.formats.remote.hub_bundle import names_a_bundle
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.side import SideMoment
+from eigenzoo.passes.resources import Resources
+from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.subspace.passes.workers import Workers, opened_workers
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import UpdateStack

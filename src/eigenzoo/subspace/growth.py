@@ -25,6 +25,8 @@ from eigenzoo.formats.output.held_folder import TemporaryFolder
 from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
+from eigenzoo.passes.resources import Resources
+from eigenzoo.passes.workers import opened_workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import Projection
 from eigenzoo.subspace.bundles.originals import find_originals
@@ -36,15 +38,13 @@ from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit import Fitting, fit_layers, write_subspace
 from eigenzoo.subspace.fitting.options import EXACT, FitOptions
+from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.border import extend
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.inside import find_copies
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import opened_cache
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.subspace.passes.work import Work
-from eigenzoo.subspace.passes.workers import opened_workers
 from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.subspace import Subspace

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+from eigenzoo.passes.workers import opened_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis, Projection
 from eigenzoo.subspace.coefficients import Coefficients, coefficients_of
-from eigenzoo.subspace.passes.workers import opened_workers
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo
 

@@ -18,16 +18,13 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.rows import RowReader, read_factors
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.update_tiles import Tile
+from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.resources import SPAN_BYTES
 from eigenzoo.records import Layer
-from eigenzoo.zoo.buffers import borrow
 from eigenzoo.zoo.layers import LayerSource
 
 BLOCK_BYTES = 64 * 2**20
 """Bytes of one block where nothing else bounds it: large enough for long reads, small enough to stay off the peak."""
-
-SPAN_BYTES = 128 * 2**20
-"""Bytes of one span: a layer is cut into spans by its shape and its number of models alone, so that sums over them are the same to
-the last bit however many workers there are."""
 
 EXACT_VALUES = 2**20
 """Stacks of at most this many values are read as float64: there the exact product costs a few milliseconds."""

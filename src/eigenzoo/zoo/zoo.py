@@ -21,10 +21,10 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.splitting import split_model
+from eigenzoo.passes.garbage import seldom_collecting
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
-from eigenzoo.zoo.garbage import seldom_collecting
 from eigenzoo.zoo.layers import default_view, layer_sources
 from eigenzoo.zoo.matching import Match, Selection, match_models
 from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import exact_mean
+from eigenzoo.passes.buffers import borrow, lend
 from eigenzoo.records import Layer
 from eigenzoo.subspace.bases.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
-from eigenzoo.zoo.buffers import borrow, lend
 from eigenzoo.zoo.layers import widest
 from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
 

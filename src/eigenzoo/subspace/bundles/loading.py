@@ -10,8 +10,8 @@ from eigenzoo.formats.bundle.folder import read_manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
+from eigenzoo.passes.garbage import seldom_collecting
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.zoo.garbage import seldom_collecting
 
 _ATTEMPTS = 20
 """How often a bundle is opened anew that was replaced while it was being opened."""

@@ -24,6 +24,8 @@ from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.passes.resources import Resources
+from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bases.basis import PARTS, form_of
 from eigenzoo.subspace.fitting.bytes import (
@@ -39,8 +41,6 @@ from eigenzoo.subspace.fitting.bytes import (
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.subspace.passes.workers import Workers
 from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 

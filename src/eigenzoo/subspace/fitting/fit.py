@@ -23,6 +23,7 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
+from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import PARTS, STACKED, TUCKER, form_of
 from eigenzoo.subspace.bundles.identity import ZooIdentity
@@ -42,11 +43,10 @@ from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit_layers import LayerPass
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
 from eigenzoo.subspace.fitting.options import FitOptions, Rank, check_against, resolve_options
+from eigenzoo.subspace.fitting.work import Work, work_folder
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
-from eigenzoo.subspace.passes.work import Work, work_folder
-from eigenzoo.subspace.passes.workers import Workers, opened_workers
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.sources import Source

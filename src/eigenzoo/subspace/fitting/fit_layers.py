@@ -12,17 +12,17 @@ from functools import partial
 from torch import Tensor
 
 from eigenzoo.formats.bundle.basis_files import BasisWriter
+from eigenzoo.passes.workers import Call, Workers
 from eigenzoo.records import Progress
 from eigenzoo.subspace.bases.flat import write_flat
 from eigenzoo.subspace.bases.stacked import write_stacked
 from eigenzoo.subspace.fitting.layer_tasks import LayerResult, basis_task, fit_task, is_whole, span_task
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.collecting import Asked, cut, dense_moments
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.subspace.passes.work import Work
-from eigenzoo.subspace.passes.workers import Call, Workers
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 

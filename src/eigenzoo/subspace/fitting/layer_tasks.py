@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from eigenzoo.linalg.block_sums import center_rows
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.fitting.options import FitOptions
@@ -29,7 +30,6 @@ from eigenzoo.subspace.moments.collecting import (
     sum_span,
 )
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.passes.resources import Resources
 from eigenzoo.zoo.stack import DenseStack
 from eigenzoo.zoo.zoo import Zoo
 

@@ -10,12 +10,12 @@ import torch
 
 from eigenzoo.errors import UsageError
 from eigenzoo.linalg.heldout import cross_validated_capture
+from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.fitting.allocation import LayerSpectra, Overhead, collect_spectra, overhead
 from eigenzoo.subspace.fitting.bytes import break_even
 from eigenzoo.subspace.fitting.fit import opened
 from eigenzoo.subspace.fitting.options import DTYPES
-from eigenzoo.subspace.passes.workers import Workers, opened_workers
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo

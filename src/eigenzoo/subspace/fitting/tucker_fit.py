@@ -14,6 +14,7 @@ from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.bases.basis import TUCKER, PartWriter
 from eigenzoo.subspace.bases.tucker import Cores, collect_cores, write_tucker
 from eigenzoo.subspace.fitting.heldout import tucker_capture
@@ -21,7 +22,6 @@ from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, mode
 from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
 from eigenzoo.subspace.moments.collecting import LARGEST_SIDE, collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.passes.resources import Resources
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 

@@ -18,10 +18,10 @@ from eigenzoo.errors import DataError
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import sample
 from eigenzoo.linalg.kernels import PRODUCT_COLUMNS
+from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, entry_dimensions, from_raw_gram, round_off
 from eigenzoo.subspace.moments.update_moments import update_grams
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.zoo.buffers import borrow
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 RUN_VALUES = 2**16

@@ -19,6 +19,8 @@ from eigenzoo.errors import DataError
 from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import BlockSums, add_block, empty_sums, exact_mean, num_extended
 from eigenzoo.linalg.side import SideMoment
+from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.moments.layer_moments import (
     LayerMoments,
     center_of,
@@ -29,8 +31,6 @@ from eigenzoo.subspace.moments.layer_moments import (
 )
 from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketched_ranks
 from eigenzoo.subspace.moments.update_moments import collect_updates
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.zoo.buffers import borrow
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 DENSE, FACTOR = "dense", "factor"

@@ -16,10 +16,10 @@ from eigenzoo.errors import DataError
 from eigenzoo.linalg import kernels, lora
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.update_tiles import Tile, products, singular_values
+from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, from_raw_gram, round_off, shifted_to_zero
 from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketched_ranks
-from eigenzoo.subspace.passes.resources import Resources
-from eigenzoo.zoo.buffers import borrow
 from eigenzoo.zoo.stack import UpdateStack
 
 TILE_RANKS = 2048

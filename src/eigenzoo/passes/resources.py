@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from eigenzoo.errors import UsageError
-from eigenzoo.zoo.stack import SPAN_BYTES
+
+SPAN_BYTES = 128 * 2**20
+"""Bytes of one span: a layer is cut into spans by its shape and its number of models alone, so that sums over them are the same to
+the last bit however many workers there are."""
 
 LEAST_MEMORY = 16 * 2**20
 """The least `max_memory`: with less, a block would be a few rows."""

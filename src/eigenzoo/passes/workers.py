@@ -21,9 +21,9 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from eigenzoo.formats.open_files import kept_open
-from eigenzoo.subspace.passes.resources import Resources, resources_for
-from eigenzoo.zoo.buffers import release
-from eigenzoo.zoo.garbage import seldom_collecting
+from eigenzoo.passes.buffers import release
+from eigenzoo.passes.garbage import seldom_collecting
+from eigenzoo.passes.resources import Resources, resources_for
 
 Key = TypeVar("Key")
 Call = Callable[[], Any]
