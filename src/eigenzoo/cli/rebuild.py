@@ -76,12 +76,13 @@ def command(
     if model is not None or like is not None:
         raise UsageError("--model and --like are for files of `eigenzoo adapt`", where=name)
     known = name in space.names or not Path(name).exists()
-    if known:
-        coefficients = space.coefficients(name)
-    else:
-        with progress_bar(quiet=quiet or json) as progress:
+    with progress_bar(quiet=quiet or json) as progress:
+        if known:
+            coefficients = space.coefficients(name)
+        else:
             coefficients = space.project(space.open(name, allow_pickle=allow_pickle), progress=progress)
-    space.rebuild(coefficients, mean_only=mean_only, fetch=fetch).save(output, force=force, format=format)
+        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch)
+        rebuilt.save(output, force=force, format=format, progress=progress)
     if json:
         print_json(
             {

@@ -56,7 +56,7 @@ def command(
 
     adapter = is_url(path) or (is_model(path) and not (Path(path) / MANIFEST).is_file())
     if adapter or (find_id(path) is not None and not names_a_bundle(path)):
-        _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json)
+        _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json, quiet=quiet or json)
         return
     if find_id(path) is None:
         _check_place(Path(path))
@@ -121,7 +121,9 @@ def _verify_bundle(
     _tell(document, found, f"{bundle}: {held}", whole, json=json)
 
 
-def _verify_adapter(path: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool) -> None:
+def _verify_adapter(
+    path: str, against: str | None, dry_load: bool, *, allow_pickle: bool, json: bool, quiet: bool
+) -> None:
     import eigenzoo as ez
 
     if Path(path).is_file():
@@ -134,7 +136,8 @@ def _verify_adapter(path: str, against: str | None, dry_load: bool, *, allow_pic
                 next_step="verify what `eigenzoo rebuild BUNDLE FILE -o DIR` makes of it",
             )
     base = None if against is None else _opened(against, allow_pickle)
-    found = ez.verify_adapter(path, base, loader=_loader(dry_load))
+    with progress_bar(quiet=quiet) as progress:
+        found = ez.verify_adapter(path, base, loader=_loader(dry_load), progress=progress)
     num_layers = sum(len(layers) for layers in found.changes.values()) or None
     document = {"bundle": None, "ok": found.ok, "num_models": 1, "num_layers": num_layers, "faults": list(found)}
     held = "" if num_layers is None else f"{num_layers} modules, "

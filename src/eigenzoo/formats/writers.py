@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from eigenzoo.formats.side_files import SIDE_FILES
 
 __all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
 
+Mapper = Callable[[Callable[[str], Tensor], Sequence[str]], Iterable[Tensor]]
+"""What calls a function with each of many names, and gives the results in their order: `map`, or threads."""
+
 # transformers refuses a safetensors file that does not say for which framework it was saved.
 DEFAULT_METADATA = {"format": "pt"}
 
@@ -39,6 +42,7 @@ def write_checkpoint(
     *,
     metadata: Mapping[str, Mapping[str, str]] | None = None,
     side_files: Mapping[str, bytes] | None = None,
+    run: Mapper = map,
 ) -> None:
     """Write full weights: the layout's files with the layout's names, order and dtypes, then index and side files.
 
@@ -47,6 +51,7 @@ def write_checkpoint(
         layout: what to write.
         read: gives a tensor by its name, in the layout's shape; floating values are cast to the layout's dtype,
             all others must have it. One tensor is held at a time.
+        run: calls `read` with the names of a file in their order, as `map` does; threads may read ahead.
         metadata: per file the header's string metadata; `{"format": "pt"}` where a file has none.
         side_files: contents by name, of known names only. The index is written anew unless it is among them.
     """
@@ -56,7 +61,7 @@ def write_checkpoint(
     for file, tensors in layout.files.items():
         target = folder / relative_name(file)
         _make_parent(target)
-        _write_file(target, tensors, layout.prefix(file), read, (metadata or {}).get(file) or DEFAULT_METADATA)
+        _write_file(target, tensors, layout.prefix(file), read, (metadata or {}).get(file) or DEFAULT_METADATA, run)
     if layout.index is not None and layout.index not in side_files:
         _write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
     for name, data in side_files.items():
@@ -69,10 +74,11 @@ def _write_file(
     prefix: str,
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
+    run: Mapper,
 ) -> None:
     """Write one file, whose names lack the prefix that `read` knows them by."""
     named = [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors] if prefix else tensors
-    write_tensors(path, named, lambda name: read(prefix + name), metadata)
+    write_tensors(path, named, lambda name: read(prefix + name), metadata, run=run)
 
 
 def write_lora(
@@ -135,6 +141,7 @@ def write_tensors(
     metadata: Mapping[str, str],
     *,
     sync: bool = True,
+    run: Mapper = map,
 ) -> None:
     """Write one safetensors file of known contents; wider dtypes first, as the library does, to keep them aligned.
 
@@ -144,8 +151,9 @@ def write_tensors(
     entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
     # Not a byte more than needed: what is read and written unchanged is then the same file.
     with SafetensorsWriter(path, len(header_bytes(entries, metadata)), metadata) as writer:
-        for tensor in ordered:
-            writer.append(tensor.name, cast_to(tensor, read(tensor.name)))
+        values = run(read, [tensor.name for tensor in ordered])
+        for tensor, value in zip(ordered, values, strict=True):
+            writer.append(tensor.name, cast_to(tensor, value))
         writer.finish(sync=sync)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.open_files import kept_open
+from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.resources import LEAST_MEMORY, Resources, check_device, resources_for
-from eigenzoo.passes.workers import Workers, single_threaded
+from eigenzoo.passes.workers import Workers
 
 LOCAL = "local"
 

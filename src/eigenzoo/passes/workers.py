@@ -8,30 +8,24 @@ is made of them does not depend on who was first, and memory does not grow with 
 from __future__ import annotations
 
 import operator
-import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import cache
+from functools import partial
 from typing import Any, TypeVar
-
-import torch
-from threadpoolctl import ThreadpoolController
 
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.buffers import release
-from eigenzoo.passes.garbage import seldom_collecting
+from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
 from eigenzoo.passes.resources import Resources, resources_for
+from eigenzoo.records import Progress, no_progress
 
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 Call = Callable[[], Any]
 Done = tuple[Key, list[Any]]
 Weight = Callable[[Any], int]
-
-SWITCH_SECONDS = 5e-4
-"""How often Python's threads change places while workers run."""
 
 WAITING = 2
 """Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
@@ -86,6 +80,20 @@ class Workers:
                 for future in futures:
                     future.cancel()
 
+    def each(
+        self,
+        stage: str,
+        task: Callable[[Key], Result],
+        keys: Collection[Key],
+        progress: Progress = no_progress,
+        weight: Weight = _nothing,
+    ) -> Iterator[tuple[Key, Result]]:
+        """Run one task for each key; yields keys with their results in order, and reports each as progress."""
+        jobs = ((key, [partial(task, key)]) for key in keys)
+        for done, (key, (result,)) in enumerate(self.in_order(jobs, weight), 1):
+            yield key, result
+            progress(stage, done, len(keys))
+
     def _has_room(self, pending: Iterable[tuple[Key, list[Future[Any]]]], weight: Weight) -> bool:
         if len(_unfinished(pending)) >= self.num + WAITING:
             return False
@@ -110,9 +118,8 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     """
     num = num or num_threads()
     resources = resources_for(num, max_memory, device)
-    with single_threaded(), _switching_often(), seldom_collecting(), kept_open():
-        # OpenMP counts threads for each thread that calls it: what this one was given says nothing to those of the pool.
-        pool = ThreadPoolExecutor(num, "eigenzoo", torch.set_num_threads, (1,))
+    with single_threaded(), switching_often(), seldom_collecting(), kept_open():
+        pool = ThreadPoolExecutor(num, "eigenzoo", enter_worker)
         try:
             yield Workers(pool, num, resources)
         finally:
@@ -128,62 +135,3 @@ def opened_workers(workers: Workers | None, max_memory: int | None = None, devic
         return
     with local_workers(max_memory, device) as opened:
         yield opened
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Give torch and numpy one thread each while inside: threads that share two cores with others mostly wait for them.
-
-    Several threads may be inside at once; the last one out gives back what the first one found.
-    """
-    with _pinned.lock:
-        if _pinned.depth == 0:
-            _pinned.threads = torch.get_num_threads()
-            _pinned.limits = _controller().limit(limits=1, user_api="blas")
-        _pinned.depth += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _pinned.lock:
-            _pinned.depth -= 1
-            if _pinned.depth == 0:
-                torch.set_num_threads(_pinned.threads)
-                _pinned.limits.restore_original_limits()
-
-
-class _Pinned:
-    """How many are inside `single_threaded`, and what they found there."""
-
-    def __init__(self) -> None:
-        self.lock, self.depth, self.threads = threading.Lock(), 0, 1
-        self.limits: Any = None
-
-
-_pinned = _Pinned()
-
-
-def num_threads() -> int:
-    """Return how many threads this process may use, also inside `single_threaded`."""
-    with _pinned.lock:
-        return _pinned.threads if _pinned.depth else torch.get_num_threads()
-
-
-@contextmanager
-def _switching_often() -> Iterator[None]:
-    """Let Python's threads change places every half millisecond.
-
-    A thread that comes back from a short read waits that long for one that is not reading; by the default of 5 ms two threads
-    took as long as one.
-    """
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
-
-
-@cache
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController()

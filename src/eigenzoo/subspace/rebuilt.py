@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
+from eigenzoo.passes.workers import Workers, local_workers
+from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.weights.roles import VARIANCE
 
@@ -65,13 +67,21 @@ class RebuiltModel:
         except DataError as error:
             raise error.at(f"layer '{name}' of {self.name}") from None
 
-    def save(self, folder: str | os.PathLike[str], *, force: bool = False, format: str | None = None) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        format: str | None = None,
+        progress: Progress = no_progress,
+    ) -> Path:
         """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.
 
         A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a LoRA of a
         diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
         With `force` an existing model folder is replaced. `format`, of LoRAs of diffusion models: `diffusers` or `kohya`, the
-        keys that it gets instead of its own.
+        keys that it gets instead of its own. Layers are rebuilt on as many threads as there are cores, a few ahead of what is
+        written.
         """
         target = Path(folder)
         if format is not None and self._template.layout.format != "diffusion-lora":
@@ -81,17 +91,31 @@ class RebuiltModel:
                 rule="only LoRAs of diffusion models are written in another format",
                 next_step="leave it out",
             )
-        with new_folder(target, force=force, replaceable=is_only_a_model) as staging:
+        with new_folder(target, force=force, replaceable=is_only_a_model) as staging, local_workers() as workers:
             if self._template.layout.updates:
-                self._save_adapter(staging, format)
+                self._save_adapter(staging, format, workers, progress)
             else:
-                self._save_weights(staging)
+                self._save_weights(staging, workers, progress)
         return target
 
-    def _save_weights(self, folder: Path) -> None:
+    def _save_weights(self, folder: Path, workers: Workers, progress: Progress) -> None:
         template = self._template
-        side_files = {name: template.read_side_file(name) for name in template.side_files}
-        write_checkpoint(folder, template.layout, self._read, metadata=template.metadata, side_files=side_files)
+        if self._view == "delta":
+            self._base()  # opened once, before threads ask for it
+        sizes = {name: tensor.nbytes for name, tensor in template.layout.tensors.items()}
+
+        def run(read: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
+            for _, values in workers.each("rebuilding tensors", read, names, progress, weight=sizes.__getitem__):
+                yield values
+
+        write_checkpoint(
+            folder,
+            template.layout,
+            self._read,
+            metadata=template.metadata,
+            side_files={name: template.read_side_file(name) for name in template.side_files},
+            run=run,
+        )
 
     def _read(self, name: str) -> Tensor:
         """Read one tensor of the rebuilt checkpoint, in the dtype of its layout; one that was cut is joined of its parts."""
@@ -125,14 +149,12 @@ class RebuiltModel:
             )
         return self._template.read_carried(name)
 
-    def _save_adapter(self, folder: Path, family: str | None) -> None:
+    def _save_adapter(self, folder: Path, family: str | None, workers: Workers, progress: Progress) -> None:
         template = self._template
         layout = template.layout
-        factors: dict[str, Factors] = {}
-        used: set[str] = set()
-        for module, update in layout.updates.items():
-            factors[module] = self.adapter_factors(module)
-            used |= update.keys
+        modules = list(layout.updates)
+        factors = dict(workers.each("rebuilding updates", self.adapter_factors, modules, progress))
+        used = {key for update in layout.updates.values() for key in update.keys}
         left = [name for name in layout.tensors if name not in template.carried and name not in used]
         others = {name: self._carried(name) for name in (*template.carried, *left) if name not in used}
         metadata = next(iter(template.metadata.values()), None)

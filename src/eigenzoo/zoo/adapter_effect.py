@@ -6,40 +6,50 @@ For random x with independent normal entries, ‖s·B·A·x‖ / ‖W·x‖ is �
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 
 from eigenzoo.linalg.lora import Factors
+from eigenzoo.passes.workers import Workers
+from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.adapter_names import Adapter, by_role, grouped, is_transposed
 from eigenzoo.zoo.base_modules import BaseModules, random_inputs
 from eigenzoo.zoo.verification import ABSURD, MUCH, NEGLIGIBLE, Check, LayerChange, checked
 
 
-def effect_checks(adapter: Adapter, base: BaseModules | None) -> tuple[list[Check], dict[str, LayerChange]]:
+def effect_checks(
+    adapter: Adapter, base: BaseModules | None, workers: Workers, progress: Progress = no_progress
+) -> tuple[list[Check], dict[str, LayerChange]]:
     """Check that values are finite and change something; gives each module's change too.
 
     Cost: one read of the factors, and of each weight of the base that was not read for another adapter.
     """
     transposed = base is not None and is_transposed(adapter, base)
     spoilt, none, changes = [], [], {}
-    for module, update in adapter.updates.items():
-        factors = adapter.factors(module)
-        weight = None if base is None else base.weight_of(update, transposed=transposed)
-        seed = module if weight is None else weight.tensor.name
-        if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+    task = partial(_effect, adapter, base, transposed)
+    for module, (answer, change) in workers.each("checking updates", task, adapter.updates, progress):
+        changes[module] = change
+        if answer is None:
             spoilt.append(module)
-            changes[module] = LayerChange(None if weight is None else weight.tensor.name, None)
-            continue
-        answer = _answer(factors, update.scale, seed)
-        if answer == 0.0:
+        elif answer == 0.0:
             none.append(module)
-        if base is None or weight is None:
-            changes[module] = LayerChange(None, None)
-            continue
-        whole = base.answer(weight)
-        changes[module] = LayerChange(weight.tensor.name, answer / whole if whole > 0 else None)
     return [_finite(spoilt, adapter), _some_effect(none, spoilt, adapter), *_sizes(changes, none, adapter)], changes
+
+
+def _effect(
+    adapter: Adapter, base: BaseModules | None, transposed: bool, module: str
+) -> tuple[float | None, LayerChange]:
+    """Return ‖s·B·A·x‖ of one module, None where its factors are not finite, and its change of the base's layer."""
+    update, factors = adapter.updates[module], adapter.factors(module)
+    weight = None if base is None else base.weight_of(update, transposed=transposed)
+    name = None if weight is None else weight.tensor.name
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        return None, LayerChange(name, None)
+    answer = _answer(factors, update.scale, name or module)
+    whole = 0.0 if base is None or weight is None else base.answer(weight)
+    return answer, LayerChange(name, answer / whole if whole > 0 else None)
 
 
 def _answer(factors: Factors, scale: float, seed: str) -> float:

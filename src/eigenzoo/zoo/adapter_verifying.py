@@ -13,6 +13,8 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.address import shown_url
+from eigenzoo.passes.workers import local_workers
+from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import Adapter, adapter_of, base_checks, loading_check, name_checks
 from eigenzoo.zoo.base_modules import BaseModules, open_base, shown_base
@@ -25,6 +27,7 @@ def verify_adapter(
     *,
     loader: Loader | None = None,
     allow_pickle: bool = False,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Check whether a LoRA adapter takes effect on a base, which adapters that load without a word often do not.
 
@@ -33,6 +36,7 @@ def verify_adapter(
         base: the model that it changes: a checkpoint's folder, file or URL. Without it the adapter alone is checked.
         loader: a library that tries to load it, such as `eigenzoo.integrations.peft_loading.load_dry`.
         allow_pickle: whether the base may be a pickle.
+        progress: called as progress(stage, done, total).
 
     Raises UsageError for what is no adapter, UnsupportedError for kinds of adapters that are not read, FormatError for a base that
     cannot be read. An adapter that is damaged is a fault. Cost: the factors and each weight that they change are read once.
@@ -62,8 +66,9 @@ def verify_adapter(
     detail = f"{len(adapter.updates)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     agrees = "" if adapter.config is None else "; the config agrees"
     file = Check("file", detail + agrees, notes=model.warnings)
-    structure, modules = structure_checks(adapter, opened, loader)
-    effect, changes = effect_checks(adapter, modules)
+    with local_workers() as workers:
+        structure, modules = structure_checks(adapter, opened, loader)
+        effect, changes = effect_checks(adapter, modules, workers, progress)
     shown = None if base is None else shown_base(base)
     return Verification(shown_url(text), "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from eigenzoo.formats.model import Model
+from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import source_url
+from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
+from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
@@ -35,7 +40,6 @@ class ModelReport:
     num_values: int
     dtypes: tuple[str, ...]
     ranks: tuple[int, ...]
-    content: str
     num_non_finite: int
     non_finite_in: tuple[str, ...]
     ignored_files: tuple[str, ...]
@@ -88,57 +92,124 @@ class Inspection:
         return dict(plain(self))
 
 
-def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
-    """Read a zoo once and say what it holds; one tensor is held at a time.
+@dataclass(frozen=True)
+class _Read:
+    """What one read of a model gives.
 
-    Two adapters are the same in function when scaled updates answer random inputs alike; factors may differ.
+    Attributes:
+        report: what is said of it.
+        digest: names, dtypes, shapes and a sum of the bytes of every tensor: models of other digests differ.
+        answers: each update's yᵀ(s·B·A)x; nothing for a model of full weights.
     """
-    reports, answers = [], []
-    for place, (model, name) in enumerate(zip(zoo.models, zoo.names, strict=True)):
-        reports.append(_model_report(model, name))
-        answers.append(_answers(model))
-        progress("reading models", place + 1, len(zoo))
+
+    report: ModelReport
+    digest: tuple[tuple[object, ...], ...]
+    answers: dict[str, Tensor]
+
+
+def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
+    """Read a zoo once and say what it holds; each worker holds one tensor at a time.
+
+    Models whose tensors have the same shapes and sums are read again, to compare their SHA-256. Two adapters are the same in
+    function when their scaled updates answer random inputs alike; their factors may differ.
+    """
+    probe = _probe(zoo)
+    with local_workers() as workers:
+        models = dict(zip(zoo.names, zoo.models, strict=True))
+        read = dict(workers.each("reading models", lambda name: _read(models[name], name, probe), zoo.names, progress))
+        alike = [name for group in _groups((found.digest, name) for name, found in read.items()) for name in group]
+        hashed = dict(workers.each("comparing models", lambda name: _content(models[name]), alike, progress))
     return Inspection(
         len(zoo),
         len(zoo.layers),
         zoo.view,
-        tuple(reports),
+        tuple(found.report for found in read.values()),
         _roles(zoo),
         zoo.left_out,
         zoo.skipped,
         zoo.warnings,
-        _groups((report.content, report.name) for report in reports),
-        _same_function(zoo.names, answers),
+        _groups((content, name) for name, content in hashed.items()),
+        _same_function(zoo.names, [found.answers for found in read.values()]),
         zoo.layer_bytes,
         zoo.num_bytes,
     )
 
 
-def _model_report(model: Model, name: str) -> ModelReport:
-    content, num_bad, bad = hashlib.sha256(), 0, []
-    for key in sorted(model.tensors):
-        info = model.tensors[key]
-        values = model.read(key)
-        content.update(f"{key} {info.dtype} {info.shape} ".encode())
-        content.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        if values.is_floating_point() and info.dtype.itemsize > 1:
-            count = int((~torch.isfinite(values)).sum())
-            num_bad += count
-            bad += [key] if count else []
+def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
+    """A random input x as long as any update's (I,), and random listeners y (listeners, O): the same for all models."""
+    shapes = [update.shape for model in zoo.models for update in model.updates.values()]
+    draw = torch.Generator().manual_seed(0)
+    outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
+    return (
+        torch.randn(inputs, generator=draw, dtype=torch.float64),
+        torch.randn(NUM_LISTENERS, outputs, generator=draw, dtype=torch.float64),
+    )
+
+
+def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
+    """Read every tensor of one model once, into memory that is used again."""
+    sides = {update.key_a: update for update in model.updates.values()}
+    sides |= {update.key_b: update for update in model.updates.values()}
+    digest, halves, num_bad, bad = [], {}, 0, []
+    for key, info in sorted(model.tensors.items()):
+        with borrow(1, prod(info.shape), info.dtype) as rows:
+            values = model.read_flat(key, 0, rows.shape[1], rows[0])
+            digest.append((key, info.dtype, info.shape, _sum_of_bytes(values)))
+            count = _num_non_finite(values) if values.is_floating_point() and info.dtype.itemsize > 1 else 0
+            if count:
+                num_bad += count
+                bad.append(key)
+            if key in sides:
+                halves[key] = _half_answer(sides[key], key, values, probe)
+    answers = {
+        module: update.scale * (halves[update.key_b] @ halves[update.key_a]) for module, update in model.updates.items()
+    }
     infos = model.tensors.values()
-    return ModelReport(
+    report = ModelReport(
         name,
         source_url(model.path) or str(model.path),
         model.format,
         model.nbytes,
-        sum(torch.Size(info.shape).numel() for info in infos),
+        sum(prod(info.shape) for info in infos),
         tuple(sorted({dtype_name(info.dtype) for info in infos})),
         tuple(sorted({update.rank for update in model.updates.values()})),
-        content.hexdigest(),
         num_bad,
         tuple(bad),
         model.ignored_files,
     )
+    return _Read(report, tuple(digest), answers)
+
+
+def _sum_of_bytes(values: Tensor) -> int:
+    """Sum a tensor's bytes as whole numbers of 64 bits, and what is left of them one by one: as fast as memory is read."""
+    raw = values.view(torch.uint8).numpy()
+    whole = len(raw) - len(raw) % 8
+    # Its overflow wraps around, which is as good a sum as any.
+    return int(np.add.reduce(raw[:whole].view(np.int64))) + int(raw[whole:].sum(dtype=np.int64))
+
+
+def _num_non_finite(values: Tensor) -> int:
+    """Count NaN and Inf. A finite sum has neither among its terms, and most tensors are done with that."""
+    total = values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
+    return 0 if bool(torch.isfinite(total)) else int((~torch.isfinite(values)).sum())
+
+
+def _half_answer(update: LoraUpdate, key: str, values: Tensor, probe: tuple[Tensor, Tensor]) -> Tensor:
+    """Return A·x (R,) or Yᵀ·B (listeners, R), whichever factor the tensor is."""
+    (outputs, inputs), (input_I, listeners_LO) = update.shape, probe
+    if key == update.key_a:
+        return values.view(update.rank, inputs).double() @ input_I[:inputs]
+    return listeners_LO[:, :outputs] @ values.view(outputs, update.rank).double()
+
+
+def _content(model: Model) -> str:
+    """Hash a model's names, dtypes, shapes and values."""
+    content = hashlib.sha256()
+    for key, info in sorted(model.tensors.items()):
+        content.update(f"{key} {info.dtype} {info.shape} ".encode())
+        with borrow(1, prod(info.shape), info.dtype) as rows:
+            content.update(as_bytes(model.read_flat(key, 0, rows.shape[1], rows[0])))
+    return content.hexdigest()
 
 
 def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
@@ -165,19 +236,6 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
     return tuple(rows)
 
 
-def _answers(model: Model) -> dict[str, Tensor]:
-    """Each update's yᵀ(s·B·A)x for a fixed random x and eight y per module; nothing for a model of full weights."""
-    answers = {}
-    for module, update in model.updates.items():
-        seed = int.from_bytes(hashlib.sha256(module.encode()).digest()[:4], "little")
-        draw = torch.Generator().manual_seed(seed)
-        probe = torch.randn(update.shape[1], generator=draw, dtype=torch.float64)
-        listeners = torch.randn(NUM_LISTENERS, update.shape[0], generator=draw, dtype=torch.float64)
-        b_OR, a_RI = model.read_factors(module)
-        answers[module] = update.scale * (listeners @ (b_OR.double() @ (a_RI.double() @ probe)))
-    return answers
-
-
 def _same_function(names: tuple[str, ...], answers: list[dict[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
     """Group models whose answers agree with those of a group's first model."""
     groups: list[list[int]] = []
@@ -197,8 +255,8 @@ def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     )
 
 
-def _groups(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:
-    found: dict[str, list[str]] = {}
+def _groups(pairs: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:
+    found: dict[Hashable, list[str]] = {}
     for content, name in pairs:
         found.setdefault(content, []).append(name)
     return tuple(tuple(names) for names in found.values() if len(names) > 1)

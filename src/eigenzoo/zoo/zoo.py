@@ -21,7 +21,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.splitting import split_model
-from eigenzoo.passes.garbage import seldom_collecting
+from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice

@@ -21,7 +21,6 @@ from eigenzoo.formats.paths import inside, is_regular
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
-from eigenzoo.records import Progress, no_progress, telling
 
 MANIFEST, CARD, MOMENTS = "manifest.json", "README.md", "moments.safetensors"
 HUB_FILE = ".gitattributes"
@@ -110,18 +109,18 @@ def read_coefficients(
     return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
 
 
-def file_faults(path: Path, manifest: Manifest, progress: Progress = no_progress) -> Iterator[str]:
-    """Check every file against the manifest: sizes, checksums, contents' ids."""
-    for name, record in telling(progress, "comparing files", manifest.files.items()):
-        file = inside(path, name)
-        if name == MOMENTS and not file.exists():
-            continue
-        if file.stat().st_size != record.bytes:
-            yield f"{name}: {file.stat().st_size} bytes, but the manifest says {record.bytes}"
-        elif file_sha256(file) != record.sha256:
-            yield f"{name}: the checksum differs from the manifest's"
-        elif name.startswith("rest/") and not name.endswith(".safetensors") and record.sha256[:32] != Path(name).stem:
-            yield f"{name}: the name is not the hash of the content"
+def file_fault(path: Path, manifest: Manifest, name: str) -> str | None:
+    """Check one file against the manifest: its size, checksum, and the id of its content."""
+    file, record = inside(path, name), manifest.files[name]
+    if name == MOMENTS and not file.exists():
+        return None
+    if file.stat().st_size != record.bytes:
+        return f"{name}: {file.stat().st_size} bytes, but the manifest says {record.bytes}"
+    if file_sha256(file) != record.sha256:
+        return f"{name}: the checksum differs from the manifest's"
+    if name.startswith("rest/") and not name.endswith(".safetensors") and record.sha256[:32] != Path(name).stem:
+        return f"{name}: the name is not the hash of the content"
+    return None
 
 
 def content_faults(path: Path, manifest: Manifest) -> Iterator[str]:

@@ -10,7 +10,7 @@ Three forms, one file each:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Protocol
@@ -21,7 +21,7 @@ from torch import Tensor
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.records import Layer, Progress, no_progress, telling
+from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import Stack
 
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
@@ -138,8 +138,6 @@ ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e
 """Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
 
 
-def finite_faults(files: BasisFiles, progress: Progress = no_progress) -> Iterator[str]:
-    """Yield the tensors of bases whose values are not finite."""
-    for name in telling(progress, "reading bases", files.names):
-        if not all_finite(files.read(name)):
-            yield f"basis tensor {name}: NaN or Inf"
+def is_finite(files: BasisFiles, name: str) -> bool:
+    """Tell whether a tensor of bases holds neither NaN nor Inf."""
+    return all_finite(files.read(name))

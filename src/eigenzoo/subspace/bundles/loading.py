@@ -10,7 +10,7 @@ from eigenzoo.formats.bundle.folder import read_manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
-from eigenzoo.passes.garbage import seldom_collecting
+from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.subspace.subspace import Subspace
 
 _ATTEMPTS = 20

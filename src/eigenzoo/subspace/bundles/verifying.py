@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from eigenzoo.errors import EigenzooError
-from eigenzoo.formats.bundle.folder import content_faults, file_faults, model_faults, open_basis, unknown_files
+from eigenzoo.formats.bundle.folder import content_faults, file_fault, model_faults, open_basis, unknown_files
+from eigenzoo.formats.bundle.manifest import ModelRecord
 from eigenzoo.formats.model import Model
-from eigenzoo.records import Progress, no_progress, telling
-from eigenzoo.subspace.bases.basis import ORTHONORMAL, finite_faults
+from eigenzoo.passes.workers import Workers, local_workers
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.bases.basis import ORTHONORMAL, is_finite
 from eigenzoo.subspace.bundles.storage import identify
 from eigenzoo.subspace.bundles.verifying_against import checks_against
 from eigenzoo.subspace.rebuilt import check_layout
@@ -34,7 +37,8 @@ def verify(
     Raises BundleError where another process replaces the bundle meanwhile.
     """
     try:
-        found = _verify(space, against, loader, progress)
+        with local_workers() as workers:
+            found = _verify(space, against, loader, workers, progress)
     except (EigenzooError, OSError):
         space.check_current()
         raise
@@ -43,14 +47,19 @@ def verify(
 
 
 def _verify(
-    space: Subspace, against: str | os.PathLike[str] | Model | None, loader: Loader | None, progress: Progress
+    space: Subspace,
+    against: str | os.PathLike[str] | Model | None,
+    loader: Loader | None,
+    workers: Workers,
+    progress: Progress,
 ) -> Verification:
     base = None if against is None else open_base(against if isinstance(against, Model) else os.fspath(against))
     num_models, num_layers = len(space.names), len(space.layers)
     checks = [Check("manifest", "follows the format, and so do the headers")]
     manifest, folder = space.manifest, space.path
     if manifest.files:
-        broken = tuple(file_faults(folder, manifest, progress))
+        compared = workers.each("comparing files", partial(file_fault, folder, manifest), manifest.files, progress)
+        broken = tuple(fault for _, fault in compared if fault is not None)
         checks += [
             checked(
                 "checksums",
@@ -63,7 +72,8 @@ def _verify(
             checked("basis id", "the basis is the one that the coefficients belong to", _identity(space)),
         ]
     basis = open_basis(folder)
-    spoilt = tuple(finite_faults(basis, progress))
+    read = workers.each("reading bases", partial(is_finite, basis), basis.names, progress)
+    spoilt = tuple(f"basis tensor {name}: NaN or Inf" for name, finite in read if not finite)
     checks += [
         checked(
             "finite basis",
@@ -71,18 +81,18 @@ def _verify(
             spoilt,
             f"NaN or Inf in {len(spoilt)} of {len(basis.names)} tensors",
         ),
-        _orthonormality(space, progress),
+        _orthonormality(space, workers, progress),
         checked(
             "coefficients",
             f"of {num_models} models, finite, and as many as {num_layers} layers take",
-            _coefficients(space, progress),
+            _coefficients(space, workers, progress),
         ),
         checked("layouts", "every model's files have every layer in its shape", _layouts(space)),
-        checked("moments", "finite" if space.has_moments else "none are kept", _moments(space, progress)),
+        checked("moments", "finite" if space.has_moments else "none are kept", _moments(space, workers, progress)),
     ]
     if base is None:
         return Verification(str(folder), "bundle", None, tuple(checks))
-    more, changes = checks_against(space, base, loader, progress)
+    more, changes = checks_against(space, base, loader, workers, progress)
     return Verification(str(folder), "bundle", shown_base(base), (*checks, *more), changes)
 
 
@@ -96,10 +106,10 @@ def _identity(space: Subspace) -> Iterator[str]:
         yield "basis: it is not the one that the coefficients belong to"
 
 
-def _orthonormality(space: Subspace, progress: Progress) -> Check:
-    faults, largest = [], 0.0
-    for name, basis in telling(progress, "multiplying bases", space.layers.items()):
-        deviation = basis.orthonormality()
+def _orthonormality(space: Subspace, workers: Workers, progress: Progress) -> Check:
+    faults, largest, layers = [], 0.0, space.layers
+    deviations = workers.each("multiplying bases", lambda name: layers[name].orthonormality(), layers, progress)
+    for name, deviation in deviations:
         if not deviation <= ORTHONORMAL[space.manifest.dtype]:
             faults.append(f"layer {name}: the basis deviates from orthonormality by {deviation:.1e}")
         largest = max(largest, deviation)
@@ -107,19 +117,25 @@ def _orthonormality(space: Subspace, progress: Progress) -> Check:
     return Check("orthonormality", detail, tuple(faults))
 
 
-def _coefficients(space: Subspace, progress: Progress) -> Iterator[str]:
-    for record in telling(progress, "reading coefficients", space.manifest.models):
-        try:
-            stored = space.stored(record)
-        except EigenzooError as error:
-            yield str(error)
-            continue
-        if not bool(torch.isfinite(stored.values).all()):
-            yield f"model {record.name}: coefficients are NaN or Inf"
-        # Of a model that is zero but for round-off, the share that is outside may be infinite.
-        energies_L = torch.zeros(1) if stored.energies_L is None else stored.energies_L
-        if not bool((stored.residuals_L >= 0).all() and (torch.isfinite(energies_L) & (energies_L >= 0)).all()):
-            yield f"model {record.name}: residuals or energies are negative or NaN"
+def _coefficients(space: Subspace, workers: Workers, progress: Progress) -> Iterator[str]:
+    task = partial(_coefficient_faults, space)
+    for _, faults in workers.each("reading coefficients", task, space.manifest.models, progress):
+        yield from faults
+
+
+def _coefficient_faults(space: Subspace, record: ModelRecord) -> list[str]:
+    try:
+        stored = space.stored(record)
+    except EigenzooError as error:
+        return [str(error)]
+    faults = []
+    if not bool(torch.isfinite(stored.values).all()):
+        faults.append(f"model {record.name}: coefficients are NaN or Inf")
+    # Of a model that is zero but for round-off, the share that is outside may be infinite.
+    energies_L = torch.zeros(1) if stored.energies_L is None else stored.energies_L
+    if not bool((stored.residuals_L >= 0).all() and (torch.isfinite(energies_L) & (energies_L >= 0)).all()):
+        faults.append(f"model {record.name}: residuals or energies are negative or NaN")
+    return faults
 
 
 def _layouts(space: Subspace) -> Iterator[str]:
@@ -137,20 +153,20 @@ def _layouts(space: Subspace) -> Iterator[str]:
             yield f"model {record.name}: {error}"
 
 
-def _moments(space: Subspace, progress: Progress) -> Iterator[str]:
-    if not space.has_moments:
-        return
-    for name in telling(progress, "reading moments", space.layers):
-        try:
-            moments = space.moments(name)
-        except EigenzooError as error:
-            yield str(error)
-            continue
-        values = [moments.gram_NN, moments.cross_N, torch.tensor([moments.reference_energy, moments.round_off])]
-        values += [
-            part
-            for part in (moments.shift_N, moments.sums_N, moments.singular_NR, moments.starts_NN)
-            if part is not None
-        ]
-        if not all(bool(torch.isfinite(value).all()) for value in values):
-            yield f"layer {name}: its moments are NaN or Inf"
+def _moments(space: Subspace, workers: Workers, progress: Progress) -> Iterator[str]:
+    if space.has_moments:
+        found = workers.each("reading moments", partial(_moments_fault, space), space.layers, progress)
+        yield from (fault for _, fault in found if fault is not None)
+
+
+def _moments_fault(space: Subspace, name: str) -> str | None:
+    try:
+        moments = space.moments(name)
+    except EigenzooError as error:
+        return str(error)
+    values = [moments.gram_NN, moments.cross_N, torch.tensor([moments.reference_energy, moments.round_off])]
+    values += [
+        part for part in (moments.shift_N, moments.sums_N, moments.singular_NR, moments.starts_NN) if part is not None
+    ]
+    finite = all(bool(torch.isfinite(value).all()) for value in values)
+    return None if finite else f"layer {name}: its moments are NaN or Inf"

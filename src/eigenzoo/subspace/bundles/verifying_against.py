@@ -16,6 +16,7 @@ from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.splitting import split_model
+from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress, no_progress, telling
 from eigenzoo.subspace.bundles.source_records import is_at_hand
 from eigenzoo.weights.renames import beyond, find_rename, nearest
@@ -36,21 +37,23 @@ Changes = dict[str, dict[str, LayerChange]]
 
 
 def checks_against(
-    space: Subspace, base: Model, loader: Loader | None, progress: Progress = no_progress
+    space: Subspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress = no_progress
 ) -> tuple[list[Check], Changes]:
     """Check a bundle against a base; gives the changes of each model, or of full weights those of the mean."""
     if space.view in ("update", "factors"):
-        return _adapters(space, base, loader, progress)
+        return _adapters(space, base, loader, workers, progress)
     recorded = _recorded(space, base)
     try:
         cut = split_model(base, space.manifest.split)
     except EigenzooError as error:
         return [*recorded, Check("layers", "not compared", (str(error),))], {}
-    checks, changes = _weights(space, cut, progress)
+    checks, changes = _weights(space, cut, workers, progress)
     return [*recorded, *checks], {"mean": changes}
 
 
-def _adapters(space: Subspace, base: Model, loader: Loader | None, progress: Progress) -> tuple[list[Check], Changes]:
+def _adapters(
+    space: Subspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress
+) -> tuple[list[Check], Changes]:
     """Check every model as it would be rebuilt; what the files of many have in common once."""
     found: list[Check] = []
     changes: Changes = {}
@@ -69,7 +72,7 @@ def _adapters(space: Subspace, base: Model, loader: Loader | None, progress: Pro
             if left:
                 note = f"{left} modules were excluded, and stay in the store: not checked"
                 found.append(Check("rebuilt adapters", "not all of their modules", notes=(note,)))
-        effect, changes[record.name] = effect_checks(adapter, known[key])
+        effect, changes[record.name] = effect_checks(adapter, known[key], workers)
         found += [_of_model(record.name, check) for check in effect]
     return _merged(found), changes
 
@@ -150,7 +153,9 @@ def _recorded(space: Subspace, base: Model) -> list[Check]:
     return [checked("recorded base", "the files that were subtracted", faults, "other files than were subtracted")]
 
 
-def _weights(space: Subspace, base: Model, progress: Progress) -> tuple[list[Check], dict[str, LayerChange]]:
+def _weights(
+    space: Subspace, base: Model, workers: Workers, progress: Progress
+) -> tuple[list[Check], dict[str, LayerChange]]:
     layers = {name: basis.layer for name, basis in space.layers.items()}
     here = {name: layer for name, layer in layers.items() if name in base.tensors}
     fitting = {name: layer for name, layer in here.items() if base.tensors[name].shape == layer.tensor_shape}
@@ -179,8 +184,8 @@ def _weights(space: Subspace, base: Model, progress: Progress) -> tuple[list[Che
             *checks,
             Check("distance", "not taken", notes=("the bundle's center is not the mean of its models",), done=False),
         ], {}
-    compared = telling(progress, "comparing layers", fitting)
-    changes = {name: LayerChange(name, _distance(space, name, base)) for name in compared}
+    distances = workers.each("comparing layers", lambda name: _distance(space, name, base), fitting, progress)
+    changes = {name: LayerChange(name, distance) for name, distance in distances}
     known = [layer.change for layer in changes.values() if layer.change is not None]
     if not known:
         return checks, changes

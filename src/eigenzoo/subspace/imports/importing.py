@@ -14,10 +14,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
@@ -28,11 +31,13 @@ from eigenzoo.formats.subspaces.adapter_like import AdapterLike, made_like, read
 from eigenzoo.formats.subspaces.factors import FACTORS, ForeignSubspace
 from eigenzoo.formats.subspaces.subspace_adapters import SubspaceAdapters, is_subspace_adapter
 from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER
 from eigenzoo.subspace.bases.flat import ORTHONORMAL
 from eigenzoo.subspace.bundles.storage import identify, write_model
 from eigenzoo.subspace.fitting.bytes import count_bytes
+from eigenzoo.subspace.fitting.layer_tasks import Parts
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.imports.imported_layers import ImportedLayer, factor_layer, import_flat, import_side, scaled
 from eigenzoo.subspace.moments.inside import find_copies
@@ -140,13 +145,12 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
     writer = BasisWriter(folder, names, PARTS[form])
     layers: dict[str, ImportedLayer] = {}
     try:
-        for module, shapes in foreign.shapes.items():
-            for factor, shape in zip(FACTORS, shapes, strict=True):
-                found = scaled(foreign.factor(module, factor), scales[module] if factor == "lora_B" else 1.0)
-                layer = factor_layer(f"{module}.{factor}", shape, foreign.dtype)
-                import_one = import_flat if form == FLAT else import_side
-                layers[layer.name] = import_one(layer, found, writer)
-                progress("importing layers", len(layers), len(names))
+        task = partial(_import_factor, foreign, scales)
+        with local_workers() as workers:
+            for name, (layer, tensors) in workers.each("importing layers", task, names, progress):
+                layers[name] = layer
+                for part, tensor in tensors.items():
+                    writer.append(part, tensor)
         basis_id = identify(writer.finish().paths)
     finally:
         writer.close()
@@ -184,6 +188,18 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
         report=_report(foreign, layers, models, folder, center, notes),
         files={},
     )
+
+
+def _import_factor(
+    foreign: ForeignSubspace, scales: Mapping[str, float], name: str
+) -> tuple[ImportedLayer, dict[str, Tensor]]:
+    """Read one factor; returns it as a layer of a bundle, and the tensors of its basis."""
+    module, _, factor = name.rpartition(".")
+    found = scaled(foreign.factor(module, factor), scales[module] if factor == "lora_B" else 1.0)
+    layer = factor_layer(name, foreign.shapes[module][FACTORS.index(factor)], foreign.dtype)
+    parts = Parts()
+    import_one = import_flat if foreign.axes == ("models",) else import_side
+    return import_one(layer, found, parts), parts.tensors
 
 
 def _report(
