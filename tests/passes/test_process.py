@@ -31,7 +31,9 @@ def settings() -> dict[str, Any]:
         "switch interval": sys.getswitchinterval(),
         "garbage": gc.get_threshold(),
         "torch": torch.get_num_threads(),
-        "blas": sorted((pool["prefix"], pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"),
+        "blas": sorted(
+            (pool["prefix"], pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"
+        ),
     }
 
 

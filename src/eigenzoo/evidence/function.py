@@ -30,6 +30,7 @@ from eigenzoo.evidence.variants import Variants, check_parent
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
+from eigenzoo.passes.process import single_threaded
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
@@ -208,12 +209,13 @@ def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ran
 def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Path, where: str) -> Path | None:
     """Save a variant under the original's own name; returns what a metric takes: a file where the original is one."""
     try:
-        made = make()
-        if made is None:
-            return None
-        # Not the name in the subspace: a bundle that others wrote may have made it up.
-        name = original.stem if original.is_file() else Path(os.path.abspath(original)).name
-        folder = made.save(scratch / name)
+        with single_threaded():
+            made = make()
+            if made is None:
+                return None
+            # Not the name in the subspace: a bundle that others wrote may have made it up.
+            name = original.stem if original.is_file() else Path(os.path.abspath(original)).name
+            folder = made.save(scratch / name)
     except EigenzooError as error:
         raise error.at(where) from error
     return next(folder.glob("*.safetensors")) if original.is_file() else folder

@@ -156,7 +156,8 @@ class RebuiltModel:
         factors = dict(workers.each("rebuilding updates", self.adapter_factors, modules, progress))
         used = {key for update in layout.updates.values() for key in update.keys}
         left = [name for name in layout.tensors if name not in template.carried and name not in used]
-        others = {name: self._carried(name) for name in (*template.carried, *left) if name not in used}
+        carried = [name for name in (*template.carried, *left) if name not in used]
+        others = dict(workers.each("reading what is carried", self._carried, carried, progress))
         metadata = next(iter(template.metadata.values()), None)
         side_files = {name: template.read_side_file(name) for name in template.side_files}
         if layout.format == "diffusion-lora":
