@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -140,10 +140,7 @@ def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
     shapes = [update.shape for model in zoo.models for update in model.updates.values()]
     draw = torch.Generator().manual_seed(0)
     outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
-    return (
-        torch.randn(inputs, generator=draw, dtype=torch.float64),
-        torch.randn(NUM_LISTENERS, outputs, generator=draw, dtype=torch.float64),
-    )
+    return torch.randn(inputs, generator=draw), torch.randn(NUM_LISTENERS, outputs, generator=draw)
 
 
 def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
@@ -191,15 +188,19 @@ def _sum_of_bytes(values: Tensor) -> int:
 def _num_non_finite(values: Tensor) -> int:
     """Count NaN and Inf. A finite sum has neither among its terms, and most tensors are done with that."""
     total = values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
-    return 0 if bool(torch.isfinite(total)) else int((~torch.isfinite(values)).sum())
+    return 0 if isfinite(total.item()) else int((~torch.isfinite(values)).sum())
 
 
 def _half_answer(update: LoraUpdate, key: str, values: Tensor, probe: tuple[Tensor, Tensor]) -> Tensor:
-    """Return A·x (R,) or Yᵀ·B (listeners, R), whichever factor the tensor is."""
-    (outputs, inputs), (input_I, listeners_LO) = update.shape, probe
+    """Return A·x (R,) or Yᵀ·B (listeners, R) in float64, whichever factor the tensor is.
+
+    Products are float32 where the factors are: their own rounding, which is as large, is far below `SAME_FUNCTION`.
+    """
+    (outputs, inputs), dtype = update.shape, torch.promote_types(values.dtype, torch.float32)
+    input_I, listeners_LO = (part.to(dtype) for part in probe)
     if key == update.key_a:
-        return values.view(update.rank, inputs).double() @ input_I[:inputs]
-    return listeners_LO[:, :outputs] @ values.view(outputs, update.rank).double()
+        return (values.view(update.rank, inputs).to(dtype) @ input_I[:inputs]).double()
+    return (listeners_LO[:, :outputs] @ values.view(outputs, update.rank).to(dtype)).double()
 
 
 def _content(model: Model) -> str:
