@@ -1,24 +1,40 @@
-# Every target sets up what it needs, on a fresh machine too.
+# Every target sets up what it needs, on a fresh machine too, and says before it begins how long it takes on two idle cores.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Apart and without what it asks for: torchvision as PyPI has it wants CUDA's torch, and beside a CPU one it breaks transformers.
 VISION = $(PIP) --no-deps --upgrade --target .venv/vision timm torchvision
 
-.PHONY: demo test check bench fuzz clean
+.PHONY: demo test test-more test-kernels test-all check bench fuzz clean
 
 demo: .venv/nursery
-	$(BIN)/eigenzoo demo --force
+	@echo "Running the demo. This takes about a minute."
+	@$(BIN)/eigenzoo demo --force
 
 test: .venv/test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	@echo "Running the tests that are not marked slow. This takes about 6 minutes on two cores."
+	@$(PYTEST) -m "not slow"
+
+# What `make test` leaves out.
+test-more: .venv/test
+	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 15 minutes on two cores."
+	@$(PYTEST) -m slow
+	@$(MAKE) --no-print-directory test-kernels
+
+test-kernels: .venv/test
+	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 5 minutes on two cores."
+	@$(BIN)/python tests/kernels.py -n auto --dist loadfile
+
+test-all: test test-more
 
 check: .venv/check
-	$(BIN)/ruff check
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/test_project.py
+	@echo "Checking style, types and imports. This takes about a minute."
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/test_project.py
 
 bench: .venv/bench
 	$(BIN)/python -m bench
@@ -31,26 +47,39 @@ clean:
 	rm -rf .venv .fuzz demo
 
 .venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
+	@echo "Making a virtual environment in .venv. Everything is installed there and nowhere else; make clean removes it."
+	@$(PYTHON) -m venv .venv
 
-.venv/nursery: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[nursery,report]'
-	touch $@
+.venv/torch: .venv/bin/python constraints.txt
+	@echo "Installing PyTorch: 0.8 GB on disk, more where pip brings CUDA along. This takes a minute or two."
+	@$(PIP) torch
+	@touch $@
 
-.venv/bench: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[bench]'
-	touch $@
+.venv/nursery: .venv/torch pyproject.toml
+	@echo "Installing eigenzoo, transformers, PEFT, scikit-learn and Plotly: 0.7 GB on disk. This takes a minute or two."
+	@$(PIP) -e '.[nursery,report]'
+	@touch $@
 
-.venv/test: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[test]'
-	$(VISION)
-	touch $@
+.venv/bench: .venv/torch pyproject.toml
+	@echo "Installing eigenzoo and the peers that it is measured against: 0.7 GB on disk. This takes a minute or two."
+	@$(PIP) -e '.[bench]'
+	@touch $@
 
-.venv/check: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[test,check]'
-	touch $@
+# Through the demo's set, so that no step takes long without a word.
+.venv/test: .venv/nursery
+	@echo "Installing what the tests need besides, such as diffusers, datasets, dask and moto: 0.7 GB on disk. This takes a minute or two."
+	@$(PIP) -e '.[test]'
+	@echo "Installing timm and torchvision: 0.04 GB on disk. This takes a few seconds."
+	@$(VISION)
+	@touch $@
 
-.venv/fuzz: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[fuzz]'
-	touch $@
+.venv/check: .venv/test
+	@echo "Installing ruff, mypy and import-linter: 0.1 GB on disk. This takes a few seconds."
+	@$(PIP) -e '.[test,check]'
+	@touch $@
+
+.venv/fuzz: .venv/torch pyproject.toml
+	@echo "Installing eigenzoo and atheris: 0.4 GB on disk. This takes a minute."
+	@$(PIP) -e '.[fuzz]'
+	@touch $@

@@ -1,4 +1,4 @@
-"""What a parser may take for an input of a few kilobytes: memory and time."""
+"""What a parser may take for an input of a few kilobytes: memory and processor time."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def limited_memory(num_bytes: int = MEMORY) -> Iterator[None]:
 
 
 @contextmanager
-def limited_time(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so many seconds: for what would hang, not for what is slow."""
+def limited_time(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so many seconds of the process's own time, which others cannot lengthen."""
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
+        raise TimeoutError(f"not done after {seconds} s of processor time")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _address_space() -> int:

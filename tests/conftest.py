@@ -8,13 +8,38 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Neither asks how long an example takes: a busy machine would fail the test.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+
+
+NUMERICAL = (
+    *("linalg", "reference", "evidence", "growth"),
+    *(f"adapt/test_{name}.py" for name in ("attach", "augment", "calibrate", "continual", "lora_init", "maps")),
+    *(f"scale/test_scale_{name}.py" for name in ("precision", "spans")),
+    "roundtrip/test_gauge.py",
+)
+"""Folders and files whose statements are about products, decompositions and what is made of them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what the kernels of linear algebra could change."""
+    numerical = [Path(__file__).parent / name for name in NUMERICAL]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in numerical):
+            item.add_marker(pytest.mark.numerical)
 
 
 @pytest.fixture(scope="session", autouse=True)

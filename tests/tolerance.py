@@ -11,6 +11,9 @@ import torch
 STEPS = 16
 """c: how many roundings of full size one compared figure may have gone through."""
 
+ONE_IMAGE = 1 / 500 + 1e-9
+"""Of the nursery's 500 test images one may lie so near the border that another order of the same sums decides it otherwise."""
+
 
 def tolerance(size: float, *, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> float:
     """Largest error that `size` roundings in `dtype` of numbers as large as `scale` explain.

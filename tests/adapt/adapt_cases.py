@@ -20,6 +20,7 @@ from torch import Tensor
 import eigenzoo as ez
 from eigenzoo import adapt
 from eigenzoo.nursery import digits
+from guard import HANG
 
 TASK = "5-against-5:0,2,4,6,8"
 QUICKLY = ("--steps", "40", "--batch-size", "32")
@@ -41,7 +42,7 @@ def process(*words: object) -> subprocess.Popen[str]:
 def done(*words: object) -> str:
     """What a process that ends well prints; on standard error it says nothing."""
     running = process(*words)
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=HANG)
     assert (running.returncode, err) == (0, ""), err
     return out
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from once import once
 
 
 @pytest.fixture(scope="session")
@@ -41,20 +44,16 @@ def digits_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     from eigenzoo.nursery.making import make_zoo
     from eigenzoo.nursery.recipe import Schedule, plan_zoo
 
-    root = tmp_path_factory.mktemp("digits")
+    def make(kind: str, root: Path) -> None:
+        plan = plan_zoo(kind, 6, 0, False, False, None)
+        hasty = replace(plan, schedule=replace(plan.schedule, steps=60))
+        if plan.pretraining is not None:
+            hasty = replace(hasty, pretraining=Schedule(200, 64, 5e-3))
+        make_zoo(hasty, root / kind, False, None)
+        head = ["classifier.*"] if kind == "digits-vit" else []
+        ez.fit(ez.open_zoo(root / kind, exclude=head), 4).save(root / f"{kind}-bundle")
 
-    def make(kind: str) -> Path:
-        if not (root / kind).exists():
-            plan = plan_zoo(kind, 6, 0, False, False, None)
-            hasty = replace(plan, schedule=replace(plan.schedule, steps=60))
-            if plan.pretraining is not None:
-                hasty = replace(hasty, pretraining=Schedule(200, 64, 5e-3))
-            make_zoo(hasty, root / kind, False, None)
-            head = ["classifier.*"] if kind == "digits-vit" else []
-            ez.fit(ez.open_zoo(root / kind, exclude=head), 4).save(root / f"{kind}-bundle")
-        return root / kind
-
-    return make
+    return lambda kind: once(tmp_path_factory, f"adapt-{kind}", partial(make, kind)) / kind
 
 
 @pytest.fixture(scope="session")
@@ -64,14 +63,10 @@ def text_zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     import eigenzoo as ez
 
-    root = tmp_path_factory.mktemp("texts")
+    def make(kind: str, root: Path) -> None:
+        for number in range(5):
+            write_text_model(root / kind / f"m{number}", kind, number)
+        zoo = ez.open_zoo(root / kind, exclude=["classifier.*", "score.*"])
+        ez.fit(zoo, 3).save(root / f"{kind}-bundle")
 
-    def make(kind: str) -> Path:
-        if not (root / kind).exists():
-            for number in range(5):
-                write_text_model(root / kind / f"m{number}", kind, number)
-            zoo = ez.open_zoo(root / kind, exclude=["classifier.*", "score.*"])
-            ez.fit(zoo, 3).save(root / f"{kind}-bundle")
-        return root / kind
-
-    return make
+    return lambda kind: once(tmp_path_factory, f"adapt-{kind}", partial(make, kind)) / kind

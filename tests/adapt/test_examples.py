@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eigenzoo import nursery
+from guard import HANG
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -37,7 +38,7 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", PROMISED)
 def test_an_example_runs_and_learns_its_task(folder: Path, name: str) -> None:
     run = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), str(folder)], capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, str(EXAMPLES / name), str(folder)], capture_output=True, text=True, check=False, timeout=HANG
     )
     assert run.returncode == 0, run.stderr
     accuracy = re.search(PROMISED[name][2], run.stdout)

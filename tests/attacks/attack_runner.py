@@ -10,16 +10,24 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from guard import HANG
+
 MOST_BYTES = 10**9
 """Peak memory that an attack may cost, the libraries' own hundreds of megabytes in it."""
 
-HANG = 25.0
-"""Seconds after which a command counts as hung: generous, since several tests share a machine. The promise is 5."""
+MOST_SECONDS = 25
+"""Processor time after which a command counts as hung. The promise is 5: a processor may be shared with another thread."""
+
+EVERY = 8
+"""Of each kind of attack, one in so many is not slow."""
 
 PLAIN = [
     "eigenzoo.cli.app",
@@ -51,7 +59,7 @@ ADAPT = [
 
 @dataclass(frozen=True)
 class Ran:
-    """What one command left behind; `peak` in bytes."""
+    """What one command left behind: `seconds` of processor time, `peak` in bytes."""
 
     words: tuple[str, ...]
     code: int | None
@@ -98,7 +106,7 @@ class Server:
         """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=HANG)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -154,7 +162,7 @@ class Sandbox:
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
         return target
 
-    def run(self, *words: object, before: str = "", adapt: bool = False, limit: float = HANG) -> Ran:
+    def run(self, *words: object, before: str = "", adapt: bool = False) -> Ran:
         """Run one command in the working folder; a memory beyond twice the promise is cut off."""
         out, err = self.root.parent / f"{self.root.name}.out", self.root.parent / f"{self.root.name}.err"
         answer = self.server("adapt" if adapt else "plain").ask(
@@ -169,7 +177,8 @@ class Sandbox:
                 },
                 "out": str(out),
                 "err": str(err),
-                "limit": limit,
+                "most_seconds": MOST_SECONDS,
+                "hang": HANG,
                 "most_bytes": 2 * MOST_BYTES,
                 "before": before,
             }
@@ -243,6 +252,18 @@ class Attack:
     before: str = ""
 
 
+def thinned(attacks: Sequence[Attack]) -> list[Any]:
+    """One attack in `EVERY` of each kind, and one at least; the others are slow. Its kind is what stands before the colon."""
+    seen: Counter[str] = Counter()
+    found = []
+    for attack in attacks:
+        kind = attack.name.partition(":")[0]
+        slow = [pytest.mark.slow] if seen[kind] % EVERY else []
+        seen[kind] += 1
+        found.append(pytest.param(attack, id=attack.name, marks=slow))
+    return found
+
+
 def carry_out(attack: Attack, sandbox: Sandbox) -> None:
     """Run an attack's commands, and hold each to the promise."""
     for words in attack.build(sandbox):
@@ -264,7 +285,7 @@ def judge(attack: Attack, sandbox: Sandbox, ran: Ran) -> None:
     figures = f"{ran.code}, {ran.seconds:.1f} s, {ran.peak / 1e6:.0f} MB"
     told = f"{ran.words[0]} {ran.words[1:]} -> {figures}\n{ran.out[-600:]}\n{ran.err[-1500:]}"
     assert not sandbox.canary.exists(), f"code was run: {told}"
-    assert ran.signal is None, f"killed by signal {ran.signal} (9: too long or too much memory): {told}"
+    assert ran.signal is None, f"killed by signal {ran.signal} (24: too long, 9: a hang or too much memory): {told}"
     assert ran.peak < MOST_BYTES, f"memory: {told}"
     assert "Traceback" not in ran.err, told
     for text in (ran.out, ran.err):

@@ -1,7 +1,8 @@
 """A process that has imported everything and forks one child per command: no imports, and a peak memory of its own.
 
-Reads one JSON request per line ({words, folder, environment, out, err, limit, most_bytes}) and answers with one line
-({code, signal, seconds, peak}). A child that takes longer than `limit` seconds or more memory than `most_bytes` is killed.
+Reads one JSON request per line ({words, folder, environment, out, err, most_seconds, most_bytes, hang}) and answers with one line
+({code, signal, seconds, peak}). A child that takes more processor time than `most_seconds` or more memory than `most_bytes` is
+killed, and so is one that has not ended `hang` seconds later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -26,6 +28,8 @@ def run_child(request: dict[str, Any]) -> None:
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
     os.chdir(request["folder"])
+    # The system counts, and stops it by SIGXCPU.
+    resource.setrlimit(resource.RLIMIT_CPU, (request["most_seconds"], request["most_seconds"] + 5))
     os.environ.update(request["environment"])
     tempfile.tempdir = None
     sys.argv = ["eigenzoo", *request["words"]]
@@ -66,10 +70,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         run_child(request)
     while True:
         ended, status, usage = os.wait4(child, os.WNOHANG)
-        seconds = time.monotonic() - started
         if ended:
             break
-        if seconds > request["limit"] or resident(child) > request["most_bytes"]:
+        if time.monotonic() - started > request["hang"] or resident(child) > request["most_bytes"]:
             os.kill(child, signal.SIGKILL)
             _, status, usage = os.wait4(child, 0)
             break
@@ -77,7 +80,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-        "seconds": seconds,
+        "seconds": usage.ru_utime + usage.ru_stime,
         "peak": usage.ru_maxrss * 1024,
     }
 

@@ -10,7 +10,7 @@ import attacks_paths
 import attacks_pickle
 import attacks_safetensors
 import pytest
-from attack_runner import Attack, Sandbox, carry_out
+from attack_runner import Attack, Sandbox, carry_out, thinned
 
 FAMILIES = (
     attacks_pickle,
@@ -24,6 +24,6 @@ FAMILIES = (
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", thinned(ATTACKS))
 def test_attack(attack: Attack, sandbox: Sandbox) -> None:
     carry_out(attack, sandbox)

@@ -8,12 +8,12 @@ import attacks_imports
 import attacks_verify
 import attacks_words
 import pytest
-from attack_runner import Attack, Sandbox, carry_out
+from attack_runner import Attack, Sandbox, carry_out, thinned
 
 FAMILIES = (attacks_adapt, attacks_verify, attacks_imports, attacks_diffusion, attacks_words)
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]
 
 
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", thinned(ATTACKS))
 def test_attack(attack: Attack, sandbox: Sandbox) -> None:
     carry_out(attack, sandbox)

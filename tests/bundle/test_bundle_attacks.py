@@ -23,7 +23,7 @@ from bundle_files import (
     write_bundle,
     write_manifest,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eigenzoo as ez
@@ -260,7 +260,7 @@ def mutate(document: Any, data: st.DataObject) -> Any:
 
 
 @pytest.mark.parametrize("form", ["flat", "tucker", "stacked"])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(data=st.data())
 def test_mutated_manifests_raise_nothing_but_our_own_errors(
     sound: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject
@@ -281,7 +281,7 @@ def test_mutated_manifests_raise_nothing_but_our_own_errors(
 
 
 @pytest.mark.parametrize("form", ["flat", "tucker", "stacked"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25)
 @given(data=st.data())
 def test_mutated_layouts_raise_nothing_but_our_own_errors(
     sound: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, form: str, data: st.DataObject

@@ -15,6 +15,7 @@ import torch
 from cli_runner import Run
 
 from builders import edit_model, random_stack, write_stacks
+from guard import HANG
 
 Refused = Callable[..., str]
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -184,7 +185,7 @@ def test_an_interrupt_leaves_no_output_and_a_fit_goes_on_from_its_work(zoo: Path
     assert process.stderr.readline() == "now\n"
     assert {path.name[:9] for path in (tmp_path / "deep").iterdir()} == {".eigenzoo"}, "the work lies beside the output"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert out == ""
     assert err.startswith("interrupted: no output was written; a fit goes on")

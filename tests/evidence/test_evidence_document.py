@@ -232,7 +232,7 @@ def test_spectra_about_every_center_are_those_of_the_weights(tmp_path: Path, cen
             assert sum(side.null) == pytest.approx(1.0, abs=1e-9)
     # Whatever the spectrum is about: held-out models are seen from the models' mean, and so is the verdict.
     plain = find(tmp_path / "again", {"w": stack}).layers["w"]
-    assert found.layers["w"].variance == plain.variance
+    assert found.layers["w"].variance == pytest.approx(plain.variance, rel=tolerance(stack[0].numel()))
     assert_alike(list(found.layers["w"].unseen.captured), list(plain.unseen.captured), 1e-9)
 
 

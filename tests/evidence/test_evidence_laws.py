@@ -46,10 +46,8 @@ def test_scaling_all_models_changes_no_share(tmp_path: Path, seed: int) -> None:
     before = find(tmp_path / "as they are", stacks, seed=seed)
     for number, scale in enumerate((2.0**40, 2.0**-40, -0.1)):
         after = find(tmp_path / str(number), {name: scale * stack for name, stack in stacks.items()}, seed=seed)
+        # LAPACK scales what it decomposes by its norm, so that even powers of two move the last bits of eigenvalues.
         assert_alike(shares(after), shares(before), 1e-9)
-        if scale != -0.1:
-            # Powers of two change no bit of a mantissa, but where logarithms are taken.
-            assert shares(after, "suitability") == shares(before, "suitability")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

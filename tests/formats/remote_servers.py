@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from guard import HANG
+
 
 class Server(ThreadingHTTPServer):
     """A threaded server that knows its URL and says nothing."""
@@ -46,7 +48,7 @@ class Quiet(BaseHTTPRequestHandler):
     """HTTP/1.1 with kept connections and whole answers."""
 
     protocol_version = "HTTP/1.1"
-    timeout = 30
+    timeout = HANG
     server: Any
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -225,7 +227,7 @@ class _ProxyHandler(Quiet):
             self.answer(503, b"busy")
             return
         place = urlsplit(self.server.target)
-        behind = http.client.HTTPConnection(str(place.hostname), place.port, timeout=30)
+        behind = http.client.HTTPConnection(str(place.hostname), place.port, timeout=HANG)
         try:
             behind.request(self.command, self.path, body, dict(self.headers.items()))
             response = behind.getresponse()

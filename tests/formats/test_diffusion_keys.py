@@ -201,7 +201,7 @@ PARTS = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(PARTS, max_size=8).map("".join), max_size=6, unique=True))
 def test_any_keys_raise_nothing_but_our_own_errors(names: list[str]) -> None:
     is_diffusion_lora(names)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import vlora
 import vlora.cli
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_builders import edit_config
 from safetensors.torch import load_file, save_file
@@ -111,7 +111,7 @@ JSON = st.recursive(
 KEYS = ["layer_names", "task_ids", "task_filenames", "rank", "shapes_a", "shapes_b", "format", "num_components"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=2))
 def test_whatever_the_metadata_say_is_imported_or_refused(
     tmp_path: Path, written: Path, changes: dict[str, Any]

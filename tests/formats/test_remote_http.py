@@ -26,6 +26,7 @@ from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.remote.fetching import PIECE_BYTES, fetch
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
+from guard import HANG
 
 HEADER = 2**15  # bytes that are read of a file at first
 
@@ -135,7 +136,7 @@ def test_long_ranges_are_split_and_several_are_under_way_at_once(server: FileSer
     server.files["long.bin"] = bytes(range(256)) * (3 * PIECE_BYTES // 256)
     for number in range(8):
         server.files[f"{number}.bin"] = bytes([number]) * 100
-    gathered = threading.Barrier(8, timeout=10)
+    gathered = threading.Barrier(8, timeout=HANG)
 
     def wait(path: str, start: int, number: int) -> None:
         server.lock.release()

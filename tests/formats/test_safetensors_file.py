@@ -254,7 +254,7 @@ def opens_or_refuses(path: Path, data: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_random_bytes_are_opened_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
     opens_or_refuses(folder / "random.safetensors", data)
@@ -277,7 +277,7 @@ entries = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_random_headers_are_opened_or_refused(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, object]
 ) -> None:

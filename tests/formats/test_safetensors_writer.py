@@ -106,7 +106,7 @@ def test_what_cannot_be_meant_is_refused_at_once(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(max_size=4), unique=True, max_size=8), st.integers(0, 2**40))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_counted_header_is_the_header(
     tmp_path_factory: pytest.TempPathFactory, names: list[str], first: int
 ) -> None:

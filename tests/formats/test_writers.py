@@ -253,7 +253,7 @@ json_values = st.recursive(
     )
     | json_values
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_layouts_are_read_or_refused(value: object) -> None:
     try:
         ModelLayout.from_json(value)

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from guard import HANG
+
 Files = dict[str, bytes]
 LARGE = (".safetensors", ".bin", ".pt")
 
@@ -96,7 +98,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 30
+    timeout = HANG
     server: Hub
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -56,6 +56,12 @@ def refitted(rows_ND: Tensor, rank: int) -> tuple[np.ndarray, float]:
     return captured, energy
 
 
+def spread(rows_ND: Tensor) -> float:
+    """The largest eigenvalue over the smallest that is not round-off."""
+    values = np.linalg.svd((rows_ND - rows_ND.mean(0)).numpy(), compute_uv=False) ** 2
+    return float(values[0] / values[values > 1e-10 * values[0]].min())
+
+
 def left_out(rows_ND: Tensor, rank: int = 16) -> tuple[Tensor, float]:
     return leave_one_out(*eigenpairs(center_gram(rows_ND @ rows_ND.T)), rank)
 
@@ -65,11 +71,9 @@ def test_leaving_out_one_by_one_is_fitting_without_it(name):
     rows_ND = CASES[name]
     found_K, energy = left_out(rows_ND)
     expected_K, total = refitted(rows_ND, len(found_K))
-    values = np.linalg.svd((rows_ND - rows_ND.mean(0)).numpy(), compute_uv=False) ** 2
-    spread = values[0] / values[values > 1e-10 * values[0]].min()
     assert len(found_K) >= 2
     # Energies are divided by eigenvalues and by their distances; a thousand is 1 / the least relative distance of the cases.
-    assert np.abs(found_K.numpy() - expected_K).max() <= tolerance(NUM_VALUES, scale=1e3 * spread * total)
+    assert np.abs(found_K.numpy() - expected_K).max() <= tolerance(NUM_VALUES, scale=1e3 * spread(rows_ND) * total)
     assert energy == pytest.approx(total, rel=tolerance(NUM_VALUES))
 
 
@@ -103,8 +107,10 @@ def test_leaving_out_follows_the_scale_of_the_weights():
     shares = [
         found_K / energy for found_K, energy in (left_out(scale * rows_ND) for scale in (1.0, 2.0**-100, 2.0**100))
     ]
-    assert torch.equal(shares[0], shares[1])
-    assert torch.equal(shares[0], shares[2])
+    # LAPACK scales a matrix by its norm before it begins, and rounds there.
+    bound = tolerance(NUM_VALUES, scale=1e3 * spread(rows_ND))
+    assert float((shares[0] - shares[1]).abs().max()) <= bound
+    assert float((shares[0] - shares[2]).abs().max()) <= bound
 
 
 def test_too_few_models_and_directions_leave_nothing():

@@ -82,7 +82,7 @@ def test_no_directions_hold_more_than_is_stated(values, passes):
             assert found.most(rank) >= best - tolerance(SIZE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.floats(0, 1) | st.floats(0, 1e-6) | st.just(1.0), min_size=1, max_size=60),
     st.integers(1, 30),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ pytest.importorskip("peft")
 
 from eigenzoo.nursery.making import make_zoo
 from eigenzoo.nursery.recipe import Plan, Recipe, Schedule, plan_zoo
+from once import once
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
     """Make a zoo of hastily trained models; the same arguments give the same folder, not made again."""
-    made: dict[str, Made] = {}
 
     def make(kind: str, **options: Any) -> Made:
-        key = f"{kind} {sorted(options.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("zoo") / kind
-            made[key] = Made(folder, make_zoo(_hasty_plan(kind, **options), folder, False, None))
-        return made[key]
+        def fill(root: Path) -> None:
+            recipe = make_zoo(_hasty_plan(kind, **options), root / kind, False, None)
+            (root / "recipe.pickle").write_bytes(pickle.dumps(recipe))
+
+        words = [kind, *(f"{name}={value}" for name, value in sorted(options.items()))]
+        root = once(tmp_path_factory, "-".join(["nursery", *words]), fill)
+        return Made(root / kind, pickle.loads((root / "recipe.pickle").read_bytes()))
 
     return make
 

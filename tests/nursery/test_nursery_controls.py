@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.func import functional_call
-from zoo_checks import ONE_IMAGE, weight_file
+from zoo_checks import weight_file
 
 from eigenzoo.nursery import KINDS, accuracy, digits
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.making import choose_children
+from tolerance import ONE_IMAGE
 
 Hasty = Callable[..., Any]
 Planner = Callable[..., Any]

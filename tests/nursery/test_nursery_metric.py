@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zoo_checks import ONE_IMAGE, weight_file
+from zoo_checks import weight_file
 
 import eigenzoo as ez
 from eigenzoo.errors import UsageError
 from eigenzoo.nursery import KINDS, accuracy, metric
+from tolerance import ONE_IMAGE
 
 Hasty = Callable[..., Any]
 

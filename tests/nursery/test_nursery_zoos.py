@@ -14,13 +14,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
-from zoo_checks import ONE_IMAGE, weight_file
+from zoo_checks import weight_file
 
 from eigenzoo.nursery import KINDS, accuracy, digits
 from eigenzoo.nursery.lora import TARGETS, LoraKind
 from eigenzoo.nursery.making import choose_children, make_zoo
 from eigenzoo.nursery.recipe import plan_zoo
 from eigenzoo.nursery.training import train
+from tolerance import ONE_IMAGE
 
 Hasty = Callable[..., Any]
 Planner = Callable[..., Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def test_the_saved_bundle_is_within_its_budget_and_loses_less_for_more(zoo, axes
         assert bytes_on_disk(space.save(tmp_path / f"with{place}")) <= budget
         assert bytes_on_disk(space.save(tmp_path / f"without{place}", moments=False)) <= budget
         residuals.append(space.report["residual"])
-    assert residuals == sorted(residuals, reverse=True)
+    assert all(after <= before + tolerance(10) for before, after in pairwise(residuals))
     # Directions of stacked updates are free, and the first budget has them all.
     assert residuals[-1] < residuals[0] or (zoo.view == "update" and axes == ("models",))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz.limits import limited_memory, limited_time
@@ -19,7 +19,7 @@ from fuzz.targets import TARGETS, Parser
 
 FINDINGS = Path(__file__).parent.parent / "fuzz_findings"
 SECONDS = 60
-"""A reader that takes longer hangs."""
+"""Processor time; a reader that takes more hangs."""
 
 # torch's own words on pickles of a protocol that nobody writes.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
@@ -34,7 +34,7 @@ def test_sound_inputs_are_accepted(parser: Parser) -> None:
     assert all(parser.survives(seed) for seed in parser.seeds)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, derandomize=True)
 @given(seed=st.integers(0, 2**32), changes=st.integers(1, 4))
 def test_changed_inputs_are_accepted_or_refused(parser: Parser, seed: int, changes: int) -> None:
     random = Random(seed)
@@ -45,7 +45,7 @@ def test_changed_inputs_are_accepted_or_refused(parser: Parser, seed: int, chang
         parser.survives(data)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, derandomize=True)
 @given(data=st.one_of(st.binary(max_size=200), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))))
 def test_other_inputs_are_accepted_or_refused(parser: Parser, data: bytes) -> None:
     with limited_memory(), limited_time(SECONDS):

@@ -31,7 +31,7 @@ from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.zoo.sources import find_models
 from fuzz.samples import write_file
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=25, derandomize=True)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(

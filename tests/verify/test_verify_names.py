@@ -17,7 +17,7 @@ NAMES = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map(".".join)
 LISTS = st.lists(NAMES, min_size=1, max_size=3)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     module=NAMES,
     targets=LISTS | st.sampled_from([r".*q_proj", r"model\.layers\.\d+\.(q|v)_proj", "q_proj", r".*\.[01]\..*"]),
