@@ -28,6 +28,7 @@ from guard import HANG, wait_until
 from tolerance import ONE_IMAGE
 
 
+@pytest.mark.slow
 def test_digits_as_processes(digits_zoo: Callable[[str], Path], tmp_path: Path) -> None:
     zoo, file = digits_zoo("digits-vit"), tmp_path / "task.safetensors"
     words = (bundle_of(zoo), TASK, "--model", zoo / "_base", *QUICKLY, "--learning-rate", "0.1")

@@ -36,6 +36,7 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.slow
 def test_an_example_runs_and_learns_its_task(folder: Path, name: str) -> None:
     run = subprocess.run(
         [sys.executable, str(EXAMPLES / name), str(folder)], capture_output=True, text=True, check=False, timeout=HANG

@@ -23,6 +23,7 @@ OURS = tuple(name for name, peer in PEERS.items() if peer.module == "eigenzoo_fi
 
 
 @pytest.mark.parametrize(("case", "name"), JOBS)
+@pytest.mark.slow
 def test_each_peer_runs_and_is_as_right_as_it_claims(run, case, name):
     found = run.runs(case)[name]
     if "skipped" in found:
@@ -43,6 +44,7 @@ def test_each_peer_runs_and_is_as_right_as_it_claims(run, case, name):
     assert found["imports_rss"] <= found["peak_rss"]
 
 
+@pytest.mark.slow
 def test_an_inexact_peer_is_seen_to_be(run):
     found = run.runs("lora-12")["vlora-streaming"]
     if "skipped" in found:
@@ -50,6 +52,7 @@ def test_an_inexact_peer_is_seen_to_be(run):
     assert found["errors"]["top"] > 0.1
 
 
+@pytest.mark.slow
 def test_ratios_to_the_ceiling_and_to_eigenzoo_are_printed(run):
     for case in run.raw["cases"]:
         for found in case["runs"]:
@@ -63,6 +66,7 @@ def test_ratios_to_the_ceiling_and_to_eigenzoo_are_printed(run):
     assert "| × ceiling | × eigenzoo |" in run.printed
 
 
+@pytest.mark.slow
 def test_growth_and_adding_are_measured_and_adding_with_the_files_is_exact(run):
     (growth,), (adding,) = run.raw["growth"], run.raw["adding"]
     assert {row["varied"] for row in growth} == {"models", "layers", "rank"}
@@ -75,6 +79,7 @@ def test_growth_and_adding_are_measured_and_adding_with_the_files_is_exact(run):
     assert "| × fit of all |" in run.printed
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(run, monkeypatch):
     monkeypatch.setitem(PEERS, "numpy", replace(PEERS["numpy"], requires=("no_such_library",)))
     case = {**run.raw["cases"][0], "runs": [measure(None, "numpy", 4, 1)]}
@@ -82,6 +87,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(run, monkeypat
     assert case_table(case).rows[0][-1] == "no_such_library is not installed"
 
 
+@pytest.mark.slow
 def test_tables_are_printed_uncut(run, capsys):
     for case in run.raw["cases"]:
         case_table(case).show(console())

@@ -13,6 +13,8 @@ from eigenzoo.evidence.layer_evidence import findings
 from eigenzoo.evidence.unseen import capture
 from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [(8, 12), (12, 20), (24, 16)]
 """Models, and the side of each layer's square matrix."""
 

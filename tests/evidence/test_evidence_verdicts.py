@@ -175,7 +175,9 @@ ARCHETYPES: dict[str, tuple[Callable[[int], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHETYPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "families" else pytest.mark.slow) for name in ARCHETYPES]
+)
 def test_neither_the_order_of_models_nor_the_seed_changes_the_verdict(tmp_path: Path, name: str) -> None:
     make, code = ARCHETYPES[name]
     paths = write_stacks(tmp_path / "zoo", layers(make, 2))
@@ -191,6 +193,7 @@ def test_neither_the_order_of_models_nor_the_seed_changes_the_verdict(tmp_path: 
 
 @pytest.mark.parametrize("spread", [0.0, 1.2], ids=["even", "very uneven"])
 @pytest.mark.parametrize(("num_models", "num_values"), [(12, 200), (25, 60), (32, 288)])
+@pytest.mark.slow
 def test_the_null_of_held_out_shares_is_that_of_unrelated_zoos(num_models: int, num_values: int, spread: float) -> None:
     """Drawn sixty times with the norms kept: the mean held-out curve is the stated one."""
     norms_N = torch.exp(spread * normal(num_models, seed=1))

@@ -144,6 +144,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]
 
 
 @pytest.mark.filterwarnings(PEFT_AND_TRANSFORMERS)
+@pytest.mark.slow
 def test_real_checkpoints(real: Callable[..., Path]) -> None:
     """All heads are one frozen head, so the parent alone guesses; so does the mean of unlike tasks; the subspace does not."""
     from eigenzoo import nursery
@@ -165,6 +166,7 @@ def test_real_checkpoints(real: Callable[..., Path]) -> None:
 
 
 @pytest.mark.filterwarnings(PEFT_AND_TRANSFORMERS)
+@pytest.mark.slow
 def test_real_adapters(real: Callable[..., Path]) -> None:
     """Loaded by PEFT: rebuilt from all directions they answer as the originals do, and with a zero update as their parent."""
     from eigenzoo import nursery

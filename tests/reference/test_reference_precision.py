@@ -50,7 +50,7 @@ def check_path(zoo: Zoo, path: torch.dtype) -> None:
     assert sum(1 for _ in stack.blocks(4 * NUM_MODELS * INPUTS * 5)) > 5
 
 
-def test_float32_storage_keeps_four_digits_of_the_centred_spectrum(tmp_path, path):
+def test_float32_storage_moves_the_centred_spectrum_by_its_rounding_alone(tmp_path, path):
     wanted = fine_tunes()
     zoo = ez.open_zoo(write_stacks(tmp_path, {"w": wanted}))
     check_path(zoo, path)
@@ -59,8 +59,13 @@ def test_float32_storage_keeps_four_digits_of_the_centred_spectrum(tmp_path, pat
     stored_NOI = stored(wanted, torch.float32)
     as_stored = ratios(stored_NOI - stored_NOI.mean(0))
     as_meant = ratios((wanted - wanted.mean(0)).numpy())
-    # The largest eight: what storage in float32 adds is 6e-8 of the parent, 6e-5 of a difference, and white.
-    assert np.abs(found / as_meant - 1)[:8].max() <= 1e-4
+    # Rounding is white: of a singular value it moves uᵀEv, a normal number of the spread of E's entries, and five of them at
+    # most; to second order the whole of E. A square moves twice as far. The path's own products round in its dtype.
+    rounding_ND = (stored_NOI - wanted.numpy()).reshape(NUM_MODELS, -1)
+    values = np.linalg.svd((wanted - wanted.mean(0)).flatten(1).numpy(), compute_uv=False)[:8]
+    moved = 2 * 5 * rounding_ND.std() / values + (np.linalg.norm(rounding_ND, 2) / values) ** 2
+    assert moved.max() < 3e-4, "float32 keeps three digits of the eighth eigenvalue"
+    assert (np.abs(found / as_meant - 1)[:8] <= moved + tolerance(1, dtype=path) / as_meant[:8]).all()
     # Beside what is stored the path itself loses less: of a share, products of differences in its own dtype.
     assert np.abs(found - as_stored).max() <= tolerance(np.sqrt(OUTPUTS * INPUTS), dtype=path)
 

@@ -194,6 +194,7 @@ def test_a_page_of_what_little_there_is(document):
     assert "<h1>" in render_html(document)
 
 
+@pytest.mark.slow
 def test_any_part_may_be_missing():
     document = make_document(num_models=6, num_layers=3)
     for key in list(document["evidence"]):

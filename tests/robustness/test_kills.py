@@ -1,7 +1,7 @@
 """A process that is killed leaves the old output or the new one, to the byte, and nothing that the next run does not remove.
 
 Each kind of work is killed before calls that change the disk, around the renames and spread over all of them, and after random
-times, over the time that it takes undisturbed. EIGENZOO_KILLS is how many times in all (220).
+times, over the time that it takes undisturbed. EIGENZOO_KILLS is how many times in all (220); a few of them are not slow.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import eigenzoo as ez
 
 KILLS = int(os.environ.get("EIGENZOO_KILLS", "220"))
 EACH = -(-KILLS // len(OPERATIONS))
+FEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.parametrize("num", [pytest.param(FEW, id="few"), pytest.param(EACH, marks=pytest.mark.slow, id="all")])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_kill_leaves_the_old_output_or_the_new_one(
-    name: str, start: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    name: str, num: int, start: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     operation = OPERATIONS[name]
     prepared = tmp_path / "prepared"
@@ -53,10 +55,10 @@ def test_a_kill_leaves_the_old_output_or_the_new_one(
     assert new is not None
     assert hidden(root) == []
     seconds = min(_seconds(operation, fresh) for _ in range(2))
-    chosen = _chosen(undisturbed, -(-EACH // 2))
-    places = [*chosen, *[None] * max(EACH - len(chosen), 0)]
+    chosen = _chosen(undisturbed, num // 2)
+    places = [*chosen, *[None] * max(num - len(chosen), 0)]
     tally: Counter[str] = Counter()
-    draw = random.Random(name)
+    draw = random.Random(f"{name} {num}")
     for place in places:
         killed = False
         for attempt in range(1, 11):
@@ -81,7 +83,8 @@ def test_a_kill_leaves_the_old_output_or_the_new_one(
     if (root / operation.output / "manifest.json").exists():
         assert list(ez.load(root / operation.output).verify()) == []
     record_property("kills", dict(tally))
-    assert tally["kills"] >= len(places) - 4
+    # Where the machine gets faster meanwhile, work ends before a late kill.
+    assert tally["kills"] >= 0.75 * len(places)
 
 
 def _seconds(operation: Operation, fresh: Callable[[], Path]) -> float:

@@ -116,7 +116,7 @@ def test_one_process_may_add_again_and_again(root: Path) -> None:
     assert list(ez.load(root / "bundle").verify()) == []
 
 
-@pytest.mark.parametrize("round", range(ROUNDS))
+@pytest.mark.parametrize("round", [0, *(pytest.param(round, marks=pytest.mark.slow) for round in range(1, ROUNDS))])
 def test_of_two_that_add_at_once_each_is_in_the_bundle_or_is_told(root: Path, round: int) -> None:
     shutil.copytree(root / "more" / "new", root / "more" / "other")
     answers = answer_of(*(["add", root / "bundle", root / "more" / name, "--quiet"] for name in ("new", "other")))

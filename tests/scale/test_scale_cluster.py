@@ -124,6 +124,7 @@ def _process_ids(client: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("case", ["weight", "update"])
+@pytest.mark.slow
 def test_a_worker_that_dies_changes_nothing(tmp_path: Path, cluster: Any, zoos: dict[str, ez.Zoo], case: str) -> None:
     here = saved(ez.fit(zoos[case], 3, cache=False), tmp_path / "here")
     killed = []
@@ -217,6 +218,7 @@ def test_commands_run_on_a_cluster(
     assert said[0][0] == said[1][0]
 
 
+@pytest.mark.slow
 def test_the_command_starts_a_cluster_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoos: dict[str, ez.Zoo]
 ) -> None:
