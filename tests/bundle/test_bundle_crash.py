@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,27 @@ from eigenzoo.errors import DataError, OutputError
 
 STEPS = {"write_card": "card", "write_manifest": "card", "record_files": "saving", "link_or_copy": "storage"}
 
-SCRIPT = """
-import importlib, os, signal, sys
-import eigenzoo as ez
-space = ez.load(sys.argv[1])
-room = importlib.import_module(f"eigenzoo.subspace.bundles.{sys.argv[5]}")
-step, calls = getattr(room, sys.argv[3]), 0
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args, **kwargs)
-setattr(room, sys.argv[3], dying)
-space.save(sys.argv[2], force=True)
-"""
+
+def save_and_die(space: ez.Subspace, target: Path, step: str, call: int) -> None:
+    """Save in a process that is killed before the given call of a step."""
+    child = os.fork()
+    if child == 0:
+        try:
+            room = importlib.import_module(f"eigenzoo.subspace.bundles.{STEPS[step]}")
+            real, calls = getattr(room, step), 0
+
+            def dying(*args: object, **kwargs: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **kwargs)
+
+            setattr(room, step, dying)
+            space.save(target, force=True)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("step", "call"), [("write_card", 1), ("record_files", 1), ("link_or_copy", 3)])
@@ -38,9 +43,7 @@ def test_a_killed_save_leaves_no_half_bundle(tmp_path: Path, step: str, call: in
     bundle = write_bundle(tmp_path)
     for name in ("new", "bundle"):
         target = tmp_path / name
-        command = [sys.executable, "-c", SCRIPT, str(bundle), str(target), step, str(call), STEPS[step]]
-        done = subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == -signal.SIGKILL
+        save_and_die(ez.load(bundle), target, step, call)
         assert target.exists() is (name == "bundle")
     assert list(ez.load(bundle).verify()) == [], "the bundle that was to be replaced is harmed"
     # What is left is hidden, and names its kind: a later save is not in its way.
