@@ -84,6 +84,7 @@ def test_draws_are_seeded():
     assert not torch.equal(norm_matched_spectra(energies_N, 50, seed=1), norm_matched_spectra(energies_N, 50, seed=2))
 
 
+@pytest.mark.slow
 def test_noise_passes_for_a_finding_once_in_twenty():
     alarms = dict.fromkeys([(size, norms) for size in SIZES for norms in NORMS], 0)
     trials = 100
