@@ -18,12 +18,13 @@ from eigenzoo.subspace.moments.border import extend
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, entry_dimensions
 from eigenzoo.zoo.stack import DenseStack
+from tolerance import tolerance
 
 OUTPUTS, INPUTS = 300, 70
 """21,000 values: several runs with a rest, and with 51 models and more a stack of float32 products."""
 
-FLOAT32 = 1e-6
-"""Of the largest ‖Y‖²: float32 products of 21,000 values."""
+FLOAT32 = tolerance(1, dtype=torch.float32)
+"""Of the largest ‖Y‖²: float32 products of some thousand values each, summed in float64."""
 
 
 def stack_of(folder: Path, rows_ND: torch.Tensor) -> DenseStack:
@@ -52,20 +53,20 @@ def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(border, "GROUP_VALUES", 7 * 4096)
 
 
-def check(found: LayerMoments, rows_ND: torch.Tensor, num_reference: int, tolerance: float) -> None:
+def check(found: LayerMoments, rows_ND: torch.Tensor, num_reference: int, bound: float) -> None:
     rows_ND = rows_ND.double()
     reference_D = rows_ND[:num_reference].mean(0)
     about_ND = rows_ND - reference_D
     gram_NN = about_ND @ about_ND.T
     largest = float(gram_NN.diagonal().max())
-    assert float((found.gram_NN - gram_NN).abs().max()) <= tolerance * largest
+    assert float((found.gram_NN - gram_NN).abs().max()) <= bound * largest
     assert torch.equal(found.gram_NN, found.gram_NN.T)
     cross = float(reference_D.norm()) * largest**0.5
-    assert float((found.cross_N - about_ND @ reference_D).abs().max()) <= tolerance * cross
-    assert float((found.sums_N - rows_ND.sum(1)).abs().max()) <= tolerance * float(rows_ND.abs().sum(1).max())
+    assert float((found.cross_N - about_ND @ reference_D).abs().max()) <= bound * cross
+    assert float((found.sums_N - rows_ND.sum(1)).abs().max()) <= bound * float(rows_ND.abs().sum(1).max())
     variances_D = (rows_ND[sample(len(rows_ND))] - rows_ND.mean(0)).square().sum(0)
     expected = entry_dimensions(center_gram(gram_NN), float(variances_D @ variances_D))
-    assert found.entries == pytest.approx(expected, rel=100 * tolerance)
+    assert found.entries == pytest.approx(expected, rel=100 * bound)
 
 
 @pytest.mark.usefixtures("small_runs")

@@ -202,12 +202,13 @@ def test_a_moment_that_is_no_sketch_says_what_it_holds():
 def test_units_do_not_matter(values, scale):
     moment_SS = moment_of(values)
     one, other = sketched(moment_SS), sketched(scale * moment_SS)
-    # Of equal eigenvalues any directions will do: what is compared are energies, and what is measured of other directions roughly.
+    # Of equal eigenvalues any directions will do, and another kernel finds others. What probes see of what is outside of them
+    # has a spread of 0.8 % over seeds: five times that, twice.
     for rank in (1, RANK, COLUMNS):
         held, expected = (moment.eigenvectors().values_K[:rank] for moment in (other, one))
         assert (held / scale).tolist() == pytest.approx(expected.tolist(), abs=tolerance(SIZE))
         most, expected_most = (moment.eigenvectors().most(rank) for moment in (other, one))
-        assert most / scale == pytest.approx(expected_most, rel=1e-2)
+        assert most / scale == pytest.approx(expected_most, rel=0.08)
 
 
 def test_products_in_float32_hold_what_those_in_float64_hold(values):
