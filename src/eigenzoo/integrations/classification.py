@@ -143,7 +143,7 @@ def adapt_classifier(
         )
     check_options(steps, batch_size, learning_rate, seed)
     if output is not None:
-        check_free_file(output, force=force)
+        check_free_file(output, force=force, own=adapter_file.is_adapter_file)
         if checkpoint is not None and checkpoint.absolute() == output.absolute():
             raise UsageError(
                 "is both the output and the checkpoint", where=str(output), rule="the checkpoint is another file"

@@ -44,6 +44,9 @@ from eigenzoo.subspace.subspace import Subspace
 
 __all__ = ["EigenzooConfig", "EigenzooModel", "export_lora"]
 
+MOST_DRAWS = 2**61 - 1
+"""Seeds of layers' random bases: a prime, so that no two seeds of adapters have the same ones."""
+
 
 class _Attaching:
     """What is known of a bundle while an adapter is put into a model."""
@@ -61,7 +64,7 @@ class _Attaching:
     def _part(self, place: Place, part: str, layer: str, module: nn.Module) -> Part:
         rows_NK, basis = self.space.all_coefficients[layer], self.space.layers[layer]
         # Different directions in every layer, whichever layers are adapted.
-        seed = None if self.seed is None else (self.seed << 32) + zlib.crc32(layer.encode())
+        seed = None if self.seed is None else ((self.seed << 32) + zlib.crc32(layer.encode())) % MOST_DRAWS
         return Part(
             begin=self.start.values.get(layer, torch.zeros_like(rows_NK[0])).float(),
             scales=scales_of(rows_NK),
