@@ -165,7 +165,7 @@ def test_the_command_goes_on_after_a_signal(
         time.sleep(0.01)
     child.send_signal(number)
     _, said = child.communicate(timeout=30)
-    assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
     assert ("goes on from what it has done" in said) is (number == signal.SIGTERM)
     assert [name[: len(PREFIX)] for name in hidden([output.parent])] == [PREFIX]
     monkeypatch.setattr("sys.argv", ["eigenzoo", *words])

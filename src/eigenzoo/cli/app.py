@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -133,11 +133,9 @@ def _stopped_by_signals() -> Iterator[list[int]]:
 
 def _interrupted(received: list[int]) -> int:
     """Say that nothing was written; returns the exit code."""
-    # Whoever is sent SIGHUP has no terminal any more that could be written to.
-    with suppress(OSError):
-        complain(
-            "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
-        )
+    complain(
+        "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
+    )
     return 128 + (received[0] if received else signal.SIGINT)
 
 
@@ -149,8 +147,7 @@ def _run(received: list[int]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted(received)
     except typer.Exit as leave:
-        # Newer versions of typer make this of a KeyboardInterrupt, whatever the signal was.
-        return _interrupted(received) if leave.exit_code == INTERRUPTED else int(leave.exit_code)
+        return int(leave.exit_code)
     except ClickException as error:
         error.show()  # type: ignore[attr-defined]
         return 2
@@ -164,6 +161,9 @@ def _run(received: list[int]) -> int:
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 2
+    # Newer versions of typer make this code of a KeyboardInterrupt, whatever the signal was.
+    if code == INTERRUPTED:
+        return _interrupted(received)
     return code if isinstance(code, int) else 0
 
 
