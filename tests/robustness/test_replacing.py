@@ -72,7 +72,12 @@ def root(start: Path, tmp_path: Path) -> Path:
 def _run(*words: object) -> tuple[object, str]:
     """Run a command in this process; returns its exit code, and what it said on standard error."""
     said = io.StringIO()
-    with arguments(*words), redirect_stdout(io.StringIO()), redirect_stderr(said), pytest.raises(SystemExit) as leave:
+    with (
+        arguments(*words),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(said),
+        pytest.raises(SystemExit, match="[012]") as leave,
+    ):
         main()
     return leave.value.code, " ".join(said.getvalue().split())
 

@@ -116,7 +116,7 @@ def train(
     Raises UsageError for options that cannot be meant and a checkpoint of another run, FormatError for a damaged one, and
     DataError where the loss is not finite. Cost: a checkpoint has three times the bytes of what is trained.
     """
-    check_options(steps, batch_size, learning_rate, seed, every)
+    seed = check_options(steps, batch_size, learning_rate, seed, every)
     if len(data) < 1:
         raise UsageError("there is nothing to train on", rule="data have at least 1 item")
     parameters = [parameter for parameter in adapted.parameters() if parameter.numel()]
@@ -232,11 +232,11 @@ def _fingerprint(
     return of_values([adapted.space.manifest.basis_id, start, frozen, of_data(data), name, options])
 
 
-def check_options(steps: int, batch_size: int, learning_rate: float, seed: int, every: int = 1) -> None:
-    """Raise UsageError for options that cannot be meant; call it before long work starts."""
+def check_options(steps: int, batch_size: int, learning_rate: float, seed: int, every: int = 1) -> int:
+    """Raise UsageError for options that cannot be meant; call it before long work starts. Returns the seed."""
     for name, value in (("steps", steps), ("batch_size", batch_size), ("every", every)):
         if value < 1:
             raise UsageError(f"{name} {value}", rule="a training has at least 1 step, of at least 1 item")
     if not 0 < learning_rate < math.inf:
         raise UsageError(f"learning rate {learning_rate}", rule="a learning rate is a number above 0")
-    check_seed(seed)
+    return check_seed(seed)
