@@ -76,7 +76,7 @@ def _run(*words: object) -> tuple[object, str]:
         arguments(*words),
         redirect_stdout(io.StringIO()),
         redirect_stderr(said),
-        pytest.raises(SystemExit, match="[012]") as leave,
+        pytest.raises(SystemExit, match=r"[012]") as leave,
     ):
         main()
     return leave.value.code, " ".join(said.getvalue().split())
