@@ -130,7 +130,7 @@ OPERATIONS = {
     "report --force": Operation(
         "page.csv",
         lambda root: command("report", root / "bundle", "-o", root / "page.csv", "--force", "--no-cache", "--quiet"),
-        prepare=lambda root: (root / "page.csv").write_text("old"),
+        prepare=lambda root: (root / "page.csv").write_text("section,layer,model,series,x,y\nverdict,,,text,,old\n"),
     ),
     "adapted coefficients": Operation("task.safetensors", _save_adapted, prepare=_adapted),
     "training state": Operation("training", _save_training, prepare=lambda root: _save_training(root, 1)),
