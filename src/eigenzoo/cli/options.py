@@ -118,7 +118,9 @@ AllowMissing = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind, if eigenzoo wrote all that is in it.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an output of the same kind, if eigenzoo wrote all that is in it.")
+]
 
 
 def parse_axes(text: str | None) -> tuple[str, ...] | None:

@@ -20,7 +20,7 @@ from eigenzoo.nursery.digits import Task
 from eigenzoo.nursery.recipe import PARENT, RECIPE, ZOO, Plan, Recipe, library_versions
 from eigenzoo.nursery.training import Weights, predict, share, train
 from eigenzoo.passes.draws import kept_draws
-from eigenzoo.passes.workers import single_threaded
+from eigenzoo.passes.process import single_threaded
 
 Progress = Callable[[str, int, int], None]
 
