@@ -44,7 +44,7 @@ fuzz: .venv/fuzz
 	$(BIN)/python -m fuzz --seconds $(SECONDS)
 
 clean:
-	rm -rf .venv .fuzz demo
+	rm -rf .venv .fuzz
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'

@@ -25,6 +25,7 @@ from bench.peers import PEERS
 from bench.sizes import SIZES, Size
 from bench.suite import Record, run_case
 from bench.tables import Table, adding_table, case_table, console, growth_table, machine_line
+from eigenzoo.formats.output.whole import check_free_file, write_file
 
 PAGE = Path(__file__).parent / "README.md"
 PARTS = ("growth", "adding")
@@ -33,6 +34,8 @@ PARTS = ("growth", "adding")
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what is asked, print it, and return the raw numbers."""
     asked = _asked(arguments)
+    if asked.json is not None:
+        check_free_file(asked.json, force=True, own=_is_ours)
     size = SIZES[asked.size]
     raw: dict[str, Any] = {"size": asked.size, "machine": describe(), "cases": [], **{part: [] for part in PARTS}}
     screen, tables = console(), dict[str, list[Table]]()
@@ -46,10 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             tables.setdefault(name, []).append(table)
             table.show(screen)
             if asked.json is not None:
-                asked.json.write_text(json.dumps(raw, indent=1), encoding="utf-8")
+                write_file(asked.json, json.dumps(raw, indent=1), force=True, own=_is_ours)
             if asked.write:
                 _write({name: tables[name]}, raw["machine"])
     return raw
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether a file holds the numbers of an earlier run, which may be replaced."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and {"size", "machine", "cases", *PARTS} <= set(found)
 
 
 MAKERS: dict[str, Callable[[Any], Table]] = {"cases": case_table, "growth": growth_table, "adding": adding_table}

@@ -250,7 +250,9 @@ def make(recipe: Recipe, num_models: int, home: Path, tell: Callable[[str], None
         tell(f"making {missing} models of {recipe.title}, {needed / 1e9:.2f} GB")
         _write(recipe, num_models, folder)
         stamp = {"kind": recipe.kind, "recipe": asdict(recipe), "num_models": num_models}
-        (folder / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+        staging = folder / f".{STAMP}"
+        staging.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+        staging.replace(folder / STAMP)
     return found
 
 
@@ -278,7 +280,7 @@ def write_adapters(
 def _write(recipe: Recipe, num_models: int, folder: Path) -> None:
     tensors = recipe.tensors()
     shared = [_shared(recipe, place, tensor) for place, tensor in enumerate(tensors)]
-    if recipe.kind == "vit":
+    if recipe.kind == "vit" and not (folder / PARENT).is_dir():
         means = (mean for mean, _ in shared)
         _write_model(recipe, folder / PARENT, dict(zip(tensors, means, strict=True)))
     strengths = FALL ** -np.linspace(0, 0.5, recipe.planted)
@@ -319,12 +321,10 @@ def _model_values(mean: Array, windows: Array, weights: Array, spread: float, dr
 def _write_model(recipe: Recipe, home: Path, values: Mapping[Values, Array]) -> None:
     from safetensors.numpy import save_file
 
-    staging = home.with_name(f".{home.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    tensors = {tensor.key: value.reshape(tensor.shape) for tensor, value in values.items()}
-    save_file(tensors, staging / recipe.file, metadata={"format": "pt"})
-    name, config = recipe.config()
-    (staging / name).write_text(json.dumps(config), encoding="utf-8")
-    shutil.rmtree(home, ignore_errors=True)
-    staging.rename(home)
+    from eigenzoo.formats.output.whole import new_folder
+
+    with new_folder(home) as staging:
+        tensors = {tensor.key: value.reshape(tensor.shape) for tensor, value in values.items()}
+        save_file(tensors, staging / recipe.file, metadata={"format": "pt"})
+        name, config = recipe.config()
+        (staging / name).write_text(json.dumps(config), encoding="utf-8")

@@ -6,8 +6,8 @@ saved, loaded, and exported as a plain LoRA adapter that PEFT, vLLM and others r
 
 from __future__ import annotations
 
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,20 @@ def main(folder: Path) -> None:
 
     model = get_peft_model(ViTForImageClassification.from_pretrained(zoo / "_base"), EigenzooConfig(bundle=str(bundle)))
     model.print_trainable_parameters()
+    # A folder of its own for each run: PEFT and the Trainer write over what is there.
+    run = Path(tempfile.mkdtemp(prefix="peft-", dir=folder))
     arguments = TrainingArguments(
-        str(folder / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=ez.adapt.LEARNING_RATE, report_to=[],
+        str(run / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=ez.adapt.LEARNING_RATE, report_to=[],
         save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=Images(*digits.load().training_set(task))).train()
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    model.save_pretrained(run / "adapter", save_embedding_layers=False)
 
     base = ViTForImageClassification.from_pretrained(zoo / "_base")
-    again = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    shutil.rmtree(folder / "plain-lora", ignore_errors=True)
-    plain = export_lora(again, folder / "plain-lora")
+    again = PeftModel.from_pretrained(base, str(run / "adapter"))
+    plain = export_lora(again, run / "plain-lora")
     stock = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(zoo / "_base"), str(plain))
-    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    size = (run / "adapter" / "adapter_model.safetensors").stat().st_size
     print(f"task {task}: the adapter's file has {size:,} bytes")
     found = [f"{accuracy(each, task):.3f}" for each in (model, again, stock)]
     print(f"accuracy: trained {found[0]}, loaded {found[1]}, as a plain LoRA {found[2]}")

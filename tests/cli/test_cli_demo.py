@@ -9,6 +9,7 @@ from cli_runner import Run
 
 import eigenzoo as ez
 from eigenzoo.cli import fit as fit_command
+from eigenzoo.cli.demo import foreign_to_a_demo
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
@@ -39,6 +40,14 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     assert document["verdict"]["text"].split(":")[0] in page
     assert document["heldout"][0]["name"] in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+
+    assert run("add", folder / "bundle", folder / "zoo" / document["heldout"][0]["name"]).code == 0
+    assert foreign_to_a_demo(folder) == "", "what the demo proposes does not keep it from being made again"
+    (folder / "zoo" / "notes.txt").write_text("mine")
+    refused = run("demo", "-o", folder, "--force")
+    assert refused.code == 2
+    assert "its folder 'zoo' holds 'notes.txt', which eigenzoo did not write" in refused.err
+    assert (folder / "zoo" / "notes.txt").read_text() == "mine"
 
 
 def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_tables_and_figures(run: Run, zoo: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "table").read_text(encoding="utf-8").splitlines()))
     assert {"section", "layer", "model", "series", "x", "y"} <= set(rows[0])
     assert run("report", zoo, "-o", tmp_path / "figures", "--format", "svg").code == 0
-    figures = sorted((tmp_path / "figures").iterdir())
+    figures = sorted((tmp_path / "figures").glob("*.svg"))
     assert figures
     assert all(path.read_text(encoding="utf-8").lstrip().startswith("<?xml") for path in figures)
 
@@ -101,5 +101,8 @@ def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_p
         assert refused.code == 2, (words, refused)
         assert message in refused.err.lower()
     assert (tmp_path / "thesis.html").read_text() == "mine"
-    assert run("report", zoo, "-o", tmp_path / "thesis.html", "--force").code == 0
-    assert "<html" in (tmp_path / "thesis.html").read_text(encoding="utf-8")
+    assert run("report", zoo, "-o", tmp_path / "thesis.html", "--force").code == 2
+    assert (tmp_path / "thesis.html").read_text() == "mine"
+    assert run("report", zoo, "-o", tmp_path / "report.html").code == 0
+    assert run("report", zoo, "-o", tmp_path / "report.html", "--force").code == 0
+    assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -111,7 +111,7 @@ def test_a_bundle_is_enough(run: Run, zoo: Path, tmp_path: Path) -> None:
         (["--center", "median"], "center 'median' is unknown"),
         (["--view", "sum"], "view 'sum' is unknown"),
         (["--device", "cuda"], "device 'cuda'"),
-        (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--seed", "-1"], "--seed: seed -1. A seed is a whole number from 0 to 2**63 - 1"),
         (["--include", "nothing.*"], "no layer is left to analyse"),
         (["--base", "nowhere"], "nowhere"),
     ],

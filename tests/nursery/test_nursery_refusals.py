@@ -46,16 +46,16 @@ def test_what_cannot_be_meant_is_refused_before_training(
 
 def test_an_existing_path_is_kept(tmp_path: Path) -> None:
     (tmp_path / "zoo").write_text("mine")
-    with pytest.raises(OutputError, match=r"exists already.*force=True"):
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
         make("digits-cnn", tmp_path / "zoo")
-    with pytest.raises(OutputError, match="is not a zoo"):
+    with pytest.raises(OutputError, match="is no folder"):
         make("digits-cnn", tmp_path / "zoo", force=True)
     assert (tmp_path / "zoo").read_text() == "mine"
 
 
 def test_force_does_not_delete_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match=r"is not a zoo.*zoo.json"):
+    with pytest.raises(OutputError, match="is a folder of another kind"):
         make("digits-cnn", tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
@@ -66,7 +66,7 @@ def test_force_replaces_a_zoo_and_progress_is_told(tmp_path: Path, hasty_plan: P
     recipe = make_zoo(
         hasty_plan("digits-cnn", steps=3, num_models=2, seed=9), tmp_path / "zoo", True, lambda *step: told.append(step)
     )
-    assert {path.stem for path in (tmp_path / "zoo").iterdir()} == {"zoo", *recipe.models}
+    assert {path.stem for path in (tmp_path / "zoo").iterdir()} == {"zoo", ".eigenzoo-output", *recipe.models}
     assert [path.name for path in tmp_path.iterdir()] == ["zoo"]
     assert told == [("models", 0, 2), ("models", 1, 2), ("models", 2, 2)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,18 @@ def _save_training(root: Path, steps: int = 6) -> None:
             unfinished.write(root / "training", "run", [parameter], optimizer, [1.0] * step)
 
 
+def _make_zoo(root: Path, seed: int = 1) -> None:
+    """A zoo of the nursery, hardly trained."""
+    from eigenzoo.nursery.making import make_zoo
+    from eigenzoo.nursery.recipe import plan_zoo
+
+    plan = plan_zoo("digits-cnn", 2, seed, False, False, None)
+    make_zoo(replace(plan, schedule=replace(plan.schedule, steps=1)), root / "digits", True, None)
+
+
 OPERATIONS = {
+    "nursery": Operation("digits", _make_zoo),
+    "nursery --force": Operation("digits", _make_zoo, prepare=lambda root: _make_zoo(root, 2)),
     "fit": Operation("fitted", _fit, lambda root: _fit(root, "--force")),
     "fit --force": Operation(
         "fitted", lambda root: _fit(root, "--force"), prepare=lambda root: (root / "bundle").rename(root / "fitted")
@@ -119,7 +130,7 @@ OPERATIONS = {
     "report --force": Operation(
         "page.csv",
         lambda root: command("report", root / "bundle", "-o", root / "page.csv", "--force", "--no-cache", "--quiet"),
-        prepare=lambda root: (root / "page.csv").write_text("old"),
+        prepare=lambda root: (root / "page.csv").write_text("section,layer,model,series,x,y\nverdict,,,text,,old\n"),
     ),
     "adapted coefficients": Operation("task.safetensors", _save_adapted, prepare=_adapted),
     "training state": Operation("training", _save_training, prepare=lambda root: _save_training(root, 1)),

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
+from eigenzoo.formats.paths import OUTPUT_RECORD
 
 EXTRA = [
     *((kind, settings) for kind, settings in ADAPTERS.items() if kind != "gpt2"),
@@ -95,7 +96,7 @@ def test_pickled_checkpoints_answer_as_the_originals(tmp_path: Path, shards: int
     space = ez.load(ez.fit(ez.open_zoo(tmp_path / "zoo", allow_pickle=True), rank=1.0).save(tmp_path / "bundle"))
     for name, expected in answers.items():
         folder = space.rebuild(name).save(tmp_path / name)
-        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+        assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", OUTPUT_RECORD}
         found = logits(load_checkpoint("vit", folder), "vit")
         torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -133,7 +134,7 @@ def test_a_bare_state_dict_keeps_its_kind_and_its_name(tmp_path: Path, ending: s
     space = ez.fit(ez.open_zoo(tmp_path / "zoo", allow_pickle=True), rank=1.0)
     assert space.names == ("m.0", "m.1", "m.2")
     folder = space.rebuild("m.1").save(tmp_path / "out")
-    assert [path.name for path in folder.iterdir()] == ["m.1.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [OUTPUT_RECORD, "m.1.safetensors"]
     model = make("resnet")
     model.load_state_dict(load_file(folder / "m.1.safetensors"), strict=True)
     expected = logits(make_finetune("resnet", 1), "resnet")

@@ -169,7 +169,7 @@ def test_the_command_goes_on_after_a_signal(
     assert child.stderr.readline() == "now\n"
     child.send_signal(number)
     _, said = child.communicate(timeout=HANG)
-    assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
     assert ("goes on from what it has done" in said) is (number == signal.SIGTERM)
     assert [name[: len(PREFIX)] for name in hidden([output.parent])] == [PREFIX]
     monkeypatch.setattr("sys.argv", ["eigenzoo", *words])

@@ -64,7 +64,7 @@ def save(
 ) -> Path:
     """Write a module's coefficients to a file, which appears whole or not at all; returns its path.
 
-    `about` is metadata that go along: see the top of the file.
+    `about` is metadata that go along: see the top of the file. With `force` it replaces another such file, and no other.
     """
     values = adapted.coefficients()
     tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in adapted.space.layers])}
@@ -167,7 +167,7 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
 
 def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool) -> Path:
     layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
-    with new_file(target, force=force) as staging:
+    with new_file(target, force=force, own=is_adapter_file) as staging:
         write_tensors(staging, layout, tensors.__getitem__, metadata, sync=False)
     return target
 

@@ -20,6 +20,7 @@ from eigenzoo.adapt.maps import Map, map_of
 from eigenzoo.adapt.starts import MEAN, find_start
 from eigenzoo.adapt.trained import Coefficients, Start, scales_of
 from eigenzoo.errors import MismatchError, UsageError
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.subspace import Subspace
 
 PREFIXES = ("base_model.model.",)
@@ -115,6 +116,7 @@ def attach(
             "view 'factors' has two layers for one weight",
             next_step="use it with PEFT (EigenzooConfig), or fit the zoo with view 'update'",
         )
+    seed = check_seed(seed)
     augmentation = Augmentation(augment, seed) if augment else NONE
     begun = start if isinstance(start, Start) else find_start(space, start, seed)
     places = {

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eigenzoo.adapt.maps import FlatMap, Map, TuckerMap
 from eigenzoo.errors import UsageError
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bases.flat import FlatBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
@@ -34,7 +35,7 @@ class Augmentation:
 
     Attributes:
         num: of each layer; 0 for none.
-        seed: any number.
+        seed: see `seeds.check_seed`.
     """
 
     num: int = 0
@@ -43,6 +44,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.num < 0:
             raise UsageError(f"{self.num} random directions", rule="a number from 0")
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def shape(self, basis: LayerBasis) -> tuple[int, ...]:
         """Return the shape of one layer's coefficients with these; raises UsageError for the form `stacked`."""

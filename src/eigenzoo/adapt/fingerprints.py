@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenzoo.passes.draws import kept_draws, seed_draws
+
 SAMPLED = 1024
 ITEMS = 16
 """How many items of the data are looked at."""
@@ -44,8 +46,8 @@ def of_data(data: Any) -> str:
     if isinstance(said, str):
         return said
     chosen = torch.linspace(0, len(data) - 1, min(ITEMS, len(data)), dtype=torch.float64).round().long()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with kept_draws():
+        seed_draws(0)
         return of_tensors([(f"{len(data)}", chosen), *_tensors_of(data.take(chosen), "")])
 
 

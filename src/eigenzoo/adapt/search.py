@@ -38,6 +38,7 @@ from eigenzoo.adapt.search_state import SearchState, read_state, search_key, wri
 from eigenzoo.adapt.trained import Coefficients
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.seeds import check_seed
 
 Metric = Callable[[nn.Module], float | Tensor]
 Floats = NDArray[np.float64]
@@ -109,7 +110,7 @@ def search(
     nothing, or a state of another search; DataError where the metric is not finite at the start. If the metric raises, the module
     is put back to where it was. Cost besides the metric: D numbers a candidate, or D² up to D = 100.
     """
-    cma = _cma()
+    cma, seed = _cma(), check_seed(seed)
     numbers = _numbers(adapted, over, layers, leading)
     if numbers.count < 2:
         raise UsageError(

@@ -68,8 +68,15 @@ def write_state(path: Path, key: str, state: SearchState) -> None:
         "last": torch.from_numpy(state.last).contiguous(),
     }
     layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
-    with new_file(path, force=True) as staging:
+    with new_file(path, force=True, own=_is_state) as staging:
         write_tensors(staging, layout, tensors.__getitem__, {"format": FORMAT, "search": key}, sync=False)
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        return SafetensorsFile(path).metadata.get("format") == FORMAT
+    except FormatError:
+        return False
 
 
 def read_state(path: Path, key: str, num_all: int, num_searched: int) -> SearchState:

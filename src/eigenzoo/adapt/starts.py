@@ -9,6 +9,7 @@ import torch
 
 from eigenzoo.adapt.trained import Start, scales_of
 from eigenzoo.errors import UsageError
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.subspace import Subspace
 
 ZERO, MEAN, RANDOM = "zero", "mean", "random"
@@ -25,6 +26,7 @@ def find_start(space: Subspace, start: str | os.PathLike[str], seed: int = 0) ->
 
     Raises UsageError for a name that is neither, and what `Subspace.project` raises.
     """
+    seed = check_seed(seed)
     if start == ZERO:
         return Start(False, {})
     if start == MEAN:

@@ -23,7 +23,9 @@ from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.fingerprints import of_data, of_tensors, of_values
 from eigenzoo.adapt.trained import LEARNING_RATE
 from eigenzoo.errors import DataError, UsageError
+from eigenzoo.passes.draws import kept_draws, seed_draws
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.seeds import check_seed
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
@@ -97,7 +99,8 @@ def train(
 
     The learning rate rises over the first tenth of the steps and falls to zero by half a cosine. Batches are cut from whole
     epochs in shuffled order. The module runs in eval mode, since nothing but coefficients may change: no dropout, and no
-    averages of a batch norm that move. What the loss draws from torch's generators is drawn from seed and step.
+    averages of a batch norm that move. What the loss draws from torch's generators, on the CPU and on the parameters' GPUs, is
+    drawn from seed and step.
 
     Args:
         loss: called as loss(module, batch); its module is `adapted.module`.
@@ -113,7 +116,7 @@ def train(
     Raises UsageError for options that cannot be meant and a checkpoint of another run, FormatError for a damaged one, and
     DataError where the loss is not finite. Cost: a checkpoint has three times the bytes of what is trained.
     """
-    check_options(steps, batch_size, learning_rate, seed, every)
+    seed = check_options(steps, batch_size, learning_rate, seed, every)
     if len(data) < 1:
         raise UsageError("there is nothing to train on", rule="data have at least 1 item")
     parameters = [parameter for parameter in adapted.parameters() if parameter.numel()]
@@ -129,9 +132,10 @@ def train(
             # At once: whoever stops before the first checkpoint and calls again with the same module begins there too.
             unfinished.write(checkpoint, run, parameters, optimizer, losses)
     taken_up_at, order = len(losses), Order(len(data), batch_size, seed)
-    with _only_coefficients_change(adapted.module), _forked_generators(parameters):
+    gpus = {parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"}
+    with _only_coefficients_change(adapted.module), kept_draws(gpus):
         for step in range(taken_up_at, steps):
-            torch.manual_seed(_seed(seed, "step", step))
+            seed_draws(_seed(seed, "step", step), gpus)
             found = _scalar(loss(adapted.module, data.take(order.batch(step))), step)
             optimizer.zero_grad()
             found.backward()  # type: ignore[no-untyped-call]
@@ -215,14 +219,6 @@ def _only_coefficients_change(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-@contextmanager
-def _forked_generators(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Leave torch's generators as they were."""
-    devices = {parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield
-
-
 def _fingerprint(
     adapted: Adapted, parameters: Sequence[nn.Parameter], data: Data, loss: Loss, options: list[float]
 ) -> str:
@@ -236,12 +232,11 @@ def _fingerprint(
     return of_values([adapted.space.manifest.basis_id, start, frozen, of_data(data), name, options])
 
 
-def check_options(steps: int, batch_size: int, learning_rate: float, seed: int, every: int = 1) -> None:
-    """Raise UsageError for options that cannot be meant; call it before long work starts."""
+def check_options(steps: int, batch_size: int, learning_rate: float, seed: int, every: int = 1) -> int:
+    """Raise UsageError for options that cannot be meant; call it before long work starts. Returns the seed."""
     for name, value in (("steps", steps), ("batch_size", batch_size), ("every", every)):
         if value < 1:
             raise UsageError(f"{name} {value}", rule="a training has at least 1 step, of at least 1 item")
     if not 0 < learning_rate < math.inf:
         raise UsageError(f"learning rate {learning_rate}", rule="a learning rate is a number above 0")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed {seed}", rule="a seed is a whole number from 0 to 2**63 - 1")
+    return check_seed(seed)

@@ -43,7 +43,7 @@ def write(
         ):
             tensors[f"{kind}.{place}"] = values.detach().cpu().contiguous()
     layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
-    with new_file(path, force=True) as staging:
+    with new_file(path, force=True, own=_is_checkpoint) as staging:
         metadata = {"format": FORMAT, "run": run, "step": str(len(losses))}
         write_tensors(staging, layout, tensors.__getitem__, metadata, sync=False)
 
@@ -79,6 +79,13 @@ def read(
                 "exp_avg_sq": file.read(f"second.{place}").to(parameter.device),
             }
     return [float(loss) for loss in file.read("losses")]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return SafetensorsFile(path).metadata.get("format") == FORMAT
+    except FormatError:
+        return False
 
 
 def remove(path: Path) -> None:

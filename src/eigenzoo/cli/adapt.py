@@ -56,7 +56,10 @@ def command(
             help="Parameters that are trained too, such as a head: 'classifier.*' (repeatable).", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data, and of all that is drawn.", min=0)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Seed of the order of the data, and of all that is drawn.", callback=options.checked_seed),
+    ] = 0,
     random_basis: Annotated[
         bool,
         typer.Option(

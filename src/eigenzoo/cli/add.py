@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle.folder import is_only_a_bundle
+    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.formats.remote.hub_id import find_id
 
@@ -48,7 +48,7 @@ def command(
             next_step="name the grown bundle with -o, then push it",
         )
     target = Path(bundle) if output is None else output
-    check_free(target, force=force or output is None, replaceable=is_only_a_bundle)
+    check_free(target, force=force or output is None, foreign=foreign_to_a_bundle)
     space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:
         new = space.open(models, allow_pickle=allow_pickle)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -31,6 +34,9 @@ from eigenzoo.cli.console import complain
 from eigenzoo.errors import EigenzooError
 
 INTERRUPTED = 130
+
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""What a terminal, a batch system and a lost connection send to end a command: temporary folders are removed on the way out."""
 
 ClickException: type[Exception] = next(
     parent for parent in typer.BadParameter.__mro__ if parent.__name__ == "ClickException"
@@ -80,29 +86,66 @@ app.add_typer(nursery.app, name="nursery")
 
 
 def main() -> None:
-    """Run the command line; deliberate refusals are one message on standard error and exit code 2."""
-    # What batch systems send before they kill: then too, temporary folders are removed on the way out.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    code = _run()
-    if code == INTERRUPTED:
-        complain(
-            "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
-        )
+    """Run the command line; leaves with an exit code.
+
+    Deliberate refusals are one message on standard error and exit code 2. A signal that ends the command gives 128 and its number:
+    130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP. What of this process a command changes is given back: the handlers of signals
+    and the path of imports.
+    """
+    path = list(sys.path)
+    try:
+        with _stopped_by_signals() as received:
+            code = _run(received)
+    finally:
+        sys.path[:] = path
     sys.exit(code)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """Let the signals end the command by KeyboardInterrupt, and give the numbers of those that did; then put the handlers back.
+
+    A signal that the process ignores stays ignored, as `nohup` and jobs in the background want it. Only the main thread has
+    handlers: in another one, and where a handler is not Python's own and could not be put back, nothing changes.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        # Batch systems send two at once: the second must not end the cleaning up that the first began. A second Ctrl-C may.
+        if len(received) == 1 or number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in STOPPING if hasattr(signal, name)):
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_IGN, None):
+                continue
+            before[number] = handler
+            signal.signal(number, interrupt)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _run() -> int:
+def _interrupted(received: list[int]) -> int:
+    """Say that nothing was written; returns the exit code."""
+    complain(
+        "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
+    )
+    return 128 + (received[0] if received else signal.SIGINT)
+
+
+def _run(received: list[int]) -> int:
     try:
         # Outside its standalone mode click hands an exit code back instead of leaving with it.
         code = app(prog_name="eigenzoo", standalone_mode=False)
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
-        return INTERRUPTED
+        return _interrupted(received)
     except typer.Exit as leave:
         return int(leave.exit_code)
     except ClickException as error:
@@ -118,6 +161,9 @@ def _run() -> int:
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 2
+    # Newer versions of typer make this code of a KeyboardInterrupt, whatever the signal was.
+    if code == INTERRUPTED:
+        return _interrupted(received)
     return code if isinstance(code, int) else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -53,7 +53,9 @@ def complain(text: str) -> None:
     """Print an error: one line, whatever names it holds."""
     line = one_line(text)
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-    Console(stderr=True, highlight=False).print(Text(line, style="red"), soft_wrap=True)
+    # A terminal that is gone (SIGHUP) changes no exit code.
+    with suppress(OSError):
+        _Output(stderr=True, highlight=False).print(Text(line, style="red"), soft_wrap=True)
 
 
 def as_json(document: Mapping[str, Any]) -> str:

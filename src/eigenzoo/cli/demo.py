@@ -57,7 +57,7 @@ def command(
         raise UsageError(f"{num_models} models", rule=f"the demo takes at least {HELD_OUT}, one of which is held out")
     check_rule(rank)
     require("html")
-    with new_folder(output, force=force, replaceable=lambda folder: (folder / "zoo" / "zoo.json").is_file()) as folder:
+    with new_folder(output, force=force, foreign=foreign_to_a_demo) as folder:
         tell = _silent if json else say
         with progress_bar(quiet=quiet or json) as progress:
             tell(f"1. training a zoo of kind {kind} on handwritten digits: one parent, many two-class tasks")
@@ -122,6 +122,25 @@ def command(
         say(evidence.verdict.text)
         _what_next(output, held_out[0])
         say(f"\nThe report, with every control and figure: {output}/report.html")
+
+
+def foreign_to_a_demo(folder: Path) -> str:
+    """Say what in a folder is no part of a demo; "" where all is. The bundle in it may have grown, as the demo proposes."""
+    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
+    from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files, recorded
+    from eigenzoo.nursery.recipe import ZOO
+    from eigenzoo.report.recognising import is_report
+
+    if not (folder / "zoo").is_dir() or not (folder / "bundle").is_dir():
+        return OTHER_KIND
+    parts = {"zoo": recorded(ZOO), "bundle": foreign_to_a_bundle}
+    own = {name for name in list_files(folder) if name.partition("/")[0] in parts}
+    found = find_stranger(folder, {*own, "report.html"})
+    for name, foreign in parts.items():
+        said = foreign(folder / name)
+        found = found or (said and f"its folder {name!r} {said}")
+    page = folder / "report.html"
+    return found or ("" if not page.exists() or is_report(page, "html") else "holds another 'report.html'")
 
 
 def _silent(text: str) -> None:

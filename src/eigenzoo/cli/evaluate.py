@@ -48,7 +48,9 @@ def command(
         str | None,
         typer.Option(help="Ranks to rebuild at, comma-separated; by default powers of two.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the fold and of the random basis.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the fold and of the random basis.", callback=options.checked_seed)
+    ] = 0,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -53,10 +53,10 @@ def command(
 ) -> None:
     """Fit the shared subspace of a zoo and save it with every model's coefficients."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle.folder import is_only_a_bundle
+    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
 
-    check_free(output, force=force, replaceable=is_only_a_bundle)
+    check_free(output, force=force, foreign=foreign_to_a_bundle)
     asked = options.parse_rank(rank)
     with (
         progress_bar(quiet=quiet or json) as progress,

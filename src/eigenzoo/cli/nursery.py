@@ -25,7 +25,7 @@ def command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The zoo to write.", show_default=False)],
     num_models: Annotated[int | None, typer.Option(help="How many models, 126 at most.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.", callback=options.checked_seed)] = 0,
     random_labels: Annotated[
         bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")
     ] = False,

@@ -10,9 +10,16 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from eigenzoo.errors import RankError, UsageError
+from eigenzoo.seeds import check_seed
 
 if TYPE_CHECKING:
     from eigenzoo.passes.workers import Workers
+
+
+def checked_seed(seed: int) -> int:
+    """Check an option `--seed`, before any work."""
+    return check_seed(seed, where="--seed")
+
 
 ZooArgument = Annotated[
     list[str],
@@ -101,7 +108,7 @@ Solver = Annotated[
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep moments for the next run, and use those that are kept.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", callback=checked_seed)]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .pth.tar, .bin and .ckpt files too (tensors only).")
 ]
@@ -111,7 +118,9 @@ AllowMissing = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output of the same kind.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace an output of the same kind, if eigenzoo wrote all that is in it.")
+]
 
 
 def parse_axes(text: str | None) -> tuple[str, ...] | None:

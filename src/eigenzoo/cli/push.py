@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -29,16 +31,13 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Verify a bundle and push it to the hub in one commit; what another commit holds is replaced with --force only."""
-    from huggingface_hub.utils import disable_progress_bars
-
     import eigenzoo as ez
     from eigenzoo.formats.remote.hub_calls import endpoint
 
-    if quiet or json or not sys.stderr.isatty():
-        disable_progress_bars()
-    pushed = ez.load(bundle).push(
-        repo, revision=revision, private=private, moments=moments, message=message, force=force
-    )
+    with _progress_bars(shown=not (quiet or json) and sys.stderr.isatty()):
+        pushed = ez.load(bundle).push(
+            repo, revision=revision, private=private, moments=moments, message=message, force=force
+        )
     name, _, commit = pushed.partition("@")
     page = f"{endpoint()}/{name}/tree/{commit}"
     if json:
@@ -46,3 +45,18 @@ def command(
         return
     say(f"{bundle} → {page}")
     say(f"next: eigenzoo verify {pushed}")
+
+
+@contextmanager
+def _progress_bars(*, shown: bool) -> Iterator[None]:
+    """Hide huggingface_hub's progress bars unless they are to be shown, and leave its switch as it was."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

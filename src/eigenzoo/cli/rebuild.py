@@ -63,10 +63,11 @@ def command(
     """Rebuild one model: layers from the subspace, everything else as it was."""
     import eigenzoo as ez
     from eigenzoo.adapt.adapter_file import is_adapter_file
-    from eigenzoo.formats.opening import is_only_a_model
+    from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free
+    from eigenzoo.subspace.rebuilt import MODEL
 
-    check_free(output, force=force, replaceable=is_only_a_model)
+    check_free(output, force=force, foreign=recorded(MODEL))
     space = ez.load(bundle, base=base)
     if name not in space.names and is_adapter_file(Path(name)):
         if format is not None:

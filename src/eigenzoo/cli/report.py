@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,12 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import as_json, progress_bar, say
 from eigenzoo.cli.evaluate import load_metric
 from eigenzoo.cli.evidence import open_source
-from eigenzoo.errors import OutputError, UsageError
+from eigenzoo.errors import UsageError
 
 FIGURES = ("png", "svg")
+KIND_OF_FIGURES = "figures"
+"""What the record of a folder of figures calls it; see `formats.output.own`."""
+
 FORMATS = ("html", "md", "json", "csv", *FIGURES)
 
 
@@ -107,30 +111,27 @@ def choose_format(output: Path, asked: str | None) -> str:
 
 def check_output(output: Path, format: str, force: bool) -> None:
     """Refuse an output that exists, before any work."""
+    from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
+    from eigenzoo.report.recognising import is_report
 
     if format in FIGURES:
-        check_free(output, force=force, replaceable=_holds_only_figures)
+        check_free(output, force=force, foreign=recorded(KIND_OF_FIGURES))
     else:
-        if force and output.is_file() and output.suffix.lstrip(".") not in (format, ""):
-            raise OutputError(
-                f"is no {format} file", where=str(output), rule="--force replaces outputs of the same kind only"
-            )
-        check_free_file(output, force=force)
+        check_free_file(output, force=force, own=partial(is_report, format=format))
 
 
 def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -> None:
     """Render a document and write it whole or not at all."""
     from eigenzoo import report as pages
+    from eigenzoo.formats.output.own import recorded, write_record
     from eigenzoo.formats.output.whole import new_folder, write_file
+    from eigenzoo.report.recognising import is_report
 
     if format in FIGURES:
-        with new_folder(output, force=force, replaceable=_holds_only_figures) as folder:
+        with new_folder(output, force=force, foreign=recorded(KIND_OF_FIGURES)) as folder:
             pages.write_figures(document, folder, (format,))
+            write_record(folder, KIND_OF_FIGURES)
         return
     render = {"html": pages.render_html, "md": pages.render_markdown, "csv": pages.render_csv, "json": as_json}
-    write_file(output, render[format](document), force=force)
-
-
-def _holds_only_figures(folder: Path) -> bool:
-    return all(path.suffix.lstrip(".") in FIGURES and path.is_file() for path in folder.iterdir())
+    write_file(output, render[format](document), force=force, own=partial(is_report, format=format))

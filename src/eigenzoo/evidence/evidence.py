@@ -26,6 +26,7 @@ from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
@@ -129,7 +130,7 @@ def evidence(
     if "models" in sides:
         sides = tuple(axis for axis in sides if axis != "models")
     check_choice(center, CENTERS, "center")
-    rule = check_rule(rank)
+    rule, seed = check_rule(rank), check_seed(seed)
     measured = open_source(
         source,
         sides,

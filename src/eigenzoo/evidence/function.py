@@ -32,6 +32,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import single_threaded
 from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
@@ -134,7 +135,7 @@ def evaluate(
         DataError: the metric returns NaN or Inf. Both name the model and the variant.
         MismatchError: models or parent of other layers.
     """
-    checked = _checked_ranks(ranks)
+    checked, seed = _checked_ranks(ranks), check_seed(seed)
     ancestor = _open_parent(space, parent)
     fitted, zoo = hold_out(space, seed, progress) if models is None else (space, space.open(models))
     projected = fitted.project_many(zoo, progress=progress)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
-from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
-from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.kinds import FILE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora.diffusion_file import DiffusionLora
 from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
@@ -23,7 +22,6 @@ from eigenzoo.formats.remote.hub import fetch_model
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.remote.mirror import mirror_url
 from eigenzoo.formats.remote.record import by_url
-from eigenzoo.formats.side_files import SIDE_FILES
 
 
 def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
@@ -86,19 +84,6 @@ def _open_pickle(path: Path, allow_pickle: bool) -> Model:
 def is_model(path: str | Path) -> bool:
     """Tell by file names alone whether `path` is meant to be one model, readable or not."""
     return _kind(Path(path)) is not None
-
-
-def is_only_a_model(folder: Path) -> bool:
-    """Tell whether a folder is a model and nothing else, so that replacing it removes nobody's other files."""
-    if not is_model(folder):
-        return False
-    inner = [path for path in folder.iterdir() if path.is_dir()] if _kind(folder) == "pipeline" else []
-    return all(_is_of_a_model(path) for place in (folder, *inner) for path in place.iterdir() if path not in inner)
-
-
-def _is_of_a_model(path: Path) -> bool:
-    known = {*SIDE_FILES, *INDEXES, CONFIG_FILE}
-    return path.is_file() and (path.suffix == ".safetensors" or path.name in known)
 
 
 def _kind(path: Path) -> str | None:

@@ -19,6 +19,9 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 RECORD_FILE = ".eigenzoo-remote.json"
 """In a mirror of a remote model, what its files are stubs of; no file of the model."""
 
+OUTPUT_RECORD = ".eigenzoo-output.json"
+"""In a folder that eigenzoo wrote, which files it wrote; no file of the model."""
+
 
 def relative_name(file: str) -> str:
     """Return `file` if it is a relative name that stays below its folder on every system, else raise UnsafePathError.
@@ -137,6 +140,6 @@ def read_start(path: Path, num_bytes: int) -> bytes:
 def list_folder(folder: Path) -> list[str]:
     """List the names in a folder, sorted."""
     try:
-        return sorted(name for name in os.listdir(folder) if name != RECORD_FILE)
+        return sorted(name for name in os.listdir(folder) if name not in (RECORD_FILE, OUTPUT_RECORD))
     except OSError as error:
         raise FormatError(f"cannot be listed ({error.strerror})", where=str(folder)) from error

@@ -141,9 +141,9 @@ def adapt_classifier(
             "an output for a random basis" if random_basis else "no output",
             rule="the control is measured and not kept: its directions are in no bundle; everything else has a file",
         )
-    check_options(steps, batch_size, learning_rate, seed)
+    seed = check_options(steps, batch_size, learning_rate, seed)
     if output is not None:
-        check_free_file(output, force=force)
+        check_free_file(output, force=force, own=adapter_file.is_adapter_file)
         if checkpoint is not None and checkpoint.absolute() == output.absolute():
             raise UsageError(
                 "is both the output and the checkpoint", where=str(output), rule="the checkpoint is another file"

@@ -13,6 +13,7 @@ from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.subspace import Subspace
 
@@ -53,6 +54,7 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
         import eigenzoo.integrations.peft_tuner  # noqa: F401 - registers the tuner, whatever was imported
 
         super().__post_init__()
+        self.seed = check_seed(self.seed)
         self.peft_type = peft_type()
         self.bundle = None if self.bundle is None else os.fspath(self.bundle)
         self.start = os.fspath(self.start)

@@ -44,6 +44,14 @@ from eigenzoo.subspace.subspace import Subspace
 
 __all__ = ["EigenzooConfig", "EigenzooModel", "export_lora"]
 
+MOST_DRAWS = 2**61 - 1
+"""Seeds of layers' random bases: a prime, so that no two seeds of adapters have the same ones."""
+
+
+def layer_seed(seed: int, layer: str) -> int:
+    """Return the seed of one layer's random basis: different directions in every layer, whichever layers are adapted."""
+    return ((seed << 32) + zlib.crc32(layer.encode())) % MOST_DRAWS
+
 
 class _Attaching:
     """What is known of a bundle while an adapter is put into a model."""
@@ -60,8 +68,7 @@ class _Attaching:
 
     def _part(self, place: Place, part: str, layer: str, module: nn.Module) -> Part:
         rows_NK, basis = self.space.all_coefficients[layer], self.space.layers[layer]
-        # Different directions in every layer, whichever layers are adapted.
-        seed = None if self.seed is None else (self.seed << 32) + zlib.crc32(layer.encode())
+        seed = None if self.seed is None else layer_seed(self.seed, layer)
         return Part(
             begin=self.start.values.get(layer, torch.zeros_like(rows_NK[0])).float(),
             scales=scales_of(rows_NK),

@@ -53,7 +53,7 @@ def make(
             own. All its answers stay what they were, its weights no longer lie where another network has them.
         same_task: all models learn the first task that the seed chooses, each from batches in an order of its own.
             Not together with random labels.
-        force: replace a zoo that lies at `out` already.
+        force: replace a zoo of the nursery that lies at `out` as it was made, with nothing else in it.
         progress: called with a stage (`pretraining`, `models`), what is done and what there is to do.
 
     The zoo holds one folder (or `.safetensors` file) per model, named after its task (`task-01234`: the class that

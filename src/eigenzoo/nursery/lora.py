@@ -19,6 +19,7 @@ from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import Weights
 from eigenzoo.nursery.vit import run
+from eigenzoo.passes.draws import seed_draws
 
 RANK = 4
 ALPHA = 8
@@ -49,7 +50,7 @@ class LoraKind:
 
         A is drawn from the adapter's own seed, or from the zoo's where all are to share one.
         """
-        torch.manual_seed(seed if self._plan.own_init else self._plan.seed)
+        seed_draws(seed if self._plan.own_init else self._plan.seed)
         for module in self.model.modules():
             if hasattr(module, "reset_lora_parameters"):
                 module.reset_lora_parameters("default", init_lora_weights=True)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +12,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eigenzoo.errors import OutputError
+from eigenzoo.formats.output.own import recorded, write_record
+from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.cnn import CnnKind, permute
 from eigenzoo.nursery.digits import Task
-from eigenzoo.nursery.recipe import PARENT, RECIPE, Plan, Recipe, library_versions
+from eigenzoo.nursery.recipe import PARENT, RECIPE, ZOO, Plan, Recipe, library_versions
 from eigenzoo.nursery.training import Weights, predict, share, train
+from eigenzoo.passes.draws import kept_draws
+from eigenzoo.passes.process import single_threaded
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,15 +52,16 @@ class Kind(Protocol):
 
 def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> Recipe:
     """Train and save; see `eigenzoo.nursery.make`."""
-    _refuse_overwriting(out, force)
-    # Drawing initial weights moves torch's global random state, which is the caller's.
-    with torch.random.fork_rng(devices=[]), _one_thread(), _whole_or_nothing(out) as folder:
+    # One thread whatever torch was set to: two gain a quarter on an idle machine of two cores, and cost ten times the time (234 s
+    # against 22) beside another process, since each small operator waits for the slower one. The bytes depend on it too.
+    with new_folder(out, force=force, foreign=recorded(ZOO)) as folder, kept_draws(), single_threaded():
         kind, parent = _build(plan, folder, progress)
         models: dict[str, dict[str, Any]] = {}
         for chunk in _chunks(choose_children(plan)):
             models |= _raise_chunk(plan, kind, chunk, folder, progress, len(models))
         recipe = Recipe(plan, dict(sorted(models.items())), parent, library_versions())
         (folder / RECIPE).write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_record(folder, ZOO)
     return recipe
 
 
@@ -160,47 +160,3 @@ def _chunks(models: list[Child]) -> Iterator[list[Child]]:
     count = -(-len(models) // CHUNK)
     for number in range(count):
         yield models[number * len(models) // count : (number + 1) * len(models) // count]
-
-
-def _refuse_overwriting(out: Path, force: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if not force:
-        raise OutputError("exists already", where=str(out), next_step="choose another path or pass force=True")
-    # Force means "make this zoo again", not "delete whatever lies here".
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / RECIPE).is_file()):
-        raise OutputError(
-            "is not a zoo", where=str(out), rule=f"force replaces an empty folder or one that holds {RECIPE}"
-        )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Train on one thread whatever torch was set to.
-
-    Two gain a quarter on an idle machine of two cores and cost ten times the time (234 s against 22) on one where
-    another process computes, since each small operator waits for the slower thread. One thread also takes the number
-    of threads out of what decides the bytes.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `out` that takes its place at the end, or vanishes on any failure."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        fresh = staging / "zoo"  # mkdtemp closes its folder to all others; a folder inside it has the usual rights
-        fresh.mkdir()
-        yield fresh
-        if out.exists():
-            os.rename(out, staging / "replaced")
-        os.rename(fresh, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -8,10 +8,17 @@ from importlib.metadata import version
 from typing import Any
 
 from eigenzoo.errors import UsageError
+from eigenzoo.seeds import check_seed
 
 NUM_TASKS = 126
+MOST_ZOOS = 2**31
+"""Seeds of zoos: each has `NUM_TASKS` seeds of its own for its models, all of which torch takes."""
+
 PARENT = "_base"
 RECIPE = "zoo.json"
+ZOO = "zoo"
+"""What the record of the folder calls it; see `formats.output.own`."""
+
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "numpy")
 
 
@@ -152,8 +159,7 @@ def plan_zoo(
             else f"ten digits split into five against five in {NUM_TASKS} ways, one model each",
             next_step=f"ask for 1 to {NUM_TASKS} models, or make a second zoo with another seed",
         )
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"seed {seed}", where=kind, rule="a seed is a whole number from 0 to 2**31 - 1")
+    seed = check_seed(seed, MOST_ZOOS, where=kind)
     _refuse_options(kind, {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted})
     if same_task and random_labels:
         raise UsageError(

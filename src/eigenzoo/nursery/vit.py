@@ -21,6 +21,7 @@ from eigenzoo.nursery import digits
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import Weights, predict, share, train
+from eigenzoo.passes.draws import seed_draws
 
 HEAD_SCALE = 0.3
 _HEAD = "classifier."
@@ -78,7 +79,7 @@ def build(num_labels: int, seed: int) -> Any:
         # vmap takes the fused attention apart again, which costs twice the time of the plain one.
         "attn_implementation": "eager",
     }
-    torch.manual_seed(seed)
+    seed_draws(seed)
     model: Any = ViTForImageClassification(ViTConfig(**settings))
     return model.eval()
 

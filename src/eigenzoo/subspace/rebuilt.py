@@ -15,7 +15,7 @@ from eigenzoo.formats.layout import ModelLayout
 from eigenzoo.formats.lora.diffusion_names import renamed
 from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.model import Model, part_name
-from eigenzoo.formats.opening import is_only_a_model
+from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
@@ -24,6 +24,9 @@ from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.weights.roles import VARIANCE
+
+MODEL = "model"
+"""What the record of a saved model calls it; see `formats.output.own`."""
 
 
 class RebuiltModel:
@@ -79,9 +82,9 @@ class RebuiltModel:
 
         A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a LoRA of a
         diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
-        With `force` an existing model folder is replaced. `format`, of LoRAs of diffusion models: `diffusers` or `kohya`, the
-        keys that it gets instead of its own. Layers are rebuilt on as many threads as there are cores, a few ahead of what is
-        written.
+        With `force` a folder is replaced that holds a rebuilt model as it was written, and nothing else. `format`, of LoRAs of
+        diffusion models: `diffusers` or `kohya`, the keys that it gets instead of its own. Layers are rebuilt on as many threads as
+        there are cores, a few ahead of what is written.
         """
         target = Path(folder)
         if format is not None and self._template.layout.format != "diffusion-lora":
@@ -91,11 +94,12 @@ class RebuiltModel:
                 rule="only LoRAs of diffusion models are written in another format",
                 next_step="leave it out",
             )
-        with new_folder(target, force=force, replaceable=is_only_a_model) as staging, local_workers() as workers:
+        with new_folder(target, force=force, foreign=recorded(MODEL)) as staging, local_workers() as workers:
             if self._template.layout.updates:
                 self._save_adapter(staging, format, workers, progress)
             else:
                 self._save_weights(staging, workers, progress)
+            write_record(staging, MODEL)
         return target
 
     def _save_weights(self, folder: Path, workers: Workers, progress: Progress) -> None:

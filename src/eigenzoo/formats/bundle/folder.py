@@ -17,6 +17,7 @@ from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.bundle.contents import VALUE, tensor_id
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.output.own import OTHER_KIND, find_stranger
 from eigenzoo.formats.paths import inside, is_regular
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
@@ -34,15 +35,15 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
 
 
-def is_only_a_bundle(folder: Path) -> bool:
-    """Tell whether a folder is a bundle and nothing else, so that replacing it removes nobody's other files."""
-    own = (MANIFEST, CARD, MOMENTS, HUB_FILE)
-    return is_bundle(folder) and all(
-        entry.name in own
-        or (entry.name in ("coefficients", "rest") and entry.is_dir())
-        or (entry.name.startswith("basis") and entry.suffix in (".safetensors", ".json"))
-        for entry in folder.iterdir()
-    )
+def foreign_to_a_bundle(folder: Path) -> str:
+    """Say what in a folder is no part of the bundle there, so that replacing it removes nobody's other files; "" where all is."""
+    if not is_bundle(folder):
+        return OTHER_KIND
+    try:
+        files = read_json(folder / MANIFEST, where=MANIFEST, max_bytes=MAX_MANIFEST_BYTES).get("files")
+    except FormatError as error:
+        return f"cannot be told from a folder of another kind ({error.where}: {error.what})"
+    return find_stranger(folder, {*files, MANIFEST, CARD, HUB_FILE}) if isinstance(files, dict) else OTHER_KIND
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -129,7 +129,7 @@ class _Options(BaseModel):
     split: list[Annotated[str, AfterValidator(_split_rule)]] = []
     budget: Count | None
     max_error: Energy | None
-    seed: int
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch's generators take
 
 
 class _Bytes(_Strict):

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -71,8 +72,10 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
 
 def sweep(parent: Path, prefix: str) -> None:
     """Remove the folders of a kind that no living process holds; whatever stands in the way of that is no error."""
+    # No other folder is taken for one of these: its name alone begins alike.
+    made = re.compile(re.escape(prefix) + "[0-9a-f]{8}[0-9a-z_]{8}")
     try:
-        names = [name for name in os.listdir(parent) if name.startswith(prefix)]
+        names = [name for name in os.listdir(parent) if made.fullmatch(name)]
     except OSError:
         return
     for path in (parent / name for name in names):

@@ -15,14 +15,27 @@ from pathlib import Path
 
 from eigenzoo.errors import OutputError
 from eigenzoo.formats.output.held_folder import HeldFolder, sweep
+from eigenzoo.formats.output.own import Foreign, everything
 from eigenzoo.formats.output.renaming import exchange, rename_new
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk answers that takes nothing more: not what is wrong with a file that is read."""
 
 
+RULE = "--force (force=True) replaces only what eigenzoo wrote as an output of the same kind"
+NEXT_STEP = "choose another name, or move away what is to stay and delete the rest"
+
+Own = Callable[[Path], bool]
+"""Called with a file that is to be replaced; tells whether eigenzoo wrote it, as an output of the same kind."""
+
+
+def nothing(path: Path) -> bool:
+    """Know no file as an own output."""
+    return False
+
+
 def no_check() -> None:
-    """Have no objection."""
+    """Accept everything."""
 
 
 @contextmanager
@@ -30,16 +43,17 @@ def new_folder(
     target: Path,
     *,
     force: bool = False,
-    replaceable: Callable[[Path], bool] | None = None,
+    foreign: Foreign = everything,
     check: Callable[[], object] = no_check,
 ) -> Iterator[Path]:
     """Give a temporary folder beside `target` to fill; it takes the target's name at the end, or vanishes on any error.
 
-    An existing target is refused; with `force` it is replaced in one step, but only where `replaceable` says that it is an output
-    of this kind: nobody's other folder is ever removed. `check` is called last, when no other process can replace the target, and
-    raises where it should stay. What killed processes have left beside the target is removed.
+    An existing target is refused; with `force` it is replaced in one step, but only where `foreign` finds nothing in it that
+    eigenzoo did not write as an output of this kind (`own.recorded`): nobody's other file is ever removed. `check` is called last,
+    when no other process can replace the target, and raises where it should stay. What killed processes have left beside the
+    target is removed.
     """
-    check_free(target, force=force, replaceable=replaceable)
+    check_free(target, force=force, foreign=foreign)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _restore(target)
@@ -51,7 +65,7 @@ def new_folder(
             yield staging.path
             _sync(staging.path)
             with _held(target):
-                check_free(target, force=force, replaceable=replaceable)
+                check_free(target, force=force, foreign=foreign)
                 check()
                 _put_in_place(staging.path, target)
     finally:
@@ -70,7 +84,7 @@ def clear_errors(target: Path | None) -> Iterator[None]:
         raise OutputError(f"cannot be written ({error.strerror})", where=where) from error
 
 
-def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path], bool] | None = None) -> None:
+def check_free(target: Path, *, force: bool = False, foreign: Foreign = everything) -> None:
     """Raise OutputError unless `target` is free, or may be replaced; call it before long work starts."""
     if not target.name:
         raise OutputError("is no name for a new folder", where=str(target))
@@ -81,20 +95,20 @@ def check_free(target: Path, *, force: bool = False, replaceable: Callable[[Path
             "exists already", where=str(target), next_step="choose another name, or --force to replace it"
         )
     if target.is_symlink() or not target.is_dir():
-        raise OutputError("is no folder", where=str(target), rule="--force replaces folders of the same kind only")
-    if any(target.iterdir()) and not (replaceable and replaceable(target)):
-        raise OutputError(
-            "is a folder of another kind",
-            where=str(target),
-            rule="--force replaces folders of the same kind only",
-            next_step="choose another name",
-        )
+        raise OutputError("is no folder", where=str(target), rule=RULE)
+    try:
+        found = foreign(target) if any(target.iterdir()) else ""
+    except OSError as error:
+        found = f"cannot be looked through ({error.strerror})"
+    if found:
+        raise OutputError(found, where=str(target), rule=RULE, next_step=NEXT_STEP)
 
 
-def check_free_file(target: Path, *, force: bool = False) -> None:
-    """Raise OutputError unless a file can be written there: the name free, or a plain file that `force` may replace.
+def check_free_file(target: Path, *, force: bool = False, own: Own = nothing) -> None:
+    """Raise OutputError unless a file can be written there.
 
-    Makes the folders above; call it before long work starts.
+    The name is free, or it is that of a plain file which `force` may replace: an empty one, or one that `own` knows as an output of
+    this kind. Makes the folders above; call it before long work starts.
     """
     if not target.name:
         raise OutputError("is no name for a file", where=str(target))
@@ -105,6 +119,8 @@ def check_free_file(target: Path, *, force: bool = False) -> None:
             raise OutputError(
                 "exists already", where=str(target), next_step="choose another name, or --force to replace it"
             )
+        if target.stat().st_size and not own(target):
+            raise OutputError("is a file of another kind", where=str(target), rule=RULE, next_step=NEXT_STEP)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target.parent):
@@ -113,17 +129,20 @@ def check_free_file(target: Path, *, force: bool = False) -> None:
         raise OutputError(f"cannot be written ({error.strerror})", where=str(target)) from error
 
 
-def write_file(target: Path, text: str, *, force: bool = False) -> Path:
+def write_file(target: Path, text: str, *, force: bool = False, own: Own = nothing) -> Path:
     """Write a text file under a temporary name beside its own, flush it, and rename it; returns its path."""
-    with new_file(target, force=force) as staging, staging.open("x", encoding="utf-8") as file:
+    with new_file(target, force=force, own=own) as staging, staging.open("x", encoding="utf-8") as file:
         file.write(text)
     return target
 
 
 @contextmanager
-def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a name beside `target` for a file; flushed, it takes the target's name, or vanishes on any error."""
-    check_free_file(target, force=force)
+def new_file(target: Path, *, force: bool = False, own: Own = nothing) -> Iterator[Path]:
+    """Give a name beside `target` for a file; flushed, it takes the target's name, or vanishes on any error.
+
+    With `force` it replaces a file that `own` knows as an output of this kind.
+    """
+    check_free_file(target, force=force, own=own)
     try:
         folder = HeldFolder(target.parent, _prefix(target))
         try:
@@ -131,7 +150,7 @@ def new_file(target: Path, *, force: bool = False) -> Iterator[Path]:
             yield staging
             with staging.open("rb") as file:
                 os.fsync(file.fileno())
-            check_free_file(target, force=force)
+            check_free_file(target, force=force, own=own)
             _name_file(staging, target, force=force)
         finally:
             folder.remove()

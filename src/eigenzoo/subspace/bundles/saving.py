@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eigenzoo.formats.bundle.folder import MOMENTS, is_only_a_bundle, record_files
+from eigenzoo.formats.bundle.folder import MOMENTS, foreign_to_a_bundle, record_files
 from eigenzoo.formats.bundle.manifest import Manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.output.whole import new_folder, no_check
@@ -40,7 +40,7 @@ def save(
     manifest = space.manifest
     grown_there = space.snapshot is not None and os.path.realpath(space.snapshot.path) == os.path.realpath(target)
     check = space.snapshot.check if space.snapshot is not None and grown_there else no_check
-    with new_folder(target, force=force, replaceable=is_only_a_bundle, check=check) as staging:
+    with new_folder(target, force=force, foreign=foreign_to_a_bundle, check=check) as staging:
         link_all(space.path, staging, (file for file in space.files() if moments or file != MOMENTS))
         space.check_current()
         relocation = Relocation(space.path, target.absolute())

@@ -11,6 +11,7 @@ from eigenzoo.errors import BudgetError, RankError, UsageError
 from eigenzoo.linalg.block_sums import DEFAULT, FAST, HIGH, PRECISIONS
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
+from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.moments.sketched import SketchPlan
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 
@@ -108,7 +109,7 @@ def resolve_options(
         check_choice(dtype, DTYPES, "dtype"),
         budget,
         max_error,
-        seed,
+        check_seed(seed),
         solver,
         check_choice(precision, PRECISIONS, "precision"),
     )
