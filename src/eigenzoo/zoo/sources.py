@@ -18,7 +18,7 @@ from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
-from eigenzoo.formats.paths import list_folder, read_bounded
+from eigenzoo.formats.paths import list_folder, nearest_path, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
 from eigenzoo.formats.remote.hub import Stopped, find_hub_models
@@ -171,16 +171,17 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
         return [*_some(_in_glob(str(source), follow=not lists.within), str(source))]
-    spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
-    raise ZooError(
-        "there is no such file or folder",
-        where=str(source),
-        next_step="a URL is given as text, since a path has no double slash"
-        if spoilt
-        else "an id of the hub is given as text, not as a path"
-        if parse_id(str(source))
-        else "",
-    )
+    raise ZooError("there is no such file or folder", where=str(source), next_step=_meant(path))
+
+
+def _meant(path: Path) -> str:
+    """Say what a path that names nothing may have been meant to be."""
+    if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
+        return "a URL is given as text, since a path has no double slash"
+    near = nearest_path(str(path), Path())
+    if near is not None and len(Path(near).parts) == len(path.parts):
+        return f"did you mean {near!r}?"
+    return "an id of the hub is given as text, not as a path" if parse_id(str(path)) else ""
 
 
 def _in_folder(folder: Path, depth: int) -> list[Path]:
@@ -228,8 +229,7 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
 
 def _line(line: str, folder: Path) -> Path | str | HubId:
     """Read a line of a list: a URL, a path from the list's folder, or an id of the hub where no such path is there."""
-    place = None if os.path.lexists(folder / line) else parse_id(line)
-    return line if "://" in line else place or folder / line
+    return line if "://" in line else find_id(line, folder) or folder / line
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
