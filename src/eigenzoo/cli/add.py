@@ -39,9 +39,9 @@ def command(
     import eigenzoo as ez
     from eigenzoo.formats.bundle.folder import is_only_a_bundle
     from eigenzoo.formats.output.whole import check_free
-    from eigenzoo.formats.remote.hub_id import find_id
+    from eigenzoo.formats.remote.hub_bundle import hub_place
 
-    if output is None and find_id(bundle) is not None:
+    if output is None and hub_place(bundle) is not None:
         raise UsageError(
             "a bundle of the hub is not replaced by add",
             where=bundle,

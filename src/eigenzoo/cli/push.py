@@ -33,7 +33,9 @@ def command(
 
     import eigenzoo as ez
     from eigenzoo.formats.remote.hub_calls import endpoint
+    from eigenzoo.subspace.bundles.pushing import check_push
 
+    check_push(repo, revision)
     if quiet or json or not sys.stderr.isatty():
         disable_progress_bars()
     pushed = ez.load(bundle).push(

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
-from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
+from eigenzoo.formats.kinds import (
+    BUNDLE_FILES,
+    FILE_SUFFIXES,
+    INDEXES,
+    READABLE,
+    kind_of_file,
+    kind_of_folder,
+    refuse_unreadable,
+)
 from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.lora.diffusion_file import DiffusionLora
 from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora
@@ -44,6 +52,10 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
 
 def _open(path: Path, allow_pickle: bool) -> Model:
     kind = _kind(path)
+    if kind in (None, "state-dict") and os.path.isdir(path) and set(list_folder(path)).issuperset(BUNDLE_FILES):
+        raise FormatError(
+            "this is a bundle, not a zoo or a model", where=str(path), next_step="name the folder or file of a model"
+        )
     openers: dict[str, Callable[[], Model]] = {
         "adapter": lambda: _adapter(path, allow_pickle),
         "checkpoint": lambda: Checkpoint(path),

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
 from eigenzoo.formats.remote.hub import Stopped, find_hub_models
 from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
+from eigenzoo.formats.remote.listing import Entry
 from eigenzoo.formats.remote.mirror import mirror_models
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.globs import find_names
@@ -65,8 +66,10 @@ def find_models(
         found = list(dict.fromkeys(_expand(source, _Lists())))
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
-    models = _mirrored(_downloaded(found, allow_pickle, progress), progress)
-    return _some(models, source)
+    # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
+    urls = [item for item in found if isinstance(item, str)]
+    listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))
+    return _some(_mirrored(_downloaded(found, allow_pickle, progress), listed, progress), source)
 
 
 def _some(models: list[M], source: Source) -> list[M]:
@@ -118,20 +121,17 @@ def _downloaded(
     return items
 
 
-def _mirrored(found: Sequence[Path | str | Unreadable], progress: Progress) -> list[Path | Unreadable]:
-    """Put the mirrors of the models of URLs in the URLs' places."""
-    urls = [item for item in found if isinstance(item, str)]
-    if not urls:
-        return list(dict.fromkeys(item for item in found if not isinstance(item, str)))
-    listed = find_remote(urls, MAX_DEPTH, _natural)
-    paths = iter(mirror_models([model for models in listed for model in models], progress))
+def _mirrored(
+    found: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
+) -> list[Path | Unreadable]:
+    """Put the mirrors of the models that were listed at URLs in the URLs' places."""
+    paths = iter(mirror_models([model for models in listed.values() for model in models], progress))
     models: list[Path | Unreadable] = []
-    by_url = dict(zip(urls, listed, strict=True))
     for item in found:
         if not isinstance(item, str):
             models.append(item)
             continue
-        for model in by_url[item]:
+        for model in listed[item]:
             path = next(paths)
             models.append(Unreadable(last_name(model), path) if isinstance(path, EigenzooError) else path)
     return list(dict.fromkeys(models))
@@ -204,7 +204,7 @@ def _in_glob(pattern: str, *, follow: bool) -> list[Path]:
     for name in sorted(find_names(pattern, follow=follow), key=_natural):
         path = Path(name)
         if not path.name.startswith((".", "_")) and (
-            is_model(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
+            is_model(path) and not is_bundle(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
         ):
             found.append(path)
     return found

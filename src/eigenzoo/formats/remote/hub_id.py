@@ -110,6 +110,12 @@ def parse_url(url: str) -> HubId | None:
     return HubId(found[1], found[3].strip("/"), found[2]) if found and found[1].split("/")[0] not in _KINDS else None
 
 
+def use_of_bundle(url: str) -> str:
+    """Say how a bundle at a URL is used: the hub's by its id."""
+    place = parse_url(url)
+    return f"name it by its id, {place}, where a bundle is asked for" if place else "download it to use it"
+
+
 _KINDS = ("datasets", "spaces", "models", "buckets", "kernels")
 
 
