@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ from eigenzoo.formats.opening import is_model
 from eigenzoo.formats.paths import list_folder, nearest_path, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
-from eigenzoo.formats.remote.hub import Stopped, find_hub_models
+from eigenzoo.formats.remote.hub import find_hub_models
 from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
 from eigenzoo.formats.remote.listing import Entry
 from eigenzoo.formats.remote.mirror import mirror_models
+from eigenzoo.formats.remote.retrying import Stopped, side_by_side
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.globs import find_names
 from eigenzoo.zoo.remote_sources import find_remote, last_name
@@ -53,14 +53,14 @@ class Unreadable:
 
 
 def find_models(
-    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False
+    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False, allow_missing: bool = False
 ) -> list[Path | Unreadable]:
     """Return the paths of the models that a source names, each once, in the order given; folders and globs by name.
 
     A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
     `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there. A URL is listed by the same rules,
     and its models are mirrored: the path is that of the mirror. So is an id of the hub, whose models are downloaded into the
-    hub's cache.
+    hub's cache; with `allow_missing` a file that cannot be had does not end the others' downloads.
     """
     try:
         found = list(dict.fromkeys(_expand(source, _Lists())))
@@ -69,7 +69,7 @@ def find_models(
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
     urls = [item for item in found if isinstance(item, str)]
     listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))
-    return _some(_mirrored(_downloaded(found, allow_pickle, progress), listed, progress), source)
+    return _some(_mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress), source)
 
 
 def _some(models: list[M], source: Source) -> list[M]:
@@ -91,7 +91,7 @@ def shown_source(source: Source) -> str:
 
 
 def _downloaded(
-    found: Sequence[Path | str | HubId], allow_pickle: bool, progress: Progress
+    found: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
 ) -> list[Path | str | Unreadable]:
     """Put the models that ids of the hub name in the ids' places."""
     places = list(dict.fromkeys(item for item in found if isinstance(item, HubId)))
@@ -104,13 +104,17 @@ def _downloaded(
             raise Stopped
         progress(stage, done, total)
 
-    find = partial(find_hub_models, max_depth=MAX_DEPTH, order=_natural, allow_pickle=allow_pickle, progress=telling)
-    pool = ThreadPoolExecutor(MAX_REPOSITORIES, thread_name_prefix="eigenzoo-hub")
-    try:
-        models = dict(zip(places, pool.map(find, places), strict=True))
-    finally:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    find = partial(
+        find_hub_models,
+        max_depth=MAX_DEPTH,
+        order=_natural,
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+        progress=telling,
+        stopped=stopped,
+    )
+    listed = side_by_side([partial(find, place) for place in places], MAX_REPOSITORIES, stopped)
+    models = dict(zip(places, listed, strict=True))
     items: list[Path | str | Unreadable] = []
     for item in found:
         if not isinstance(item, HubId):

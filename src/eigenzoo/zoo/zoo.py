@@ -308,9 +308,8 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 def _open_named(
     source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[str], list[SkippedModel]]:
-    models, skipped = _open_all(
-        find_models(source, progress, allow_pickle=allow_pickle), allow_missing, allow_pickle, progress
-    )
+    found = find_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
+    models, skipped = _open_all(found, allow_missing, allow_pickle, progress)
     if not models:
         raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
     return models, name_models([model.path for model in models]), skipped

@@ -15,7 +15,7 @@ from tenacity import RetryCallState, RetryError
 from eigenzoo.errors import EigenzooError, FormatError
 from eigenzoo.formats.remote.address import scrubbed, shown_url
 from eigenzoo.formats.remote.hub_id import HubId
-from eigenzoo.formats.remote.retrying import asked_to_wait, failure, repeat, status_of
+from eigenzoo.formats.remote.retrying import Stopped, asked_to_wait, failure, repeat, status_of
 
 Answer = TypeVar("Answer")
 
@@ -45,13 +45,15 @@ def persist(
         place: what it is about.
         local_too: whether the id could have been meant as a path of this machine, which the error then says.
         writing: whether it is part of a push, which no cache can stand in for.
-        stopped: ends all attempts when it is set.
+        stopped: ends all attempts, in Stopped, when it is set.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return repeat(call, lasts=_lasts, stop=_gives_up, first_delay=FIRST_DELAY, stopped=stopped)
     except RetryError as error:
+        if stopped is not None and stopped.is_set():
+            raise Stopped from None
         cause = _cause(failure(error) or error)
     except (OSError, ValueError, RuntimeError, HfHubHTTPError.__bases__[0], _resolution_error()) as error:
         # The hub's own storage raises it, and an upload that wraps what it failed by; its subclasses are faults of a program.

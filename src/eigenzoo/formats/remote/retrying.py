@@ -14,7 +14,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
@@ -122,6 +122,27 @@ def failure(attempt: RetryCallState | RetryError) -> BaseException | None:
     return outcome.exception() if outcome is not None else None
 
 
+class Stopped(Exception):
+    """Ends a call in its thread at its next attempt or piece, where another has failed or the user has interrupted."""
+
+
+def side_by_side(calls: Sequence[Callable[[], T]], most: int, stopped: Event) -> list[T]:
+    """Make calls on so many threads; the first fault sets `stopped`, at which the others are to end, and is raised."""
+    pool = ThreadPoolExecutor(most, thread_name_prefix="eigenzoo-remote")
+    futures: list[Future[T]] = []
+    try:
+        futures += [pool.submit(call) for call in calls]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        if not all(future.done() for future in futures):
+            stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+    faults = [fault for future in futures if not future.cancelled() and (fault := future.exception())]
+    if faults:
+        raise min(faults, key=lambda fault: isinstance(fault, Stopped))
+    return [future.result() for future in futures]
+
+
 class Job(ABC):
     """A piece of work that may have to be done in several attempts."""
 
@@ -223,12 +244,12 @@ def _told_of(job: Job, error: BaseException | None) -> EigenzooError | None:
     if not isinstance(error, RetryError):
         return _as_error(job, error)
     last, num = failure(error), error.last_attempt.attempt_number
-    wait = asked_to_wait(last)
+    asked = asked_to_wait(last)
     return FormatError(
         f"cannot be read ({_told(last)}), in {num} attempt{'' if num == 1 else 's'}",
         where=job.url,
-        next_step=f"run it again in {wait:.0f} s, as its store asks for"
-        if wait > LONGEST_WAIT
+        next_step=f"run it again in {asked:.0f} s, as its store asks for"
+        if asked > LONGEST_WAIT
         else "check the connection and run it again: what was read of headers is kept",
     )
 
