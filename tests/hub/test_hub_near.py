@@ -66,6 +66,28 @@ def test_what_is_nearly_a_path_is_not_looked_up_on_the_hub(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("use", USES)
+def test_a_path_object_is_no_id(hub: Hub, here: Path, use: str) -> None:
+    with pytest.raises(EigenzooError, match="org/model"):
+        if not USES[use](Path("org/model")):  # type: ignore[arg-type]
+            raise FormatError("is no bundle", where="org/model")
+    assert hub.requests == []
+
+
+def test_a_base_and_a_view_are_looked_at_before_a_zoo_is_downloaded(hub: Hub, here: Path) -> None:
+    for options, message in (
+        ({"base": "adapters/nothing"}, "adapters/nothing: there is no such file or folder"),
+        ({"base": "./nothing"}, "no model here: nothing of this name exists"),
+        ({"base": "memory://nothing"}, "memory://nothing: no model here"),
+        ({"view": "wieght"}, "wieght"),
+        ({"view": "delta"}, "view 'delta' needs a base"),
+        ({"view": "weight", "base": "adapters/zoo/m0"}, "a base is given with view 'weight'"),
+    ):
+        with pytest.raises(EigenzooError, match=message):
+            ez.open_zoo("org/model", **options)  # type: ignore[arg-type]
+        assert hub.requests == [], options
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -34,8 +34,10 @@ from eigenzoo.formats.remote.record import by_url
 from eigenzoo.formats.side_files import SIDE_FILES
 
 
-def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
+def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Model:
     """Open the model at `path`, at a URL, or of an id of the hub (`org/name@revision`), by its headers.
+
+    URLs and ids are text; a `Path` is a place of this machine.
 
     Raises FormatError that says what was found where nothing is readable, and UnsupportedError for a pickle without
     `allow_pickle`.

@@ -43,7 +43,7 @@ def verify_adapter(
     """
     text = os.fspath(path)
     try:
-        model = open_model(text)
+        model = open_model(path)
     except UnsupportedError:
         raise
     except FormatError as error:
@@ -59,7 +59,7 @@ def verify_adapter(
     opened = (
         None
         if base is None
-        else open_base(os.fspath(base) if not isinstance(base, Model) else base, allow_pickle=allow_pickle)
+        else open_base(base, allow_pickle=allow_pickle)
     )
     adapter = adapter_of(model)
     ranks = sorted({update.rank for update in adapter.updates.values()})

@@ -41,7 +41,7 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
 def _opened(path: Path, base: str | os.PathLike[str] | None, snapshot: Snapshot) -> Subspace:
     with seldom_collecting():
         manifest = read_manifest(path)
-    opened_base = open_model(os.fspath(base)) if base is not None else None
+    opened_base = open_model(base) if base is not None else None
     space = Subspace(path, manifest, base=opened_base, snapshot=snapshot)
     if opened_base is not None:
         space.check_base(space.base or opened_base)
