@@ -134,10 +134,14 @@ def test_files_that_are_missing_changed_or_not_told_are_told_apart(tmp_path: Pat
     assert added(space, paths[5:])[1] == f"'m3': {file} has other contents than when it was read"
     unsaved = ez.fit(paths[:5], 3)
     os.utime(file, ns=(5, 5))
-    assert added(unsaved, paths[5:])[1] == f"'m3': {file} was written to since it was read, and its checksum is not known"
+    assert (
+        added(unsaved, paths[5:])[1] == f"'m3': {file} was written to since it was read, and its checksum is not known"
+    )
     moved.replace(file)
     assert missing_originals(space) is None
-    with pytest.raises(ez.UsageError, match=r"files of 'm2' are not those that were fitted.*model.safetensors has \d+ bytes"):
+    with pytest.raises(
+        ez.UsageError, match=r"files of 'm2' are not those that were fitted.*model.safetensors has \d+ bytes"
+    ):
         edit_model(paths[2], more=torch.zeros(5))
         space.add(paths[5:], old=paths[:5])
 

@@ -66,7 +66,9 @@ def commands(bundle: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("place", range(7))
-@pytest.mark.parametrize("url", ["s3://bucket/space", "https://host/space", "memory://space", "hf://datasets/org/space"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/space", "https://host/space", "memory://space", "hf://datasets/org/space"]
+)
 def test_a_bundle_at_a_url_is_refused_before_any_work(hub: Hub, here: Path, url: str, place: int) -> None:
     before = sorted(here.iterdir())
     error = invoke(commands(url)[place])

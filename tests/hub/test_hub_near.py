@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def test_what_is_nearly_a_path_is_not_looked_up_on_the_hub(
 
 @pytest.mark.parametrize("use", USES)
 def test_a_path_object_is_no_id(hub: Hub, here: Path, use: str) -> None:
-    with pytest.raises(EigenzooError, match="org/model"):
-        if not USES[use](Path("org/model")):  # type: ignore[arg-type]
-            raise FormatError("is no bundle", where="org/model")
+    found = None
+    with contextlib.suppress(EigenzooError):
+        found = USES[use](Path("org/model"))  # type: ignore[arg-type]
+    assert not found
     assert hub.requests == []
 
 
@@ -120,7 +122,9 @@ def test_no_command_asks_the_hub_for_a_mistyped_path(hub: Hub, here: Path, words
 
 
 def test_a_folder_of_this_machine_is_no_organisation(hub: Hub, here: Path) -> None:
-    with pytest.raises(FormatError, match=r"adapters/other: there is no such file or folder\. 'adapters' is a folder here"):
+    with pytest.raises(
+        FormatError, match=r"adapters/other: there is no such file or folder\. 'adapters' is a folder here"
+    ):
         ez.open_zoo("adapters/other")
     assert hub.requests == []
     assert len(ez.open_zoo(["adapters/other@main", "org/model"])) == 2

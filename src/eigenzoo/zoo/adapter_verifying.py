@@ -56,11 +56,7 @@ def verify_adapter(
         raise UsageError(
             "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
         )
-    opened = (
-        None
-        if base is None
-        else open_base(base, allow_pickle=allow_pickle)
-    )
+    opened = None if base is None else open_base(base, allow_pickle=allow_pickle)
     adapter = adapter_of(model)
     ranks = sorted({update.rank for update in adapter.updates.values()})
     detail = f"{len(adapter.updates)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")

@@ -28,7 +28,6 @@ from tenacity import (
     retry_if_exception,
     stop_after_attempt,
     stop_after_delay,
-    stop_when_event_set,
     wait_exponential,
 )
 from tenacity.stop import stop_base

@@ -14,7 +14,6 @@ from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
-
 _STATEMENTS = {
     "missing": "old files are not found where the bundle names them",
     "changed": "old files have changed",
@@ -42,7 +41,9 @@ def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Z
     zoo = space.open(old, allow_pickle=allow_pickle)
     missing = [name for name in space.names if name not in zoo.names]
     if missing:
-        raise UsageError(f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace")
+        raise UsageError(
+            f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
+        )
     zoo = zoo.select(names=space.names)
     for record, model in zip(space.manifest.models, zoo.models, strict=True):
         there = record.source.model_copy(update={"path": str(model.path.absolute())})
