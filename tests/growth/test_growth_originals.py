@@ -139,10 +139,8 @@ def test_files_that_are_missing_changed_or_not_told_are_told_apart(tmp_path: Pat
     )
     moved.replace(file)
     assert missing_originals(space) is None
-    with pytest.raises(
-        ez.UsageError, match=r"files of 'm2' are not those that were fitted.*model.safetensors has \d+ bytes"
-    ):
-        edit_model(paths[2], more=torch.zeros(5))
+    edit_model(paths[2], more=torch.zeros(5))
+    with pytest.raises(ez.UsageError, match=r"files of 'm2' are not those that were fitted.*safetensors has \d+ bytes"):
         space.add(paths[5:], old=paths[:5])
 
 

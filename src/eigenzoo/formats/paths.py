@@ -132,10 +132,10 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
 
 
 def nearest_path(path: str, folder: Path) -> str | None:
-    """Return the path that one which names nothing is like, as far as there is one: from `folder`, each part as it is or the nearest.
+    """Return the existing path that a mistyped one is like, from `folder`: each part as it is, or else the nearest name there.
 
-    None where nothing is like its first part. Folders alone hold further parts; hidden names are not looked at. Cost: one
-    listing of each folder in which a part is missing.
+    It ends at the first part that is like nothing; None where that is the first of all. Only folders hold further parts; hidden
+    names are not looked at. Cost: one listing of each folder in which a part is missing.
     """
     found: list[str] = []
     parts = Path(path).parts

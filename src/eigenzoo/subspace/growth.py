@@ -188,8 +188,8 @@ def _extended(
 ) -> Subspace:
     """Keep the basis, add coefficients.
 
-    Without the old files, and then `why` they are missing, the moments stay those of the models before: what the bundle knows of the others follows from their
-    coefficients and energies when it is asked for (`inside`).
+    Without the old files (`why` says what they lack) the moments stay those of the models before: what the bundle knows of the
+    others follows from their coefficients and energies when it is asked for (`inside`).
     """
     projected = with_templates(new, projections)
     inside = moments is None and space.has_moments and space.manifest.center == "models"

@@ -76,7 +76,12 @@ def _sha256(path: Path, known: SourceFile) -> str | None:
 
 
 class Fault(NamedTuple):
-    """Why a model's own files are not at hand: `missing`, `changed`, `unreadable`, `remote` or `unnamed`; and in words, with paths."""
+    """Why a model's own files are not at hand.
+
+    Attributes:
+        kind: `missing`, `changed`, `unreadable`, `remote` or `unnamed`.
+        detail: the same in words, with paths.
+    """
 
     kind: str
     detail: str
