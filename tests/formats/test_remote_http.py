@@ -10,10 +10,12 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
+import tenacity
 import torch
 from fsspec.registry import known_implementations
 from remote_servers import FileServer, HubServer, Proxy, running
@@ -167,6 +169,26 @@ def test_a_store_that_says_how_long_to_wait_is_asked_again_then(server: FileServ
     with pytest.raises(FormatError, match=r"busy\.bin: cannot be read \(.*429.*\), in 1 attempt\. .*in 4000 s"):
         raise next(filter(None, read_all(server, ["busy.bin"])))
     assert slept == [7, 7]
+
+
+@pytest.mark.parametrize(("queued", "expected"), [(0.0, 2), (50.0, 3), (100.0, 8)])
+def test_time_in_the_queue_is_no_time_without_progress(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch, queued: float, expected: int
+) -> None:
+    now = 0.0
+    for module in (retrying, tenacity):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    attempts = 0
+
+    def call() -> None:
+        nonlocal now, attempts
+        now, attempts = now + 100, attempts + 1
+        raise ConnectionError
+
+    stop = tenacity.stop_after_attempt(8) | tenacity.stop_after_delay(60)
+    with pytest.raises(tenacity.RetryError, match="ConnectionError"):
+        retrying.repeat(call, lasts=lambda error: False, stop=stop, queued=lambda: queued)
+    assert attempts == expected
 
 
 def test_progress_makes_attempts_count_anew(server: FileServer, slept: list[float]) -> None:

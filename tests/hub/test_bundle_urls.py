@@ -137,6 +137,12 @@ def test_a_push_that_cannot_be_is_refused_before_its_bundle_is_downloaded(
     assert hub.requests == []
 
 
+def test_a_base_of_this_machine_is_opened_before_a_bundle_is_downloaded(hub: Hub, here: Path) -> None:
+    with pytest.raises(FormatError, match="nothing: no model here"):
+        ez.load("org/space", base="./nothing")
+    assert hub.requests == []
+
+
 def test_urls_are_listed_before_models_of_the_hub_are_downloaded(hub: Hub, here: Path) -> None:
     hub.repos["org/m4"] = Repository(files_of(here / "zoo" / "m4"))
     with pytest.raises(ZooError, match="memory://space: this is a bundle"):

@@ -74,6 +74,7 @@ def repeat(
     first_delay: float = FIRST_DELAY,
     stopped: Event | None = None,
     progressed: Callable[[], bool] = lambda: False,
+    queued: Callable[[], float] = lambda: 0.0,
 ) -> T:
     """Call, and call again while the fault may pass: after growing delays, or as long as the server asks for.
 
@@ -84,6 +85,7 @@ def repeat(
         first_delay: seconds before the second attempt, doubled each time up to 10 s.
         stopped: ends a delay, and all that is tried, when it is set.
         progressed: tells after a failed attempt whether it brought something; attempts and time then count anew.
+        queued: the seconds that the last attempt waited for others before it began, which are no time of its own.
 
     Raises what lasts as it is, and tenacity's RetryError, which holds the last attempt, for what is given up.
     """
@@ -91,6 +93,7 @@ def repeat(
     growing = wait_exponential(first_delay, LONGEST_DELAY)
 
     def count(state: RetryCallState) -> None:
+        state.start_time += queued()
         if state.attempt_number == 1 or progressed():
             state.attempt_number, state.start_time = 1, time.monotonic()
 
@@ -98,7 +101,7 @@ def repeat(
         return max(growing(state) * random.uniform(0.5, 1.0), asked_to_wait(failure(state)))
 
     def wait_as_asked(state: RetryCallState) -> None:
-        state.start_time += asked_to_wait(failure(state))  # no time that the call took
+        state.start_time += asked_to_wait(failure(state))
 
     return Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, Exception) and not lasts(error)),
@@ -216,12 +219,13 @@ def run_jobs(jobs: Sequence[Job], *, attempts: int = ATTEMPTS) -> list[EigenzooE
 
 def _finish(job: Job, gate: _Gate, stopped: Event, stop: stop_base) -> None:
     """Run a job until it is done; it keeps its place at the gate while it runs, and not while it waits."""
-    before = 0
+    before, queued = 0, 0.0
 
     def attempt() -> None:
-        nonlocal before
-        before = job.size()
+        nonlocal before, queued
+        before, began = job.size(), time.monotonic()
         with gate.passed(before):
+            queued = time.monotonic() - began
             if not stopped.is_set() and not job.run():
                 raise _CutShort("answers are cut short")
 
@@ -231,6 +235,7 @@ def _finish(job: Job, gate: _Gate, stopped: Event, stop: stop_base) -> None:
         stop=stop,
         stopped=stopped,
         progressed=lambda: before - job.size() >= PROGRESS_BYTES,
+        queued=lambda: queued,
     )
 
 
