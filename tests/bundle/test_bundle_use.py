@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import eigenzoo as ez
+from eigenzoo.formats.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -60,6 +62,23 @@ def test_a_bundle_without_its_moments_still_projects_rebuilds_and_grows(zoo: Pat
     grown = space.add(zoo / "m3")
     assert grown.names == ("m0", "m1", "m2", "m3")
     assert not grown.has_moments
+
+
+def test_project_refuses_several_models_before_it_reads_them(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = ez.fit(zoo, rank=2)
+    read: list[str] = []
+    own = Checkpoint.read_flat
+
+    def read_flat(model: Checkpoint, name: str, *args: Any, **options: Any) -> Any:
+        read.append(name)
+        return own(model, name, *args, **options)
+
+    monkeypatch.setattr(Checkpoint, "read_flat", read_flat)
+    with pytest.raises(ez.UsageError, match=r"2 models are named\. Project takes one\. Use project_many"):
+        space.project([zoo / "m0", zoo / "m1"])
+    assert read == []
+    assert space.project(zoo / "m0").name == "m0"
+    assert read, "what the test looks at is how models are read"
 
 
 def test_a_linked_model_keeps_the_name_of_its_link(zoo: Path, tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def test_add_from_the_bundle_alone_says_so(run: Run, zoo: Path, bundle: Path, tm
     for place in range(5):
         (zoo / f"m{place}").rename(tmp_path / f"m{place}")
     result = run("add", bundle, zoo / "m5", "-o", tmp_path / "alone")
-    assert "the old files are gone" in result.out
+    assert "old files are not found where the bundle names them, so the moments are exact inside" in result.out
+    assert f"'m0': {zoo / 'm0'} is not there. No old model is: the bundle names them" in result.out
+    assert "--old FOLDER says where they are now" in result.out
     paths = [word for place in range(5) for word in ("--old", tmp_path / f"m{place}")]
     assert "the moments are exact" in run("add", bundle, zoo / "m5", "-o", tmp_path / "found", *paths).out
 

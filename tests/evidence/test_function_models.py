@@ -102,7 +102,7 @@ def test_a_bundle_whose_models_are_gone_asks_for_others(tmp_path: Path) -> None:
     paths, _ = write_zoo(tmp_path, "weight")
     ez.fit(paths[:5], 2).save(tmp_path / "bundle")
     shutil.rmtree(paths[2])
-    with pytest.raises(ez.UsageError, match=r"files of 'm2' are gone.*--models"):
+    with pytest.raises(ez.UsageError, match=r"old files are not found .*'m2': .*m2 is not there, though.*--models"):
         ez.evaluate(ez.load(tmp_path / "bundle"), Recorder())
     assert ez.evaluate(ez.load(tmp_path / "bundle"), Recorder(), paths[5:6]).heldout
 

@@ -11,11 +11,21 @@ import fsspec
 import pytest
 from model_builders import add_adapter, make_llama, save_adapter, save_model
 
+from eigenzoo.formats.remote import retrying
+
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A plain adapter of rank 4 on two kinds of modules."""
     return save_adapter(add_adapter(make_llama(), r=4, target_modules=["q_proj", "up_proj"]), tmp_path / "adapter")
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited for before attempts at remote files, without waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: waited.append(seconds))
+    return waited
 
 
 @pytest.fixture

@@ -77,12 +77,16 @@ class Quiet(BaseHTTPRequestHandler):
 class FileServer(Server):
     """Files by path, with ranges, tags and HTML listings; `fault` may change the answer to a range.
 
-    A fault takes (path, start, number of the request) and returns `short`, `long`, `whole`, `other`, `drop` or None.
+    A fault takes (path, start, number of the request) and returns `short`, `long`, `whole`, `other`, `drop`, a status, which
+    comes with `wait` as its Retry-After, or None. It may hold its request up: that holds up no other.
     """
 
-    def __init__(self, files: dict[str, bytes], fault: Callable[[str, int, int], str | None] = lambda *_: None) -> None:
+    def __init__(
+        self, files: dict[str, bytes], fault: Callable[[str, int, int], str | int | None] = lambda *_: None
+    ) -> None:
         super().__init__(_FileHandler)
         self.files, self.fault = files, fault
+        self.wait = "0"
         self.ranges: list[tuple[str, int, int]] = []
 
 
@@ -105,7 +109,11 @@ class _FileHandler(Quiet):
         start, stop = (int(part) for part in asked.removeprefix("bytes=").split("-"))
         with self.server.lock:
             self.server.ranges.append((path, start, stop + 1))
-            fault = self.server.fault(path, start, len(self.server.ranges))
+            number = len(self.server.ranges)
+        fault = self.server.fault(path, start, number)
+        if isinstance(fault, int):
+            self.answer(fault, b"", {"Retry-After": self.server.wait})
+            return
         if start >= len(data):
             self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             return

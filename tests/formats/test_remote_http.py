@@ -8,22 +8,25 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
+import tenacity
 import torch
 from fsspec.registry import known_implementations
 from remote_servers import FileServer, HubServer, Proxy, running
 from safetensors.torch import save
 
 import eigenzoo as ez
-from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
 from eigenzoo.formats.opening import open_model
-from eigenzoo.formats.remote import remote_url
-from eigenzoo.formats.remote.fetching import PIECE_BYTES, fetch
+from eigenzoo.formats.remote import remote_url, retrying
+from eigenzoo.formats.remote.fetching import PIECE_BYTES, fetch, fetch_each
+from eigenzoo.formats.remote.retrying import MAX_JOBS
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from guard import HANG
@@ -102,26 +105,101 @@ def test_answers_to_another_question_are_errors_at_once(server: FileServer, faul
     assert len(server.ranges) == 1
 
 
-def test_a_server_that_always_breaks_is_given_up_after_eight_attempts(server: FileServer) -> None:
+def test_a_server_that_always_breaks_is_given_up_after_eight_attempts(server: FileServer, slept: list[float]) -> None:
     server.files["small.bin"] = bytes(1000)
     server.fault = lambda path, start, number: "short"
-    slept: list[float] = []
     with pytest.raises(FormatError, match=r"small\.bin: cannot be read .answers are cut short., in 8 attempts"):
-        fetch([(remote(server, "small.bin"), 0, memoryview(bytearray(1000)))], sleep=slept.append)
+        fetch([(remote(server, "small.bin"), 0, memoryview(bytearray(1000)))])
     assert len(server.ranges) == 8
     assert len(slept) == 7
     assert all(0.05 * 2**number <= delay <= 0.1 * 2**number for number, delay in enumerate(slept))
 
 
-def test_progress_makes_attempts_count_anew(server: FileServer) -> None:
+def read_all(server: FileServer, names: Sequence[str]) -> list[EigenzooError | None]:
+    outs = [bytearray(len(server.files[name])) for name in names]
+    errors = fetch_each([(remote(server, name), 0, memoryview(out)) for name, out in zip(names, outs, strict=True)])
+    for name, out, error in zip(names, outs, errors, strict=True):
+        assert error is not None or out == server.files[name]
+    return errors
+
+
+def test_a_slow_file_holds_up_no_retry_of_another(server: FileServer) -> None:
+    server.files |= {"slow.bin": bytes(1000), "broken.bin": bytes(range(200))}
+    retried, in_time = threading.Event(), []
+
+    def fault(path: str, start: int, number: int) -> str | None:
+        if path == "slow.bin":
+            in_time.append(retried.wait(20))  # answers once the other file was asked for again
+            return None
+        if start == 0:
+            return "drop"
+        retried.set()
+        return None
+
+    server.fault = fault
+    assert read_all(server, ["slow.bin", "broken.bin"]) == [None, None]
+    assert in_time == [True]
+
+
+def test_files_that_wait_for_their_next_attempt_hold_up_no_other(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, good = [f"{number}.bin" for number in range(MAX_JOBS + 8)], "good.bin"
+    server.files |= {name: bytes(100) for name in (*broken, good)}
+    served, in_time = threading.Event(), []
+    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: in_time.append(served.wait(20)))
+
+    def fault(path: str, start: int, number: int) -> str | None:
+        if path == good:
+            served.set()
+        return None if path == good else "drop"
+
+    server.fault = fault
+    *errors, none = read_all(server, [*broken, good])
+    assert none is None
+    assert len(errors) == sum("in 8 attempts" in str(error) for error in errors)
+    assert all(in_time)
+
+
+def test_a_store_that_says_how_long_to_wait_is_asked_again_then(server: FileServer, slept: list[float]) -> None:
+    server.files["busy.bin"] = bytes(1000)
+    server.wait, server.fault = "7", lambda path, start, number: 503 if number <= 2 else None
+    assert read_all(server, ["busy.bin"]) == [None]
+    assert slept == [7, 7]
+    server.wait, server.fault = "4000", lambda path, start, number: 429
+    with pytest.raises(FormatError, match=r"busy\.bin: cannot be read \(.*429.*\), in 1 attempt\. .*in 4000 s"):
+        raise next(filter(None, read_all(server, ["busy.bin"])))
+    assert slept == [7, 7]
+
+
+@pytest.mark.parametrize(("queued", "expected"), [(0.0, 2), (50.0, 3), (100.0, 8)])
+def test_time_in_the_queue_is_no_time_without_progress(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch, queued: float, expected: int
+) -> None:
+    now = 0.0
+    for module in (retrying, tenacity):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    attempts = 0
+
+    def call() -> None:
+        nonlocal now, attempts
+        now, attempts = now + 100, attempts + 1
+        raise ConnectionError
+
+    stop = tenacity.stop_after_attempt(8) | tenacity.stop_after_delay(60)
+    with pytest.raises(tenacity.RetryError, match="ConnectionError"):
+        retrying.repeat(call, lasts=lambda error: False, stop=stop, queued=lambda: queued)
+    assert attempts == expected
+
+
+def test_progress_makes_attempts_count_anew(server: FileServer, slept: list[float]) -> None:
     data = bytes(range(256)) * 8192  # 2 MB, each answer half of what is left until less than 64 kB come at once
     server.files["big.bin"] = data
     server.fault = lambda path, start, number: "short"
     file = remote(server, "big.bin")
-    slept: list[float] = []
     out = bytearray(len(data))
     with pytest.raises(FormatError, match="in 8 attempts"):
-        fetch([(file, 0, memoryview(out))], sleep=slept.append)
+        fetch([(file, 0, memoryview(out))])
     assert len(server.ranges) == 4 + 8
     assert bytes(out[: server.ranges[-1][1]]) == data[: server.ranges[-1][1]]
 
@@ -139,12 +217,8 @@ def test_long_ranges_are_split_and_several_are_under_way_at_once(server: FileSer
     gathered = threading.Barrier(8, timeout=HANG)
 
     def wait(path: str, start: int, number: int) -> None:
-        server.lock.release()
-        try:
-            if path != "long.bin":
-                gathered.wait()  # breaks, and with it the test, unless eight requests are here at once
-        finally:
-            server.lock.acquire()
+        if path != "long.bin":
+            gathered.wait()  # breaks, and with it the test, unless eight requests are here at once
 
     server.fault = wait
     outs = [bytearray(100) for _ in range(8)]

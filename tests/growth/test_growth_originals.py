@@ -13,6 +13,7 @@ from growth_zoos import delete, saved, write
 
 import eigenzoo as ez
 from builders import edit_model, random_stack, write_model
+from eigenzoo.subspace.bundles.originals import missing_originals
 
 
 def fitted(root: Path, view: str = "weight") -> tuple[ez.Subspace, list[Path]]:
@@ -87,6 +88,69 @@ def test_a_bundle_that_moved_with_its_models_still_finds_them(tmp_path: Path) ->
     (tmp_path / "here").rename(tmp_path / "there")
     moved = [tmp_path / "there" / path.relative_to(tmp_path / "here") for path in paths]
     assert ez.load(tmp_path / "there" / "old").add(moved[5:]).report["growth"]["exact"]
+
+
+def added(space: ez.Subspace, paths: list[Path], refresh: bool = False) -> tuple[str, str]:
+    """What a growth without the old files says in its bundle, and what is said of the files beside."""
+    grown = space.add(paths, refresh=refresh)
+    assert not grown.report["growth"]["exact"]
+    why = missing_originals(space)
+    assert why is not None
+    return grown.report["growth"]["statement"], why.detail
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_bundle_that_was_copied_away_says_where_it_looked_and_not_that_files_are_gone(
+    tmp_path: Path, refresh: bool
+) -> None:
+    space, paths = fitted(tmp_path)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    copied = ez.load(shutil.copytree(space.path, tmp_path / "far" / "away" / "copied"))
+    statement, detail = added(copied, paths[5:], refresh)
+    assert "old files are not found where the bundle names them" in statement
+    assert "gone" not in statement
+    assert str(tmp_path) not in statement, "paths of this machine are in no report"
+    looked = tmp_path / "far" / "away" / "zoo" / "m0"
+    assert detail == (
+        f"'m0': {looked} is not there. No old model is: the bundle names them from its own folder, so it was moved or copied "
+        "without them, or they were removed"
+    )
+    assert missing_originals(ez.load(shutil.copytree(space.path, tmp_path / "beside"))) is None
+    assert copied.add(paths[5:], old=tmp_path / "zoo" / "m[0-4]").report["growth"]["exact"]
+
+
+def test_files_that_are_missing_changed_or_not_told_are_told_apart(tmp_path: Path) -> None:
+    space, paths = fitted(tmp_path)
+    file = paths[3] / "model.safetensors"
+    data, moved = file.read_bytes(), file.rename(tmp_path / "kept")
+    statement, detail = added(space, paths[5:])
+    assert "old files are not found" in statement
+    assert detail == f"'m3': {file} is not there, though other old models are"
+    file.write_bytes(data + b"more")
+    statement, detail = added(space, paths[5:])
+    assert "old files have changed" in statement
+    assert detail == f"'m3': {file} has {len(data) + 4} bytes, and had {len(data)} when it was read"
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert added(space, paths[5:])[1] == f"'m3': {file} has other contents than when it was read"
+    unsaved = ez.fit(paths[:5], 3)
+    os.utime(file, ns=(5, 5))
+    assert (
+        added(unsaved, paths[5:])[1] == f"'m3': {file} was written to since it was read, and its checksum is not known"
+    )
+    moved.replace(file)
+    assert missing_originals(space) is None
+    edit_model(paths[2], more=torch.zeros(5))
+    with pytest.raises(ez.UsageError, match=r"files of 'm2' are not those that were fitted.*safetensors has \d+ bytes"):
+        space.add(paths[5:], old=paths[:5])
+
+
+def test_another_scale_of_an_adapter_is_told(tmp_path: Path) -> None:
+    space, paths = fitted(tmp_path, "update")
+    config = paths[1] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 100}))
+    statement, detail = added(space, paths[5:])
+    assert "old files have changed" in statement
+    assert detail == f"'m1': {paths[1]} gives its updates another scale than when it was read"
 
 
 def test_duplicate_names_are_refused(tmp_path: Path) -> None:

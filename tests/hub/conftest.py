@@ -13,6 +13,8 @@ from hub_server import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
+from eigenzoo.formats.remote import retrying
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
@@ -60,5 +62,6 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         waited.append(seconds)
         real(min(seconds, 0.001))
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)  # huggingface_hub's own attempts
+    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: sleep(seconds))
     return waited

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save
 import eigenzoo as ez
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.remote import retrying
 
 VALUES = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
 WEIGHTS = save({"w": VALUES}, {"format": "pt"})
@@ -257,6 +259,50 @@ def test_an_interrupt_ends_downloads_at_their_next_piece(
     assert max(told) < len(WEIGHTS) / 2
     check_cache()
     assert len(ez.open_zoo([f"org/m{place}" for place in range(3)])) == 3
+
+
+def test_what_fails_for_good_does_not_wait_for_what_may_pass(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    waits = threading.Event()
+
+    def pause(seconds: float, stopped: threading.Event) -> None:
+        waits.set()
+        ended.append(stopped.wait(20))
+
+    monkeypatch.setattr(retrying, "pause", pause)
+
+    def fault(method: str, path: str, number: int) -> int | None:
+        if "/resolve/" in path and path.endswith("other.safetensors"):
+            return 503  # huggingface_hub gives it up after some attempts of its own
+        if "/objects/" in path and method == "GET":
+            hub.lock.release()
+            waits.wait(20)
+            hub.lock.acquire()
+            return 404
+        return None
+
+    hub.repos["org/zoo"] = Repository(
+        {"a/other.safetensors": WEIGHTS, "b/model.safetensors": save({"w": VALUES + 1}, {"format": "pt"})}
+    )
+    hub.fault = fault
+    with pytest.raises(FormatError, match="the repository has no such file"):
+        ez.open_zoo("org/zoo")
+    assert ended
+    assert all(ended)
+
+
+def test_a_file_that_cannot_be_had_takes_its_own_model_only(hub: Hub, slept: list[float]) -> None:
+    files = {f"m{place}/model.safetensors": save({"w": VALUES + place}, {"format": "pt"}) for place in range(3)}
+    hub.repos["org/zoo"] = Repository(files)
+    broken = hashlib.sha256(files["m1/model.safetensors"]).hexdigest()
+    for fault in ("other", 404, 500):
+        hub.fault = on("GET", broken, fault, times=10**6)
+        found = ez.open_zoo("org/zoo", allow_missing=True)
+        assert found.names == ("m0", "m2"), fault
+        assert [model.path for model in found.skipped] == ["m1"]
+        assert "org/zoo" in found.skipped[0].reason
+        with pytest.raises(FormatError, match="org/zoo"):
+            ez.open_zoo("org/zoo")
 
 
 def test_names_that_lead_elsewhere(hub: Hub, tmp_path: Path) -> None:

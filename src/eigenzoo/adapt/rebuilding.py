@@ -58,7 +58,7 @@ def rebuild(
     if model is not None and like is not None:
         raise UsageError("a model and one of the bundle's to be like", next_step="leave one of them out")
     if model is not None:
-        template: Template = ZooTemplate(space.open(os.fspath(model)), 0)
+        template: Template = ZooTemplate(space.open(model), 0)
     else:
         template = space.template(like if like is not None else space.names[0])
     filled = _Filled(template, found, str(path))
@@ -68,7 +68,7 @@ def rebuild(
         return rebuilt
     if space.view == "update":
         return _Change(name, space.layers, found.values, filled, space.view, lambda: _nothing(name))
-    trained = split_model(open_model(os.fspath(model)), space.manifest.split) if model is not None else space.base
+    trained = split_model(open_model(model), space.manifest.split) if model is not None else space.base
     if trained is None:
         raise UsageError(
             "was trained from start zero, as a change of a model's weights",

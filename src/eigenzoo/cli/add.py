@@ -39,9 +39,10 @@ def command(
     import eigenzoo as ez
     from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
-    from eigenzoo.formats.remote.hub_id import find_id
+    from eigenzoo.formats.remote.hub_bundle import hub_place
+    from eigenzoo.subspace.bundles.originals import missing_originals
 
-    if output is None and find_id(bundle) is not None:
+    if output is None and hub_place(bundle) is not None:
         raise UsageError(
             "a bundle of the hub is not replaced by add",
             where=bundle,
@@ -60,6 +61,9 @@ def command(
             workspace=target.absolute().parent,
             progress=progress,
         )
+        missing = None
+        if old is None and not grown.report["growth"]["exact"]:
+            missing = missing_originals(space, allow_pickle=allow_pickle)
         grown.save(target, force=force or output is None)
     saved = ez.load(target)
     report = saved.report
@@ -69,6 +73,8 @@ def command(
     growth = report["growth"]
     say(f"added {', '.join(growth['added'])}: {counted(report['num_models'], 'model')} in {target}")
     say(f"{growth['statement']} · {_lost(saved)}")
+    if missing is not None and "imported" not in report:
+        say(f"{missing.detail}. --old FOLDER says where they are now")
     render_bytes(report["bytes"])
 
 

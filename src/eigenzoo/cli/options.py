@@ -30,10 +30,21 @@ ZooArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _not_at_a_url(bundle: str) -> str:
+    """Refuse a bundle at a URL before a command does anything."""
+    from eigenzoo.formats.remote.hub_bundle import hub_place
+
+    hub_place(bundle)
+    return bundle
+
+
 BundleArgument = Annotated[
     str,
     typer.Argument(
         help="A bundle that `eigenzoo fit` wrote, or its id on the hub: org/name@revision.",
+        callback=_not_at_a_url,
         metavar="BUNDLE",
         show_default=False,
     ),

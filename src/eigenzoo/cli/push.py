@@ -33,7 +33,9 @@ def command(
     """Verify a bundle and push it to the hub in one commit; what another commit holds is replaced with --force only."""
     import eigenzoo as ez
     from eigenzoo.formats.remote.hub_calls import endpoint
+    from eigenzoo.subspace.bundles.pushing import check_push
 
+    check_push(repo, revision)
     with _progress_bars(shown=not (quiet or json) and sys.stderr.isatty()):
         pushed = ez.load(bundle).push(
             repo, revision=revision, private=private, moments=moments, message=message, force=force

@@ -36,7 +36,7 @@ def command(
     ] = False,
     base: options.Base = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Of an adapter file: the model that was adapted. Needed for start zero; else it only gives what is no layer.",
             show_default=False,
@@ -117,7 +117,7 @@ def _rebuild_adapter(
     space: Subspace,
     name: str,
     output: Path,
-    model: Path | None,
+    model: str | None,
     like: str | None,
     *,
     mean_only: bool,

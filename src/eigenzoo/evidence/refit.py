@@ -11,7 +11,8 @@ from torch import Tensor
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.variants import mean_values
 from eigenzoo.records import Progress
-from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
+from eigenzoo.subspace.bundles.originals import missing_originals
+from eigenzoo.subspace.bundles.source_records import source_path
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.fit import fit
 from eigenzoo.subspace.subspace import Subspace
@@ -32,10 +33,10 @@ def hold_out(space: Subspace, seed: int, progress: Progress) -> tuple[Subspace, 
             where=str(space.path),
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
-    gone = [model.name for model in space.manifest.models if not is_at_hand(model.source, space.path)]
-    if gone:
+    missing = missing_originals(space)
+    if missing is not None:
         raise UsageError(
-            f"the files of {gone[0]!r} are gone or have changed",
+            f"{missing.statement} ({missing.detail})",
             where=str(space.path),
             rule="to hold models out, the subspace is fitted again to the rest",
             next_step="name models that the subspace was not fitted to with models=… or --models",

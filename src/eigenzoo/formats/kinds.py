@@ -23,6 +23,9 @@ DIFFUSION_PICKLE = "diffusion_pytorch_model.bin"
 
 PICKLE_INDEX = f"{PICKLE_FILE}.index.json"
 
+BUNDLE_FILES = ("manifest.json", "basis.safetensors")
+"""What every bundle has, and no model."""
+
 READABLE = (
     f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
     f"index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
-from eigenzoo.formats.kinds import FILE_SUFFIXES, READABLE, kind_of_file, kind_of_folder, refuse_unreadable
+from eigenzoo.formats.kinds import (
+    BUNDLE_FILES,
+    FILE_SUFFIXES,
+    READABLE,
+    kind_of_file,
+    kind_of_folder,
+    refuse_unreadable,
+)
 from eigenzoo.formats.lora.diffusion_file import DiffusionLora
 from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
@@ -24,8 +31,10 @@ from eigenzoo.formats.remote.mirror import mirror_url
 from eigenzoo.formats.remote.record import by_url
 
 
-def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
+def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Model:
     """Open the model at `path`, at a URL, or of an id of the hub (`org/name@revision`), by its headers.
+
+    URLs and ids are text; a `Path` is a place of this machine.
 
     Raises FormatError that says what was found where nothing is readable, and UnsupportedError for a pickle without
     `allow_pickle`.
@@ -42,6 +51,10 @@ def open_model(path: str | Path, *, allow_pickle: bool = False) -> Model:
 
 def _open(path: Path, allow_pickle: bool) -> Model:
     kind = _kind(path)
+    if kind in (None, "state-dict") and os.path.isdir(path) and set(list_folder(path)).issuperset(BUNDLE_FILES):
+        raise FormatError(
+            "this is a bundle, not a zoo or a model", where=str(path), next_step="name the folder or file of a model"
+        )
     openers: dict[str, Callable[[], Model]] = {
         "adapter": lambda: _adapter(path, allow_pickle),
         "checkpoint": lambda: Checkpoint(path),

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from eigenzoo.errors import FormatError, UnsafePathError
 
 MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
+NEAR = 0.75
+"""How like a mistyped name is to what was meant, by difflib's ratio: one letter of four may be another or in another place."""
+
+MAX_NAMES = 10_000  # of a folder, that a mistyped name is compared with
 _MAX_NAME, _MAX_PART = 1024, 255
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _PLAIN = re.compile(r"(?:[\w%+-][\w%+.-]*/)*[\w%+-][\w%+.-]*", re.ASCII)
@@ -126,6 +132,37 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
             f"{path.stat().st_size} bytes", where=where, rule=f"a file of this kind has at most {max_bytes} bytes"
         )
     return data
+
+
+def nearest_path(path: str, folder: Path) -> str | None:
+    """Return the existing path that a mistyped one is like, from `folder`: each part as it is, or else the nearest name there.
+
+    It ends at the first part that is like nothing; None where that is the first of all. Only folders hold further parts; hidden
+    names are not looked at. Cost: one listing of each folder in which a part is missing.
+    """
+    found: list[str] = []
+    parts = Path(path).parts
+    for number, part in enumerate(parts):
+        place, inner = Path(folder, *found), number + 1 < len(parts)
+        is_there = os.path.isdir(place / part) if inner else os.path.lexists(place / part)
+        near = [part] if is_there else get_close_matches(part, _names(place, inner), n=1, cutoff=NEAR)
+        if not near:
+            break
+        found += near
+    return str(Path(*found)) if found else None
+
+
+def _names(folder: Path, folders_only: bool) -> list[str]:
+    """List some of the names that a mistyped one could mean."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                entry.name
+                for entry in islice(entries, MAX_NAMES)
+                if not entry.name.startswith(".") and (entry.is_dir() or not folders_only)
+            ]
+    except (OSError, ValueError):  # a NUL is in no path
+        return []
 
 
 def read_start(path: Path, num_bytes: int) -> bytes:

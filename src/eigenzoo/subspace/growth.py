@@ -29,7 +29,7 @@ from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import opened_workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import Projection
-from eigenzoo.subspace.bundles.originals import find_originals
+from eigenzoo.subspace.bundles.originals import Missing, find_originals
 from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import joined, provenance
 from eigenzoo.subspace.bundles.source_records import Relocation, source_record
@@ -63,7 +63,7 @@ class Growth:
         refreshed: whether the basis was fitted anew.
         discarded: energy Σ‖X − X̂‖² lost by all models so far, over all layers; an upper bound where `exact` is False
             and the basis was refreshed.
-        statement: the same in words.
+        statement: the same in words, and why the old files took no part; without paths.
     """
 
     added: tuple[str, ...]
@@ -121,12 +121,13 @@ def _grown(
             where=str(space.path),
             next_step="rename the new model's folder",
         )
-    originals = find_originals(space, old, allow_pickle)
+    found = find_originals(space, old, allow_pickle)
+    originals, why = (None, found.statement) if isinstance(found, Missing) else (found, "")
     projections = {} if refresh and originals is not None else project_layers(space.layers, new, progress)
     moments = _grown_moments(space, new, originals, progress)
     if refresh:
-        return _refreshed(space, new, originals, moments, progress, started, workspace)
-    return _extended(space, new, projections, moments, originals is not None, workspace)
+        return _refreshed(space, new, originals, why, moments, progress, started, workspace)
+    return _extended(space, new, projections, moments, why, workspace)
 
 
 def _was_exact(space: Subspace) -> bool:
@@ -182,13 +183,13 @@ def _extended(
     new: Zoo,
     projections: Mapping[str, list[Projection]],
     moments: Mapping[str, LayerMoments] | None,
-    exact: bool,
+    why: str,
     workspace: str | os.PathLike[str] | None,
 ) -> Subspace:
     """Keep the basis, add coefficients.
 
-    Without the old files the moments stay those of the models before: what the bundle knows of the others follows from their
-    coefficients and energies when it is asked for (`inside`).
+    Without the old files (`why` says what they lack) the moments stay those of the models before: what the bundle knows of the
+    others follows from their coefficients and energies when it is asked for (`inside`).
     """
     projected = with_templates(new, projections)
     inside = moments is None and space.has_moments and space.manifest.center == "models"
@@ -219,7 +220,7 @@ def _extended(
             }
         )
         growth = Growth(
-            new.names, exact, False, sum(discarded.values()), _extension(space, exact, moments is not None, inside)
+            new.names, not why, False, sum(discarded.values()), _extension(space, why, moments is not None, inside)
         )
         manifest = _with_growth(manifest, space, new, root, energy, growth)
         linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
@@ -289,27 +290,29 @@ def _with_growth(
     return manifest.model_copy(update={"report": report})
 
 
-def _refresh(exact: bool) -> str:
+def _refresh(why: str) -> str:
     return (
-        "fitted anew on all models' files"
-        if exact
-        else "fitted anew on what the bundle knows of the old models; discarded is an upper bound of all that they have lost"
+        f"fitted anew on what the bundle knows of the old models, since {why}; discarded is an upper bound of all that they have "
+        "lost"
+        if why
+        else "fitted anew on all models' files"
     )
 
 
-def _extension(space: Subspace, exact: bool, exact_moments: bool, inside: bool) -> str:
+def _extension(space: Subspace, why: str, exact_moments: bool, inside: bool) -> str:
     if exact_moments:
         return "the basis is unchanged and the moments are exact"
     if inside:
-        return "the basis is unchanged; the old files are gone, so the moments are exact inside the kept subspace only"
-    gone = "" if exact or "imported" in space.report else "the old files are gone, and "
-    return f"the basis is unchanged; {gone}the bundle has no moments"
+        return f"the basis is unchanged; {why}, so the moments are exact inside the kept subspace only"
+    missing = "" if not why or "imported" in space.report else f"{why}, and "
+    return f"the basis is unchanged; {missing}the bundle has no moments"
 
 
 def _refreshed(
     space: Subspace,
     new: Zoo,
     originals: Zoo | None,
+    why: str,
     moments: Mapping[str, LayerMoments] | None,
     progress: Progress,
     started: float,
@@ -329,7 +332,7 @@ def _refreshed(
             fitting = Fitting(workers, kept, Work(), root)
             layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, moments)
             manifest = write_subspace(zoo, _options(space), layers, root, started)
-        manifest = _after_refresh(space, new, manifest, originals is not None, Path(folder.name))
+        manifest = _after_refresh(space, new, manifest, why, Path(folder.name))
     except BaseException:
         folder.cleanup()
         raise
@@ -337,14 +340,14 @@ def _refreshed(
     return Subspace(Path(folder.name), manifest, base=space._base, keep=folder, snapshot=space.snapshot)
 
 
-def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, root: Path) -> Manifest:
+def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
     """Give recalled models their own records again, and count what they had lost before."""
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
     if "imported" in space.report:
         # What another tool had lost before stays unknown.
         report |= {key: space.report[key] for key in ("imported", "warnings")}
-    if not exact:
+    if why:
         models = restore_records(space, manifest, root)
         lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
         discarded = lost
@@ -356,7 +359,7 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, exact: bool, r
         report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
         manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
     report[PROVENANCE] = joined(space.report, provenance(new))
-    growth = Growth(new.names, exact, True, sum(discarded.values()), _refresh(exact))
+    growth = Growth(new.names, not why, True, sum(discarded.values()), _refresh(why))
     return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 
 

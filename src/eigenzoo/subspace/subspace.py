@@ -245,16 +245,16 @@ class Subspace:
         The residual says what share of its energy ‖X‖² (center included) the subspace leaves out. Cost: one read of the
         model and two of the basis.
         """
-        projected = list(self.project_many(source, progress=progress).values())
-        if len(projected) != 1:
-            raise UsageError(
-                f"{len(projected)} models are named", rule="project takes one", next_step="use project_many"
-            )
-        return projected[0]
+        zoo = self.open(source)
+        if len(zoo) != 1:
+            raise UsageError(f"{len(zoo)} models are named", rule="project takes one", next_step="use project_many")
+        return self._projected(zoo, progress)[zoo.names[0]]
 
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
         """Project every model of a source onto the subspace, layer after layer."""
-        zoo = self.open(source)
+        return self._projected(self.open(source), progress)
+
+    def _projected(self, zoo: Zoo, progress: Progress) -> dict[str, Coefficients]:
         return with_templates(zoo, project_layers(self.layers, zoo, progress))
 
     def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:

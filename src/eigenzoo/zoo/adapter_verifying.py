@@ -43,7 +43,7 @@ def verify_adapter(
     """
     text = os.fspath(path)
     try:
-        model = open_model(text)
+        model = open_model(path)
     except UnsupportedError:
         raise
     except FormatError as error:
@@ -56,11 +56,7 @@ def verify_adapter(
         raise UsageError(
             "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
         )
-    opened = (
-        None
-        if base is None
-        else open_base(os.fspath(base) if not isinstance(base, Model) else base, allow_pickle=allow_pickle)
-    )
+    opened = None if base is None else open_base(base, allow_pickle=allow_pickle)
     adapter = adapter_of(model)
     ranks = sorted({update.rank for update in adapter.updates.values()})
     detail = f"{len(adapter.updates)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -175,7 +174,7 @@ def _is_weight(info: TensorInfo) -> bool:
     return info.name.endswith((WEIGHT, ATTENTION)) and len(info.shape) >= 2 and info.dtype.is_floating_point
 
 
-def open_base(base: str | Path | Model, *, allow_pickle: bool = False) -> Model:
+def open_base(base: str | os.PathLike[str] | Model, *, allow_pickle: bool = False) -> Model:
     """Open a base, at a path or URL; raises UsageError for what holds no weights of modules, such as another adapter."""
     model = base if isinstance(base, Model) else open_model(base, allow_pickle=allow_pickle)
     if model.updates or not any(_is_weight(info) for info in model.tensors.values()):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from eigenzoo.errors import EigenzooError, UnsupportedError, ZooError
 from eigenzoo.formats.kinds import FILE_SUFFIXES, kind_of_folder
 from eigenzoo.formats.remote.address import shown_url, split_glob
-from eigenzoo.formats.remote.listing import BUNDLE_FILE, Entry, Folder, entries_matching, list_urls
+from eigenzoo.formats.remote.hub_id import use_of_bundle
+from eigenzoo.formats.remote.listing import Entry, Folder, entries_matching, is_bundle, list_urls
 from eigenzoo.formats.remote.mirror import MODEL_DEPTH
 
 Key = Callable[[str], list[tuple[int, int, str]]]
@@ -48,16 +49,16 @@ def _models(entry: Entry, parts: Sequence[str], max_depth: int, order: Key, url:
         return [
             found
             for _, found in sorted(matching.items(), key=lambda item: order(item[0]))
-            if not last_name(found).startswith((".", "_")) and _is_model(found)
+            if not last_name(found).startswith((".", "_")) and _is_model(found) and not is_bundle(found)
         ]
     if not entry.entries:
         raise ZooError("there is no such file or folder, or no model in it", where=url)
-    if _is_bundle(entry):
+    if is_bundle(entry):
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=url,
-            rule="bundles are read from this machine",
-            next_step="download it to use it, or name the models it was made from",
+            rule="bundles are not read from URLs",
+            next_step=f"{use_of_bundle(url)}, or name the models it was made from",
         )
     return [entry] if _is_model(entry) else _in_folder(entry, max_depth, order)
 
@@ -69,7 +70,7 @@ def _in_folder(folder: Folder, depth: int, order: Key) -> list[Entry]:
             continue
         if not isinstance(entry, Folder):
             found += [entry] if _is_model(entry) else []
-        elif not _is_bundle(entry):
+        elif not is_bundle(entry):
             if _is_model(entry):
                 found.append(entry)
             elif depth > 1:
@@ -87,7 +88,3 @@ def _is_model(entry: Entry) -> bool:
         files = {name for name, inner in entry.entries.items() if not isinstance(inner, Folder)}
         return kind_of_folder(files) is not None
     return entry.url.partition("::")[0].endswith(FILE_SUFFIXES)
-
-
-def _is_bundle(folder: Folder) -> bool:
-    return BUNDLE_FILE in folder.entries and "basis.safetensors" in folder.entries

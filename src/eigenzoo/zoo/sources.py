@@ -6,8 +6,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,14 @@ from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
-from eigenzoo.formats.paths import list_folder, read_bounded
+from eigenzoo.formats.paths import list_folder, nearest_path, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
-from eigenzoo.formats.remote.hub import Stopped, find_hub_models
+from eigenzoo.formats.remote.hub import find_hub_models
 from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
+from eigenzoo.formats.remote.listing import Entry
 from eigenzoo.formats.remote.mirror import mirror_models
+from eigenzoo.formats.remote.retrying import Stopped, side_by_side
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.globs import find_names
 from eigenzoo.zoo.remote_sources import find_remote, last_name
@@ -52,21 +53,23 @@ class Unreadable:
 
 
 def find_models(
-    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False
+    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False, allow_missing: bool = False
 ) -> list[Path | Unreadable]:
     """Return the paths of the models that a source names, each once, in the order given; folders and globs by name.
 
     A folder that is a model is that model; otherwise it holds models, down to `MAX_DEPTH`. Names that begin with `.` or
     `_` are not looked at in folders and globs: the nursery keeps a zoo's parent there. A URL is listed by the same rules,
     and its models are mirrored: the path is that of the mirror. So is an id of the hub, whose models are downloaded into the
-    hub's cache.
+    hub's cache; with `allow_missing` a file that cannot be had does not end the others' downloads.
     """
     try:
         found = list(dict.fromkeys(_expand(source, _Lists())))
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
-    models = _mirrored(_downloaded(found, allow_pickle, progress), progress)
-    return _some(models, source)
+    # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
+    urls = [item for item in found if isinstance(item, str)]
+    listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))
+    return _some(_mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress), source)
 
 
 def _some(models: list[M], source: Source) -> list[M]:
@@ -88,7 +91,7 @@ def shown_source(source: Source) -> str:
 
 
 def _downloaded(
-    found: Sequence[Path | str | HubId], allow_pickle: bool, progress: Progress
+    found: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
 ) -> list[Path | str | Unreadable]:
     """Put the models that ids of the hub name in the ids' places."""
     places = list(dict.fromkeys(item for item in found if isinstance(item, HubId)))
@@ -101,13 +104,17 @@ def _downloaded(
             raise Stopped
         progress(stage, done, total)
 
-    find = partial(find_hub_models, max_depth=MAX_DEPTH, order=_natural, allow_pickle=allow_pickle, progress=telling)
-    pool = ThreadPoolExecutor(MAX_REPOSITORIES, thread_name_prefix="eigenzoo-hub")
-    try:
-        models = dict(zip(places, pool.map(find, places), strict=True))
-    finally:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    find = partial(
+        find_hub_models,
+        max_depth=MAX_DEPTH,
+        order=_natural,
+        allow_pickle=allow_pickle,
+        allow_missing=allow_missing,
+        progress=telling,
+        stopped=stopped,
+    )
+    listed = side_by_side([partial(find, place) for place in places], MAX_REPOSITORIES, stopped)
+    models = dict(zip(places, listed, strict=True))
     items: list[Path | str | Unreadable] = []
     for item in found:
         if not isinstance(item, HubId):
@@ -118,20 +125,17 @@ def _downloaded(
     return items
 
 
-def _mirrored(found: Sequence[Path | str | Unreadable], progress: Progress) -> list[Path | Unreadable]:
-    """Put the mirrors of the models of URLs in the URLs' places."""
-    urls = [item for item in found if isinstance(item, str)]
-    if not urls:
-        return list(dict.fromkeys(item for item in found if not isinstance(item, str)))
-    listed = find_remote(urls, MAX_DEPTH, _natural)
-    paths = iter(mirror_models([model for models in listed for model in models], progress))
+def _mirrored(
+    found: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
+) -> list[Path | Unreadable]:
+    """Put the mirrors of the models that were listed at URLs in the URLs' places."""
+    paths = iter(mirror_models([model for models in listed.values() for model in models], progress))
     models: list[Path | Unreadable] = []
-    by_url = dict(zip(urls, listed, strict=True))
     for item in found:
         if not isinstance(item, str):
             models.append(item)
             continue
-        for model in by_url[item]:
+        for model in listed[item]:
             path = next(paths)
             models.append(Unreadable(last_name(model), path) if isinstance(path, EigenzooError) else path)
     return list(dict.fromkeys(models))
@@ -171,16 +175,17 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
         return [*_some(_in_glob(str(source), follow=not lists.within), str(source))]
-    spoilt = re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(source))
-    raise ZooError(
-        "there is no such file or folder",
-        where=str(source),
-        next_step="a URL is given as text, since a path has no double slash"
-        if spoilt
-        else "an id of the hub is given as text, not as a path"
-        if parse_id(str(source))
-        else "",
-    )
+    raise ZooError("there is no such file or folder", where=str(source), next_step=_meant(path))
+
+
+def _meant(path: Path) -> str:
+    """Say what a path that names nothing may have been meant to be."""
+    if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
+        return "a URL is given as text, since a path has no double slash"
+    near = nearest_path(str(path), Path())
+    if near is not None and len(Path(near).parts) == len(path.parts):
+        return f"did you mean {near!r}?"
+    return "an id of the hub is given as text, not as a path" if parse_id(str(path)) else ""
 
 
 def _in_folder(folder: Path, depth: int) -> list[Path]:
@@ -203,7 +208,7 @@ def _in_glob(pattern: str, *, follow: bool) -> list[Path]:
     for name in sorted(find_names(pattern, follow=follow), key=_natural):
         path = Path(name)
         if not path.name.startswith((".", "_")) and (
-            is_model(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
+            is_model(path) and not is_bundle(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
         ):
             found.append(path)
     return found
@@ -228,8 +233,7 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
 
 def _line(line: str, folder: Path) -> Path | str | HubId:
     """Read a line of a list: a URL, a path from the list's folder, or an id of the hub where no such path is there."""
-    place = None if os.path.lexists(folder / line) else parse_id(line)
-    return line if "://" in line else place or folder / line
+    return line if "://" in line else find_id(line, folder) or folder / line
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

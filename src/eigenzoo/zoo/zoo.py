@@ -20,6 +20,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
@@ -59,7 +60,7 @@ class Zoo:
         self.base = None if base is None else split_model(base, selection.split)
         self.selection, self.skipped = selection, tuple(skipped)
         if selection.view == "delta" and base is None:
-            raise UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
+            raise _without_base()
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             raise ZooError(
@@ -279,14 +280,29 @@ def open_zoo(
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
     rules = tuple(parse_split(rule) for rule in ([split] if isinstance(split, str) else split))
+    if view is not None:
+        _check_base(check_choice(view, VIEWS, "view"), base)
+    # A base that is not downloaded whole is opened first: what is wrong with it is told before a zoo is downloaded.
+    base_model = open_model(base, allow_pickle=allow_pickle) if base is not None and find_id(base) is None else None
     with seldom_collecting():
         models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
-    base_model = open_model(os.fspath(base), allow_pickle=allow_pickle) if base is not None else None
-    chosen = check_choice(view, VIEWS, "view") if view is not None else default_view(models[0], base_model is not None)
-    if chosen != "delta" and base_model is not None:
-        raise UsageError(f"a base is given with view {chosen!r}", rule="only view 'delta' subtracts a base")
+    chosen = view if view is not None else default_view(models[0], base is not None)
+    _check_base(chosen, base)
+    if base is not None and base_model is None:
+        base_model = open_model(base, allow_pickle=allow_pickle)
     selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing, split=rules)
     return Zoo(models, names, selection, base_model, skipped)
+
+
+def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
+    if view != "delta" and base is not None:
+        raise UsageError(f"a base is given with view {view!r}", rule="only view 'delta' subtracts a base")
+    if view == "delta" and base is None:
+        raise _without_base()
+
+
+def _without_base() -> UsageError:
+    return UsageError("view 'delta' needs a base", next_step="name the parent checkpoint with base=… or --base")
 
 
 @dataclass(frozen=True)
@@ -308,9 +324,8 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 def _open_named(
     source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[str], list[SkippedModel]]:
-    models, skipped = _open_all(
-        find_models(source, progress, allow_pickle=allow_pickle), allow_missing, allow_pickle, progress
-    )
+    found = find_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
+    models, skipped = _open_all(found, allow_missing, allow_pickle, progress)
     if not models:
         raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
     return models, name_models([model.path for model in models]), skipped

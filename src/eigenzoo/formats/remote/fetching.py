@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.remote.retrying import Job, run_jobs
@@ -29,20 +28,18 @@ class _Piece(Job):
         return self._answer.left
 
 
-def fetch(requests: Sequence[Request], *, sleep: Callable[[float], None] = time.sleep) -> None:
+def fetch(requests: Sequence[Request]) -> None:
     """Fill every request's memory, or raise the first one's FormatError.
 
     At most 32 requests and 64 MB are under way at a time. A broken connection is taken up where it broke, after a delay
-    that grows from 0.1 s to 10 s; a piece is given up after eight attempts in a row that bring nothing.
+    of its own that grows from 0.1 s to 10 s; a piece is given up after eight attempts in a row that bring nothing.
     """
-    for error in fetch_each(requests, sleep=sleep):
+    for error in fetch_each(requests):
         if error is not None:
             raise error
 
 
-def fetch_each(
-    requests: Sequence[Request], *, sleep: Callable[[float], None] = time.sleep
-) -> list[EigenzooError | None]:
+def fetch_each(requests: Sequence[Request]) -> list[EigenzooError | None]:
     """Fill every request's memory where that can be done; returns each one's error or None."""
     pieces = [
         _Piece(number, file, start + first, view[first : first + PIECE_BYTES])
@@ -50,7 +47,7 @@ def fetch_each(
         for first in range(0, len(view), PIECE_BYTES)
     ]
     errors: list[EigenzooError | None] = [None] * len(requests)
-    for piece, error in zip(pieces, run_jobs(pieces, sleep=sleep), strict=True):
+    for piece, error in zip(pieces, run_jobs(pieces), strict=True):
         errors[piece.number] = errors[piece.number] or error
     return errors
 

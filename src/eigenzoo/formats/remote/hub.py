@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,11 @@ from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
 from eigenzoo.formats.remote.hub_calls import persist
 from eigenzoo.formats.remote.hub_files import HubModel, find_in_tree, needed_files
 from eigenzoo.formats.remote.hub_id import HubId
+from eigenzoo.formats.remote.retrying import Stopped, side_by_side
 from eigenzoo.records import Progress, no_progress
 
 MAX_DOWNLOADS = 8
 """Files that are downloaded side by side, as in huggingface_hub."""
-
-
-class Stopped(Exception):
-    """Ends a download in its thread at its next piece, where another has failed or the user has interrupted."""
 
 
 FIRST_FILES = ["README.md", ".gitattributes"]
@@ -43,8 +39,11 @@ class Commit:
     sizes: Mapping[str, int]
 
 
-def find_commit(place: HubId) -> Commit:
-    """Resolve the revision of an id to a commit, and list it; without a network both come from the cache."""
+def find_commit(place: HubId, stopped: Event | None = None) -> Commit:
+    """Resolve the revision of an id to a commit, and list it; without a network both come from the cache.
+
+    When `stopped` is set it ends, in Stopped, before its next attempt.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
 
     api, offline = HfApi(), constants.is_offline_mode()
@@ -53,6 +52,7 @@ def find_commit(place: HubId) -> Commit:
         lambda: api.resolve_revision(place.repo, revision=place.revision, local_files_only=offline),
         place,
         local_too=True,
+        stopped=stopped,
     )
     pinned = replace(place, revision=resolved.resolved)
     # This call keeps the listing in the cache; that of a commit is asked for once.
@@ -61,8 +61,9 @@ def find_commit(place: HubId) -> Commit:
             place.repo, revision=resolved, allow_patterns=FIRST_FILES, tqdm_class=_hidden_bar(lambda _: None)
         ),
         place,
+        stopped=stopped,
     )
-    sizes = persist(partial(_list, api, pinned), place)
+    sizes = persist(partial(_list, api, pinned), place, stopped=stopped)
     return Commit(pinned, Path(folder), sizes)
 
 
@@ -83,7 +84,9 @@ def find_hub_models(
     order: Callable[[str], Any],
     *,
     allow_pickle: bool = False,
+    allow_missing: bool = False,
     progress: Progress = no_progress,
+    stopped: Event | None = None,
 ) -> list[tuple[Path, EigenzooError | None]]:
     """Download the models that an id names, by the rules for folders; returns their paths, and why one cannot be read.
 
@@ -92,9 +95,12 @@ def find_hub_models(
         max_depth: how many folders deep models are looked for.
         order: the sort key of names.
         allow_pickle: download pickles too.
+        allow_missing: go on where a file cannot be had, which is then its model's error; else it is raised at once.
         progress: told of the bytes that are downloaded.
+        stopped: ends all of it, in Stopped, when it is set.
     """
-    commit = find_commit(place)
+    stopped = stopped or Event()
+    commit = find_commit(place, stopped)
     models = find_in_tree(commit.sizes, place.folder, max_depth, order, str(place))
     found: list[tuple[Path, EigenzooError | None]] = []
     wanted: list[HubModel] = []
@@ -102,16 +108,25 @@ def find_hub_models(
         error = _refused(model, commit, allow_pickle)
         wanted += [] if error else [model]
         found.append((commit.folder / model.path, error))
-    download(commit, {name for model in wanted for name in model.files}, progress)
-    shards: set[str] = set()
+    files = {name for model in wanted for name in model.files}
+    errors = download(commit, files, progress, keep_going=allow_missing, stopped=stopped)
+    shards: dict[int, set[str]] = {}
     for number, (path, error) in enumerate(found):
+        error = error or _first_of(models[number].files, errors)
         if error is None:
             try:
-                shards |= needed_files(models[number], commit.folder, commit.sizes)
+                shards[number] = needed_files(models[number], commit.folder, commit.sizes)
             except FormatError as fault:
-                found[number] = (path, fault.at(f"{commit.place}/{models[number].path}".rstrip("/")))
-    download(commit, shards, progress)
+                error = fault.at(f"{commit.place}/{models[number].path}".rstrip("/"))
+        found[number] = (path, error)
+    errors = download(commit, set().union(*shards.values()), progress, keep_going=allow_missing, stopped=stopped)
+    for number, names in shards.items():
+        found[number] = (found[number][0], _first_of(names, errors))
     return found
+
+
+def _first_of(names: Iterable[str], errors: Mapping[str, EigenzooError]) -> EigenzooError | None:
+    return next((errors[name] for name in sorted(names) if name in errors), None)
 
 
 def fetch_model(place: HubId, *, allow_pickle: bool = False) -> Path:
@@ -139,38 +154,53 @@ def _refused(model: HubModel, commit: Commit, allow_pickle: bool) -> EigenzooErr
     return None
 
 
-def download(commit: Commit, names: Iterable[str], progress: Progress = no_progress) -> None:
-    """Download those files of a commit that the cache has not, several at once, and check each against its hash."""
+def download(
+    commit: Commit,
+    names: Iterable[str],
+    progress: Progress = no_progress,
+    *,
+    keep_going: bool = False,
+    stopped: Event | None = None,
+) -> dict[str, EigenzooError]:
+    """Download those files of a commit that the cache has not, several at once, and check each against its hash.
+
+    Raises the first error, and ends the other downloads; with `keep_going` returns each file's, and gets all that can be had.
+    """
     missing = sorted(name for name in set(names) if not (commit.folder / name).exists())
     if not missing:
-        return
-    total, done, stopped = sum(commit.sizes[name] for name in missing), 0, Event()
+        return {}
+    total, done, ended = sum(commit.sizes[name] for name in missing), 0, stopped or Event()
 
     def count(num_bytes: float) -> None:
         nonlocal done
-        if stopped.is_set():
+        if ended.is_set():
             raise Stopped
         done += int(num_bytes)
         progress(f"downloading {commit.place.repo}", min(done, total), total)
 
     bar = _hidden_bar(count)
-    pool = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="eigenzoo-hub")
-    try:
-        for _ in pool.map(lambda name: _download(commit, name, bar), missing):
-            pass
-    finally:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def fetch(name: str) -> EigenzooError | None:
+        try:
+            _download(commit, name, bar, ended)
+        except EigenzooError as error:
+            if not keep_going:
+                raise
+            return error
+        return None
+
+    errors = side_by_side([partial(fetch, name) for name in missing], MAX_DOWNLOADS, ended)
+    return {name: error for name, error in zip(missing, errors, strict=True) if error is not None}
 
 
-def _download(commit: Commit, name: str, bar: type[Any]) -> None:
+def _download(commit: Commit, name: str, bar: type[Any], stopped: Event) -> None:
     from huggingface_hub import hf_hub_download
 
     def call() -> None:
         path = hf_hub_download(commit.place.repo, name, revision=commit.place.revision, tqdm_class=bar)
         _check(Path(path), commit.sizes[name], name)
 
-    persist(call, commit.place)
+    persist(call, commit.place, stopped=stopped)
 
 
 def _check(path: Path, size: int, name: str) -> None:

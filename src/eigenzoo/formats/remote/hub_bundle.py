@@ -9,10 +9,10 @@ from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle.folder import CARD, MANIFEST, MAX_MANIFEST_BYTES, MOMENTS, file_sha256, is_bundle
 from eigenzoo.formats.bundle.manifest import parse_manifest
 from eigenzoo.formats.json_file import read_json
+from eigenzoo.formats.kinds import BUNDLE_FILES
 from eigenzoo.formats.paths import inside
 from eigenzoo.formats.remote.address import is_url, local_path, shown_url
 from eigenzoo.formats.remote.hub import Commit, download, find_commit, stored_sha256
-from eigenzoo.formats.remote.hub_files import BUNDLE_FILES
 from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
 
 
@@ -21,7 +21,7 @@ def bundle_path(source: str | os.PathLike[str]) -> Path:
 
     Raises BundleError for what is no bundle, and for files that are not those of its manifest.
     """
-    place = _place(source)
+    place = hub_place(source)
     return Path(source if not isinstance(source, str) else local_path(source)) if place is None else fetch_bundle(place)
 
 
@@ -33,7 +33,11 @@ def names_a_bundle(source: str | os.PathLike[str]) -> bool:
     return is_bundle(Path(source)) if place is None else _is_bundle(find_commit(place))
 
 
-def _place(source: str | os.PathLike[str]) -> HubId | None:
+def hub_place(source: str | os.PathLike[str]) -> HubId | None:
+    """Return the place on the hub that a bundle is named by, as an id or an `hf://` URL; None for a path. Asks no network.
+
+    Raises BundleError for any other URL: no bundle is read from there.
+    """
     if not isinstance(source, str):
         return None
     if not is_url(source):

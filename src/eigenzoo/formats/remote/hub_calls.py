@@ -6,15 +6,16 @@ anew here, with the delay that the hub asks for. Tokens are in no text: what is 
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
+from threading import Event
 from typing import TypeVar
+
+from tenacity import RetryCallState, RetryError
 
 from eigenzoo.errors import EigenzooError, FormatError
 from eigenzoo.formats.remote.address import scrubbed, shown_url
 from eigenzoo.formats.remote.hub_id import HubId
-from eigenzoo.formats.remote.retrying import status_of
+from eigenzoo.formats.remote.retrying import Stopped, asked_to_wait, failure, repeat, status_of
 
 Answer = TypeVar("Answer")
 
@@ -22,8 +23,6 @@ ATTEMPTS, UNREACHED = 4, 2
 """Attempts, and those where not even a connection is made: a path that is mistyped should be told soon without a network."""
 
 FIRST_DELAY = 1.0
-LONGEST_WAIT = 300.0
-"""The hub counts requests in windows of five minutes; who is told to wait for longer is told so instead."""
 
 _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
 """What Python and the hub's own storage call a way that is broken."""
@@ -31,7 +30,14 @@ _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False, writing: bool = False) -> Answer:
+def persist(
+    call: Callable[[], Answer],
+    place: HubId,
+    *,
+    local_too: bool = False,
+    writing: bool = False,
+    stopped: Event | None = None,
+) -> Answer:
     """Call, and call again while the fault may pass; raises FormatError for what lasts.
 
     Args:
@@ -39,25 +45,28 @@ def persist(call: Callable[[], Answer], place: HubId, *, local_too: bool = False
         place: what it is about.
         local_too: whether the id could have been meant as a path of this machine, which the error then says.
         writing: whether it is part of a push, which no cache can stand in for.
+        stopped: ends all attempts, in Stopped, when it is set.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The class of all faults of its HTTP library, whichever that is.
-    http_error = HfHubHTTPError.__bases__[0]
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except (OSError, ValueError, RuntimeError, http_error, _resolution_error()) as error:
-            # The hub's own storage raises it, and an upload that wraps what it failed by; its subclasses are faults of a program.
-            if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-                raise
-            cause = _cause(error)
-            delay = _delay(cause, attempt)
-            if delay is None or attempt >= (UNREACHED if type(cause).__name__ == "ConnectError" else ATTEMPTS):
-                raise told(cause, place, local_too=local_too, writing=writing) from None
-            # Looked up when it is needed: a test's clock is another.
-            time.sleep(delay)
-    raise AssertionError("unreachable")
+    try:
+        return repeat(call, lasts=_lasts, stop=_gives_up, first_delay=FIRST_DELAY, stopped=stopped)
+    except RetryError as error:
+        if stopped is not None and stopped.is_set():
+            raise Stopped from None
+        cause = _cause(failure(error) or error)
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError.__bases__[0], _resolution_error()) as error:
+        # The hub's own storage raises it, and an upload that wraps what it failed by; its subclasses are faults of a program.
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise
+        cause = _cause(error)
+    raise told(cause, place, local_too=local_too, writing=writing)
+
+
+def _gives_up(state: RetryCallState) -> bool:
+    error = failure(state)
+    unreached = error is not None and type(_cause(error)).__name__ == "ConnectError"
+    return state.attempt_number >= (UNREACHED if unreached else ATTEMPTS)
 
 
 def _resolution_error() -> type[Exception]:
@@ -79,8 +88,8 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _delay(error: BaseException, attempt: int) -> float | None:
-    """Return how long to wait before the next attempt, None where there is none."""
+def _lasts(error: BaseException) -> bool:
+    """Tell whether a request will fail again; anything but a fault of a request does."""
     from huggingface_hub.errors import (
         FileMetadataError,
         HfHubHTTPError,
@@ -88,28 +97,18 @@ def _delay(error: BaseException, attempt: int) -> float | None:
         OfflineModeIsEnabled,
     )
 
-    backoff: float = FIRST_DELAY * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+    if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+        return True
+    error = _cause(error)
     status = status_of(error)
     if status is not None:
-        if status not in PASSING:
-            return None
-        asked = _asked_to_wait(error)
-        return None if asked > LONGEST_WAIT else max(asked, backoff)
-    lasting = (OfflineModeIsEnabled, LocalEntryNotFoundError, FileMetadataError, ValueError, _resolution_error())
-    if isinstance(error, lasting):
-        return None
+        return status not in PASSING
+    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, FileMetadataError, _resolution_error())):
+        return True
     if isinstance(error, (HfHubHTTPError.__bases__[0], *_BROKEN)):
-        return backoff
+        return False
     # A plain OSError: a number says what this machine lacks; without one it is a body of the wrong length.
-    return None if isinstance(error, OSError) and error.errno is not None else backoff
-
-
-def _asked_to_wait(error: BaseException) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return max(0.0, float(headers.get("Retry-After", 0)))
-    except ValueError:
-        return 0.0  # a date
+    return not isinstance(error, OSError) or error.errno is not None
 
 
 def told(error: BaseException, place: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
@@ -169,7 +168,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
             f"the repository changed while it was written to (status {status})", where=where, next_step="run it again"
         )
     if status == 429:
-        wait = _asked_to_wait(error)
+        wait = asked_to_wait(error)
         return FormatError(
             "the hub answers no more requests for now (status 429)",
             where=where,

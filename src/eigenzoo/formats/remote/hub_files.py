@@ -10,6 +10,7 @@ from typing import Any
 from eigenzoo.errors import FormatError, UnsupportedError, ZooError
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
 from eigenzoo.formats.kinds import (
+    BUNDLE_FILES,
     INDEXES,
     PICKLE_FILE,
     PICKLE_INDEX,
@@ -26,7 +27,6 @@ from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
 from eigenzoo.formats.side_files import SIDE_FILES
 
-BUNDLE_FILES = ("manifest.json", "basis.safetensors")
 README = "README.md"
 MAX_README_BYTES = 2**20
 

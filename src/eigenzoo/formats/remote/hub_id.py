@@ -1,6 +1,7 @@
 """Ids of the Hugging Face hub: `org/name`, `org/name@revision`, `org/name/folder@revision`; and where its cache has them.
 
-An id stands wherever a path of a model, zoo or bundle does, as text. A path that exists on this machine always wins.
+An id stands wherever a path of a model, zoo or bundle does, as text. A path that exists on this machine always wins, and text
+that is nearly one is an error before anything is asked: names of this machine's files are nobody else's business.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from eigenzoo.errors import FormatError
 from eigenzoo.formats.kinds import PICKLE_SUFFIXES
+from eigenzoo.formats.paths import nearest_path
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"({_PART}/{_PART})((?:/[^/@\s\\*?\[\]]+)*)(?:@([^@\s\\*?\[\]]+))?")
@@ -78,9 +81,23 @@ def parse_id(text: object) -> HubId | None:
     return HubId(repo, folder, revision)
 
 
-def find_id(text: object) -> HubId | None:
-    """Return the id that a source is: text of its form that names nothing on this machine."""
-    return None if isinstance(text, str) and os.path.lexists(text) else parse_id(text)
+def find_id(text: object, folder: Path = Path()) -> HubId | None:
+    """Return the id that a source is: text of its form that names nothing on this machine, seen from `folder`.
+
+    Raises FormatError for text that is nearly a path here, unless it says its revision: its first part is a folder, or is
+    like the name of one. Asks no network.
+    """
+    place = None if isinstance(text, str) and os.path.lexists(folder / text) else parse_id(text)
+    if place is None or place.revision is not None or (near := nearest_path(str(text), folder)) is None:
+        return place
+    is_meant = len(Path(near).parts) == len(Path(str(text)).parts)
+    raise FormatError(
+        "there is no such file or folder",
+        where=str(text),
+        rule=f"{Path(near).parts[0]!r} is a folder here, so the hub is not asked for it",
+        next_step=(f"did you mean {near!r}? " if is_meant else "check the name. ")
+        + f"A repository of the hub is named {place}@main or {place.url}",
+    )
 
 
 def parse_url(url: str) -> HubId | None:
@@ -91,6 +108,12 @@ def parse_url(url: str) -> HubId | None:
     """
     found = _URL.fullmatch(url)
     return HubId(found[1], found[3].strip("/"), found[2]) if found and found[1].split("/")[0] not in _KINDS else None
+
+
+def use_of_bundle(url: str) -> str:
+    """Say how a bundle at a URL is used: the hub's by its id."""
+    place = parse_url(url)
+    return f"name it by its id, {place}, where a bundle is asked for" if place else "download it to use it"
 
 
 _KINDS = ("datasets", "spaces", "models", "buckets", "kernels")

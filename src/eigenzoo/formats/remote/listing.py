@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 from eigenzoo.errors import EigenzooError, UnsafePathError
-from eigenzoo.formats.kinds import FILE_SUFFIXES, INDEXES
+from eigenzoo.formats.kinds import BUNDLE_FILES, FILE_SUFFIXES, INDEXES
 from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.refused import FOREIGN_NAMES
@@ -20,8 +20,6 @@ from eigenzoo.formats.side_files import SIDE_FILES
 
 ATTEMPTS = 3
 """Attempts to reach a store at first: a name that is mistyped should be told soon."""
-
-BUNDLE_FILE = "manifest.json"
 
 # Stores that keep names and no folders: all names below a prefix are one listing, whatever their depth.
 _FLAT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
@@ -47,6 +45,11 @@ class Folder:
 
 
 Entry = Folder | RemoteFile
+
+
+def is_bundle(entry: Entry) -> bool:
+    """Tell by names alone whether a remote folder is meant to be a bundle."""
+    return isinstance(entry, Folder) and entry.entries.keys() >= set(BUNDLE_FILES)
 
 
 def list_urls(urls: Sequence[str], depths: Sequence[int]) -> list[Entry | EigenzooError]:
@@ -109,7 +112,7 @@ def _matters(name: str) -> bool:
         name.endswith((*FILE_SUFFIXES, *(f"{suffix}.index.json" for suffix in FILE_SUFFIXES)))
         or name in SIDE_FILES
         or name in FOREIGN_NAMES
-        or name in (CONFIG_FILE, BUNDLE_FILE, *INDEXES)
+        or name in (CONFIG_FILE, *BUNDLE_FILES, *INDEXES)
     )
 
 

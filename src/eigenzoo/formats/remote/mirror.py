@@ -26,8 +26,9 @@ from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, relative_name
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.remote.fetching import Request, fetch_each
+from eigenzoo.formats.remote.hub_id import use_of_bundle
 from eigenzoo.formats.remote.listing import Entry as Listed
-from eigenzoo.formats.remote.listing import Folder, list_urls
+from eigenzoo.formats.remote.listing import Folder, is_bundle, list_urls
 from eigenzoo.formats.remote.record import Entry, mirror_folder, read_record, remember, write_record
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, fresh_info, tag_of
@@ -95,6 +96,13 @@ def mirror_url(url: str) -> Path:
         raise found
     if isinstance(found, Folder) and not found.entries:
         raise FormatError("no model here: nothing of this name exists", where=shown_url(url))
+    if is_bundle(found):
+        raise FormatError(
+            "this is a bundle, not a zoo or a model",
+            where=shown_url(url),
+            rule="bundles are not read from URLs",
+            next_step=use_of_bundle(url),
+        )
     (path,) = mirror_models([found])
     if isinstance(path, EigenzooError):
         raise path

@@ -8,8 +8,10 @@ from pathlib import Path
 from eigenzoo.errors import BundleError, EigenzooError
 from eigenzoo.formats.bundle.folder import read_manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
+from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
+from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.subspace.subspace import Subspace
 
@@ -24,11 +26,13 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     the manifest's checksums. Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of
     view `delta` lies now.
     """
+    # What is wrong with a base of this machine is told before a bundle is downloaded; a base is downloaded after that.
+    opened = open_model(base) if base is not None and find_id(base) is None else base
     path = bundle_path(folder)
     for _ in range(_ATTEMPTS):
         snapshot = Snapshot.of(path)
         try:
-            space = _opened(path, base, snapshot)
+            space = _opened(path, opened, snapshot)
             snapshot.check()
         except (EigenzooError, FileNotFoundError):
             if snapshot.is_current:
@@ -38,10 +42,10 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     raise BundleError("is replaced again and again while it is opened", where=str(path), next_step="open it later")
 
 
-def _opened(path: Path, base: str | os.PathLike[str] | None, snapshot: Snapshot) -> Subspace:
+def _opened(path: Path, base: str | os.PathLike[str] | Model | None, snapshot: Snapshot) -> Subspace:
     with seldom_collecting():
         manifest = read_manifest(path)
-    opened_base = open_model(os.fspath(base)) if base is not None else None
+    opened_base = base if base is None or isinstance(base, Model) else open_model(base)
     space = Subspace(path, manifest, base=opened_base, snapshot=snapshot)
     if opened_base is not None:
         space.check_base(space.base or opened_base)

@@ -1,63 +1,113 @@
-"""The files that a subspace was fitted to: whether they are still at hand, and opened again."""
+"""The files that a subspace was fitted to: opened again, or why they are not at hand."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.pickles.file import SUFFIXES as PICKLES
-from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
+from eigenzoo.subspace.bundles.source_records import Fault, source_fault, source_path
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
+_STATEMENTS = {
+    "missing": "old files are not found where the bundle names them",
+    "changed": "old files have changed",
+    "unreadable": "old files cannot be read",
+    "remote": "old files are at URLs",
+    "pickled": "old files are pickles, which are read again with permission only",
+    "unnamed": "the bundle names no old files",
+}
 
-def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | None:
-    """The old models' own files as a zoo in the subspace's order, or None where they are gone or have changed."""
-    if old is not None:
-        zoo = space.open(old, allow_pickle=allow_pickle)
-        missing = [name for name in space.names if name not in zoo.names]
-        if missing:
+
+class Missing(NamedTuple):
+    """Why the old models' own files take no part: `statement` for a report, without paths; `detail` names model and file."""
+
+    statement: str
+    detail: str
+
+
+def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | Missing:
+    """Return the old models' own files as a zoo in the subspace's order, or why they are not at hand.
+
+    Raises UsageError where `old` does not name the files that were fitted.
+    """
+    if old is None:
+        return _at_hand(space, allow_pickle)
+    zoo = space.open(old, allow_pickle=allow_pickle)
+    missing = [name for name in space.names if name not in zoo.names]
+    if missing:
+        raise UsageError(
+            f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
+        )
+    zoo = zoo.select(names=space.names)
+    for record, model in zip(space.manifest.models, zoo.models, strict=True):
+        there = record.source.model_copy(update={"path": str(model.path.absolute())})
+        known = all(file.sha256 for file in there.files.values())
+        fault = (source_fault(there, space.path) if known else None) or _scale_fault(space, record.name, model)
+        if fault is not None:
             raise UsageError(
-                f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
+                f"the files of {record.name!r} are not those that were fitted ({fault.detail})",
+                where=str(model.path),
+                next_step="leave old= out: the bundle alone then stands for the old models",
             )
-        zoo = zoo.select(names=space.names)
-        for record, model in zip(space.manifest.models, zoo.models, strict=True):
-            there = record.source.model_copy(update={"path": str(model.path.absolute())})
-            known = all(file.sha256 for file in there.files.values())
-            if (known and not is_at_hand(there, space.path)) or _other_scales(space, record.name, model):
-                raise UsageError(
-                    f"the files of {record.name!r} are not those that were fitted",
-                    where=str(model.path),
-                    next_step="leave old= out: the bundle alone then stands for the old models",
-                )
-        return zoo
-    records = {model.name: model.source for model in space.manifest.models}
-    # What a bundle says of its sources is no permission to unpickle them.
-    if _from_pickles(space) and not allow_pickle:
-        return None
-    if not all(is_at_hand(record, space.path) for record in records.values()):
-        return None
-    paths = [source_path(record, space.path) or space.path / record.path for record in records.values()]
-    zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
-    if any(_other_scales(space, name, model) for name, model in zip(zoo.names, zoo.models, strict=True)):
-        return None
     return zoo
 
 
-def _other_scales(space: Subspace, name: str, model: Model) -> bool:
-    """Tell whether an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
+def missing_originals(space: Subspace, *, allow_pickle: bool = False) -> Missing | None:
+    """Return why the old models' own files are not at hand, None where they are."""
+    found = _at_hand(space, allow_pickle)
+    return found if isinstance(found, Missing) else None
+
+
+def _at_hand(space: Subspace, allow_pickle: bool) -> Zoo | Missing:
+    records = {model.name: model.source for model in space.manifest.models}
+    # What a bundle says of its sources is no permission to unpickle them.
+    if not allow_pickle and (pickled := _from_pickles(space)):
+        return Missing(_STATEMENTS["pickled"], f"{pickled!r} is a pickle: --allow-pickle (allow_pickle=True) reads it")
+    for name, record in records.items():
+        if (fault := source_fault(record, space.path)) is not None:
+            return _missing(space, name, fault)
+    paths = [source_path(record, space.path) or space.path / record.path for record in records.values()]
+    zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
+    for name, model in zip(zoo.names, zoo.models, strict=True):
+        if (fault := _scale_fault(space, name, model)) is not None:
+            return _missing(space, name, fault)
+    return zoo
+
+
+def _missing(space: Subspace, name: str, fault: Fault) -> Missing:
+    detail = f"{name!r}: {fault.detail}"
+    if fault.kind == "missing":
+        places = [source_path(model.source, space.path) for model in space.manifest.models]
+        detail += (
+            ", though other old models are"
+            if any(path is not None and path.exists() for path in places)
+            else ". No old model is: the bundle names them from its own folder, so it was moved or copied without them, "
+            "or they were removed"
+        )
+    return Missing(_STATEMENTS[fault.kind], detail)
+
+
+def _scale_fault(space: Subspace, name: str, model: Model) -> Fault | None:
+    """Tell where an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
     if not model.updates:
-        return False
+        return None
     fitted = space.template(name).layout.updates
-    return any(fitted[module].scale != update.scale for module, update in model.updates.items() if module in fitted)
+    if all(fitted[module].scale == update.scale for module, update in model.updates.items() if module in fitted):
+        return None
+    path = os.path.realpath(model.path)
+    return Fault("changed", f"{path} gives its updates another scale than when it was read")
 
 
-def _from_pickles(space: Subspace) -> bool:
-    """Tell whether a source is anything but safetensors, by the names of its files and its own."""
-    return any(
-        not name.endswith(".safetensors")
-        for model in space.manifest.models
-        for name in (*model.source.files, *([model.source.path] if Path(model.source.path).suffix in PICKLES else []))
-    )
+def _from_pickles(space: Subspace) -> str:
+    """Return the first model whose source is anything but safetensors, by the names of its files and its own."""
+    for model in space.manifest.models:
+        own = [model.source.path] if Path(model.source.path).suffix in PICKLES else []
+        if not all(name.endswith(".safetensors") for name in (*model.source.files, *own)):
+            return model.name
+    return ""

@@ -30,8 +30,7 @@ def push(
     """Push a subspace; see `Subspace.push`."""
     from eigenzoo.subspace.bundles.loading import load
 
-    place = _place(repo, revision)
-    check_may_push(place)
+    place = check_push(repo, revision)
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:
         folder = save(space, Path(temporary) / "bundle", force=False, moments=moments, change=portable)
         saved = load(folder)
@@ -49,7 +48,8 @@ def push(
     return str(done)
 
 
-def _place(repo: str, revision: str | None) -> HubId:
+def check_push(repo: str, revision: str | None) -> HubId:
+    """Return where a push goes; refuses what needs no request to be known, before a bundle is downloaded or written."""
     place = parse_id(repo)
     if place is None or place.folder or (revision and place.revision):
         raise UsageError(
@@ -60,6 +60,7 @@ def _place(repo: str, revision: str | None) -> HubId:
     place = HubId(place.repo, "", revision or place.revision)
     if place.is_commit:
         raise UsageError("a commit cannot be pushed to", where=str(place), next_step="name a branch")
+    check_may_push(place)
     return place
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from eigenzoo.formats.bundle.folder import file_sha256
 from eigenzoo.formats.bundle.manifest import SourceFile, SourceRecord
@@ -74,28 +75,58 @@ def _sha256(path: Path, known: SourceFile) -> str | None:
     return file_sha256(path)
 
 
-def is_at_hand(record: SourceRecord, root: Path) -> bool:
-    """Tell whether a model's own files are still where they were, unchanged: by size and time, else by checksum.
+class Fault(NamedTuple):
+    """Why a model's own files are not at hand.
 
-    Files of a store count as gone: growing from them again is a choice that `old` makes. Those of the hub are at hand where
-    its cache has their commit.
+    Attributes:
+        kind: `missing`, `changed`, `unreadable`, `remote` or `unnamed`.
+        detail: the same in words, with paths.
     """
+
+    kind: str
+    detail: str
+
+
+def is_at_hand(record: SourceRecord, root: Path) -> bool:
+    """Tell whether a model's own files are still where they were, unchanged."""
+    return source_fault(record, root) is None
+
+
+def source_fault(record: SourceRecord, root: Path) -> Fault | None:
+    """Return why a model's own files are not where they were, unchanged by size and time, else by checksum; None if they are.
+
+    Files of a store are not at hand: growing from them again is a choice that `old` makes. Those of the hub are where its
+    cache has their commit. Of a path that leads to nothing nobody knows whether the bundle or the files have moved.
+    """
+    if not record.files:
+        return Fault("unnamed", "the bundle names no files")
     path = source_path(record, root)
     if path is None:
-        return False
+        return Fault("remote", f"{record.path} is not on this machine, and not asked for again")
+    if not os.path.exists(path):
+        return Fault("missing", f"{os.path.realpath(path)} is not there")
     folder = path if path.is_dir() else path.parent
     for name, known in record.files.items():
-        try:
-            status = (folder / name).stat()
-        except OSError:
-            return False
-        if status.st_size != known.bytes:
-            return False
-        if status.st_mtime_ns != known.mtime_ns and (
-            known.sha256 is None or file_sha256(folder / name) != known.sha256
-        ):
-            return False
-    return bool(record.files)
+        if (fault := _file_fault(Path(os.path.realpath(folder / name)), known)) is not None:
+            return fault
+    return None
+
+
+def _file_fault(path: Path, known: SourceFile) -> Fault | None:
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return Fault("missing", f"{path} is not there")
+    except OSError as error:
+        return Fault("unreadable", f"{path} cannot be read ({error.strerror})")
+    if status.st_size != known.bytes:
+        return Fault("changed", f"{path} has {status.st_size} bytes, and had {known.bytes} when it was read")
+    if status.st_mtime_ns == known.mtime_ns:
+        return None
+    if known.sha256 is None:
+        return Fault("changed", f"{path} was written to since it was read, and its checksum is not known")
+    same = file_sha256(path) == known.sha256
+    return None if same else Fault("changed", f"{path} has other contents than when it was read")
 
 
 def source_path(record: SourceRecord, root: Path) -> Path | None:

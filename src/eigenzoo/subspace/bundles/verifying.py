@@ -53,7 +53,7 @@ def _verify(
     workers: Workers,
     progress: Progress,
 ) -> Verification:
-    base = None if against is None else open_base(against if isinstance(against, Model) else os.fspath(against))
+    base = None if against is None else open_base(against)
     num_models, num_layers = len(space.names), len(space.layers)
     checks = [Check("manifest", "follows the format, and so do the headers")]
     manifest, folder = space.manifest, space.path
