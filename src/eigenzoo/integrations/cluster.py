@@ -14,6 +14,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.resources import LEAST_MEMORY, Resources, check_device, resources_for
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers
 
 LOCAL = "local"
@@ -68,7 +69,7 @@ def worker_resources(max_memory: int | None, device: str) -> Resources:
 
 def run_task(call: Callable[[], Any]) -> Any:
     """Run a task on one thread of a worker."""
-    with single_threaded(), kept_open():
+    with single_threaded(), own_settings(), kept_open():
         return call()
 
 

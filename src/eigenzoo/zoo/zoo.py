@@ -22,6 +22,7 @@ from eigenzoo.formats.pickles.file import PickleModel
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import seldom_collecting
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
@@ -248,6 +249,7 @@ def _address(model: Model) -> str:
     return remote_url(model.path) or str(model.path.absolute())
 
 
+@own_settings()
 def open_zoo(
     source: Source,
     *,

@@ -23,6 +23,7 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import PARTS, STACKED, TUCKER, form_of
@@ -54,6 +55,7 @@ from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 
+@own_settings()
 def fit(
     zoo: Zoo | Source,
     rank: Rank | None = None,
