@@ -22,11 +22,11 @@ from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
+from eigenzoo.passes import buffers
 from eigenzoo.passes.resources import LEAST_MEMORY
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bundles.storage import moment_tensors
 from eigenzoo.subspace.fitting import fit_layers
-from eigenzoo.zoo import buffers
 from tolerance import tolerance
 
 NUM_MODELS, SHAPE = 10, (90, 70)

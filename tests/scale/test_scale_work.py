@@ -225,7 +225,7 @@ def test_another_run_of_the_system_begins_anew(
     """After a loss of power files may be there without what was written into them."""
     write_zoo(tmp_path / "zoo")
     fit_until_interrupted(open_zoo(tmp_path / "zoo"), tmp_path / "work")
-    monkeypatch.setattr("eigenzoo.subspace.fitting.work._running_system", lambda: "another")
+    monkeypatch.setattr("eigenzoo.subspace.fitting.work.running_system", lambda: "another")
     tasks.clear()
     found = saved(ez.fit(tmp_path / "zoo", 3, workspace=tmp_path / "work"), tmp_path / "work" / "bundle")
     assert len(tasks) == NUM_LAYERS
