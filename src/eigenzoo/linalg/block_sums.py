@@ -214,7 +214,7 @@ def _fast_gram(part_ED: Tensor, num_models: int) -> Tensor:
 
 def _transposed_gram(rows_RI: Tensor) -> Tensor:
     """Return rowsᵀ · rows in float64, run by run of rows."""
-    moment_II = torch.zeros(rows_RI.shape[1], rows_RI.shape[1], dtype=torch.float64, device=rows_RI.device)
+    moment_II = rows_RI.new_zeros(rows_RI.shape[1], rows_RI.shape[1], dtype=torch.float64)
     for start in range(0, rows_RI.shape[0], kernels.PRODUCT_COLUMNS):
         moment_II += kernels.gram(rows_RI[start : start + kernels.PRODUCT_COLUMNS].T)
     return moment_II
