@@ -37,6 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, free: int, reserved: int = 0, allocated
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
     monkeypatch.setattr("torch.cuda.mem_get_info", mem_get_info)
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: reserved)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: allocated)
@@ -56,6 +57,12 @@ def test_a_small_card_bounds_what_a_large_machine_would_allow(monkeypatch: pytes
     assert asked == ["cuda:1"]
     assert resources_for(4, 64 * GIB, "cuda:1") == found, "the card has no more, whatever is asked for"
     assert resources_for(4) == Resources(SPAN_BYTES, MOST_KEPT)
+
+
+def test_threads_run_on_the_card_that_the_caller_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = gpu(monkeypatch, 2 * GIB)
+    assert resources_for(4, device="cuda").device == "cuda:1"
+    assert asked == ["cuda:1"]
 
 
 def test_the_machine_bounds_what_a_large_card_would_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +183,8 @@ def test_what_contradicts_open_workers_is_refused(
 
 
 def test_what_agrees_with_open_workers_is_taken() -> None:
-    workers = Workers(None, 1, Resources(device="cuda"))  # type: ignore[arg-type]
-    for device in ("cpu", "cuda"):
+    workers = Workers(None, 1, Resources(device="cuda:1"))  # type: ignore[arg-type]
+    for device in ("cpu", "cuda", "cuda:1"):
         with opened_workers(workers, None, device) as opened:
             assert opened is workers
 

@@ -57,6 +57,8 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
     if max_memory is None:
         max_memory = machine_memory() // SHARE_OF_RAM
     if device != "cpu":
+        # A thread of its own begins at the first card, whichever the caller has chosen.
+        device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         free = card_memory(device) // SHARE_OF_CARD
         # A power of two, since an interrupted fit goes on only under the same bounds, and what is free changes a little.
         max_memory = min(max_memory, 1 << max(free.bit_length() - 1, 0))
@@ -85,8 +87,8 @@ def check_agrees(resources: Resources, max_memory: int | None, device: str) -> N
             rule="workers have bounds of their own",
             next_step="give max_memory to local_workers or cluster_workers",
         )
-    # The default says nothing: "cpu" is also what is taken where no device is named.
-    if device not in ("cpu", resources.device):
+    # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any card.
+    if device not in ("cpu", resources.device, resources.device.partition(":")[0]):
         raise UsageError(
             f"device {device!r} beside workers on {resources.device!r}",
             rule="products run where the workers were opened",
