@@ -6,7 +6,6 @@ python -m bench.evidence [--models 500] [--layers 200]
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import eigenzoo as ez
+from eigenzoo.passes.machine import peak_memory
 
 SIDE = 32
 NUM_DIRECTIONS = 8
@@ -33,7 +33,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         page = time.perf_counter()
         size = len(str(found.to_dict()))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak = peak_memory() / 1e9
         print(f"{asked.models} models, {asked.layers} layers: {found.verdict.code}; evidence {seconds:.1f} s")
         print(f"as JSON {size / 1e6:.1f} MB in {time.perf_counter() - page:.1f} s; peak memory {peak:.2f} GB")
         one = _eigendecomposition(asked.models)

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from eigenzoo.passes.machine import peak_memory
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 PACKAGES = ("eigenzoo", "torch", "numpy", "scipy", "scikit-learn", "tensorly", "vlora-dev", "safetensors")
 
@@ -84,7 +86,7 @@ def peak() -> int:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return peak_memory()
 
 
 def cpu_seconds() -> float:

@@ -11,7 +11,8 @@
     ├── ZooError            models that do not make one zoo
     │   └── MismatchError   layers that differ between models
     ├── DataError           values that no subspace can be fitted to (NaN, Inf)
-    └── BundleError         a bundle that is damaged or of another version
+    ├── BundleError         a bundle that is damaged or of another version
+    └── ResourceError       not enough memory, on the machine or on a GPU
 
 Each message says what, where, the rule, and the next step. Low rooms raise with the facts that they know;
 whoever knows the model and the layer adds them once, as `where`.
@@ -98,3 +99,7 @@ class DataError(EigenzooError):
 
 class BundleError(EigenzooError):
     """A bundle that is damaged, incomplete or of another version."""
+
+
+class ResourceError(EigenzooError):
+    """Not enough memory, on the machine or on a GPU."""

@@ -81,7 +81,7 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
         "seconds": usage.ru_utime + usage.ru_stime,
-        "peak": usage.ru_maxrss * 1024,
+        "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 
 

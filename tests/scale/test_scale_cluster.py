@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -20,7 +21,8 @@ import eigenzoo as ez
 from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, FormatError, UsageError
-from eigenzoo.integrations.cluster import cluster_workers
+from eigenzoo.integrations import cluster as cluster_module
+from eigenzoo.integrations.cluster import cluster_workers, run_on_own_card, run_task
 from eigenzoo.passes.resources import LEAST_MEMORY
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.zoo.zoo import reopen
@@ -98,7 +100,6 @@ def test_layers_in_blocks_are_those_of_threads_to_the_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: Any, zoos: dict[str, ez.Zoo]
 ) -> None:
     """Memory decides on the blocks of a worker; this much is less than the large layer."""
-    monkeypatch.setattr("eigenzoo.integrations.cluster.LEAST_MEMORY", 0)
     monkeypatch.setattr("eigenzoo.passes.resources.LEAST_MEMORY", 0)
     memory = 4 * NUM_MODELS * LARGE[0] * LARGE[1]
     with local_workers(memory, num=1) as workers:
@@ -341,3 +342,65 @@ def test_a_zoo_in_a_store_travels_by_its_urls(tmp_path: Path) -> None:
     reopen.cache_clear()
     same(pickle.loads(data), zoo)
     store.rm("/travels", recursive=True)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"), [("cuda", None, 2), ("cuda", 1, 1), ("cuda:1", None, 1), ("cpu", 3, 3)]
+)
+def test_a_local_cluster_has_a_process_for_each_gpu(
+    monkeypatch: pytest.MonkeyPatch, two_gpus: None, device: str, asked: int | None, expected: int
+) -> None:
+    started: list[int | None] = []
+
+    def connect(cluster: object, num_workers: int | None) -> tuple[Any, list[Any]]:
+        started.append(num_workers)
+        client = SimpleNamespace(nthreads=lambda: {"one": 1}, get_executor=lambda pure: None)
+        return client, []
+
+    monkeypatch.setattr(cluster_module, "_connect", connect)
+    with cluster_workers(num_workers=asked, device=device) as workers:
+        assert workers._run is (run_on_own_card if device == "cuda" else run_task)
+    assert started == [expected]
+
+
+def test_more_local_processes_than_gpus_are_refused(two_gpus: None) -> None:
+    with (
+        pytest.raises(UsageError, match=r"3 local workers on 2 GPUs.*threads of one process share a GPU"),
+        cluster_workers(num_workers=3, device="cuda"),
+    ):
+        pass
+
+
+def test_a_local_cluster_on_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"torch sees no GPU.*--device cpu"), cluster_workers(device="cuda"):
+        pass
+
+
+def test_each_process_of_a_local_cluster_runs_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setattr("distributed.get_worker", lambda: SimpleNamespace(name=1))
+    assert run_on_own_card(lambda: [*chosen]) == [1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "mps"}, {"device": "cudanonsense"}, {"device": "cuda:-1"}, {"device": ""}], ids=str
+)
+def test_nonsense_is_refused_before_a_cluster_is_asked(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="Devices are cpu, cuda"), cluster_workers("tcp://nobody:1", **options):
+        pass
+
+
+def test_the_number_of_a_local_process_is_that_of_its_gpu(cluster: Any) -> None:
+    """What `run_on_own_card` counts on: dask names the processes of a local cluster 0, 1, …"""
+    with cluster_workers(cluster) as workers:
+        tasks = [(n, [lambda: distributed.get_worker().name]) for n in range(20)]
+        names = {results[0] for _, results in workers.in_order(tasks)}
+    assert names <= set(range(len(cluster.workers)))

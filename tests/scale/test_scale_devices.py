@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ from scale_zoos import planted, read_in_float32, read_in_spans
 from torch import Tensor
 
 import eigenzoo as ez
-from builders import edit_model, random_factors, write_adapter, write_stacks
+from builders import edit_model, random_factors, seeded, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.linalg import kernels
-from eigenzoo.passes.resources import check_device
+from eigenzoo.linalg.block_sums import add_block, empty_sums, exact_mean, num_extended
+from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.update_tiles import Tile, products
+from eigenzoo.passes.resources import Resources, check_device
+from eigenzoo.subspace.moments.collecting import Asked, dense_moments, loaded, sum_span
+from eigenzoo.subspace.moments.sketched import sketch_sides
+from eigenzoo.subspace.moments.update_moments import update_side
 from tolerance import tolerance
 
 NUM_MODELS, SHAPE = 12, (120, 96)
@@ -113,6 +120,134 @@ def test_a_gpu_of_a_number_that_is_not_there_is_refused(monkeypatch: pytest.Monk
         check_device(device)
     with pytest.raises(UsageError, match="device 'cuda:2', but torch sees 2 GPUs"):
         check_device("cuda:2")
+
+
+def on_device(stack: Tensor, device: str) -> Tensor:
+    """Extended rows of a stack, not centred."""
+    rows_ND = stack.flatten(1).float()
+    extended_ED = torch.zeros(num_extended(len(rows_ND)), rows_ND.shape[1])
+    extended_ED[: len(rows_ND)] = rows_ND
+    return extended_ED.to(device) if device != "elsewhere" else elsewhere(extended_ED)
+
+
+SUMS = {"columns": True, "sides": True}
+
+
+@pytest.mark.parametrize(("precision", "parent"), [("default", 0.0), ("fast", 0.0), ("default", 1e4)])
+def test_sums_elsewhere_are_those_of_the_cpu(precision: str, parent: float) -> None:
+    """Also of rows whose mean is far from them: what its rounding left is found without a look at the values."""
+    stack = planted(NUM_MODELS, (150, SHAPE[1]), parent=parent)
+    stack = stack if parent else stack - stack.mean(0)
+    found = []
+    for device in ("cpu", "elsewhere"):
+        sums = empty_sums(NUM_MODELS, SHAPE[1], **SUMS)
+        add_block(sums, on_device(stack, device), SHAPE[1], precision)
+        found.append(sums.on_cpu())
+    here, there = found
+    rest = [float(sums.gram_EE[NUM_MODELS + 1, NUM_MODELS + 1]) for sums in found]
+    assert [value > 0 for value in rest] == [parent > 0] * 2, "the rounding of the mean matters where it is far"
+    # About the mean itself: its rounding is another where it is added up in another order.
+    exact = center_gram(stack.float().double().flatten(1) @ stack.float().double().flatten(1).T)
+    for sums in found:
+        within = 1e-2 if precision == "fast" else tolerance(4, dtype=torch.float32)
+        assert float((center_gram(sums.gram_NN) - exact).abs().max()) <= within * float(exact.abs().max())
+    for one, two in ((here.columns_NI, there.columns_NI), (here.inputs_II, there.inputs_II)):
+        assert one is not None
+        assert two is not None
+        one, two = (one - one.mean(0), two - two.mean(0)) if len(one) == NUM_MODELS else (one, two)
+        assert float((one - two).abs().max()) <= tolerance(4, dtype=torch.float32, scale=float(one.abs().max()))
+    assert float(there.squares) == pytest.approx(float(here.squares), rel=tolerance(4, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("precision", ["default", "fast"])
+def test_a_span_is_summed_without_waiting_for_the_device(precision: str) -> None:
+    """Tensors of "meta" have no values: whoever looks at one, and would wait for a GPU there, raises an error."""
+    sums = empty_sums(NUM_MODELS, SHAPE[1], **SUMS, device="meta")
+    for _ in range(2):
+        rows_ED = on_device(planted(NUM_MODELS, (200, SHAPE[1])), "meta")
+        add_block(sums, rows_ED, SHAPE[1], precision)
+        assert exact_mean(rows_ED, NUM_MODELS).device.type == "meta"
+    assert {part.device.type for part in (sums.gram_EE, sums.squares, sums.columns_NI, sums.inputs_II)} == {"meta"}
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        sums.on_cpu()
+
+
+def tile(device: str, ranks: tuple[int, ...] = (2, 3, 3)) -> Tile:
+    draw = seeded(sum(ranks))
+    b_OP, a_PI = (torch.randn(shape, generator=draw) for shape in ((40, sum(ranks)), (sum(ranks), 30)))
+    return Tile(b_OP.to(device), a_PI.to(device), ranks)
+
+
+def test_products_of_tiles_wait_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leading rows' products, a sum over rows, come back with those of the updates."""
+    copied: list[tuple[int, ...]] = []
+
+    def copy(values: Tensor) -> Tensor:
+        copied.append(tuple(values.shape))
+        return torch.zeros(values.shape, dtype=values.dtype)
+
+    left, right = tile("meta"), tile("meta", (4, 2))
+    monkeypatch.setattr("torch.Tensor.cpu", copy)
+    products(left, right, 2, "default")
+    assert copied == [(3, 2), (3, 2)]
+
+
+def dense_stack(root: Path, num_models: int = NUM_MODELS) -> Any:
+    write_stacks(root / "zoo", {"w": planted(num_models, SHAPE)})
+    return ez.open_zoo(root / "zoo").stack("w")
+
+
+@pytest.mark.parametrize("side", ["outputs", "sketch", "updates"])
+def test_products_of_sides_run_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    """Kernels are given tensors of the device, and their results come back once."""
+    seen: set[str] = set()
+
+    def record(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(*tensors: Tensor) -> Tensor:
+            seen.update(tensor.device.type for tensor in tensors)
+            return kernel(*tensors)
+
+        return recorded
+
+    for name in ("gram", "product"):
+        monkeypatch.setattr(kernels, name, record(getattr(kernels, name)))
+    if side == "updates":
+        for n in range(40):
+            write_adapter(tmp_path / f"m{n}", random_factors({"w": (60, 48)}, 4, n))
+        stack = ez.open_zoo(tmp_path, view="update").stack("w")
+        call: Callable[[str], object] = lambda device: update_side(stack, "outputs", device)  # noqa: E731
+    elif side == "sketch":
+        stack = dense_stack(tmp_path)
+        call = lambda device: sketch_sides(stack, {"outputs": 4}, None, device=device)  # noqa: E731
+    else:
+        stack = dense_stack(tmp_path)
+        asked = Asked(("models", "outputs"))
+        spans = [sum_span(stack, *span, asked, Resources()) for span in stack.spans()]
+        seen.clear()
+        call = lambda device: dense_moments(stack, spans, asked, device)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        call("meta")
+    assert seen == {"meta"}
+
+
+def test_rows_are_copied_from_pinned_memory_that_goes_back_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent: list[bool] = []
+
+    @contextmanager
+    def borrow(rows: int, columns: int, dtype: torch.dtype, *, pinned: bool = False) -> Iterator[Tensor]:
+        lent.append(pinned)
+        yield torch.empty(rows, columns, dtype=dtype)
+        lent.pop()
+
+    monkeypatch.setattr("eigenzoo.subspace.moments.collecting.borrow", borrow)
+    stack = dense_stack(tmp_path)
+    with loaded(stack, 0, SHAPE[1], Resources(device="meta")) as rows_ED:
+        assert rows_ED.device.type == "meta"
+        assert lent == []
+    with loaded(stack, 0, SHAPE[1], Resources()) as rows_ED:
+        assert (rows_ED.device.type, lent) == ("cpu", [False])
 
 
 def write(root: Path, view: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import eigenzoo as ez
 from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, OutputError
+from eigenzoo.formats.output.held_folder import running_system
 from eigenzoo.subspace.fitting import fit_layers
 from eigenzoo.subspace.fitting.work import PREFIX, STALE_SECONDS
 from guard import HANG
@@ -229,7 +230,7 @@ def test_another_run_of_the_system_begins_anew(
     """After a loss of power files may be there without what was written into them."""
     write_zoo(tmp_path / "zoo")
     fit_until_interrupted(open_zoo(tmp_path / "zoo"), tmp_path / "work")
-    monkeypatch.setattr("eigenzoo.subspace.fitting.work._running_system", lambda: "another")
+    monkeypatch.setattr("eigenzoo.subspace.fitting.work.running_system", lambda: "another")
     tasks.clear()
     found = saved(ez.fit(tmp_path / "zoo", 3, workspace=tmp_path / "work"), tmp_path / "work" / "bundle")
     assert len(tasks) == NUM_LAYERS
@@ -383,3 +384,47 @@ def test_without_a_workspace_nothing_is_kept(tmp_path: Path, tasks: Counter[str]
         with pytest.raises(KeyboardInterrupt):
             ez.fit(tmp_path / "zoo", 3, progress=interrupt)
         assert len(tasks) >= STOPS_AFTER
+
+
+def test_a_system_that_does_not_tell_when_it_began_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: Counter[str]
+) -> None:
+    monkeypatch.setattr("eigenzoo.subspace.fitting.work.running_system", lambda: "")
+    write_zoo(tmp_path / "zoo")
+    fit_until_interrupted(open_zoo(tmp_path / "zoo"), tmp_path / "work")
+    tasks.clear()
+    ez.fit(tmp_path / "zoo", 3, workspace=tmp_path / "work")
+    assert len(tasks) == NUM_LAYERS
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    running_system.cache_clear()
+    yield
+    running_system.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_macos_names_its_start_by_sysctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        said.append(words)
+        return subprocess.CompletedProcess(words, 0, "7D2F-11\n", "")
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("subprocess.run", run)
+    assert running_system() == "7D2F-11"
+    assert said == [["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]]
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_where_the_start_is_not_told_it_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    def run(words: list[str], **options: Any) -> None:
+        raise subprocess.CalledProcessError(1, words)
+
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("eigenzoo.formats.output.held_folder.BOOT_ID", tmp_path / "none")
+    assert running_system() == ""

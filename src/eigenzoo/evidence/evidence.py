@@ -24,6 +24,7 @@ from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import deal_whole
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
@@ -84,6 +85,7 @@ class Evidence:
         return document(self)
 
 
+@own_settings()
 def evidence(
     source: Zoo | Subspace | Source,
     *,

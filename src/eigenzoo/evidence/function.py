@@ -31,6 +31,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import single_threaded
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.coefficients import Coefficients
@@ -207,6 +208,7 @@ def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ran
     )
 
 
+@own_settings()
 def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Path, where: str) -> Path | None:
     """Save a variant under the original's own name; returns what a metric takes: a file where the original is one."""
     try:

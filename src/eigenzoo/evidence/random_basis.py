@@ -82,7 +82,7 @@ def _directions(
     for start in range(0, num_values, per_block):
         stop = min(start + per_block, num_values)
         # Drawn in float32, which is twice as fast, and as random.
-        yield start, stop, torch.randn(num_directions, stop - start, generator=draw).double()
+        yield start, stop, torch.randn(num_directions, stop - start, generator=draw, dtype=torch.float32).double()
 
 
 def _among_updates(basis: StackedBasis, update: Factors, mean: Factors, draw: torch.Generator) -> Factors:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.variants import mean_values
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress
 from eigenzoo.subspace.bundles.originals import missing_originals
 from eigenzoo.subspace.bundles.source_records import source_path
@@ -72,6 +73,7 @@ def _fit_again(space: Subspace, rest: Zoo, progress: Progress) -> Subspace:
     )
 
 
+@own_settings()
 def is_known(space: Subspace, projected: Iterable[Coefficients]) -> bool:
     """Tell whether one of the models is in the subspace already, by whatever name: the same coefficients, the same residuals."""
 

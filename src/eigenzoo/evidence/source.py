@@ -13,7 +13,7 @@ from eigenzoo.formats.remote.hub_bundle import names_a_bundle
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.side import SideMoment
-from eigenzoo.passes.resources import Resources
+from eigenzoo.passes.resources import Resources, check_memory, check_name
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bundles.loading import load
@@ -185,6 +185,9 @@ def open_source(
                 rule="a bundle keeps the models' Gram of its own layers, about their mean",
                 next_step="name the zoo instead",
             )
+        # No task runs, so that nobody else looks at them.
+        check_name(device)
+        check_memory(max_memory)
         return BundleMoments(source)
     if isinstance(source, Zoo):
         if chosen:

@@ -117,7 +117,8 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     # Rows: candidates for x_min; columns: the values at or above it, with the fitted and the empirical distribution.
     places = torch.arange(num)[None, :] - starts[:, None]
     theory = 1 - torch.exp((1 - alphas)[:, None] * (logs[None, :] - logs[:-1, None]))
-    empirical = places / counts[:, None]
+    # Two whole numbers divided would be of the default dtype.
+    empirical = places.double() / counts[:, None]
     distances = torch.where(places >= 0, (theory - empirical).abs(), torch.zeros(())).amax(1)
     distances = torch.where(alphas.isfinite() & (counts >= MIN_TAIL), distances, torch.inf)
     best = int(distances.argmin())

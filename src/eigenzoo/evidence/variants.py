@@ -13,6 +13,7 @@ from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
 from eigenzoo.linalg.lora import Factors
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
@@ -161,6 +162,7 @@ def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
     return kept
 
 
+@own_settings()
 def mean_values(space: Subspace) -> dict[str, Tensor]:
     """Coefficients of the mean: zeros, or where another center was removed, the average of the kept models'."""
     zeros = {name: torch.zeros(basis.coefficient_shape) for name, basis in space.layers.items()}
@@ -179,6 +181,7 @@ def heads(model: Model) -> set[str]:
     return {name for name in model.tensors if is_task_head(modules.get(name, name.removeprefix(PEFT_PREFIX)))}
 
 
+@own_settings()
 def check_parent(space: Subspace, parent: Model) -> None:
     """Raise MismatchError unless a parent has every layer in its shape; its task head may be another."""
     for name, basis in space.layers.items():

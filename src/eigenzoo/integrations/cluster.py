@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.process import single_threaded
-from eigenzoo.passes.resources import LEAST_MEMORY, Resources, check_device, resources_for
+from eigenzoo.passes.resources import Resources, check_device, check_memory, check_name, resources_for
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers
 
 LOCAL = "local"
@@ -31,24 +34,29 @@ def cluster_workers(
     Args:
         cluster: "local" for processes of this machine, the address of a scheduler (`tcp://…`, `tls://…`), or a dask cluster or
             client that is there already, such as one of dask-jobqueue or dask-kubernetes; these stay open afterwards.
-        num_workers: how many processes "local" starts; by default one per core.
+        num_workers: how many processes "local" starts; by default one per core, with device `cuda` one per GPU.
         max_memory: bytes that blocks of weights may take on one worker.
-        device: where products run on the workers; whether they have it shows on the first task.
+        device: where products run on the workers. Each process of "local" has a GPU of its own with `cuda`. Whether workers
+            elsewhere have a GPU shows on the first task; `cuda` is there the first one that they see.
 
     Raises:
-        UsageError: without dask.distributed, and where no scheduler or no worker answers.
+        UsageError: without dask.distributed, where no scheduler or no worker answers, and for more local processes than GPUs.
 
         >>> with cluster_workers("tcp://scheduler:8786") as workers:      # doctest: +SKIP
         ...     space = eigenzoo.fit("s3://bucket/adapters", rank=16, workers=workers)
     """
     resources = worker_resources(max_memory, device)
+    run = run_task
+    if cluster == LOCAL and device != "cpu":
+        num_workers = local_cards(num_workers, device)
+        run = run_on_own_card if device == "cuda" else run_task
     client, ours = _connect(cluster, num_workers)
     try:
         num = sum(client.nthreads().values())
         # What is decided here, between tasks, is computed on one thread as on the workers, and so gives the same bits.
         with single_threaded():
             # Never "pure": a task's key would be the hash of all that it is given, and two fits would share results.
-            yield Workers(client.get_executor(pure=False), num, resources, run=run_task)
+            yield Workers(client.get_executor(pure=False), num, resources, run=run)
     finally:
         for opened in ours:
             opened.close()
@@ -56,19 +64,39 @@ def cluster_workers(
 
 def worker_resources(max_memory: int | None, device: str) -> Resources:
     """Return the bounds of a task on a worker, whose memory and device are not those of this machine."""
-    if device != "cpu" and not device.startswith("cuda"):
-        check_device(device)
+    check_name(device)
+    check_memory(max_memory)
     if max_memory is None:
         return Resources(device=device)
-    if max_memory < LEAST_MEMORY:
-        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
     bounds = resources_for(1, max_memory)
     return Resources(bounds.block_bytes, bounds.kept_bytes, device)
 
 
+def local_cards(num_workers: int | None, device: str) -> int:
+    """Return how many processes of this machine share its GPUs, one each; a process on a card takes memory there on its own."""
+    check_device(device)
+    count = torch.cuda.device_count() if device == "cuda" else 1
+    if num_workers is not None and num_workers > count:
+        raise UsageError(
+            f"{num_workers} local workers on {count} GPU{'s' if count > 1 else ''}",
+            rule="each process has a GPU of its own",
+            next_step="ask for fewer, or leave the cluster out: threads of one process share a GPU",
+        )
+    return num_workers or count
+
+
+def run_on_own_card(call: Callable[[], Any]) -> Any:
+    """Run a task on the GPU of this worker, which has the worker's number among those of a local cluster."""
+    from distributed import get_worker
+
+    # For this thread only, and no context on the other GPUs.
+    torch.cuda.set_device(int(get_worker().name))
+    return run_task(call)
+
+
 def run_task(call: Callable[[], Any]) -> Any:
     """Run a task on one thread of a worker."""
-    with single_threaded(), kept_open():
+    with single_threaded(), own_settings(), kept_open():
         return call()
 
 

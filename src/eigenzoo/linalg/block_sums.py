@@ -10,7 +10,7 @@ Legend: N models, E extended rows, D values of one run, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -59,7 +59,7 @@ def sample(num_models: int) -> slice:
 
 @dataclass
 class BlockSums:
-    """Sums over the runs so far, in float64.
+    """Sums over the runs so far, in float64, on the device of the runs until `on_cpu`.
 
     Attributes:
         num_models: N.
@@ -71,7 +71,7 @@ class BlockSums:
 
     num_models: int
     gram_EE: Tensor
-    squares: float = 0.0
+    squares: Tensor
     columns_NI: Tensor | None = None
     inputs_II: Tensor | None = None
 
@@ -101,6 +101,16 @@ class BlockSums:
         """Whether all values were finite, and no product overflowed: any other value reaches the diagonal."""
         return isfinite(float(self.gram_EE.trace()))
 
+    def on_cpu(self) -> BlockSums:
+        """Return the sums on the CPU: on another device the host waits here for all that was asked of it."""
+        return replace(
+            self,
+            gram_EE=self.gram_EE.cpu(),
+            squares=self.squares.cpu(),
+            columns_NI=None if self.columns_NI is None else self.columns_NI.cpu(),
+            inputs_II=None if self.inputs_II is None else self.inputs_II.cpu(),
+        )
+
     def add(self, other: BlockSums) -> None:
         """Add the sums of later runs."""
         self.gram_EE += other.gram_EE
@@ -111,13 +121,14 @@ class BlockSums:
             self.inputs_II += other.inputs_II
 
 
-def center_rows(extended_ED: Tensor, num_models: int, inputs: int) -> float:
-    """Centre one run of whole output rows, in place; returns its `squares`.
+def center_rows(extended_ED: Tensor, num_models: int, inputs: int) -> None:
+    """Centre one run of whole output rows, in place.
 
     The models' mean is subtracted from their rows, and it, what its rounding left, ones and zeros go into the others. The mean is
     rounded to the rows' dtype; what is subtracted is what is kept, so nothing is lost by that.
     """
-    return sum(_center_part(part_ED, num_models) for part_ED in _parts(extended_ED, inputs))
+    for part_ED in _parts(extended_ED, inputs):
+        _center_part(part_ED, num_models)
 
 
 def _parts(extended_ED: Tensor, inputs: int) -> Iterator[Tensor]:
@@ -126,20 +137,26 @@ def _parts(extended_ED: Tensor, inputs: int) -> Iterator[Tensor]:
     return (extended_ED[:, start : start + step] for start in range(0, extended_ED.shape[1], step))
 
 
-def _center_part(part_ED: Tensor, num_models: int) -> float:
+def _center_part(part_ED: Tensor, num_models: int) -> Tensor:
+    """Centre the columns of one product, in place; returns their `squares`."""
     rows_ND, mean_D, rest_D = part_ED[:num_models], part_ED[num_models], part_ED[num_models + 1]
     kernels.mean_rows(rows_ND, mean_D)
     kernels.subtract(rows_ND, mean_D)
     chosen_ND = rows_ND[sample(num_models)]
     energies_D = kernels.column_energies(chosen_ND)
-    if bool((mean_D.square() * (FAR**2 * len(chosen_ND)) > energies_D).any()):
+    is_far = (mean_D.square() * (FAR**2 * len(chosen_ND)) > energies_D).any()
+    if part_ED.device.type != "cpu":
+        # No branch: the host would wait for the device at every product.
+        kernels.mean_rows(rows_ND, rest_D)
+        rest_D.mul_(is_far)
+    elif bool(is_far):
         kernels.mean_rows(rows_ND, rest_D)
     else:
         rest_D.zero_()
     part_ED[num_models + 2] = 1
     part_ED[num_models + 3 :] = 0
     energies_D = energies_D.double()
-    return float(energies_D @ energies_D)
+    return energies_D @ energies_D
 
 
 def exact_mean(extended_ED: Tensor, num_models: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -147,15 +164,21 @@ def exact_mean(extended_ED: Tensor, num_models: int, dtype: torch.dtype = torch.
     return extended_ED[num_models].to(dtype) + extended_ED[num_models + 1].to(dtype)
 
 
-def empty_sums(num_models: int, inputs: int, *, columns: bool = False, sides: bool = False) -> BlockSums:
-    """Return sums over no run, of what is asked for."""
+def empty_sums(
+    num_models: int, inputs: int, *, columns: bool = False, sides: bool = False, device: str = "cpu"
+) -> BlockSums:
+    """Return sums over no run, of what is asked for, on the device of the runs."""
     size = num_extended(num_models)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
     return BlockSums(
         num_models,
-        torch.zeros(size, size, dtype=torch.float64),
-        0.0,
-        torch.zeros(num_models, inputs, dtype=torch.float64) if columns else None,
-        torch.zeros(inputs, inputs, dtype=torch.float64) if sides else None,
+        zeros(size, size),
+        zeros(),
+        zeros(num_models, inputs) if columns else None,
+        zeros(inputs, inputs) if sides else None,
     )
 
 
@@ -167,20 +190,17 @@ def add_block(sums: BlockSums, extended_ED: Tensor, inputs: int, precision: str 
     """
     num_models = sums.num_models
     num_rows = extended_ED.shape[0]
-    device, on_cpu = extended_ED.device, extended_ED.device.type == "cpu"
-    gram_EE = sums.gram_EE if on_cpu else torch.zeros_like(sums.gram_EE, device=device)
-    room_EE = torch.empty(num_rows, num_rows, dtype=extended_ED.dtype, device=device)
+    on_cpu = extended_ED.device.type == "cpu"
+    room_EE = torch.empty(num_rows, num_rows, dtype=extended_ED.dtype) if on_cpu else None
     fast = precision == FAST and extended_ED.dtype == torch.float32
     for part_ED in _parts(extended_ED, inputs):
         sums.squares += _center_part(part_ED, num_models)
-        gram_EE += _fast_gram(part_ED, num_models) if fast else kernels.gram(part_ED, room_EE)
-    if not on_cpu:
-        sums.gram_EE += gram_EE.cpu()
+        sums.gram_EE += _fast_gram(part_ED, num_models) if fast else kernels.gram(part_ED, room_EE)
     wide = extended_ED[:num_models].reshape(-1, inputs)
     if sums.columns_NI is not None:
-        sums.columns_NI += wide.view(num_models, -1, inputs).sum(1).double().cpu()
+        sums.columns_NI += wide.view(num_models, -1, inputs).sum(1).double()
     if sums.inputs_II is not None:
-        sums.inputs_II += _transposed_gram(wide).cpu()
+        sums.inputs_II += _transposed_gram(wide)
 
 
 def _fast_gram(part_ED: Tensor, num_models: int) -> Tensor:
@@ -194,7 +214,7 @@ def _fast_gram(part_ED: Tensor, num_models: int) -> Tensor:
 
 def _transposed_gram(rows_RI: Tensor) -> Tensor:
     """Return rowsᵀ · rows in float64, run by run of rows."""
-    moment_II = torch.zeros(rows_RI.shape[1], rows_RI.shape[1], dtype=torch.float64, device=rows_RI.device)
+    moment_II = rows_RI.new_zeros(rows_RI.shape[1], rows_RI.shape[1], dtype=torch.float64)
     for start in range(0, rows_RI.shape[0], kernels.PRODUCT_COLUMNS):
         moment_II += kernels.gram(rows_RI[start : start + kernels.PRODUCT_COLUMNS].T)
     return moment_II

@@ -6,6 +6,7 @@ Legend: n models of a tile, O outputs, I inputs, R one update's rank, P ranks of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,9 +31,17 @@ class Tile:
 
     def sum_ranks(self, values_PQ: Tensor) -> Tensor:
         """Sum the rows of each model (n, Q): a product with zeros and ones, the fastest way to add up the ranks of many models."""
+        return kernels.product(self._belongs_nP.to(values_PQ.dtype), values_PQ)
+
+    @cached_property
+    def _belongs_nP(self) -> Tensor:
         owner_P = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
-        belongs_nP = (torch.arange(len(self.ranks))[:, None] == owner_P).to(values_PQ.dtype).to(values_PQ.device)
-        return kernels.product(belongs_nP, values_PQ)
+        return (torch.arange(len(self.ranks))[:, None] == owner_P).to(self.b_OP)
+
+    @cached_property
+    def starts_n(self) -> Tensor:
+        """`firsts` on the device of the factors."""
+        return torch.from_numpy(self.firsts).to(self.b_OP.device)
 
     def sums(self) -> Tensor:
         """Return the sum of each update's entries (n,), in float64."""
@@ -61,11 +70,11 @@ def products(left: Tile, right: Tile, num_rows: int, precision: str) -> TileProd
     # Sixteen terms in the factors' dtype, all others in float64.
     reduced_nP = left.sum_ranks(joint_PP).double()
     updates_nn = right.sum_ranks(reduced_nP.T.contiguous()).T
-    starts_nn = torch.zeros(len(left.ranks), len(right.ranks), dtype=torch.float64)
-    rows, columns = torch.from_numpy(left.firsts), torch.from_numpy(right.firsts)
+    starts_nn = torch.zeros_like(updates_nn)
+    rows_n, columns_n = left.starts_n, right.starts_n
     for row in range(num_rows):
-        starts_nn += inputs_PP[rows[:, None] + row, columns + row].cpu()
-    return TileProducts(updates_nn.cpu(), starts_nn, outputs_PP, inputs_PP)
+        starts_nn += inputs_PP[rows_n[:, None] + row, columns_n + row]
+    return TileProducts(updates_nn.cpu(), starts_nn.cpu(), outputs_PP, inputs_PP)
 
 
 def _product(left_PS: Tensor, right_PS: Tensor | None, precision: str) -> Tensor:

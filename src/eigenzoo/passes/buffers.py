@@ -24,7 +24,8 @@ _returned: SimpleQueue[Tensor] = SimpleQueue()
 def borrow(rows: int, columns: int, dtype: torch.dtype, *, pinned: bool = False) -> Iterator[Tensor]:
     """Lend a (rows, columns) tensor of unspecified values; its memory goes back when the context is left.
 
-    Pinned memory is what a GPU copies from while it computes; it is not kept.
+    Pinned memory is what a GPU copies from while it computes. Torch keeps it, and lends it again
+    when the copies from it have ended.
     """
     num_bytes = rows * columns * dtype.itemsize
     if pinned:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import ResourceError, UsageError
+from eigenzoo.passes.machine import card_memory, machine_memory
 
 SPAN_BYTES = 128 * 2**20
 """Bytes of one span: a layer is cut into spans by its shape and its number of models alone, so that sums over them are the same to
@@ -17,7 +20,13 @@ LEAST_MEMORY = 16 * 2**20
 """The least `max_memory`: with less, a block would be a few rows."""
 
 SHARE_OF_RAM = 4
-"""Blocks take a quarter of the machine's memory at most, unless asked otherwise."""
+"""Blocks take a quarter of the memory of the machine, or of the container, at most, unless asked otherwise."""
+
+SHARE_OF_CARD = 2
+"""Blocks take half of a GPU's free memory at most, whatever is asked: products and bases are made there too."""
+
+MOST_ON_A_CARD = 8
+"""Tasks that share a GPU: enough to read for it, and few enough that each has a useful part of its memory."""
 
 MOST_KEPT = 3 * SPAN_BYTES
 """A layer whose rows take more is read again for its basis, from the page cache as a rule, and not kept: so memory stays flat."""
@@ -39,32 +48,90 @@ class Resources:
 
 
 def resources_for(num_workers: int, max_memory: int | None = None, device: str = "cpu") -> Resources:
-    """Divide the memory (a quarter of the machine's by default) among the tasks that run at once.
+    """Divide the memory (a quarter of the machine's by default; on a GPU half of what is free there at most) among tasks.
 
     Raises UsageError for less than `LEAST_MEMORY`, and for a device that is not there.
     """
     check_device(device)
+    check_memory(max_memory)
     if max_memory is None:
-        max_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE_OF_RAM
-    elif max_memory < LEAST_MEMORY:
-        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
+        max_memory = machine_memory() // SHARE_OF_RAM
+    if device != "cpu":
+        # A thread of its own begins at the first card, whichever the caller has chosen.
+        device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        free = card_memory(device) // SHARE_OF_CARD
+        # A power of two, since an interrupted fit goes on only under the same bounds, and what is free changes a little.
+        max_memory = min(max_memory, 1 << max(free.bit_length() - 1, 0))
     # A task holds its rows and, for a moment, what it makes of them.
     share = max(2**20, max_memory // (2 * max(num_workers, 1)))
     return Resources(min(SPAN_BYTES, share), min(MOST_KEPT, share), device)
 
 
+def most_workers(num_workers: int, device: str) -> int:
+    """Return how many of so many workers may run at once on a device."""
+    return num_workers if device == "cpu" else min(num_workers, MOST_ON_A_CARD)
+
+
+def check_memory(max_memory: int | None) -> None:
+    """Raise UsageError for less than `LEAST_MEMORY`."""
+    if max_memory is not None and max_memory < LEAST_MEMORY:
+        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
+
+
+def check_agrees(resources: Resources, max_memory: int | None, device: str) -> None:
+    """Raise UsageError for a device or memory that workers, which are open already, do not have."""
+    check_name(device)
+    if max_memory is not None:
+        raise UsageError(
+            f"max_memory {max_memory:,} beside workers",
+            rule="workers have bounds of their own",
+            next_step="give max_memory to local_workers or cluster_workers",
+        )
+    # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any card.
+    if device not in ("cpu", resources.device, resources.device.partition(":")[0]):
+        raise UsageError(
+            f"device {device!r} beside workers on {resources.device!r}",
+            rule="products run where the workers were opened",
+            next_step="give the device to local_workers or cluster_workers",
+        )
+
+
+def check_name(device: str) -> None:
+    """Raise UsageError for what is not the name of a device."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", str(device)):
+        raise UsageError(f"device {device!r}", rule="devices are cpu, cuda and cuda:<number>")
+
+
 def check_device(device: str) -> None:
     """Raise UsageError for a device that torch does not have here."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if device != "cpu" and (found is None or found.type != "cuda"):
-        raise UsageError(f"device {device!r}", rule="devices are cpu, cuda and cuda:<number>")
+    check_name(device)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found is not None and found.type == "cuda" and (found.index or 0) >= count:
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
         raise UsageError(
             f"device {device!r}, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}",
             rule="cuda needs a GPU and a torch build that knows it",
             next_step="use --device cpu",
         )
+
+
+# What RuntimeErrors of torch and CUDA say where memory is short; all others stay what they are.
+_SHORT = re.compile(r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
+_ASKED = re.compile(r"allocate:? ([\d.,]+ ?\w*B\b|\d+ bytes)", re.I)
+
+
+@contextmanager
+def enough_memory(where: str, device: str) -> Iterator[None]:
+    """Raise ResourceError, which names the place, the device and the bytes, where memory was short inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not _SHORT.search(str(error)):
+            raise
+        asked = _ASKED.search(str(error))
+        on_card = device != "cpu"
+        raise ResourceError(
+            f"out of memory on device {device!r}" + (f": {asked[1]} were asked for" if asked else ""),
+            where=where,
+            rule="blocks of weights, and what is made of them, fit into memory",
+            next_step=f"use a smaller --max-memory, or {'--device cpu' if on_card else '--exclude the layer'}",
+        ) from error

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.buffers import release
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
-from eigenzoo.passes.resources import Resources, resources_for
+from eigenzoo.passes.resources import Resources, check_agrees, enough_memory, most_workers, resources_for
 from eigenzoo.records import Progress, no_progress
 
 Key = TypeVar("Key")
@@ -51,12 +51,15 @@ class Workers:
     ) -> None:
         self._executor, self._run, self.num, self.resources = executor, run, num, resources
 
-    def in_order(self, jobs: Iterable[tuple[Key, Sequence[Call]]], weight: Weight = _nothing) -> Iterator[Done[Key]]:
+    def in_order(
+        self, jobs: Iterable[tuple[Key, Sequence[Call]]], weight: Weight = _nothing, what: str = "layer"
+    ) -> Iterator[Done[Key]]:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
         So many calls are handed out that no worker waits, but no more than that, and not while the results that wait for their
         turn may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may weigh, in bytes. An error of a call
-        is raised in its turn, and whatever has not begun is cancelled.
+        is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of memory, that is a ResourceError;
+        `what` says there what a job's key, or the first part of it, names.
         """
         pending: deque[tuple[Key, list[Future[Any]]]] = deque()
         waiting = iter(jobs)
@@ -72,7 +75,9 @@ class Workers:
                     return
                 if all(future.done() for future in pending[0][1]):
                     key, futures = pending.popleft()
-                    yield key, [future.result() for future in futures]
+                    with enough_memory(_place(what, key), self.resources.device):
+                        results = [future.result() for future in futures]
+                    yield key, results
                 else:
                     wait(_unfinished(pending), return_when=FIRST_COMPLETED)
         finally:
@@ -90,7 +95,7 @@ class Workers:
     ) -> Iterator[tuple[Key, Result]]:
         """Run one task for each key; yields keys with their results in order, and reports each as progress."""
         jobs = ((key, [partial(task, key)]) for key in keys)
-        for done, (key, (result,)) in enumerate(self.in_order(jobs, weight), 1):
+        for done, (key, (result,)) in enumerate(self.in_order(jobs, weight, stage), 1):
             yield key, result
             progress(stage, done, len(keys))
 
@@ -105,6 +110,11 @@ def _unfinished(pending: Iterable[tuple[Any, list[Future[Any]]]]) -> list[Future
     return [future for _, futures in pending for future in futures if not future.done()]
 
 
+def _place(what: str, key: Any) -> str:
+    name = key[0] if isinstance(key, tuple) and key else key
+    return f"{what} '{name}'" if isinstance(name, str) else ""
+
+
 @contextmanager
 def local_workers(max_memory: int | None = None, device: str = "cpu", num: int | None = None) -> Iterator[Workers]:
     """Open as many threads as torch has, with one thread each for whatever they call.
@@ -116,7 +126,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
 
     Raises UsageError for a device that is not there, and for too little memory.
     """
-    num = num or num_threads()
+    num = num or most_workers(num_threads(), device)
     resources = resources_for(num, max_memory, device)
     with single_threaded(), switching_often(), seldom_collecting(), kept_open():
         pool = ThreadPoolExecutor(num, "eigenzoo", enter_worker)
@@ -129,8 +139,12 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
 
 @contextmanager
 def opened_workers(workers: Workers | None, max_memory: int | None = None, device: str = "cpu") -> Iterator[Workers]:
-    """Give the workers that were opened already, or open threads here for as long as the context lasts."""
+    """Give the workers that were opened already, or open threads here for as long as the context lasts.
+
+    Raises UsageError for a device or `max_memory` that contradicts `workers`.
+    """
     if workers is not None:
+        check_agrees(workers.resources, max_memory, device)
         yield workers
         return
     with local_workers(max_memory, device) as opened:

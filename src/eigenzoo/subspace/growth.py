@@ -26,6 +26,7 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.passes.resources import Resources
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import opened_workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import Projection
@@ -73,6 +74,7 @@ class Growth:
     statement: str
 
 
+@own_settings()
 def add(
     space: Subspace,
     source: Source | Zoo,

@@ -20,6 +20,7 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
@@ -50,6 +51,7 @@ class RebuiltModel:
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
 
+    @own_settings()
     def layer(self, name: str) -> Tensor:
         """Return one rebuilt layer as a tensor of its shape in the files, float64; a LoRA update as the product B·A."""
         rebuilt = self._rebuild(name)
@@ -57,6 +59,7 @@ class RebuiltModel:
             return rebuilt[0] @ rebuilt[1]
         return rebuilt.reshape(self._layers[name].layer.tensor_shape)
 
+    @own_settings()
     def factors(self, name: str) -> Factors:
         """Return one rebuilt LoRA update as (B, A), float64, the scale in B."""
         rebuilt = self._rebuild(name)
@@ -70,6 +73,7 @@ class RebuiltModel:
         except DataError as error:
             raise error.at(f"layer '{name}' of {self.name}") from None
 
+    @own_settings()
     def save(
         self,
         folder: str | os.PathLike[str],
@@ -133,6 +137,7 @@ class RebuiltModel:
             return self._carried(name)
         return cast_to(layout.pieces[name], self.exact(name))
 
+    @own_settings()
     def exact(self, name: str) -> Tensor:
         """Return one layer's weight in float64 before it is rounded to the files' dtype; with view `delta`, base included."""
         values = self.layer(name)

@@ -34,6 +34,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bundles.pushing import push
@@ -106,6 +107,7 @@ class Subspace:
         return self.manifest.report
 
     @cached_property
+    @own_settings()
     def layers(self) -> Mapping[str, LayerBasis]:
         """Every layer's basis by name."""
         files = open_basis(self.path)
@@ -117,6 +119,7 @@ class Subspace:
     def _records(self) -> Mapping[str, ModelRecord]:
         return {model.name: model for model in self.manifest.models}
 
+    @own_settings()
     def coefficients(self, name: str) -> Coefficients:
         """Return a kept model's coefficients, read from its own small file, which is compared with its checksum."""
         record = self._record(name)
@@ -148,11 +151,13 @@ class Subspace:
         )
 
     @cached_property
+    @own_settings()
     def all_coefficients(self) -> Mapping[str, Tensor]:
         """Every kept model's coefficients (N, …), layer by layer, read once."""
         return split_coefficients(torch.stack([stored.values for stored in self.all_stored]), self.layers)
 
     @cached_property
+    @own_settings()
     def all_stored(self) -> Sequence[StoredCoefficients]:
         """Every model's small file, read once."""
         return [self.stored(record) for record in self.manifest.models]
@@ -185,6 +190,7 @@ class Subspace:
         """Whether the models' Grams are kept too."""
         return (self.path / MOMENTS).is_file()
 
+    @own_settings()
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments; raises BundleError where the bundle was saved without them."""
         if not self.has_moments:
@@ -225,6 +231,7 @@ class Subspace:
         if record is None or not is_at_hand(record.model_copy(update={"path": str(base.path.absolute())}), self.path):
             raise BundleError("is not the base that was subtracted: its weights differ", where=str(base.path))
 
+    @own_settings()
     def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
         """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
 
@@ -250,6 +257,7 @@ class Subspace:
             raise UsageError(f"{len(zoo)} models are named", rule="project takes one", next_step="use project_many")
         return self._projected(zoo, progress)[zoo.names[0]]
 
+    @own_settings()
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
         """Project every model of a source onto the subspace, layer after layer."""
         return self._projected(self.open(source), progress)
@@ -257,6 +265,7 @@ class Subspace:
     def _projected(self, zoo: Zoo, progress: Progress) -> dict[str, Coefficients]:
         return with_templates(zoo, project_layers(self.layers, zoo, progress))
 
+    @own_settings()
     def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:
         """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
 
@@ -299,6 +308,7 @@ class Subspace:
             self, source, refresh=refresh, old=old, allow_pickle=allow_pickle, workspace=workspace, progress=progress
         )
 
+    @own_settings()
     def save(self, folder: str | os.PathLike[str], *, force: bool = False, moments: bool = True) -> Path:
         """Save as a bundle in a new folder, which appears whole or not at all; returns the folder.
 
@@ -307,6 +317,7 @@ class Subspace:
         """
         return save(self, Path(folder), force=force, moments=moments)
 
+    @own_settings()
     def push(
         self,
         repo: str,
@@ -325,6 +336,7 @@ class Subspace:
         """
         return push(self, repo, revision=revision, private=private, force=force, moments=moments, message=message)
 
+    @own_settings()
     def check_current(self) -> None:
         """Raise BundleError where another process has replaced the bundle that it lies in."""
         if self.snapshot is not None and self.snapshot.path == self.path:
@@ -347,6 +359,7 @@ class Subspace:
             return [file for file in self.manifest.files if file in there or (self.path / file).exists()]
         return list(there)
 
+    @own_settings()
     def verify(
         self,
         *,

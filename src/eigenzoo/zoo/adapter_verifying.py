@@ -13,6 +13,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.address import shown_url
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.adapter_effect import effect_checks
@@ -21,6 +22,7 @@ from eigenzoo.zoo.base_modules import BaseModules, open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Loading, Verification
 
 
+@own_settings()
 def verify_adapter(
     path: str | os.PathLike[str],
     base: str | os.PathLike[str] | Model | None = None,

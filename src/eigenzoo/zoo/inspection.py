@@ -16,6 +16,7 @@ from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import source_url
 from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 from eigenzoo.passes.buffers import borrow
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
@@ -107,6 +108,7 @@ class _Read:
     answers: dict[str, Tensor]
 
 
+@own_settings()
 def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
     """Read a zoo once and say what it holds; each worker holds one tensor at a time.
 

@@ -23,6 +23,7 @@ from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import seldom_collecting
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
@@ -249,6 +250,7 @@ def _address(model: Model) -> str:
     return remote_url(model.path) or str(model.path.absolute())
 
 
+@own_settings()
 def open_zoo(
     source: Source,
     *,

@@ -14,6 +14,8 @@ import re
 import secrets
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 import weakref
@@ -24,6 +26,7 @@ from eigenzoo.errors import OutputError
 
 PREFIX = ".eigenzoo-tmp-"
 STALE_SECONDS = 7 * 24 * 3600
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class HeldFolder:
@@ -119,8 +122,16 @@ def _lock(path: Path) -> int:
 @cache
 def system_mark() -> str:
     """Eight characters that tell this running system from others, whose locks cannot be seen here."""
+    return hashlib.sha256(running_system().encode()).hexdigest()[:8]
+
+
+@cache
+def running_system() -> str:
+    """Return a name for the time since the system's last start; empty where the system does not tell."""
     try:
-        running = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        running = ""
-    return hashlib.sha256(running.encode()).hexdigest()[:8]
+        if sys.platform == "darwin":
+            words = ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"]
+            return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return BOOT_ID.read_text().strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -13,12 +13,14 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.passes.process import seldom_collecting
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.subspace import Subspace
 
 _ATTEMPTS = 20
 """How often a bundle is opened anew that was replaced while it was being opened."""
 
 
+@own_settings()
 def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
     """Load a bundle; reads its manifest and headers, values on demand.
 

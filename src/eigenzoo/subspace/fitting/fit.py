@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,8 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
+from eigenzoo.passes.machine import peak_memory
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import PARTS, STACKED, TUCKER, form_of
@@ -54,6 +55,7 @@ from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 
+@own_settings()
 def fit(
     zoo: Zoo | Source,
     rank: Rank | None = None,
@@ -384,8 +386,3 @@ def _chance_warnings(options: FitOptions, fitted: Collection[FittedLayer]) -> li
         f"no direction is beyond chance in {len(empty)} of {len(fitted)} layers: rebuilt models are {rebuilt} there; "
         f"ask for a number of directions (--rank){sides}"
     ]
-
-
-def peak_memory() -> int:
-    """Return the process's peak resident memory in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

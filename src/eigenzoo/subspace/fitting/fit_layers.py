@@ -120,7 +120,7 @@ class LayerPass:
         found = fit_models(stack.layer, moments, options)
         tasks = (
             (
-                span,
+                (name, span),
                 [
                     partial(
                         basis_task,
@@ -138,7 +138,7 @@ class LayerPass:
             for span in cut(stack, start, stop, self.workers.resources)
         )
         width = options.torch_dtype.itemsize * (found.weights_NK.shape[1] + 1)
-        spans = (results[0] for _, results in self.workers.in_order(tasks, lambda span: width * (span[1] - span[0])))
+        spans = (results[0] for _, results in self.workers.in_order(tasks, lambda key: width * (key[1][1] - key[1][0])))
         coefficients_NK = write_flat(
             stack.layer, moments.removed, spans, found.fitted.coefficients, options.torch_dtype, self.writer
         )

@@ -94,7 +94,7 @@ def _fit_dense(stack: DenseStack, options: FitOptions, resources: Resources, kno
         if known is None:
             held: Iterable[tuple[int, int, Tensor]] = list(spans)
             sums = [sum_loaded(stack, start, stop, rows_ED, asked) for start, stop, rows_ED in held]
-            moments = dense_moments(stack, sums, asked)
+            moments = dense_moments(stack, sums, asked, resources.device)
         else:
             moments, held = known, _centered(spans, stack)
         found = fit_models(stack.layer, moments, options)

@@ -10,6 +10,7 @@ import torch
 
 from eigenzoo.errors import UsageError
 from eigenzoo.linalg.heldout import cross_validated_capture
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.fitting.allocation import LayerSpectra, Overhead, collect_spectra, overhead
@@ -67,6 +68,7 @@ class Plan:
         return dict(plain(self))
 
 
+@own_settings()
 def plan(
     zoo: Zoo | Source,
     *,

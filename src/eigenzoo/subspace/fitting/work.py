@@ -29,7 +29,7 @@ from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, FormatError, OutputError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
-from eigenzoo.formats.output.held_folder import TemporaryFolder
+from eigenzoo.formats.output.held_folder import TemporaryFolder, running_system
 from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import SafetensorsWriter
@@ -199,19 +199,12 @@ def _claim(folder: Path) -> int | None:
 
 def _begin_anew_after_restart(folder: Path) -> None:
     """Empty the folder unless the system that wrote it is still running: only then is all that was written there."""
-    mark, running = folder / "system", _running_system()
-    if not mark.exists() or mark.read_text() != running:
+    mark, running = folder / "system", running_system()
+    if not running or not mark.exists() or mark.read_text() != running:
         for part in ("bundle", "layers"):
             shutil.rmtree(folder / part, ignore_errors=True)
         mark.write_text(running)
     (folder / "bundle").mkdir(exist_ok=True)
-
-
-def _running_system() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def sweep(workspace: Path) -> None:

@@ -31,6 +31,7 @@ from eigenzoo.formats.subspaces.adapter_like import AdapterLike, made_like, read
 from eigenzoo.formats.subspaces.factors import FACTORS, ForeignSubspace
 from eigenzoo.formats.subspaces.subspace_adapters import SubspaceAdapters, is_subspace_adapter
 from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
+from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER
@@ -47,6 +48,7 @@ from eigenzoo.zoo.sources import name_models
 Folders = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
 
+@own_settings()
 def import_subspace(
     source: Folders,
     *,

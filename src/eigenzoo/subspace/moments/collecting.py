@@ -88,33 +88,36 @@ def collect(
     asked = Asked(axes, center, sketch)
     if isinstance(stack, UpdateStack):
         return collect_updates(stack, axes, center, resources, sketch)
-    return dense_moments(stack, [sum_span(stack, *span, asked, resources) for span in stack.spans()], asked)
+    spans = [sum_span(stack, *span, asked, resources) for span in stack.spans()]
+    return dense_moments(stack, spans, asked, resources.device)
 
 
 def sum_span(stack: DenseStack, start: int, stop: int, asked: Asked, resources: Resources) -> SpanSums:
     """Read one span, block by block, and sum it."""
-    sums = _empty_sums(stack, asked)
+    sums = _empty_sums(stack, asked, resources.device)
     means: list[Tensor] = []
     for first, last in cut(stack, start, stop, resources):
         with loaded(stack, first, last, resources) as extended_ED:
             add_block(sums, extended_ED, stack.layer.shape[1], stack.precision)
             if asked.mean:
-                means.append(exact_mean(extended_ED, len(stack)).cpu())
+                means.append(exact_mean(extended_ED, len(stack)))
+    sums = sums.on_cpu()
     require_finite(stack, start, stop, sums)
-    return SpanSums(sums, torch.cat(means) if means else None)
+    return SpanSums(sums, torch.cat(means).cpu() if means else None)
 
 
 def sum_loaded(stack: DenseStack, start: int, stop: int, extended_ED: Tensor, asked: Asked) -> SpanSums:
     """Centre a span that is in memory, and sum it."""
-    sums = _empty_sums(stack, asked)
+    sums = _empty_sums(stack, asked, str(extended_ED.device))
     add_block(sums, extended_ED, stack.layer.shape[1], stack.precision)
+    sums = sums.on_cpu()
     require_finite(stack, start, stop, sums)
     return SpanSums(sums, exact_mean(extended_ED, len(stack)).cpu() if asked.mean else None)
 
 
-def _empty_sums(stack: DenseStack, asked: Asked) -> BlockSums:
+def _empty_sums(stack: DenseStack, asked: Asked, device: str) -> BlockSums:
     sides = side_form(stack, "inputs", asked.axes) == DENSE and "inputs" not in sketched_ranks(stack, asked.sketch)
-    return empty_sums(len(stack), stack.layer.shape[1], columns=asked.columns, sides=sides)
+    return empty_sums(len(stack), stack.layer.shape[1], columns=asked.columns, sides=sides, device=device)
 
 
 @contextmanager
@@ -123,7 +126,12 @@ def loaded(stack: DenseStack, start: int, stop: int, resources: Resources) -> It
     on_cpu = resources.device == "cpu"
     with borrow(num_extended(len(stack)), stop - start, stack.dtype, pinned=not on_cpu) as extended_ED:
         stack.read(start, stop, extended_ED[: len(stack)])
-        yield extended_ED if on_cpu else extended_ED.to(resources.device, non_blocking=True)
+        if on_cpu:
+            yield extended_ED
+            return
+        moved_ED = extended_ED.to(resources.device, non_blocking=True)
+    # Torch lends pinned memory again only when the copies from it have ended.
+    yield moved_ED
 
 
 @contextmanager
@@ -159,7 +167,7 @@ def require_finite(stack: DenseStack, start: int, stop: int, sums: BlockSums) ->
     )
 
 
-def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked) -> LayerMoments:
+def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked, device: str = "cpu") -> LayerMoments:
     """Put the sums of all spans, in their order, together to moments."""
     num_models, layer = len(stack), stack.layer
     total = spans[0].sums
@@ -169,7 +177,7 @@ def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked) ->
     about_rounded = LayerMoments(
         total.gram_NN, total.cross_N, total.energy, layer.num_values, num_models, round_off(stack)
     )
-    entries = entry_dimensions(total.gram_NN, total.squares)
+    entries = entry_dimensions(total.gram_NN, float(total.squares))
     moments = replace(recentered(about_rounded), sums_N=total.sums_N, entries=entries)
     if not asked.mean:
         return moments if asked.center == "models" else shifted_to_zero(moments)
@@ -180,12 +188,16 @@ def dense_moments(stack: DenseStack, spans: Sequence[SpanSums], asked: Asked) ->
         # Σ(Y + d)ᵀ(Y + d) = ΣYᵀY + N·dᵀd, for Σ Y = 0.
         moments = replace(moments, inputs=SideMoment(total.inputs_II + num_models * shift_OI.T @ shift_OI))
     sketched = sketch_sides(
-        stack, sketched_ranks(stack, asked.sketch), removed, seed=asked.sketch.seed if asked.sketch else 0
+        stack,
+        sketched_ranks(stack, asked.sketch),
+        removed,
+        seed=asked.sketch.seed if asked.sketch else 0,
+        device=device,
     )
     moments = replace(
         moments,
-        inputs=moments.inputs or sketched.get("inputs") or _side_moment(stack, "inputs", removed, asked),
-        outputs=sketched.get("outputs") or _side_moment(stack, "outputs", removed, asked),
+        inputs=moments.inputs or sketched.get("inputs") or _side_moment(stack, "inputs", removed, asked, device),
+        outputs=sketched.get("outputs") or _side_moment(stack, "outputs", removed, asked, device),
     )
     return moments if asked.center == "models" else _shifted(moments, mean_OI, shift_OI, total.columns_NI, asked.center)
 
@@ -200,7 +212,7 @@ def side_form(stack: DenseStack, axis: str, axes: tuple[str, ...]) -> str:
     return DENSE if side <= LARGEST_SIDE else ""
 
 
-def _side_moment(stack: DenseStack, axis: str, removed: Tensor, asked: Asked) -> SideMoment | None:
+def _side_moment(stack: DenseStack, axis: str, removed: Tensor, asked: Asked, device: str) -> SideMoment | None:
     """Σ (X_n − M)(X_n − M)ᵀ or its mirror, model by model: rows of one block see only their own outputs."""
     form = side_form(stack, axis, asked.axes)
     if not form or (form == DENSE and axis == "inputs"):
@@ -209,10 +221,10 @@ def _side_moment(stack: DenseStack, axis: str, removed: Tensor, asked: Asked) ->
     if form == FACTOR:
         columns = [(matrix if axis == "outputs" else matrix.T).double() for matrix in matrices]
         return SideMoment(factor_SP=torch.cat(columns, 1))
-    moment_OO = torch.zeros(stack.layer.shape[0], stack.layer.shape[0], dtype=torch.float64)
+    moment_OO = torch.zeros(stack.layer.shape[0], stack.layer.shape[0], dtype=torch.float64, device=device)
     for matrix_OI in matrices:
-        moment_OO += kernels.gram(matrix_OI)
-    return SideMoment(moment_OO)
+        moment_OO += kernels.gram(matrix_OI.to(device))
+    return SideMoment(moment_OO.cpu())
 
 
 def _shifted(

@@ -50,7 +50,13 @@ def sketched_ranks(stack: Stack, plan: SketchPlan | None) -> dict[str, int]:
 
 
 def sketch_sides(
-    stack: Stack, ranks: Mapping[str, int], removed: Tensor | None, *, seed: int = 0, passes: int = PASSES
+    stack: Stack,
+    ranks: Mapping[str, int],
+    removed: Tensor | None,
+    *,
+    seed: int = 0,
+    passes: int = PASSES,
+    device: str = "cpu",
 ) -> dict[str, SideMoment]:
     """Sketch the moments of `outputs`, `inputs` or both, each for a rank.
 
@@ -60,6 +66,7 @@ def sketch_sides(
         removed: M, broadcastable over (O, I); not used for updates.
         seed: of the test matrices: they depend on it and on the side's size and rank alone.
         passes: reads of the weights, for both axes together.
+        device: where the products with the weights run; what is made of them is made on the CPU.
 
     Returns:
         Per axis a moment that knows its whole trace and what may lie outside of it.
@@ -75,14 +82,14 @@ def sketch_sides(
     trace = 0.0
     for number in range(passes if sketches else 0):
         blocks = {axis: sketch.block() for axis, sketch in sketches.items()}
-        rounded = {axis: block_SL.to(stack.dtype) for axis, block_SL in blocks.items()}
-        products = {axis: torch.zeros_like(block_SL) for axis, block_SL in blocks.items()}
+        rounded = {axis: block_SL.to(device, stack.dtype) for axis, block_SL in blocks.items()}
+        products = {axis: torch.zeros_like(block_SL, device=device) for axis, block_SL in blocks.items()}
         for columns, energy in _columns(stack, rounded, removed):
             trace += 0.0 if number else energy
-            for axis, columns_SP in columns.items():
+            for axis, columns_SP in ((axis, columns_SP.to(device)) for axis, columns_SP in columns.items()):
                 products[axis] += kernels.product(columns_SP, kernels.product(columns_SP.T, rounded[axis]))
         for axis, sketch in sketches.items():
-            sketch.take(products[axis])
+            sketch.take(products[axis].cpu())
     return {axis: sketch.moment(trace) for axis, sketch in sketches.items()}
 
 

@@ -56,8 +56,13 @@ def collect_updates(
     )
     if center == "none":
         moments = shifted_to_zero(moments)
-    sketched = sketch_sides(stack, sketched_ranks(stack, sketch), None, seed=sketch.seed if sketch else 0)
-    sides = {axis: sketched.get(axis) or update_side(stack, axis) for axis in ("outputs", "inputs") if axis in axes}
+    seed = sketch.seed if sketch else 0
+    sketched = sketch_sides(stack, sketched_ranks(stack, sketch), None, seed=seed, device=resources.device)
+    sides = {
+        axis: sketched.get(axis) or update_side(stack, axis, resources.device)
+        for axis in ("outputs", "inputs")
+        if axis in axes
+    }
     return replace(moments, outputs=sides.get("outputs"), inputs=sides.get("inputs"))
 
 
@@ -113,13 +118,11 @@ def loaded_tile(stack: UpdateStack, places: range, resources: Resources) -> Iter
         borrow(num_ranks, inputs, stack.dtype, pinned=not on_cpu) as a_PI,
     ):
         tile = stack.tile(places, b_OP, a_PI)
-        if not on_cpu:
-            tile = Tile(
-                tile.b_OP.to(resources.device, non_blocking=True),
-                tile.a_PI.to(resources.device, non_blocking=True),
-                tile.ranks,
-            )
-        yield tile
+        if on_cpu:
+            yield tile
+            return
+        b_OP, a_PI = (factor.to(resources.device, non_blocking=True) for factor in (b_OP, a_PI))
+    yield Tile(b_OP, a_PI, tile.ranks)
 
 
 def tiles(stack: UpdateStack, start: int, stop: int) -> list[range]:
@@ -130,17 +133,17 @@ def tiles(stack: UpdateStack, start: int, stop: int) -> list[range]:
     return [range(first, min(first + num_tile, stop)) for first in range(start, stop, num_tile)]
 
 
-def update_side(stack: UpdateStack, axis: str) -> SideMoment:
+def update_side(stack: UpdateStack, axis: str, device: str = "cpu") -> SideMoment:
     """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero; as a factor while all ranks together are fewer than the side."""
     size = stack.layer.shape[0 if axis == "outputs" else 1]
     fits = sum(stack.ranks) < size
-    moment_SS = torch.zeros(0 if fits else size, 0 if fits else size, dtype=torch.float64)
+    moment_SS = torch.zeros(0 if fits else size, 0 if fits else size, dtype=torch.float64, device=device)
     columns: list[Tensor] = []
     for place in range(len(stack)):
         b_OR, a_RI = stack.factors(place)
         columns.append(lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T)))
         # One product of many thin factors: each alone would only move the moment through memory.
         if not fits and (place + 1 == len(stack) or sum(column.shape[1] for column in columns) >= size // 4):
-            moment_SS += kernels.gram(torch.cat(columns, 1))
+            moment_SS += kernels.gram(torch.cat(columns, 1).to(device))
             columns = []
-    return SideMoment(factor_SP=torch.cat(columns, 1)) if fits else SideMoment(moment_SS)
+    return SideMoment(factor_SP=torch.cat(columns, 1)) if fits else SideMoment(moment_SS.cpu())
