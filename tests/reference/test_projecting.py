@@ -45,8 +45,6 @@ def dense(path: Path, layer: str, kind: str) -> Tensor:
     return read_update(path, layer) if kind == "updates" else ez.open_zoo([path]).stack(layer).matrix(0).double()
 
 
-
-
 def check(space: ez.Subspace, paths: list[Path], kind: str) -> None:
     """What is stated of each model is the distance of the dense model from the dense rebuilt one."""
     for path, coefficients in zip(paths, space.project_many(paths).values(), strict=True):

@@ -49,6 +49,8 @@ def command(
         typer.Option(help="Ranks to rebuild at, comma-separated; by default powers of two.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the fold and of the random basis.", min=0, max=2**63 - 1)] = 0,
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -57,13 +59,24 @@ def command(
     import eigenzoo as ez
 
     chosen = parse_ranks(ranks)
+    num_bytes = options.parse_bytes(max_memory, "--max-memory")
     # A module or metric that prints must not print into the document.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         measure = load_metric(metric, metric_arg)
         space = ez.load(bundle, base=base)
         with progress_bar(quiet=quiet or json) as progress:
             held_out = space.open(models, allow_pickle=allow_pickle) if models else None
-            found = ez.evaluate(space, measure, held_out, ranks=chosen, parent=parent, seed=seed, progress=progress)
+            found = ez.evaluate(
+                space,
+                measure,
+                held_out,
+                ranks=chosen,
+                parent=parent,
+                seed=seed,
+                device=device,
+                max_memory=num_bytes,
+                progress=progress,
+            )
     if json:
         print_json(found.to_dict())
     else:

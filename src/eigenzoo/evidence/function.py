@@ -31,6 +31,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import single_threaded
+from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.rebuilt import RebuiltModel
@@ -100,6 +101,9 @@ def evaluate(
     ranks: Sequence[int] | None = None,
     parent: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> FunctionEvidence:
     """Measure what held-out models can still do when they are rebuilt, beside parent, mean, head alone and random directions.
@@ -116,6 +120,7 @@ def evaluate(
         parent: view `weight`: the checkpoint that the models started from. View `delta` knows it, the base; the parent
             of adapters is the base model alone.
         seed: of the fold and of the random directions.
+        device, max_memory, workers: where the second fit runs, as of `fit`.
         progress: called as progress(stage, done, total).
 
     Everything but the replaced weights is the model's own: names, dtypes, configs, metadata, and what it carries. Exact, to
@@ -136,7 +141,10 @@ def evaluate(
     """
     checked = _checked_ranks(ranks)
     ancestor = _open_parent(space, parent)
-    fitted, zoo = hold_out(space, seed, progress) if models is None else (space, space.open(models))
+    if models is None:
+        fitted, zoo = hold_out(space, seed, progress, device=device, max_memory=max_memory, workers=workers)
+    else:
+        fitted, zoo = space, space.open(models)
     projected = fitted.project_many(zoo, progress=progress)
     heldout = models is None or not is_known(fitted, projected.values())
     variants = Variants(fitted, zoo, ancestor, seed)

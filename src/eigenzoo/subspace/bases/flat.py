@@ -178,7 +178,9 @@ class FlatBasis(LayerBasis):
         dtype, num_models, num_values = self._working_dtype(), len(stack), self.layer.num_values
         width = min(num_values, max(1, MODEL_BYTES // (dtype.itemsize * num_models)))
         runs = [(first, min(first + width, num_values)) for first in range(0, num_values, width)]
-        mean_D = self.tensors.read(self._name("mean")).to(dtype).expand(self.layer.shape) if self.has_mean else None
+        mean_D = None
+        if self.has_mean:
+            mean_D = self.tensors.read(self._name("mean")).to(dtype).expand(self.layer.shape).reshape(-1)
         small = self.ranks["models"] * num_values * dtype.itemsize <= BLOCK_BYTES
         kept = next(self._blocks(dtype), None) if small else None
         energies_N, outside_N = torch.zeros(2, num_models, dtype=torch.float64)
@@ -192,7 +194,7 @@ class FlatBasis(LayerBasis):
 
             def center(values_NR: Tensor, first: int, last: int) -> None:
                 if mean_D is not None:
-                    kernels.subtract(values_NR, mean_D.reshape(-1)[first:last])
+                    kernels.subtract(values_NR, mean_D[first:last])
 
             def blocks(first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
                 found = self._blocks(dtype, first, last) if kept is None else [(first, last, kept[2][:, first:last])]
@@ -252,7 +254,7 @@ class FlatBasis(LayerBasis):
     def _blocks(
         self, dtype: torch.dtype = torch.float64, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (start, stop, directions (K, stop − start)) over a run of the flattened layer; the next takes the memory of the last."""
+        """Yield (start, stop, directions (K, stop − start)) over a run of the flattened layer; each in the last one's memory."""
         num_kept, num_values, name = self.ranks["models"], self.layer.num_values, self._name("models")
         last = num_values if last is None else last
         if not num_kept:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -65,6 +66,11 @@ class FitOptions:
         return any(isinstance(rule, float) and rule == 1.0 for rule in self.rules.values())
 
     @property
+    def bounded(self) -> bool:
+        """Whether a budget or an error bound chooses the ranks."""
+        return self.budget is not None or self.max_error is not None
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that bases are stored in."""
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -114,6 +120,16 @@ def resolve_options(
     )
 
 
+def recorded_options(saved: Mapping[str, Any]) -> FitOptions:
+    """Return the options that a manifest records, every field of them; one that older versions did not write has its default."""
+    known = {
+        field.name: saved[field.name] for field in fields(FitOptions) if field.name in saved or field.default is MISSING
+    }
+    return FitOptions(
+        **{**known, "axes": tuple(saved["axes"]), "rules": dict(saved["rules"]), "seed": int(saved["seed"])}
+    )
+
+
 def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided: bool) -> None:
     """Raise UsageError for what a sketch cannot give: it holds no more of a side's spectrum than a rank asks for."""
     sides = [axis for axis in axes if axis != "models"]
@@ -159,14 +175,19 @@ def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
     return {axis: check_rule(rank[axis]) for axis in axes}
 
 
-def check_against(options: FitOptions, view: str, num_models: int) -> None:
-    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
-    if view == "update" and options.center in ("columns", "global"):
+def check_center(center: str, view: str) -> None:
+    """Raise UsageError for a center that a view cannot have."""
+    if view == "update" and center in ("columns", "global"):
         raise UsageError(
-            f"center {options.center!r} with view 'update'",
+            f"center {center!r} with view 'update'",
             rule="updates are centered on the models' mean or not at all",
             next_step="use view 'factors', as the paper's scripts do, or center 'models' or 'none'",
         )
+
+
+def check_against(options: FitOptions, view: str, num_models: int) -> None:
+    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
+    check_center(options.center, view)
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models
     if isinstance(rule, int) and rule > spanned:
