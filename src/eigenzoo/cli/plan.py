@@ -24,6 +24,7 @@ def command(
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     cluster: options.Cluster = None,
+    cache: options.Cache = True,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
     json: options.Json = False,
@@ -48,7 +49,13 @@ def command(
             progress=progress,
         )
         made = ez.plan(
-            opened, axes=options.parse_axes(axes), center=center, dtype=dtype, workers=workers, progress=progress
+            opened,
+            axes=options.parse_axes(axes),
+            center=center,
+            dtype=dtype,
+            workers=workers,
+            cache=cache,
+            progress=progress,
         )
     if json:
         print_json(made.to_dict())
