@@ -32,7 +32,10 @@ def command(
 ) -> None:
     """Print what each choice of axes and rank would lose and weigh, from one pass over the weights; nothing is written."""
     import eigenzoo as ez
+    from eigenzoo.subspace.fitting.plan import check_choices
 
+    chosen = options.parse_axes(axes)
+    check_choices(chosen, center, dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
         options.opened_workers(cluster, max_memory, device) as workers,
@@ -50,7 +53,7 @@ def command(
         )
         made = ez.plan(
             opened,
-            axes=options.parse_axes(axes),
+            axes=chosen,
             center=center,
             dtype=dtype,
             workers=workers,

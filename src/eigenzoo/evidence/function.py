@@ -34,6 +34,8 @@ from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.fitting.fit import check_place
+from eigenzoo.subspace.fitting.options import check_seed
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
@@ -140,6 +142,14 @@ def evaluate(
         MismatchError: models or parent of other layers.
     """
     checked = _checked_ranks(ranks)
+    check_seed(seed)
+    if not callable(metric):
+        raise UsageError(
+            f"the metric {metric!r} is not callable",
+            rule="a metric takes the path of one saved model and returns a number",
+        )
+    if models is None:
+        check_place(workers, max_memory, device)
     ancestor = _open_parent(space, parent)
     if models is None:
         fitted, zoo = hold_out(space, seed, progress, device=device, max_memory=max_memory, workers=workers)

@@ -37,7 +37,7 @@ from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit import Fitting, fit_layers, write_subspace
 from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
-from eigenzoo.subspace.fitting.work import Work
+from eigenzoo.subspace.fitting.work import Work, check_workspace
 from eigenzoo.subspace.moments.border import extend
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.duplicates import find_duplicates
@@ -98,6 +98,7 @@ def add(
     the old files treats the old models as their rebuilt selves; what they lose then adds to what they had lost:
     ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
     """
+    check_workspace(workspace)
     with clear_errors(None if workspace is None else Path(workspace)):
         return _grown(space, source, refresh, old, allow_pickle, workspace, progress)
 

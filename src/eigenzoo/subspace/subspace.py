@@ -245,12 +245,10 @@ class Subspace:
         The residual says what share of its energy ‖X‖² (center included) the subspace leaves out. Cost: one read of the
         model and two of the basis.
         """
-        projected = list(self.project_many(source, progress=progress).values())
-        if len(projected) != 1:
-            raise UsageError(
-                f"{len(projected)} models are named", rule="project takes one", next_step="use project_many"
-            )
-        return projected[0]
+        zoo = self.open(source)
+        if len(zoo) != 1:
+            raise UsageError(f"{len(zoo)} models are named", rule="project takes one", next_step="use project_many")
+        return self.project_many(zoo, progress=progress)[zoo.names[0]]
 
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
         """Project every model of a source onto the subspace, layer after layer."""

@@ -24,6 +24,7 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
+from eigenzoo.passes.resources import resources_for
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import PARTS, STACKED, Projection, form_of
@@ -45,7 +46,7 @@ from eigenzoo.subspace.fitting.fit_layers import LayerPass
 from eigenzoo.subspace.fitting.layer_tasks import StoredLayer, stored_task
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
 from eigenzoo.subspace.fitting.options import FitOptions, Rank, check_against, resolve_options
-from eigenzoo.subspace.fitting.work import Work, work_folder
+from eigenzoo.subspace.fitting.work import Work, check_workspace, work_folder
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
@@ -119,6 +120,7 @@ def fit(
     for more.
     """
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
+    check_place(workers, max_memory, device, workspace)
     return fit_as(
         opened(zoo, view, base, include, exclude),
         options,
@@ -149,6 +151,7 @@ def fit_as(
     """
     started = time.perf_counter()
     check_against(options, zoo.view, len(zoo))
+    check_place(workers, max_memory, device, workspace)
     place = None if workspace is None else Path(workspace)
     with clear_errors(place), ExitStack() as unfinished:
         with (
@@ -178,6 +181,15 @@ def fit_as(
         # Not before the pass has ended: there it shows whether a file was written to meanwhile.
         unfinished.pop_all()
     return Subspace(Path(folder.name), manifest, base=zoo.base, keep=folder)
+
+
+def check_place(
+    workers: Workers | None, max_memory: int | None, device: str, workspace: str | os.PathLike[str] | None = None
+) -> None:
+    """Raise for a device, a bound of memory, or a workspace that a pass could only fail on later."""
+    if workers is None:
+        resources_for(1, max_memory, device)
+    check_workspace(workspace)
 
 
 def _measured(options: FitOptions, manifest: Manifest, folder: Path) -> float:

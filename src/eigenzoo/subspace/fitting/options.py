@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from eigenzoo.errors import BudgetError, RankError, UsageError
 from eigenzoo.linalg.block_sums import DEFAULT, FAST, HIGH, PRECISIONS
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
+from eigenzoo.linalg.nulls import MOST_SEEDS
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.subspace.moments.sketched import SketchPlan
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
@@ -97,6 +99,7 @@ def resolve_options(
         raise BudgetError(f"a budget of {budget} bytes", rule="a budget is positive")
     if max_error is not None and not 0 <= max_error < 1:
         raise BudgetError(f"an error bound of {max_error}", rule="it is a share of the energy in [0, 1)")
+    check_seed(seed)
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
     if check_choice(solver, SOLVERS, "solver") == SKETCH:
@@ -118,6 +121,12 @@ def resolve_options(
         solver,
         check_choice(precision, PRECISIONS, "precision"),
     )
+
+
+def check_seed(seed: int) -> None:
+    """Raise UsageError for a seed that a generator does not take."""
+    if not isinstance(seed, Integral) or not 0 <= seed < MOST_SEEDS:
+        raise UsageError(f"seed {seed!r}", rule="a seed is a whole number from 0 to 2⁶³ − 1")
 
 
 def recorded_options(saved: Mapping[str, Any]) -> FitOptions:

@@ -20,7 +20,7 @@ from eigenzoo.subspace.fitting.allocation import (
     overhead,
 )
 from eigenzoo.subspace.fitting.bytes import break_even
-from eigenzoo.subspace.fitting.fit import opened
+from eigenzoo.subspace.fitting.fit import check_place, opened
 from eigenzoo.subspace.fitting.options import DTYPES, check_center
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
@@ -103,9 +103,9 @@ def plan(
         cache: whether moments are kept in, and taken from, the user's cache folder.
         progress: called as progress(stage, done, total).
     """
-    check_choice(center, CENTERS, "center")
-    itemsize: int = getattr(torch, check_choice(dtype, DTYPES, "dtype")).itemsize
-    choices = CHOICES if axes is None else (check_axes(axes),)
+    choices = check_choices(axes, center, dtype)
+    itemsize: int = getattr(torch, dtype).itemsize
+    check_place(workers, max_memory, device)
     source = opened(zoo)
     check_center(center, source.view)
     sides = tuple(axis for axis in AXES if axis != "models" and any(axis in choice for choice in choices))
@@ -128,6 +128,13 @@ def plan(
     ]
     mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
+
+
+def check_choices(axes: Sequence[str] | None, center: str, dtype: str) -> tuple[tuple[str, ...], ...]:
+    """Return the choices of axes to look at; raises UsageError for what a plan does not take."""
+    check_choice(center, CENTERS, "center")
+    check_choice(dtype, DTYPES, "dtype")
+    return CHOICES if axes is None else (check_axes(axes),)
 
 
 def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int]:
