@@ -62,3 +62,21 @@ def test_every_file_past_400_lines_says_why():
     for path in sorted((ROOT / "src").rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 400 or "400 lines" in "\n".join(lines[:12]), path.name
+
+
+FIRST_IN = {
+    "torch": {"float8_e8m0fnu": (2, 7), "out_dtype": (2, 8)},
+    # Below, an option that is required is not, with the click that huggingface_hub asks for.
+    "typer": {"typer": (0, 20)},
+}
+"""Names of dependencies that not all their versions have, and the first one that has them."""
+
+
+def test_the_least_versions_of_dependencies_have_what_the_code_names():
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    for package, names in FIRST_IN.items():
+        (floor,) = re.findall(rf'^    "{package}>=([\d.]+)",$', declared, re.MULTILINE)
+        for name, first in names.items():
+            assert re.search(rf"\b{name}\b", source), f"{name} is not named any more"
+            assert tuple(map(int, floor.split("."))) >= first, f"{package}>={floor}, but {name} came with {first}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from builders import (
     write_model,
     write_stacks,
 )
+from eigenzoo.evidence.refit import hold_out
+from eigenzoo.subspace.fitting.options import FitOptions
 
 
 def test_originals_are_measured_where_they_lie_and_all_else_is_gone_afterwards(tmp_path: Path) -> None:
@@ -70,23 +73,48 @@ def test_without_models_a_fifth_is_held_out_of_a_second_fit(tmp_path: Path) -> N
     assert set(ez.evaluate(space, Recorder(), seed=1).models) == set(found.models)
 
 
-@pytest.mark.parametrize(
-    "options", [{"rank": {"outputs": 3, "models": 6}}, {"max_error": 0.2}, {"rank": 0.8, "center": "none"}]
-)
+REFITS: list[dict[str, Any]] = [
+    {"rank": {"outputs": 3, "models": 6}},
+    {"max_error": 0.2},
+    {"budget": 30_000},
+    {"rank": 0.8, "center": "none", "dtype": "float32"},
+    {"rank": {"outputs": 2}, "solver": "sketch", "precision": "high"},
+    {"rank": 3, "precision": "fast"},
+]
+
+
+def test_the_cases_change_every_option_once() -> None:
+    """A new option of a fit needs a case here: else nothing shows that the second fit has it."""
+    usual = {"rank": "auto", "center": "models", "dtype": "float32", "budget": None, "max_error": None, "seed": 0}
+    usual |= {"solver": "exact", "precision": "default"}
+    changed = {
+        key for case in REFITS for key, value in {"dtype": "float64", "seed": 5, **case}.items() if value != usual[key]
+    }
+    names = {"rank": {"axes", "rules"}}
+    assert set().union(*(names.get(key, {key}) for key in changed)) == {field.name for field in fields(FitOptions)}
+
+
+@pytest.mark.parametrize("options", REFITS, ids=str)
 @pytest.mark.parametrize("view", ["weight", "delta", "update"])
 def test_the_second_fit_has_the_options_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str, options: dict[str, Any]
 ) -> None:
     paths, base = write_zoo(tmp_path, view)
-    space = ez.fit(ez.open_zoo(paths[:10], base=base), **options, dtype="float64", seed=5)
+    space = ez.fit(ez.open_zoo(paths[:10], base=base), **{"dtype": "float64", "seed": 5, **options})
     fitted: list[ez.Subspace] = []
-    monkeypatch.setattr(
-        "eigenzoo.evidence.refit.fit", lambda *given, **named: fitted.append(ez.fit(*given, **named)) or fitted[0]
-    )
+
+    def noted(*given: Any, **named: Any) -> tuple[ez.Subspace, ez.Zoo]:
+        held = hold_out(*given, **named)
+        fitted.append(held[0])
+        return held
+
+    monkeypatch.setattr("eigenzoo.evidence.function.hold_out", noted)
     found = ez.evaluate(space, Recorder())
     assert found.heldout
     assert (found.num_models, found.num_fitted) == (2, 8)
     assert (found.mean.parent is None) == (view == "weight")
+    for field in fields(FitOptions):
+        assert fitted[0].manifest.options[field.name] == space.manifest.options[field.name], field.name
     assert fitted[0].manifest.options == space.manifest.options
     assert (fitted[0].view, fitted[0].axes, fitted[0].manifest.center) == (view, space.axes, space.manifest.center)
 

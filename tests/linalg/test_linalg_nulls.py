@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import sqrt
 
@@ -10,9 +12,18 @@ import torch
 from torch import Tensor
 
 from builders import seeded
+from eigenzoo.linalg import nulls
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.linalg.nulls import axis_null, norm_matched_spectra
-from eigenzoo.linalg.rank import choose_rank
+from eigenzoo.linalg.nulls import (
+    CACHED_MODELS,
+    LARGE_NULL,
+    _cosines,
+    axis_null,
+    bartlett_factor,
+    norm_matched_spectra,
+    permuted_spectra,
+)
+from eigenzoo.linalg.rank import choose_rank, null_threshold
 from eigenzoo.linalg.spectrum import eigenpairs
 from tolerance import tolerance
 
@@ -72,6 +83,87 @@ def test_the_null_of_many_values_is_the_analytic_one():
     # Cosines of unrelated directions in a billion dimensions are 3e-5.
     assert float((found - values / values.sum()).abs().max()) < 1e-3
     assert float(found[:, -1].max()) <= tolerance(8)
+
+
+MEMORY = """
+import gc, resource, torch
+from eigenzoo.linalg.nulls import norm_matched_spectra, permuted_spectra
+from eigenzoo.linalg.rank import choose_rank
+
+def spent(num_models):
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    energies_N = torch.linspace(1, 2, num_models, dtype=torch.float64)
+    for num_values in (10**5, 10**6):
+        null = norm_matched_spectra(energies_N, num_values, draws=2)
+        permuted_spectra(energies_N, energies_N / 10, num_values, draws=1)
+        choose_rank("auto", null[0], 1.0, null)
+    del null, energies_N
+    held = sum(item.nbytes for item in gc.get_objects() if isinstance(item, torch.Tensor))
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), held
+
+spent(300)
+print(*spent(2000))
+"""
+
+
+def test_a_null_of_many_models_takes_a_few_matrices_and_keeps_none():
+    """In a process of its own, whose peak is that of the second call; 2,000 models in float32 are 16 MB a matrix."""
+    told = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout
+    peak, held = map(int, told.split())
+    matrix = 4 * 2000**2
+    assert peak <= 6 * matrix
+    # What the small call has left: its draws, of 300 models in float64.
+    assert held <= 64 * 8 * 300**2
+
+
+def test_kept_draws_are_few_bytes_whatever_is_asked():
+    """As many as are kept, of the largest size that is."""
+    assert 64 * 8 * CACHED_MODELS**2 <= 2**26
+    _cosines.cache_clear()
+    for num_models in (CACHED_MODELS, CACHED_MODELS + 1, LARGE_NULL + 1):
+        norm_matched_spectra(torch.ones(num_models), 10**6, draws=1)
+    assert _cosines.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("level", [False, True])
+def test_draws_are_the_same_models_whether_they_are_kept_or_not(monkeypatch, level):
+    energies_N = torch.linspace(1, 4, 40, dtype=torch.float64)
+
+    def spectra():
+        if level:
+            return permuted_spectra(energies_N, energies_N - energies_N.mean(), 900, draws=3)
+        return norm_matched_spectra(energies_N, 900, draws=3)
+
+    kept = spectra()
+    monkeypatch.setattr(nulls, "CACHED_MODELS", 39)
+    torch.testing.assert_close(spectra(), kept, rtol=0, atol=tolerance(40))
+    # In float32 other numbers are drawn, of the same kind.
+    monkeypatch.setattr(nulls, "LARGE_NULL", 39)
+    spread = kept.std(0).mean()
+    assert float((spectra().mean(0) - kept.mean(0)).abs().max()) <= 6 * float(spread)
+
+
+@pytest.mark.parametrize("draws", [4, 5, 8])
+def test_a_null_of_few_draws_passes_noise_no_more_often(draws):
+    """The largest of four is exceeded by one noise in five; the bound that stands for the quantile by one in seventeen."""
+    draw, tops = seeded(3), []
+    for _ in range(300 * (draws + 1)):
+        factor = bartlett_factor(30, 900, draw)
+        values = torch.linalg.eigvalsh(center_gram(factor @ factor.T))
+        tops.append(values[-1:] / values.sum())
+    trials = torch.stack(tops).view(300, draws + 1)
+    passed = sum(float(trial[-1]) > float(null_threshold(trial[:-1, None])) for trial in trials)
+    # One in seventeen, and three standard errors of 300 trials.
+    assert passed / 300 <= 1 / 17 + 3 * sqrt(1 / 17 / 300)
+
+
+def test_the_threshold_of_few_draws_is_student_s():
+    null = torch.tensor([[1.0, 0.5], [2.0, 0.5], [3.0, 0.5], [4.0, 0.5], [5.0, 0.5]], dtype=torch.float64)
+    # t of four degrees of freedom at 95 %: 2.131847.
+    assert null_threshold(null).tolist() == pytest.approx([3 + 2.1318468 * sqrt(2.5 * 1.2), 0.5], rel=1e-6)
+    assert null_threshold(null.repeat(4, 1)).tolist() == [5.0, 0.5]
+    assert null_threshold(null[:1]).tolist() == [1.0, 0.5]
 
 
 def test_no_energy_has_no_null():

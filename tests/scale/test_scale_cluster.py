@@ -21,10 +21,15 @@ import eigenzoo as ez
 from builders import edit_model, random_factors, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, FormatError, UsageError
+from eigenzoo.formats.bundle.folder import open_basis
 from eigenzoo.integrations import cluster as cluster_module
 from eigenzoo.integrations.cluster import cluster_workers, run_on_own_card, run_task
 from eigenzoo.passes.resources import LEAST_MEMORY
 from eigenzoo.passes.workers import local_workers
+from eigenzoo.subspace.bases.flat import FlatBasis
+from eigenzoo.subspace.bases.stacked import StackedBasis
+from eigenzoo.subspace.bases.tucker import TuckerBasis
+from eigenzoo.subspace.fitting.layer_tasks import StoredLayer
 from eigenzoo.zoo.zoo import reopen
 from guard import wait_until
 
@@ -404,3 +409,46 @@ def test_the_number_of_a_local_process_is_that_of_its_gpu(cluster: Any) -> None:
         tasks = [(n, [lambda: distributed.get_worker().name]) for n in range(20)]
         names = {results[0] for _, results in workers.in_order(tasks)}
     assert names <= set(range(len(cluster.workers)))
+
+
+@pytest.mark.parametrize("axes", [("models",), ("models", "outputs", "inputs")], ids=",".join)
+@pytest.mark.parametrize("view", ["weight", "update"])
+def test_half_precision_is_projected_by_processes_that_do_not_see_the_basis(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Any,
+    zoos: dict[str, ez.Zoo],
+    view: str,
+    axes: tuple[str, ...],
+) -> None:
+    """Layer after layer as tasks, in order, and shown; the basis travels with its task."""
+    options: dict[str, Any] = {"rank": dict.fromkeys(axes, 3), "dtype": "bfloat16", "cache": False}
+    here = saved(ez.fit(zoos[view], **options), tmp_path / "here")
+    told = []
+
+    def here_only(self: Any, stack: Any) -> Any:
+        raise AssertionError("projected in the process that collects results")
+
+    with cluster_workers(cluster) as workers, monkeypatch.context() as patch:
+        for form in (FlatBasis, TuckerBasis, StackedBasis):
+            patch.setattr(form, "project_all", here_only)
+        space = ez.fit(zoos[view], **options, workers=workers, progress=lambda *step: told.append(step))
+    there = saved(space, tmp_path / "there")
+    assert there == here
+    steps = [step for step in told if step[0] == "projecting on stored bases"]
+    # Stacked factors keep the dtype of their files.
+    number = 0 if (view, axes) == ("update", ("models",)) else len(zoos[view].layers)
+    assert steps == [("projecting on stored bases", done + 1, number) for done in range(number)]
+
+
+def test_a_stored_layer_takes_its_own_tensors_with_it(tmp_path: Path, zoos: dict[str, ez.Zoo]) -> None:
+    space = ez.fit(zoos["weight"], {"models": 2, "outputs": 3}, cache=False)
+    files = open_basis(space.path)
+    reader = pickle.loads(pickle.dumps(StoredLayer(files, "layer.1")))
+    assert set(reader.tensors) == {f"layer.1/{part}" for part in ("mean", "outputs", "models")}
+    for name in reader.tensors:
+        assert torch.equal(reader.read(name), files.read(name))
+        assert torch.equal(reader.read_flat(name, 3, 11), files.read_flat(name, 3, 11))
+        room = torch.empty(8, dtype=torch.float64)
+        assert reader.read_flat(name, 3, 11, out=room) is room
+        assert torch.equal(room, files.read_flat(name, 3, 11).double())

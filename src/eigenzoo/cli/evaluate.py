@@ -51,6 +51,8 @@ def command(
     seed: Annotated[
         int, typer.Option(help="Seed of the fold and of the random basis.", callback=options.checked_seed)
     ] = 0,
+    device: options.Device = "cpu",
+    max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -59,13 +61,24 @@ def command(
     import eigenzoo as ez
 
     chosen = parse_ranks(ranks)
+    num_bytes = options.parse_bytes(max_memory, "--max-memory")
     # A module or metric that prints must not print into the document.
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         measure = load_metric(metric, metric_arg)
         space = ez.load(bundle, base=base)
         with progress_bar(quiet=quiet or json) as progress:
             held_out = space.open(models, allow_pickle=allow_pickle) if models else None
-            found = ez.evaluate(space, measure, held_out, ranks=chosen, parent=parent, seed=seed, progress=progress)
+            found = ez.evaluate(
+                space,
+                measure,
+                held_out,
+                ranks=chosen,
+                parent=parent,
+                seed=seed,
+                device=device,
+                max_memory=num_bytes,
+                progress=progress,
+            )
     if json:
         print_json(found.to_dict())
     else:

@@ -55,9 +55,16 @@ def command(
     import eigenzoo as ez
     from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
+    from eigenzoo.subspace.fitting.options import resolve_options
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
-    asked = options.parse_rank(rank)
+    asked, chosen, num_bytes = (
+        options.parse_rank(rank),
+        options.parse_axes(axes),
+        options.parse_bytes(budget, "--budget"),
+    )
+    # What these words cannot mean together is said before a zoo is opened.
+    resolve_options(asked, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
     with (
         progress_bar(quiet=quiet or json) as progress,
         options.opened_workers(cluster, max_memory, device) as workers,
@@ -77,10 +84,10 @@ def command(
         space = ez.fit(
             opened,
             asked,
-            options.parse_axes(axes),
+            chosen,
             center=center,
             dtype=dtype,
-            budget=options.parse_bytes(budget, "--budget"),
+            budget=num_bytes,
             max_error=max_error,
             seed=seed,
             solver=solver,

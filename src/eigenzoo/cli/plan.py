@@ -24,6 +24,7 @@ def command(
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     cluster: options.Cluster = None,
+    cache: options.Cache = True,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
     json: options.Json = False,
@@ -31,7 +32,10 @@ def command(
 ) -> None:
     """Print what each choice of axes and rank would lose and weigh, from one pass over the weights; nothing is written."""
     import eigenzoo as ez
+    from eigenzoo.subspace.fitting.plan import check_choices
 
+    chosen = options.parse_axes(axes)
+    check_choices(chosen, center, dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
         options.opened_workers(cluster, max_memory, device) as workers,
@@ -48,7 +52,13 @@ def command(
             progress=progress,
         )
         made = ez.plan(
-            opened, axes=options.parse_axes(axes), center=center, dtype=dtype, workers=workers, progress=progress
+            opened,
+            axes=chosen,
+            center=center,
+            dtype=dtype,
+            workers=workers,
+            cache=cache,
+            progress=progress,
         )
     if json:
         print_json(made.to_dict())

@@ -32,9 +32,11 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.settings import own_settings
+from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.fitting.fit import check_place
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
@@ -102,6 +104,9 @@ def evaluate(
     ranks: Sequence[int] | None = None,
     parent: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> FunctionEvidence:
     """Measure what held-out models can still do when they are rebuilt, beside parent, mean, head alone and random directions.
@@ -118,6 +123,7 @@ def evaluate(
         parent: view `weight`: the checkpoint that the models started from. View `delta` knows it, the base; the parent
             of adapters is the base model alone.
         seed: of the fold and of the random directions.
+        device, max_memory, workers: where the second fit runs, as of `fit`.
         progress: called as progress(stage, done, total).
 
     Everything but the replaced weights is the model's own: names, dtypes, configs, metadata, and what it carries. Exact, to
@@ -137,8 +143,18 @@ def evaluate(
         MismatchError: models or parent of other layers.
     """
     checked, seed = _checked_ranks(ranks), check_seed(seed)
+    if not callable(metric):
+        raise UsageError(
+            f"the metric {metric!r} is not callable",
+            rule="a metric takes the path of one saved model and returns a number",
+        )
+    if models is None:
+        check_place(workers, max_memory, device)
     ancestor = _open_parent(space, parent)
-    fitted, zoo = hold_out(space, seed, progress) if models is None else (space, space.open(models))
+    if models is None:
+        fitted, zoo = hold_out(space, seed, progress, device=device, max_memory=max_memory, workers=workers)
+    else:
+        fitted, zoo = space, space.open(models)
     projected = fitted.project_many(zoo, progress=progress)
     heldout = models is None or not is_known(fitted, projected.values())
     variants = Variants(fitted, zoo, ancestor, seed)

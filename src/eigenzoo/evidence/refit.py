@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from eigenzoo.records import Progress
 from eigenzoo.subspace.bundles.originals import missing_originals
 from eigenzoo.subspace.bundles.source_records import source_path
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.fitting.fit import fit
+from eigenzoo.subspace.fitting.fit import fit_as
+from eigenzoo.subspace.fitting.options import recorded_options
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 
@@ -26,8 +29,8 @@ SAME_MODEL = 1e-3
 float32 and half precision leave, and less than any training."""
 
 
-def hold_out(space: Subspace, seed: int, progress: Progress) -> tuple[Subspace, Zoo]:
-    """Fit the subspace again to four folds of five of its own models, and open the fifth."""
+def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> tuple[Subspace, Zoo]:
+    """Fit the subspace again to four folds of five of its own models, and open the fifth; `running` is how, as of `fit_as`."""
     if len(space.names) < 3:
         raise UsageError(
             f"{len(space.names)} models leave none to hold out",
@@ -48,29 +51,18 @@ def hold_out(space: Subspace, seed: int, progress: Progress) -> tuple[Subspace, 
     order = torch.randperm(len(zoo), generator=torch.Generator().manual_seed(seed))
     held = set(order.tensor_split(NUM_FOLDS)[0].tolist())
     rest = zoo.select(names=[name for place, name in enumerate(zoo.names) if place not in held])
-    fitted = _fit_again(space, rest, progress)
+    fitted = _fit_again(space, rest, progress=progress, **running)
     return fitted, fitted.open(zoo.select(names=[name for place, name in enumerate(zoo.names) if place in held]))
 
 
-def _fit_again(space: Subspace, rest: Zoo, progress: Progress) -> Subspace:
-    """Fit fewer models with the same options; a number of directions is at most what they span."""
-    saved = space.manifest.options
-    spanned = len(rest) - 1 if saved["center"] == "models" else len(rest)
-    rules = dict(saved["rules"])
-    if isinstance(rules.get("models"), int):
-        rules["models"] = min(rules["models"], spanned)
-    bounded = saved["budget"] is not None or saved["max_error"] is not None
-    return fit(
-        rest,
-        None if bounded else rules,
-        saved["axes"],
-        center=saved["center"],
-        dtype=saved["dtype"],
-        budget=saved["budget"],
-        max_error=saved["max_error"],
-        seed=saved["seed"],
-        progress=progress,
-    )
+def _fit_again(space: Subspace, rest: Zoo, **running: Any) -> Subspace:
+    """Fit fewer models with all options of the first fit; a number of directions is at most what they span."""
+    options = recorded_options(space.manifest.options)
+    rule = options.rules.get("models")
+    if isinstance(rule, int):
+        spanned = len(rest) - 1 if options.center == "models" else len(rest)
+        options = replace(options, rules={**options.rules, "models": min(rule, spanned)})
+    return fit_as(rest, options, **running)
 
 
 @own_settings()

@@ -11,7 +11,7 @@ from math import floor, log, sqrt
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg import lora
+from eigenzoo.linalg import kernels, lora
 from eigenzoo.linalg.gram import center_gram, project_out, scale_models, unit
 
 EXACT_FREEDOM = 32
@@ -19,6 +19,12 @@ EXACT_FREEDOM = 32
 
 FLOAT32_FROM = 256
 """Spectra of chance with more models than this are taken in float32."""
+
+CACHED_MODELS = 360
+"""Most models of which draws are kept from layer to layer: their bytes grow with N²."""
+
+LARGE_NULL = 1024
+"""More models than this have a null of five draws in float32: a draw takes N³ operations, and its spread falls as N^(-2/3)."""
 
 MOST_DRAWS = 1024
 """Draws of one seed that never meet those of the next."""
@@ -37,7 +43,7 @@ LARGEST_DRAW = 1024
 
 
 def norm_matched_spectra(
-    energies_N: Tensor, num_values: int, *, centered: bool = True, draws: int = 20, seed: int = 0
+    energies_N: Tensor, num_values: int, *, centered: bool = True, draws: int | None = None, seed: int = 0
 ) -> Tensor:
     """Centred spectra of models that keep their norms and point in unrelated directions of `num_values` dimensions.
 
@@ -49,10 +55,14 @@ def norm_matched_spectra(
         energies_N: the models' energies about what was removed from them.
         num_values: D, the number of values of the layer.
         centered: whether that was the models' own mean; the spectra are then centred too.
+        draws: by default `num_draws`.
 
     Returns:
         (draws, N) explained variance ratios in float64; all zero where there is no energy.
+
+    Memory: three matrices of N² values, in float32 beyond `LARGE_NULL` models; up to `CACHED_MODELS` models one per draw stays.
     """
+    draws = draws or num_draws(energies_N.numel())
     energies_N = energies_N.double().clamp_min(0)
     norms_N = (_uncentered_energies(energies_N) if centered else energies_N).sqrt()
     return _spectra(norms_N, None, num_values, centered, draws, seed)
@@ -76,28 +86,52 @@ def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, dra
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
 
+def num_draws(num_models: int) -> int:
+    """Draws behind a null where nothing else is asked: of many models fewer, whose spread then counts (`rank.null_threshold`)."""
+    return 20 if num_models <= LARGE_NULL else 5
+
+
 def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int) -> Tensor:
     """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
-    energies_NN = torch.outer(norms_N, norms_N)
     for draw in range(draws):
-        gram_NN = energies_NN * _cosines(norms_N.numel(), num_values, draw, seed)
+        gram_NN = _unrelated_gram(norms_N, num_values, draw, seed)
         if level_N is not None:
-            gram_NN += torch.outer(level_N, level_N)
-        spectra[draw] = _shares(center_gram(gram_NN) if centered else gram_NN)
+            gram_NN += torch.outer(level_N, level_N).to(gram_NN.dtype)
+        if centered:
+            # In place: a large null is a matrix of N² values, and each copy of it one more.
+            gram_NN -= gram_NN.mean(0, keepdim=True)
+            gram_NN -= gram_NN.mean(1, keepdim=True)
+        spectra[draw] = _shares(gram_NN)
     return spectra
+
+
+def _unrelated_gram(norms_N: Tensor, num_values: int, draw: int, seed: int) -> Tensor:
+    """Gram of unrelated directions of these norms in D dimensions: one draw, of the same directions for every layer of that size.
+
+    Of more than `CACHED_MODELS` models directions are drawn anew each time, of more than `LARGE_NULL` in float32.
+    """
+    num_models = norms_N.numel()
+    if num_models <= CACHED_MODELS:
+        return torch.outer(norms_N, norms_N) * _cosines(num_models, num_values, draw, seed)
+    dtype = torch.float64 if num_models <= LARGE_NULL else torch.float32
+    factor = bartlett_factor(num_models, num_values, _generator(draw, seed), dtype)
+    factor *= (norms_N / torch.linalg.vector_norm(factor, dim=1, dtype=torch.float64))[:, None].to(dtype)
+    return kernels.gram(factor)
 
 
 @lru_cache(maxsize=64)
 def _cosines(num_models: int, num_values: int, draw: int, seed: int) -> Tensor:
-    """Cosines between N unrelated directions in D dimensions: one draw, the same for every layer of that size."""
-    factor = bartlett_factor(
-        num_models, num_values, torch.Generator().manual_seed((seed * MOST_DRAWS + draw) % MOST_SEEDS)
-    )
+    """Cosines between N unrelated directions in D dimensions; at most 64 matrices of `CACHED_MODELS`² values, 64 MB, are kept."""
+    factor = bartlett_factor(num_models, num_values, _generator(draw, seed))
     factor = factor / factor.square().sum(1, keepdim=True).sqrt()
     return factor @ factor.T
+
+
+def _generator(draw: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * MOST_DRAWS + draw) % MOST_SEEDS)
 
 
 def _shares(gram_NN: Tensor) -> Tensor:
@@ -182,17 +216,18 @@ def _uncentered_energies(energies_N: Tensor) -> Tensor:
     return ((energies_N - energies_N.sum() / (num_models * (num_models - 1))) / (1 - 2 / num_models)).clamp_min(0)
 
 
-def bartlett_factor(num_models: int, num_values: int, generator: torch.Generator) -> Tensor:
+def bartlett_factor(
+    num_models: int, num_values: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Return a factor whose Gram is that of N rows of D unrelated normals: triangular, or the rows themselves for small D."""
     if num_values <= num_models + EXACT_FREEDOM:
-        return torch.randn(num_models, num_values, dtype=torch.float64, generator=generator)
-    width = num_models
-    factor = torch.randn(num_models, width, dtype=torch.float64, generator=generator).tril(-1)
+        return torch.randn(num_models, num_values, dtype=dtype, generator=generator)
+    factor = torch.randn(num_models, num_models, dtype=dtype, generator=generator).tril_(-1)
     # torch's gamma sampler takes no generator; the Wilson-Hilferty cube of a normal is exact enough from EXACT_FREEDOM on.
-    normal = torch.randn(width, dtype=torch.float64, generator=generator)
-    freedom = num_values - torch.arange(width, dtype=torch.float64)
+    normal = torch.randn(num_models, dtype=torch.float64, generator=generator)
+    freedom = num_values - torch.arange(num_models, dtype=torch.float64)
     cube = (1 - 2 / (9 * freedom) + normal * (2 / (9 * freedom)).sqrt()) ** 3
-    factor[torch.arange(width), torch.arange(width)] = (freedom * cube).sqrt()
+    factor.diagonal().copy_((freedom * cube).sqrt())
     return factor
 
 

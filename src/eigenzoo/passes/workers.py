@@ -143,9 +143,17 @@ def opened_workers(workers: Workers | None, max_memory: int | None = None, devic
 
     Raises UsageError for a device or `max_memory` that contradicts `workers`.
     """
+    check_workers(workers, max_memory, device)
     if workers is not None:
-        check_agrees(workers.resources, max_memory, device)
         yield workers
         return
     with local_workers(max_memory, device) as opened:
         yield opened
+
+
+def check_workers(workers: Workers | None, max_memory: int | None = None, device: str = "cpu") -> None:
+    """Raise what `opened_workers` would, before anything else is done."""
+    if workers is None:
+        resources_for(1, max_memory, device)
+    else:
+        check_agrees(workers.resources, max_memory, device)

@@ -23,7 +23,6 @@ from eigenzoo.formats.bundle.folder import MOMENTS
 from eigenzoo.formats.bundle.manifest import Manifest
 from eigenzoo.formats.output.held_folder import TemporaryFolder
 from eigenzoo.formats.output.whole import clear_errors
-from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.spectrum import NUMERICAL_RANK
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.settings import own_settings
@@ -38,13 +37,13 @@ from eigenzoo.subspace.bundles.storage import link_all, write_model, write_momen
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit import Fitting, fit_layers, write_subspace
-from eigenzoo.subspace.fitting.options import EXACT, FitOptions
-from eigenzoo.subspace.fitting.work import Work
+from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
+from eigenzoo.subspace.fitting.work import Work, check_workspace
 from eigenzoo.subspace.moments.border import extend
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.inside import find_copies
-from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
@@ -101,6 +100,7 @@ def add(
     the old files treats the old models as their rebuilt selves; what they lose then adds to what they had lost:
     ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
     """
+    check_workspace(workspace)
     with clear_errors(None if workspace is None else Path(workspace)):
         return _grown(space, source, refresh, old, allow_pickle, workspace, progress)
 
@@ -332,7 +332,7 @@ def _refreshed(
         root = Path(folder.name)
         with opened_workers(None) as workers, opened_cache(zoo, enabled=False) as kept:
             fitting = Fitting(workers, kept, Work(), root)
-            layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, moments)
+            layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, _usable(space, moments))
             manifest = write_subspace(zoo, _options(space), layers, root, started)
         manifest = _after_refresh(space, new, manifest, why, Path(folder.name))
     except BaseException:
@@ -340,6 +340,13 @@ def _refreshed(
         raise
     space.check_current()
     return Subspace(Path(folder.name), manifest, base=space._base, keep=folder, snapshot=space.snapshot)
+
+
+def _usable(space: Subspace, moments: Mapping[str, LayerMoments] | None) -> dict[str, LayerMoments]:
+    """Moments that a refresh need not collect: of axis `models` alone, which is all that a bundle keeps."""
+    if space.axes != ("models",) or space.manifest.center != "models":
+        return {}
+    return {name: recentered(layer) for name, layer in (moments or {}).items()}
 
 
 def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
@@ -367,24 +374,12 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, why: str, root
 
 def _options(space: Subspace) -> FitOptions:
     """The options that the subspace was fitted with."""
-    saved = space.manifest.options
-    return FitOptions(
-        tuple(saved["axes"]),
-        dict(saved["rules"]),
-        saved["center"],
-        saved["dtype"],
-        saved["budget"],
-        saved["max_error"],
-        int(saved["seed"]),
-        saved.get("solver", EXACT),
-        saved.get("precision", DEFAULT),
-    )
+    return recorded_options(space.manifest.options)
 
 
 def _layer_options(space: Subspace) -> dict[str, FitOptions]:
     """Where a budget or an error bound chose the ranks, every layer keeps its own."""
-    saved = space.manifest.options
-    if saved["budget"] is None and saved["max_error"] is None:
+    if not _options(space).bounded:
         return {}
     sizes = {"outputs": 0, "inputs": 1}
     return {

@@ -24,6 +24,9 @@ from eigenzoo.linalg.lora import Factors
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import Stack
 
+MODEL_BYTES = 256 * 2**20
+"""Bytes of models that are held at once while they are projected."""
+
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
 PARTS = {FLAT: 2, TUCKER: 4, STACKED: 6}
 """How many tensors a layer of each form has, at most."""
@@ -103,13 +106,16 @@ class LayerBasis(ABC):
         """Numbers that one model needs for this layer."""
         return prod(self.coefficient_shape)
 
-    def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer of a stack."""
-        return [self.project(stack, place) for place in range(len(stack))]
-
     @abstractmethod
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer of a stack; the coefficients come in float64.
+
+        How often the basis is read does not depend on the number of models, until their factors alone take `MODEL_BYTES`.
+        """
+
     def project(self, stack: Stack, place: int) -> Projection:
-        """Project one model's layer; the coefficients come in float64."""
+        """Project one model's layer of a stack."""
+        return self.project_all(stack.subset([place]))[0]
 
     @abstractmethod
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:

@@ -16,7 +16,14 @@ from eigenzoo.linalg import kernels
 from eigenzoo.linalg.block_sums import exact_mean
 from eigenzoo.passes.buffers import borrow, lend
 from eigenzoo.records import Layer
-from eigenzoo.subspace.bases.basis import FLAT, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.subspace.bases.basis import (
+    FLAT,
+    MODEL_BYTES,
+    LayerBasis,
+    Projection,
+    TensorWriter,
+    deviation_from_identity,
+)
 from eigenzoo.zoo.layers import widest
 from eigenzoo.zoo.stack import BLOCK_BYTES, DenseStack, Stack
 
@@ -160,47 +167,59 @@ class FlatBasis(LayerBasis):
         """(K,)."""
         return (self.ranks["models"],)
 
-    def project(self, stack: Stack, place: int) -> Projection:
-        """Project one model's layer; two passes over the basis, block by block."""
-        assert isinstance(stack, DenseStack)
-        return self.project_all(stack.subset([place]))[0]
-
     def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer, a few models at a time: each block of the basis is read twice for all of these.
+        """Project every model's layer: one sweep over the values for the coefficients, one for what they leave.
 
-        In float32, and sums in float64, unless the layer or its basis is float64.
+        Each block of the basis is read once in a sweep, for all models; a basis of up to `BLOCK_BYTES` is read once in all. Models
+        of up to `MODEL_BYTES` are read once and held; more are read run by run in each sweep. Products in float32 and sums in
+        float64, unless the layer or its basis is float64. Cost: 2·N·K·D products.
         """
         assert isinstance(stack, DenseStack)
-        dtype, num_values = self._working_dtype(), self.layer.num_values
-        at_once = max(1, 4 * BLOCK_BYTES // (dtype.itemsize * num_values))
-        found: list[Projection] = []
-        for first in range(0, len(stack), at_once):
-            places = range(first, min(first + at_once, len(stack)))
-            some = stack if len(places) == len(stack) else stack.subset(places)
-            with borrow(len(places), num_values, dtype) as values_MD:
-                some.read(0, num_values, values_MD)
-                found += self._project(values_MD, some)
-        return found
-
-    def _project(self, values_MD: Tensor, stack: DenseStack) -> list[Projection]:
-        energies_M = kernels.row_energies(values_MD)
-        if not bool(torch.isfinite(energies_M).all()):
-            stack.check_finite(0, values_MD.shape[1])
+        dtype, num_models, num_values = self._working_dtype(), len(stack), self.layer.num_values
+        width = min(num_values, max(1, MODEL_BYTES // (dtype.itemsize * num_models)))
+        runs = [(first, min(first + width, num_values)) for first in range(0, num_values, width)]
+        mean_D = None
         if self.has_mean:
-            mean = self.tensors.read(self._name("mean")).to(values_MD.dtype)
-            kernels.subtract(values_MD, mean.expand(self.layer.shape).reshape(-1))
-        coefficients_MK = torch.zeros(values_MD.shape[0], self.ranks["models"], dtype=torch.float64)
-        dtype = values_MD.dtype
-        kept = list(self._blocks(dtype)) if self._per_block(dtype) >= self.layer.num_values else None
-        for start, stop, directions_KD in kept or self._blocks(dtype):
-            coefficients_MK += kernels.long_product(values_MD[:, start:stop], directions_KD)
-        for start, stop, directions_KD in kept or self._blocks(dtype):
-            kernels.subtract(values_MD[:, start:stop], kernels.product(coefficients_MK.to(dtype), directions_KD))
-        outside_M = kernels.row_energies(values_MD)
+            mean_D = self.tensors.read(self._name("mean")).to(dtype).expand(self.layer.shape).reshape(-1)
+        small = self.ranks["models"] * num_values * dtype.itemsize <= BLOCK_BYTES
+        kept = next(self._blocks(dtype), None) if small else None
+        energies_N, outside_N = torch.zeros(2, num_models, dtype=torch.float64)
+        coefficients_NK = torch.zeros(num_models, self.ranks["models"], dtype=torch.float64)
+        with borrow(1, num_models * width, dtype) as memory:
+
+            def read(first: int, last: int) -> Tensor:
+                values_NR = memory[0, : num_models * (last - first)].view(num_models, last - first)
+                stack.read(first, last, values_NR)
+                return values_NR
+
+            def center(values_NR: Tensor, first: int, last: int) -> None:
+                if mean_D is not None:
+                    kernels.subtract(values_NR, mean_D[first:last])
+
+            def blocks(first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
+                found = self._blocks(dtype, first, last) if kept is None else [(first, last, kept[2][:, first:last])]
+                return ((slice(start - first, stop - first), directions_KB) for start, stop, directions_KB in found)
+
+            for first, last in runs:
+                values_NR = read(first, last)
+                found_N = kernels.row_energies(values_NR)
+                if not bool(torch.isfinite(found_N).all()):
+                    stack.check_finite(first, last)
+                energies_N += found_N
+                center(values_NR, first, last)
+                for part, directions_KB in blocks(first, last):
+                    coefficients_NK += kernels.long_product(values_NR[:, part], directions_KB)
+            for first, last in runs:
+                if len(runs) > 1:
+                    values_NR = read(first, last)
+                    center(values_NR, first, last)
+                for part, directions_KB in blocks(first, last):
+                    kernels.subtract(values_NR[:, part], kernels.product(coefficients_NK.to(dtype), directions_KB))
+                outside_N += kernels.row_energies(values_NR)
         return [
-            Projection(coefficients, outside, energy)
-            for coefficients, outside, energy in zip(
-                coefficients_MK, outside_M.tolist(), energies_M.tolist(), strict=True
+            Projection(coefficients_K, outside, energy)
+            for coefficients_K, outside, energy in zip(
+                coefficients_NK, outside_N.tolist(), energies_N.tolist(), strict=True
             )
         ]
 
@@ -232,17 +251,20 @@ class FlatBasis(LayerBasis):
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()
 
-    def _blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (start, stop, directions (K, stop − start)) over the flattened layer; the next takes the memory of the last."""
+    def _blocks(
+        self, dtype: torch.dtype = torch.float64, first: int = 0, last: int | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (start, stop, directions (K, stop − start)) over a run of the flattened layer; each in the last one's memory."""
         num_kept, num_values, name = self.ranks["models"], self.layer.num_values, self._name("models")
+        last = num_values if last is None else last
         if not num_kept:
             return
-        per_block = min(self._per_block(dtype), num_values)
+        per_block = min(self._per_block(dtype), last - first)
         memory = lend(1, num_kept * per_block, dtype)[0]
-        for start in range(0, num_values, per_block):
-            stop = min(start + per_block, num_values)
+        for start in range(first, last, per_block):
+            stop = min(start + per_block, last)
             directions = memory[: num_kept * (stop - start)].view(num_kept, stop - start)
-            if per_block == num_values:
+            if stop - start == num_values:
                 self.tensors.read_flat(name, 0, memory.numel(), out=memory)
             else:
                 for number, row in enumerate(directions):

@@ -10,6 +10,7 @@ Legend: N models, O outputs, I inputs, P ranks of all updates stacked, K kept di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,9 +19,16 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.bases.basis import STACKED, LayerBasis, Projection, TensorWriter, deviation_from_identity
+from eigenzoo.subspace.bases.basis import (
+    MODEL_BYTES,
+    STACKED,
+    LayerBasis,
+    Projection,
+    TensorWriter,
+    deviation_from_identity,
+)
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.zoo.stack import Stack, UpdateStack
+from eigenzoo.zoo.stack import BLOCK_BYTES, Stack, UpdateStack
 
 
 def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor, writer: TensorWriter) -> None:
@@ -62,18 +70,28 @@ class StackedBasis(LayerBasis):
         """(K,)."""
         return (self.ranks["models"],)
 
-    def project(self, stack: Stack, place: int) -> Projection:
-        """Project one update: c_k = ⟨V_k, X − M⟩ and ‖X − X̂‖² = ‖X − M‖² − ‖c‖², by products of factors."""
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every update: c_k = ⟨V_k, X − M⟩ and ‖X − X̂‖² = ‖X − M‖² − ‖c‖², by products of factors.
+
+        Updates whose factors take up to `MODEL_BYTES` in all are held at once; the basis is read once for them, in blocks of
+        `BLOCK_BYTES`. Float64. Cost: P·Q·(O + I) products, P and Q the ranks of the basis and of the updates.
+        """
         assert isinstance(stack, UpdateStack)
-        b_OR, a_RI = stack.factors(place)
-        products_N = self._inner_products(b_OR, a_RI)
         weights = self.tensors.read(self._name("weights"))
         products = self.tensors.read(self._name("products"))
-        along = weights @ products_N
-        energy = lora.energy((b_OR, a_RI))
-        coefficients = along[1:] - products[1:, 0]
-        outside = energy - 2 * float(along[0]) + float(products[0, 0]) - float(coefficients.square().sum())
-        return Projection(coefficients, max(outside, 0.0), energy)
+        num_at_once = max(1, MODEL_BYTES // (8 * max(1, *stack.ranks) * sum(self.layer.shape)))
+        found = []
+        for first in range(0, len(stack), num_at_once):
+            places = range(first, min(first + num_at_once, len(stack)))
+            factors = [stack.factors(place) for place in places]
+            along = weights @ self._inner_products(factors)
+            coefficients_MK = (along[1:] - products[1:, :1]).T
+            for update, along_mean, coefficients in zip(factors, along[0].tolist(), coefficients_MK, strict=True):
+                energy = lora.energy(update)
+                kept = float(coefficients.square().sum())
+                outside = energy - 2 * along_mean + float(products[0, 0]) - kept
+                found.append(Projection(coefficients.clone(), max(outside, 0.0), energy))
+        return found
 
     def rebuild(self, coefficients: Tensor) -> Factors:
         """Return the balanced factors of least rank of Σ w_n s_n B_n A_n; cost (O + I)·P² + P³."""
@@ -121,10 +139,25 @@ class StackedBasis(LayerBasis):
             for b, a, scale in zip(torch.split(b_PO, ranks), torch.split(a_PI, ranks), scales, strict=True)
         ]
 
-    def _inner_products(self, b_OR: Tensor, a_RI: Tensor) -> Tensor:
-        """⟨X_n, BA⟩ for every model of the basis: two thin products and a sum over each model's ranks."""
-        b_PO = self.tensors.read(self._name("factors_b")).double()
-        a_PI = self.tensors.read(self._name("factors_a")).double()
-        sums_P = ((b_PO @ b_OR) * (a_PI @ a_RI.T)).sum(1)
-        scales_N = self.tensors.read(self._name("scales"))
-        return torch.zeros_like(scales_N).index_add_(0, self._owner(), sums_P) * scales_N
+    def _inner_products(self, factors: Sequence[Factors]) -> Tensor:
+        """⟨X_n, B_m A_m⟩ for every model n of the basis and every update m (N, M): two thin products, and a sum over ranks."""
+        b_OQ, a_QI = torch.cat([b for b, _ in factors], 1), torch.cat([a for _, a in factors])
+        owner_Q = torch.repeat_interleave(torch.arange(len(factors)), torch.tensor([a.shape[0] for _, a in factors]))
+        owner_P, scales_N = self._owner(), self.tensors.read(self._name("scales"))
+        products_NM = torch.zeros(scales_N.numel(), len(factors), dtype=torch.float64)
+        # A block of both factors, and of their products with the updates.
+        per_block = max(1, BLOCK_BYTES // (8 * (sum(self.layer.shape) + 2 * owner_Q.numel())))
+        for start in range(0, owner_P.numel(), per_block):
+            stop = min(start + per_block, owner_P.numel())
+            products_PQ = (self._rows("factors_b", start, stop) @ b_OQ) * (
+                self._rows("factors_a", start, stop) @ a_QI.T
+            )
+            sums_PM = torch.zeros(stop - start, len(factors), dtype=torch.float64).index_add_(1, owner_Q, products_PQ)
+            products_NM.index_add_(0, owner_P[start:stop], sums_PM)
+        return products_NM * scales_N[:, None]
+
+    def _rows(self, part: str, start: int, stop: int) -> Tensor:
+        """Rows start:stop of all models' stacked factors, in float64."""
+        width = self.layer.shape[0 if part == "factors_b" else 1]
+        rows = self.tensors.read_flat(self._name(part), start * width, stop * width)
+        return rows.double().view(stop - start, width)

@@ -106,27 +106,50 @@ class TuckerBasis(LayerBasis):
         """(K,) with axis `models`, else (P, Q)."""
         return (self.ranks["models"],) if "models" in self.ranks else self.core_shape
 
-    def project(self, stack: Stack, place: int) -> Projection:
-        """Project one model's layer: its core, then the core's coordinates in the shared cores."""
-        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
-        mean = self.removed()
-        if isinstance(stack, UpdateStack):
-            factors = stack.factors(place)
-            energy = lora.energy(factors)
-            whole = _reduce_update(factors, outputs_OP, inputs_IQ)
-            core = whole - mean
-            coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-            kept = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
-            return Projection(coefficients, _outside(energy, whole, kept, outputs_OP, inputs_IQ), energy)
+    def project_all(self, stack: Stack) -> list[Projection]:
+        """Project every model's layer, one after the other: its core, then the core's coordinates in the shared cores.
+
+        The basis is read once. Memory: the basis in float64, one model's layer.
+        """
+        parts = self.side("outputs"), self.side("inputs"), self.shared(), self.removed()
+        one = self._project_update if isinstance(stack, UpdateStack) else self._project_dense
+        return [one(stack, place, *parts) for place in range(len(stack))]
+
+    def _project_update(
+        self,
+        stack: Stack,
+        place: int,
+        outputs_OP: Tensor | None,
+        inputs_IQ: Tensor | None,
+        shared_KPQ: Tensor | None,
+        mean: Tensor,
+    ) -> Projection:
+        assert isinstance(stack, UpdateStack)
+        factors = stack.factors(place)
+        energy = lora.energy(factors)
+        whole = _reduce_update(factors, outputs_OP, inputs_IQ)
+        core = whole - mean
+        coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
+        kept = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+        return Projection(coefficients, _outside(energy, whole, kept, outputs_OP, inputs_IQ), energy)
+
+    def _project_dense(
+        self,
+        stack: Stack,
+        place: int,
+        outputs_OP: Tensor | None,
+        inputs_IQ: Tensor | None,
+        shared_KPQ: Tensor | None,
+        mean: Tensor,
+    ) -> Projection:
+        assert isinstance(stack, DenseStack)
         matrix_OI = stack.matrix(place).double()
         energy = float(matrix_OI.square().sum())
         centered = matrix_OI - mean
         core = _reduce(centered, outputs_OP, inputs_IQ)
-        outside = float((centered - _expand(core, outputs_OP, inputs_IQ)).square().sum())
-        if shared_KPQ is None:
-            return Projection(core, outside, energy)
-        coefficients = shared_KPQ.flatten(1) @ core.flatten()
-        outside += float((core.flatten() - coefficients @ shared_KPQ.flatten(1)).square().sum())
+        coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
+        kept = core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
+        outside = float((centered - _expand(kept, outputs_OP, inputs_IQ)).square().sum())
         return Projection(coefficients, outside, energy)
 
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:

@@ -3,6 +3,9 @@
 For one truncated axis a layer's error is exactly the tail of its spectrum, the gain of each next direction is no larger
 than the last, and the greedy order is optimal up to the last direction that fits. For several axes the sum of the tails
 bounds the error from above (De Lathauwer et al. 2000), and that bound is what is spent against.
+
+What a spectrum does not know is measured after the fit, and the bound tightened by the excess (`Allocation.tightened`): what
+rounding of bases to half precision loses, and the bytes of headers.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from eigenzoo.errors import BudgetError
 from eigenzoo.formats.bundle.basis_files import header_room
 from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
 from eigenzoo.formats.layout import layout_of
+from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.gram import center_gram
+from eigenzoo.linalg.heldout import cross_validated_capture
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
@@ -41,8 +46,21 @@ from eigenzoo.subspace.fitting.bytes import (
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
+from eigenzoo.subspace.moments.moments_cache import MomentsCache
 from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
+
+SIDES_BYTES = 2**30
+"""Bytes of moments of sides that are held from the choice of ranks to the fit; those of further layers are collected again."""
+
+SUMS_ROUND_OFF = 1e-12
+"""Relative difference of two sums of the same float64 energies, at most."""
+
+EXCESS = 1.1
+"""Times the measured excess by which an error bound is tightened: more directions are also rounded."""
+
+MOST_ROUNDS = 4
+"""Rounds of tightening an error bound, after which everything is kept."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +124,68 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
     )
 
 
-def spectra_task(zoo: Zoo, name: str, axes: tuple[str, ...], center: str, resources: Resources) -> LayerSpectra:
-    """Collect one layer's spectra."""
-    stack = zoo.stack(name)
-    return layer_spectra(stack, collect(stack, axes, center, resources), axes)
+@dataclass(frozen=True)
+class Collected:
+    """A layer's spectra, the moments that they are of, and (where asked) its held-out capture at 0, 1, … N directions."""
+
+    spectra: LayerSpectra
+    moments: LayerMoments | None
+    heldout: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is collected of each layer: as of a fit, and whether moments come back, and held-out capture of axis `models`."""
+
+    axes: tuple[str, ...]
+    center: str
+    precision: str = DEFAULT
+    moments: bool = False
+    heldout: bool = False
+    seed: int = 0
+
+
+def spectra_task(zoo: Zoo, name: str, wanted: Wanted, known: LayerMoments | None, resources: Resources) -> Collected:
+    """Collect one layer's moments, unless they are known, and what follows from them at all ranks."""
+    stack = zoo.stack(name, precision=wanted.precision)
+    moments = known or collect(stack, wanted.axes, wanted.center, resources)
+    heldout = None
+    if wanted.heldout and moments.variance > 0:
+        heldout = cross_validated_capture(moments.gram_NN, range(len(stack) + 1), seed=wanted.seed)
+    spectra = layer_spectra(stack, moments, wanted.axes)
+    if not wanted.moments:
+        moments = replace(moments, outputs=None, inputs=None)
+    return Collected(spectra, moments, heldout)
 
 
 def collect_spectra(
-    zoo: Zoo, axes: tuple[str, ...], center: str, workers: Workers, progress: Progress
-) -> dict[str, LayerSpectra]:
-    """Collect the spectra of all layers; one pass over the weights."""
-    spectra: dict[str, LayerSpectra] = {}
-    tasks = ((name, [partial(spectra_task, zoo, name, axes, center, workers.resources)]) for name in zoo.layers)
-    for name, (found,) in workers.in_order(tasks):
-        spectra[name] = found
-        progress("collecting spectra", len(spectra), len(zoo.layers))
-    return spectra
+    zoo: Zoo, wanted: Wanted, workers: Workers, cache: MomentsCache, progress: Progress
+) -> dict[str, Collected]:
+    """Collect the spectra of all layers: one pass over the weights, and none where the moments of axis `models` are kept.
+
+    Moments of the sides come back, up to `SIDES_BYTES` in all.
+    """
+    collected: dict[str, Collected] = {}
+    held = 0
+
+    def known(name: str) -> LayerMoments | None:
+        return cache.get(name, wanted.center, wanted.precision) if wanted.axes == ("models",) else None
+
+    tasks = ((name, [partial(spectra_task, zoo, name, wanted, known(name), workers.resources)]) for name in zoo.layers)
+    for name, (found,) in workers.in_order(tasks, lambda name: _side_bytes(zoo.layers[name], wanted)):
+        cache.put(name, wanted.center, wanted.precision, found.moments)
+        size = _side_bytes(zoo.layers[name], wanted)
+        fits = held + size <= SIDES_BYTES
+        held += size if fits else 0
+        collected[name] = found if fits else replace(found, moments=None)
+        progress("collecting spectra", len(collected), len(zoo.layers))
+    return collected
+
+
+def _side_bytes(layer: Layer, wanted: Wanted) -> int:
+    """Bytes of a layer's moments of the sides that come back, at most."""
+    sizes = zip(("outputs", "inputs"), layer.shape, strict=True)
+    return sum(8 * size**2 for axis, size in sizes if axis in wanted.axes) if wanted.moments else 0
 
 
 @dataclass(frozen=True)
@@ -132,8 +196,16 @@ class Overhead:
     per_model: int
 
 
-def overhead(zoo: Zoo, axes: tuple[str, ...]) -> Overhead:
-    """Count headers, the manifest, and what is carried, each content once; reads what is carried."""
+@dataclass(frozen=True)
+class Contents:
+    """Bytes of what models carry, each content once: those of several models, and those that one alone has."""
+
+    shared: int
+    own: int
+
+
+def contents(zoo: Zoo) -> Contents:
+    """Count what is carried, and the documents of models; reads it."""
     uses: Counter[str] = Counter()
     sizes: dict[str, int] = {}
     for place in range(len(zoo)):
@@ -141,16 +213,23 @@ def overhead(zoo: Zoo, axes: tuple[str, ...]) -> Overhead:
         uses.update(found.keys())
         sizes.update(found)
     own = sum(size for content, size in sizes.items() if uses[content] == 1)
+    return Contents(sum(sizes.values()) - own, own)
+
+
+def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
+    """Count headers, the manifest, and what is carried."""
     parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
     layers = header_room(list(zoo.layers), parts) + sum(
         MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
-    carried = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
+    names = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
     texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
         len(str(model.metadata)) for model in zoo.models
     )
-    per_model = FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((own + carried + texts) / len(zoo))
-    return Overhead(CARD_AND_REPORT + layers + sum(sizes.values()) - own, per_model)
+    per_model = (
+        FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))
+    )
+    return Overhead(CARD_AND_REPORT + layers + carried.shared, per_model)
 
 
 def _contents(zoo: Zoo, place: int) -> dict[str, int]:
@@ -168,31 +247,118 @@ def _contents(zoo: Zoo, place: int) -> dict[str, int]:
     return {content: size + RECORD_BYTES for content, size in found.items()}
 
 
-def allocate(zoo: Zoo, options: FitOptions, workers: Workers, progress: Progress) -> dict[str, FitOptions]:
-    """Return per-layer options whose ranks spend the budget or meet the error bound; empty where neither is asked."""
-    if options.budget is None and options.max_error is None:
-        return {}
-    spectra = collect_spectra(zoo, options.axes, options.center, workers, progress)
-    known = overhead(zoo, options.axes)
-    ranks = spend(spectra, options, len(zoo), known.shared + known.per_model * len(zoo))
-    return {name: replace(options, rules=ranks[name]) for name in spectra}
+@dataclass(frozen=True)
+class Allocation:
+    """What ranks are chosen from; without a budget or an error bound, of no layer.
+
+    Attributes:
+        options: as asked.
+        spectra: of all layers.
+        moments: of the layers whose moments the fit need not collect again.
+        num_models, fixed: N, and the bytes that a bundle has at any rank.
+    """
+
+    options: FitOptions
+    spectra: Mapping[str, LayerSpectra]
+    moments: Mapping[str, LayerMoments]
+    num_models: int
+    fixed: int
+
+    @property
+    def bound(self) -> float | None:
+        """The budget, or the error bound, if there is one."""
+        return self.options.max_error if self.options.budget is None else self.options.budget
+
+    def per_layer(self, target: float | None) -> dict[str, FitOptions]:
+        """Return every layer's options, with ranks that meet `target` in place of the bound."""
+        if not self.spectra:
+            return {}
+        ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target)
+        return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
+
+    def tightened(
+        self, target: float | None, chosen: Mapping[str, FitOptions], measured: float, rounds: int
+    ) -> float | None:
+        """Return a tighter target where the bundle that was made with `chosen` ranks exceeds the bound; None where it does not.
+
+        Rounding of bases is no part of the spectra, and headers are counted in advance: so what was written decides. Raises
+        BudgetError where every direction is kept and the bound is exceeded by rounding alone.
+        """
+        bound = self.bound
+        if bound is None or target is None or measured <= bound:
+            return None
+        if self.options.budget is not None:
+            return target - (measured - bound)
+        if all(
+            layer.whole(axis) <= int(chosen[name].rules[axis])
+            for name, layer in self.spectra.items()
+            for axis in layer.values
+        ):
+            if self.options.torch_dtype.itemsize >= 4:
+                return None  # What is left is the round-off of the products.
+            raise BudgetError(
+                f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype} lose {measured:.2g}",
+                rule="the error of a bundle is that of the bases as they are stored",
+                next_step=f"use dtype float32, or an error bound above {measured:.2g}",
+            )
+        return max(target - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
+
+
+def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCache, progress: Progress) -> Allocation:
+    """Collect what ranks are chosen from, where a budget or an error bound is given: one pass over the weights."""
+    if not options.bounded:
+        return Allocation(options, {}, {}, len(zoo), 0)
+    known = overhead(zoo, options.axes, contents(zoo))
+    fixed = known.shared + known.per_model * len(zoo)
+    _check_least(zoo, options, fixed)
+    wanted = Wanted(options.axes, options.center, options.precision_of_products, moments=True)
+    collected = collect_spectra(zoo, wanted, workers, cache, progress)
+    moments = {name: layer.moments for name, layer in collected.items() if layer.moments is not None}
+    spectra = {name: layer.spectra for name, layer in collected.items()}
+    return Allocation(options, spectra, moments, len(zoo), fixed)
+
+
+def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
+    """Raise BudgetError, before any weight is read, for a budget that no rank could keep to."""
+    ranks = dict.fromkeys(options.axes, 0)
+    itemsize, least = options.torch_dtype.itemsize, fixed
+    for name, layer in zoo.layers.items():
+        stack = zoo.stack(name)
+        update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
+        least += basis_bytes(layer, ranks, options.axes, itemsize, update_ranks, len(zoo))
+        least += len(zoo) * coefficient_bytes(layer, ranks, options.axes)
+    _require_room(options.budget, least)
+
+
+def _require_room(budget: int | None, least: int) -> None:
+    if budget is not None and least > budget:
+        raise BudgetError(
+            f"a budget of {budget:,} bytes, but means, carried tensors and headers alone take {least:,}",
+            next_step="raise the budget, exclude layers, or choose other axes",
+        )
 
 
 def spend(
-    spectra: Mapping[str, LayerSpectra], options: FitOptions, num_models: int, fixed: int
+    spectra: Mapping[str, LayerSpectra],
+    options: FitOptions,
+    num_models: int,
+    fixed: int,
+    target: float | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Raise ranks one direction at a time, best gain per byte first; pure in the spectra."""
+    """Raise ranks one direction at a time, best gain per byte first; pure in the spectra. `target` stands for a tighter bound."""
     itemsize = options.torch_dtype.itemsize
+    budget, max_error = options.budget, options.max_error
+    if target is not None:
+        budget, max_error = (None, target) if budget is None else (int(target), None)
     ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in spectra.items()}
     spent = fixed + sum(layer.num_bytes(ranks[name], num_models, itemsize) for name, layer in spectra.items())
     errors = {name: layer.error(ranks[name]) for name, layer in spectra.items()}
     energy = sum(layer.energy for layer in spectra.values())
-    allowed = None if options.max_error is None else options.max_error * energy
-    if options.budget is not None and spent > options.budget:
-        raise BudgetError(
-            f"a budget of {options.budget:,} bytes, but means, carried tensors and headers alone take {spent:,}",
-            next_step="raise the budget, exclude layers, or choose other axes",
-        )
+    # The share that a fit states is another sum of the same numbers.
+    allowed = None if max_error is None else max_error * energy * (1 - SUMS_ROUND_OFF)
+    if budget is not None and spent > budget:
+        # What a tightened target has less is what the bundle has more than was counted.
+        _require_room(options.budget, spent + (options.budget or 0) - budget)
     lost = sum(errors.values())
     heap = [
         entry
@@ -209,7 +375,7 @@ def spend(
         cost = spectra[name].num_bytes(grown, num_models, itemsize) - spectra[name].num_bytes(
             ranks[name], num_models, itemsize
         )
-        if options.budget is not None and spent + cost > options.budget:
+        if budget is not None and spent + cost > budget:
             continue
         ranks[name], spent = grown, spent + cost
         lost += (error := spectra[name].error(grown)) - errors[name]

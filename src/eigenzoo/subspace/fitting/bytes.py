@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes
-from eigenzoo.formats.bundle.manifest import ModelRecord
+from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, write_manifest
+from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, ModelRecord, SourceRecord
 from eigenzoo.records import ByteCount, Layer
+from eigenzoo.subspace.bundles.card import write_card
+from eigenzoo.subspace.bundles.saving import MEASURED
 
 COEFFICIENT_BYTES = 4
 FILE_OVERHEAD = 280
@@ -35,6 +38,10 @@ TENSOR_HEADER = 110
 
 RECORD_BYTES = 140
 """What a file of rest/ takes in the manifest's list of files: name, bytes and checksum."""
+
+
+ANY_CHECKSUM = "0" * 64
+"""What stands for a checksum where only its length counts."""
 
 
 def basis_bytes(
@@ -105,6 +112,33 @@ def count_bytes(
         sizes.get(MOMENTS, 0),
         break_even(fixed, per_model, zoo_whole / len(models)),
     )
+
+
+def saved_bytes(folder: Path, manifest: Manifest) -> int:
+    """Bytes that a subspace's files take once it is saved, moments apart: those that are written, its manifest and its card.
+
+    What `save` adds to the manifest, checksums, has a known length; paths of models are counted as they are from `folder`.
+    """
+    sizes = file_sizes(folder)
+    files = {name: FileRecord(bytes=size, sha256=ANY_CHECKSUM) for name, size in sizes.items()}
+    models = [model.model_copy(update={"source": _with_checksums(model.source)}) for model in manifest.models]
+    report = {key: value for key, value in manifest.report.items() if key not in MEASURED}
+    written = whole = sum(size for name, size in sizes.items() if name != MOMENTS)
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        # The number of bytes is written too, and may take one more.
+        for _ in range(3):
+            report["bytes"] = {**report["bytes"], "whole_bundle": whole}
+            described = manifest.model_copy(update={"models": models, "report": report, "files": files})
+            write_manifest(place, described)
+            write_card(place, described)
+            whole = written + sum(file_sizes(place).values())
+    return whole
+
+
+def _with_checksums(source: SourceRecord) -> SourceRecord:
+    files = {name: file.model_copy(update={"sha256": ANY_CHECKSUM}) for name, file in source.files.items()}
+    return source.model_copy(update={"files": files})
 
 
 def _contents(model: ModelRecord) -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
 from eigenzoo.passes.machine import peak_memory
 from eigenzoo.passes.settings import own_settings
-from eigenzoo.passes.workers import Workers, opened_workers
+from eigenzoo.passes.workers import Workers, check_workers, opened_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
-from eigenzoo.subspace.bases.basis import PARTS, STACKED, TUCKER, form_of
+from eigenzoo.subspace.bases.basis import PARTS, STACKED, Projection, form_of
 from eigenzoo.subspace.bundles.identity import ZooIdentity
 from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import provenance
@@ -40,13 +41,14 @@ from eigenzoo.subspace.bundles.storage import (
     write_moments,
 )
 from eigenzoo.subspace.fitting.allocation import allocate
-from eigenzoo.subspace.fitting.bytes import count_bytes
+from eigenzoo.subspace.fitting.bytes import count_bytes, saved_bytes
 from eigenzoo.subspace.fitting.fit_layers import LayerPass
+from eigenzoo.subspace.fitting.layer_tasks import StoredLayer, stored_task
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
 from eigenzoo.subspace.fitting.options import FitOptions, Rank, check_against, resolve_options
-from eigenzoo.subspace.fitting.work import Work, work_folder
+from eigenzoo.subspace.fitting.work import Work, check_workspace, work_folder
 from eigenzoo.subspace.moments.duplicates import find_duplicates
-from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
+from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.splits import SplitRule
@@ -90,7 +92,8 @@ def fit(
         center: what is removed first: the models' mean, its `columns` means, `none`, or one `global` scalar.
         dtype: what bases are stored in.
         budget: bytes that the whole bundle may have; spent over all layers where it lowers the error most.
-        max_error: the share of the analysed energy that may be lost; met with as few bytes as the same rule finds.
+        max_error: the share of the analysed energy that may be lost, in bases as they are stored; met with as few bytes as the
+            same rule finds.
         seed: of the null's draws and the folds.
         view, base, include, exclude: as in `open_zoo`; given here they choose anew.
         solver: how bases of `outputs` and `inputs` are found: "exact", from their moments, or "sketch", from a randomised range
@@ -109,36 +112,89 @@ def fit(
         A Subspace. Its basis lies in a temporary folder that goes with it; `save` keeps it.
 
     Raises:
-        RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step.
+        RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step. BudgetError before any weight is
+            read where means and headers alone exceed the budget, and at the end where half precision alone exceeds the error bound.
 
-    Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis (a layer larger than
-    `resources.MOST_KEPT` is read again for it); memory a few blocks, the moments, and one layer's cores. Error in-sample is optimal
-    for one axis (Eckart–Young), within √(number of axes) of the best for more.
+    Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis, for which a layer larger than
+    `resources.MOST_KEPT` is read again, and every layer where a budget or an error bound chooses the ranks; memory a few blocks,
+    the moments, and one layer's cores. Error in-sample is optimal for one axis (Eckart–Young), within √(number of axes) of the best
+    for more.
+    """
+    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
+    check_place(workers, max_memory, device, workspace)
+    return fit_as(
+        opened(zoo, view, base, include, exclude),
+        options,
+        device=device,
+        max_memory=max_memory,
+        workers=workers,
+        cache=cache,
+        progress=progress,
+        workspace=workspace,
+    )
+
+
+def fit_as(
+    zoo: Zoo,
+    options: FitOptions,
+    *,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    workers: Workers | None = None,
+    cache: bool = True,
+    progress: Progress = no_progress,
+    workspace: str | os.PathLike[str] | None = None,
+) -> Subspace:
+    """Fit an opened zoo with resolved options, such as those that a bundle records (`options.recorded_options`); see `fit`.
+
+    A budget, or an error bound, is one of what is written: where that exceeds it, the bases are made again with ranks for a
+    tighter one, from the same moments.
     """
     started = time.perf_counter()
-    source = opened(zoo, view, base, include, exclude)
-    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
-    check_against(options, source.view, len(source))
+    check_against(options, zoo.view, len(zoo))
+    check_place(workers, max_memory, device, workspace)
     place = None if workspace is None else Path(workspace)
     with clear_errors(place), ExitStack() as unfinished:
         with (
             opened_workers(workers, max_memory, device) as running,
-            opened_cache(source, cache, running.resources.device) as kept,
+            opened_cache(zoo, cache, running.resources.device) as kept,
         ):
             _ = kept.identity.files  # now, before any value is read: of what is read this is to be the key
-            per_layer = allocate(source, options, running, progress)
-            key = fit_key(kept.identity, options, per_layer, running)
-            with work_folder(place, key) as (at_work, lasting):
-                work = Work(at_work if lasting else None, list(source.layers.values()))
-                fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
-                layers = fit_layers(source, options, per_layer, progress, fitting)
-                # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
-                folder = TemporaryFolder(workspace)
-                unfinished.callback(folder.cleanup)
-                manifest = write_subspace(source, options, layers, Path(folder.name), started)
+            allocation = allocate(zoo, options, running, kept, progress)
+            target, rounds = allocation.bound, 0
+            while True:
+                per_layer = allocation.per_layer(target)
+                key = fit_key(kept.identity, options, per_layer, running)
+                with work_folder(place, key) as (at_work, lasting):
+                    work = Work(at_work if lasting else None, list(zoo.layers.values()))
+                    fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
+                    layers = fit_layers(zoo, options, per_layer, progress, fitting, allocation.moments)
+                    # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
+                    folder = TemporaryFolder(workspace)
+                    unfinished.callback(folder.cleanup)
+                    manifest = write_subspace(zoo, options, layers, Path(folder.name), started)
+                    rounds += 1
+                    measured = _measured(options, manifest, Path(folder.name))
+                    target = allocation.tightened(target, per_layer, measured, rounds)
+                if target is None:
+                    break
+                folder.cleanup()
         # Not before the pass has ended: there it shows whether a file was written to meanwhile.
         unfinished.pop_all()
-    return Subspace(Path(folder.name), manifest, base=source.base, keep=folder)
+    return Subspace(Path(folder.name), manifest, base=zoo.base, keep=folder)
+
+
+def check_place(
+    workers: Workers | None, max_memory: int | None, device: str, workspace: str | os.PathLike[str] | None = None
+) -> None:
+    """Raise for a device, a bound of memory, or a workspace that a pass could only fail on later."""
+    check_workers(workers, max_memory, device)
+    check_workspace(workspace)
+
+
+def _measured(options: FitOptions, manifest: Manifest, folder: Path) -> float:
+    """What is bounded, of the bundle as it is written: the bytes of the whole, or the share of the energy that is lost."""
+    return float(manifest.report["residual"]) if options.budget is None else saved_bytes(folder, manifest)
 
 
 @dataclass(frozen=True)
@@ -191,18 +247,17 @@ def fit_layers(
     fitting: Fitting,
     known: Mapping[str, LayerMoments] | None = None,
 ) -> FittedLayers:
-    """Fit layer after layer; where the moments of the models axis are known already, the pass for them is saved."""
+    """Fit layer after layer. Moments that are `known` are not collected: with those of the sides where an axis needs them."""
     form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
     writer = BasisWriter(fitting.folder, list(zoo.layers), PARTS[form], resume=fitting.work.lasts)
-    centered = {name: recentered(layer) for name, layer in (known or {}).items()} if options.center == "models" else {}
     try:
-        layers = LayerPass(zoo, options, per_layer, fitting.workers, writer, centered, fitting.cache, fitting.work)
+        layers = LayerPass(zoo, options, per_layer, fitting.workers, writer, known or {}, fitting.cache, fitting.work)
         fitted, moments = layers.run(progress)
         basis = writer.finish()
     finally:
         writer.close()
     if options.torch_dtype.itemsize < 4:
-        fitted = {name: _as_stored(zoo, layer, moments[name], options, basis) for name, layer in fitted.items()}
+        fitted |= _as_stored(zoo, fitted, moments, options, basis, fitting.workers, progress)
     return FittedLayers(fitted, moments, fitting.folder)
 
 
@@ -243,28 +298,49 @@ def split_options(rules: Sequence[SplitRule]) -> dict[str, list[str]]:
     return {"split": [str(rule) for rule in rules]} if rules else {}
 
 
-def _captured(fitted: FittedLayer, moments: LayerMoments, outside_N: Tensor) -> float:
-    """Share of the variance that a rounded basis holds; below zero where it is worse than the mean."""
-    if fitted.form == TUCKER and fitted.record.captured is not None:
-        # The mean of updates lies in the basis too: what is lost of it is no loss of variance.
-        return min(fitted.record.captured, 1 - float(outside_N.sum()) / moments.variance)
-    return 1 - float(outside_N.sum()) / moments.variance
+def _captured(exact: float, moments: LayerMoments, outside_N: Tensor) -> float:
+    """Share of the variance that a rounded basis holds: never more than the exact one, and none where the mean is no worse.
+
+    The mean of updates lies in a basis of sides too: what is lost of it is no loss of variance.
+    """
+    return min(exact, max(1 - float(outside_N.sum()) / moments.variance, 0.0))
 
 
 def _as_stored(
-    zoo: Zoo, fitted: FittedLayer, moments: LayerMoments, options: FitOptions, basis: BasisFiles
+    zoo: Zoo,
+    fitted: Mapping[str, FittedLayer],
+    moments: Mapping[str, LayerMoments],
+    options: FitOptions,
+    files: BasisFiles,
+    workers: Workers,
+    progress: Progress,
+) -> dict[str, FittedLayer]:
+    """Project all models anew onto bases that half precision has moved: what is stated is what is stored."""
+    bases = {}
+    for name, layer in fitted.items():
+        # Stacked factors keep the dtype of their files, which moves nothing.
+        if layer.form != STACKED:
+            record = layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean)
+            bases[name] = replace(read_basis(record, options.center, files), tensors=StoredLayer(files, name))
+    found: dict[str, FittedLayer] = {}
+    precision = options.precision_of_products
+    tasks = ((name, [partial(stored_task, zoo, name, basis, precision)]) for name, basis in bases.items())
+    for name, (projections,) in workers.in_order(tasks, files.num_bytes):
+        found[name] = _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, projections)
+        progress("projecting on stored bases", len(found), len(bases))
+    return found
+
+
+def _stated_anew(
+    fitted: FittedLayer, moments: LayerMoments, kind: str, projections: Sequence[Projection]
 ) -> FittedLayer:
-    """Project all models anew onto a basis that half precision has moved: what is stated is what is stored."""
-    name = fitted.name
-    record = layer_record(zoo.layers[name], fitted.form, fitted.ranks, fitted.has_mean)
-    stored, stack = read_basis(record, options.center, basis), zoo.stack(name)
-    projections = stored.project_all(stack)
+    """A fitted layer with the coefficients and the losses of these projections."""
     outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
     energy = float(moments.energies_N.sum())
     bound = fitted.record.bound
     if bound is not None:
         # What rounding has lost is what a better basis could hold too.
-        total = energy if zoo.layers[name].kind == "update" else moments.variance
+        total = energy if kind == "update" else moments.variance
         bound = max(bound + float(outside_N.sum() - fitted.outside_N.sum()) / total, 0.0)
     return replace(
         fitted,
@@ -273,7 +349,7 @@ def _as_stored(
         record=replace(
             fitted.record,
             residual=float(outside_N.sum()) / energy if energy > 0 else 0.0,
-            captured=None if fitted.record.captured is None else _captured(fitted, moments, outside_N),
+            captured=None if fitted.record.captured is None else _captured(fitted.record.captured, moments, outside_N),
             bound=bound,
         ),
     )

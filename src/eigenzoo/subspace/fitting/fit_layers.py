@@ -35,7 +35,7 @@ class LayerPass:
         zoo, options: what is fitted, and how; `per_layer` where a layer has options of its own.
         workers: where tasks run.
         writer: where bases go.
-        known: moments of the models axis that need not be collected.
+        known: moments that need not be collected, those of the sides with them where an axis needs these.
         cache: moments that an earlier pass has kept.
         work: layers that an interrupted fit has written already.
     """
@@ -68,10 +68,10 @@ class LayerPass:
         return self.per_layer.get(name, self.options)
 
     def _known(self, name: str) -> LayerMoments | None:
-        if self.options.axes != ("models",):
-            return None
         if name in self.known:
             return self.known[name]
+        if self.options.axes != ("models",):
+            return None
         return self.cache.get(name, self.options.center, self._options(name).precision_of_products)
 
     def _weight(self, key: tuple[str, LayerMoments | None]) -> int:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
+from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.passes.resources import Resources
+from eigenzoo.subspace.bases.basis import LayerBasis, Projection
 from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.fitting.options import FitOptions
@@ -138,6 +141,46 @@ def basis_task(
     with loaded(stack, *span, resources) as rows_ED:
         center_rows(rows_ED, len(stack), stack.layer.shape[1])
         return span_basis(rows_ED, span[0], stack.layer.shape[1], weights_NK, removed, options.torch_dtype)
+
+
+class StoredLayer:
+    """Reads one layer's tensors where they lie; to another process, which may not see that disk, it takes them with it."""
+
+    def __init__(self, files: BasisFiles, layer: str) -> None:
+        self._files, self._layer = files, layer
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor whole."""
+        return self._files.read(name)
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Read a run of a flattened tensor."""
+        return self._files.read_flat(name, start, stop, out)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = [f"{self._layer}/{part}" for part in self._files.dtypes(self._layer)]
+        return HeldTensors, ({name: self._files.read(name) for name in names},)
+
+
+@dataclass(frozen=True)
+class HeldTensors:
+    """A basis in memory."""
+
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self.tensors[name]
+
+    def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return a run of a flattened tensor."""
+        found = self.tensors[name].view(-1)[start:stop]
+        return found if out is None else out.copy_(found)
+
+
+def stored_task(zoo: Zoo, name: str, basis: LayerBasis, precision: str) -> list[Projection]:
+    """Project all models of a layer onto its basis as it is stored."""
+    return basis.project_all(zoo.stack(name, precision=precision))
 
 
 def _without_sides(moments: LayerMoments) -> LayerMoments:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -66,6 +67,11 @@ class FitOptions:
         return any(isinstance(rule, float) and rule == 1.0 for rule in self.rules.values())
 
     @property
+    def bounded(self) -> bool:
+        """Whether a budget or an error bound chooses the ranks."""
+        return self.budget is not None or self.max_error is not None
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that bases are stored in."""
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -92,6 +98,7 @@ def resolve_options(
         raise BudgetError(f"a budget of {budget} bytes", rule="a budget is positive")
     if max_error is not None and not 0 <= max_error < 1:
         raise BudgetError(f"an error bound of {max_error}", rule="it is a share of the energy in [0, 1)")
+    seed = check_seed(seed)
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
     if check_choice(solver, SOLVERS, "solver") == SKETCH:
@@ -109,9 +116,19 @@ def resolve_options(
         check_choice(dtype, DTYPES, "dtype"),
         budget,
         max_error,
-        check_seed(seed),
+        seed,
         solver,
         check_choice(precision, PRECISIONS, "precision"),
+    )
+
+
+def recorded_options(saved: Mapping[str, Any]) -> FitOptions:
+    """Return the options that a manifest records, every field of them; one that older versions did not write has its default."""
+    known = {
+        field.name: saved[field.name] for field in fields(FitOptions) if field.name in saved or field.default is MISSING
+    }
+    return FitOptions(
+        **{**known, "axes": tuple(saved["axes"]), "rules": dict(saved["rules"]), "seed": int(saved["seed"])}
     )
 
 
@@ -160,14 +177,19 @@ def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
     return {axis: check_rule(rank[axis]) for axis in axes}
 
 
-def check_against(options: FitOptions, view: str, num_models: int) -> None:
-    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
-    if view == "update" and options.center in ("columns", "global"):
+def check_center(center: str, view: str) -> None:
+    """Raise UsageError for a center that a view cannot have."""
+    if view == "update" and center in ("columns", "global"):
         raise UsageError(
-            f"center {options.center!r} with view 'update'",
+            f"center {center!r} with view 'update'",
             rule="updates are centered on the models' mean or not at all",
             next_step="use view 'factors', as the paper's scripts do, or center 'models' or 'none'",
         )
+
+
+def check_against(options: FitOptions, view: str, num_models: int) -> None:
+    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
+    check_center(options.center, view)
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models
     if isinstance(rule, int) and rule > spanned:

@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 
-from eigenzoo.errors import UsageError
-from eigenzoo.linalg.heldout import cross_validated_capture
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress, plain
-from eigenzoo.subspace.fitting.allocation import LayerSpectra, Overhead, collect_spectra, overhead
+from eigenzoo.subspace.fitting.allocation import (
+    Collected,
+    LayerSpectra,
+    Overhead,
+    Wanted,
+    collect_spectra,
+    contents,
+    overhead,
+)
 from eigenzoo.subspace.fitting.bytes import break_even
-from eigenzoo.subspace.fitting.fit import opened
-from eigenzoo.subspace.fitting.options import DTYPES
+from eigenzoo.subspace.fitting.fit import check_place, opened
+from eigenzoo.subspace.fitting.options import DTYPES, check_center
+from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -78,9 +85,13 @@ def plan(
     device: str = "cpu",
     max_memory: int | None = None,
     workers: Workers | None = None,
+    cache: bool = True,
     progress: Progress = no_progress,
 ) -> Plan:
     """Print-ready table of error against bytes; one pass over the weights, no basis.
+
+    All choices of axes and ranks are made from one pass, and for axis `models` from none where its moments are kept. What
+    rounding of bases to half precision loses comes on top.
 
     Args:
         zoo: an opened zoo, or what `open_zoo` takes.
@@ -91,31 +102,41 @@ def plan(
         device: where products run: "cpu" or "cuda".
         max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
         workers: where tasks run instead of this process's threads.
+        cache: whether moments are kept in, and taken from, the user's cache folder.
         progress: called as progress(stage, done, total).
     """
-    check_choice(center, CENTERS, "center")
-    itemsize: int = getattr(torch, check_choice(dtype, DTYPES, "dtype")).itemsize
+    choices = check_choices(axes, center, dtype)
+    itemsize: int = getattr(torch, dtype).itemsize
+    check_place(workers, max_memory, device)
     source = opened(zoo)
-    if source.view == "update" and center in ("columns", "global"):
-        raise UsageError(
-            f"center {center!r} with view 'update'", rule="updates are centered on the models' mean or not at all"
-        )
-    choices = CHOICES if axes is None else (check_axes(axes),)
-    wanted = tuple(axis for axis in AXES if any(axis in choice for choice in choices))
-    # The models' Gram is always collected: without it nothing is known of the mean.
-    with opened_workers(workers, max_memory, device) as running:
-        spectra = collect_spectra(
-            source, ("models", *(axis for axis in wanted if axis != "models")), center, running, progress
-        )
+    check_center(center, source.view)
+    sides = tuple(axis for axis in AXES if axis != "models" and any(axis in choice for choice in choices))
+    heldout = ("models",) in choices and center == "models"
+    with (
+        opened_workers(workers, max_memory, device) as running,
+        opened_cache(source, cache, running.resources.device) as kept,
+    ):
+        # The models' Gram is always collected: without it nothing is known of the mean.
+        wanted = Wanted(("models", *sides), center, heldout=heldout)
+        layers = collect_spectra(source, wanted, running, kept, progress)
+    spectra = {name: layer.spectra for name, layer in layers.items()}
     energy = sum(layer.energy for layer in spectra.values())
-    known = {choice: overhead(source, choice) for choice in choices}
+    carried = contents(source)
+    known = {choice: overhead(source, choice, carried) for choice in choices}
     rows = [
-        _row(spectra, choice, rank, source, itemsize, energy, known[choice], center)
+        _row(layers, choice, rank, source, itemsize, energy, known[choice], center)
         for choice in choices
         for rank in _ranks(spectra, choice)
     ]
     mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
+
+
+def check_choices(axes: Sequence[str] | None, center: str, dtype: str) -> tuple[tuple[str, ...], ...]:
+    """Return the choices of axes to look at; raises UsageError for what a plan does not take."""
+    check_choice(center, CENTERS, "center")
+    check_choice(dtype, DTYPES, "dtype")
+    return CHOICES if axes is None else (check_axes(axes),)
 
 
 def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int]:
@@ -126,7 +147,7 @@ def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int
 
 
 def _row(
-    spectra: Mapping[str, LayerSpectra],
+    layers: Mapping[str, Collected],
     axes: tuple[str, ...],
     rank: int,
     zoo: Zoo,
@@ -136,7 +157,7 @@ def _row(
     center: str,
 ) -> PlanRow:
     num_models, lost, whole, per_model = len(zoo), 0.0, known.shared, known.per_model
-    for layer in spectra.values():
+    for layer in (layer.spectra for layer in layers.values()):
         ranks = {axis: min(rank, layer.whole(axis)) for axis in axes if axis in layer.values}
         lost += layer.error(ranks)
         whole += layer.num_bytes(ranks, num_models, itemsize)
@@ -147,7 +168,7 @@ def _row(
         rank,
         lost / energy if energy > 0 else 0.0,
         len(axes) == 1,
-        *_captures(spectra, axes, rank, center),
+        *_captures(layers, axes, rank, center),
         whole,
         zoo.num_bytes / whole,
         per_model,
@@ -156,18 +177,17 @@ def _row(
 
 
 def _captures(
-    spectra: Mapping[str, LayerSpectra], axes: tuple[str, ...], rank: int, center: str
+    layers: Mapping[str, Collected], axes: tuple[str, ...], rank: int, center: str
 ) -> tuple[float | None, float | None]:
     """Shares of the variance kept in-sample and held out, over all layers weighted by their variance."""
-    variance = sum(layer.about_mean for layer in spectra.values())
+    variance = sum(layer.spectra.about_mean for layer in layers.values())
     if axes != ("models",) or center != "models" or variance <= 0:
         return None, None
-    kept = sum(float(layer.values["models"][:rank].sum()) for layer in spectra.values())
-    found = [
-        (cross_validated_capture(layer.gram_NN, [rank]), layer.variance)
-        for layer in spectra.values()
-        if layer.variance > 0
+    kept = sum(float(layer.spectra.values["models"][:rank].sum()) for layer in layers.values())
+    heldout = [
+        (layer.heldout[min(rank, len(layer.heldout) - 1)], layer.spectra.variance)
+        for layer in layers.values()
+        if layer.heldout is not None
     ]
-    heldout = [(folds[0] * weight, weight) for folds, weight in found if folds is not None]
     whole = sum(weight for _, weight in heldout)
-    return kept / variance, sum(part for part, _ in heldout) / whole if whole > 0 else None
+    return kept / variance, sum(share * weight for share, weight in heldout) / whole if whole > 0 else None

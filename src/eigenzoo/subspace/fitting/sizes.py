@@ -14,7 +14,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle.folder import open_basis
 from eigenzoo.records import Layer, plain
 from eigenzoo.subspace.bases.basis import STACKED
-from eigenzoo.subspace.fitting.allocation import overhead
+from eigenzoo.subspace.fitting.allocation import contents, overhead
 from eigenzoo.subspace.fitting.bytes import COEFFICIENT_BYTES, basis_bytes
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.stack import UpdateStack
@@ -70,7 +70,7 @@ def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: int
 
 
 def _of_zoo(zoo: Zoo) -> Sizes:
-    known = overhead(zoo, AXES)
+    known = overhead(zoo, AXES, contents(zoo))
     layers = {}
     for name, layer in zoo.layers.items():
         stack = zoo.stack(name)

@@ -141,6 +141,18 @@ def _values(fitted: FittedLayer, moments: LayerMoments) -> dict[str, Tensor]:
     return {**moment_tensors(fitted.name, moments), **own}
 
 
+def check_workspace(workspace: str | os.PathLike[str] | None) -> None:
+    """Raise OutputError unless a workspace is a folder that may be written to; call it before long work starts."""
+    if workspace is None or (os.path.isdir(workspace) and os.access(workspace, os.W_OK | os.X_OK)):
+        return
+    raise OutputError(
+        "is not a folder that may be written to",
+        where=str(workspace),
+        rule="a workspace is a folder on the disk where the bundle will be saved",
+        next_step="create it, or leave the workspace out",
+    )
+
+
 @contextmanager
 def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]:
     """Give the folder of a fit's work, and whether it lasts beyond an interruption.
