@@ -127,7 +127,7 @@ def test_a_failure_half_way_leaves_the_module_as_it_was(space: ez.Subspace, monk
     assert same(state(module), before)
     monkeypatch.undo()
     for options in ({"augment": -1}, {"start": "nobody"}, {"besides": ["tail"]}):
-        with pytest.raises(ez.UsageError, match="random directions|neither a model|matches 'tail'"):
+        with pytest.raises(ez.UsageError, match=r"random directions|neither a model|matches 'tail'"):
             adapt.attach(module, space, **options)
         assert same(state(module), before)
     adapt.attach(module, space)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from eigenzoo.adapt.attach import Adapted, attach, undo
 from eigenzoo.adapt.trained import LEARNING_RATE, Start
+from eigenzoo.adapt.training import move
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.subspace import Subspace
@@ -42,6 +43,7 @@ def calibrate(
     names: Mapping[str, str] | None = None,
     learning_rate: float = LEARNING_RATE,
     besides_rate: float = BESIDES_RATE,
+    device: str | None = None,
     progress: Progress = no_progress,
 ) -> Adapted:
     """Put a model as the subspace rebuilds it into a module, train its coefficients, and return the adapted module.
@@ -56,13 +58,16 @@ def calibrate(
         names: see `attach`.
         learning_rate: of the coefficients, in units of the zoo's spread.
         besides_rate: of what is trained besides.
+        device: where the module is moved to (`cpu`, `cuda`, `cuda:1`), and stays; None: it stays where it is. The loss brings its
+            own data, and has them there.
         progress: called as progress(stage, done, total).
 
-    Raises what `attach` raises, UsageError for no steps, and DataError where the loss is NaN or Inf. Whatever is raised, an
-    interruption too, the module is as it was before.
+    Raises what `attach` raises, UsageError for no steps and a device that is not there, and DataError where the loss is NaN or Inf.
+    Whatever is raised, an interruption too, the module is as it was before, but for its device.
     """
     if steps < 1:
         raise UsageError(f"{steps} steps", rule="calibration takes one or more")
+    move(module, device)
     adapted = attach(module, space, start=model, besides=besides, names=names)
     try:
         descend(adapted, loss, steps, learning_rate, besides_rate, progress)

@@ -45,7 +45,7 @@ def of_data(data: Any) -> str:
         return said
     chosen = torch.linspace(0, len(data) - 1, min(ITEMS, len(data)), dtype=torch.float64).round().long()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return of_tensors([(f"{len(data)}", chosen), *_tensors_of(data.take(chosen), "")])
 
 

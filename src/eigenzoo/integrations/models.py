@@ -105,7 +105,7 @@ def read_classifier(
         # Models that answer at the last token have to know where a padded text ends.
         config.pad_token_id = pad_token(read_tokenizer(folder))[1]
     with quietly(), torch.random.fork_rng(devices=[]), no_larger_than(files, folder):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         module, found = told(
             f"is no classifier of {kind}s",
             folder,

@@ -8,7 +8,8 @@
     model.save_pretrained("task/")            # a few hundred bytes a layer
     export_lora(model, "task-lora/")          # a plain LoRA, for vLLM and others
 
-A process that loads such an adapter imports this module first. Adapters of several bundles may lie beside each other in one model.
+A process that loads such an adapter imports `eigenzoo.integrations` first. Adapters of several bundles may lie beside each other in
+one model.
 Memory: the bundle's bases, once per layer, in the dtype of the weights; see docs/adapt.md for what training costs.
 """
 
