@@ -109,9 +109,10 @@ def search(
             own data, and has them there.
         progress: called as progress(stage, done, total).
 
-    Raises UsageError where `cma` is missing, for a device that is not there, fewer than two numbers, a budget below two generations'
-    worth, patterns that match nothing, or a state of another search; DataError where the metric is not finite at the start. If the metric raises, the module
-    is put back to where it was. Cost besides the metric: D numbers a candidate, or D² up to D = 100.
+    Raises UsageError where `cma` is missing, for a device that is not there, fewer than two numbers, a budget below two
+    generations' worth, patterns that match nothing, or a state of another search; DataError where the metric is not finite at
+    the start. If the metric raises, the module is put back to where it was. Cost besides the metric: D numbers a candidate, or D²
+    up to D = 100.
     """
     cma = _cma()
     move(adapted.module, device)
