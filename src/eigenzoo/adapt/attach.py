@@ -29,6 +29,7 @@ from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.weights.roles import VARIANCE
 
 PREFIXES = ("base_model.model.",)
 """What PEFT puts before the names of modules."""
@@ -40,16 +41,27 @@ Place = tuple[str, str]
 class AdaptedWeight(nn.Module):
     """The parametrization of one weight: W = (W₀ or nothing) + (M or nothing) + L(c).
 
+    A running variance is kept above zero, as in rebuilt models. Buffers, which a batch norm has its statistics in, follow their
+    coefficients, but give them no gradient: torch knows none.
+
     Attributes:
         layer, trained: the map L, and c.
         besides: what the same attach trains besides, which no other attach may freeze.
     """
 
     def __init__(
-        self, layer: Map, trained: Coefficients, besides: tuple[nn.Parameter, ...], *, mean: bool, on_top: bool
+        self,
+        layer: Map,
+        trained: Coefficients,
+        besides: tuple[nn.Parameter, ...],
+        *,
+        mean: bool,
+        on_top: bool,
+        above_zero: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.trained, self.besides, self._mean, self._on_top = layer, trained, besides, mean, on_top
+        self._above_zero = above_zero
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the module computes with, in the dtype of the one that is there."""
@@ -57,8 +69,11 @@ class AdaptedWeight(nn.Module):
             matrix = self.layer.matrix(self.trained().to(self.layer.dtype))
             if self._mean:
                 matrix = matrix + self.layer.mean()
-        shaped = matrix.reshape(weight.shape)
-        return (weight + shaped if self._on_top else shaped).to(weight.dtype)
+        made = matrix.reshape(weight.shape)
+        made = weight + made if self._on_top else made
+        if self._above_zero:
+            made = made.clamp_min(torch.finfo(torch.float32).tiny)
+        return (made if isinstance(weight, nn.Parameter) else made.detach()).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,16 @@ class Adapted:
         return {name: weight.trained().detach().cpu() for name, weight in self.weights.items()}
 
     def set_coefficients(self, values: Mapping[str, Tensor]) -> None:
-        """Put every layer's coefficients where they are given."""
+        """Put every layer's coefficients where they are given.
+
+        Raises UsageError for other layers than the module's, and MismatchError for other shapes; nothing has changed then.
+        """
+        if set(values) != set(self.weights):
+            raise UsageError(
+                f"coefficients of the layers {', '.join(sorted(values)[:3]) or '(none)'}",
+                rule=f"the module has coefficients in {len(self.weights)} layers, all of which are set",
+            )
+        _check_shapes(values, {name: tuple(weight.trained.start.shape) for name, weight in self.weights.items()})
         for name, weight in self.weights.items():
             weight.trained.set(values[name])
 
@@ -155,6 +179,7 @@ def attach(
     chosen = _besides(module, besides, {f"{path}.{leaf}" if path else leaf for path, leaf in places.values()})
     with without_autocast(torch.device("cpu")):
         begun = start if isinstance(start, Start) else find_start(space, start, seed)
+        _check_start(begun, {name: augmentation.shape(basis) for name, basis in space.layers.items()}, space)
         generator = torch.Generator().manual_seed(seed) if random_basis else None
         trained_besides = tuple(chosen.values())
         weights = _weights(module, space, places, begun, trained_besides, augmentation, workers, progress, generator)
@@ -243,10 +268,37 @@ def _weights(
             if generator is not None:
                 layer.randomize(generator)
             augmentation.widen(layer, name)
-            weight = AdaptedWeight(layer, trained, besides, mean=begun.mean, on_top=on_top)
+            above_zero = VARIANCE.search(name) is not None
+            weight = AdaptedWeight(layer, trained, besides, mean=begun.mean, on_top=on_top, above_zero=above_zero)
             weights[name] = weight.to(_weight(module, places[name]).device)
             progress("reading bases", len(weights), len(places))
     return weights
+
+
+def _check_start(begun: Start, shapes: Mapping[str, tuple[int, ...]], space: Subspace) -> None:
+    """Raise unless a start names layers of the subspace, in the shapes of their coefficients, with random directions or without."""
+    unknown = sorted(set(begun.values) - set(shapes))
+    if unknown:
+        raise UsageError(
+            f"a start for {unknown[0]!r}, which is no layer of the subspace",
+            where=str(space.path),
+            next_step="see layers",
+        )
+    plain = {name: space.layers[name].coefficient_shape for name in begun.values}
+    _check_shapes(
+        begun.values,
+        {name: shapes[name] if values.shape == shapes[name] else plain[name] for name, values in begun.values.items()},
+    )
+
+
+def _check_shapes(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, found in values.items():
+        if tuple(found.shape) != tuple(shapes[name]):
+            raise MismatchError(
+                f"coefficients of shape {list(found.shape)}",
+                where=f"layer '{name}'",
+                rule=f"its coefficients have {list(shapes[name])}",
+            )
 
 
 def _weight(module: nn.Module, place: Place) -> Tensor:

@@ -82,9 +82,10 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
         factors: by module; those that the adapter does not target are left out, and other modules of the adapter stay as they are.
         adapter: the adapter's name.
 
-    Raises MismatchError for factors of another shape than the adapter's, and where no module takes any.
+    Raises MismatchError for factors of another shape than the adapter's, and where no module takes any; nothing has changed then.
     """
     taken = []
+    written: list[tuple[Tensor, Tensor]] = []
     for path, owner in module.named_modules():
         name = _module(path)
         held: Any = owner
@@ -99,8 +100,7 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
                     rule=f"the factors have {list(values.shape)}",
                     next_step="ask for factors of the rank r of the LoraConfig",
                 )
-            with torch.no_grad():
-                weight.copy_(values)
+            written.append((weight, values))
         taken.append(name)
     if not taken:
         raise MismatchError(
@@ -108,6 +108,9 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
             rule=f"factors are for {', '.join(list(factors)[:3])}, …",
             next_step="name these as target_modules of the LoraConfig",
         )
+    with torch.no_grad():
+        for weight, values in written:
+            weight.copy_(values)
     return tuple(taken)
 
 

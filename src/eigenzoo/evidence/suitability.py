@@ -118,7 +118,9 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     tails = logs.flip(0).cumsum(0).flip(0)[:-1] - counts * logs[:-1]
     alphas = 1 + counts / tails
     # Rows: candidates for x_min; columns: the values at or above it, with the fitted and the empirical distribution.
-    distances = torch.cat([_distances(run, logs, alphas, counts) for run in torch.split(starts, max(1, AT_ONCE // num))])
+    distances = torch.cat(
+        [_distances(run, logs, alphas, counts) for run in torch.split(starts, max(1, AT_ONCE // num))]
+    )
     distances = torch.where(alphas.isfinite() & (counts >= MIN_TAIL), distances, torch.inf)
     best = int(distances.argmin())
     alpha = float(alphas[best])
