@@ -284,7 +284,9 @@ def test_the_config_alone_registers_the_method() -> None:
 
 
 @pytest.mark.parametrize("name", ["conv-sides", "conv-weights"])
-def test_a_layer_that_is_parametrized_is_refused_before_anything_changes(made: Callable[[str], Made], name: str) -> None:
+def test_a_layer_that_is_parametrized_is_refused_before_anything_changes(
+    made: Callable[[str], Made], name: str
+) -> None:
     """A merge would be written into a weight that is computed anew at the next call."""
     case = made(name)
     model = case.base()

@@ -10,7 +10,6 @@ have no weight in common; `detach` the last one first.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,8 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from eigenzoo.adapt.adapted_weight import AdaptedWeight
 from eigenzoo.adapt.augment import NONE, Augmentation, padded
-from eigenzoo.adapt.maps import Map, map_of
+from eigenzoo.adapt.maps import map_of
+from eigenzoo.adapt.places import (
+    Place,
+    adapting,
+    check_free,
+    find_besides,
+    find_place,
+    sharing,
+    trained_by_others,
+    weight_at,
+)
 from eigenzoo.adapt.starts import MEAN, find_start
 from eigenzoo.adapt.trained import Coefficients, Start, scales_of, without_autocast
 from eigenzoo.errors import MismatchError, UsageError
@@ -30,50 +40,6 @@ from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import VARIANCE
-
-PREFIXES = ("base_model.model.",)
-"""What PEFT puts before the names of modules."""
-
-Place = tuple[str, str]
-"""A submodule by its path, and the name of a parameter there."""
-
-
-class AdaptedWeight(nn.Module):
-    """The parametrization of one weight: W = (W₀ or nothing) + (M or nothing) + L(c).
-
-    A running variance is kept above zero, as in rebuilt models. Buffers, which a batch norm has its statistics in, follow their
-    coefficients, but give them no gradient: torch knows none.
-
-    Attributes:
-        layer, trained: the map L, and c.
-        besides: what the same attach trains besides, which no other attach may freeze.
-    """
-
-    def __init__(
-        self,
-        layer: Map,
-        trained: Coefficients,
-        besides: tuple[nn.Parameter, ...],
-        *,
-        mean: bool,
-        on_top: bool,
-        above_zero: bool = False,
-    ) -> None:
-        super().__init__()
-        self.layer, self.trained, self.besides, self._mean, self._on_top = layer, trained, besides, mean, on_top
-        self._above_zero = above_zero
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight that the module computes with, in the dtype of the one that is there."""
-        with without_autocast(weight.device):
-            matrix = self.layer.matrix(self.trained().to(self.layer.dtype))
-            if self._mean:
-                matrix = matrix + self.layer.mean()
-        made = matrix.reshape(weight.shape)
-        made = weight + made if self._on_top else made
-        if self._above_zero:
-            made = made.clamp_min(torch.finfo(torch.float32).tiny)
-        return (made if isinstance(weight, nn.Parameter) else made.detach()).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -170,20 +136,20 @@ def attach(
         )
     augmentation = Augmentation(augment, seed) if augment else NONE
     places = {
-        name: _find(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
+        name: find_place(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
         for name, basis in space.layers.items()
     }
-    kept = _kept_trainable(module)
+    kept = trained_by_others(module)
     for path, leaf in places.values():
-        _check_free(module, path, leaf, kept)
-    chosen = _besides(module, besides, {f"{path}.{leaf}" if path else leaf for path, leaf in places.values()})
+        check_free(module, path, leaf, kept)
+    chosen = find_besides(module, besides, {f"{path}.{leaf}" if path else leaf for path, leaf in places.values()})
     with without_autocast(torch.device("cpu")):
         begun = start if isinstance(start, Start) else find_start(space, start, seed)
         _check_start(begun, {name: augmentation.shape(basis) for name, basis in space.layers.items()}, space)
         generator = torch.Generator().manual_seed(seed) if random_basis else None
         trained_besides = tuple(chosen.values())
         weights = _weights(module, space, places, begun, trained_besides, augmentation, workers, progress, generator)
-    shared = {name: _others(module, place) for name, place in places.items()}
+    shared = {name: sharing(module, place) for name, place in places.items()}
     with ExitStack() as undone:
         for name, weight in weights.items():
             for path, leaf in (places[name], *shared[name]):
@@ -210,7 +176,7 @@ def detach(adapted: Adapted) -> nn.Module:
     What `attach` froze can be trained again. Raises UsageError where the module is not attached (any more).
     """
     for name, (path, leaf) in adapted.places.items():
-        if _adapting(adapted.module.get_submodule(path), leaf) is not adapted.weights[name]:
+        if adapting(adapted.module.get_submodule(path), leaf) is not adapted.weights[name]:
             raise UsageError(
                 "is not attached",
                 where=f"parameter '{path}.{leaf}'" if path else f"parameter '{leaf}'",
@@ -255,7 +221,9 @@ def _weights(
     """Read all bases, and make every layer's weight; with a generator, of random directions."""
     on_top = not begun.mean or space.view in ("delta", "update")
     weights = dict[str, AdaptedWeight]()
-    dtypes = {name: torch.promote_types(_weight(module, place).dtype, torch.float32) for name, place in places.items()}
+    dtypes = {
+        name: torch.promote_types(weight_at(module, place).dtype, torch.float32) for name, place in places.items()
+    }
     with opened_workers(workers) as running:
         jobs = ((name, [partial(map_of, space.layers[name], dtypes[name])]) for name in places)
         for name, (layer,) in running.in_order(jobs):
@@ -270,7 +238,7 @@ def _weights(
             augmentation.widen(layer, name)
             above_zero = VARIANCE.search(name) is not None
             weight = AdaptedWeight(layer, trained, besides, mean=begun.mean, on_top=on_top, above_zero=above_zero)
-            weights[name] = weight.to(_weight(module, places[name]).device)
+            weights[name] = weight.to(weight_at(module, places[name]).device)
             progress("reading bases", len(weights), len(places))
     return weights
 
@@ -299,110 +267,3 @@ def _check_shapes(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
                 where=f"layer '{name}'",
                 rule=f"its coefficients have {list(shapes[name])}",
             )
-
-
-def _weight(module: nn.Module, place: Place) -> Tensor:
-    weight: Tensor = getattr(module.get_submodule(place[0]), place[1])
-    return weight
-
-
-def _find(module: nn.Module, layer: str, shape: tuple[int, ...]) -> Place:
-    """Return the submodule that owns a layer's weight, and the name of the parameter there."""
-    names = [layer, *(layer.removeprefix(prefix) for prefix in PREFIXES)]
-    for name in dict.fromkeys([*names, *(f"{name}.weight" for name in names)]):
-        path, _, leaf = name.rpartition(".")
-        try:
-            owner = module.get_submodule(path)
-        except AttributeError:
-            continue
-        weight = getattr(owner, leaf, None)
-        if isinstance(weight, Tensor):
-            if tuple(weight.shape) != shape:
-                raise MismatchError(
-                    f"has shape {list(weight.shape)}",
-                    where=f"parameter '{name}'",
-                    rule=f"the bundle's layer has {list(shape)}",
-                )
-            return path, leaf
-    raise MismatchError(
-        "is not in the module",
-        where=f"layer '{layer}'",
-        rule="a module has all layers of the bundle, under their names",
-        next_step="say with names= what the module calls them",
-    )
-
-
-def _adapting(owner: nn.Module, leaf: str) -> AdaptedWeight | None:
-    """Return what `attach` has put on a parameter."""
-    if not parametrize.is_parametrized(owner, leaf):
-        return None
-    found = owner.parametrizations[leaf]  # type: ignore[index]
-    return next((part for part in found if isinstance(part, AdaptedWeight)), None)
-
-
-def _check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
-    """Raise UsageError unless a weight is a plain parameter (or buffer) of a module that nothing else has its hands on."""
-    owner, where = module.get_submodule(path), f"parameter '{path}.{leaf}'" if path else f"parameter '{leaf}'"
-    if _adapting(owner, leaf) is not None:
-        raise UsageError(
-            "is attached already",
-            where=where,
-            rule="a weight has the coefficients of one subspace",
-            next_step="remove them with eigenzoo.adapt.detach(adapted), adapted being what the first attach returned",
-        )
-    parent = module.get_submodule(path.rpartition(".")[0]) if path else owner
-    # Layers of PEFT have the one that they are put around as `base_layer`.
-    around = parent if path and getattr(parent, "base_layer", None) is owner else owner
-    is_plain = leaf in owner._parameters or leaf in owner._buffers
-    if not is_plain or around is not owner:
-        raise UsageError(
-            f"is held by a {type(around).__name__}",
-            where=where,
-            rule="coefficients take the place of a plain parameter",
-            next_step="take off what holds it first: torch.nn.utils.parametrize.remove_parametrizations, "
-            "torch.nn.utils.remove_weight_norm or prune.remove, or PEFT's merge_and_unload()",
-        )
-    if id(getattr(owner, leaf)) in kept:
-        raise UsageError(
-            "is trained by another attach (besides)",
-            where=where,
-            rule="attaches to one module have no weight in common",
-            next_step="detach that one first, or leave the parameter out of its besides",
-        )
-
-
-def _kept_trainable(module: nn.Module) -> set[int]:
-    """What other attaches train in a module, by its ids."""
-    others = [part for part in module.modules() if isinstance(part, AdaptedWeight)]
-    return {id(parameter) for part in others for parameter in (part.trained.theta, *part.besides)}
-
-
-def _others(module: nn.Module, place: Place) -> tuple[Place, ...]:
-    """Return the other places of a module that have the very same parameter."""
-    weight = _weight(module, place)
-    found = [
-        (path, leaf)
-        for path, part in module.named_modules()
-        for leaf, parameter in part._parameters.items()
-        if parameter is weight
-    ]
-    owner = module.get_submodule(place[0])
-    return tuple((path, leaf) for path, leaf in found if module.get_submodule(path) is not owner or leaf != place[1])
-
-
-def _besides(module: nn.Module, patterns: Sequence[str], layers: set[str]) -> dict[str, nn.Parameter]:
-    coefficients = {id(part.trained.theta) for part in module.modules() if isinstance(part, AdaptedWeight)}
-    free = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if name not in layers and id(parameter) not in coefficients
-    }
-    chosen: dict[str, nn.Parameter] = {}
-    for pattern in patterns:
-        matched = fnmatch.filter(free, pattern)
-        if not matched:
-            raise UsageError(
-                f"no parameter besides the bundle's layers matches {pattern!r}", next_step="see named_parameters()"
-            )
-        chosen |= {name: free[name] for name in matched}
-    return chosen

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.adapt.attach import PREFIXES
 from eigenzoo.adapt.maps import Map, map_of
+from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.adapt.starts import MEAN, ZERO
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.linalg.lora import ROUND_OFF, Factors
