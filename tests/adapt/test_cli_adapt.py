@@ -173,3 +173,29 @@ def test_the_control_is_measured_and_not_kept(
     code, _, err = call(*words, "-o", tmp_path / "task.safetensors")
     assert code == 2
     assert "an output for a random basis" in err
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch build that knows it"),
+            ],
+        ),
+    ],
+)
+def test_the_device_is_an_option(digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call, device: str) -> None:
+    zoo = digits_zoo("digits-cnn")
+    words = ("adapt", bundle_of(zoo), TASK, "--model", next(iter(sorted(zoo.glob("**/*.safetensors")))), *QUICKLY)
+    found = []
+    for number, chosen in enumerate(((), ("--device", device))):
+        code, out, err = call(*words, *chosen, "-o", tmp_path / f"{number}.safetensors", "--json")
+        assert code == 0, err
+        found.append(json.loads(out))
+    assert found[0]["accuracy"]["adapted"] == pytest.approx(found[1]["accuracy"]["adapted"], abs=0.02)
+    if device == "cpu":
+        assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()

@@ -168,3 +168,11 @@ def test_the_command_itself_needs_no_library() -> None:
     code = "import sys, eigenzoo.cli.app; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "datasets", "PIL"} & set(loaded)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path, call: Call, device: str) -> None:
+    words = ("adapt", tmp_path / "nothing", TASK, "--model", tmp_path, "-o", tmp_path / "out", "--device", device)
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert f"device '{device}'" in err

@@ -282,3 +282,17 @@ def test_the_config_alone_registers_the_method() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "EigenzooModel"
+
+
+@pytest.mark.parametrize("name", ["conv-sides", "conv-weights"])
+def test_a_layer_that_is_parametrized_is_refused_before_anything_changes(
+    made: Callable[[str], Made], name: str
+) -> None:
+    """A merge would be written into a weight that is computed anew at the next call."""
+    case = made(name)
+    model = case.base()
+    nn.utils.parametrizations.weight_norm(model.body)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ez.UsageError, match=r"module 'body'.*parametrization.*remove_parametrizations"):
+        get_peft_model(model, EigenzooConfig(bundle=str(case.bundle)))
+    assert [type(module) for module in model.modules()] == before

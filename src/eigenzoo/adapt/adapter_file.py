@@ -143,7 +143,10 @@ def is_adapter_file(path: Path) -> bool:
 
 
 def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
-    """Put what a file holds into an adapted module, which must have been attached with the same kind of start."""
+    """Put what a file holds into an adapted module, which must have been attached with the same kind of start.
+
+    Raises BundleError where it was not, and where what was trained besides has another shape there; nothing has changed then.
+    """
     found = read(path, adapted.space, augmented=True)
     if found.augmentation != adapted.augmentation:
         raise BundleError(
@@ -159,6 +162,14 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
             rule=f"mean {adapted.start.mean}, besides: {', '.join(adapted.besides) or 'none'}",
             next_step="attach with the start and the parameters of the training",
         )
+    for name, parameter in adapted.besides.items():
+        if found.besides[name].shape != parameter.shape:
+            raise BundleError(
+                f"'{name}' has shape {list(found.besides[name].shape)}",
+                where=str(path),
+                rule=f"the module has {list(parameter.shape)}",
+                next_step="load it into a module like the one that was trained",
+            )
     adapted.set_coefficients(found.values)
     with torch.no_grad():
         for name, parameter in adapted.besides.items():

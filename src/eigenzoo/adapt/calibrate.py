@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.adapt.attach import Adapted, attach
+from eigenzoo.adapt.attach import Adapted, attach, undo
 from eigenzoo.adapt.trained import LEARNING_RATE, Start
+from eigenzoo.adapt.training import move
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.subspace import Subspace
@@ -42,6 +43,7 @@ def calibrate(
     names: Mapping[str, str] | None = None,
     learning_rate: float = LEARNING_RATE,
     besides_rate: float = BESIDES_RATE,
+    device: str | None = None,
     progress: Progress = no_progress,
 ) -> Adapted:
     """Put a model as the subspace rebuilds it into a module, train its coefficients, and return the adapted module.
@@ -56,15 +58,22 @@ def calibrate(
         names: see `attach`.
         learning_rate: of the coefficients, in units of the zoo's spread.
         besides_rate: of what is trained besides.
+        device: where the module is moved to (`cpu`, `cuda`, `cuda:1`), and stays; None: it stays where it is. The loss brings its
+            own data, and has them there.
         progress: called as progress(stage, done, total).
 
-    Raises what `attach` raises, UsageError for no steps, and DataError where the loss is NaN or Inf; the module then keeps the
-    projected coefficients, and stays attached.
+    Raises what `attach` raises, UsageError for no steps and a device that is not there, and DataError where the loss is NaN or Inf.
+    Whatever is raised, an interruption too, the module is as it was before, but for its device.
     """
     if steps < 1:
         raise UsageError(f"{steps} steps", rule="calibration takes one or more")
+    move(module, device)
     adapted = attach(module, space, start=model, besides=besides, names=names)
-    descend(adapted, loss, steps, learning_rate, besides_rate, progress)
+    try:
+        descend(adapted, loss, steps, learning_rate, besides_rate, progress)
+    except BaseException:
+        undo(adapted)
+        raise
     return adapted
 
 
@@ -78,7 +87,7 @@ def descend(
 ) -> list[float]:
     """Take steps of Adam along a cosine, rate·(1 + cos(π t/T))/2 at step t; returns the losses before each of them.
 
-    Raises DataError where one is NaN or Inf; everything is put back to where it was then.
+    Raises DataError where one is NaN or Inf. Whatever is raised, an interruption too, what is trained is put back to where it was.
     """
     parameters = list(adapted.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
@@ -87,6 +96,17 @@ def descend(
         {"params": list(adapted.besides.values()), "lr": besides_rate},
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    try:
+        with torch.enable_grad():
+            return _steps(adapted, loss, steps, optimizer, progress)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.copy_(values)
+        raise
+
+
+def _steps(adapted: Adapted, loss: Loss, steps: int, optimizer: torch.optim.Adam, progress: Progress) -> list[float]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     losses = []
     for step in range(steps):
@@ -94,9 +114,6 @@ def descend(
         value = loss(adapted.module, step)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
-            with torch.no_grad():
-                for parameter, values in zip(parameters, before, strict=True):
-                    parameter.copy_(values)
             raise DataError(
                 f"the loss is {losses[-1]}",
                 where=f"step {step}",

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.adapt.adapter_file import AdapterFile, load, read, save, save_moved
-from eigenzoo.adapt.attach import Adapted, attach
+from eigenzoo.adapt.attach import Adapted, attach, undo
 from eigenzoo.adapt.maps import map_of
 from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
@@ -135,7 +135,7 @@ class Stream:
         return save(adapted, self._basis(len(self._bases()) - 1) / "tasks" / f"{len(self.tasks):04}-{name}.safetensors")
 
     def attach(self, name: str, module: nn.Module, names: Mapping[str, str] | None = None) -> Adapted:
-        """Put a task into a module, as it is in the newest basis; see `attach.attach`."""
+        """Put a task into a module, as it is in the newest basis; see `attach.attach`. Whatever fails, the module is as it was."""
         return self._attached(len(self._bases()) - 1, self.space, name, module, names)
 
     def refresh(
@@ -218,7 +218,11 @@ class Stream:
             seed=found.augmentation.seed,
             augment=found.augmentation.num,
         )
-        load(file, adapted)
+        try:
+            load(file, adapted)
+        except BaseException:
+            undo(adapted)
+            raise
         return adapted
 
     def _written(self, like: str | None) -> list[Path]:

@@ -16,21 +16,30 @@ Legend: N models, O outputs, I inputs, R rank, J number of directions that all m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.adapt.attach import PREFIXES
 from eigenzoo.adapt.maps import Map, map_of
+from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.adapt.starts import MEAN, ZERO
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.linalg.lora import ROUND_OFF, Factors
+from eigenzoo.passes.workers import local_workers
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.subspace import Subspace
 
 
 def lora_factors(
-    space: Subspace, rank: int, *, start: str = ZERO, names: Mapping[str, str] | None = None
+    space: Subspace,
+    rank: int,
+    *,
+    start: str = ZERO,
+    names: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Factors]:
     """Return (B (O, R), A (R, I)) in float32 by module, the scale of LoRA not in them.
 
@@ -40,6 +49,7 @@ def lora_factors(
         rank: R.
         start: `zero` or `mean`.
         names: of layers that the module calls otherwise than the zoo's files; see `attach.attach`.
+        progress: called as progress("finding factors", done, total).
 
     Linear layers only: a convolution, an embedding's or a bias's layer is left out. Input directions are those of
     N MᵀM + Σ_n L(c_n)ᵀL(c_n), the second moment of changes whose coefficients are centred. Cost of a layer: min(N, K) products of
@@ -53,7 +63,7 @@ def lora_factors(
         )
     if space.view == "factors":
         raise UsageError("view 'factors' has no updates", next_step="fit the zoo with view 'update'")
-    found = {}
+    chosen = {}
     for name, basis in space.layers.items():
         if basis.layer.kind != "update" and (len(basis.layer.tensor_shape) != 2 or not name.endswith(".weight")):
             continue
@@ -63,15 +73,26 @@ def lora_factors(
                 where=f"layer '{name}'",
                 rule=f"its matrix of {list(basis.layer.shape)} has at most that",
             )
-        layer = map_of(basis, torch.float64)
-        mean_OI = None if space.view == "weight" else layer.mean()
-        directions_RI = _leading(layer, space.all_coefficients[name].double(), mean_OI, rank)
-        if start == MEAN and mean_OI is not None:
-            factors = _of_mean(mean_OI, directions_RI)
-        else:
-            factors = directions_RI.new_zeros(basis.layer.shape[0], rank), directions_RI
-        found[_module((names or {}).get(name, name))] = (factors[0].float(), factors[1].float().contiguous())
+        values = space.all_coefficients[name].double()
+        chosen[name] = partial(_layer_factors, basis, values, rank, start, has_mean=space.view != "weight")
+    found = {}
+    with local_workers() as workers:
+        for name, (factors,) in workers.in_order((name, [call]) for name, call in chosen.items()):
+            found[_module((names or {}).get(name, name))] = factors
+            progress("finding factors", len(found), len(chosen))
     return found
+
+
+def _layer_factors(basis: LayerBasis, values: Tensor, rank: int, start: str, *, has_mean: bool) -> Factors:
+    """Read one layer's basis, and return B and A."""
+    layer = map_of(basis, torch.float64)
+    mean_OI = layer.mean() if has_mean else None
+    directions_RI = _leading(layer, values, mean_OI, rank)
+    if start == MEAN and mean_OI is not None:
+        b_OR, a_RI = _of_mean(mean_OI, directions_RI)
+    else:
+        b_OR, a_RI = directions_RI.new_zeros(basis.layer.shape[0], rank), directions_RI
+    return b_OR.float(), a_RI.float().contiguous()
 
 
 def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str = "default") -> tuple[str, ...]:
@@ -82,9 +103,10 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
         factors: by module; those that the adapter does not target are left out, and other modules of the adapter stay as they are.
         adapter: the adapter's name.
 
-    Raises MismatchError for factors of another shape than the adapter's, and where no module takes any.
+    Raises MismatchError for factors of another shape than the adapter's, and where no module takes any; nothing has changed then.
     """
     taken = []
+    written: list[tuple[Tensor, Tensor]] = []
     for path, owner in module.named_modules():
         name = _module(path)
         held: Any = owner
@@ -99,8 +121,7 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
                     rule=f"the factors have {list(values.shape)}",
                     next_step="ask for factors of the rank r of the LoraConfig",
                 )
-            with torch.no_grad():
-                weight.copy_(values)
+            written.append((weight, values))
         taken.append(name)
     if not taken:
         raise MismatchError(
@@ -108,6 +129,9 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
             rule=f"factors are for {', '.join(list(factors)[:3])}, …",
             next_step="name these as target_modules of the LoraConfig",
         )
+    with torch.no_grad():
+        for weight, values in written:
+            weight.copy_(values)
     return tuple(taken)
 
 

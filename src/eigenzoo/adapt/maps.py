@@ -14,28 +14,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
+from eigenzoo.adapt.trained import KeepsDtype
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bases.flat import FlatBasis
 from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
 
 
-class Map(nn.Module, ABC):
-    """The map from one layer's coefficients to a matrix (O, I).
+class Map(KeepsDtype, ABC):
+    """The map from one layer's coefficients to a matrix (O, I); its bases keep their dtype when the model is moved to another.
 
     Attributes:
         shape: (O, I).
+        dtype: of the bases.
     """
 
-    def __init__(self, basis: LayerBasis) -> None:
+    def __init__(self, basis: LayerBasis, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape = basis.layer.shape
+        self.shape, self.dtype = basis.layer.shape, dtype
 
-    def _keep(self, name: str, values: Tensor | None, dtype: torch.dtype) -> None:
-        self.register_buffer(name, None if values is None else values.to(dtype), persistent=False)
+    def _keep(self, name: str, values: Tensor | None) -> None:
+        self.register_buffer(name, None if values is None else values.to(self.dtype), persistent=False)
 
     @abstractmethod
     def matrix(self, coefficients: Tensor) -> Tensor:
@@ -69,9 +71,9 @@ class FlatMap(Map):
     center: Tensor
 
     def __init__(self, basis: FlatBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis)
-        self._keep("directions", basis.directions(), dtype)
-        self._keep("center", basis.removed(), dtype)
+        super().__init__(basis, dtype)
+        self._keep("directions", basis.directions())
+        self._keep("center", basis.removed())
 
     def matrix(self, coefficients: Tensor) -> Tensor:
         """Return L(c) (O, I)."""
@@ -101,14 +103,14 @@ class TuckerMap(Map):
     center: Tensor
 
     def __init__(self, basis: TuckerBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis)
+        super().__init__(basis, dtype)
         for name, part in (
             ("outputs", basis.side("outputs")),
             ("inputs", basis.side("inputs")),
             ("shared", basis.shared()),
         ):
-            self._keep(name, part, dtype)
-        self._keep("center", basis.removed(), dtype)
+            self._keep(name, part)
+        self._keep("center", basis.removed())
         self.core_shape, self.mean_is_core = basis.core_shape, basis.layer.kind == "update"
 
     def matrix(self, coefficients: Tensor) -> Tensor:
@@ -156,12 +158,12 @@ class StackedMap(Map):
     center: Tensor | None
 
     def __init__(self, basis: StackedBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis)
+        super().__init__(basis, dtype)
         b_PO, a_PI, weights_KP = basis.table()
-        self._keep("factors_b", b_PO.T.contiguous(), dtype)
-        self._keep("factors_a", a_PI, dtype)
-        self._keep("weights", weights_KP, dtype)
-        self._keep("center", None, dtype)
+        self._keep("factors_b", b_PO.T.contiguous())
+        self._keep("factors_a", a_PI)
+        self._keep("weights", weights_KP)
+        self._keep("center", None)
 
     def matrix(self, coefficients: Tensor) -> Tensor:
         """Return L(c) (O, I)."""

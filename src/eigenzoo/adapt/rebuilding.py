@@ -19,9 +19,9 @@ from torch import Tensor
 
 from eigenzoo.adapt import adapter_file
 from eigenzoo.adapt.adapter_file import AdapterFile
-from eigenzoo.adapt.attach import PREFIXES
 from eigenzoo.adapt.fingerprints import of_weights
 from eigenzoo.adapt.maps import map_of
+from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.errors import BundleError, FormatError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.json_file import parse_json

@@ -36,6 +36,7 @@ from torch.nn.utils import parametrize
 from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.search_state import SearchState, read_state, search_key, write_state
 from eigenzoo.adapt.trained import Coefficients
+from eigenzoo.adapt.training import move
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
@@ -84,6 +85,7 @@ def search(
     maximize: bool = False,
     at_once: int | None = None,
     state: str | os.PathLike[str] | None = None,
+    device: str | None = None,
     progress: Progress = no_progress,
 ) -> Found:
     """Search for coefficients by a metric alone, and leave the best in the module.
@@ -104,13 +106,17 @@ def search(
             images of a tiny ViT, nothing at 512); memory is that of so many models' weights and activations.
         state: a file that is written after each generation. A search that is started again with it goes on, and ends with the
             same bits; one that had ended goes on too, where the budget is larger. It must be the same metric: nobody can see that.
+        device: where the module is moved to (`cpu`, `cuda`, `cuda:1`), and stays; None: it stays where it is. The metric brings its
+            own data, and has them there.
         progress: called as progress(stage, done, total).
 
-    Raises UsageError where `cma` is missing, for fewer than two numbers, a budget below two generations' worth, patterns that match
-    nothing, or a state of another search; DataError where the metric is not finite at the start. If the metric raises, the module
-    is put back to where it was. Cost besides the metric: D numbers a candidate, or D² up to D = 100.
+    Raises UsageError where `cma` is missing, for a device that is not there, fewer than two numbers, a budget below two
+    generations' worth, patterns that match nothing, or a state of another search; DataError where the metric is not finite at
+    the start. If the metric raises, the module is put back to where it was. Cost besides the metric: D numbers a candidate, or D²
+    up to D = 100.
     """
     cma, seed = _cma(), check_seed(seed)
+    move(adapted.module, device)
     numbers = _numbers(adapted, over, layers, leading)
     if numbers.count < 2:
         raise UsageError(

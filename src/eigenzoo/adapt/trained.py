@@ -10,17 +10,42 @@ Legend: N models, K numbers of one layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Self = TypeVar("Self", bound="KeepsDtype")
 
 LEARNING_RATE = 0.1
 """For Adam, on θ."""
 
 
-class Coefficients(nn.Module):
-    """One layer's coefficients, any shape.
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products run in the dtype of their operands, whatever surrounds it.
+
+    A weight that bfloat16 autocast computes is off by up to 4e-3 of itself, which is as much as small fine-tunes change.
+    """
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+class KeepsDtype(nn.Module):
+    """A module whose tensors go to other devices, but keep their dtype when the model is moved to another one."""
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(values: Tensor) -> Tensor:
+            found = fn(values)
+            return found if found.dtype == values.dtype else values.to(found.device)
+
+        return cast(Self, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
+
+
+class Coefficients(KeepsDtype):
+    """One layer's coefficients, any shape; float32 whatever dtype the model is moved to.
 
     Attributes:
         theta: what is trained; zero at the start.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from eigenzoo.adapt.fingerprints import of_data, of_tensors, of_values
 from eigenzoo.adapt.trained import LEARNING_RATE
 from eigenzoo.errors import DataError, UsageError
 from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.passes.resources import check_device
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
 
@@ -93,6 +94,7 @@ def train(
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 50,
+    device: str | None = None,
     progress: Progress = no_progress,
 ) -> Trained:
     """Train what `adapted.parameters()` gives with Adam, in place.
@@ -108,13 +110,14 @@ def train(
         seed: of the order of the items, and of what the loss draws.
         checkpoint: a file that is written every `every` steps, and taken up where it is there already. It stays when the training
             is done (`unfinished.remove`).
+        device: where the module and every batch are moved to (`cpu`, `cuda`, `cuda:1`); None: they stay where they are.
         progress: called as progress("training", done, total).
 
     An interrupted training ends, when it is called again with the same arguments on the same kind of machine, with the same
     coefficients to the bit as one that was not, as far as the model's own operations give the same bits twice.
 
-    Raises UsageError for options that cannot be meant and a checkpoint of another run, FormatError for a damaged one, and
-    DataError where the loss is not finite. Cost: a checkpoint has three times the bytes of what is trained.
+    Raises UsageError for options that cannot be meant, a device that is not there and a checkpoint of another run, FormatError for
+    a damaged one, and DataError where the loss is not finite. Cost: a checkpoint has three times the bytes of what is trained.
     """
     seed = check_options(steps, batch_size, learning_rate, seed, every)
     if len(data) < 1:
@@ -122,6 +125,7 @@ def train(
     parameters = [parameter for parameter in adapted.parameters() if parameter.numel()]
     if not parameters:
         raise UsageError("there is nothing to train", rule="no layer of the bundle has a direction (rank 0)")
+    move(adapted.module, device)
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     run = _fingerprint(adapted, parameters, data, loss, [steps, batch_size, learning_rate, seed])
     losses: list[float] = []
@@ -133,10 +137,10 @@ def train(
             unfinished.write(checkpoint, run, parameters, optimizer, losses)
     taken_up_at, order = len(losses), Order(len(data), batch_size, seed)
     gpus = {parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"}
-    with _only_coefficients_change(adapted.module), kept_draws(gpus):
+    with _only_coefficients_change(adapted.module), kept_draws(gpus), torch.enable_grad():
         for step in range(taken_up_at, steps):
             seed_draws(_seed(seed, "step", step), gpus)
-            found = _scalar(loss(adapted.module, data.take(order.batch(step))), step)
+            found = _scalar(loss(adapted.module, moved(data.take(order.batch(step)), device)), step)
             optimizer.zero_grad()
             found.backward()  # type: ignore[no-untyped-call]
             for group in optimizer.param_groups:
@@ -217,6 +221,28 @@ def _only_coefficients_change(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def move(module: nn.Module, device: str | None) -> None:
+    """Move a module to a device, in place; None leaves it where it is. Raises UsageError for one that is not there."""
+    if device is not None:
+        check_device(device)
+        module.to(device)
+
+
+def moved(batch: Any, device: str | None) -> Any:
+    """Return a batch with its tensors on a device, however they are put together; None leaves it as it is."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(part, device) for key, part in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(part, device) for part in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(part, device) for part in batch)
+    return batch
 
 
 def _fingerprint(

@@ -76,6 +76,7 @@ def command(
         Path | None,
         typer.Option(help="Where unfinished work is kept; by default hidden beside the output.", show_default=False),
     ] = None,
+    device: options.Device = "cpu",
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -98,6 +99,7 @@ def command(
             random_basis=random_basis,
             test_share=test_share,
             checkpoint=checkpoint,
+            device=device,
             force=force,
             progress=progress,
         )

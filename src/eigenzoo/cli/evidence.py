@@ -46,6 +46,14 @@ def command(
     max_memory: options.MaxMemory = None,
     cluster: options.Cluster = None,
     cache: options.Cache = True,
+    suitability: Annotated[
+        bool,
+        typer.Option(
+            "--suitability",
+            help="Also the authors' alpha score of full weights, which takes an SVD of every model's layers; of LoRA updates "
+            "it is always there.",
+        ),
+    ] = False,
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
@@ -68,6 +76,7 @@ def command(
             rank=asked,
             center=center,
             seed=seed,
+            suitability=suitability,
             workers=workers,
             cache=cache,
             progress=progress,

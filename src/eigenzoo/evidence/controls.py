@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
 from eigenzoo.evidence.unseen import NUM_FOLDS, num_folds
@@ -212,19 +213,43 @@ def _secondary(found: Evidence, layers: Sequence[LayerEvidence]) -> Control | No
 
 def _suitability(found: Evidence) -> Control | None:
     known = [layer for layer in found.layers.values() if layer.suitability.exponents]
-    if not known:
+    if not known and not measured_scores(found):
         return None
     limits = found.thresholds
     suited = sum(layer.suitability.is_suited(limits) for layer in known)
-    middle = fmean(layer.suitability.mean or 0.0 for layer in known)
+    own = "There are too few models to fit exponents to halves of the zoo."
+    if known:
+        middle = fmean(layer.suitability.mean or 0.0 for layer in known)
+        own = (
+            f"{suited} of {len(known)} layers have exponents from {limits.low:g} to {limits.high:g} that agree between halves to "
+            f"{limits.spread:g}; the mean exponent is {middle:.2f}."
+        )
     return Control(
         "suitability",
         "Are the spectra the power laws of trained layers?",
         "share of layers whose exponents are in range and agree",
-        suited / len(known),
+        suited / len(known) if known else None,
         f"exponents from {limits.low:g} to {limits.high:g}",
         None,
         "random halves of the zoo",
-        f"{suited} of {len(known)} layers have exponents from {limits.low:g} to {limits.high:g} that agree between halves to "
-        f"{limits.spread:g}; the mean exponent is {middle:.2f}.",
+        f"{own} {_alpha_score(found)}",
+    )
+
+
+def measured_scores(found: Evidence) -> dict[str, AlphaScore]:
+    """Return the authors' score of the layers that have one: models' own spectra at hand, and long enough to fit."""
+    scores = {name: layer.alpha_score for name, layer in found.layers.items()}
+    return {name: score for name, score in scores.items() if score is not None and score.known}
+
+
+def _alpha_score(found: Evidence) -> str:
+    scores = measured_scores(found)
+    if all(layer.alpha_score is None for layer in found.layers.values()):
+        return "The authors' alpha score, of every model's own spectrum, was not measured (option suitability)."
+    if not scores:
+        return "The authors' alpha score: no model's own spectrum is long enough to fit."
+    retained = sum(score.is_retained for score in scores.values())
+    return (
+        f"The authors' alpha score, of every model's own spectrum, retains {retained} of {len(scores)} layers; mean exponent "
+        f"{fmean(score.mean or 0.0 for score in scores.values()):.2f}, mean q {fmean(score.q for score in scores.values()):.2f}."
     )

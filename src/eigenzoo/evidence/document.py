@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eigenzoo.evidence.controls import controls
+from eigenzoo.evidence.alpha_score import AlphaScore, families
+from eigenzoo.evidence.controls import controls, measured_scores
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.source import AxisSpectrum
 from eigenzoo.evidence.suitability import Thresholds
@@ -85,6 +86,7 @@ def _layer(found: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
             "exponents": list(found.suitability.exponents),
             "share": found.suitability.share(thresholds),
             "q": found.suitability.q(thresholds),
+            "alpha_score": _alpha_score(found.alpha_score),
         },
         "axes": {axis: plain(side) for axis, side in axes.items()},
         "rank": {"auto": spectrum.auto, "var90": spectrum.var90},
@@ -129,4 +131,30 @@ def _suitability(found: Evidence) -> dict[str, Any]:
         "retained": suited,
         "num_layers": len(known),
         "share": len(suited) / len(known) if known else 0.0,
+        "alpha_score": _alpha_scores(found),
+    }
+
+
+def _alpha_score(found: AlphaScore | None) -> dict[str, Any] | None:
+    """The authors' score of a layer; None where the models' own spectra were not measured."""
+    if found is None:
+        return None
+    return {
+        "exponents": list(found.exponents),
+        "num_models": len(found.known),
+        **{key: getattr(found, key) for key in ("mean", "spread", "share", "q")},
+        "retained": found.is_retained,
+    }
+
+
+def _alpha_scores(found: Evidence) -> dict[str, Any] | None:
+    layers = measured_scores(found)
+    if not layers:
+        return None
+    retained = [name for name, layer in layers.items() if layer.is_retained]
+    return {
+        "retained": retained,
+        "num_layers": len(layers),
+        "share": len(retained) / len(layers),
+        "families": families(layers),
     }

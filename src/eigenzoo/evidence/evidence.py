@@ -94,6 +94,7 @@ def evidence(
     center: str = "models",
     seed: int = 0,
     thresholds: Thresholds | None = None,
+    suitability: bool = False,
     view: str | None = None,
     base: str | os.PathLike[str] | None = None,
     include: Sequence[str] = (),
@@ -114,6 +115,8 @@ def evidence(
         center: what is removed before spectra; all that is said of held-out models is about the models' mean.
         seed: of draws, folds and halves.
         thresholds: of layer suitability.
+        suitability: take every model's own spectrum too, which the authors' alpha score (`alpha_score`) asks for: one more read of
+            a zoo of full weights and an SVD a model and layer, N·min(O, I)²·max(O, I) operations. LoRA updates have it always.
         view, base, include, exclude: as in `open_zoo`.
         max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
         device: where the pass over the weights computes: "cpu" or "cuda".
@@ -147,6 +150,7 @@ def evidence(
         base=base,
         include=include,
         exclude=exclude,
+        suitability=suitability,
     )
     if len(measured.names) < 2:
         raise UsageError("one model", rule="evidence compares models", next_step="name two or more")
@@ -212,7 +216,8 @@ def _measure_all(
     """Layers side by side: each is some forty small eigendecompositions, which torch's own threads only slow down."""
 
     def measure(name: str) -> LayerEvidence:
-        return measure_layer(measured.layers[name], measured.moments(name), folds, core, groups, rule, seed)
+        layer, moments = measured.layers[name], measured.moments(name)
+        return measure_layer(layer, moments, folds, core, groups, rule, seed, measured.spectra(name))
 
     found: dict[str, LayerEvidence] = {}
     with local_workers() as workers:

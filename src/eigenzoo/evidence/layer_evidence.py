@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
+from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score
 from eigenzoo.linalg.gram import excess_moments, scale_models
 from eigenzoo.linalg.heldout import deal
 from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
@@ -37,6 +38,7 @@ class LayerEvidence:
     halves: universality.Halves | None
     secondary: secondary.Secondary | None
     suitability: suitability.Suitability
+    alpha_score: AlphaScore | None
     growth: growth.LayerGrowth | None
     dealt: verdict.Findings
     across: verdict.Findings | None
@@ -55,6 +57,7 @@ def measure_layer(
     groups: Sequence[Tensor],
     rule: RankRule,
     seed: int,
+    spectra: OwnSpectra | None = None,
 ) -> LayerEvidence:
     """Run every control on one layer's moments.
 
@@ -66,6 +69,7 @@ def measure_layer(
         groups: the models of the largest groups, which are looked at on their own.
         rule: how many directions halves and secondary subspace are asked of.
         seed: of draws, folds and halves.
+        spectra: every model's own singular values, where they are at hand.
     """
     about_mean = recentered(moments)
     values_K, vectors_NK = eigenpairs(about_mean.centered_NN, about_mean.round_off)
@@ -90,6 +94,7 @@ def measure_layer(
         halves=universality.halves(about_mean, rank, seed),
         secondary=secondary.secondary(sums, rank),
         suitability=suitability.suitability(about_mean, values_K, seed),
+        alpha_score=None if spectra is None else alpha_score(spectra),
         growth=growth.layer_growth(about_mean, seed),
         dealt=dealt,
         across=across,

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from eigenzoo.errors import UsageError
+from eigenzoo.evidence.alpha_score import OwnSpectra, own_spectra
 from eigenzoo.formats.remote.hub_bundle import names_a_bundle
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
@@ -22,7 +23,7 @@ from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.stack import UpdateStack
+from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 LARGE_SIDE = 2048
@@ -77,6 +78,9 @@ class MomentSource(Protocol):
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return the spectra of the layer's sides that were asked for."""
 
+    def spectra(self, layer: str) -> OwnSpectra | None:
+        """Return every model's own singular values, where they are at hand."""
+
 
 class ZooMoments:
     """The moments of a zoo: one pass over the weights, sides' spectra taken at once and their moments let go."""
@@ -90,17 +94,31 @@ class ZooMoments:
         progress: Progress,
         workers: Workers,
         cache: MomentsCache,
+        suitability: bool = False,
     ) -> None:
         self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
         self.center, self.zoo = center, zoo
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
+        self._spectra: dict[str, OwnSpectra] = {}
         task = partial(_layer_moments, zoo, tuple(axes), center, seed, workers.resources)
         known = {} if axes else {name: kept for name in zoo.layers if (kept := cache.get(name, center, DEFAULT))}
+        # Updates have their own spectra in their moments.
+        wanted = {name for name, layer in zoo.layers.items() if suitability and layer.kind != "update"}
+        spectra = partial(_own_spectra, zoo, workers.resources)
         for name, found in workers.in_order(
-            (name, [] if name in known else [partial(task, name)]) for name in zoo.layers
+            (
+                name,
+                [
+                    *([] if name in known else [partial(task, name)]),
+                    *([partial(spectra, name)] if name in wanted else []),
+                ],
+            )
+            for name in zoo.layers
         ):
-            self._moments[name], self._axes[name] = found[0] if found else (known[name], {})
+            self._moments[name], self._axes[name] = (known[name], {}) if name in known else found[0]
+            if name in wanted:
+                self._spectra[name] = found[-1]
             if not axes:
                 cache.put(name, center, DEFAULT, self._moments[name])
             progress("collecting moments", len(self._moments), len(zoo.layers))
@@ -112,6 +130,21 @@ class ZooMoments:
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return the spectra of the sides that were asked for."""
         return self._axes[layer]
+
+    def spectra(self, layer: str) -> OwnSpectra | None:
+        """Return every model's own singular values: of updates, and where they were asked for."""
+        return self._spectra.get(layer) or _of_updates(self._moments[layer])
+
+
+def _own_spectra(zoo: Zoo, resources: Resources, name: str) -> OwnSpectra:
+    stack = zoo.stack(name)
+    assert isinstance(stack, DenseStack)
+    return own_spectra(stack, resources.device)
+
+
+def _of_updates(moments: LayerMoments) -> OwnSpectra | None:
+    """What moments keep of updates."""
+    return None if moments.singular_NR is None else OwnSpectra(moments.singular_NR, moments.round_off)
 
 
 def _layer_moments(
@@ -147,6 +180,10 @@ class BundleMoments:
         """Return nothing: a bundle keeps the models' Gram alone."""
         return {}
 
+    def spectra(self, layer: str) -> OwnSpectra | None:
+        """Return every update's own singular values, where the bundle's moments have them."""
+        return _of_updates(self._space.moments(layer))
+
 
 def _inexact(space: Subspace) -> list[str]:
     """Warn where models were added without the old ones' files: what they share outside the old subspace is not known."""
@@ -173,12 +210,19 @@ def open_source(
     device: str = "cpu",
     workers: Workers | None = None,
     cache: bool = True,
+    suitability: bool = False,
 ) -> MomentSource:
     """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
     if isinstance(source, str | os.PathLike) and names_a_bundle(source):
         source = load(source)
     chosen = view is not None or base is not None or bool(include) or bool(exclude)
     if isinstance(source, Subspace):
+        if suitability and source.view != "update":
+            raise UsageError(
+                "every model's own spectra (suitability) of a bundle",
+                rule="a bundle keeps them of LoRA updates alone",
+                next_step="name the zoo instead",
+            )
         if axes or chosen or center != "models":
             raise UsageError(
                 "axes, center, view, base, include or exclude of a bundle",
@@ -199,7 +243,7 @@ def open_source(
         opened_workers(workers, max_memory, device) as running,
         opened_cache(zoo, cache, running.resources.device) as kept,
     ):
-        return ZooMoments(zoo, axes, center, seed, progress, running, kept)
+        return ZooMoments(zoo, axes, center, seed, progress, running, kept, suitability)
 
 
 def _axis_spectrum(

@@ -21,6 +21,9 @@ from eigenzoo.subspace.moments.layer_moments import LayerMoments
 MIN_TAIL = 4
 """Fewer eigenvalues above x_min fit any exponent."""
 
+AT_ONCE = 2**19
+"""Distances that are looked at at once."""
+
 NUM_HALVES = 8
 NUM_HALVES_LARGE = 4
 
@@ -103,7 +106,7 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     """Exponent α and x_min of a continuous power law, and how many values are at or above x_min; None for too few values.
 
     Agrees with the package `powerlaw` (Alstott et al. 2014) to round-off. Every value but the largest ones is tried as x_min: K²
-    operations, all at once.
+    operations, some candidates at once, so that memory stays below a few tens of MB.
     """
     rising = values_K[values_K > 0].double().flip(0)
     num = rising.numel()
@@ -115,12 +118,19 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     tails = logs.flip(0).cumsum(0).flip(0)[:-1] - counts * logs[:-1]
     alphas = 1 + counts / tails
     # Rows: candidates for x_min; columns: the values at or above it, with the fitted and the empirical distribution.
-    places = torch.arange(num)[None, :] - starts[:, None]
-    theory = 1 - torch.exp((1 - alphas)[:, None] * (logs[None, :] - logs[:-1, None]))
-    # Two whole numbers divided would be of the default dtype.
-    empirical = places.double() / counts[:, None]
-    distances = torch.where(places >= 0, (theory - empirical).abs(), torch.zeros(())).amax(1)
+    distances = torch.cat(
+        [_distances(run, logs, alphas, counts) for run in torch.split(starts, max(1, AT_ONCE // num))]
+    )
     distances = torch.where(alphas.isfinite() & (counts >= MIN_TAIL), distances, torch.inf)
     best = int(distances.argmin())
     alpha = float(alphas[best])
     return (alpha, float(rising[best]), int(counts[best])) if isfinite(alpha) else (None, None, 0)
+
+
+def _distances(starts: Tensor, logs: Tensor, alphas: Tensor, counts: Tensor) -> Tensor:
+    """Kolmogorov–Smirnov distances of some candidates for x_min."""
+    places = torch.arange(logs.numel())[None, :] - starts[:, None]
+    theory = 1 - torch.exp((1 - alphas[starts])[:, None] * (logs[None, :] - logs[starts, None]))
+    # Two whole numbers divided would be of the default dtype.
+    empirical = places.double() / counts[starts, None]
+    return torch.where(places >= 0, (theory - empirical).abs(), torch.zeros(())).amax(1)

@@ -17,7 +17,7 @@ from eigenzoo.adapt.attach import Adapted, attach
 from eigenzoo.adapt.sizes import LORA_RANK, lora_bytes
 from eigenzoo.adapt.starts import MEAN, ZERO
 from eigenzoo.adapt.trained import LEARNING_RATE
-from eigenzoo.adapt.training import Data, TensorData, check_options, train
+from eigenzoo.adapt.training import Data, TensorData, check_options, moved, train
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.output.whole import check_free_file
 from eigenzoo.integrations.classification_data import read_labelled
@@ -29,6 +29,7 @@ from eigenzoo.integrations.models import (
     read_nursery,
     require,
 )
+from eigenzoo.passes.resources import check_device
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bundles.loading import load
 
@@ -121,6 +122,7 @@ def adapt_classifier(
     random_basis: bool = False,
     test_share: float | None = None,
     checkpoint: Path | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Adaptation:
@@ -132,6 +134,7 @@ def adapt_classifier(
         model: a local checkpoint of transformers, or a model of the nursery.
         output: the file; None with `random_basis`, whose coefficients mean nothing without these draws.
         checkpoint: where unfinished work is kept; by default a hidden file beside the output. It goes when the output is there.
+        device: where the model, its coefficients and the batches are: `cpu`, `cuda`, `cuda:1`.
 
     The rest as in `attach` and `train`. Raises what they raise, and DataError for data that cannot be trained on, all of it
     before training starts but a loss that is not finite.
@@ -142,6 +145,7 @@ def adapt_classifier(
             rule="the control is measured and not kept: its directions are in no bundle; everything else has a file",
         )
     seed = check_options(steps, batch_size, learning_rate, seed)
+    check_device(device)
     if output is not None:
         check_free_file(output, force=force, own=adapter_file.is_adapter_file)
         if checkpoint is not None and checkpoint.absolute() == output.absolute():
@@ -154,14 +158,23 @@ def adapt_classifier(
         # The zoo's mean is a change of its base, and belongs on no other weights.
         space = load(bundle, base=model)
     task = _read_task(data, model, besides, test_share, seed)
-    names, module = task.classifier.names, task.classifier.module
+    names, module = task.classifier.names, task.classifier.module.to(device)
     mean_accuracy = None
     if start == ZERO:
-        mean_accuracy = accuracy(attach(copy.deepcopy(module), space, names=names).module, task.test)
-    adapted = attach(module, space, start=start, besides=besides, names=names, random_basis=random_basis, seed=seed)
-    at_start = accuracy(module, task.test)
+        mean_accuracy = accuracy(attach(copy.deepcopy(module), space, names=names).module, task.test, device)
+    adapted = attach(
+        module,
+        space,
+        start=start,
+        besides=besides,
+        names=names,
+        random_basis=random_basis,
+        seed=seed,
+        progress=progress,
+    )
+    at_start = accuracy(module, task.test, device)
     if mean_accuracy is None:
-        mean_accuracy = _accuracy_of_mean(adapted, task.test)
+        mean_accuracy = _accuracy_of_mean(adapted, task.test, device)
     done = train(
         adapted,
         task.train,
@@ -171,9 +184,10 @@ def adapt_classifier(
         learning_rate=learning_rate,
         seed=seed,
         checkpoint=checkpoint,
+        device=device,
         progress=progress,
     )
-    found = Accuracy(at_start, mean_accuracy, accuracy(module, task.test))
+    found = Accuracy(at_start, mean_accuracy, accuracy(module, task.test, device))
     if output is not None:
         saved = {parameter: name for name, parameter in names.items()}
         renamed = {name: saved[name] for name in adapted.besides if saved.get(name, name) != name}
@@ -212,22 +226,22 @@ def classification_loss(module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits(module, inputs), labels)
 
 
-def accuracy(module: nn.Module, data: Data) -> float:
-    """Return the share of right answers."""
+def accuracy(module: nn.Module, data: Data, device: str | None = None) -> float:
+    """Return the share of right answers; with a device, batches are moved there."""
     right = 0
     with torch.no_grad():
         for start in range(0, len(data), _AT_ONCE):
-            inputs, labels = data.take(torch.arange(start, min(start + _AT_ONCE, len(data))))
+            inputs, labels = moved(data.take(torch.arange(start, min(start + _AT_ONCE, len(data)))), device)
             right += int((logits(module, inputs).argmax(-1) == labels).sum())
     return right / len(data)
 
 
-def _accuracy_of_mean(adapted: Adapted, data: Data) -> float:
+def _accuracy_of_mean(adapted: Adapted, data: Data, device: str) -> float:
     """Measure a module with its coefficients at zero; they are put back as they were, to the bit."""
     kept = [weight.trained.theta.detach().clone() for weight in adapted.weights.values()]
     adapted.set_coefficients({name: torch.zeros_like(values) for name, values in adapted.coefficients().items()})
     try:
-        return accuracy(adapted.module, data)
+        return accuracy(adapted.module, data, device)
     finally:
         with torch.no_grad():
             for weight, theta in zip(adapted.weights.values(), kept, strict=True):

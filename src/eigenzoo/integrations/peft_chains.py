@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from eigenzoo.adapt.maps import FlatMap, Map, StackedMap, TuckerMap, map_of
+from eigenzoo.adapt.trained import without_autocast
 from eigenzoo.subspace.bases.basis import LayerBasis
 
 Chain = list[Tensor]
@@ -71,7 +72,7 @@ class FrozenBasis(nn.Module):
 
     def chains(self, coefficients: Tensor, mean: bool) -> list[Chain]:
         """Return ΔW as a sum of products; only what is between `before` and `after` is computed."""
-        with torch.autocast(coefficients.device.type, enabled=False):
+        with without_autocast(coefficients.device):
             middle = self._middle(coefficients, mean)
         chain = [part for part in (self.before, middle, self.after) if part is not None]
         found = [chain]
@@ -114,7 +115,8 @@ def freeze(
     """
     layer = map_of(basis, dtype)
     if seed is not None:
-        layer.randomize(torch.Generator().manual_seed(seed))
+        with without_autocast(torch.device("cpu")):
+            layer.randomize(torch.Generator().manual_seed(seed))
     return FrozenBasis(layer, basis.layer.kind == "update" and seed is None, transposed=transposed)
 
 

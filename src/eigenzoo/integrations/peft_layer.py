@@ -19,7 +19,7 @@ from torch.nn.functional import embedding
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from eigenzoo.adapt.trained import Coefficients
+from eigenzoo.adapt.trained import Coefficients, without_autocast
 from eigenzoo.errors import DataError, UnsupportedError
 from eigenzoo.integrations.peft_chains import FrozenBasis, Stages, apply, dense, follow
 from eigenzoo.integrations.peft_registration import BaseTunerLayer, check_adapters_to_merge
@@ -39,8 +39,7 @@ class NotFiniteError(DataError, ValueError):
 class SavedCoefficients(Coefficients):
     """Coefficients whose state is c itself: θ is where training is, c is what a file holds.
 
-    Loading sets the start to what was saved and θ to zero, so that what is loaded is what was saved, to the last bit. They stay
-    float32 whatever dtype the model is moved to.
+    Loading sets the start to what was saved and θ to zero, so that what is loaded is what was saved, to the last bit.
     """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -70,13 +69,6 @@ class SavedCoefficients(Coefficients):
             if self.theta.is_meta:
                 self.theta = nn.Parameter(torch.zeros_like(self.start), requires_grad=self.theta.requires_grad)
             self.theta.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SavedCoefficients:
-        def moved(values: Tensor) -> Tensor:
-            found = fn(values)
-            return found if found.dtype == values.dtype else values.to(found.device)
-
-        return cast(SavedCoefficients, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,8 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW of an adapter in the shape of the layer's weight; float32, or float64 where the weight is."""
         weight = self._plain_weight("gives no ΔW")
-        matrix = dense(self.stages(adapter), torch.promote_types(weight.dtype, torch.float32))
+        with without_autocast(weight.device):
+            matrix = dense(self.stages(adapter), torch.promote_types(weight.dtype, torch.float32))
         return self._as_weight(matrix).reshape(weight.shape)
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -281,7 +274,9 @@ class EigenzooEmbedding(EigenzooLayer):
     """An embedding: rows of its weight are ΔW's columns."""
 
     def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        added = follow(self.stages(adapter), inputs, lambda part, ids: embedding(ids, part.T).to(dtype))
+        # Rows of a weight, and no product of activations: autocast leaves those of the base alone too.
+        with without_autocast(inputs.device):
+            added = follow(self.stages(adapter), inputs, lambda part, ids: embedding(ids, part.T).to(dtype))
         scale = cast(Any, self)._get_embed_scale()
         return added if scale is None else added * scale.to(added.dtype)
 
@@ -296,7 +291,8 @@ class EigenzooConv(EigenzooLayer):
         base = self._base()
         stages = self.stages(adapter)
         if base.groups > 1:  # outputs see their own group only, and so cannot be made of what all share
-            stages = [[[dense(stages, torch.promote_types(inputs.dtype, torch.float32))]]]
+            with without_autocast(inputs.device):
+                stages = [[[dense(stages, torch.promote_types(inputs.dtype, torch.float32))]]]
         kernel = base.weight.shape[1:]
 
         def convolve(part: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eigenzoo.adapt.attach import PREFIXES
+from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.errors import BundleError, MismatchError, UnsupportedError
 from eigenzoo.integrations.peft_layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
 from eigenzoo.integrations.transformers_names import saved_names

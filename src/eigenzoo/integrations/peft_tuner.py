@@ -8,7 +8,8 @@
     model.save_pretrained("task/")            # a few hundred bytes a layer
     export_lora(model, "task-lora/")          # a plain LoRA, for vLLM and others
 
-A process that loads such an adapter imports this module first. Adapters of several bundles may lie beside each other in one model.
+A process that loads such an adapter imports `eigenzoo.integrations` first. Adapters of several bundles may lie beside each other in
+one model.
 Memory: the bundle's bases, once per layer, in the dtype of the weights; see docs/adapt.md for what training costs.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from eigenzoo.adapt.starts import ZERO
 from eigenzoo.adapt.trained import Start, scales_of
@@ -102,7 +104,8 @@ def _mean(start: Start, part: str) -> bool:
 class EigenzooModel(BaseTuner):  # type: ignore[misc]
     """A model with coefficients beside its layers; PEFT makes it, `get_peft_model` and `PeftModel.from_pretrained`.
 
-    Raises what opening the bundle does, and MismatchError for a model that is not the zoo's.
+    Raises what opening the bundle does, MismatchError for a model that is not the zoo's, and UsageError for a weight that a
+    parametrization holds.
     """
 
     prefix = PREFIX
@@ -127,6 +130,14 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
         places, left_out = find_places(
             space, model, self._known(peft_config), lambda name: bool(check_target_module_exists(probe, name))
         )
+        for name in places:
+            if parametrize.is_parametrized(base_of(model.get_submodule(name)), "weight"):
+                raise UsageError(
+                    "its weight is held by a parametrization",
+                    where=f"module '{name}'",
+                    rule="adapters lie beside plain weights, which they can be merged into",
+                    next_step="take it off first: eigenzoo.adapt.detach, or torch.nn.utils.parametrize.remove_parametrizations",
+                )
         found = {name: [place.kind, place.name] for name, place in places.items()}
         if peft_config.modules is not None and peft_config.modules != found:
             changed = sorted(set(found) ^ set(peft_config.modules)) or ["kinds"]

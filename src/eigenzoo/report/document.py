@@ -49,6 +49,7 @@ _LAYER: dict[str, Any] = {
         "spread": None,
         "share": None,
         "q": None,
+        "alpha_score": None,
     },
     "test": {"rank": None, "p_value": None, "ratio": None},
     "axes": {},
@@ -90,7 +91,7 @@ _EVIDENCE: dict[str, Any] = {
     },
     "map": {},
     "map_shares": [],
-    "suitability": {"thresholds": {}, "retained": [], "num_layers": None, "share": None},
+    "suitability": {"thresholds": {}, "retained": [], "num_layers": None, "share": None, "alpha_score": None},
     "summary": {
         "rank": [],
         "in_sample": [],

@@ -119,8 +119,9 @@ _SIZES = (
 )
 _NO_SIZES = "The document holds no sizes of files, so that nothing can be said about bytes."
 _SUITABILITY = (
-    "A rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that trained "
-    "layers have, and random halves of the zoo agree on it. The thresholds are conventions; move them and see what hangs on them."
+    "After a rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that "
+    "trained layers have, and random halves of the zoo agree on it. The rule itself, the authors' alpha score, asks every model "
+    "alone, and stands beside. The thresholds are conventions; move them and see what hangs on them."
 )
 _SECONDARY = (
     "If all that is shared lies in the first directions, the next ones keep no more of held-out models than chance."

@@ -310,9 +310,10 @@ def suitability_table(report: Report) -> Table | None:
             *(in_number(found[key]) for key in ("exponent", "num_values", "mean", "spread")),
             in_percent(found["share"]),
             in_number(found["q"]),
+            *_alpha_cells(found["alpha_score"]),
         )
         for name, found in ((name, layer["suitability"]) for name, layer in report.layers.items())
-        if found["exponent"] is not None or found["exponents"]
+        if found["exponent"] is not None or found["exponents"] or found["alpha_score"]
     ]
     columns = (
         "layer",
@@ -323,13 +324,37 @@ def suitability_table(report: Report) -> Table | None:
         "spread",
         "halves in range",
         "q",
+        "by the alpha score",
+        "models' mean exponent",
+        "… spread",
+        "alpha score q",
     )
     note = (
         f"Retained: mean over random halves of the zoo from {in_number(limit['low'])} to {in_number(limit['high'])}, spread at "
         f"most {in_number(limit['spread'])}, at least {in_percent(limit['share'])} of the halves in range, and q = share in range "
-        f"/ (1 + spread) at least {in_number(limit['q'])}: {len(retained)} of {len(rows)} layers that have exponents."
+        f"/ (1 + spread) at least {in_number(limit['q'])}: {len(retained)} of {len(rows)} layers that have exponents. "
+        f"{_alpha_note(score['alpha_score'])}"
     )
     return table("Exponents by layer", columns, rows, words=2, note=note)
+
+
+def _alpha_cells(found: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The authors' score of a layer."""
+    if found is None:
+        return "not measured", NONE, NONE, NONE
+    verdict = "retained" if found["retained"] else "left out"
+    return verdict, *(in_number(found[key]) for key in ("mean", "spread", "q"))
+
+
+def _alpha_note(score: Mapping[str, Any] | None) -> str:
+    rule = (
+        "The authors' alpha score is of every model's own spectrum: q = (1 − e^(−N/20)) · mean φ(α) · e^(−σ) with "
+        "φ(α) = e^(−(α − 2)/2) for α from 2 to 6, else 0; a layer is retained at a mean α from 2 to 6, σ at most 1, half of the "
+        "models in range, and q at least 0.2"
+    )
+    if score is None:
+        return f"{rule}. It was not measured."
+    return f"{rule}: {len(score['retained'])} of {score['num_layers']} layers."
 
 
 def secondary_table(report: Report) -> Table | None:

@@ -1,0 +1,127 @@
+"""Where a bundle's layers lie in a module, and whether coefficients may take their place there."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from eigenzoo.adapt.adapted_weight import AdaptedWeight
+from eigenzoo.errors import MismatchError, UsageError
+
+PREFIXES = ("base_model.model.",)
+"""What PEFT puts before the names of modules."""
+
+Place = tuple[str, str]
+"""A submodule by its path, and the name of a parameter there."""
+
+
+def weight_at(module: nn.Module, place: Place) -> Tensor:
+    """Return the parameter or buffer at a place, as the module computes with it."""
+    weight: Tensor = getattr(module.get_submodule(place[0]), place[1])
+    return weight
+
+
+def find_place(module: nn.Module, layer: str, shape: tuple[int, ...]) -> Place:
+    """Return the submodule that owns a layer's weight, and the name of the parameter there."""
+    names = [layer, *(layer.removeprefix(prefix) for prefix in PREFIXES)]
+    for name in dict.fromkeys([*names, *(f"{name}.weight" for name in names)]):
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            continue
+        weight = getattr(owner, leaf, None)
+        if isinstance(weight, Tensor):
+            if tuple(weight.shape) != shape:
+                raise MismatchError(
+                    f"has shape {list(weight.shape)}",
+                    where=f"parameter '{name}'",
+                    rule=f"the bundle's layer has {list(shape)}",
+                )
+            return path, leaf
+    raise MismatchError(
+        "is not in the module",
+        where=f"layer '{layer}'",
+        rule="a module has all layers of the bundle, under their names",
+        next_step="say with names= what the module calls them",
+    )
+
+
+def adapting(owner: nn.Module, leaf: str) -> AdaptedWeight | None:
+    """Return what `attach` has put on a parameter."""
+    if not parametrize.is_parametrized(owner, leaf):
+        return None
+    found = owner.parametrizations[leaf]  # type: ignore[index]
+    return next((part for part in found if isinstance(part, AdaptedWeight)), None)
+
+
+def check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
+    """Raise UsageError unless a weight is a plain parameter (or buffer) of a module that nothing else has its hands on."""
+    owner, where = module.get_submodule(path), f"parameter '{path}.{leaf}'" if path else f"parameter '{leaf}'"
+    if adapting(owner, leaf) is not None:
+        raise UsageError(
+            "is attached already",
+            where=where,
+            rule="a weight has the coefficients of one subspace",
+            next_step="remove them with eigenzoo.adapt.detach(adapted), adapted being what the first attach returned",
+        )
+    parent = module.get_submodule(path.rpartition(".")[0]) if path else owner
+    # Layers of PEFT have the one that they are put around as `base_layer`.
+    around = parent if path and getattr(parent, "base_layer", None) is owner else owner
+    is_plain = leaf in owner._parameters or leaf in owner._buffers
+    if not is_plain or around is not owner:
+        raise UsageError(
+            f"is held by a {type(around).__name__}",
+            where=where,
+            rule="coefficients take the place of a plain parameter",
+            next_step="take off what holds it first: torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.remove_weight_norm or prune.remove, or PEFT's merge_and_unload()",
+        )
+    if id(getattr(owner, leaf)) in kept:
+        raise UsageError(
+            "is trained by another attach (besides)",
+            where=where,
+            rule="attaches to one module have no weight in common",
+            next_step="detach that one first, or leave the parameter out of its besides",
+        )
+
+
+def trained_by_others(module: nn.Module) -> set[int]:
+    """What other attaches train in a module, by its ids."""
+    others = [part for part in module.modules() if isinstance(part, AdaptedWeight)]
+    return {id(parameter) for part in others for parameter in (part.trained.theta, *part.besides)}
+
+
+def sharing(module: nn.Module, place: Place) -> tuple[Place, ...]:
+    """Return the other places of a module that have the very same parameter."""
+    weight = weight_at(module, place)
+    found = [
+        (path, leaf)
+        for path, part in module.named_modules()
+        for leaf, parameter in part._parameters.items()
+        if parameter is weight
+    ]
+    owner = module.get_submodule(place[0])
+    return tuple((path, leaf) for path, leaf in found if module.get_submodule(path) is not owner or leaf != place[1])
+
+
+def find_besides(module: nn.Module, patterns: Sequence[str], layers: set[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters, by name, that patterns ask for besides the layers; UsageError for one that matches none."""
+    coefficients = {id(part.trained.theta) for part in module.modules() if isinstance(part, AdaptedWeight)}
+    free = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if name not in layers and id(parameter) not in coefficients
+    }
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(free, pattern)
+        if not matched:
+            raise UsageError(
+                f"no parameter besides the bundle's layers matches {pattern!r}", next_step="see named_parameters()"
+            )
+        chosen |= {name: free[name] for name in matched}
+    return chosen
