@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 
 from eigenzoo.passes.process import num_threads, single_threaded
 from eigenzoo.passes.workers import local_workers
-from waiting import HANG_SECONDS
+from guard import HANG
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ class Passing(threading.Thread):
         super().__init__(daemon=True)
         self.inside, self.leave, self.threads_before, self.threads_after = threading.Event(), threading.Event(), 0, 0
         self.start()
-        assert self.inside.wait(HANG_SECONDS)
+        assert self.inside.wait(HANG)
 
     def run(self) -> None:
         with local_workers(num=1):
             self.inside.set()
-            assert self.leave.wait(HANG_SECONDS)
+            assert self.leave.wait(HANG)
         self.threads_after = torch.get_num_threads()
 
     def end(self) -> None:
         self.leave.set()
-        self.join(HANG_SECONDS)
+        self.join(HANG)
         assert not self.is_alive()
 
 
@@ -129,3 +129,10 @@ def test_a_pass_that_fails_gives_everything_back(three_threads, task: Callable[[
     with pytest.raises(error, match=r"division|told to stop"), local_workers(num=1) as workers:
         list(workers.in_order([("task", [task])]))
     assert settings() == before
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (64, 3)])
+def test_there_are_no_more_workers_than_cores_of_the_container(three_threads, monkeypatch, cores, expected):
+    monkeypatch.setattr("eigenzoo.passes.workers.num_cores", lambda: cores)
+    with local_workers() as workers:
+        assert workers.num == expected

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.buffers import release
+from eigenzoo.passes.machine import num_cores
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
 from eigenzoo.passes.resources import Resources, check_agrees, enough_memory, most_workers, resources_for
 from eigenzoo.records import Progress, no_progress
@@ -126,7 +127,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
 
     Raises UsageError for a device that is not there, and for too little memory.
     """
-    num = num or most_workers(num_threads(), device)
+    num = num or most_workers(min(num_threads(), num_cores()), device)
     resources = resources_for(num, max_memory, device)
     with single_threaded(), switching_often(), seldom_collecting(), kept_open():
         pool = ThreadPoolExecutor(num, "eigenzoo", enter_worker)
