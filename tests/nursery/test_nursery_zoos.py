@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 from zoo_checks import ONE_KIND, weight_file
 
+from eigenzoo.formats.paths import OUTPUT_RECORD
 from eigenzoo.nursery import KINDS, accuracy, digits
 from eigenzoo.nursery.lora import TARGETS, LoraKind
 from eigenzoo.nursery.making import choose_children, make_zoo
@@ -46,6 +47,7 @@ def test_layout_metadata_and_recipe(hasty: Hasty, kind: str) -> None:
     suffix = ".safetensors" if kind == "digits-cnn" else ""
     parent = set() if kind == "digits-cnn" else {"_base"}
     assert {path.name for path in zoo.folder.iterdir()} == {
+        OUTPUT_RECORD,
         "zoo.json", *parent, *(name + suffix for name in recipe["models"])
     }  # fmt: skip
     for name, facts in recipe["models"].items():
