@@ -219,3 +219,12 @@ def test_a_calibration_that_fails_puts_the_module_back(space: ez.Subspace) -> No
     with pytest.raises(KeyboardInterrupt):
         calibrate(module, space, "m1", interrupted, besides=["head.*"])
     assert same(state(module), before)
+
+
+def test_two_layers_of_a_bundle_for_one_weight_are_refused(tmp_path: Path) -> None:
+    module, stack = Tied(), random_stack(6, (7, 4))
+    space = ez.fit(write_stacks(tmp_path, {"embed.weight": stack, "out.weight": stack.clone()}), 3)
+    before = state(module)
+    with pytest.raises(ez.UsageError, match=r"out\.weight.*same parameter as layer 'embed\.weight'"):
+        adapt.attach(module, space)
+    assert same(state(module), before)

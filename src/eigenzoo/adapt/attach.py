@@ -141,9 +141,17 @@ def attach(
         name: find_place(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
         for name, basis in space.layers.items()
     }
-    kept = trained_by_others(module)
-    for path, leaf in places.values():
+    kept, owners = trained_by_others(module), dict[int, str]()
+    for name, (path, leaf) in places.items():
         check_free(module, path, leaf, kept)
+        first = owners.setdefault(id(weight_at(module, (path, leaf))), name)
+        if first != name:
+            raise UsageError(
+                f"is the same parameter as layer '{first}'",
+                where=f"layer '{name}'",
+                rule="a weight that the module shares has the coefficients of one layer",
+                next_step="fit the zoo without one of the two (exclude)",
+            )
     chosen = find_besides(module, besides, {f"{path}.{leaf}" if path else leaf for path, leaf in places.values()})
     with without_autocast(torch.device("cpu")):
         begun = start if isinstance(start, Start) else find_start(space, start, seed)
