@@ -78,7 +78,11 @@ def _write_file(
 ) -> None:
     """Write one file, whose names lack the prefix that `read` knows them by."""
     named = [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors] if prefix else tensors
-    write_tensors(path, named, lambda name: read(prefix + name), metadata, run=run)
+
+    def with_prefix(_: Callable[[str], Tensor], names: Sequence[str]) -> Iterable[Tensor]:
+        return run(read, [prefix + name for name in names])
+
+    write_tensors(path, named, read, metadata, run=with_prefix)
 
 
 def write_lora(
