@@ -36,6 +36,8 @@ from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import rate as warmed
 from tolerance import tolerance
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings(
     steps=2, batch_size=8, seeds=(0,), rates=(0.01, 0.1), num_models=12, held_out=3, tuning=2, ranks=(2, 3), core=3
 )

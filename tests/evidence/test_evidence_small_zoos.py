@@ -28,7 +28,7 @@ def stated(found: ez.Evidence) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["weight", "update"])
-@pytest.mark.parametrize("num_models", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("num_models", [2, 3, 4, 5, *(pytest.param(num, marks=pytest.mark.slow) for num in (6, 7))])
 def test_a_handful_of_models_is_looked_at_as_far_as_it_goes(tmp_path: Path, num_models: int, kind: str) -> None:
     for seed in range(3):
         if kind == "weight":
