@@ -17,7 +17,7 @@ from eigenzoo.errors import RankError
 from eigenzoo.linalg.lora import TRUNCATION
 from tolerance import tolerance
 
-SEEDS = (0, 1)
+SEEDS = [0, pytest.param(1, marks=pytest.mark.slow)]
 NUM_MODELS = 8
 SHAPES = {"h.0.w": (6, 10), "h.0.b": (6,), "h.1.w": (12, 4)}
 AXES = [("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs")]
