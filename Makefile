@@ -19,7 +19,7 @@ test: .venv/test
 
 # What `make test` leaves out.
 test-more: .venv/test
-	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 15 minutes on two cores."
+	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 10 minutes on two cores."
 	@$(PYTEST) -m slow
 	@$(MAKE) --no-print-directory test-kernels
 

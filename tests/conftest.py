@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kernels import NUMERICAL
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 # Neither asks how long an example takes: a busy machine would fail the test.
@@ -22,15 +24,6 @@ settings.register_profile(
     "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("tests")
-
-
-NUMERICAL = (
-    *("linalg", "reference", "evidence", "growth"),
-    *(f"adapt/test_{name}.py" for name in ("attach", "augment", "calibrate", "continual", "lora_init", "maps")),
-    *(f"scale/test_scale_{name}.py" for name in ("precision", "spans")),
-    "roundtrip/test_gauge.py",
-)
-"""Folders and files whose statements are about products, decompositions and what is made of them."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+NUMERICAL = (
+    *("linalg", "reference", "evidence", "growth"),
+    *(f"adapt/test_{name}.py" for name in ("attach", "augment", "calibrate", "continual", "lora_init", "maps")),
+    *(f"scale/test_scale_{name}.py" for name in ("precision", "spans")),
+    "roundtrip/test_gauge.py",
+)
+"""Folders and files whose statements are about products, decompositions and what is made of them."""
+
 LEVELS = ("DEFAULT", "AVX2", "AVX512")
 """What a processor may execute, by torch's names, each with all before it."""
 
@@ -62,14 +70,14 @@ def why_not(kernel: Kernel) -> str:
 
 def main() -> int:
     """Run pytest once per kernel, with this program's arguments; returns how many runs failed."""
-    failed = 0
+    failed, paths = 0, [f"tests/{name}" for name in ("test_kernels.py", *NUMERICAL)]
     for kernel in KERNELS:
         named = " ".join(f"{name}={value}" for name, value in kernel.environment.items())
         if reason := why_not(kernel):
             print(f"skipped: {named}: {reason}", flush=True)
             continue
         print(f"numerical tests with {named}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical and not slow", *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical and not slow", *sys.argv[1:], *paths]
         failed += (
             subprocess.run(command, cwd=ROOT, env={**os.environ, **kernel.environment}, check=False).returncode != 0
         )

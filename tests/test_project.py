@@ -58,6 +58,15 @@ def test_every_expected_error_says_what_it_expects():
                 raise AssertionError(f"{path.relative_to(ROOT)}:{number}: pytest.raises without match=")
 
 
+def test_no_test_has_a_limit_of_time_but_the_guard():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"timeout\s*=\s*\d", line):
+                raise AssertionError(
+                    f"{path.relative_to(ROOT)}:{number}: a time of its own; take HANG of tests/guard.py"
+                )
+
+
 FIRST_IN = {
     "torch": {"float8_e8m0fnu": (2, 7), "out_dtype": (2, 8)},
     # Below, an option that is required is not, with the click that huggingface_hub asks for.

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from guard import HANG
+
 ORDERS = {
     "before PEFT": "import eigenzoo.integrations\nfrom peft import PeftModel",
     "after PEFT": "from peft import PeftModel\nimport eigenzoo.integrations",
@@ -19,7 +21,7 @@ ORDERS = {
 def run(code: str, *words: object) -> str:
     """What a fresh interpreter prints; whatever it warns of on standard error is shown where it fails."""
     called = [sys.executable, "-W", "ignore::FutureWarning", "-c", code, *map(str, words)]
-    done = subprocess.run(called, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(called, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cli_runner import Run
 
+from guard import HANG
+
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 WAITING = """
@@ -53,7 +55,7 @@ def test_the_exit_code_says_which_signal_ended_the_command(
 ) -> None:
     process = _start(zoo, tmp_path / "out")
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANG)
     assert (process.returncode, out) == (code, "")
     assert err.startswith("interrupted: no output was written")
     assert not (tmp_path / "out").exists()
@@ -68,7 +70,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(
     for number in ignored:
         process.send_signal(number)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 143
     assert err.startswith("interrupted")
 
@@ -78,7 +80,7 @@ def test_the_second_of_two_signals_does_not_end_the_cleaning_up(zoo: Path, tmp_p
     process = _start(zoo, tmp_path / "out")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 129
     assert "Traceback" not in err
 
@@ -88,7 +90,7 @@ def test_a_terminal_that_is_gone_is_no_error(zoo: Path, tmp_path: Path) -> None:
         assert process.stderr is not None
         process.stderr.close()
         process.send_signal(signal.SIGHUP)
-        process.wait(timeout=120)
+        process.wait(timeout=HANG)
     assert process.returncode == 129
 
 

@@ -57,7 +57,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=1000 * HANG)
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, timeout=HANG * 1000)
         yield running
         running.close()
 
