@@ -40,7 +40,8 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
             moment_NN.numpy(), subset_by_index=[size - num, size - 1], check_finite=False
         )
     else:
-        values, vectors = np.linalg.eigh(moment_NN.numpy())
+        # A quarter faster than numpy's at 40 to 500 rows (docs/log.md).
+        values, vectors = (found.numpy() for found in torch.linalg.eigh(moment_NN))
     largest = float(values[-1]) if len(values) else 0.0
     num_kept = int(np.count_nonzero(values > max(floor * largest, 0.0))) if largest > 0 else 0
     leading = slice(None, -1 - (num_kept if num is None else min(num, num_kept)), -1)
