@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundle_files import FORMS, fit_form, read_manifest, write_zoo
 from safetensors.torch import save
 
 import eigenzoo as ez
-from bundle_files import FORMS, fit_form, read_manifest, write_zoo
 from eigenzoo.formats.bundle import folder as bundle_folder
 from eigenzoo.formats.layout import TensorLayout
 from eigenzoo.formats.writers import write_tensors
@@ -31,7 +31,8 @@ def test_the_basis_is_hashed_as_it_is_written_and_never_read_again_for_it(
     for module in (bundle_folder, storage):
         monkeypatch.setattr(module, "file_sha256", spied)
     bundle = fit_form(write_zoo(tmp_path / "zoo", form), form).save(tmp_path / "bundle")
-    assert hashed and "basis.safetensors" not in hashed
+    assert hashed
+    assert "basis.safetensors" not in hashed
     manifest = read_manifest(bundle)
     found = hashlib.sha256((bundle / "basis.safetensors").read_bytes()).hexdigest()
     assert manifest["files"]["basis.safetensors"]["sha256"] == found

@@ -1,10 +1,10 @@
 """The handful of products that a pass over weights consists of, by the library that is fastest at each.
 
-On the CPU, on one thread: numpy's symmetric product, which does half the work (BLAS syrk); torch's general product, by MKL; numpy's sums over
-models, which are 10 to 30 times as fast as torch's where the models' rows are long. On AVX-512 and AVX2 alike no other choice
-is faster by more than a few percent (the table is in docs/log.md), so that nothing is measured at run time, and a machine keeps
-its bits. On another device it is torch. All give the same to round-off, and the same bits whenever they are called with
-the same shapes.
+On the CPU, on one thread: numpy's symmetric product, which does half the work (BLAS syrk); torch's general product (MKL); numpy's
+sums over models, which are 10 to 30 times as fast as torch's where the models' rows are long. With AVX-512 and with AVX2 these are
+the fastest or within a few percent of it (the table is in docs/log.md): so nothing is measured at run time, and a machine keeps its
+bits. On another device it is torch. All give the same to round-off, and the same bits whenever they are called with the
+same shapes.
 
 Legend: N models, D values of one block, K directions.
 """

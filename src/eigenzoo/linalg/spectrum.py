@@ -6,7 +6,6 @@ Legend: N rows of the moment, K kept directions.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -36,6 +35,9 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
     """
     size = moment_NN.shape[0]
     if num is not None and size >= LEADING_FROM and 0 < num <= size // 4:
+        # Here, since importing it takes a third as long as all of eigenzoo does, and smaller zoos never need it.
+        import scipy.linalg
+
         values, vectors = scipy.linalg.eigh(
             moment_NN.numpy(), subset_by_index=[size - num, size - 1], check_finite=False
         )

@@ -56,7 +56,9 @@ def write_bytes(file: FileIO, position: int, data: bytes | memoryview) -> int:
     """Write bytes at a position, however many calls that takes; returns the position after them."""
     view = memoryview(data)
     while view:
-        count = os.pwrite(file.fileno(), view[:_WRITE_BYTES], position) if _POSITIONAL else _at(file, position).write(view)
+        count = (
+            os.pwrite(file.fileno(), view[:_WRITE_BYTES], position) if _POSITIONAL else _at(file, position).write(view)
+        )
         view, position = view[count:], position + count
     return position
 

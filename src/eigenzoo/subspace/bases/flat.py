@@ -45,7 +45,7 @@ def span_basis(
     extended_ED: Tensor, start: int, inputs: int, weights_NK: Tensor, removed: Tensor | None, dtype: torch.dtype
 ) -> SpanBasis:
     """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
-    num_models, num_kept = weights_NK.shape
+    num_models = len(weights_NK)
     rows_ND = extended_ED[:num_models]
     directions_KD, mean_D = _directions(weights_NK.T.to(rows_ND), rows_ND, inputs), None
     if removed is None:
