@@ -52,7 +52,7 @@ def write_values(file: FileIO, position: int, values: Tensor) -> None:
     write_bytes(file, position, value_bytes(values))
 
 
-def write_bytes(file: FileIO, position: int, data: bytes | memoryview) -> int:
+def write_bytes(file: FileIO, position: int, data: bytearray | memoryview) -> int:
     """Write bytes at a position, however many calls that takes; returns the position after them."""
     view = memoryview(data)
     while view:

@@ -65,7 +65,8 @@ def write_file(
     names = [name for name, _, _ in tensors]
     if len({*names, METADATA_KEY}) <= len(names):
         raise UsageError("two tensors of one name", where=str(path))
-    header = _padded(header_bytes(tensors, metadata))
+    header = header_bytes(tensors, metadata)
+    header += b" " * (-len(header) % 8)  # the format allows blanks, and values then begin at a multiple of 8 bytes
     if len(header) > MAX_HEADER_BYTES:
         raise UsageError(f"a header of {len(header)} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
     with _created(path, "xb") as file:
@@ -97,11 +98,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"cannot be written ({error.strerror})", where=str(path)) from error
-
-
-def _padded(header: bytes) -> bytes:
-    """Fill a header with blanks, which the format allows, so that values begin at a multiple of 8 bytes."""
-    return header + b" " * (-len(header) % 8)
 
 
 class _Written:
