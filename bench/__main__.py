@@ -18,17 +18,18 @@ from typing import Any
 
 from bench.adding import run_adding
 from bench.child import Limits
+from bench.commands import run_commands
 from bench.growth import run_growth
 from bench.machine import describe
 from bench.pages import with_tables
 from bench.peers import PEERS
 from bench.sizes import SIZES, Size
 from bench.suite import Record, run_case
-from bench.tables import Table, adding_table, case_table, console, growth_table, machine_line
+from bench.tables import Table, adding_table, case_table, commands_table, console, growth_table, machine_line
 from eigenzoo.formats.output.whole import check_free_file, write_file
 
 PAGE = Path(__file__).parent / "README.md"
-PARTS = ("growth", "adding")
+PARTS = ("growth", "adding", "commands")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -64,7 +65,12 @@ def _is_ours(path: Path) -> bool:
     return isinstance(found, dict) and {"size", "machine", "cases", *PARTS} <= set(found)
 
 
-MAKERS: dict[str, Callable[[Any], Table]] = {"cases": case_table, "growth": growth_table, "adding": adding_table}
+MAKERS: dict[str, Callable[[Any], Table]] = {
+    "cases": case_table,
+    "growth": growth_table,
+    "adding": adding_table,
+    "commands": commands_table,
+}
 
 
 def _measured(asked: argparse.Namespace, size: Size, home: Path) -> Iterator[tuple[str, str, Any]]:
@@ -78,7 +84,12 @@ def _measured(asked: argparse.Namespace, size: Size, home: Path) -> Iterator[tup
             chosen = [name for name in peers or case.peers if case.recipe.kind in PEERS[name].kinds]
             for threads in asked.threads if chosen else ():
                 yield "cases", case.name, run_case(case, chosen, threads, home, size.repeats, limits)
-    for part, run, plan in (("growth", run_growth, size.growth), ("adding", run_adding, size.adding)):
+    parts = (
+        ("growth", run_growth, size.growth),
+        ("adding", run_adding, size.adding),
+        ("commands", run_commands, size.commands),
+    )
+    for part, run, plan in parts:
         if not only or part in only:
             for threads in asked.threads:
                 yield part, part, run(plan, threads, home, size.repeats, limits)
@@ -93,7 +104,11 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="T")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help=f"peers ({', '.join(PEERS)}), collections, growth, adding"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"peers ({', '.join(PEERS)}), collections, {', '.join(PARTS)}",
     )
     parser.add_argument(
         "--folder",

@@ -59,6 +59,16 @@ class AddingPlan:
 
 
 @dataclass(frozen=True)
+class CommandsPlan:
+    """The zoo's models, models that come later, and which commands run beside a neighbour too (all, where none is named)."""
+
+    recipe: AdapterRecipe
+    old: int
+    new: int
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Size:
     """A run of everything.
 
@@ -70,6 +80,7 @@ class Size:
     cases: tuple[Case, ...]
     growth: GrowthPlan
     adding: AddingPlan
+    commands: CommandsPlan
     repeats: int
     seconds: float
 
@@ -88,6 +99,7 @@ SIZES = {
         ),
         GrowthPlan(TINY, (6, 12), (2,), (4,)),
         AddingPlan(TINY, 12, 2, ("refit", "add", "alone")),
+        CommandsPlan(TINY, 12, 4, ("inspect",)),
         repeats=1,
         seconds=60,
     ),
@@ -98,6 +110,7 @@ SIZES = {
         ),
         GrowthPlan(FOUR, (20, 40), (1, 4), (4, 16)),
         AddingPlan(FOUR, 40, 4),
+        CommandsPlan(FOUR, 40, 4),
         repeats=1,
         seconds=60,
     ),
@@ -109,6 +122,7 @@ SIZES = {
         ),
         GrowthPlan(EIGHT, (25, 50, 100, 200), (1, 2, 4, 8), (1, 4, 16, 64)),
         AddingPlan(EIGHT, 500, 10),
+        CommandsPlan(EIGHT, 100, 10),
         repeats=3,
         seconds=900,
     ),

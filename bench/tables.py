@@ -181,6 +181,43 @@ def adding_table(rows: Sequence[Record]) -> Table:
     )
 
 
+def commands_table(rows: Sequence[Record]) -> Table:
+    """Whole commands, alone and beside a neighbour."""
+    head = [
+        "command",
+        "wall s",
+        "CPU s",
+        "peak memory",
+        "bytes read",
+        "× reading once",
+        "beside: wall s",
+        "CPU s",
+        "× alone",
+    ]
+    cells = [
+        [
+            row["command"],
+            number(row["wall"]),
+            number(row["cpu"]),
+            size(row["peak_rss"]),
+            NONE if row["read"] is None else size(row["read"]),
+            ratio(row.get("times_read")),
+            *([number(row["beside"]["wall"]), number(row["beside"]["cpu"])] if "beside" in row else [NONE, NONE]),
+            ratio(row.get("times_alone")),
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    title = f"Commands on {first['old']} LoRA adapters, {size(first['bytes'])}, files in memory, {threads(first['threads'])}"
+    notes = [
+        "Whole processes, Python's start and the imports included. Bytes are all that a process reads, Python's own files too.",
+        f"× reading once: without the start, over the {number(float(first['said']))} s that reading every file takes in a process.",
+        f"project, add and evaluate are given {first['new']} models more. The basis has {size(first['basis'])}.",
+        "Beside: while other processes keep every processor busy.",
+    ]
+    return Table(title, notes, head, cells)
+
+
 def machine_line(machine: Record) -> str:
     """What it was measured on."""
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from bench import child
 from bench.__main__ import PAGE, main
+from bench.commands import COMMANDS, READ_ONCE, START, measured, neighbour
 from bench.pages import with_tables
 from bench.peers import PEERS
 from bench.sizes import SIZES
@@ -80,6 +83,47 @@ def test_growth_and_adding_are_measured_and_adding_with_the_files_is_exact(run):
 
 
 @pytest.mark.slow
+def test_every_command_is_measured_alone_and_beside_a_neighbour(run):
+    (rows,) = run.raw["commands"]
+    found = {row["command"]: row for row in rows}
+    assert set(COMMANDS) - set(found) <= {"import"}
+    for row in rows:
+        assert row["wall"] > 0
+        assert row["read"] is None or row["read"] > 0
+        assert ("times_read" in row) == (row["command"] not in (READ_ONCE, START))
+    assert {name for name, row in found.items() if "beside" in row} == set(CI.commands.beside)
+    row = found["inspect"]
+    assert row["times_alone"] == pytest.approx(row["beside"]["wall"] / row["wall"])
+    if found[READ_ONCE]["read"] is not None:
+        assert found[READ_ONCE]["read"] >= found[READ_ONCE]["bytes"]
+    assert "| × alone |" in run.printed
+
+
+def test_a_command_that_fails_or_takes_too_long_says_why():
+    environment = {**os.environ}
+    with pytest.raises(RuntimeError, match=r"exit status 3\nso it is"):
+        measured(["-c", "import sys; print('so it is'); sys.exit(3)"], environment, child.Limits(60, 1.0))
+    with pytest.raises(RuntimeError, match="stopped after 0 s"):
+        measured(["-c", "import time; time.sleep(60)"], environment, child.Limits(0.3, 1.0))
+
+
+def test_the_bytes_that_a_command_reads_are_all_that_it_asks_for(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(3_000_000))
+    code = f"import pathlib; [pathlib.Path({str(tmp_path / 'file')!r}).read_bytes() for _ in range(2)]"
+    found = measured(["-c", code], {**os.environ}, child.Limits(60, 1.0))
+    assert found["read"] is None or 6_000_000 <= found["read"] < 8_000_000
+    assert found["peak_rss"] > 3_000_000
+
+
+def test_a_neighbour_ends_with_its_context():
+    before = set(psutil.Process().children())
+    with neighbour():
+        busy = set(psutil.Process().children()) - before
+        assert busy
+    assert not any(process.is_running() for process in busy)
+
+
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(run, monkeypatch):
     monkeypatch.setitem(PEERS, "numpy", replace(PEERS["numpy"], requires=("no_such_library",)))
     case = {**run.raw["cases"][0], "runs": [measure(None, "numpy", 4, 1)]}
@@ -97,7 +141,7 @@ def test_tables_are_printed_uncut(run, capsys):
 
 
 def test_the_page_has_a_place_for_every_table_of_size_full():
-    names = [*(case.name for case in SIZES["full"].cases), "growth", "adding"]
+    names = [*(case.name for case in SIZES["full"].cases), "growth", "adding", "commands"]
     page = PAGE.read_text(encoding="utf-8")
     written = with_tables(page, {name: [f"table of {name}"] for name in names}, PAGE)
     assert all(f"<!-- {name} -->\ntable of {name}\n<!-- end of {name} -->" in written for name in names)

@@ -196,3 +196,20 @@ def test_stored_residual_of_bases_in_bfloat16_is_the_true_one(tmp_path):
     stored_NOI = stored(fine_tunes(), torch.float32)
     lost = float(((stored_NOI - rebuilt_stack(space, "w")) ** 2).sum() / (stored_NOI**2).sum())
     assert space.report["residual"] == pytest.approx(lost, rel=0.1)
+
+
+@pytest.mark.parametrize("num_kept", [1, 8, 16])
+def test_directions_have_the_same_bits_however_a_span_is_cut(num_kept: int) -> None:
+    draw = seeded(0)
+    rows_ED = torch.randn(43, 24_100, generator=draw)
+    weights_NK = torch.randn(40, num_kept, generator=draw, dtype=torch.float64)
+    removed = torch.zeros(1, 1, dtype=torch.float64)
+
+    def directions(start: int, stop: int) -> Tensor:
+        return span_basis(rows_ED[:, start:stop], start, 100, weights_NK, removed, torch.float32).directions_KD
+
+    whole = directions(0, 24_100)
+    exact = weights_NK.T @ rows_ED[:40].double() + weights_NK.sum(0)[:, None] * rows_ED[40].double()
+    assert (whole.double() - exact).abs().max() < tolerance(60, dtype=torch.float32, scale=float(exact.abs().max()))
+    for place in (8_100, 16_200):
+        assert torch.equal(torch.cat([directions(0, place), directions(place, 24_100)], 1), whole)

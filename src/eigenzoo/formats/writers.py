@@ -23,7 +23,7 @@ from eigenzoo.formats.lora.config import CONFIG_FILE, check_config, merged_confi
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.formats.safetensors.writer import SafetensorsWriter, header_bytes
+from eigenzoo.formats.safetensors.writer import write_file
 from eigenzoo.formats.side_files import SIDE_FILES
 
 __all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
@@ -153,12 +153,9 @@ def write_tensors(
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
     entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
-    # Not a byte more than needed: what is read and written unchanged is then the same file.
-    with SafetensorsWriter(path, len(header_bytes(entries, metadata)), metadata) as writer:
-        values = run(read, [tensor.name for tensor in ordered])
-        for tensor, value in zip(ordered, values, strict=True):
-            writer.append(tensor.name, cast_to(tensor, value))
-        writer.finish(sync=sync)
+    read_in_order = run(read, [tensor.name for tensor in ordered])
+    values = (cast_to(tensor, value) for tensor, value in zip(ordered, read_in_order, strict=True))
+    write_file(path, entries, values, metadata, sync=sync)
 
 
 def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:

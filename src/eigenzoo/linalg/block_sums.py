@@ -127,14 +127,14 @@ def center_rows(extended_ED: Tensor, num_models: int, inputs: int) -> None:
     The models' mean is subtracted from their rows, and it, what its rounding left, ones and zeros go into the others. The mean is
     rounded to the rows' dtype; what is subtracted is what is kept, so nothing is lost by that.
     """
-    for part_ED in _parts(extended_ED, inputs):
-        _center_part(part_ED, num_models)
+    for part in parts(extended_ED.shape[1], inputs):
+        _center_part(extended_ED[:, part], num_models)
 
 
-def _parts(extended_ED: Tensor, inputs: int) -> Iterator[Tensor]:
-    """The columns of one product after those of another."""
+def parts(num_columns: int, inputs: int) -> Iterator[slice]:
+    """Cut a run of whole output rows into the columns of one product after another: the same wherever a layer is cut into runs."""
     step = max(1, kernels.PRODUCT_COLUMNS // inputs) * inputs
-    return (extended_ED[:, start : start + step] for start in range(0, extended_ED.shape[1], step))
+    return (slice(start, min(start + step, num_columns)) for start in range(0, num_columns, step))
 
 
 def _center_part(part_ED: Tensor, num_models: int) -> Tensor:
@@ -193,7 +193,8 @@ def add_block(sums: BlockSums, extended_ED: Tensor, inputs: int, precision: str 
     on_cpu = extended_ED.device.type == "cpu"
     room_EE = torch.empty(num_rows, num_rows, dtype=extended_ED.dtype) if on_cpu else None
     fast = precision == FAST and extended_ED.dtype == torch.float32
-    for part_ED in _parts(extended_ED, inputs):
+    for part in parts(extended_ED.shape[1], inputs):
+        part_ED = extended_ED[:, part]
         sums.squares += _center_part(part_ED, num_models)
         sums.gram_EE += _fast_gram(part_ED, num_models) if fast else kernels.gram(part_ED, room_EE)
     wide = extended_ED[:num_models].reshape(-1, inputs)

@@ -1,8 +1,10 @@
 """The handful of products that a pass over weights consists of, by the library that is fastest at each.
 
-On the CPU that is numpy, on one thread: its symmetric product does half the work (BLAS syrk), and its sums over models are 20 to 30
-times as fast as torch's where the models' rows are long (measured: docs/log.md). On another device it is torch. All give the
-same to round-off, and the same bits whenever they are called with the same shapes.
+On the CPU, on one thread: numpy's symmetric product, which does half the work (BLAS syrk); torch's general product (MKL); numpy's
+sums over models, which are 10 to 30 times as fast as torch's where the models' rows are long. With AVX-512 and with AVX2 these are
+the fastest or within a few percent of it (the table is in docs/log.md): so nothing is measured at run time, and a machine keeps its
+bits. On another device it is torch. All give the same to round-off, and the same bits whenever they are called with the
+same shapes.
 
 Legend: N models, D values of one block, K directions.
 """
@@ -17,7 +19,7 @@ PRODUCT_COLUMNS = 8192
 """Columns of one symmetric product: its float32 sums are short, and their sum over blocks is float64. Longer ones are no faster."""
 
 GIL_HELD = 500
-"""Products of so few values keep numpy's other threads waiting: it lets them run only beside larger ones. Torch always does."""
+"""Symmetric products of so few values keep numpy's other threads waiting: it lets them run beside larger ones only."""
 
 ENERGY_RUN = 512
 """Values of a row whose squares are summed in the row's dtype: their sum is right to its last digit or two."""
@@ -68,13 +70,9 @@ def bfloat16_gram(rows_ND: Tensor) -> Tensor:
     return gram(rounded.to(torch.float32))
 
 
-@_quiet
 def product(left_KN: Tensor, right_ND: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return left · right (K, D); on the CPU in memory that is given, if any."""
-    if right_ND.device.type != "cpu" or left_KN.shape[0] * right_ND.shape[1] <= GIL_HELD:
-        return torch.mm(left_KN, right_ND, out=out)
-    found = np.matmul(left_KN.numpy(), right_ND.numpy(), out=None if out is None else out.numpy())
-    return torch.from_numpy(found) if out is None else out
+    """Return left · right (K, D), in memory that is given, if any. How many columns are given at once may change the last bits."""
+    return torch.mm(left_KN, right_ND, out=out)
 
 
 @_quiet

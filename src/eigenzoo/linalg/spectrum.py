@@ -6,7 +6,6 @@ Legend: N rows of the moment, K kept directions.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -36,11 +35,15 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
     """
     size = moment_NN.shape[0]
     if num is not None and size >= LEADING_FROM and 0 < num <= size // 4:
+        # Here, since importing it takes a third as long as all of eigenzoo does, and smaller zoos never need it.
+        import scipy.linalg
+
         values, vectors = scipy.linalg.eigh(
             moment_NN.numpy(), subset_by_index=[size - num, size - 1], check_finite=False
         )
     else:
-        values, vectors = np.linalg.eigh(moment_NN.numpy())
+        # A quarter faster than numpy's at 40 to 500 rows (docs/log.md).
+        values, vectors = (found.numpy() for found in torch.linalg.eigh(moment_NN))
     largest = float(values[-1]) if len(values) else 0.0
     num_kept = int(np.count_nonzero(values > max(floor * largest, 0.0))) if largest > 0 else 0
     leading = slice(None, -1 - (num_kept if num is None else min(num, num_kept)), -1)

@@ -339,7 +339,8 @@ def _refreshed(
         folder.cleanup()
         raise
     space.check_current()
-    return Subspace(Path(folder.name), manifest, base=space._base, keep=folder, snapshot=space.snapshot)
+    written = layers.basis.records
+    return Subspace(root, manifest, base=space._base, keep=folder, checksums=written, snapshot=space.snapshot)
 
 
 def _usable(space: Subspace, moments: Mapping[str, LayerMoments] | None) -> dict[str, LayerMoments]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
+from eigenzoo.formats.bundle.manifest import FileRecord
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import SafetensorsWriter
@@ -84,9 +85,11 @@ class BasisWriter:
         """Write the headers and open what was written."""
         if not self._shards:
             self._shards.append(SafetensorsWriter(self.folder / shard_name(0), 64))
-        for shard in self._shards:
-            shard.finish()
-        return BasisFiles([shard.path for shard in self._shards])
+        records = {
+            shard.path.name: FileRecord(sha256=shard.finish(), bytes=shard.path.stat().st_size)
+            for shard in self._shards
+        }
+        return BasisFiles([shard.path for shard in self._shards], records=records)
 
     def close(self) -> None:
         """Close the files of an unfinished fit."""
@@ -95,10 +98,17 @@ class BasisWriter:
 
 
 class BasisFiles:
-    """Read the tensors of bases from their shards, on demand."""
+    """Read the tensors of bases from their shards, on demand.
 
-    def __init__(self, paths: Sequence[Path], root: Path | None = None) -> None:
-        self.paths = tuple(paths)
+    Attributes:
+        paths: the shards.
+        records: bytes and checksums of the shards by their names; only of those that were just written.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], root: Path | None = None, *, records: Mapping[str, FileRecord] | None = None
+    ) -> None:
+        self.paths, self.records = tuple(paths), dict(records or {})
         self._place: dict[str, SafetensorsFile] = {}
         self._parts: dict[str, dict[str, TensorInfo]] = {}
         for path in self.paths:

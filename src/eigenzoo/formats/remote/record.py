@@ -126,9 +126,11 @@ def remote_file(path: Path) -> RemoteFile | None:
 
 def remote_url(path: Path) -> str | None:
     """Return the URL of a mirrored model, a folder or a file, without secrets; None for a model of this machine."""
-    real = Path(os.path.realpath(path))
-    if not real.is_relative_to(os.path.realpath(mirror_folder())):
+    # As text: this is asked several times of each of hundreds of models, and making paths would take most of it.
+    name, mirrors = os.path.realpath(path), os.path.realpath(mirror_folder())
+    if name != mirrors and not name.startswith(mirrors + os.sep):
         return None
+    real = Path(name)
     if real.is_dir():
         record = read_record(real)
         return record[0] if record else None

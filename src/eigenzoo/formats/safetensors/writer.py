@@ -7,11 +7,14 @@ dtype as long as wider dtypes are written before narrower ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -23,10 +26,16 @@ from torch import Tensor
 from eigenzoo.errors import OutputError, UsageError
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES, METADATA_KEY
-from eigenzoo.formats.safetensors.tensor_bytes import check_out, read_values, write_values
+from eigenzoo.formats.safetensors.tensor_bytes import check_out, read_values, value_bytes, write_bytes, write_values
+
+GATHERED_BYTES = 4 * 2**20
+"""Tensors of a file are gathered into writes of about this size: a call for each small tensor costs more than its bytes."""
+
+Entry = tuple[str, torch.dtype, Sequence[int]]
+"""A tensor's name, dtype and shape."""
 
 
-def header_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """Give the header of a file that holds these tensors in this order."""
     entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
     position = 0
@@ -38,6 +47,57 @@ def header_bytes(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], meta
         return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError("a name or metadata is no text", rule="lone surrogates cannot be written") from error
+
+
+def write_file(
+    path: Path, tensors: Sequence[Entry], values: Iterable[Tensor], metadata: Mapping[str, str], *, sync: bool
+) -> None:
+    """Write a file of known tensors from its first byte to its last, and flush it to the disk (with `sync`).
+
+    Args:
+        path: the file, which must not exist.
+        tensors: in the order of their bytes.
+        values: the tensors, in that order, in the dtypes and shapes that `tensors` says.
+        metadata: the header's string metadata.
+
+    Raises OutputError where the file cannot be made or written. Memory: `GATHERED_BYTES` and one tensor.
+    """
+    names = [name for name, _, _ in tensors]
+    if len({*names, METADATA_KEY}) <= len(names):
+        raise UsageError("two tensors of one name", where=str(path))
+    header = header_bytes(tensors, metadata)
+    header += b" " * (-len(header) % 8)  # the format allows blanks, and values then begin at a multiple of 8 bytes
+    if len(header) > MAX_HEADER_BYTES:
+        raise UsageError(f"a header of {len(header)} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
+    with _created(path, "xb") as file:
+        gathered, position = bytearray(len(header).to_bytes(8, "little") + header), 0
+        for tensor in values:
+            data = value_bytes(tensor)
+            if len(gathered) + len(data) <= GATHERED_BYTES:
+                gathered += data
+                continue
+            with _writing(path):
+                position = write_bytes(file, write_bytes(file, position, gathered), data)
+            gathered.clear()
+        with _writing(path):
+            write_bytes(file, position, gathered)
+            if sync:
+                os.fsync(file.fileno())
+
+
+def _created(path: Path, mode: str) -> FileIO:
+    try:
+        return FileIO(path, mode)
+    except OSError as error:
+        raise OutputError(f"cannot be created ({error.strerror})", where=str(path)) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(path)) from error
 
 
 class _Written:
@@ -86,10 +146,7 @@ class SafetensorsWriter:
         self._end = 8 + self.capacity
         self._metadata = dict(metadata or {})
         self._header_size = len(header_bytes([], self._metadata))
-        try:
-            self._file = FileIO(self.path, "r+b" if resume and self.path.is_file() else "x+b")
-        except OSError as error:
-            raise OutputError(f"cannot be created ({error.strerror})", where=str(self.path)) from error
+        self._file = _created(self.path, "r+b" if resume and self.path.is_file() else "x+b")
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -142,10 +199,8 @@ class SafetensorsWriter:
         dtype, stop = self._range(name, start, start + values.numel())
         if values.dtype != dtype:
             raise UsageError(f"{values.dtype} values for a tensor of {dtype}", where=f"{self.path.name}, {name!r}")
-        try:
+        with _writing(self.path):
             write_values(self._file, self._offsets[name] + start * dtype.itemsize, values)
-        except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
         self._written[name].add(start, stop)
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -157,8 +212,12 @@ class SafetensorsWriter:
         read_values(self._file, self._offsets[name] + start * dtype.itemsize, dtype, out, f"{self.path.name}, {name!r}")
         return out
 
-    def finish(self, metadata: Mapping[str, str] | None = None, *, sync: bool = True) -> None:
-        """Write the header, with `metadata` instead of what was given at first; flush to the disk (with `sync`) and close."""
+    def finish(self, metadata: Mapping[str, str] | None = None) -> str:
+        """Write the header, with `metadata` instead of what was given at first; flush to the disk, and close.
+
+        Returns the SHA-256 of the file, taken while the disk is busy. The header comes first and is known last, so it cannot be
+        taken earlier.
+        """
         for name, (_, _, shape) in self._tensors.items():
             if not self._written[name].covers(prod(shape)):
                 raise UsageError(f"tensor {name!r} has values that were never written", where=str(self.path))
@@ -169,15 +228,18 @@ class SafetensorsWriter:
                 where=str(self.path),
                 next_step="reserve more bytes for the header",
             )
-        try:
+        with _writing(self.path):
             self._file.seek(0)
             self._file.write(self.capacity.to_bytes(8, "little") + header.ljust(self.capacity))
             self._file.truncate(self._end)
-            if sync:
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", where=str(self.path)) from error
+            with ThreadPoolExecutor(1, "eigenzoo-flush") as pool:
+                # Not earlier: while a file is flushed, writing more of it takes several times as long (ext4, measured).
+                flushed = pool.submit(os.fsync, self._file.fileno())
+                self._file.seek(0)
+                digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+            flushed.result()
         self.close()
+        return digest
 
     def _entry_size(self, entry: tuple[str, torch.dtype, tuple[int, ...]]) -> int:
         """Bytes that one more tensor adds to the header, its offsets as they will be and a comma included."""

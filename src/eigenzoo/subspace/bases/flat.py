@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import kernels
-from eigenzoo.linalg.block_sums import exact_mean
+from eigenzoo.linalg.block_sums import exact_mean, parts
 from eigenzoo.passes.buffers import borrow, lend
 from eigenzoo.records import Layer
 from eigenzoo.subspace.bases.basis import (
@@ -45,10 +45,9 @@ def span_basis(
     extended_ED: Tensor, start: int, inputs: int, weights_NK: Tensor, removed: Tensor | None, dtype: torch.dtype
 ) -> SpanBasis:
     """Return the directions V = Wᵀ(X − M) over one span of centred rows (`block_sums.center_rows`); K·N·D products."""
-    num_models, num_kept = weights_NK.shape
+    num_models = len(weights_NK)
     rows_ND = extended_ED[:num_models]
-    room = lend(num_kept, rows_ND.shape[1], rows_ND.dtype) if rows_ND.device.type == "cpu" else None
-    directions_KD, mean_D = kernels.product(weights_NK.T.to(rows_ND), rows_ND, room), None
+    directions_KD, mean_D = _directions(weights_NK.T.to(rows_ND), rows_ND, inputs), None
     if removed is None:
         mean_D = exact_mean(extended_ED, num_models, _mean_dtype(dtype)).cpu()
     else:
@@ -58,6 +57,16 @@ def span_basis(
         directions_KD += (weights_NK.sum(0).to(between_D.device)[:, None] * between_D).to(directions_KD.dtype)
     directions_KD = directions_KD.cpu().to(dtype)
     return SpanBasis(start, directions_KD, _own_gram(directions_KD), mean_D)
+
+
+def _directions(weights_KN: Tensor, rows_ND: Tensor, inputs: int) -> Tensor:
+    """Wᵀ(X − M), on the CPU product by product: so its bits do not depend on how a span is cut."""
+    if rows_ND.device.type != "cpu":
+        return kernels.product(weights_KN, rows_ND)
+    directions_KD = lend(len(weights_KN), rows_ND.shape[1], rows_ND.dtype)
+    for part in parts(rows_ND.shape[1], inputs):
+        kernels.product(weights_KN, rows_ND[:, part], directions_KD[:, part])
+    return directions_KD
 
 
 def _own_gram(directions_KD: Tensor) -> Tensor:
@@ -115,6 +124,9 @@ def write_flat(
         gram_KK += span.gram_KK
         if span.mean_D is not None:
             writer.write_flat(f"{layer.name}/mean", span.start, span.mean_D)
+        if span.directions_KD.shape[1] == layer.num_values and num_kept:
+            writer.write_flat(f"{layer.name}/models", 0, span.directions_KD.reshape(-1))
+            continue
         for number, direction in enumerate(span.directions_KD):
             writer.write_flat(f"{layer.name}/models", number * layer.num_values + span.start, direction)
     if deviation_from_identity(gram_KK) <= _orthonormal(dtype):

@@ -11,7 +11,7 @@ import torch
 
 from eigenzoo.zoo.zoo import Zoo
 
-VERSIONS = (1, np.__version__, torch.__version__)
+VERSIONS = (2, np.__version__, torch.__version__)
 """The first is raised whenever the same files give other moments or bases than before; other libraries round otherwise."""
 
 

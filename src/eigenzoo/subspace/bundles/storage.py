@@ -280,6 +280,8 @@ def link_all(folder: Path, target: Path, files: Iterable[str]) -> None:
         link_or_copy(f"{folder}/{file}", f"{target}/{file}")
 
 
-def identify(paths: Sequence[Path]) -> str:
-    """Return the id of a basis: the hash of its shards' checksums."""
-    return hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+def identify(basis: BasisFiles) -> str:
+    """Return the id of a basis: the hash of its shards' checksums. Those that were not written just now are read for it."""
+    records = basis.records
+    sums = [records[path.name].sha256 if path.name in records else file_sha256(path) for path in basis.paths]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()

@@ -102,7 +102,7 @@ def _contents(space: Subspace) -> Iterator[str]:
 
 
 def _identity(space: Subspace) -> Iterator[str]:
-    if identify(open_basis(space.path).paths) != space.manifest.basis_id:
+    if identify(open_basis(space.path)) != space.manifest.basis_id:
         yield "basis: it is not the one that the coefficients belong to"
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle.basis_files import BasisFiles, BasisWriter
-from eigenzoo.formats.bundle.folder import open_basis
 from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
 from eigenzoo.formats.output.held_folder import TemporaryFolder
 from eigenzoo.formats.output.whole import clear_errors
@@ -181,7 +180,7 @@ def fit_as(
                 folder.cleanup()
         # Not before the pass has ended: there it shows whether a file was written to meanwhile.
         unfinished.pop_all()
-    return Subspace(Path(folder.name), manifest, base=zoo.base, keep=folder)
+    return Subspace(Path(folder.name), manifest, base=zoo.base, keep=folder, checksums=layers.basis.records)
 
 
 def check_place(
@@ -232,10 +231,11 @@ def opened(
 
 @dataclass(frozen=True)
 class FittedLayers:
-    """All layers' fits and moments, and the folder that holds their basis and nothing else."""
+    """All layers' fits and moments, their basis, and the folder that holds it and nothing else."""
 
     fitted: dict[str, FittedLayer]
     moments: dict[str, LayerMoments]
+    basis: BasisFiles
     folder: Path
 
 
@@ -258,7 +258,7 @@ def fit_layers(
         writer.close()
     if options.torch_dtype.itemsize < 4:
         fitted |= _as_stored(zoo, fitted, moments, options, basis, fitting.workers, progress)
-    return FittedLayers(fitted, moments, fitting.folder)
+    return FittedLayers(fitted, moments, basis, fitting.folder)
 
 
 def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: Path, started: float) -> Manifest:
@@ -267,7 +267,7 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
     if layers.folder != folder:
         for path in sorted(layers.folder.iterdir()):
             link_or_copy(path, folder / path.name)
-    basis_id = identify(open_basis(folder).paths)
+    basis_id = identify(layers.basis)
     models = write_models(zoo, fitted, collected, basis_id, folder)
     write_moments(folder, collected)
     return make_manifest(

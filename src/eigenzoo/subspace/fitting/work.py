@@ -32,7 +32,7 @@ from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.formats.output.held_folder import TemporaryFolder, running_system
 from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors.file import SafetensorsFile
-from eigenzoo.formats.safetensors.writer import SafetensorsWriter
+from eigenzoo.formats.safetensors.writer import write_file
 from eigenzoo.records import Layer, LayerFit, plain
 from eigenzoo.subspace.bundles.identity import digest
 from eigenzoo.subspace.bundles.storage import REFERENCE, moment_tensors, read_moments
@@ -111,10 +111,8 @@ class Work:
         values = _values(fitted, moments)
         path = self._path(fitted.name, "safetensors")
         path.unlink(missing_ok=True)
-        with SafetensorsWriter(path, 512 * len(values) + 512) as file:
-            for name, value in values.items():
-                file.append(name, value.contiguous())
-            file.finish({REFERENCE: str(moments.num_reference)}, sync=False)
+        entries = [(name, value.dtype, value.shape) for name, value in values.items()]
+        write_file(path, entries, values.values(), {REFERENCE: str(moments.num_reference)}, sync=False)
         record = {"form": fitted.form, "ranks": fitted.ranks, "has_mean": fitted.has_mean, "fit": plain(fitted.record)}
         tensors = [(name, dtype_name(dtype), list(shape)) for name, dtype, shape in writer.tensors_of(fitted.name)]
         document = {"record": record, "tensors": tensors, "basis": writer.sizes()}

@@ -153,7 +153,7 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
                 layers[name] = layer
                 for part, tensor in tensors.items():
                     writer.append(part, tensor)
-        basis_id = identify(writer.finish().paths)
+        basis_id = identify(writer.finish())
     finally:
         writer.close()
     models = [
