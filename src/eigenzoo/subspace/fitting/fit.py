@@ -175,7 +175,7 @@ def fit_as(
                     manifest = write_subspace(zoo, options, layers, Path(folder.name), started)
                     rounds += 1
                     measured = _measured(options, manifest, Path(folder.name))
-                    target = allocation.tightened(target, per_layer, measured, rounds)
+                    target = allocation.tightened(per_layer, measured, rounds)
                 if target is None:
                     break
                 folder.cleanup()
