@@ -74,9 +74,9 @@ def is_known(space: Subspace, projected: Iterable[Coefficients]) -> bool:
 
     mean = flat(mean_values(space))
     kept = [space.coefficients(name) for name in space.names]
-    known = [(flat(model.values), torch.tensor(list(model.residuals.values()))) for model in kept]
+    known = [(flat(model.values), torch.tensor(list(model.residuals.values()), dtype=torch.float64)) for model in kept]
     for model in projected:
-        values, residuals = flat(model.values), torch.tensor(list(model.residuals.values()))
+        values, residuals = flat(model.values), torch.tensor(list(model.residuals.values()), dtype=torch.float64)
         for other_values, other_residuals in known:
             near = (values - other_values).norm() <= SAME_MODEL * (other_values - mean).norm()
             if near and torch.allclose(residuals, other_residuals, rtol=SAME_MODEL, atol=1e-6):
