@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
-from eigenzoo.evidence.unseen import NUM_FOLDS, num_folds
+from eigenzoo.evidence.unseen import num_folds
+from eigenzoo.linalg.heldout import NUM_FOLDS
 
 if TYPE_CHECKING:
     from eigenzoo.evidence.evidence import Evidence
