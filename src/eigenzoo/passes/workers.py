@@ -19,7 +19,15 @@ from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.buffers import release
 from eigenzoo.passes.machine import num_cores
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
-from eigenzoo.passes.resources import Resources, check_agrees, enough_memory, most_workers, resources_for
+from eigenzoo.passes.resources import (
+    Resources,
+    check_agrees,
+    check_device,
+    check_memory,
+    enough_memory,
+    most_workers,
+    resources_for,
+)
 from eigenzoo.records import Progress, no_progress
 
 Key = TypeVar("Key")
@@ -159,6 +167,7 @@ def opened_workers(workers: Workers | None, max_memory: int | None = None, devic
 def check_workers(workers: Workers | None, max_memory: int | None = None, device: str = "cpu") -> None:
     """Raise what `opened_workers` would, before anything else is done."""
     if workers is None:
-        resources_for(1, max_memory, device)
+        check_device(device)
+        check_memory(max_memory)
     else:
         check_agrees(workers.resources, max_memory, device)

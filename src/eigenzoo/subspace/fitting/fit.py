@@ -193,7 +193,7 @@ def check_place(
 
 
 def _measured(options: FitOptions, manifest: Manifest, folder: Path) -> float:
-    """What is bounded, of the bundle as it is written: the bytes of the whole, or the share of the energy that is lost."""
+    """Return the quantity that is bounded, of the written bundle: its bytes, or the share of the energy that is lost."""
     return float(manifest.report["residual"]) if options.budget is None else saved_bytes(folder, manifest)
 
 
