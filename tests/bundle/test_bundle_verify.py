@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bundle_files import edit_manifest, edit_tensors, read_manifest, replace_file, write_bundle
 
 import eigenzoo as ez
+from eigenzoo.formats.bundle.basis_files import BasisFiles
+from eigenzoo.formats.bundle.folder import open_basis
+from eigenzoo.subspace.bases import basis
+from eigenzoo.subspace.bundles import saving
 
 
 def faults(bundle: Path) -> list[str]:
@@ -163,3 +170,41 @@ def test_a_basis_of_other_shapes_is_refused(bundle: Path) -> None:
     edit_tensors(bundle, "basis.safetensors", wider)
     with pytest.raises(ez.BundleError, match="The manifest says"):
         ez.load(bundle)
+
+
+def test_basis_tensors_are_looked_through_in_blocks(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads read as there are cores: whole bases of large layers side by side would fill the memory."""
+    monkeypatch.setattr(basis, "BLOCK_BYTES", 8 * 7)
+    read, runs = BasisFiles.read_flat, []
+
+    def read_run(files: BasisFiles, name: str, start: int, stop: int, *given: Any) -> torch.Tensor:
+        runs.append((start, stop))
+        values = read(files, name, start, stop, *given)
+        return torch.where(torch.arange(start, stop) == spoilt, torch.nan, values)
+
+    monkeypatch.setattr(BasisFiles, "read_flat", read_run)
+    files = open_basis(bundle)
+    for name in files.names:
+        num_values = prod(files.shape(name))
+        for spoilt, finite in ((-1, True), (0, False), (num_values - 1, False)):
+            runs.clear()
+            assert basis.is_finite(files, name) is finite
+            assert all(stop - start <= 7 for start, stop in runs)
+            if spoilt:
+                assert [place for run in runs for place in range(*run)] == list(range(num_values))
+
+
+def test_checksums_of_a_zoo_are_taken_on_as_many_threads_as_may_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have fewer cores than its machine."""
+    threads: list[int | None] = []
+
+    def pool(num: int | None = None) -> ThreadPoolExecutor:
+        threads.append(num)
+        return ThreadPoolExecutor(num)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3})
+    monkeypatch.setattr(saving, "ThreadPoolExecutor", pool)
+    write_bundle(tmp_path, "flat")
+    assert threads == [1]

@@ -188,3 +188,21 @@ def test_models_that_do_not_match_in_a_layer_that_was_left_out_are_still_at_hand
         assert set(grown.layers) == {"block.weight"}
         folder = grown.rebuild("m1").save(tmp_path / f"back{refresh}")
         assert torch.equal(ez.open_zoo([folder]).models[0].read("only.here"), torch.ones(3))
+
+
+def test_models_that_are_links_to_files_of_other_names_are_at_hand(tmp_path: Path) -> None:
+    """As single files in the cache of the hub are: the link has the name, and its target is called by its hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "zoo").mkdir()
+    for place, folder in enumerate(write(tmp_path / "written", "weight")[:6]):
+        blob = (folder / "model.safetensors").rename(tmp_path / "blobs" / f"{place:064x}")
+        (tmp_path / "zoo" / f"m{place}.safetensors").symlink_to(blob)
+    paths = sorted((tmp_path / "zoo").iterdir())
+    fresh = ez.fit(paths[:5], 2, cache=False)
+    assert missing_originals(fresh) is None
+    assert ez.evaluate(fresh, lambda path: float(path.stat().st_size)).heldout
+    space = saved(fresh, tmp_path / "deeper" / "bundle")
+    assert missing_originals(space) is None
+    assert space.add(paths[5:]).report["growth"]["exact"]
+    os.replace(tmp_path / "deeper" / "bundle", tmp_path / "deeper" / "renamed")
+    assert missing_originals(ez.load(tmp_path / "deeper" / "renamed")) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from eigenzoo.passes.process import num_threads, single_threaded
+from eigenzoo.passes.process import enter_worker, num_threads, single_threaded
 from eigenzoo.passes.workers import local_workers
 from guard import HANG
 
@@ -136,3 +136,22 @@ def test_there_are_no_more_workers_than_cores_of_the_container(three_threads, mo
     monkeypatch.setattr("eigenzoo.passes.workers.num_cores", lambda: cores)
     with local_workers() as workers:
         assert workers.num == expected
+
+
+def test_a_worker_keeps_its_one_thread_when_another_pass_gives_its_threads_back(three_threads):
+    """torch sets up a thread at its first call there, with what any thread has set last."""
+    entered, given_back, threads = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        enter_worker()
+        entered.set()
+        assert given_back.wait(HANG)
+        threads.append(torch.get_num_threads())
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    assert entered.wait(HANG)
+    torch.set_num_threads(3)
+    given_back.set()
+    worker.join(HANG)
+    assert threads == [1]

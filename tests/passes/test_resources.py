@@ -15,8 +15,8 @@ from builders import random_stack, write_stacks
 from eigenzoo.errors import ResourceError, UsageError
 from eigenzoo.passes.resources import (
     MOST_KEPT,
-    MOST_ON_A_CARD,
-    SHARE_OF_CARD,
+    MOST_ON_A_GPU,
+    SHARE_OF_GPU,
     SPAN_BYTES,
     Resources,
     enough_memory,
@@ -52,7 +52,7 @@ def machine_of_64_gib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_small_card_bounds_what_a_large_machine_would_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = gpu(monkeypatch, 2 * GIB)
     found = resources_for(4, device="cuda:1")
-    share = 2 * GIB // SHARE_OF_CARD // 2 // 4
+    share = 2 * GIB // SHARE_OF_GPU // 2 // 4
     assert found == Resources(min(SPAN_BYTES, share), min(MOST_KEPT, share), "cuda:1")
     assert asked == ["cuda:1"]
     assert resources_for(4, 64 * GIB, "cuda:1") == found, "the card has no more, whatever is asked for"
@@ -82,11 +82,12 @@ def test_bounds_stay_where_a_little_of_the_card_is_taken(monkeypatch: pytest.Mon
     assert resources_for(4, device="cuda") == first, "what torch holds and does not use is free"
 
 
-def test_few_threads_share_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_threads_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, 80 * GIB)
     monkeypatch.setattr("eigenzoo.passes.workers.num_threads", lambda: 64)
+    monkeypatch.setattr("eigenzoo.passes.workers.num_cores", lambda: 64)
     with local_workers(device="cuda") as workers:
-        assert workers.num == MOST_ON_A_CARD
+        assert workers.num == MOST_ON_A_GPU
     with local_workers(device="cuda", num=2) as workers:
         assert workers.num == 2
 
@@ -99,7 +100,7 @@ def torch_short() -> None:
     torch.empty(2**50, 8, dtype=torch.float64)
 
 
-def card_short() -> None:
+def gpu_short() -> None:
     raise torch.cuda.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 10 GiB"
     )
@@ -112,7 +113,7 @@ def pinned_short() -> None:
 SHORT: dict[str, tuple[Callable[[], None], str, str]] = {
     "numpy": (numpy_short, "cpu", r"layer 'w': out of memory on device 'cpu': 64\.0 PiB were asked for.*--exclude"),
     "torch": (torch_short, "cpu", r"layer 'w': out of memory on device 'cpu': \d+ bytes were asked for.*--max-memory"),
-    "card": (card_short, "cuda", r"layer 'w': out of memory on device 'cuda': 20\.00 GiB were asked for.*--device cpu"),
+    "card": (gpu_short, "cuda", r"layer 'w': out of memory on device 'cuda': 20\.00 GiB were asked for.*--device cpu"),
     "pinned": (pinned_short, "cuda:1", r"layer 'w': out of memory on device 'cuda:1'\. Blocks of weights"),
 }
 
@@ -130,7 +131,7 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "plan", "evidence", "project", "add"])
-@pytest.mark.parametrize("fail", [torch_short, card_short], ids=["torch", "card"])
+@pytest.mark.parametrize("fail", [torch_short, gpu_short], ids=["torch", "card"])
 def test_every_pass_tells_which_layer_was_too_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, fail: Callable[[], None]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
+from eigenzoo.passes.workers import check_workers
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 
 NOWHERE = "there/is/no/such/zoo"
@@ -42,6 +43,31 @@ def test_a_fit_refuses_by_words_alone(options: dict[str, Any], text: str) -> Non
 def test_a_plan_refuses_by_words_alone(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ez.EigenzooError, match=text):
         ez.plan(NOWHERE, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [case for case in WORDS if set(case[0]) <= {"center", "axes", "seed", "device", "max_memory"}]
+)
+def test_evidence_refuses_by_words_alone(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ez.EigenzooError, match=text):
+        ez.evidence(NOWHERE, **options)
+
+
+def test_a_check_of_a_device_asks_nothing_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question about memory takes some on the GPU, for a context that stays."""
+
+    def ask(device: str) -> tuple[int, int]:
+        raise AssertionError("the memory of a GPU was asked for")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", ask)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    check_workers(None, 2**30, "cuda")
+    with pytest.raises(ez.UsageError, match="device 'cuda:2', but torch sees 2 GPUs"):
+        check_workers(None, None, "cuda:2")
+    with pytest.raises(ez.UsageError, match="7 bytes of memory"):
+        check_workers(None, 7, "cuda")
 
 
 @pytest.mark.parametrize(

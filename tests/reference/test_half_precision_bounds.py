@@ -9,7 +9,11 @@ from test_reference_budget import AXES, MODULES, NUM_MODELS, bytes_on_disk, fall
 import eigenzoo as ez
 from builders import random_factors, write_adapter, write_stacks
 from eigenzoo.errors import BudgetError
+from eigenzoo.passes.workers import local_workers
+from eigenzoo.records import no_progress
 from eigenzoo.subspace.fitting import allocation
+from eigenzoo.subspace.fitting.options import resolve_options
+from eigenzoo.subspace.moments.moments_cache import MomentsCache
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -96,3 +100,24 @@ def test_layers_without_a_direction_hold_no_variance(zoo, dtype):
     for axes in AXES:
         space = ez.fit(zoo, 0, axes=axes, dtype=dtype)
         assert {layer["captured"] for layer in space.report["layers"].values()} == {0.0}
+
+
+def test_a_bound_that_rounding_just_exceeds_takes_one_more_direction_and_not_all(tmp_path):
+    """The bound lies above the tail of three directions by nine tenths of what rounding adds to it."""
+    zoo = ez.open_zoo(write_stacks(tmp_path, dict(list(falling_stacks().items())[:1])))
+    exact, stored = (ez.fit(zoo, 3, dtype=dtype).report["residual"] for dtype in ("float32", "bfloat16"))
+    bound = exact + 0.9 * (stored - exact)
+    space = ez.fit(zoo, max_error=bound, dtype="bfloat16")
+    assert [layer["rank"] for layer in space.report["layers"].values()] == [{"models": 4}]
+    assert space.report["residual"] <= bound < stored
+
+
+@pytest.mark.parametrize("bound", [{"budget": 60_000}, {"max_error": 0.05}], ids="".join)
+def test_ranks_that_exceed_a_bound_are_not_chosen_again(zoo, bound):
+    """By whatever little they exceed it: what they leave of the bound is no room for headers and rounding."""
+    options = resolve_options(None, None, "models", "bfloat16", bound.get("budget"), bound.get("max_error"), 0)
+    with local_workers(num=1) as workers:
+        found = allocation.allocate(zoo, options, workers, MomentsCache(zoo, None), no_progress)
+    chosen = found.per_layer(found.bound)
+    tightened = found.per_layer(found.tightened(chosen, found.bound * (1 + 1e-9), 1))
+    assert [layer.rules for layer in tightened.values()] != [layer.rules for layer in chosen.values()]

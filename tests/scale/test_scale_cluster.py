@@ -23,7 +23,7 @@ from eigenzoo.cli.app import main
 from eigenzoo.errors import DataError, FormatError, UsageError
 from eigenzoo.formats.bundle.folder import open_basis
 from eigenzoo.integrations import cluster as cluster_module
-from eigenzoo.integrations.cluster import cluster_workers, run_on_own_card, run_task
+from eigenzoo.integrations.cluster import cluster_workers, run_on_own_gpu, run_task
 from eigenzoo.passes.resources import LEAST_MEMORY
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bases.flat import FlatBasis
@@ -370,7 +370,7 @@ def test_a_local_cluster_has_a_process_for_each_gpu(
 
     monkeypatch.setattr(cluster_module, "_connect", connect)
     with cluster_workers(num_workers=asked, device=device) as workers:
-        assert workers._run is (run_on_own_card if device == "cuda" else run_task)
+        assert workers._run is (run_on_own_gpu if device == "cuda" else run_task)
     assert started == [expected]
 
 
@@ -392,7 +392,7 @@ def test_each_process_of_a_local_cluster_runs_on_its_own_gpu(monkeypatch: pytest
     chosen: list[int] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     monkeypatch.setattr("distributed.get_worker", lambda: SimpleNamespace(name=1))
-    assert run_on_own_card(lambda: [*chosen]) == [1]
+    assert run_on_own_gpu(lambda: [*chosen]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_nonsense_is_refused_before_a_cluster_is_asked(options: dict[str, Any]) 
 
 
 def test_the_number_of_a_local_process_is_that_of_its_gpu(cluster: Any) -> None:
-    """What `run_on_own_card` counts on: dask names the processes of a local cluster 0, 1, …"""
+    """What `run_on_own_gpu` counts on: dask names the processes of a local cluster 0, 1, …"""
     with cluster_workers(cluster) as workers:
         tasks = [(n, [lambda: distributed.get_worker().name]) for n in range(20)]
         names = {results[0] for _, results in workers.in_order(tasks)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +14,7 @@ import torch
 from scale_zoos import contents, planted, read_in_float32, saved
 
 import eigenzoo as ez
-from builders import random_factors, write_adapter, write_stacks
+from builders import random_factors, write_adapter, write_model, write_stacks
 from eigenzoo.linalg import kernels
 from eigenzoo.passes.settings import own_settings
 
@@ -122,7 +123,8 @@ def write(root: Path) -> dict[str, list[Path]]:
         write_adapter(root / "lora" / f"m{n}", random_factors({"w": SHAPE}, 4, n), lora_alpha=3 + n)
         for n in range(NUM_MODELS + 1)
     ]
-    return {"dense": write_stacks(root / "dense", stacks), "lora": adapters}
+    base = write_model(root / "base", {"w.weight": planted(1, SHAPE, 2)[0].float()})
+    return {"dense": write_stacks(root / "dense", stacks), "lora": adapters, "base": [base]}
 
 
 def everything(zoos: dict[str, list[Path]], out: Path) -> dict[str, object]:
@@ -132,7 +134,7 @@ def everything(zoos: dict[str, list[Path]], out: Path) -> dict[str, object]:
     def tensors(files: dict[str, bytes]) -> dict[str, bytes]:
         return {name: file for name, file in files.items() if name.endswith(".safetensors")}
 
-    for kind, paths in zoos.items():
+    for kind, paths in ((kind, zoos[kind]) for kind in ("dense", "lora")):
         for name, options in {
             "models": {"rank": 4},
             "sides": {"rank": {"models": 3, "outputs": 8, "inputs": 8}},
@@ -152,9 +154,21 @@ def everything(zoos: dict[str, list[Path]], out: Path) -> dict[str, object]:
         found[f"{kind} evidence"] = {key: value for key, value in verdict.items() if key != "seconds"}
         found[f"{kind} plan"] = repr(ez.plan(paths[:-1]).rows)
         found[f"{kind} inspect"] = repr(ez.inspect(ez.open_zoo(paths)))
+        found[f"{kind} verify"] = repr(
+            ez.load(out / kind / "models" / "bundle").verify(against=zoos["base"][0]).changes
+        )
+        found[f"{kind} refreshed"] = tensors(saved(_refreshed(paths, out / kind), out / kind / "refreshed"))
         values = ez.evaluate(space, _size, paths[-1:]).to_dict()
         found[f"{kind} evaluate"] = {key: value for key, value in values.items() if key != "metric"}
     return found
+
+
+def _refreshed(paths: list[Path], out: Path) -> ez.Subspace:
+    """Fitted anew to one model more, when the files of the others are gone."""
+    copies = [Path(shutil.copytree(path, out / "copies" / path.name)) for path in paths[:-1]]
+    space = ez.load(ez.fit(copies, 4, cache=False).save(out / "before"))
+    shutil.rmtree(out / "copies")
+    return space.add([paths[-1]], refresh=True)
 
 
 def _size(path: Path) -> float:

@@ -23,10 +23,14 @@ from eigenzoo.errors import DataError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.linalg.spectrum import FLOAT32_ROUND_OFF
 from eigenzoo.passes import buffers
-from eigenzoo.passes.resources import LEAST_MEMORY
+from eigenzoo.passes.resources import LEAST_MEMORY, Resources
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bundles.storage import moment_tensors
 from eigenzoo.subspace.fitting import fit_layers
+from eigenzoo.subspace.fitting.layer_tasks import fit_task
+from eigenzoo.subspace.fitting.options import resolve_options
+from eigenzoo.subspace.fitting.work import Work
+from eigenzoo.subspace.moments.moments_cache import MomentsCache
 from tolerance import tolerance
 
 NUM_MODELS, SHAPE = 10, (90, 70)
@@ -292,3 +296,25 @@ def test_memory_that_is_handed_on_comes_back_when_nothing_refers_to_it() -> None
     held = [buffers.lend(3, 1000, torch.float32) for _ in range(2)]
     assert address in {tensor.data_ptr() for tensor in held}
     buffers.release()
+
+
+@pytest.mark.parametrize("view", ["full weights", "updates"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [4, {"models": 3, "outputs": 20, "inputs": "auto"}, {"outputs": 1.0}], ids=str)
+def test_no_basis_weighs_more_than_is_said_before_it_is_made(tmp_path: Path, view: str, dtype: str, rank: Any) -> None:
+    if view == "updates":
+        updates = [random_factors({"w": SHAPE}, 8, n) for n in range(NUM_MODELS)]
+        zoo = ez.open_zoo([write_adapter(tmp_path / f"m{n}", update) for n, update in enumerate(updates)])
+    else:
+        zoo = ez.open_zoo(write_stacks(tmp_path, {"w": planted(NUM_MODELS, SHAPE)}))
+    options = resolve_options(rank, None, "models", dtype, None, None, 0)
+    (name,) = zoo.layers
+    result = fit_task(zoo, name, options, Resources())
+    tensors = [*result.parts.values()]
+    for span in result.spans:
+        tensors += [span.directions_KD] if span.mean_D is None else [span.directions_KD, span.mean_D]
+    with local_workers(num=1) as workers:
+        layers = fit_layers.LayerPass(
+            zoo, options, {}, workers, BasisWriter(tmp_path, [name], 6), {}, MomentsCache(zoo, None), Work()
+        )
+        assert sum(tensor.nbytes for tensor in tensors) <= layers._weight((name, None))

@@ -29,10 +29,10 @@ from eigenzoo.weights.roles import role
 from eigenzoo.zoo.stack import DenseStack
 
 LOW, HIGH, SPREAD, SHARE, Q = 2.0, 6.0, 1.0, 0.5, 0.2
-"""What a retained layer fulfils; theirs, and fixed."""
+"""Bounds of a retained layer, as the authors publish them."""
 
-MANY = 20
-"""Models by which the first factor has come within 1/e of one."""
+SCALE = 20
+"""Number of models at which the first factor is 1 − 1/e."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +59,31 @@ class AlphaScore:
     exponents: tuple[float | None, ...]
 
     @cached_property
-    def known(self) -> tuple[float, ...]:
-        """The exponents that there are."""
+    def fitted(self) -> tuple[float, ...]:
+        """The exponents of the models that have one."""
         return tuple(alpha for alpha in self.exponents if alpha is not None)
 
     @property
     def mean(self) -> float | None:
         """Mean exponent."""
-        return fmean(self.known) if self.known else None
+        return fmean(self.fitted) if self.fitted else None
 
     @property
     def spread(self) -> float | None:
         """Standard deviation σ of the exponents, of the population."""
-        return pstdev(self.known) if self.known else None
+        return pstdev(self.fitted) if self.fitted else None
 
     @property
     def share(self) -> float:
         """Share of the exponents that are in range."""
-        return sum(LOW <= alpha <= HIGH for alpha in self.known) / len(self.known) if self.known else 0.0
+        return sum(LOW <= alpha <= HIGH for alpha in self.fitted) / len(self.fitted) if self.fitted else 0.0
 
     @property
     def q(self) -> float:
         """The score, from 0 to 1."""
         if self.spread is None:
             return 0.0
-        return (1 - exp(-len(self.known) / MANY)) * fmean(map(phi, self.known)) * exp(-self.spread)
+        return (1 - exp(-len(self.fitted) / SCALE)) * fmean(map(phi, self.fitted)) * exp(-self.spread)
 
     @property
     def is_retained(self) -> bool:
@@ -105,11 +105,11 @@ def phi(alpha: float) -> float:
 
 def alpha_score(spectra: OwnSpectra) -> AlphaScore:
     """Fit every model's exponent; R² operations each."""
-    found = []
+    exponents = []
     for singular_R in spectra.singular_NR.double():
         values_R = singular_R.square()
-        found.append(power_law(values_R[values_R > spectra.floor * values_R[:1]])[0])
-    return AlphaScore(tuple(found))
+        exponents.append(power_law(values_R[values_R > spectra.floor * values_R[:1]])[0])
+    return AlphaScore(tuple(exponents))
 
 
 def families(layers: Mapping[str, AlphaScore]) -> dict[str, float]:
@@ -117,7 +117,7 @@ def families(layers: Mapping[str, AlphaScore]) -> dict[str, float]:
     scores: dict[str, list[float]] = {}
     for name, layer in layers.items():
         scores.setdefault(role(name), []).append(layer.q)
-    return {name: exp(fmean(map(log, found))) if min(found) > 0 else 0.0 for name, found in scores.items()}
+    return {name: exp(fmean(map(log, own))) if min(own) > 0 else 0.0 for name, own in scores.items()}
 
 
 def own_spectra(stack: DenseStack, device: str = "cpu") -> OwnSpectra:
@@ -125,6 +125,6 @@ def own_spectra(stack: DenseStack, device: str = "cpu") -> OwnSpectra:
 
     Memory: one model's layer, twice. Raises DataError, naming the model, for NaN and Inf.
     """
-    rows = [torch.linalg.svdvals(stack.matrix(place).to(device, torch.float64)).cpu() for place in range(len(stack))]
+    rows = [torch.linalg.svdvals(stack.matrix(index).to(device, torch.float64)).cpu() for index in range(len(stack))]
     floor = (torch.finfo(torch.float64).eps * max(stack.layer.shape)) ** 2
     return OwnSpectra(torch.stack(rows), floor)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
-from eigenzoo.evidence.unseen import NUM_FOLDS, num_folds
+from eigenzoo.evidence.unseen import num_folds
+from eigenzoo.linalg.heldout import NUM_FOLDS
 
 if TYPE_CHECKING:
     from eigenzoo.evidence.evidence import Evidence
@@ -239,7 +240,7 @@ def _suitability(found: Evidence) -> Control | None:
 def measured_scores(found: Evidence) -> dict[str, AlphaScore]:
     """Return the authors' score of the layers that have one: models' own spectra at hand, and long enough to fit."""
     scores = {name: layer.alpha_score for name, layer in found.layers.items()}
-    return {name: score for name, score in scores.items() if score is not None and score.known}
+    return {name: score for name, score in scores.items() if score is not None and score.fitted}
 
 
 def _alpha_score(found: Evidence) -> str:

@@ -141,7 +141,7 @@ def _alpha_score(found: AlphaScore | None) -> dict[str, Any] | None:
         return None
     return {
         "exponents": list(found.exponents),
-        "num_models": len(found.known),
+        "num_models": len(found.fitted),
         **{key: getattr(found, key) for key in ("mean", "spread", "share", "q")},
         "retained": found.is_retained,
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
 from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score
 from eigenzoo.linalg.gram import excess_moments, scale_models
-from eigenzoo.linalg.heldout import deal
+from eigenzoo.linalg.heldout import NUM_FOLDS, deal
 from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
@@ -121,7 +121,7 @@ def findings(
             edges, cloud_edges = chance.edges(scaled, sums.rank, (sums.dimensions, min(1 / cloud, sums.dimensions)))
             excess = excess_moments(*scaled, moments.num_values)
         weighed = verdict.Weighed(sums, edges, cloud_edges, excess, num_values)
-    dealt = list(lineages) if lineages is not None else deal(moments.num_models, unseen.NUM_FOLDS, seed)
+    dealt = list(lineages) if lineages is not None else deal(moments.num_models, NUM_FOLDS, seed)
     share = mean.mean_share(moments, dealt, cloud)
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.variants import mean_values
+from eigenzoo.linalg.heldout import NUM_FOLDS, deal
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress
-from eigenzoo.subspace.bundles.originals import missing_originals
-from eigenzoo.subspace.bundles.source_records import source_path
+from eigenzoo.subspace.bundles.originals import Missing, find_originals
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.fit import fit_as
 from eigenzoo.subspace.fitting.options import recorded_options
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
-
-NUM_FOLDS = 5
 
 SAME_MODEL = 1e-3
 """Distance of two models' coefficients over their distance from the mean, below which they are one model: more than
@@ -37,22 +34,18 @@ def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> 
             where=str(space.path),
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
-    missing = missing_originals(space)
-    if missing is not None:
+    zoo = find_originals(space, None, allow_pickle=False)
+    if isinstance(zoo, Missing):
         raise UsageError(
-            f"{missing.statement} ({missing.detail})",
+            f"{zoo.statement} ({zoo.detail})",
             where=str(space.path),
             rule="to hold models out, the subspace is fitted again to the rest",
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
-    # Their own paths, which do not lead through a temporary folder that may be gone before they are read.
-    paths = [os.path.realpath(source_path(model.source, space.path) or space.path) for model in space.manifest.models]
-    zoo = space.open(paths).renamed(space.names)
-    order = torch.randperm(len(zoo), generator=torch.Generator().manual_seed(seed))
-    held = set(order.tensor_split(NUM_FOLDS)[0].tolist())
-    rest = zoo.select(names=[name for place, name in enumerate(zoo.names) if place not in held])
+    fold = set(deal(len(zoo), NUM_FOLDS, seed)[0].tolist())
+    rest = zoo.select(names=[name for index, name in enumerate(zoo.names) if index not in fold])
     fitted = _fit_again(space, rest, progress=progress, **running)
-    return fitted, fitted.open(zoo.select(names=[name for place, name in enumerate(zoo.names) if place in held]))
+    return fitted, fitted.open(zoo.select(names=[name for index, name in enumerate(zoo.names) if index in fold]))
 
 
 def _fit_again(space: Subspace, rest: Zoo, **running: Any) -> Subspace:
@@ -74,9 +67,9 @@ def is_known(space: Subspace, projected: Iterable[Coefficients]) -> bool:
 
     mean = flat(mean_values(space))
     kept = [space.coefficients(name) for name in space.names]
-    known = [(flat(model.values), torch.tensor(list(model.residuals.values()))) for model in kept]
+    known = [(flat(model.values), torch.tensor(list(model.residuals.values()), dtype=torch.float64)) for model in kept]
     for model in projected:
-        values, residuals = flat(model.values), torch.tensor(list(model.residuals.values()))
+        values, residuals = flat(model.values), torch.tensor(list(model.residuals.values()), dtype=torch.float64)
         for other_values, other_residuals in known:
             near = (values - other_values).norm() <= SAME_MODEL * (other_values - mean).norm()
             if near and torch.allclose(residuals, other_residuals, rtol=SAME_MODEL, atol=1e-6):

@@ -15,7 +15,7 @@ from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.passes.resources import Resources, check_memory, check_name
-from eigenzoo.passes.workers import Workers, opened_workers
+from eigenzoo.passes.workers import Workers, check_workers, opened_workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.moments.collecting import collect
@@ -213,6 +213,10 @@ def open_source(
     suitability: bool = False,
 ) -> MomentSource:
     """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
+    if workers is None:
+        # Evidence of a bundle runs no task, so a device that this machine lacks does no harm.
+        check_name(device)
+        check_memory(max_memory)
     if isinstance(source, str | os.PathLike) and names_a_bundle(source):
         source = load(source)
     chosen = view is not None or base is not None or bool(include) or bool(exclude)
@@ -229,10 +233,8 @@ def open_source(
                 rule="a bundle keeps the models' Gram of its own layers, about their mean",
                 next_step="name the zoo instead",
             )
-        # No task runs, so that nobody else looks at them.
-        check_name(device)
-        check_memory(max_memory)
         return BundleMoments(source)
+    check_workers(workers, max_memory, device)
     if isinstance(source, Zoo):
         if chosen:
             raise UsageError("view, base, include or exclude of an opened zoo", next_step="give them to open_zoo")

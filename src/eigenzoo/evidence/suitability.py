@@ -22,7 +22,7 @@ MIN_TAIL = 4
 """Fewer eigenvalues above x_min fit any exponent."""
 
 AT_ONCE = 2**19
-"""Distances that are looked at at once."""
+"""Distances that are computed at once."""
 
 NUM_HALVES = 8
 NUM_HALVES_LARGE = 4
@@ -106,7 +106,7 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
     """Exponent α and x_min of a continuous power law, and how many values are at or above x_min; None for too few values.
 
     Agrees with the package `powerlaw` (Alstott et al. 2014) to round-off. Every value but the largest ones is tried as x_min: K²
-    operations, some candidates at once, so that memory stays below a few tens of MB.
+    operations, several candidates at once, so that memory stays below a few tens of MB.
     """
     rising = values_K[values_K > 0].double().flip(0)
     num = rising.numel()

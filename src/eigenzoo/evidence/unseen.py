@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import scale_models
-from eigenzoo.linalg.heldout import HeldOut, contrast, deal, hold_out, leave_one_out, others, up_to
+from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, deal, hold_out, leave_one_out, others, up_to
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
-NUM_FOLDS = 5
 MIN_MODELS = 4
 """Fewer leave no two models to hold out and two to fit on."""
 

@@ -48,8 +48,8 @@ def cluster_workers(
     resources = worker_resources(max_memory, device)
     run = run_task
     if cluster == LOCAL and device != "cpu":
-        num_workers = local_cards(num_workers, device)
-        run = run_on_own_card if device == "cuda" else run_task
+        num_workers = local_gpus(num_workers, device)
+        run = run_on_own_gpu if device == "cuda" else run_task
     client, ours = _connect(cluster, num_workers)
     try:
         num = sum(client.nthreads().values())
@@ -72,8 +72,8 @@ def worker_resources(max_memory: int | None, device: str) -> Resources:
     return Resources(bounds.block_bytes, bounds.kept_bytes, device)
 
 
-def local_cards(num_workers: int | None, device: str) -> int:
-    """Return how many processes of this machine share its GPUs, one each; a process on a card takes memory there on its own."""
+def local_gpus(num_workers: int | None, device: str) -> int:
+    """Return how many processes of this machine share its GPUs, one each; a process on a GPU takes memory there on its own."""
     check_device(device)
     count = torch.cuda.device_count() if device == "cuda" else 1
     if num_workers is not None and num_workers > count:
@@ -85,7 +85,7 @@ def local_cards(num_workers: int | None, device: str) -> int:
     return num_workers or count
 
 
-def run_on_own_card(call: Callable[[], Any]) -> Any:
+def run_on_own_gpu(call: Callable[[], Any]) -> Any:
     """Run a task on the GPU of this worker, which has the worker's number among those of a local cluster."""
     from distributed import get_worker
 

@@ -25,6 +25,9 @@ FLOAT32_FROM = 256
 FLOAT32_FLOOR = 1e-5
 """The same floor there."""
 
+NUM_FOLDS = 5
+"""Folds that models are dealt to unless asked otherwise."""
+
 ENOUGH_HELD = 40
 """Held-out models after which no further fold is held out: of zoos of up to forty models every model is."""
 
@@ -156,7 +159,7 @@ def up_to(cumulative_K: Tensor, rank: int) -> float:
 
 
 def cross_validated_capture(
-    gram_NN: Tensor, ranks: Iterable[int], *, folds: int = 5, seed: int = 0
+    gram_NN: Tensor, ranks: Iterable[int], *, folds: int = NUM_FOLDS, seed: int = 0
 ) -> list[float] | None:
     """Share of held-out models' centred energy that the top k directions of the others capture, for each k of `ranks`.
 

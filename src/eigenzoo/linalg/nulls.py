@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eigenzoo.linalg import kernels, lora
 from eigenzoo.linalg.gram import center_gram, project_out, scale_models, unit
+from eigenzoo.seeds import MOST_SEEDS
 
 EXACT_FREEDOM = 32
 """Degrees of freedom from which chi-square is drawn by Wilson and Hilferty's approximation: there its mean is right to 1e-5."""
@@ -28,9 +29,6 @@ LARGE_NULL = 1024
 
 MOST_DRAWS = 1024
 """Draws of one seed that never meet those of the next."""
-
-MOST_SEEDS = 2**63
-"""The seeds that a generator takes."""
 
 GRID = 1.1
 """Ratio of neighbouring numbers of dimensions at which spectra of unrelated rows are drawn."""

@@ -67,7 +67,7 @@ def _words(path: Path) -> list[str]:
     return []
 
 
-def card_memory(device: str) -> int:
+def gpu_memory(device: str) -> int:
     """Return the bytes of a GPU's memory that are free, or that torch holds and does not use."""
     free: int = torch.cuda.mem_get_info(device)[0]
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

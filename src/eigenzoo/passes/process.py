@@ -135,6 +135,8 @@ def single_threaded() -> Iterator[None]:
 def enter_worker() -> None:
     """Give a thread that runs tasks, and nothing else as long as it lives, one thread of torch."""
     _entered.depth = 1
+    # Torch's first call on a thread gives it the number that any thread has set last. That call is made here, before ours is set.
+    torch.get_num_threads()
     torch.set_num_threads(1)
 
 

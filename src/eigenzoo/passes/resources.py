@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from eigenzoo.errors import ResourceError, UsageError
-from eigenzoo.passes.machine import card_memory, machine_memory
+from eigenzoo.passes.machine import gpu_memory, machine_memory
 
 SPAN_BYTES = 128 * 2**20
 """Bytes of one span: a layer is cut into spans by its shape and its number of models alone, so that sums over them are the same to
@@ -22,10 +22,10 @@ LEAST_MEMORY = 16 * 2**20
 SHARE_OF_RAM = 4
 """Blocks take a quarter of the memory of the machine, or of the container, at most, unless asked otherwise."""
 
-SHARE_OF_CARD = 2
+SHARE_OF_GPU = 2
 """Blocks take half of a GPU's free memory at most, whatever is asked: products and bases are made there too."""
 
-MOST_ON_A_CARD = 8
+MOST_ON_A_GPU = 8
 """Tasks that share a GPU: enough to read for it, and few enough that each has a useful part of its memory."""
 
 MOST_KEPT = 3 * SPAN_BYTES
@@ -57,9 +57,9 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
     if max_memory is None:
         max_memory = machine_memory() // SHARE_OF_RAM
     if device != "cpu":
-        # A thread of its own begins at the first card, whichever the caller has chosen.
+        # A thread of its own begins at the first GPU, whichever the caller has chosen.
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        free = card_memory(device) // SHARE_OF_CARD
+        free = gpu_memory(device) // SHARE_OF_GPU
         # A power of two, since an interrupted fit goes on only under the same bounds, and what is free changes a little.
         max_memory = min(max_memory, 1 << max(free.bit_length() - 1, 0))
     # A task holds its rows and, for a moment, what it makes of them.
@@ -69,7 +69,7 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
 
 def most_workers(num_workers: int, device: str) -> int:
     """Return how many of so many workers may run at once on a device."""
-    return num_workers if device == "cpu" else min(num_workers, MOST_ON_A_CARD)
+    return num_workers if device == "cpu" else min(num_workers, MOST_ON_A_GPU)
 
 
 def check_memory(max_memory: int | None) -> None:
@@ -87,7 +87,7 @@ def check_agrees(resources: Resources, max_memory: int | None, device: str) -> N
             rule="workers have bounds of their own",
             next_step="give max_memory to local_workers or cluster_workers",
         )
-    # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any card.
+    # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any GPU.
     if device not in ("cpu", resources.device, resources.device.partition(":")[0]):
         raise UsageError(
             f"device {device!r} beside workers on {resources.device!r}",
@@ -128,10 +128,10 @@ def enough_memory(where: str, device: str) -> Iterator[None]:
         if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not _SHORT.search(str(error)):
             raise
         asked = _ASKED.search(str(error))
-        on_card = device != "cpu"
+        on_gpu = device != "cpu"
         raise ResourceError(
             f"out of memory on device {device!r}" + (f": {asked[1]} were asked for" if asked else ""),
             where=where,
             rule="blocks of weights, and what is made of them, fit into memory",
-            next_step=f"use a smaller --max-memory, or {'--device cpu' if on_card else '--exclude the layer'}",
+            next_step=f"use a smaller --max-memory, or {'--device cpu' if on_gpu else '--exclude the layer'}",
         ) from error

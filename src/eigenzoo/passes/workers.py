@@ -19,7 +19,15 @@ from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.buffers import release
 from eigenzoo.passes.machine import num_cores
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
-from eigenzoo.passes.resources import Resources, check_agrees, enough_memory, most_workers, resources_for
+from eigenzoo.passes.resources import (
+    Resources,
+    check_agrees,
+    check_device,
+    check_memory,
+    enough_memory,
+    most_workers,
+    resources_for,
+)
 from eigenzoo.records import Progress, no_progress
 
 Key = TypeVar("Key")
@@ -33,6 +41,9 @@ WAITING = 2
 
 HELD_BYTES = 192 * 2**20
 """What results that wait for their turn may weigh, for each worker."""
+
+MOST_PENDING = 8
+"""Jobs for each worker that are handed out and not collected yet, at most: results without a weight take memory too."""
 
 
 def _nothing(key: Any) -> int:
@@ -57,10 +68,10 @@ class Workers:
     ) -> Iterator[Done[Key]]:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
-        So many calls are handed out that no worker waits, but no more than that, and not while the results that wait for their
-        turn may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may weigh, in bytes. An error of a call
-        is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of memory, that is a ResourceError;
-        `what` says there what a job's key, or the first part of it, names.
+        So many calls are handed out that no worker waits, but no more than that; not while `MOST_PENDING` jobs a worker wait for
+        their turn, and not while their results may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may
+        weigh, in bytes. An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
+        memory, that is a ResourceError; `what` says there what a job's key, or the first part of it, names.
         """
         pending: deque[tuple[Key, list[Future[Any]]]] = deque()
         waiting = iter(jobs)
@@ -104,7 +115,8 @@ class Workers:
         if len(_unfinished(pending)) >= self.num + WAITING:
             return False
         weights = [weight(key) for key, _ in pending]
-        return len(weights) <= self.num or sum(weights) <= HELD_BYTES * self.num
+        light = len(weights) <= MOST_PENDING * self.num and sum(weights) <= HELD_BYTES * self.num
+        return len(weights) <= self.num or light
 
 
 def _unfinished(pending: Iterable[tuple[Any, list[Future[Any]]]]) -> list[Future[Any]]:
@@ -155,6 +167,7 @@ def opened_workers(workers: Workers | None, max_memory: int | None = None, devic
 def check_workers(workers: Workers | None, max_memory: int | None = None, device: str = "cpu") -> None:
     """Raise what `opened_workers` would, before anything else is done."""
     if workers is None:
-        resources_for(1, max_memory, device)
+        check_device(device)
+        check_memory(max_memory)
     else:
         check_agrees(workers.resources, max_memory, device)

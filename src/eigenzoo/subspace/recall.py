@@ -135,9 +135,10 @@ def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -
         lost = share_of(after.outside[layer], energy)
         bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
     flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])
+    bounds_L = torch.tensor(bounds, dtype=torch.float32)
     path = refitted.path / record.coefficients
     path.unlink()
-    write_coefficients(path, record.name, refitted.manifest.basis_id, StoredCoefficients(flat, torch.tensor(bounds)))
+    write_coefficients(path, record.name, refitted.manifest.basis_id, StoredCoefficients(flat, bounds_L))
 
 
 def _contents(model: ModelRecord) -> Iterator[str]:

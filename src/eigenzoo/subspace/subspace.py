@@ -246,6 +246,7 @@ class Subspace:
         zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
         return zoo
 
+    @own_settings()
     def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
         """Project one model, in the zoo or not, onto the subspace.
 

@@ -136,7 +136,7 @@ class BaseModules:
         square, summed_OT = 0.0, torch.zeros(columns if weight.transposed else 0, NUM_INPUTS, dtype=torch.float64)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            span = torch.empty((stop - start) * columns)
+            span = torch.empty((stop - start) * columns, dtype=torch.float32)
             self.model.read_flat(weight.tensor.name, start * columns, stop * columns, span)
             span_RC = span.view(-1, columns)
             if weight.transposed:
@@ -150,7 +150,7 @@ def random_inputs(name: str, inputs: int) -> Tensor:
     """Draw the inputs (I, T) of a weight; the same for one name and size, wherever that is asked."""
     seed = hashlib.sha256(json.dumps([name, inputs]).encode()).digest()[:7]
     draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-    return torch.randn(inputs, NUM_INPUTS, generator=draw)
+    return torch.randn(inputs, NUM_INPUTS, generator=draw, dtype=torch.float32)
 
 
 def fits(update: LoraUpdate, info: TensorInfo) -> list[bool]:

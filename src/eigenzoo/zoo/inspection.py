@@ -142,7 +142,10 @@ def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
     shapes = [update.shape for model in zoo.models for update in model.updates.values()]
     draw = torch.Generator().manual_seed(0)
     outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
-    return torch.randn(inputs, generator=draw), torch.randn(NUM_LISTENERS, outputs, generator=draw)
+    return (
+        torch.randn(inputs, generator=draw, dtype=torch.float32),
+        torch.randn(NUM_LISTENERS, outputs, generator=draw, dtype=torch.float32),
+    )
 
 
 def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:

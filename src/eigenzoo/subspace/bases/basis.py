@@ -22,7 +22,7 @@ from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.records import Layer
-from eigenzoo.zoo.stack import Stack
+from eigenzoo.zoo.stack import BLOCK_BYTES, Stack
 
 MODEL_BYTES = 256 * 2**20
 """Bytes of models that are held at once while they are projected."""
@@ -145,5 +145,7 @@ ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e
 
 
 def is_finite(files: BasisFiles, name: str) -> bool:
-    """Tell whether a tensor of bases holds neither NaN nor Inf."""
-    return all_finite(files.read(name))
+    """Tell whether a tensor of bases holds neither NaN nor Inf; reads it in blocks of at most `BLOCK_BYTES`."""
+    num_values, step = prod(files.shape(name)), BLOCK_BYTES // 8
+    starts = range(0, num_values, step)
+    return all(all_finite(files.read_flat(name, start, min(start + step, num_values))) for start in starts)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.pickles.file import SUFFIXES as PICKLES
-from eigenzoo.subspace.bundles.source_records import Fault, source_fault, source_path
+from eigenzoo.subspace.bundles.source_records import Fault, followed, source_fault, source_path
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -72,7 +72,8 @@ def _at_hand(space: Subspace, allow_pickle: bool) -> Zoo | Missing:
     for name, record in records.items():
         if (fault := source_fault(record, space.path)) is not None:
             return _missing(space, name, fault)
-    paths = [source_path(record, space.path) or space.path / record.path for record in records.values()]
+    # Not through the folder of the bundle, which may be a temporary one that goes before they are read.
+    paths = [followed(source_path(record, space.path) or space.path / record.path) for record in records.values()]
     zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
     for name, model in zip(zoo.names, zoo.models, strict=True):
         if (fault := _scale_fault(space, name, model)) is not None:

@@ -13,6 +13,7 @@ from eigenzoo.formats.bundle.folder import MOMENTS, foreign_to_a_bundle, record_
 from eigenzoo.formats.bundle.manifest import Manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.output.whole import new_folder, no_check
+from eigenzoo.passes.machine import num_cores
 from eigenzoo.subspace.bundles.card import write_counted
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_all
@@ -44,7 +45,7 @@ def save(
         link_all(space.path, staging, (file for file in space.files() if moments or file != MOMENTS))
         space.check_current()
         relocation = Relocation(space.path, target.absolute())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(num_cores()) as pool:
             found = pool.map(lambda model: relocation.with_checksums(model.source), manifest.models)
             sources = [
                 model.model_copy(update={"source": source})

@@ -58,7 +58,7 @@ class Relocation:
         """Path from the new folder; the links of a folder are followed once for all that lies in it."""
         parent, name = os.path.split(path)
         if name in ("", ".", "..") or os.path.islink(path):
-            return os.path.relpath(os.path.realpath(path), self._new)
+            return os.path.relpath(followed(path), self._new)
         if parent not in self._parents:
             self._parents[parent] = os.path.relpath(os.path.realpath(parent), self._new)
         return os.path.normpath(os.path.join(self._parents[parent], name))
@@ -134,5 +134,11 @@ def source_path(record: SourceRecord, root: Path) -> Path | None:
     return cached_path(record.path) if is_url(record.path) else root / record.path
 
 
+def followed(path: str | os.PathLike[str]) -> str:
+    """Follow the links of a path, but not that of a file: the hub's cache calls the target by its hash, without a suffix."""
+    parent, name = os.path.split(path)
+    return os.path.join(os.path.realpath(parent), name) if os.path.isfile(path) else os.path.realpath(path)
+
+
 def _relative(path: Path, root: Path) -> str:
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(root))
+    return os.path.relpath(followed(path), os.path.realpath(root))

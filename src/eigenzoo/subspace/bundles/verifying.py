@@ -164,7 +164,11 @@ def _moments_fault(space: Subspace, name: str) -> str | None:
         moments = space.moments(name)
     except EigenzooError as error:
         return str(error)
-    values = [moments.gram_NN, moments.cross_N, torch.tensor([moments.reference_energy, moments.round_off])]
+    values = [
+        moments.gram_NN,
+        moments.cross_N,
+        torch.tensor([moments.reference_energy, moments.round_off], dtype=torch.float64),
+    ]
     values += [
         part for part in (moments.shift_N, moments.sums_N, moments.singular_NR, moments.starts_NN) if part is not None
     ]

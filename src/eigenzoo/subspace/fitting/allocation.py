@@ -276,19 +276,18 @@ class Allocation:
         ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target)
         return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
 
-    def tightened(
-        self, target: float | None, chosen: Mapping[str, FitOptions], measured: float, rounds: int
-    ) -> float | None:
+    def tightened(self, chosen: Mapping[str, FitOptions], measured: float, rounds: int) -> float | None:
         """Return a tighter target where the bundle that was made with `chosen` ranks exceeds the bound; None where it does not.
 
-        Rounding of bases is no part of the spectra, and headers are counted in advance: so what was written decides. Raises
-        BudgetError where every direction is kept and the bound is exceeded by rounding alone.
+        Rounding of bases is no part of the spectra, and headers are counted in advance: so what was written decides. The target
+        lies below what the chosen ranks count, so that they are never chosen again. Raises BudgetError where every direction is
+        kept and the bound is exceeded by rounding alone.
         """
         bound = self.bound
-        if bound is None or target is None or measured <= bound:
+        if bound is None or measured <= bound:
             return None
         if self.options.budget is not None:
-            return target - (measured - bound)
+            return self._counted(chosen) - (measured - bound)
         if all(
             layer.whole(axis) <= int(chosen[name].rules[axis])
             for name, layer in self.spectra.items()
@@ -301,7 +300,20 @@ class Allocation:
                 rule="the error of a bundle is that of the bases as they are stored",
                 next_step=f"use dtype float32, or an error bound above {measured:.2g}",
             )
-        return max(target - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
+        return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
+
+    def _counted(self, chosen: Mapping[str, FitOptions]) -> float:
+        """What `chosen` ranks take by the count, in what is bounded: bytes of a bundle, or the share of the energy that is lost."""
+        ranks = {
+            name: {axis: int(chosen[name].rules[axis]) for axis in layer.values} for name, layer in self.spectra.items()
+        }
+        if self.options.budget is None:
+            lost = sum(layer.error(ranks[name]) for name, layer in self.spectra.items())
+            return lost / sum(layer.energy for layer in self.spectra.values())
+        itemsize = self.options.torch_dtype.itemsize
+        return self.fixed + sum(
+            layer.num_bytes(ranks[name], self.num_models, itemsize) for name, layer in self.spectra.items()
+        )
 
 
 def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCache, progress: Progress) -> Allocation:

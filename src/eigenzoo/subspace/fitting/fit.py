@@ -174,7 +174,7 @@ def fit_as(
                     manifest = write_subspace(zoo, options, layers, Path(folder.name), started)
                     rounds += 1
                     measured = _measured(options, manifest, Path(folder.name))
-                    target = allocation.tightened(target, per_layer, measured, rounds)
+                    target = allocation.tightened(per_layer, measured, rounds)
                 if target is None:
                     break
                 folder.cleanup()
@@ -192,7 +192,7 @@ def check_place(
 
 
 def _measured(options: FitOptions, manifest: Manifest, folder: Path) -> float:
-    """What is bounded, of the bundle as it is written: the bytes of the whole, or the share of the energy that is lost."""
+    """Return the quantity that is bounded, of the written bundle: its bytes, or the share of the energy that is lost."""
     return float(manifest.report["residual"]) if options.budget is None else saved_bytes(folder, manifest)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from torch import Tensor
 
@@ -75,11 +76,22 @@ class LayerPass:
         return self.cache.get(name, self.options.center, self._options(name).precision_of_products)
 
     def _weight(self, key: tuple[str, LayerMoments | None]) -> int:
-        """Bytes that a layer's basis may have before it is written."""
+        """Bytes that a layer's basis may have before it is written; stacked factors are copied from the zoo's files."""
         name, _ = key
-        rule = self._options(name).rules.get("models")
-        kept = min(rule, len(self.zoo)) if isinstance(rule, int) else len(self.zoo)
-        return 4 * (kept + 1) * self.zoo.layers[name].num_values if self.zoo.layers[name].kind == "dense" else 0
+        layer, options = self.zoo.layers[name], self._options(name)
+
+        def kept(axis: str, size: int) -> int:
+            rule = options.rules.get(axis)
+            return min(rule, size) if isinstance(rule, int) else size
+
+        sizes = dict(zip(("outputs", "inputs"), layer.shape, strict=True))
+        num_sides = sum(size * kept(axis, size) for axis, size in sizes.items() if axis in options.axes)
+        if layer.kind == "update" and not num_sides:
+            return 0
+        num_shared = kept("models", len(self.zoo)) if "models" in options.axes else 0
+        core_size = prod(kept(axis, size) for axis, size in sizes.items())
+        # The mean stays float32 beside bases in half precision.
+        return max(4, options.torch_dtype.itemsize) * (num_sides + (num_shared + 1) * core_size)
 
     def _jobs(self) -> Iterator[tuple[tuple[str, LayerMoments | None], list[Call]]]:
         """One task per layer, or per span of a layer that is too large to be kept; none for what is done or known already.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from eigenzoo.linalg.heldout import NUM_FOLDS, deal
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.subspace.bases.tucker import collect_cores
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
@@ -20,8 +21,6 @@ from eigenzoo.zoo.stack import Stack
 LARGEST_SIDE = 2048
 """Beyond this many outputs or inputs a second eigendecomposition costs seconds per layer, and held-out is left to `project`;
 a sketch has no such limit."""
-
-NUM_FOLDS = 5
 
 
 def tucker_capture(
@@ -41,8 +40,8 @@ def tucker_capture(
     num_models = len(stack)
     if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(moments, ranks):
         return None
-    order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
-    held, fitted = order.tensor_split(NUM_FOLDS)[0], torch.cat(order.tensor_split(NUM_FOLDS)[1:])
+    held, *rest = deal(num_models, NUM_FOLDS, seed)
+    fitted = torch.cat(rest)
     part = stack.subset(fitted.tolist())
     part_moments = collect(part)
     bases = {

@@ -144,7 +144,7 @@ def basis_task(
 
 
 class StoredLayer:
-    """Reads one layer's tensors where they lie; to another process, which may not see that disk, it takes them with it."""
+    """Reads one layer's tensors from their files. Pickled for another process, which may not see it, it holds their values."""
 
     def __init__(self, files: BasisFiles, layer: str) -> None:
         self._files, self._layer = files, layer
