@@ -188,3 +188,15 @@ def test_models_that_do_not_match_in_a_layer_that_was_left_out_are_still_at_hand
         assert set(grown.layers) == {"block.weight"}
         folder = grown.rebuild("m1").save(tmp_path / f"back{refresh}")
         assert torch.equal(ez.open_zoo([folder]).models[0].read("only.here"), torch.ones(3))
+
+
+def test_pickles_ask_for_permission_and_not_for_another_place(tmp_path: Path) -> None:
+    for number in range(4):
+        draw = torch.Generator().manual_seed(number)
+        (tmp_path / "zoo").mkdir(exist_ok=True)
+        torch.save({"w": torch.randn(6, 5, generator=draw)}, tmp_path / "zoo" / f"m{number}.pt")
+    space = ez.fit(ez.open_zoo(tmp_path / "zoo", allow_pickle=True), rank=2, cache=False).save(tmp_path / "bundle")
+    missing = missing_originals(ez.load(space))
+    assert missing is not None
+    assert missing.detail == "'m0' is a pickle"
+    assert missing.next_step == "--allow-pickle (allow_pickle=True) reads it"

@@ -74,7 +74,7 @@ def command(
     say(f"added {', '.join(growth['added'])}: {counted(report['num_models'], 'model')} in {target}")
     say(f"{growth['statement']} · {_lost(saved)}")
     if missing is not None and "imported" not in report:
-        say(f"{missing.detail}. --old FOLDER says where they are now")
+        say(f"{missing.detail}. {missing.next_step}")
     render_bytes(report["bytes"])
 
 
