@@ -97,3 +97,17 @@ def test_a_model_whose_coefficients_are_damaged_is_not_rebuilt(zoo: Path, tmp_pa
     with pytest.raises(ez.BundleError, match=r"m0\.safetensors: the checksum differs.*Run verify"):
         space.rebuild("m0")
     assert space.rebuild("m1").name == "m1"
+
+
+def test_a_mistyped_bundle_is_told_from_a_folder_of_another_kind(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ez.fit(zoo, rank=2).save(zoo.parent / "bundles" / "mine")
+    monkeypatch.chdir(zoo.parent)
+    for mistyped in (Path("bundles/mnie"), Path("bundels/mine"), "./bundles/mine2"):
+        with pytest.raises(ez.BundleError, match=r"there is no such folder.*Did you mean 'bundles/mine'\?"):
+            ez.load(mistyped)
+    with pytest.raises(ez.BundleError, match=r"^bundels: there is no such folder.*Did you mean 'bundles'\?"):
+        ez.load("bundels")
+    with pytest.raises(ez.BundleError, match=r"^/nowhere/at/all: there is no such folder[^?]*$"):
+        ez.load("/nowhere/at/all")
+    with pytest.raises(ez.BundleError, match=r"^zoo: there is no manifest\.json"):
+        ez.load("zoo")

@@ -17,12 +17,12 @@ from guard import HANG
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-WAITING = """
+WAITING = f"""
 import sys, time
 from eigenzoo.subspace.fitting import fit
 def wait(*args, **kwargs):
     print("now", file=sys.stderr, flush=True)
-    time.sleep(600)
+    time.sleep({HANG})
 fit.write_moments = wait
 sys.argv = ["eigenzoo", *sys.argv[1:]]
 from eigenzoo.cli.app import main

@@ -206,3 +206,15 @@ def test_models_that_are_links_to_files_of_other_names_are_at_hand(tmp_path: Pat
     assert space.add(paths[5:]).report["growth"]["exact"]
     os.replace(tmp_path / "deeper" / "bundle", tmp_path / "deeper" / "renamed")
     assert missing_originals(ez.load(tmp_path / "deeper" / "renamed")) is None
+
+
+def test_pickles_ask_for_permission_and_not_for_another_place(tmp_path: Path) -> None:
+    for number in range(4):
+        draw = torch.Generator().manual_seed(number)
+        (tmp_path / "zoo").mkdir(exist_ok=True)
+        torch.save({"w": torch.randn(6, 5, generator=draw)}, tmp_path / "zoo" / f"m{number}.pt")
+    space = ez.fit(ez.open_zoo(tmp_path / "zoo", allow_pickle=True), rank=2, cache=False).save(tmp_path / "bundle")
+    missing = missing_originals(ez.load(space))
+    assert missing is not None
+    assert missing.detail == "'m0' is a pickle"
+    assert missing.next_step == "--allow-pickle (allow_pickle=True) reads it"

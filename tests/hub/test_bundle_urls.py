@@ -128,7 +128,8 @@ def test_a_bundle_in_the_place_of_a_model_is_told_with_its_way_out(
 
 
 @pytest.mark.parametrize(
-    ("target", "message"), [("org", "is no repository of the hub"), ("org/new", "no token is set, and the hub takes")]
+    ("target", "message"),
+    [("org", "is no repository of the hub"), ("org/new", "no token is set, and pushing requires a login")],
 )
 def test_a_push_that_cannot_be_is_refused_before_its_bundle_is_downloaded(
     hub: Hub, here: Path, target: str, message: str

@@ -143,6 +143,26 @@ def test_an_output_that_was_changed_stays(root: Path, name: str) -> None:
     _stays(root, [*FOLDERS[name](root, root / name), "--force"], "which was changed since eigenzoo wrote it")
 
 
+def test_a_card_that_was_edited_stays(root: Path) -> None:
+    """A bundle's README.md is the page that people write on; `add` replaces the bundle without --force."""
+    card = root / "fit" / "README.md"
+    written = card.read_text()
+    card.write_text(written + "\nTrained by us, for years.\n")
+    grow = ["add", root / "fit", root / "more" / "new", "--quiet"]
+    demo = root / "demo" / "bundle" / "README.md"
+    demo.write_text("ours")
+    for words in (
+        [*FOLDERS["fit"](root, root / "fit"), "--force"],
+        grow,
+        [*FOLDERS["demo"](root, root / "demo"), "--force"],
+    ):
+        _stays(root, words, "holds 'README.md', which was changed since eigenzoo wrote it")
+    # What the error says to do next.
+    card.rename(root / "mine.md")
+    assert _run(*grow) == (0, "")
+    assert card.read_text() != written
+
+
 @pytest.mark.parametrize("name", [name for name in FOLDERS if name != "demo"])
 def test_an_own_output_is_replaced(root: Path, name: str) -> None:
     output = root / name

@@ -37,9 +37,9 @@ def command(
 ) -> None:
     """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.formats.remote.hub_bundle import hub_place
+    from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
     from eigenzoo.subspace.bundles.originals import missing_originals
 
     if output is None and hub_place(bundle) is not None:
@@ -74,7 +74,7 @@ def command(
     say(f"added {', '.join(growth['added'])}: {counted(report['num_models'], 'model')} in {target}")
     say(f"{growth['statement']} · {_lost(saved)}")
     if missing is not None and "imported" not in report:
-        say(f"{missing.detail}. --old FOLDER says where they are now")
+        say(f"{missing.detail}. {missing.next_step}")
     render_bytes(report["bytes"])
 
 

@@ -126,10 +126,10 @@ def command(
 
 def foreign_to_a_demo(folder: Path) -> str:
     """Say what in a folder is no part of a demo; "" where all is. The bundle in it may have grown, as the demo proposes."""
-    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files, recorded
     from eigenzoo.nursery.recipe import ZOO
     from eigenzoo.report.recognising import is_report
+    from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
 
     if not (folder / "zoo").is_dir() or not (folder / "bundle").is_dir():
         return OTHER_KIND

@@ -53,8 +53,8 @@ def command(
 ) -> None:
     """Fit the shared subspace of a zoo and save it with every model's coefficients."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
+    from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
     from eigenzoo.subspace.fitting.options import resolve_options
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)

@@ -45,8 +45,8 @@ def command(
 ) -> None:
     """Make a bundle of another tool's subspace of LoRA adapters: rebuilt from it, a model is what that tool rebuilds."""
     import eigenzoo as ez
-    from eigenzoo.formats.bundle.folder import foreign_to_a_bundle
     from eigenzoo.formats.output.whole import check_free
+    from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
     with progress_bar(quiet=quiet or json) as progress:

@@ -67,11 +67,14 @@ def _check_place(path: Path) -> None:
     """Refuse a path at which there is neither a bundle nor a model."""
     from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
+    from eigenzoo.formats.paths import did_you_mean
 
     if (path / MANIFEST).is_file():
         return
     if not path.exists():
-        raise UsageError("there is no such file or folder", where=str(path), next_step="check the name")
+        raise UsageError(
+            "there is no such file or folder", where=str(path), next_step=did_you_mean(path) or "check the name"
+        )
     inner = sorted(path.iterdir()) if path.is_dir() else []
     found = [entry.name for entry in inner if is_model(entry) or (entry / MANIFEST).is_file()]
     if found:

@@ -152,6 +152,13 @@ def nearest_path(path: str, folder: Path) -> str | None:
     return str(Path(*found)) if found else None
 
 
+def did_you_mean(path: str | os.PathLike[str], folder: Path = Path()) -> str:
+    """Ask for the existing path that a mistyped one is like in all its parts; "" where there is none. See `nearest_path`."""
+    text = os.fspath(path)
+    near = nearest_path(text, folder)
+    return f"did you mean {near!r}?" if near is not None and len(Path(near).parts) == len(Path(text).parts) else ""
+
+
 def _names(folder: Path, folders_only: bool) -> list[str]:
     """List some of the names that a mistyped one could mean."""
     try:

@@ -17,7 +17,7 @@ from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model
-from eigenzoo.formats.paths import list_folder, nearest_path, read_bounded
+from eigenzoo.formats.paths import did_you_mean, list_folder, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
 from eigenzoo.formats.remote.hub import find_hub_models
@@ -182,10 +182,7 @@ def _meant(path: Path) -> str:
     """Say what a path that names nothing may have been meant to be."""
     if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
         return "a URL is given as text, since a path has no double slash"
-    near = nearest_path(str(path), Path())
-    if near is not None and len(Path(near).parts) == len(path.parts):
-        return f"did you mean {near!r}?"
-    return "an id of the hub is given as text, not as a path" if parse_id(str(path)) else ""
+    return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
 
 
 def _in_folder(folder: Path, depth: int) -> list[Path]:

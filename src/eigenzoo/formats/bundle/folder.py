@@ -18,7 +18,7 @@ from eigenzoo.formats.bundle.contents import VALUE, tensor_id
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.output.own import OTHER_KIND, find_stranger
-from eigenzoo.formats.paths import inside, is_regular
+from eigenzoo.formats.paths import did_you_mean, inside, is_regular
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
@@ -35,8 +35,8 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
 
 
-def foreign_to_a_bundle(folder: Path) -> str:
-    """Say what in a folder is no part of the bundle there, so that replacing it removes nobody's other files; "" where all is."""
+def foreign_files(folder: Path) -> str:
+    """Say which file of a folder is no part of the bundle there, by names; "" where all are."""
     if not is_bundle(folder):
         return OTHER_KIND
     try:
@@ -50,7 +50,10 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a bundle's manifest, and that every file that it names is there."""
     if not (path / MANIFEST).is_file():
         raise BundleError(
-            f"there is no {MANIFEST}", where=str(path), rule="a bundle is a folder that eigenzoo fit wrote"
+            f"there is no {MANIFEST}" if path.exists() else "there is no such folder",
+            where=str(path),
+            rule="a bundle is a folder that eigenzoo fit wrote",
+            next_step="" if path.exists() else did_you_mean(path),
         )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))

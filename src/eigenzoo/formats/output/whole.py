@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 RULE = "--force (force=True) replaces only what eigenzoo wrote as an output of the same kind"
-NEXT_STEP = "choose another name, or move away what is to stay and delete the rest"
+NEXT_STEP = "choose another name, or move it away"
 
 Own = Callable[[Path], bool]
 """Called with a file that is to be replaced; tells whether eigenzoo wrote it, as an output of the same kind."""

@@ -132,7 +132,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         return FormatError(
             "the repository is gated, and this account may not read it",
             where=where,
-            rule="who wants to read it accepts its terms first, and is logged in",
+            rule="reading it requires a login and accepted terms",
             next_step=f"accept the terms at {page}, then `hf auth login`",
         )
     if isinstance(error, RepositoryNotFoundError):

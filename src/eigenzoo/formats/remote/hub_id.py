@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.kinds import PICKLE_SUFFIXES
-from eigenzoo.formats.paths import nearest_path
+from eigenzoo.formats.paths import did_you_mean, nearest_path
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"({_PART}/{_PART})((?:/[^/@\s\\*?\[\]]+)*)(?:@([^@\s\\*?\[\]]+))?")
@@ -90,13 +90,12 @@ def find_id(text: object, folder: Path = Path()) -> HubId | None:
     place = None if isinstance(text, str) and os.path.lexists(folder / text) else parse_id(text)
     if place is None or place.revision is not None or (near := nearest_path(str(text), folder)) is None:
         return place
-    is_meant = len(Path(near).parts) == len(Path(str(text)).parts)
     raise FormatError(
         "there is no such file or folder",
         where=str(text),
         rule=f"{Path(near).parts[0]!r} is a folder here, so the hub is not asked for it",
-        next_step=(f"did you mean {near!r}? " if is_meant else "check the name. ")
-        + f"A repository of the hub is named {place}@main or {place.url}",
+        next_step=f"{did_you_mean(str(text), folder) or 'check the name.'} "
+        f"A repository of the hub is named {place}@main or {place.url}",
     )
 
 

@@ -33,9 +33,9 @@ def check_may_push(place: HubId) -> None:
         )
     if get_token() is None:
         raise UsageError(
-            "no token is set, and the hub takes a push from who is logged in only",
+            "no token is set, and pushing requires a login",
             where=str(place),
-            next_step="`hf auth login` with a token that may write, or set HF_TOKEN",
+            next_step="run `hf auth login` with a token that may write, or set HF_TOKEN",
         )
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.formats.bundle.folder import CARD, MOMENTS, file_sizes, write_manifest
-from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
+from eigenzoo.errors import EigenzooError
+from eigenzoo.formats.bundle.folder import (
+    CARD,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MOMENTS,
+    file_sizes,
+    foreign_files,
+    write_manifest,
+)
+from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord, parse_manifest
+from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.records import weighted_share
 from eigenzoo.subspace.bundles.provenance import KEY
@@ -22,7 +33,31 @@ _PLAIN_WORD = re.compile(r"[A-Za-z0-9_./@:=,+-]{1,300}")
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Write the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
+    """Write the card beside the manifest."""
+    (folder / CARD).write_text(card_text(manifest), encoding="utf-8")
+
+
+def foreign_to_a_bundle(folder: Path) -> str:
+    """Say what in a folder is no part of the bundle there, or is its card that somebody has edited; "" where all is as written.
+
+    Cards of another version of eigenzoo read otherwise: they are taken for its own.
+    """
+    found = foreign_files(folder)
+    if found or not (folder / CARD).is_file():
+        return found
+    try:
+        manifest = parse_manifest(
+            read_json(folder / MANIFEST, where=MANIFEST, max_bytes=MAX_MANIFEST_BYTES), str(folder)
+        )
+    except EigenzooError:
+        return ""  # a damaged bundle, which may be replaced
+    text = (folder / CARD).read_bytes()
+    is_edited = manifest.eigenzoo_version == version("eigenzoo") and text != card_text(manifest).encode("utf-8")
+    return f"holds {CARD!r}, which was changed since eigenzoo wrote it" if is_edited else ""
+
+
+def card_text(manifest: Manifest) -> str:
+    """Return the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
     report, sizes = manifest.report, manifest.report["bytes"]
     licences = _licences(manifest)
     lines = [
@@ -66,7 +101,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         "Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
         "",
     ]
-    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:

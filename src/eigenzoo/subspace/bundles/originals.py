@@ -25,10 +25,14 @@ _STATEMENTS = {
 
 
 class Missing(NamedTuple):
-    """Why the old models' own files take no part: `statement` for a report, without paths; `detail` names model and file."""
+    """Why the old models' own files take no part.
+
+    `statement` is for a report, without paths; `detail` names model and file, and `next_step` says what helps.
+    """
 
     statement: str
     detail: str
+    next_step: str = "--old FOLDER says where they are now"
 
 
 def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | Missing:
@@ -68,7 +72,9 @@ def _at_hand(space: Subspace, allow_pickle: bool) -> Zoo | Missing:
     records = {model.name: model.source for model in space.manifest.models}
     # What a bundle says of its sources is no permission to unpickle them.
     if not allow_pickle and (pickled := _from_pickles(space)):
-        return Missing(_STATEMENTS["pickled"], f"{pickled!r} is a pickle: --allow-pickle (allow_pickle=True) reads it")
+        return Missing(
+            _STATEMENTS["pickled"], f"{pickled!r} is a pickle", "--allow-pickle (allow_pickle=True) reads it"
+        )
     for name, record in records.items():
         if (fault := source_fault(record, space.path)) is not None:
             return _missing(space, name, fault)

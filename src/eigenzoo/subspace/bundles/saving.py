@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eigenzoo.formats.bundle.folder import MOMENTS, foreign_to_a_bundle, record_files
+from eigenzoo.formats.bundle.folder import MOMENTS, record_files
 from eigenzoo.formats.bundle.manifest import Manifest
 from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.output.whole import new_folder, no_check
 from eigenzoo.passes.machine import num_cores
-from eigenzoo.subspace.bundles.card import write_counted
+from eigenzoo.subspace.bundles.card import foreign_to_a_bundle, write_counted
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_all
 
