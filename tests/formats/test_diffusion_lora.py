@@ -22,6 +22,7 @@ from eigenzoo.formats.layout import LORA_FILE, ModelLayout, layout_of
 from eigenzoo.formats.lora.diffusion_file import MAX_TEXT
 from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.paths import OUTPUT_RECORD
 
 LINEAR, CONV = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_conv_in"
 MODULES = ("unet.mid_block_attentions.0.proj_in", "unet.conv_in")
@@ -244,7 +245,7 @@ def test_a_folder_of_one_file_is_one_model(tmp_path: Path) -> None:
         save(tmp_path / "zoo" / f"m{number}" / "pytorch_lora_weights.safetensors", diffusers(number))
     space = ez.fit(tmp_path / "zoo", rank=1.0)
     assert space.names == ("m0", "m1")
-    assert [path.name for path in space.rebuild("m1").save(tmp_path / "out").iterdir()] == [LORA_FILE]
+    assert {path.name for path in space.rebuild("m1").save(tmp_path / "out").iterdir()} == {LORA_FILE, OUTPUT_RECORD}
 
 
 @pytest.mark.parametrize("view", ["update", "factors"])
@@ -372,3 +373,21 @@ def test_only_diffusion_loras_have_another_format(tmp_path: Path) -> None:
     rebuilt = ez.fit(tmp_path / "zoo", rank=1.0).rebuild("m0")
     with pytest.raises(ez.EigenzooError, match=r"format 'kohya' for a lora.*leave it out|Leave it out"):
         rebuilt.save(tmp_path / "out", format="kohya")
+
+
+def test_a_name_that_no_bundle_can_hold_is_refused_and_can_be_left_out(tmp_path: Path) -> None:
+    tensors = [
+        {
+            **kohya(number),
+            **{key.replace(CONV, "lora_unet" + "_1" * 600): value for key, value in kohya(number).items()},
+        }
+        for number in range(3)
+    ]
+    zoo_of(tmp_path / "zoo", *tensors)
+    with pytest.raises(
+        ez.FormatError,
+        match=r"layer name of 1,204 characters.*at most 1,024.*--exclude 'unet\.1\.1\.1\.1\.1\.1\.1\.1\*'",
+    ):
+        ez.fit(tmp_path / "zoo", rank=1)
+    zoo = ez.open_zoo(tmp_path / "zoo", exclude=["unet.1.1.1.1.1.1.1.1*"])
+    assert ez.fit(zoo, rank=1).rebuild(zoo.names[0]).save(tmp_path / "out").is_dir()

@@ -14,7 +14,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from eigenzoo.errors import MismatchError, ZooError
+from eigenzoo.errors import FormatError, MismatchError, ZooError
+from eigenzoo.formats.bundle.manifest import MAX_NAME
 from eigenzoo.formats.layout import ADAPTERS
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer, LeftOut
@@ -71,6 +72,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         if selection.excludes(layer_name):
             reasons[layer_name] = EXCLUDED
             continue
+        _check_name(layer_name)
         problem = found.difference(layer_name, count, names, base_sources)
         if problem is None:
             layers[layer_name] = found.merged(layer_name)
@@ -93,6 +95,17 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         tuple(left_out + found.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
+
+
+def _check_name(layer: str) -> None:
+    """Refuse a name that no bundle can hold, before any weight is read."""
+    if len(layer) > MAX_NAME:
+        raise FormatError(
+            f"a layer name of {len(layer):,} characters",
+            where=f"layer '{layer[:60]}…'",
+            rule=f"layer names have at most {MAX_NAME:,}",
+            next_step=f"leave the layer out: --exclude '{layer[:20]}*'",
+        )
 
 
 def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:

@@ -26,7 +26,10 @@ Count = Annotated[int, Field(ge=0)]
 Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ContentId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
+MAX_NAME = 1024
+"""Characters of a layer's or a model's name in a manifest."""
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 class _Strict(BaseModel):
