@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cli_runner import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, read_update, write_adapter
+from eigenzoo.cli.console import progress_bar
 
 COMMANDS = [
     "inspect",
@@ -177,3 +181,35 @@ def test_nursery_says_what_it_cannot_make(refused: object, tmp_path: Path) -> No
     ):
         assert text in refused("nursery", "make", kind, "-o", tmp_path / "zoo", "--random-labels", option)  # type: ignore[operator]
     assert not (tmp_path / "zoo").exists()
+
+
+def test_a_model_without_any_layer_of_the_bundle_is_named(run: Run, bundle: Path, tmp_path: Path) -> None:
+    save_file({"other.weight": torch.ones(4, 4)}, tmp_path / "stranger.safetensors")
+    done = run("project", bundle, tmp_path / "stranger.safetensors")
+    err = done.err
+    assert done.code == 2
+    assert "MismatchError: stranger: has none of the bundle's layers" in err
+    assert "--include" not in err
+
+
+def test_a_terminal_shows_that_a_command_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar(quiet=False) as progress:
+        begun = shown.getvalue()
+        progress("reading", 1, 2)
+    assert "starting" in begun
+    assert "starting" not in shown.getvalue().rpartition("reading")[2]
+
+
+def test_an_upper_bound_of_what_is_lost_is_marked(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved" / "bundle"
+    shutil.copytree(bundle, moved)
+    done = run("add", moved, zoo / "m5", "-o", tmp_path / "grown", "--refresh")
+    assert "lost: at most " in done.out
+    assert "at most" not in run("add", bundle, zoo / "m5", "-o", tmp_path / "exact", "--refresh").out

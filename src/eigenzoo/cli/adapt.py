@@ -82,9 +82,9 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Train coefficients for a new task; interrupted, it goes on where it was when it is run again."""
-    from eigenzoo.integrations.classification import adapt_classifier
-
     with progress_bar(quiet=quiet or json) as progress:
+        from eigenzoo.integrations.classification import adapt_classifier
+
         found = adapt_classifier(
             bundle,
             data,

@@ -50,8 +50,8 @@ def command(
         )
     target = Path(bundle) if output is None else output
     check_free(target, force=force or output is None, foreign=foreign_to_a_bundle)
-    space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:
+        space = ez.load(bundle, base=base)
         new = space.open(models, allow_pickle=allow_pickle)
         grown = space.add(
             new,
@@ -83,7 +83,9 @@ def _lost(space: Subspace) -> str:
     from eigenzoo.subspace.coefficients import share_of
 
     if "imported" not in space.report:
-        return f"lost: {in_percent(space.report['residual'])} of all energy"
+        growth = space.report["growth"]
+        bound = "at most " if growth["refreshed"] and not growth["exact"] else ""
+        return f"lost: {bound}{in_percent(space.report['residual'])} of all energy"
     new = [space.coefficients(name) for name in space.report["growth"]["added"]]
     energy = sum(sum(coefficients.energies.values()) for coefficients in new)
     lost = sum(sum(coefficients.outside.values()) for coefficients in new)

@@ -89,9 +89,12 @@ def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
     bars: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # Imports and headers take seconds before the first stage.
+        starting = progress.add_task("starting", total=None)
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in bars:
+                progress.update(starting, visible=False)
                 bars[stage] = progress.add_task(stage, total=total)
             progress.update(bars[stage], completed=done, total=total)
 

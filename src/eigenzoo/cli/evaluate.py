@@ -63,22 +63,24 @@ def command(
     chosen = parse_ranks(ranks)
     num_bytes = options.parse_bytes(max_memory, "--max-memory")
     # A module or metric that prints must not print into the document.
-    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+    with (
+        contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext(),
+        progress_bar(quiet=quiet or json) as progress,
+    ):
         measure = load_metric(metric, metric_arg)
         space = ez.load(bundle, base=base)
-        with progress_bar(quiet=quiet or json) as progress:
-            held_out = space.open(models, allow_pickle=allow_pickle) if models else None
-            found = ez.evaluate(
-                space,
-                measure,
-                held_out,
-                ranks=chosen,
-                parent=parent,
-                seed=seed,
-                device=device,
-                max_memory=num_bytes,
-                progress=progress,
-            )
+        held_out = space.open(models, allow_pickle=allow_pickle) if models else None
+        found = ez.evaluate(
+            space,
+            measure,
+            held_out,
+            ranks=chosen,
+            parent=parent,
+            seed=seed,
+            device=device,
+            max_memory=num_bytes,
+            progress=progress,
+        )
     if json:
         print_json(found.to_dict())
     else:

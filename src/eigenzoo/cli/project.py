@@ -26,8 +26,8 @@ def command(
     """Project models onto a bundle's subspace and print the share of their energy that lies outside."""
     import eigenzoo as ez
 
-    space = ez.load(bundle, base=base)
     with progress_bar(quiet=quiet or json) as progress:
+        space = ez.load(bundle, base=base)
         projected = space.project_many(space.open(models, allow_pickle=allow_pickle), progress=progress)
     if json:
         print_json({"models": {name: coefficients.to_dict() for name, coefficients in projected.items()}})

@@ -82,6 +82,13 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             problems.append(problem)
     if problems:
         raise _all_in_one(problems)
+    if not layers and selection.only:
+        raise MismatchError(
+            "has none of the bundle's layers",
+            where=names[0],
+            rule=f"the bundle has {len(selection.only):,}, such as '{min(selection.only)}'",
+            next_step="name a model of the bundle's architecture, in the format of its zoo",
+        )
     if not layers:
         raise ZooError(
             "no layer is left to analyse",

@@ -92,7 +92,7 @@ def check_free(target: Path, *, force: bool = False, foreign: Foreign = everythi
         return
     if not force:
         raise OutputError(
-            "exists already", where=str(target), next_step="choose another name, or --force to replace it"
+            "exists already", where=str(target), next_step="choose another name, or --force (force=True) to replace it"
         )
     if target.is_symlink() or not target.is_dir():
         raise OutputError("is no folder", where=str(target), rule=RULE)
@@ -117,7 +117,9 @@ def check_free_file(target: Path, *, force: bool = False, own: Own = nothing) ->
             raise OutputError("is no plain file", where=str(target), next_step="choose another name")
         if not force:
             raise OutputError(
-                "exists already", where=str(target), next_step="choose another name, or --force to replace it"
+                "exists already",
+                where=str(target),
+                next_step="choose another name, or --force (force=True) to replace it",
             )
         if target.stat().st_size and not own(target):
             raise OutputError("is a file of another kind", where=str(target), rule=RULE, next_step=NEXT_STEP)

@@ -46,7 +46,9 @@ def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Z
     missing = [name for name in space.names if name not in zoo.names]
     if missing:
         raise UsageError(
-            f"{missing[0]!r} is not among the old models' files", rule="old names all models of the subspace"
+            f"{missing[0]!r} is not among the old models' files",
+            rule="--old (old=) names every model of the bundle, also those added later",
+            next_step="give --old once for each folder (old= takes a list)",
         )
     zoo = zoo.select(names=space.names)
     for record, model in zip(space.manifest.models, zoo.models, strict=True):
