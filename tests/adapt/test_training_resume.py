@@ -291,10 +291,15 @@ def test_a_damaged_checkpoint_is_refused(space: ez.Subspace, tmp_path: Path) -> 
 
 def test_what_is_left_of_a_killed_write_goes_with_the_checkpoint(tmp_path: Path) -> None:
     mark = system_mark()
-    for name in ("task.checkpoint", f".task.checkpoint.tmp-{mark}0123", f".task.checkpoint2.tmp-{mark}0123", "task"):
+    for name in (
+        "task.checkpoint",
+        f".task.checkpoint.tmp-{mark}01234567",
+        f".task.checkpoint2.tmp-{mark}01234567",
+        "task",
+    ):
         (tmp_path / name).mkdir() if ".tmp-" in name else (tmp_path / name).touch()
     unfinished.remove(tmp_path / "task.checkpoint")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".task.checkpoint2.tmp-{mark}0123", "task"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".task.checkpoint2.tmp-{mark}01234567", "task"]
     unfinished.remove(tmp_path / "task.checkpoint")
 
 

@@ -27,7 +27,7 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, r"seed -1\. A seed"),
     ({"device": "tpu"}, "device 'tpu'"),
     ({"max_memory": 7}, "7 bytes of memory"),
-    ({"workspace": "no/such/folder"}, r"no/such/folder: is not a folder that may be written to\. A workspace"),
+    ({"workspace": "no/such/folder"}, r"no/such/folder: is not a folder\. A workspace"),
 ]
 
 
@@ -135,7 +135,7 @@ def test_a_bundle_is_refused_before_a_weight_is_read(paths: list[Path], unread: 
     unread()
     with pytest.raises(ez.UsageError, match=r"2 models are named\. Project takes one"):
         space.project(paths[4:])
-    with pytest.raises(ez.OutputError, match=r"is not a folder that may be written to"):
+    with pytest.raises(ez.OutputError, match=r"no/such/folder: is not a folder"):
         space.add(paths[4:], workspace="no/such/folder")
     with pytest.raises(ez.UsageError, match=r"a model called '\w0' is in the subspace already"):
         space.add(paths[:1])

@@ -203,8 +203,9 @@ def test_states_of_training_and_search(values: list[float], steps: int) -> None:
                 assert torch.equal(value, other.state[theirs][key])
         told = [0.0, *values, *[1.0] * steps]
         state = search_state.SearchState(torch.ones(3), told, torch.ones(steps, 2, dtype=torch.float64).numpy())
-        search_state.write_state(path, "key", state)
-        found = search_state.read_state(path, "key", 3, 2)
+        searched = Path(folder) / "searched"
+        search_state.write_state(searched, "key", state)
+        found = search_state.read_state(searched, "key", 3, 2)
         assert torch.equal(torch.tensor(found.values).nan_to_num(7.0), torch.tensor(told).nan_to_num(7.0))
         assert (found.last == state.last).all()
 

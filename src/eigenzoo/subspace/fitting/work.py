@@ -13,6 +13,7 @@ system still holds; after a loss of power the fit begins anew, since the folder'
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -141,14 +142,18 @@ def _values(fitted: FittedLayer, moments: LayerMoments) -> dict[str, Tensor]:
 
 def check_workspace(workspace: str | os.PathLike[str] | None) -> None:
     """Raise OutputError unless a workspace is a folder that may be written to; call it before long work starts."""
-    if workspace is None or (os.path.isdir(workspace) and os.access(workspace, os.W_OK | os.X_OK)):
+    if workspace is None:
         return
-    raise OutputError(
-        "is not a folder that may be written to",
-        where=str(workspace),
-        rule="a workspace is a folder on the disk where the bundle will be saved",
-        next_step="create it, or leave the workspace out",
-    )
+    if not os.path.isdir(workspace):
+        what, next_step = "is not a folder", "create it, or leave the workspace out"
+    elif not os.access(workspace, os.W_OK | os.X_OK):
+        locked = os.statvfs(workspace).f_flag & os.ST_RDONLY
+        what = f"cannot be written to ({os.strerror(errno.EROFS if locked else errno.EACCES)})"
+        next_step = "choose a folder that you may write to"
+    else:
+        return
+    rule = "a workspace is a folder on the disk where the bundle will be saved"
+    raise OutputError(what, where=str(workspace), rule=rule, next_step=next_step)
 
 
 @contextmanager
