@@ -138,20 +138,35 @@ def test_there_are_no_more_workers_than_cores_of_the_container(three_threads, mo
         assert workers.num == expected
 
 
-def test_a_worker_keeps_its_one_thread_when_another_pass_gives_its_threads_back(three_threads):
-    """torch sets up a thread at its first call there, with what any thread has set last."""
-    entered, given_back, threads = threading.Event(), threading.Event(), []
+SETTERS = [(sys, "setswitchinterval"), (gc, "set_threshold"), (torch, "set_num_threads")]
 
-    def work() -> None:
-        enter_worker()
-        entered.set()
-        assert given_back.wait(HANG)
-        threads.append(torch.get_num_threads())
 
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    assert entered.wait(HANG)
-    torch.set_num_threads(3)
-    given_back.set()
-    worker.join(HANG)
-    assert threads == [1]
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(("module", "setter"), SETTERS, ids=[setter for _, setter in SETTERS])
+def test_an_interrupt_while_a_setting_changes_gives_everything_back(
+    three_threads, monkeypatch, module, setter: str, call: int, when: str
+):
+    before = settings()
+    function, calls = getattr(module, setter), []
+
+    def interrupted(*values: Any) -> None:
+        # Workers set their own threads; an interrupt reaches the main thread alone.
+        calls.extend([values] * (threading.current_thread() is threading.main_thread()))
+        if len(calls) == call and when == "before":
+            calls.append(values)
+            raise KeyboardInterrupt
+        function(*values)
+        if len(calls) == call:
+            calls.append(values)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, setter, interrupted)
+    with pytest.raises(KeyboardInterrupt, match="^$"), local_workers(num=1):
+        pass
+    monkeypatch.undo()
+    assert settings() == before
+    with local_workers(num=1):
+        assert sys.getswitchinterval() == 5e-4
+        assert torch.get_num_threads() == 1
+    assert settings() == before

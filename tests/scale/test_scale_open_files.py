@@ -42,7 +42,7 @@ def zoo(tmp_path: Path) -> ez.Zoo:
 def nothing_stays_open(tmp_path: Path) -> Iterator[None]:
     yield
     assert open_files._open == {}
-    assert open_files._depth == 0
+    assert not open_files._inside
     assert open_now(tmp_path) == []
 
 

@@ -17,7 +17,7 @@ Identity = tuple[int, int]
 
 _lock = threading.Lock()
 _open: dict[Path, tuple[FileIO, Identity]] = {}
-_depth = 0
+_inside = set[object]()
 
 
 @contextmanager
@@ -26,20 +26,28 @@ def kept_open() -> Iterator[None]:
 
     Raises FormatError at the end where a file was written to meanwhile.
     """
-    global _depth
-    with _lock:
-        _depth += 1
+    entry = object()
     try:
+        with _lock:
+            _inside.add(entry)
         yield
         check_all()
     finally:
-        with _lock:
-            _depth -= 1
-            closed = list(_open.values()) if _depth == 0 else []
-            if _depth == 0:
-                _open.clear()
-        for file, _ in closed:
-            file.close()
+        try:
+            _leave(entry)
+        except KeyboardInterrupt:
+            _leave(entry)
+            raise
+
+
+def _leave(entry: object) -> None:
+    with _lock:
+        _inside.discard(entry)
+        closed = [] if _inside else list(_open.values())
+        if not _inside:
+            _open.clear()
+    for file, _ in closed:
+        file.close()
 
 
 def check_all() -> None:
@@ -71,7 +79,7 @@ def find(path: Path, identity: Identity) -> FileIO | None:
 def keep(path: Path, file: FileIO, identity: Identity) -> bool:
     """Take a file over, if files are being kept and there is room for one more; tells whether it did."""
     with _lock:
-        if not _depth or path in _open or len(_open) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+        if not _inside or path in _open or len(_open) >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
             return False
         _open[path] = file, identity
         return True

@@ -32,50 +32,69 @@ class SharedSetting:
     """A setting of the process that is changed as long as anyone is inside.
 
     Args:
-        change: changes the setting, and returns the function that gives back what was there before.
+        change: changes the setting, and appends the function that gives back the value from before, before it does.
     """
 
-    def __init__(self, change: Callable[[], Undo]) -> None:
-        self._change, self._lock, self._depth = change, threading.Lock(), 0
-        self._undo: Undo = lambda: None
+    def __init__(self, change: Callable[[list[Undo]], None]) -> None:
+        self._change, self._lock = change, threading.Lock()
+        self._inside = set[object]()
+        self._undos = list[Undo]()
 
     @contextmanager
     def changed(self) -> Iterator[None]:
-        """Hold the change while inside, in any thread."""
-        with self._lock:
-            if self._depth == 0:
-                self._undo = self._change()
-            self._depth += 1
+        """Hold the change while inside, in any thread. Ctrl-C at any moment leaves no change behind."""
+        entry = object()
         try:
+            self._enter(entry)
             yield
         finally:
-            with self._lock:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._undo()
+            try:
+                self._leave(entry)
+            except KeyboardInterrupt:
+                self._leave(entry)
+                raise
+
+    def _enter(self, entry: object) -> None:
+        with self._lock:
+            first = not self._inside
+            self._inside.add(entry)
+            if first:
+                self._change(self._undos)
+
+    def _leave(self, entry: object) -> None:
+        """Undo the change behind the last one; a second call finishes what an interrupt has left of the first."""
+        with self._lock:
+            self._inside.discard(entry)
+            if not self._inside:
+                for undo in reversed(self._undos):
+                    undo()
+                self._undos.clear()
 
 
-def _switch_often() -> Undo:
+def _switch_often(undos: list[Undo]) -> None:
     usual = sys.getswitchinterval()
+    undos.append(lambda: sys.setswitchinterval(usual))
     sys.setswitchinterval(min(usual, SWITCH_SECONDS))
-    return lambda: sys.setswitchinterval(usual)
 
 
-def _collect_seldom() -> Undo:
+def _collect_seldom(undos: list[Undo]) -> None:
     usual = gc.get_threshold()
+    undos.append(lambda: gc.set_threshold(*usual))
     gc.set_threshold(max(usual[0], FEWEST_COLLECTIONS), *usual[1:])
-    return lambda: gc.set_threshold(*usual)
 
 
-def _limit_blas() -> Undo:
-    limits = _controller().limit(limits=1, user_api="blas")
-    _leave_control()
+def _limit_blas(undos: list[Undo]) -> None:
+    usual = [(library, library.num_threads) for library in _controller().lib_controllers if library.user_api == "blas"]
 
     def restore() -> None:
-        limits.restore_original_limits()
+        for library, threads in usual:
+            library.set_num_threads(threads)
         _leave_control()
 
-    return restore
+    undos.append(restore)
+    for library, _ in usual:
+        library.set_num_threads(1)
+    _leave_control()
 
 
 def _leave_control() -> None:
@@ -112,24 +131,32 @@ def single_threaded() -> Iterator[None]:
     if _entered.depth:
         yield
         return
-    with _lock:
-        # A thread that torch first meets while another one is inside inherits that one's single thread.
-        own = torch.get_num_threads()
-        if _torch.depth == 0:
-            _torch.threads = own
-        elif own == 1:
-            own = _torch.threads
-        _torch.depth += 1
-        torch.set_num_threads(1)
-    _entered.depth = 1
+    entry, own = object(), torch.get_num_threads()
     try:
+        with _lock:
+            # A thread that torch first meets while another one is inside inherits that one's single thread.
+            if not _torch.inside:
+                _torch.threads = own
+            elif own == 1:
+                own = _torch.threads
+            _torch.inside.add(entry)
+            _entered.depth = 1
+            torch.set_num_threads(1)
         with _blas.changed():
             yield
     finally:
+        try:
+            _leave(entry, own)
+        except KeyboardInterrupt:
+            _leave(entry, own)
+            raise
+
+
+def _leave(entry: object, own: int) -> None:
+    with _lock:
+        _torch.inside.discard(entry)
         _entered.depth = 0
-        with _lock:
-            _torch.depth -= 1
-            torch.set_num_threads(own)
+        torch.set_num_threads(own)
 
 
 def enter_worker() -> None:
@@ -143,7 +170,7 @@ def enter_worker() -> None:
 def num_threads() -> int:
     """Return how many threads this process may use, also inside `single_threaded`."""
     with _lock:
-        return _torch.threads if _torch.depth else torch.get_num_threads()
+        return _torch.threads if _torch.inside else torch.get_num_threads()
 
 
 class _Entered(threading.local):
@@ -153,9 +180,10 @@ class _Entered(threading.local):
 
 
 class _Torch:
-    """How many threads are inside `single_threaded`, and torch's threads before the first of them."""
+    """Who is inside `single_threaded`, and torch's threads before the first of them."""
 
-    depth, threads = 0, 1
+    def __init__(self) -> None:
+        self.inside, self.threads = set[object](), 1
 
 
 _lock, _entered, _torch = threading.Lock(), _Entered(), _Torch()

@@ -35,8 +35,8 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-def _full_float32() -> Undo:
-    """Compute float32 products in float32; returns a function that restores the user's setting.
+def _full_float32(undos: list[Undo]) -> None:
+    """Compute float32 products in float32; appends functions that restore the user's setting, the last one first.
 
     Torch has two ways to set it. From 2.9 on `fp32_precision` is per backend, and the older call raises an error where it reads
     a mix of both. So the backends are set first and restored last.
@@ -48,21 +48,20 @@ def _full_float32() -> Undo:
     backends = [backend for backend in parents if hasattr(backend, "fp32_precision")]
     usual = [backend.fp32_precision for backend in backends]
     if backends and set(usual) <= {"none", "ieee"}:
-        return lambda: None
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    precision = torch.get_float32_matmul_precision()
-    if precision != HIGHEST:
-        torch.set_float32_matmul_precision(HIGHEST)
+        return
 
     def restore() -> None:
-        if precision != HIGHEST:
-            torch.set_float32_matmul_precision(precision)
         for backend, value in zip(backends, usual, strict=True):
             inherited = value == parents[backend].fp32_precision
             backend.fp32_precision = "none" if inherited else value
 
-    return restore
+    undos.append(restore)
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    precision = torch.get_float32_matmul_precision()
+    if precision != HIGHEST:
+        undos.append(lambda: torch.set_float32_matmul_precision(precision))
+        torch.set_float32_matmul_precision(HIGHEST)
 
 
 _float32 = SharedSetting(_full_float32)
