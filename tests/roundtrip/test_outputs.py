@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 import eigenzoo as ez
 from builders import edit_model, random_stack, write_stacks
+from eigenzoo.formats.paths import OUTPUT_RECORD
 
 
 @pytest.fixture
@@ -141,3 +144,19 @@ def test_force_refuses_its_own_kind_with_other_things_in_it(zoo: Path, tmp_path:
     with pytest.raises(ez.OutputError, match=f"mixed: {said}"):
         save(folder, force=True)
     assert (folder / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "record"])
+def test_force_refuses_what_is_no_plain_file_whatever_the_record_says(zoo: Path, tmp_path: Path, what: str) -> None:
+    model, out = ez.fit(zoo, rank=1).rebuild("m0"), tmp_path / "out"
+    record = model.save(out) / OUTPUT_RECORD
+    entry = {"link": out / "link", "pipe": out / "pipe", "record": record}[what]
+    text = json.loads(record.read_text())
+    if what == "record":
+        record.rename(tmp_path / "elsewhere")
+    else:
+        record.write_text(json.dumps({**text, "files": {**text["files"], what: ""}}))
+    os.mkfifo(entry) if what == "pipe" else entry.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ez.OutputError, match="replaces only what eigenzoo wrote"):
+        model.save(out, force=True)
+    assert os.path.lexists(entry)

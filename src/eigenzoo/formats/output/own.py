@@ -43,7 +43,7 @@ def recorded(kind: str) -> Foreign:
     """
 
     def foreign(folder: Path) -> str:
-        if not (folder / OUTPUT_RECORD).is_file():
+        if (folder / OUTPUT_RECORD).is_symlink() or not (folder / OUTPUT_RECORD).is_file():
             return OTHER_KIND
         try:
             record = read_json(folder / OUTPUT_RECORD, where=str(folder))
@@ -55,7 +55,7 @@ def recorded(kind: str) -> Foreign:
         stranger = find_stranger(folder, {*files, OUTPUT_RECORD})
         if stranger:
             return stranger
-        changed = [name for name in list_files(folder) if name in files and _sha256(folder / name) != files[name]]
+        changed = [name for name in list_files(folder) if name in files and not _holds(folder / name, files[name])]
         return f"holds {changed[0]!r}, which was changed since eigenzoo wrote it" if changed else ""
 
     return foreign
@@ -82,6 +82,11 @@ def list_files(folder: Path) -> list[str]:
                 else:
                     found.append(f"{place}{entry.name}")
     return sorted(found)
+
+
+def _holds(path: Path, recorded_hash: object) -> bool:
+    """Tell whether a plain file has this hash; nothing else has one, whatever a record says."""
+    return bool(found := _sha256(path)) and found == recorded_hash
 
 
 def _sha256(path: Path) -> str:
