@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,7 @@ MEMORY: dict[str, tuple[str, dict[str, str], int]] = {
     "version 1, container": (VERSION_1, {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * GIB}\n"}, 3 * GIB),
     "odd": ("nonsense\n\n::::\n", {"sys/fs/cgroup/memory.max": "many\n"}, 64 * GIB),
     "a group of another": (VERSION_2, {"sys/fs/cgroup/user.slice/memory.max": f"{GIB}\n"}, 64 * GIB),
+    "thousands of digits": (VERSION_2, {f"{JOB}/memory.max": "9" * 5000}, 64 * GIB),
 }
 
 
@@ -112,6 +114,7 @@ CORES: dict[str, tuple[str, dict[str, str], int]] = {
         32,
     ),
     "odd": (VERSION_2, {f"{JOB}/cpu.max": "100000 0\n"}, 32),
+    "hundreds of digits": (VERSION_2, {f"{JOB}/cpu.max": f"{'9' * 400} 1\n"}, 32),
 }
 
 
@@ -145,3 +148,10 @@ def test_this_machine_has_memory_and_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert 2**26 < machine_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 1 <= num_cores() <= (os.cpu_count() or 1)
     assert 10_000_000 < peak_memory() < 2**45
+
+
+def test_a_group_without_end_is_no_folder_to_look_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(monkeypatch, tmp_path, f"0::/{'a/' * 50_000}\n", {})
+    began = time.process_time()
+    assert (machine_memory(), num_cores()) == (64 * GIB, 32)
+    assert time.process_time() - began < 5

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+MOST_CHARACTERS = 4096
+"""Of a group's name, which is a path, and of a file with a limit: a container's own file system may hold anything there."""
+
 ROOT = Path("/")
 """Where `proc` and `sys` are."""
 
@@ -28,7 +31,7 @@ def machine_memory() -> int:
         found.append(soft)
     for folder in _groups("memory"):
         for file in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            found += [int(word) for word in _words(folder / file) if word.isdecimal()]
+            found += [int(word) for word in _words(folder / file) if _is_number(word)]
     return min(found)
 
 
@@ -41,19 +44,19 @@ def num_cores() -> int:
             word for name in ("quota", "period") for word in _words(folder / f"cpu.cfs_{name}_us")
         ]
         # Without a limit the quota is "max", in version 1 it is -1.
-        if len(quota) == 2 and all(word.isdecimal() and int(word) for word in quota):
+        if len(quota) == 2 and all(_is_number(word) and int(word) for word in quota):
             cores = min(cores, ceil(int(quota[0]) / int(quota[1])))
     return max(cores, 1)
 
 
 def _groups(controller: str) -> Iterator[Path]:
     """Yield the folders of this process's control groups that may limit memory or cores, from its own to the root."""
-    lines: list[str] = []
+    lines = list[str]()
     with suppress(OSError, UnicodeDecodeError):
         lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
     for line in lines:
         controllers, _, group = line.partition(":")[2].partition(":")
-        if controllers and controller not in controllers.split(","):
+        if len(group) > MOST_CHARACTERS or (controllers and controller not in controllers.split(",")):
             continue
         # Version 2 has one tree and names no controller. A container may see its own group as the root of the tree.
         top = ROOT / "sys/fs/cgroup" / (controller if controllers else "")
@@ -62,9 +65,14 @@ def _groups(controller: str) -> Iterator[Path]:
 
 
 def _words(path: Path) -> list[str]:
-    with suppress(OSError, UnicodeDecodeError):
-        return path.read_text().split()
+    with suppress(OSError, UnicodeDecodeError), path.open() as file:
+        return file.read(MOST_CHARACTERS).split()
     return []
+
+
+def _is_number(word: str) -> bool:
+    # No kernel writes a longer one, and Python refuses to read some of them.
+    return word.isdecimal() and len(word) <= 20
 
 
 def gpu_memory(device: str) -> int:
