@@ -25,7 +25,7 @@ from eigenzoo.cli.app import main
 from eigenzoo.errors import UsageError
 
 RULE = r"seed .*\. A seed is a whole number from 0 to 2\*\*{} - 1"
-BAD = [2**63, 2**64, 10**30, -1, 1.5, 1.0, "3", True, None, float("nan")]
+BAD = [2**63, 2**64, 10**30, 10**5000, -(10**5000), -1, 1.5, 1.0, "3", True, None, float("nan")]
 
 
 class Net(nn.Module):

@@ -23,8 +23,13 @@ def check_seed(seed: Any, most: int = MOST_SEEDS, *, where: str = "") -> int:
         number = -1
     if not 0 <= number < most:
         raise UsageError(
-            f"seed {str(seed)[:40]}",
+            f"seed {_shown(seed)}",
             where=where,
             rule=f"a seed is a whole number from 0 to 2**{most.bit_length() - 1} - 1",
         )
     return number
+
+
+def _shown(seed: Any) -> str:
+    # Python writes no number of more than some thousand digits.
+    return "of more than 4,000 digits" if isinstance(seed, int) and abs(seed) >= 10**4000 else str(seed)[:40]
