@@ -102,6 +102,20 @@ def test_values_that_are_not_finite_are_counted_where_they_are(tmp_path: Path) -
     assert found.num_non_finite == 23
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.complex64], ids=str
+)
+def test_values_that_are_not_finite_are_counted_in_every_dtype_that_has_them(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    values = torch.ones(4, 5)
+    values[1, 2] = torch.nan
+    for number in range(2):
+        write_model(tmp_path / f"m{number}", {"w": torch.full((3, 3), 1.0 + number), "odd": values.to(dtype)})
+    found = ez.inspect(ez.open_zoo(tmp_path))
+    assert [(model.num_non_finite, model.non_finite_in) for model in found.models] == [(1, ("odd",))] * 2
+
+
 def test_what_is_left_out_says_why(tmp_path: Path) -> None:
     stack = random_stack(4, (5, 4), 0).float()
     for place in range(4):

@@ -157,7 +157,7 @@ def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
         with borrow(1, prod(info.shape), info.dtype) as rows:
             values = model.read_flat(key, 0, rows.shape[1], rows[0])
             digest.append((key, info.dtype, info.shape, _sum_of_bytes(values)))
-            count = _num_non_finite(values) if values.is_floating_point() and info.dtype.itemsize > 1 else 0
+            count = _num_non_finite(values) if values.is_floating_point() or values.is_complex() else 0
             if count:
                 num_bad += count
                 bad.append(key)
@@ -192,6 +192,10 @@ def _sum_of_bytes(values: Tensor) -> int:
 
 def _num_non_finite(values: Tensor) -> int:
     """Count NaN and Inf. A finite sum has neither among its terms, and most tensors are done with that."""
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    elif values.dtype.itemsize == 1:  # eight-bit floats have no sums of their own
+        values = values.to(torch.float32)
     total = values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
     return 0 if isfinite(total.item()) else int((~torch.isfinite(values)).sum())
 
