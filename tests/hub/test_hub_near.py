@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,3 +174,11 @@ def test_nearest_path(tmp_path: Path) -> None:
         "a\0b/c": None,
     }.items():
         assert nearest_path(text, tmp_path) == expected, text
+
+
+def test_a_folder_of_names_that_are_all_alike_takes_no_minute(tmp_path: Path) -> None:
+    for number in range(10_000):
+        (tmp_path / f"{number:05d}{'ab' * 97}").touch()
+    began = time.process_time()
+    nearest_path("ba" * 97 + "zzzz", tmp_path)
+    assert time.process_time() - began < 5

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from eigenzoo.errors import FormatError, UnsafePathError
+from eigenzoo.weights.renames import nearest
 
 MAX_SIDE_BYTES = 64 * 2**20  # of a tokenizer; the largest in use are half of it
 NEAR = 0.75
@@ -145,10 +145,10 @@ def nearest_path(path: str, folder: Path) -> str | None:
     for number, part in enumerate(parts):
         place, inner = Path(folder, *found), number + 1 < len(parts)
         is_there = os.path.isdir(place / part) if inner else os.path.lexists(place / part)
-        near = [part] if is_there else get_close_matches(part, _names(place, inner), n=1, cutoff=NEAR)
-        if not near:
+        near = part if is_there else nearest(part, _names(place, inner), NEAR)
+        if near is None:
             break
-        found += near
+        found.append(near)
     return str(Path(*found)) if found else None
 
 

@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -46,6 +45,7 @@ from eigenzoo.subspace.moments.inside import extended_by_records
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
+from eigenzoo.weights.renames import nearest
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.verification import Loader, Verification
@@ -380,11 +380,11 @@ class Subspace:
 
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:
-            near = get_close_matches(name[:200], self.names, n=1)
+            near = nearest(name, self.names, cutoff=0.6)
             there = (
                 f"the bundle has {len(self.names)}: {', '.join(self.names[:5])}{', …' if len(self.names) > 5 else ''}"
             )
-            meant = f"did you mean {near[0]!r}?" if near else ""
+            meant = f"did you mean {near!r}?" if near else ""
             raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from eigenzoo.weights.roles import depth, role
+
+LONGEST_NAME, MOST_PAIRS = 200, 2 * 10**7
+"""Characters of a name that others are compared with, and pairs of characters that are compared in all."""
 
 WRAPPERS = {
     "module": "DataParallel",
@@ -111,11 +115,14 @@ def _differing(name: list[str], other: list[str]) -> tuple[str, str]:
     return ".".join([*old, ""]) if old else "", ".".join([*new, ""]) if new else ""
 
 
-def nearest(name: str, base: Mapping[str, object] | Collection[str]) -> str | None:
-    """Return the name of the base that is most like this one; None where nothing is.
+def nearest(name: str, base: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the name of the base that is most like this one, by difflib's ratio; None where nothing is.
+
+    The longer the name, the fewer of the base are looked at: a second or two at most.
 
     >>> nearest("layers.0.q_proj", ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "norm"])
     'layers.0.attn.q_proj'
     """
-    found = difflib.get_close_matches(name[:300], base, 1, 0.5)
+    name = name[:LONGEST_NAME]
+    found = difflib.get_close_matches(name, islice(base, MOST_PAIRS // max(len(name), 1) ** 2), 1, cutoff)
     return found[0] if found else None
