@@ -162,7 +162,7 @@ def test_an_interrupt_while_a_setting_changes_gives_everything_back(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(module, setter, interrupted)
-    with pytest.raises(KeyboardInterrupt, match="^$"), local_workers(num=1):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), local_workers(num=1):
         pass
     monkeypatch.undo()
     assert settings() == before
