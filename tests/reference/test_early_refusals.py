@@ -27,6 +27,11 @@ WORDS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, r"seed -1\. A seed"),
     ({"device": "tpu"}, "device 'tpu'"),
     ({"max_memory": 7}, "7 bytes of memory"),
+    ({"budget": True}, "budget of True"),
+    ({"budget": "1e9"}, "budget of 1e9"),
+    ({"budget": float("nan")}, "budget of nan"),
+    ({"budget": float("inf")}, "budget of inf"),
+    ({"budget": 0}, "budget of 0 bytes"),
     ({"workspace": "no/such/folder"}, r"no/such/folder: is not a folder\. A workspace"),
 ]
 

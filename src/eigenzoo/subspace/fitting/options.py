@@ -94,6 +94,7 @@ def resolve_options(
         raise UsageError("budget and max_error are both given", rule="one of them decides the ranks")
     if rank is not None and (budget is not None or max_error is not None):
         raise UsageError("a rank is given beside a budget or an error bound", rule="one of them decides the ranks")
+    budget = None if budget is None else _whole_bytes(budget)
     if budget is not None and budget <= 0:
         raise BudgetError(f"a budget of {budget} bytes", rule="a budget is positive")
     if max_error is not None and not 0 <= max_error < 1:
@@ -130,6 +131,16 @@ def recorded_options(saved: Mapping[str, Any]) -> FitOptions:
     return FitOptions(
         **{**known, "axes": tuple(saved["axes"]), "rules": dict(saved["rules"]), "seed": int(saved["seed"])}
     )
+
+
+def _whole_bytes(budget: Any) -> int:
+    """Return a budget as an int, numpy's integers and floats like 2e9 too; raises BudgetError for all else."""
+    whole = not isinstance(budget, bool) and (
+        hasattr(budget, "__index__") or (isinstance(budget, float) and budget.is_integer())
+    )
+    if not whole:
+        raise BudgetError(f"a budget of {budget!s:.40}", rule="a budget is a whole number of bytes")
+    return int(budget)
 
 
 def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided: bool) -> None:
