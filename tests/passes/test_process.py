@@ -138,6 +138,25 @@ def test_there_are_no_more_workers_than_cores_of_the_container(three_threads, mo
         assert workers.num == expected
 
 
+def test_a_worker_keeps_its_one_thread_when_another_pass_gives_its_threads_back(three_threads):
+    """torch sets up a thread at its first call there, with what any thread has set last."""
+    entered, given_back, threads = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        enter_worker()
+        entered.set()
+        assert given_back.wait(HANG)
+        threads.append(torch.get_num_threads())
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    assert entered.wait(HANG)
+    torch.set_num_threads(3)
+    given_back.set()
+    worker.join(HANG)
+    assert threads == [1]
+
+
 SETTERS = [(sys, "setswitchinterval"), (gc, "set_threshold"), (torch, "set_num_threads")]
 
 

@@ -131,10 +131,11 @@ def single_threaded() -> Iterator[None]:
     if _entered.depth:
         yield
         return
-    entry, own = object(), torch.get_num_threads()
+    entry, own = object(), 0
     try:
         with _lock:
             # A thread that torch first meets while another one is inside inherits that one's single thread.
+            own = torch.get_num_threads()
             if not _torch.inside:
                 _torch.threads = own
             elif own == 1:
@@ -156,7 +157,8 @@ def _leave(entry: object, own: int) -> None:
     with _lock:
         _torch.inside.discard(entry)
         _entered.depth = 0
-        torch.set_num_threads(own)
+        if own:
+            torch.set_num_threads(own)
 
 
 def enter_worker() -> None:
