@@ -30,15 +30,29 @@ main()
 """
 """A fit that waits for a signal when it is nearly done."""
 
+SWALLOWING = WAITING.replace(
+    "    time.sleep",
+    f"""\
+    class Swallowing:
+        def __del__(self):
+            time.sleep({HANG})
+    sys.unraisablehook = lambda error: print("swallowed", file=sys.stderr, flush=True)
+    Swallowing()
+    time.sleep""",
+)
+"""Such a fit, whose first signal comes while a finalizer runs."""
 
-def _start(zoo: Path, output: Path, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[str]:
+
+def _start(
+    zoo: Path, output: Path, ignored: Sequence[signal.Signals] = (), fit: str = WAITING
+) -> subprocess.Popen[str]:
     """Begin such a fit with signals ignored, as `nohup` and shells' jobs in the background begin it; returns while it waits."""
     code = (
         f"import signal\nfor number in {[int(number) for number in ignored]}: signal.signal(number, signal.SIG_IGN)\n"
     )
     code += "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, WAITING, "fit", str(zoo), "-o", str(output), "--rank", "2", "--no-cache"],
+        [sys.executable, "-c", code, fit, "fit", str(zoo), "-o", str(output), "--rank", "2", "--no-cache"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -83,6 +97,18 @@ def test_the_second_of_two_signals_does_not_end_the_cleaning_up(zoo: Path, tmp_p
     _, err = process.communicate(timeout=HANG)
     assert process.returncode == 129
     assert "Traceback" not in err
+
+
+def test_a_command_whose_finalizer_swallowed_the_first_signal_ends_by_the_third(zoo: Path, tmp_path: Path) -> None:
+    process = _start(zoo, tmp_path / "out", fit=SWALLOWING)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "swallowed\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert err.startswith("interrupted")
 
 
 def test_a_terminal_that_is_gone_is_no_error(zoo: Path, tmp_path: Path) -> None:
