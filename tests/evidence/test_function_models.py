@@ -22,6 +22,7 @@ from builders import (
     write_stacks,
 )
 from eigenzoo.evidence.refit import hold_out
+from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.fitting.options import FitOptions
 
 
@@ -54,6 +55,22 @@ def test_files_are_measured_as_files_with_their_own_metadata(tmp_path: Path) -> 
     )
     assert set(tasks) == {"t4"}
     assert len(tasks) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, r"device 'gpu'\. Devices are cpu, cuda"),
+        ({"max_memory": 1}, "1 bytes of memory"),
+        ({"max_memory": 2**30, "workers": "open"}, r"max_memory 1,073,741,824 beside workers"),
+    ],
+)
+def test_where_to_run_is_checked_beside_models_too(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    paths, _ = write_zoo(tmp_path, "weight")
+    space, metric = ez.fit(paths[:5], 2), Recorder()
+    with local_workers(num=1) as workers, pytest.raises(ez.UsageError, match=message):
+        ez.evaluate(space, metric, paths[5:7], **{**options, **({"workers": workers} if "workers" in options else {})})
+    assert not metric.paths
 
 
 def test_without_models_a_fifth_is_held_out_of_a_second_fit(tmp_path: Path) -> None:

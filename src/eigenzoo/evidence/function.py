@@ -123,7 +123,8 @@ def evaluate(
         parent: view `weight`: the checkpoint that the models started from. View `delta` knows it, the base; the parent
             of adapters is the base model alone.
         seed: of the fold and of the random directions.
-        device, max_memory, workers: where the second fit runs, as of `fit`.
+        device, max_memory, workers: where the second fit runs, as of `fit`. With `models` nothing is fitted: they are checked
+            and not used.
         progress: called as progress(stage, done, total).
 
     Everything but the replaced weights is the model's own: names, dtypes, configs, metadata, and what it carries. Exact, to
@@ -148,8 +149,7 @@ def evaluate(
             f"the metric {metric!r} is not callable",
             rule="a metric takes the path of one saved model and returns a number",
         )
-    if models is None:
-        check_place(workers, max_memory, device)
+    check_place(workers, max_memory, device)
     ancestor = _open_parent(space, parent)
     if models is None:
         fitted, zoo = hold_out(space, seed, progress, device=device, max_memory=max_memory, workers=workers)
