@@ -14,9 +14,12 @@ from test_evidence_suitability import fit
 from torch import Tensor
 
 import eigenzoo as ez
-from builders import random_factors, write_adapter, write_stacks
+from builders import random_factors, write_adapter, write_model, write_stacks
 from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score, families
+from eigenzoo.evidence.source import open_source
 from eigenzoo.evidence.suitability import MIN_TAIL
+from eigenzoo.records import no_progress
+from eigenzoo.zoo.stack import EXACT_VALUES
 from tolerance import tolerance
 
 
@@ -183,3 +186,17 @@ def test_the_command_and_the_table_say_both(tmp_path: Path, call: Callable[..., 
     table = suitability_table(read_document({"evidence": json.loads(out)}))
     assert table is not None
     assert "not measured" in table.rows[0]
+
+
+def test_spectra_of_large_updates_from_a_base_are_those_of_float64(tmp_path: Path) -> None:
+    """The layer is too large to be read in float64 by default, and differences of float32 weights are rounded in float32."""
+    shape, num_models = (4096, 33), 8
+    base = torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).float()
+    stack = torch.from_numpy(np.random.default_rng(1).standard_normal((num_models, *shape))).float()
+    assert stack.numel() > EXACT_VALUES
+    paths = write_stacks(tmp_path, {"h.0.q_proj.weight": stack})
+    zoo = ez.open_zoo(paths, base=write_model(tmp_path / "base", {"h.0.q_proj.weight": base}))
+    found = open_source(zoo, (), "models", 0, no_progress, suitability=True, cache=False).spectra("h.0.q_proj.weight")
+    assert found is not None
+    dense = torch.linalg.svdvals(stack.double() - base.double())
+    assert float((found.singular_NR - dense).abs().max()) <= tolerance(shape[1], scale=float(dense.max()))

@@ -137,7 +137,7 @@ class ZooMoments:
 
 
 def _own_spectra(zoo: Zoo, resources: Resources, name: str) -> OwnSpectra:
-    stack = zoo.stack(name)
+    stack = zoo.stack(name, precision="high")
     assert isinstance(stack, DenseStack)
     return own_spectra(stack, resources.device)
 
