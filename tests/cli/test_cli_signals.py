@@ -106,7 +106,7 @@ def test_a_command_whose_finalizer_swallowed_the_first_signal_ends_by_the_third(
     assert process.stderr.readline() == "swallowed\n"
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 143
     assert err.startswith("interrupted")
 
