@@ -172,6 +172,19 @@ def test_a_store_that_says_how_long_to_wait_is_asked_again_then(server: FileServ
     assert slept == [7, 7]
 
 
+@pytest.mark.parametrize(("wait", "times"), [("300", 1), ("120", 2)])
+def test_a_server_that_asks_to_wait_again_and_again_is_waited_for_five_minutes_in_all(
+    server: FileServer, slept: list[float], wait: str, times: int
+) -> None:
+    server.files["busy.bin"] = bytes(1000)
+    server.wait, server.fault = wait, lambda path, start, number: 503
+    attempts, waited = times + 1, times * int(wait)
+    message = rf"in {attempts} attempts, and {waited} s of waiting as its store asked\. Run it again in {wait} s"
+    with pytest.raises(FormatError, match=message):
+        raise next(filter(None, read_all(server, ["busy.bin"])))
+    assert slept == [int(wait)] * times
+
+
 @pytest.mark.parametrize(("queued", "expected"), [(0.0, 2), (50.0, 3), (100.0, 8)])
 def test_time_in_the_queue_is_no_time_without_progress(
     slept: list[float], monkeypatch: pytest.MonkeyPatch, queued: float, expected: int

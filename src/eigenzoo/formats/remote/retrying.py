@@ -46,7 +46,7 @@ MAX_THREADS = 4 * MAX_JOBS
 ATTEMPTS = 8
 FIRST_DELAY, LONGEST_DELAY = 0.1, 10.0
 LONGEST_WAIT = 300.0
-"""A server that asks to wait for longer is not waited for. The hub counts requests in windows of five minutes."""
+"""A server that asks to wait for longer, in all, is not waited for. The hub counts requests in windows of five minutes."""
 
 GIVE_UP_SECONDS = 60.0
 """After so long without progress nothing more is tried: some drivers repeat each attempt for many seconds themselves."""
@@ -64,6 +64,16 @@ _LASTING_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError", "LocalTokenNotFoundError"}
 )
 _PASSING_STATUS = frozenset({408, 409, 421, 425, 429})
+
+
+class GivenUp(RetryError):
+    """What is not tried any more.
+
+    Attributes:
+        waited: the seconds that it was waited for because the server asked.
+    """
+
+    waited = 0.0
 
 
 def repeat(
@@ -87,30 +97,41 @@ def repeat(
         progressed: tells after a failed attempt whether it brought something; attempts and time then count anew.
         queued: the seconds that the last attempt waited for others before it began, which are no time of its own.
 
-    Raises what lasts as it is, and tenacity's RetryError, which holds the last attempt, for what is given up.
+    Waits that the server asks for come to `LONGEST_WAIT` at most, counted anew after progress as well. Raises what lasts as it is,
+    and GivenUp, which holds the last attempt, for the rest.
     """
     ended = Event() if stopped is None else stopped
     growing = wait_exponential(first_delay, LONGEST_DELAY)
+    waited = 0.0
 
     def count(state: RetryCallState) -> None:
+        nonlocal waited
         state.start_time += queued()
         if state.attempt_number == 1 or progressed():
-            state.attempt_number, state.start_time = 1, time.monotonic()
+            state.attempt_number, state.start_time, waited = 1, time.monotonic(), 0.0
 
     def delay(state: RetryCallState) -> float:
         return max(growing(state) * random.uniform(0.5, 1.0), asked_to_wait(failure(state)))
 
     def wait_as_asked(state: RetryCallState) -> None:
-        state.start_time += asked_to_wait(failure(state))
+        nonlocal waited
+        asked = asked_to_wait(failure(state))
+        state.start_time, waited = state.start_time + asked, waited + asked
 
-    return Retrying(
+    again = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, Exception) and not lasts(error)),
-        stop=lambda state: ended.is_set() or asked_to_wait(failure(state)) > LONGEST_WAIT or stop(state),
+        stop=lambda state: ended.is_set() or waited + asked_to_wait(failure(state)) > LONGEST_WAIT or stop(state),
         wait=delay,
         after=count,
         before_sleep=wait_as_asked,
         sleep=lambda seconds: pause(seconds, ended),
-    )(call)
+        retry_error_cls=GivenUp,
+    )
+    try:
+        return again(call)
+    except GivenUp as error:
+        error.waited = waited
+        raise
 
 
 def pause(seconds: float, stopped: Event) -> None:
@@ -245,15 +266,16 @@ def _told_of(job: Job, error: BaseException | None) -> EigenzooError | None:
         return error
     if isinstance(error, _FAULTS) or not isinstance(error, Exception):
         raise error
-    if not isinstance(error, RetryError):
+    if not isinstance(error, GivenUp):
         return _as_error(job, error)
     last, num = failure(error), error.last_attempt.attempt_number
     asked = asked_to_wait(last)
     return FormatError(
-        f"cannot be read ({_told(last)}), in {num} attempt{'' if num == 1 else 's'}",
+        f"cannot be read ({_told(last)}), in {num} attempt{'' if num == 1 else 's'}"
+        + (f", and {error.waited:.0f} s of waiting as its store asked" if error.waited else ""),
         where=job.url,
         next_step=f"run it again in {asked:.0f} s, as its store asks for"
-        if asked > LONGEST_WAIT
+        if error.waited + asked > LONGEST_WAIT
         else "check the connection and run it again: what was read of headers is kept",
     )
 
