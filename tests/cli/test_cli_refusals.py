@@ -106,7 +106,7 @@ def test_existing_outputs_need_force(run: Run, refused: Refused, zoo: Path, bund
     assert run("fit", zoo, "-o", bundle, "--rank", 3, "--force").code == 0
     assert (bundle / "manifest.json").read_bytes() != before
     assert "is a folder of another kind" in refused("fit", zoo, "-o", zoo, "--rank", 3, "--force")
-    assert "is a folder of another kind" in refused("rebuild", bundle, "m0", "-o", bundle, "--force")
+    assert "has no record" in refused("rebuild", bundle, "m0", "-o", bundle, "--force")
     assert run("rebuild", bundle, "m0", "-o", tmp_path / "m0").code == 0
     assert "exists already" in refused("rebuild", bundle, "m0", "-o", tmp_path / "m0")
     assert run("rebuild", bundle, "m1", "-o", tmp_path / "m0", "--force").code == 0

@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_p
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for words, message in (
         (("-o", tmp_path / "thesis.html"), "exists already"),
-        (("-o", tmp_path / "mine", "--format", "svg", "--force"), "is a folder of another kind"),
+        (("-o", tmp_path / "mine", "--format", "svg", "--force"), "has no record"),
         (("-o", tmp_path / "mine", "--format", "html", "--force"), "is no plain file"),
         (("-o", tmp_path / "report.docx"), "a report is one of"),
     ):

@@ -31,6 +31,12 @@ FOLDERS: dict[str, Words] = {
 }
 """Commands that write a folder."""
 
+OTHER_KIND = "is a folder of another kind. --force (force=True) replaces only what eigenzoo wrote"
+NO_RECORD = (
+    "has no record (.eigenzoo-output.json) of what eigenzoo wrote in it. --force (force=True) replaces only what eigenzoo wrote "
+    "as an output of the same kind. Choose another name, or move it away."
+)
+
 FILES: dict[str, Words] = {
     f"report, {kind}": lambda root, out, kind=kind: ["report", root / "bundle", "-o", out, "--format", kind, "--quiet"]  # type: ignore[misc]
     for kind in ("html", "md", "csv", "json")
@@ -103,14 +109,14 @@ def test_a_folder_of_somebodys_is_never_replaced(root: Path, name: str) -> None:
     words = FOLDERS[name]
     for folder in (root / "mine", likely, root / "zoo" / "m1", root / "zoo"):
         _stays(root, words(root, folder), "exists already")
-        _stays(root, [*words(root, folder), "--force"], "is a folder of another kind")
+        _stays(root, [*words(root, folder), "--force"], OTHER_KIND if name in ("fit", "add", "demo") else NO_RECORD)
 
 
 def test_pictures_and_models_alone_are_no_outputs(root: Path) -> None:
     (root / "photos").mkdir()
     (root / "photos" / "holiday.png").write_bytes(b"png")
-    _stays(root, [*FOLDERS["report, png"](root, root / "photos"), "--force"], "is a folder of another kind")
-    _stays(root, [*FOLDERS["rebuild"](root, root / "zoo" / "m1"), "--force"], "is a folder of another kind")
+    _stays(root, [*FOLDERS["report, png"](root, root / "photos"), "--force"], NO_RECORD)
+    _stays(root, [*FOLDERS["rebuild"](root, root / "zoo" / "m1"), "--force"], NO_RECORD)
 
 
 @pytest.mark.parametrize("name", FOLDERS)

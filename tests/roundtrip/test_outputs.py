@@ -108,8 +108,9 @@ def test_force_refuses_what_is_not_its_own(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("years of work")
     (tmp_path / "link").symlink_to(zoo)
     before = listing(tmp_path)
-    for save in (space.save, space.rebuild("m0").save):
-        with pytest.raises(ez.OutputError, match="thesis: is a folder of another kind"):
+    saves = ((space.save, "is a folder of another kind"), (space.rebuild("m0").save, "has no record"))
+    for save, said in saves:
+        with pytest.raises(ez.OutputError, match=f"thesis: {said}"):
             save(tmp_path / "thesis", force=True)
         with pytest.raises(ez.OutputError, match="file: is no folder"):
             save(tmp_path / "file", force=True)
@@ -122,7 +123,7 @@ def test_force_refuses_what_is_not_its_own(zoo: Path, tmp_path: Path) -> None:
 
 
 def test_force_refuses_a_zoo(zoo: Path) -> None:
-    with pytest.raises(ez.OutputError, match="zoo: is a folder of another kind"):
+    with pytest.raises(ez.OutputError, match="zoo: has no record"):
         ez.fit(zoo, rank=1).rebuild("m0").save(zoo, force=True)
 
 
@@ -138,9 +139,7 @@ def test_force_refuses_its_own_kind_with_other_things_in_it(zoo: Path, tmp_path:
         save(folder)
     (folder / "thesis").mkdir()
     (folder / "thesis" / "chapter.tex").write_text("years of work")
-    said = (
-        "is a folder of another kind" if kind == "bare" else "holds 'thesis/chapter.tex', which eigenzoo did not write"
-    )
+    said = "has no record" if kind == "bare" else "holds 'thesis/chapter.tex', which eigenzoo did not write"
     with pytest.raises(ez.OutputError, match=f"mixed: {said}"):
         save(folder, force=True)
     assert (folder / "thesis" / "chapter.tex").read_text() == "years of work"

@@ -18,6 +18,7 @@ from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.paths import OUTPUT_RECORD
 
 OTHER_KIND = "is a folder of another kind"
+NO_RECORD = f"has no record ({OUTPUT_RECORD}) of what eigenzoo wrote in it"
 
 Foreign = Callable[[Path], str]
 """Called with a folder that is to be replaced; says what about it eigenzoo did not write, or nothing: ""."""
@@ -43,8 +44,10 @@ def recorded(kind: str) -> Foreign:
     """
 
     def foreign(folder: Path) -> str:
-        if (folder / OUTPUT_RECORD).is_symlink() or not (folder / OUTPUT_RECORD).is_file():
+        if (folder / OUTPUT_RECORD).is_symlink():
             return OTHER_KIND
+        if not (folder / OUTPUT_RECORD).is_file():
+            return NO_RECORD
         try:
             record = read_json(folder / OUTPUT_RECORD, where=str(folder))
         except FormatError:
