@@ -153,3 +153,14 @@ def test_a_base_makes_deltas(run: Run, refused: Refused, zoo: Path, tmp_path: Pa
     assert run("rebuild", tmp_path / "bundle", "m0", "-o", tmp_path / "back", "--base", tmp_path / "moved").code == 0
     before, after = (load_file(path / "model.safetensors") for path in (zoo / "m0", tmp_path / "back"))
     assert all(torch.allclose(before[name], after[name], atol=1e-5) for name in before)
+
+
+def test_an_error_about_an_entry_of_a_list_names_the_list_and_the_line(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "inner.txt").write_text("# further models\nnowhere\n")
+    outer = tmp_path / "list.txt"
+    outer.write_text(f"{zoo}/m0\n\n{zoo}/m0\nmissing*\n")
+    with pytest.raises(ez.ZooError, match=r"/list\.txt, line 4, .*/missing\*'?: no model is found"):
+        ez.open_zoo(outer)
+    outer.write_text(f"{zoo}/m0\ninner.txt\n")
+    with pytest.raises(ez.ZooError, match=r"/list\.txt, line 2, .*/inner\.txt, line 2, .*/nowhere: there is no such file"):
+        ez.open_zoo(outer)

@@ -220,12 +220,20 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
         return []
     lists.read.add(resolved)
     text = read_bounded(resolved, MAX_LIST_BYTES, where=str(file)).decode("utf-8")
-    lines = list(dict.fromkeys(line.strip() for line in text.split("\n")))
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        lines.setdefault(line.strip(), number)
     if len(lines) > MAX_LINES:
         raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
     within = _Lists((*lists.within, resolved), lists.read)
-    found = [_expand(_line(line, file.parent), within) for line in lines if line and not line.startswith("#")]
-    return [item for items in found for item in items]
+    found: list[Path | str | HubId] = []
+    for line, number in lines.items():
+        if line and not line.startswith("#"):
+            try:
+                found += _expand(_line(line, file.parent), within)
+            except EigenzooError as error:
+                raise error.at(f"{file}, line {number}") from error
+    return found
 
 
 def _line(line: str, folder: Path) -> Path | str | HubId:
