@@ -114,6 +114,7 @@ def _recorded_base(folder: Path) -> Path:
             f"its parent {named!r} is not there",
             where=str(folder),
             rule="the parent is a folder, named relative to the adapter's",
-            next_step="pass base=, or measure with eigenzoo.nursery.metric(zoo), zoo being the folder that holds it",
+            next_step="pass base=, or measure with eigenzoo.nursery.metric(zoo), zoo being the folder that holds it; on the "
+            "command line with --metric eigenzoo.nursery:metric --metric-arg ZOO",
         )
     return base
