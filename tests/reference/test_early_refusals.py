@@ -127,6 +127,8 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_a_zoo_is_refused_before_a_weight_is_read(paths: list[Path], unread: Callable[[], None]) -> None:
     zoo = ez.open_zoo(paths)
     unread()
+    with pytest.raises(ez.RankError, match=r"rank 1, but a zoo of one model.*at least two models.*Add models"):
+        ez.fit(paths[:1], 1)
     with pytest.raises(ez.RankError, match="rank 6, but 6 models span at most 5"):
         ez.fit(zoo, 6)
     if zoo.view == "update":

@@ -56,7 +56,12 @@ def rebuild(
     """
     found, name = adapter_file.read(path, space), Path(path).stem
     if model is not None and like is not None:
-        raise UsageError("a model and one of the bundle's to be like", next_step="leave one of them out")
+        raise UsageError(
+            "both --model and --like (model=, like=) are given",
+            where=str(path),
+            rule="one model gives all that is no layer",
+            next_step="leave one of them out",
+        )
     if model is not None:
         template: Template = ZooTemplate(space.open(model), 0)
     else:

@@ -203,9 +203,16 @@ def check_against(options: FitOptions, view: str, num_models: int) -> None:
     check_center(options.center, view)
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models
+    if isinstance(rule, int) and spanned < 1:
+        raise RankError(
+            f"rank {rule}, but a zoo of one model spans no direction after centering",
+            rule="a subspace about the models' mean needs at least two models",
+            next_step="add models",
+        )
     if isinstance(rule, int) and rule > spanned:
         after = " after centering" if options.center == "models" else ""
         raise RankError(
-            f"rank {rule}, but {num_models} models span at most {spanned} directions{after}",
+            f"rank {rule}, but {num_models} model{'s span' if num_models > 1 else ' spans'} at most {spanned} "
+            f"direction{'s' if spanned > 1 else ''}{after}",
             next_step=f"ask for rank <= {spanned} or add models",
         )
