@@ -49,7 +49,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("eigenzoo needs Python 3.11 or newer; set PYTHON=...") if sys.version_info < (3, 11) else None'
 	@echo "Making a virtual environment in .venv. Everything is installed there and nowhere else; make clean removes it."
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/torch: .venv/bin/python constraints.txt
 	@echo "Installing PyTorch: 0.8 GB on disk, more where pip brings CUDA along. This takes a minute or two."

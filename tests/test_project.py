@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,14 @@ def test_the_least_versions_of_dependencies_have_what_the_code_names():
         for name, first in names.items():
             assert re.search(rf"\b{name}\b", source), f"{name} is not named any more"
             assert tuple(map(int, floor.split("."))) >= first, f"{package}>={floor}, but {name} came with {first}"
+
+
+def test_a_virtual_environment_that_failed_halfway_is_made_anew(tmp_path):
+    """Python leaves .venv/bin/python behind where it has no ensurepip, and make would take that for the whole."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -m ] || exit 0\nmkdir -p .venv/bin\ntouch .venv/bin/python\nexit 1\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    words = ["make", ".venv/bin/python", f"PYTHON={python}"]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True).returncode == 2
+    assert not (tmp_path / ".venv").exists()
