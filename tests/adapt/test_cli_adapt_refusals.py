@@ -144,7 +144,10 @@ def test_rebuild_refuses_what_does_not_belong_together(
         ((bundle_of(lora), file), "belongs to another basis"),
         ((bundle_of(zoo), file, "--mean-only"), "--mean-only is not for files of"),
         ((bundle_of(zoo), file, "--like", "nobody"), "no model is called 'nobody'"),
-        ((bundle_of(zoo), file, "--like", name, "--model", zoo / "_base"), "both --model and --like (model=, like=) are given"),
+        (
+            (bundle_of(zoo), file, "--like", name, "--model", zoo / "_base"),
+            "both --model and --like (model=, like=) are given",
+        ),
         ((bundle_of(zoo), name, "--like", name), "--model and --like are for files of"),
     ):
         code, _, err = call("rebuild", *arguments, "-o", out)

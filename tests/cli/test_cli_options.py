@@ -162,5 +162,7 @@ def test_an_error_about_an_entry_of_a_list_names_the_list_and_the_line(zoo: Path
     with pytest.raises(ez.ZooError, match=r"/list\.txt, line 4, .*/missing\*'?: no model is found"):
         ez.open_zoo(outer)
     outer.write_text(f"{zoo}/m0\ninner.txt\n")
-    with pytest.raises(ez.ZooError, match=r"/list\.txt, line 2, .*/inner\.txt, line 2, .*/nowhere: there is no such file"):
+    with pytest.raises(
+        ez.ZooError, match=r"/list\.txt, line 2, .*/inner\.txt, line 2, .*/nowhere: there is no such file"
+    ):
         ez.open_zoo(outer)
