@@ -8,14 +8,17 @@ import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from killed import arguments, digest
 from operations import Net, _adapted, write_start
 
 import eigenzoo as ez
+from builders import random_stack, write_stacks
 from eigenzoo import adapt
 from eigenzoo.cli.app import main
+from eigenzoo.subspace.bundles import card
 
 Words = Callable[[Path, Path], list[object]]
 
@@ -228,3 +231,25 @@ def test_a_hidden_folder_whose_name_begins_like_leftovers_stays(root: Path) -> N
     os.utime(folder, (0, 0))
     assert _run(*FOLDERS["rebuild"](root, root / "out")) == (0, "")
     assert (folder / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_bundle_that_is_exchanged_while_it_is_looked_at_has_no_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest and its card were read of two bundles, each as eigenzoo wrote it."""
+    paths = write_stacks(tmp_path / "zoo", {"w": random_stack(6, (5, 4), 0)})
+    ez.fit(paths[:4], 1, cache=False).save(tmp_path / "bundle")
+    ez.fit(paths, 2, cache=False).save(tmp_path / "other")
+    read_json = card.read_json
+    times = iter(range(10))
+
+    def exchanged(path: Path, **options: Any) -> Any:
+        found = read_json(path, **options)
+        if next(times) == 0:
+            os.replace(tmp_path / "bundle", tmp_path / "old")
+            os.replace(tmp_path / "other", tmp_path / "bundle")
+        return found
+
+    monkeypatch.setattr(card, "read_json", exchanged)
+    assert card.foreign_to_a_bundle(tmp_path / "bundle") == ""
+    assert next(times) == 2, "it was looked at twice"

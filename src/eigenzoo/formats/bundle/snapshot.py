@@ -8,6 +8,9 @@ from pathlib import Path
 
 from eigenzoo.errors import BundleError
 
+ATTEMPTS = 20
+"""How often a bundle that other processes replace meanwhile is looked at anew."""
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -19,6 +19,7 @@ from eigenzoo.formats.bundle.folder import (
     write_manifest,
 )
 from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord, parse_manifest
+from eigenzoo.formats.bundle.snapshot import ATTEMPTS, Snapshot
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.records import weighted_share
@@ -40,8 +41,23 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 def foreign_to_a_bundle(folder: Path) -> str:
     """Say what in a folder is no part of the bundle there, or is its card that somebody has edited; "" where all is as written.
 
-    Cards of another version of eigenzoo read otherwise: they are taken for its own.
+    Cards of another version of eigenzoo read otherwise: they are taken for its own. A bundle that another process replaces
+    meanwhile is looked at again.
     """
+    for attempt in range(1, ATTEMPTS + 1):
+        snapshot = Snapshot.of(folder)
+        try:
+            found = _foreign(folder)
+        except FileNotFoundError:
+            if snapshot.is_current or attempt == ATTEMPTS:
+                raise
+            continue
+        if not found or snapshot.is_current:
+            break
+    return found
+
+
+def _foreign(folder: Path) -> str:
     found = foreign_files(folder)
     if found or not (folder / CARD).is_file():
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eigenzoo.errors import BundleError, EigenzooError
 from eigenzoo.formats.bundle.folder import read_manifest
-from eigenzoo.formats.bundle.snapshot import Snapshot
+from eigenzoo.formats.bundle.snapshot import ATTEMPTS, Snapshot
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote.hub_bundle import bundle_path
@@ -15,9 +15,6 @@ from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.subspace import Subspace
-
-_ATTEMPTS = 20
-"""How often a bundle is opened anew that was replaced while it was being opened."""
 
 
 @own_settings()
@@ -31,7 +28,7 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     # What is wrong with a base of this machine is told before a bundle is downloaded; a base is downloaded after that.
     opened = open_model(base) if base is not None and find_id(base) is None else base
     path = bundle_path(folder)
-    for _ in range(_ATTEMPTS):
+    for _ in range(ATTEMPTS):
         snapshot = Snapshot.of(path)
         try:
             space = _opened(path, opened, snapshot)
