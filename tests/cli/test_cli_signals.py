@@ -38,6 +38,7 @@ SWALLOWING = WAITING.replace(
             time.sleep({HANG})
     sys.unraisablehook = lambda error: print("swallowed", file=sys.stderr, flush=True)
     Swallowing()
+    print("past the finalizer", file=sys.stderr, flush=True)
     time.sleep""",
 )
 """Such a fit, whose first signal comes while a finalizer runs."""
@@ -104,6 +105,8 @@ def test_a_command_whose_finalizer_swallowed_the_first_signal_ends_by_the_third(
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     assert process.stderr.readline() == "swallowed\n"
+    # Until here another signal could be swallowed too.
+    assert process.stderr.readline() == "past the finalizer\n"
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=HANG)
