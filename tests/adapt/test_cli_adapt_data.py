@@ -51,6 +51,7 @@ def test_texts(text_zoo: Callable[[str], Path], tmp_path: Path, call: Call, kind
     assert sum(right) > 0.85 * len(right)
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_is_drawn_and_trained(
     text_zoo: Callable[[str], Path], tmp_path: Path, call: Call
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_head_of_other_classes_is_drawn_and_trained(
     assert "a test share is given beside a test part" in err
 
 
+@pytest.mark.slow
 def test_a_folder_of_images(digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call) -> None:
     zoo, file = digits_zoo("digits-vit"), tmp_path / "task.safetensors"
     model = tmp_path / "model"

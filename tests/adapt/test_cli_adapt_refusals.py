@@ -58,6 +58,7 @@ def test_broken_tables_are_refused_in_one_line(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_broken_images_are_refused_in_one_line(digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call) -> None:
     zoo = digits_zoo("digits-vit")
     output = tmp_path / "out" / "task.safetensors"
@@ -131,6 +132,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     assert 'not installed: datasets. Run: pip install "eigenzoo[adapt]"' in err
 
 
+@pytest.mark.slow
 def test_rebuild_refuses_what_does_not_belong_together(
     digits_zoo: Callable[[str], Path], tmp_path: Path, call: Call
 ) -> None:

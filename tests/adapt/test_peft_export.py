@@ -153,6 +153,7 @@ def in_another_process(folder: Path, kind: str, inputs: dict[str, Tensor]) -> di
     "name", ["llama-sides", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2-models", "vit-sides"))]
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.slow
 def test_from_the_trainer_to_another_process_to_stock_peft(
     made: Callable[[str], Made], name: str, tmp_path: Path
 ) -> None:

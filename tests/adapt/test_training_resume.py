@@ -152,6 +152,7 @@ def run(bundle: Path, folder: Path, stop: tuple[int, signal.Signals] | None) -> 
     return begun_at
 
 
+@pytest.mark.slow
 def test_a_stopped_process_ends_with_the_file_of_one_that_was_not(bundle: Path, tmp_path: Path) -> None:
     for name in ("clean", "stopped"):
         (tmp_path / name).mkdir()

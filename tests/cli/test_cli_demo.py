@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     document = run("demo", "-o", folder, "--num-models", 12, "--rank", 4, "--json").json

@@ -261,6 +261,7 @@ def test_an_interrupt_ends_downloads_at_their_next_piece(
     assert len(ez.open_zoo([f"org/m{place}" for place in range(3)])) == 3
 
 
+@pytest.mark.slow
 def test_what_fails_for_good_does_not_wait_for_what_may_pass(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
     waits = threading.Event()

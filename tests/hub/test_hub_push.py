@@ -288,6 +288,7 @@ def in_its_own(hub: Hub, *words: str, **env: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=own, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_the_commands_take_ids(hub: Hub, logged_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in write_zoo(tmp_path / "zoo", "flat"):
         hub.repos[f"org/{path.name}"] = Repository({"model.safetensors": (path / "model.safetensors").read_bytes()})

@@ -107,6 +107,7 @@ print(*spent(2000))
 """
 
 
+@pytest.mark.slow
 def test_a_null_of_many_models_takes_a_few_matrices_and_keeps_none():
     """In a process of its own, whose peak is that of the second call; 2,000 models in float32 are 16 MB a matrix."""
     told = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True).stdout

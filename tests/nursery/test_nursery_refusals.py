@@ -107,6 +107,7 @@ def test_a_model_without_a_task_needs_one(hasty: Hasty, tmp_path: Path) -> None:
         accuracy(path, task="evens")
 
 
+@pytest.mark.slow
 def test_an_adapter_without_its_parent_needs_one(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-lora")
     alone = shutil.copytree(zoo.folder / next(iter(zoo.recipe.models)), tmp_path / "adapter")

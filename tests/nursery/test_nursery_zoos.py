@@ -87,6 +87,7 @@ def heads(zoo: Any) -> list[torch.Tensor]:
     return [load_file(zoo.folder / name / "model.safetensors")["classifier.weight"] for name in zoo.recipe.models]
 
 
+@pytest.mark.slow
 def test_the_head_is_the_parents_unless_trained(hasty: Hasty) -> None:
     frozen, trained = hasty("digits-vit"), hasty("digits-vit", train_head=True, num_models=2)
     parent = load_file(frozen.folder / "_base" / "model.safetensors")

@@ -147,6 +147,7 @@ def test_in_sample_is_never_without_held_out_chance_and_the_mean(page):
     assert "share of the layer's variance about the mean" in found.text
 
 
+@pytest.mark.slow
 def test_a_large_zoo_stays_below_fifteen_megabytes(page):
     size = len(page("large")[1].encode())
     print(f"500 models x 200 layers: {size / 1e6:.1f} MB")

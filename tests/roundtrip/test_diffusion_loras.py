@@ -251,6 +251,7 @@ def test_ranks_of_a_truncated_fit_are_each_layers_own(tmp_path: Path, zoo: Zoo) 
             assert (expected.reshape(delta.shape) - delta).norm() <= 1e-6 * delta.norm(), name
 
 
+@pytest.mark.slow
 def test_ranks_of_a_text_encoder_that_has_lost_a_level(tmp_path: Path) -> None:
     """Older files name CLIP's layers below `text_model`; diffusers takes that away, of the keys and not of the config."""
     names = ("text_encoder",)
@@ -298,6 +299,7 @@ def test_one_models_own_adapter_and_its_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_other_family_of_keys_answers_alike(
     tmp_path: Path, zoo: Zoo, space: ez.Subspace, kind: str, family: str
 ) -> None:
@@ -327,6 +329,7 @@ def test_names_without_dots_that_no_grammar_has_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.slow
 def test_growth_with_and_without_the_old_files(tmp_path: Path, gone: bool) -> None:
     """A bundle of two takes a third, which has other keys and another rank, and rebuilds all of them."""
     expected = {}

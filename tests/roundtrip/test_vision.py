@@ -60,6 +60,7 @@ def test_timm_of_the_hub_answers_as_the_original(zoos: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_average_of_timm_s_training_checkpoints_answers_as_the_original(zoos: Path) -> None:
     """What answers alike is `state_dict_ema`, not the `state_dict` beside it."""
     assert_same_answers(zoos / "timm-training")
@@ -69,6 +70,7 @@ def test_the_average_of_timm_s_training_checkpoints_answers_as_the_original(zoos
     )
 
 
+@pytest.mark.slow
 def test_torchvision_s_resnet_answers_as_the_original(zoos: Path) -> None:
     assert_same_answers(zoos / "torchvision")
 

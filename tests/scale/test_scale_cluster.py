@@ -115,6 +115,7 @@ def test_layers_in_blocks_are_those_of_threads_to_the_byte(
     assert there == here
 
 
+@pytest.mark.slow
 def test_evidence_and_plan_say_the_same(cluster: Any, zoos: dict[str, ez.Zoo]) -> None:
     with cluster_workers(cluster) as workers:
         for view in ("weight", "update"):
@@ -184,6 +185,7 @@ def test_workers_open_files_anew_that_have_changed(tmp_path: Path, cluster: Any,
             rewrite(tmp_path / "zoo" / "m2" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_cluster_of_one_starts_and_stops(tmp_path: Path, zoos: dict[str, ez.Zoo]) -> None:
     with cluster_workers("local", num_workers=1) as workers:
         assert workers.num == 1
@@ -202,6 +204,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return int(left.value.code)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_commands_run_on_a_cluster(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -413,6 +416,7 @@ def test_the_number_of_a_local_process_is_that_of_its_gpu(cluster: Any) -> None:
 
 @pytest.mark.parametrize("axes", [("models",), ("models", "outputs", "inputs")], ids=",".join)
 @pytest.mark.parametrize("view", ["weight", "update"])
+@pytest.mark.slow
 def test_half_precision_is_projected_by_processes_that_do_not_see_the_basis(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -97,6 +97,8 @@ OTHERS: dict[str, Setting] = {
     "deterministic": deterministic,
 }
 SETTINGS = {**PRODUCTS, **OTHERS}
+SHOWN = ("precision medium", "default half", "default device", "autocast")
+"""One of each kind of setting; the others are slow."""
 
 
 def products() -> list[object]:
@@ -184,7 +186,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Path
         return zoos, everything(zoos, root)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=[] if name in SHOWN else pytest.mark.slow) for name in SETTINGS]
+)
 def test_the_results_are_the_same_to_the_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
