@@ -14,12 +14,12 @@ demo: .venv/nursery
 	@$(BIN)/eigenzoo demo --force
 
 test: .venv/test
-	@echo "Running the tests that are not marked slow. This takes about 6 minutes on two cores."
+	@echo "Running the tests that are not marked slow. This takes about 7 minutes on two cores."
 	@$(PYTEST) -m "not slow"
 
 # What `make test` leaves out.
 test-more: .venv/test
-	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 10 minutes on two cores."
+	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 15 minutes on two cores."
 	@$(PYTEST) -m slow
 	@$(MAKE) --no-print-directory test-kernels
 
