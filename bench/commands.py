@@ -222,7 +222,7 @@ def save_vlora(folders: Sequence[Path], target: Path) -> None:
 
 
 def main() -> None:
-    """One of the two that are no command of eigenzoo, in its own process."""
+    """Run one of the two jobs that are not commands of eigenzoo, in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["read", "vlora"])
     parser.add_argument("paths", type=Path, nargs="+")

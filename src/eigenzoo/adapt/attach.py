@@ -258,7 +258,7 @@ def _check_start(begun: Start, shapes: Mapping[str, tuple[int, ...]], space: Sub
     unknown = sorted(set(begun.values) - set(shapes))
     if unknown:
         raise UsageError(
-            f"a start for {unknown[0]!r}, which is no layer of the subspace",
+            f"a start for {unknown[0]!r}, which is not a layer of the subspace",
             where=str(space.path),
             next_step="see layers",
         )

@@ -125,7 +125,7 @@ def command(
 
 
 def foreign_to_a_demo(folder: Path) -> str:
-    """Say what in a folder is no part of a demo; "" where all is. The bundle in it may have grown, as the demo proposes."""
+    """Name what in a folder is not part of a demo; "" if there is none. Its bundle may have grown, as the demo proposes."""
     from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files, recorded
     from eigenzoo.nursery.recipe import ZOO
     from eigenzoo.report.recognising import is_report

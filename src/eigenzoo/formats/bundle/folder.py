@@ -36,7 +36,7 @@ def is_bundle(folder: Path) -> bool:
 
 
 def foreign_files(folder: Path) -> str:
-    """Say which file of a folder is no part of the bundle there, by names; "" where all are."""
+    """Name a file of a folder that is not part of its bundle; "" if there is none."""
     if not is_bundle(folder):
         return OTHER_KIND
     try:

@@ -89,13 +89,13 @@ def repeat(
     """Call, and call again while the fault may pass: after growing delays, or as long as the server asks for.
 
     Args:
-        call: what is called.
+        call: the function to call.
         lasts: tells of an error whether it comes again.
         stop: when to give up, by tenacity's rules.
         first_delay: seconds before the second attempt, doubled each time up to 10 s.
         stopped: ends a delay, and all that is tried, when it is set.
         progressed: tells after a failed attempt whether it brought something; attempts and time then count anew.
-        queued: the seconds that the last attempt waited for others before it began, which are no time of its own.
+        queued: seconds that the last attempt waited for a free place; they do not count as time without progress.
 
     Waits that the server asks for come to `LONGEST_WAIT` at most, counted anew after progress as well. Raises what lasts as it is,
     and GivenUp, which holds the last attempt, for the rest.

@@ -39,7 +39,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def foreign_to_a_bundle(folder: Path) -> str:
-    """Say what in a folder is no part of the bundle there, or is its card that somebody has edited; "" where all is as written.
+    """Name a file of a folder that is not part of its bundle, or the card where somebody has edited it; "" if there is none.
 
     Cards of another version of eigenzoo read otherwise: they are taken for its own. A bundle that another process replaces
     meanwhile is looked at again.
