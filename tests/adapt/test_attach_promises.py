@@ -82,7 +82,7 @@ def test_coefficients_of_other_layers_or_shapes_are_refused(space: ez.Subspace) 
     assert all(torch.equal(values, before[name]) for name, values in adapted.coefficients().items())
     module = net()
     untouched = state(module)
-    with pytest.raises(ez.UsageError, match=r"'tail'.*no layer"):
+    with pytest.raises(ez.UsageError, match=r"'tail'.*not a layer"):
         adapt.attach(module, space, start=adapt.Start(True, {"tail": torch.ones(3)}))
     with pytest.raises(ez.MismatchError, match=r"conv\.weight.*\[2\].*\[3\]"):
         adapt.attach(module, space, start=adapt.Start(True, {"conv.weight": torch.ones(2)}))
