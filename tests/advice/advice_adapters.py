@@ -1,0 +1,100 @@
+"""Messages about PEFT's folders: `adapter_config.json`, `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from advice_case import Case
+from safetensors.torch import load_file
+from tiny_llama import adapter_answers, assert_same, write_zoo
+
+import eigenzoo as ez
+
+
+def edit_config(folder: Path, *removed: str, **changes: object) -> None:
+    """Change entries of an adapter's config, or remove them."""
+    path = folder / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
+
+
+def assert_rebuilt(root: Path, zoo: Path, **choices: object) -> None:
+    """Every adapter of a zoo, rebuilt at full rank, answers in PEFT as before."""
+    space = ez.fit(ez.open_zoo(zoo, **choices), rank=1.0)
+    assert space.names
+    for path in sorted(zoo.iterdir()):
+        rebuilt = space.rebuild(path.name).save(root / "rebuilt" / path.name)
+        assert_same(adapter_answers(rebuilt), adapter_answers(path))
+
+
+def open_pickled(root: Path) -> None:
+    for path in write_zoo(root / "zoo"):
+        torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+        (path / "adapter_model.safetensors").unlink()
+    ez.open_zoo(root / "zoo")
+
+
+def allow_the_pickle(root: Path) -> None:
+    """The test passed `allow_pickle=True`; the rebuilt adapters answer in PEFT as the pickled ones."""
+    assert_rebuilt(root, root / "zoo", allow_pickle=True)
+
+
+def open_without_rank(root: Path) -> None:
+    for path in write_zoo(root / "zoo"):
+        edit_config(path, "r", "lora_alpha")
+    ez.open_zoo(root / "zoo")
+
+
+def add_the_rank(root: Path) -> None:
+    """The test added `r` to the configs; the rebuilt adapters answer as PEFT does with the mended ones."""
+    for path in (root / "zoo").iterdir():
+        edit_config(path, r=2)
+    assert_rebuilt(root, root / "zoo")
+
+
+def open_wrong_name(root: Path) -> None:
+    write_zoo(root / "zoo")
+    ez.open_zoo(root / "zoo2")
+
+
+def take_the_name_that_was_meant(root: Path) -> None:
+    """The test opened the name that the message proposes; the rebuilt adapters answer in PEFT as those in it."""
+    assert_rebuilt(root, root / "zoo")
+
+
+def open_without_weights(root: Path) -> None:
+    first, second = write_zoo(root / "zoo")
+    shutil.move(second / "adapter_model.safetensors", root / "elsewhere")
+    ez.open_zoo([first, second])
+
+
+def get_the_weights(root: Path) -> None:
+    """The test put the weights beside the config; the rebuilt adapters answer in PEFT as the originals."""
+    shutil.move(root / "elsewhere", root / "zoo" / "a1" / "adapter_model.safetensors")
+    assert_rebuilt(root, root / "zoo")
+
+
+CASES = [
+    Case(
+        "An adapter's config without its weights",
+        open_without_weights,
+        ("without adapter_model.safetensors", "ownload the weights"),
+        get_the_weights,
+    ),
+    Case("A pickled adapter", open_pickled, ("pass --allow-pickle (allow_pickle=True)",), allow_the_pickle),
+    Case(
+        "An adapter's config without a rank",
+        open_without_rank,
+        ("has no r", "dd it to adapter_config.json"),
+        add_the_rank,
+    ),
+    Case(
+        "A zoo's name that is not there",
+        open_wrong_name,
+        ("there is no such file or folder",),
+        take_the_name_that_was_meant,
+    ),
+]
