@@ -31,10 +31,12 @@ main()
 """A fit that waits for a signal when it is nearly done."""
 
 SWALLOWING = WAITING.replace(
-    "    time.sleep",
+    """    print("now", file=sys.stderr, flush=True)
+    time.sleep""",
     f"""\
     class Swallowing:
         def __del__(self):
+            print("now", file=sys.stderr, flush=True)
             time.sleep({HANG})
     sys.unraisablehook = lambda error: print("swallowed", file=sys.stderr, flush=True)
     Swallowing()
