@@ -22,17 +22,23 @@ import sys, time
 from eigenzoo.subspace.fitting import fit
 def wait(*args, **kwargs):
     print("now", file=sys.stderr, flush=True)
-    time.sleep({HANG})
+    deadline = time.monotonic() + {HANG}
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
 fit.write_moments = wait
 sys.argv = ["eigenzoo", *sys.argv[1:]]
 from eigenzoo.cli.app import main
 main()
 """
-"""A fit that waits for a signal when it is nearly done."""
+"""A fit that waits for a signal when it is nearly done.
+
+It sleeps for short times: the second of two signals may reach another thread, and then Python 3.11 looks for both only when the
+main thread takes the GIL again.
+"""
 
 SWALLOWING = WAITING.replace(
     """    print("now", file=sys.stderr, flush=True)
-    time.sleep""",
+""",
     f"""\
     class Swallowing:
         def __del__(self):
@@ -41,7 +47,7 @@ SWALLOWING = WAITING.replace(
     sys.unraisablehook = lambda error: print("swallowed", file=sys.stderr, flush=True)
     Swallowing()
     print("past the finalizer", file=sys.stderr, flush=True)
-    time.sleep""",
+""",
 )
 """Such a fit, whose first signal comes while a finalizer runs."""
 
