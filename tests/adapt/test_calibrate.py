@@ -74,7 +74,7 @@ def test_a_loss_that_is_nan_leaves_the_projection(paths: list[Path]) -> None:
         calibrate(nn.Linear(6, 4), ez.fit(paths, 3), "m2", loss, steps=0)
 
 
-@pytest.mark.parametrize("besides", [(), ("head.*",)])
+@pytest.mark.parametrize("besides", [(), pytest.param(("head.*",), marks=pytest.mark.slow)])
 def test_two_hundred_images_give_back_what_a_small_rank_has_lost(tmp_path: Path, besides: tuple[str, ...]) -> None:
     """Held-out digits at rank 6: of the accuracy that the projection loses at least a third comes back, on average."""
     nets = digit_nets.make(tmp_path, rank=6)

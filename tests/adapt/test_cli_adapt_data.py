@@ -20,7 +20,7 @@ from adapt_cases import QUICKLY, Call, bundle_of, done, rows, text_words, vit, w
 from eigenzoo.integrations import classification
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_texts(text_zoo: Callable[[str], Path], tmp_path: Path, call: Call, kind: str) -> None:
     """Every format gives the same file; a process too; and the rebuilt model answers as the adapted one."""
     zoo, files = text_zoo(kind), []

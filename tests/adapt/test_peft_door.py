@@ -26,7 +26,9 @@ def run(code: str, *words: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [*list(ORDERS)[:1], *(pytest.param(order, marks=pytest.mark.slow) for order in list(ORDERS)[1:])]
+)
 @pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 def test_a_fresh_process_loads_what_peft_has_saved(made: Callable[[str], object], tmp_path: Path, order: str) -> None:
     pytest.importorskip("peft")

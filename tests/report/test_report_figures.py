@@ -70,6 +70,7 @@ def test_hostile_names_are_letters_and_not_formulas(tmp_path):
     assert "$x^2$" in "".join(roles.itertext())
 
 
+@pytest.mark.slow
 def test_the_same_document_gives_the_same_figures(tmp_path):
     document = make_document(num_models=12, num_layers=4)
     for one, other in zip(
