@@ -95,6 +95,19 @@ def hard_linked_side_file(sandbox: Sandbox) -> Sequence[Words]:
     return [("fit", zoo, "-o", "out", "--rank", 1), ("inspect", zoo / "m3")]
 
 
+def in_module(name: str, put: Put) -> Callable[[Sandbox], Sequence[Words]]:
+    """Put something into the folder of a module of sentence-transformers, or in its place."""
+
+    def build(sandbox: Sandbox) -> Sequence[Words]:
+        zoo = sandbox.copy("zoo")
+        (zoo / "m3" / "modules.json").write_text("[]")
+        (zoo / "m3" / name).parent.mkdir(exist_ok=True)
+        put(sandbox, zoo / "m3" / name)
+        return [("fit", zoo, "-o", "out", "--rank", 1), ("inspect", zoo / "m3")]
+
+    return build
+
+
 def lists(text: str, **others: str) -> Callable[[Sandbox], Sequence[Words]]:
     """A zoo that is a text file of paths."""
 
@@ -169,6 +182,14 @@ ATTACKS = [
         Attack(f"in the place of {file}: {what}", in_place("zoo", file, put))
         for file in ("tokenizer.json", "chat_template.jinja")
         for what, put in list(PLACES.items())[:6]
+    ),
+    *(
+        Attack(f"in a module's folder: {what}", in_module("1_Pooling/config.json", put), REFUSED)
+        for what, put in PLACES.items()
+    ),
+    *(
+        Attack(f"in the place of a module's folder: {what}", in_module("1_Pooling", put), EITHER)
+        for what, put in PLACES.items()
     ),
     *(
         Attack(f"in the place of a bundle's {file}: {what}", in_bundle(file, put))

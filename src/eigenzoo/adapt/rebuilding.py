@@ -120,6 +120,7 @@ class _Filled(Template):
         }
         self.layout = replace(template.layout, files=files)
         self.config, self.left_at, self.side_files = template.config, template.left_at, template.side_files
+        self.not_carried = template.not_carried
         task = {"task": found.about["task"]} if "task" in found.about else {}
         self.metadata = {file: {"format": "pt", **task} for file in template.metadata}
         self.carried = tuple(dict.fromkeys([*template.carried, *self._besides]))

@@ -11,7 +11,8 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
-from eigenzoo.records import weighted_share
+from eigenzoo.cli.left_behind import say_left_files
+from eigenzoo.records import plain, weighted_share
 from eigenzoo.weights.roles import role
 
 SHARES = ("mean_energy", "captured", "heldout", "null", "residual")
@@ -56,6 +57,7 @@ def command(
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
     from eigenzoo.subspace.fitting.options import resolve_options
+    from eigenzoo.zoo.left_files import left_files
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
     asked, chosen, num_bytes = (
@@ -100,10 +102,12 @@ def command(
         space.save(output, force=force)
     # How long it took is nothing that the bundle says: the same zoo gives the same bundle, to the byte.
     report = {**ez.load(output).report, **{key: space.report[key] for key in ("seconds", "peak_memory")}}
+    left = left_files(opened.models)
     if json:
-        print_json(report)
+        print_json({**report, "not_carried": plain(left)})
         return
     render(report)
+    say_left_files(left, len(opened))
     say(f"bundle: {output}")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import counted, in_bytes, print_json, print_table, progress_bar, say
+from eigenzoo.cli.left_behind import say_left_files
 
 if TYPE_CHECKING:
     from eigenzoo.zoo.inspection import Inspection
@@ -107,6 +108,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
 
 
 def _render_faults(found: Inspection) -> None:
+    say_left_files(found.not_carried, found.num_models)
     for skipped in found.skipped:
         say(f"skipped: {skipped.path}: {skipped.reason}")
     for group in found.duplicates:

@@ -9,6 +9,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
+from eigenzoo.cli.left_behind import say_left_of_model
 from eigenzoo.errors import UsageError
 from eigenzoo.records import finite
 
@@ -91,6 +92,8 @@ def command(
                 "output": str(output),
                 "mean_only": mean_only,
                 "residual": None if _is_imported(space, coefficients) else finite(coefficients.residual),
+                "not_carried": list(rebuilt.not_carried),
+                "weights_not_carried": list(rebuilt.left_weights),
             }
         )
         return
@@ -98,6 +101,7 @@ def command(
         f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
         + ("" if mean_only else f" · {_lost(space, coefficients)}")
     )
+    say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
 
 
 def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:

@@ -15,7 +15,7 @@ from eigenzoo.formats.kinds import INDEXES, WEIGHTS
 from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
-from eigenzoo.formats.side_files import list_side_files, refuse_quantised
+from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
 
 MAX_SHARDS = 10_000
 
@@ -83,7 +83,7 @@ class Checkpoint(SafetensorsModel):
             entries = {} if self.index is None else read_index(self.path, self.index)
             shards = (single,) if single else tuple(dict.fromkeys(entries.values()))
             carried = frozenset() if self.index is None else frozenset({self.index})
-            self.side_files, self.ignored_files = list_side_files(self.path, frozenset(shards), carried)
+            self.take_beside(list_side_files(self.path, frozenset(shards), carried))
             refuse_quantised(self.path, self.side_files)
             files = {shard: SafetensorsFile(self.path / shard, self.path) for shard in shards}
             if self.index is not None:
@@ -113,9 +113,9 @@ class StateDict(SafetensorsModel):
             self.name = self.path.stem
             file, root = self.path.name, self.path.parent
         try:
-            self.side_files, self.ignored_files = (), ()
+            self.take_beside(Beside())
             if self.path.is_dir():
-                self.side_files, self.ignored_files = list_side_files(self.path, frozenset({file}))
+                self.take_beside(list_side_files(self.path, frozenset({file})))
                 refuse_quantised(self.path, self.side_files)
             # A single file may be a link to anywhere: its user named it.
             opened = SafetensorsFile(root / file, root if self.path.is_dir() else None)

@@ -18,6 +18,7 @@ from eigenzoo.errors import FormatError
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, read_bounded
 from eigenzoo.formats.remote.fetching import fetch_whole
 from eigenzoo.formats.remote.record import remote_file
+from eigenzoo.formats.side_files import Beside
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Model(ABC):
         metadata: per file, the header's string metadata.
         side_files: the files beside the weights that a rebuilt model carries along (configs, tokenizers).
         ignored_files: the files that are seen and not carried.
+        beside: the same, sorted further.
         warnings: what opening it decided and a reader of any result must know.
         config: an adapter's config; None for full weights.
         splits: the tensors of the files that are cut into parts (`formats.splitting`), whose names are among `tensors`.
@@ -91,6 +93,7 @@ class Model(ABC):
     metadata: Mapping[str, Mapping[str, str]]
     side_files: tuple[str, ...]
     ignored_files: tuple[str, ...]
+    beside: Beside = Beside()
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     splits: Mapping[str, Parts] = MappingProxyType({})
@@ -111,6 +114,11 @@ class Model(ABC):
     def folder(self) -> Path:
         """The folder that side files lie in."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    def take_beside(self, found: Beside) -> None:
+        """Take what lies beside the weights, and say what a user must do to have a file carried."""
+        self.beside, self.side_files, self.ignored_files = found, found.carried, found.ignored
+        self.warnings += found.notes
 
     def read_side_file(self, file: str) -> bytes:
         """Read one of `side_files` whole."""

@@ -18,7 +18,7 @@ from eigenzoo.formats.kinds import FILE_SUFFIXES, MODEL_INDEX, WEIGHTS, kind_of_
 from eigenzoo.formats.paths import final_name, inside, list_folder, relative_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.header import HeaderContents
-from eigenzoo.formats.side_files import list_side_files
+from eigenzoo.formats.side_files import Beside, list_side_files
 
 MAX_COMPONENTS = 64
 
@@ -41,11 +41,9 @@ class Pipeline(SafetensorsModel):
         files: dict[str, SafetensorsFile] = {}
         try:
             listed = _listed_components(self.path)
-            carried, ignored = list_side_files(self.path, frozenset(listed))
+            found = list_side_files(self.path, frozenset(listed))
             for component in listed:
-                side_files, others = self._open_component(component, files)
-                carried += tuple(f"{component}/{name}" for name in side_files)
-                ignored += tuple(f"{component}/{name}" for name in others)
+                found += self._open_component(component, files).below(component)
             if not files:
                 raise FormatError(
                     "no component has weights",
@@ -54,14 +52,12 @@ class Pipeline(SafetensorsModel):
                 )
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
+        self.take_beside(found)
         self.components = tuple(dict.fromkeys(file.partition("/")[0] for file in files))
-        self.side_files, self.ignored_files = carried, ignored
         self.take_files(files)
 
-    def _open_component(
-        self, component: str, files: dict[str, SafetensorsFile]
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Add a component's files; returns its side files and what is ignored there."""
+    def _open_component(self, component: str, files: dict[str, SafetensorsFile]) -> Beside:
+        """Add a component's files; returns what lies beside them."""
         folder = self.path / component
         names = list_folder(folder)
         kind = kind_of_folder(names)
@@ -75,7 +71,7 @@ class Pipeline(SafetensorsModel):
         for name, file in model.files.items():
             place = f"{component}/{name}"
             files[place] = file.seen_as(_named_contents(file.contents, component, place))
-        return model.side_files, model.ignored_files
+        return model.beside
 
 
 def _listed_components(folder: Path) -> list[str]:

@@ -1,58 +1,259 @@
-"""The files beside the weights that make a model usable: known small texts, by name; nothing else is carried."""
+"""The files beside the weights that make a model usable: known names, small, in its folder or one folder below; nothing else is
+carried, and what is not is named."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, is_regular, list_folder
+from eigenzoo.formats.kinds import FILE_SUFFIXES, kind_of_folder
+from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, is_regular, list_folder, read_start
+from eigenzoo.formats.refused import FOREIGN, FOREIGN_NAMES
+from eigenzoo.formats.stand_ins import POINTER_BYTES, stand_in
 
-__all__ = ["CONFIG", "MAX_SIDE_BYTES", "SIDE_FILES", "list_side_files", "refuse_quantised"]
+__all__ = [
+    "CONFIG",
+    "MAX_SIDE_BYTES",
+    "SIDE_FILES",
+    "Beside",
+    "is_side_file",
+    "list_side_files",
+    "listed_first",
+    "refuse_quantised",
+    "weights_among",
+]
 
 CONFIG = "config.json"
+MODULES = "modules.json"
+"""In a folder of sentence-transformers, the modules that a text goes through; each has a folder, the first may have the root."""
+
 SIDE_FILES = frozenset(
     {
         CONFIG,
         "generation_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "spiece.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.jinja",
-        "model_index.json",
-        "scheduler_config.json",
+        # processors of transformers
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+        *("audio_tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+        # tokenizers of transformers
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "entity_vocab.json"),
+        *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "byte_maps.json", "tekken.json"),
+        *("tokenizer.model", "spiece.model", "spm.model", "spm_char.model", "sentencepiece.model"),
+        *("sentencepiece.bpe.model", "source.spm", "target.spm"),
+        # diffusers
+        *("model_index.json", "scheduler_config.json"),
+        # sentence-transformers
+        *(MODULES, "config_sentence_transformers.json", "router_config.json"),
+        *(f"sentence_{kind}_config.json" for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlnet")),
+        *("sentence_xlm-roberta_config.json", "cnn_config.json", "lstm_config.json", "wordembedding_config.json"),
     }
 )
 
+MODULE_WEIGHTS = "model.safetensors"
+"""Weights of a module of sentence-transformers, such as `2_Dense`: carried as they are, up to the size of a side file."""
 
-def list_side_files(
-    folder: Path, weights: frozenset[str], also: frozenset[str] = frozenset()
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+_MODULE = re.compile(r"\d{1,2}_[A-Za-z]\w{0,63}", re.ASCII)
+_TEMPLATES = "additional_chat_templates"
+_TEMPLATE = re.compile(r"\w[\w.-]{0,99}\.jinja", re.ASCII)
+
+_COPY_FOLDERS = ("onnx", "openvino", "original", "gguf", "coreml", "flax", "tf")
+"""Folders in which repositories keep the same weights for other libraries."""
+
+_WHOLE = {"model", "diffusion_pytorch_model", "pytorch_model"}
+"""Stems of the files that hold all weights of a model; an adapter's hold only what was trained."""
+
+_STATE = re.compile(
+    r"optimizer.*|scheduler.*|scaler.*|rng_.*|random_states.*|training_args.*|.*_optim_states.*|.*model_states.*|zero_pp_rank.*"
+)
+"""What a trainer keeps to go on: no weights of the model that are not in its own files."""
+
+_LISTED = 1000
+"""Names of a folder below that are looked at."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside a model's weights.
+
+    Attributes:
+        carried: files that a rebuilt model has too, named from the model's folder.
+        ignored: everything else; a folder is one name, but for those of which something is carried.
+        weights: those files of `ignored`, and in ignored folders, that hold values which are not in the model's own files.
+        models: the ignored folders that hold models of their own.
+        notes: what a user must do to have a file carried.
+    """
+
+    carried: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def below(self, folder: str) -> Beside:
+        """The same by names from the folder above."""
+        parts = (self.carried, self.ignored, self.weights, self.models)
+        carried, ignored, weights, models = (tuple(f"{folder}/{name}" for name in part) for part in parts)
+        return Beside(carried, ignored, weights, models, tuple(f"{folder}: {note}" for note in self.notes))
+
+    def __add__(self, other: Beside) -> Beside:
+        """All of both."""
+        return Beside(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
+
+def is_side_file(name: str) -> bool:
+    """Tell whether a file is carried by its name, from the model's folder.
+
+    >>> is_side_file("tokenizer.json"), is_side_file("1_Pooling/config.json"), is_side_file("1_Pooling/x/config.json")
+    (True, True, False)
+    """
+    folder, slash, last = name.rpartition("/")
+    if not slash:
+        return name in SIDE_FILES
+    if _MODULE.fullmatch(folder):
+        return last in SIDE_FILES or last == MODULE_WEIGHTS
+    return folder == _TEMPLATES and _TEMPLATE.fullmatch(last) is not None
+
+
+def weights_among(names: Iterable[str], own: Collection[str]) -> tuple[str, ...]:
+    """Return those files beside a model's own that hold weights which its own do not, by their names.
+
+    >>> weights_among(["pytorch_model.bin", "optimizer.pt", "notes.txt", "2_Dense/pytorch_model.bin"], ["model.safetensors"])
+    ('2_Dense/pytorch_model.bin',)
+    """
+    return tuple(name for name in names if _holds_values(name) and not _is_copy(name, own))
+
+
+def listed_first(beside: Beside, most: int) -> tuple[str, ...]:
+    """Keep some of many names that are not carried: weights, then what tells of a training run, then others."""
+    names = dict.fromkeys((*beside.weights, *(RUN_STATE,) * (RUN_STATE in beside.ignored), *beside.ignored))
+    return tuple(islice(names, most))
+
+
+RUN_STATE = "trainer_state.json"
+"""What transformers' Trainer leaves in every checkpoint of a run."""
+
+
+def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] = frozenset()) -> Beside:
     """Sort a folder's entries into what is carried and what is not; weights are neither.
 
-    A known name that is a link out of the folder, no plain file, or too large raises.
+    A known name that is a link out of the folder, no plain file, or too large raises. Folders below are listed once and no deeper,
+    and links to folders are not followed. Cost: a listing of each folder.
     """
-    carried, ignored = [], []
-    for name in list_folder(folder):
-        if name in weights:
+    found = _Sorted(folder, weights)
+    names = list_folder(folder)
+    for name in names:
+        if name in weights or any(file.startswith(f"{name}/") for file in weights if "/" in file):
             continue
         if name in SIDE_FILES or name in also:
-            _check(folder, name)
-            carried.append(name)
+            found.take(name)
+        elif os.path.isdir(folder / name):
+            found.look_into(name, is_module=MODULES in names and _MODULE.fullmatch(name) is not None)
         else:
-            ignored.append(name)
-    return tuple(carried), tuple(ignored)
+            found.ignore(name)
+    return Beside(*(tuple(part) for part in (found.carried, found.ignored, found.weights, found.models, found.notes)))
 
 
-def _check(folder: Path, name: str) -> None:
+class _Sorted:
+    """A folder's entries while they are sorted; the lists are those of `Beside`."""
+
+    def __init__(self, folder: Path, weights: frozenset[str]) -> None:
+        self.folder, self._own = folder, weights
+        self.carried: list[str] = []
+        self.ignored: list[str] = []
+        self.weights: list[str] = []
+        self.models: list[str] = []
+        self.notes: list[str] = []
+
+    def take(self, name: str) -> None:
+        """Carry a file, but a stand-in for one."""
+        kind = _checked(self.folder, name)
+        if kind is None:
+            self.carried.append(name)
+            return
+        self.ignored.append(name)
+        self.notes.append(f"{name} is {kind.what}, and is not carried: {kind.next_step}")
+
+    def ignore(self, name: str) -> None:
+        """Leave a file behind."""
+        self.ignored.append(name)
+        self.weights += weights_among([name], (*self._own, *self.carried))
+
+    def look_into(self, inner: str, *, is_module: bool) -> None:
+        """Carry what is known in a folder below, and leave the rest of it behind."""
+        names = [] if (self.folder / inner).is_symlink() else _some_names(self.folder / inner)
+        known = [name for name in names if is_side_file(f"{inner}/{name}")] if is_module or inner == _TEMPLATES else []
+        if not known:
+            self._ignore_folder(inner, names)
+            return
+        # Known names first: beside a module's weights that are carried a pickle of them is a copy.
+        for name in sorted(names, key=lambda name: name not in known):
+            place = f"{inner}/{name}"
+            if name not in known or _is_too_large(self.folder, place, name):
+                self.ignore(place)
+            else:
+                self.take(place)
+
+    def _ignore_folder(self, inner: str, names: list[str]) -> None:
+        self.ignored.append(inner)
+        if inner in _COPY_FOLDERS:
+            return
+        if kind_of_folder(names) in ("adapter", "checkpoint", "pipeline", "shards", "pickle-shards"):
+            self.models.append(inner)
+        else:
+            self.weights += weights_among((f"{inner}/{name}" for name in names), self._own)
+
+
+def _some_names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, _LISTED))
+    except OSError:
+        return []  # what cannot be listed holds nothing that is known
+
+
+def _is_too_large(folder: Path, place: str, name: str) -> bool:
+    """A module's weights may be larger than what is carried, which is no fault of the model."""
+    if name != MODULE_WEIGHTS:
+        return False
+    target = inside(folder, place)
+    return is_regular(target) and target.stat().st_size > MAX_SIDE_BYTES
+
+
+def _holds_values(name: str) -> bool:
+    """Tell by its name whether a file holds weights of some kind; what a trainer keeps to go on is none."""
+    last = name.rpartition("/")[2]
+    return last.endswith((*FILE_SUFFIXES, *FOREIGN, ".npz", ".npy")) and _STATE.fullmatch(last) is None
+
+
+def _is_copy(name: str, weights: Collection[str]) -> bool:
+    """Tell whether a file beside whole weights holds the same for another library, or in another precision."""
+    folder, _, last = name.rpartition("/")
+    beside = [own.rpartition("/") for own in weights]
+    stems = {_stem(own) for place, _, own in beside if place == folder and _holds_values(own)}
+    if _stem(last) in stems:  # model.fp16.safetensors beside model.safetensors, adapter_model.bin beside …
+        return True
+    return bool(stems & _WHOLE) and (
+        last in FOREIGN_NAMES or last.endswith(".gguf") or _stem(last) in ("pytorch_model", "consolidated")
+    )
+
+
+def _stem(name: str) -> str:
+    """Return a weights file's name without endings, variants and numbers of shards.
+
+    >>> _stem("model.fp16.safetensors"), _stem("pytorch_model-00001-of-00002.bin"), _stem("consolidated.00.pth")
+    ('model', 'pytorch_model', 'consolidated')
+    """
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name.partition(".")[0])
+
+
+def _checked(folder: Path, name: str) -> FormatError | None:
+    """Raise for a known name that cannot be carried; return what a file is that stands for another."""
     target = inside(folder, name)
     if not is_regular(target):
         raise FormatError(f"{name!r} is no plain file", where=str(folder))
@@ -61,6 +262,10 @@ def _check(folder: Path, name: str) -> None:
         raise FormatError(
             f"{name!r} has {size} bytes", where=str(folder), rule=f"such a file has at most {MAX_SIDE_BYTES} bytes"
         )
+    # Of the files that are carried unread only what is as short as a pointer is looked at: a zoo has thousands.
+    if size > POINTER_BYTES or name == CONFIG:
+        return None
+    return stand_in(read_start(target, POINTER_BYTES))
 
 
 def refuse_quantised(folder: Path, side_files: tuple[str, ...]) -> None:

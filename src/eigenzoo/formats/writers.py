@@ -24,7 +24,7 @@ from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.safetensors.writer import write_file
-from eigenzoo.formats.side_files import SIDE_FILES
+from eigenzoo.formats.side_files import SIDE_FILES, is_side_file
 
 __all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
 
@@ -204,20 +204,28 @@ def write_side_files(folder: Path, side_files: Mapping[str, bytes], layout: Mode
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
     """Only known names are written: a bundle that others made must not place files of its choice."""
     for name, data in side_files.items():
-        component, slash, last = name.rpartition("/")
-        if slash and not (layout.format == "pipeline" and component.isidentifier()):
-            raise FormatError(
-                f"{name[:100]!r} is no known side file", rule="only a pipeline has folders, one per component"
-            )
-        if name == layout.index or (component and last in INDEXES):
+        component, place = _place(name, layout)
+        if place == layout.index or (component and place in INDEXES):
             entries = parse_json(data, where=name).get("weight_map")
             if entries != _weight_map(layout, component):
                 raise FormatError("its weight_map does not fit the files that are written", where=name[:100])
-        elif last not in SIDE_FILES:
+        elif not is_side_file(place):
+            rule = "only a pipeline has folders, one per component, and sentence-transformers those of its modules"
             raise FormatError(
-                f"{name[:100]!r} is no known side file", rule=f"known are {', '.join(sorted(SIDE_FILES))}"
+                f"{name[:100]!r} is no known side file",
+                rule=rule if "/" in name else f"known are {', '.join(sorted(SIDE_FILES))}",
             )
+        elif name in layout.files:
+            raise FormatError(f"{name[:100]!r} is both a side file and one of weights", where="layout")
     return side_files
+
+
+def _place(name: str, layout: ModelLayout) -> tuple[str, str]:
+    """Cut a pipeline's component off a side file's name; of any other name there is none."""
+    component, slash, rest = name.partition("/")
+    if slash and layout.format == "pipeline" and component.isidentifier() and not is_side_file(name):
+        return component, rest
+    return "", name
 
 
 def _weight_map(layout: ModelLayout, component: str = "") -> dict[str, str]:

@@ -18,6 +18,7 @@ from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
+from eigenzoo.formats.side_files import weights_among
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.passes.settings import own_settings
@@ -50,6 +51,17 @@ class RebuiltModel:
         self.name, self._fetch = name, fetch
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
+
+    @property
+    def not_carried(self) -> tuple[str, ...]:
+        """What lay beside the original's weights and is not written; of many names the first, weights before others."""
+        return self._template.not_carried
+
+    @property
+    def left_weights(self) -> tuple[str, ...]:
+        """Those of `not_carried` that hold weights which the original's own files do not."""
+        template = self._template
+        return weights_among(template.not_carried, (*template.layout.files, *template.side_files))
 
     @own_settings()
     def layer(self, name: str) -> Tensor:

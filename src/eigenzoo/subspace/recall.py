@@ -17,6 +17,7 @@ from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle.folder import StoredCoefficients, write_coefficients
 from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo, part_name
+from eigenzoo.formats.side_files import Beside
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_or_copy
 from eigenzoo.subspace.coefficients import Coefficients, share_of
@@ -47,7 +48,7 @@ class RecalledModel(Model):
         }
         self.splits = layout.splits
         self.metadata = self._template.metadata
-        self.side_files, self.ignored_files = self._template.side_files, ()
+        self.take_beside(Beside(self._template.side_files, self._template.not_carried))
         self._updates = {
             module: replace(update, scale=1.0, rank=self._rank(module, update))
             for module, update in layout.updates.items()

@@ -147,6 +147,7 @@ class Subspace:
             metadata=record.metadata,
             side_files=record.side_files,
             carried=record.carried,
+            not_carried=record.not_carried,
             source=record.source,
         )
 

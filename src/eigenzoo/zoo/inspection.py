@@ -21,6 +21,7 @@ from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
+from eigenzoo.zoo.left_files import LeftFile, left_files
 from eigenzoo.zoo.zoo import Zoo
 
 NUM_LISTENERS = 8
@@ -68,6 +69,7 @@ class Inspection:
         duplicates: groups of models with the same tensors, by the hash of names, dtypes, shapes and values.
         same_function: groups of adapters whose updates agree although their factors differ.
         analysed_bytes, whole_bytes: of the layers, and of all weight files.
+        not_carried: what lies beside the weights and rebuilt models lack.
     """
 
     num_models: int
@@ -82,6 +84,7 @@ class Inspection:
     same_function: tuple[tuple[str, ...], ...]
     analysed_bytes: int
     whole_bytes: int
+    not_carried: tuple[LeftFile, ...]
 
     @property
     def num_non_finite(self) -> int:
@@ -134,6 +137,7 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
         _same_function(zoo.names, [found.answers for found in read.values()]),
         zoo.layer_bytes,
         zoo.num_bytes,
+        left_files(zoo.models),
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from eigenzoo.formats.bundle.contents import Template
+from eigenzoo.formats.bundle.manifest import MAX_LEFT
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.side_files import listed_first
 from eigenzoo.zoo.zoo import Zoo
 
 
@@ -23,6 +25,7 @@ class ZooTemplate(Template):
         self.carried = zoo.carried(place)
         self.left_at = remote_url(self._model.path) or ""
         self.side_files = self._model.side_files
+        self.not_carried = listed_first(self._model.beside, MAX_LEFT)
 
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged."""

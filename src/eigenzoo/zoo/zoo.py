@@ -32,6 +32,9 @@ from eigenzoo.zoo.matching import Match, Selection, match_models
 from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
+MOST_NAMED = 6
+"""Files that one warning names."""
+
 
 class Zoo:
     """N models of one architecture, matched layer by layer; made by `open_zoo`.
@@ -351,13 +354,30 @@ def _open_all(
     return models, skipped
 
 
+def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
+    """Name the weights beside models, and the models below them, which nobody reads."""
+    texts = []
+    for what, kind in (
+        ("weights beside these models are neither read nor carried", "weights"),
+        ("folders below these models hold models of their own, which are not read", "models"),
+    ):
+        found = [
+            f"{name}/{file}" for model, name in zip(models, names, strict=True) for file in getattr(model.beside, kind)
+        ]
+        if found:
+            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}")
+    return texts
+
+
 def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
     """Warn of what each file says and of adapters that name different base models."""
     said: dict[str, list[str]] = {}
     for model, name in zip(models, names, strict=True):
         for text in model.warnings:
             said.setdefault(text, []).append(name)
-    texts = [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in said.items()]
+    texts = _beside_warnings(models, names)
+    texts += [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in said.items()]
     bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if model.config is not None})
     if len(bases) > 1:
         texts.append(

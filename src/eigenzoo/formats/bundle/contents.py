@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ class Template(ABC):
         metadata: per file, the header's string metadata.
         carried: names of the tensors that come unchanged.
         side_files: names of the files beside the weights.
+        not_carried: what lay beside the weights and is not among them: those of weights first, the first `MAX_LEFT`.
         left_at: the URL where other tensors were left, for `read_carried` to find; empty where there are none.
     """
 
@@ -47,6 +48,7 @@ class Template(ABC):
     metadata: Mapping[str, Mapping[str, str]]
     carried: tuple[str, ...]
     side_files: tuple[str, ...]
+    not_carried: tuple[str, ...] = ()
     left_at: str = ""
 
     @abstractmethod
@@ -122,6 +124,7 @@ def put_template(store: ContentStore, template: Template) -> dict[str, Any]:
         "metadata": {file: dict(entries) for file, entries in template.metadata.items()},
         "side_files": {name: store.put_bytes(template.read_side_file(name), ".bin") for name in template.side_files},
         "carried": {name: store.put_tensor(template.read_carried(name)) for name in template.carried},
+        "not_carried": list(template.not_carried),
     }
 
 
@@ -137,13 +140,14 @@ class StoredTemplate(Template):
         metadata: Mapping[str, Mapping[str, str]],
         side_files: Mapping[str, str],
         carried: Mapping[str, str],
+        not_carried: Sequence[str] = (),
         source: SourceRecord | None = None,
     ) -> None:
         self._source = source
         self._root, self._side_files, self._carried = root, side_files, carried
         self._layout, self._config = layout, config
         self.metadata = metadata
-        self.carried, self.side_files = tuple(carried), tuple(side_files)
+        self.carried, self.side_files, self.not_carried = tuple(carried), tuple(side_files), tuple(not_carried)
 
     @property
     def layout(self) -> ModelLayout:  # type: ignore[override]

@@ -32,6 +32,10 @@ MAX_NAME = 1024
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
+MAX_LEFT = 20
+"""Files beside a model that a manifest names as not carried; there may be more."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -110,6 +114,7 @@ class ModelRecord(_Strict):
     metadata: dict[str, dict[str, str]]
     side_files: dict[str, ContentId]
     carried: dict[str, ContentId]
+    not_carried: Annotated[list[Name], Field(max_length=MAX_LEFT)] = []
 
 
 def _split_rule(text: str) -> str:

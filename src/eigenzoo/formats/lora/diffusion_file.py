@@ -53,7 +53,7 @@ class DiffusionLora(SafetensorsModel):
 
     def __init__(self, opened: StateDict) -> None:
         self.path, self.name = opened.path, opened.name
-        self.side_files, self.ignored_files = opened.side_files, opened.ignored_files
+        self.take_beside(opened.beside)
         self.take_files(opened.files)
         (only,) = opened.files.values()
         kept = {key: text for key, text in only.metadata.items() if len(text) <= MAX_TEXT or key == METADATA_KEY}
@@ -67,7 +67,7 @@ class DiffusionLora(SafetensorsModel):
             found = _known_updates(only.contents, pairs, alphas)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._updates, self.likeness, self.warnings = found.updates, found, found.warnings
+        self._updates, self.likeness, self.warnings = found.updates, found, self.warnings + found.warnings
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:

@@ -68,7 +68,7 @@ class LoraAdapter(SafetensorsModel):
             self.warnings = check_config(self.config)
             if not os.path.exists(self.path / WEIGHTS_FILE):
                 raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")
-            self.side_files, self.ignored_files = list_side_files(self.path, _WEIGHTS)
+            self.take_beside(list_side_files(self.path, _WEIGHTS))
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
             found = _known_updates(file.contents, self.config)
         except FormatError as error:
@@ -105,7 +105,7 @@ class PickleAdapter(PickleModel):
             config = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
             self.config, self.warnings = config, check_config(config)
             refuse_pickle(allow_pickle)
-            self.side_files, self.ignored_files = list_side_files(self.path, frozenset({PICKLE_FILE, CONFIG_FILE}))
+            self.take_beside(list_side_files(self.path, frozenset({PICKLE_FILE, CONFIG_FILE})))
             state = load_pickle(inside(self.path, PICKLE_FILE))
             check_tensors(state)
             self.take(dict(state), dict.fromkeys(state, PICKLE_FILE), self.path)

@@ -26,7 +26,7 @@ from eigenzoo.formats.pickles.scan import ZIP, check_pickle
 from eigenzoo.formats.refused import refuse_foreign
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.tensor_bytes import check_out
-from eigenzoo.formats.side_files import list_side_files, refuse_quantised
+from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
 
 SUFFIXES = PICKLE_SUFFIXES
 
@@ -98,7 +98,7 @@ class PickleStateDict(PickleModel):
         folder = self.path.is_dir()
         self.name = self.path.resolve().name if folder else weights_stem(self.path.name)
         self.written_as = ("checkpoint", "model.safetensors") if folder else ("state-dict", f"{self.name}.safetensors")
-        self.side_files, self.ignored_files = (), ()
+        self.take_beside(Beside())
         try:
             file = find_pickle(self.path) if folder else self.path.name
             refuse_pickle(allow_pickle)
@@ -110,14 +110,15 @@ class PickleStateDict(PickleModel):
                 if folder:
                     self._list_side_files(frozenset({file}))
                 loaded = load_pickle(inside(self.path, file) if folder else self.path)
-                state, self.warnings = state_dict_of(loaded)
+                state, notes = state_dict_of(loaded)
+                self.warnings += notes
                 holders = dict.fromkeys(state, file)
             self.take(state, holders, self.path if folder else self.path.parent)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
 
     def _list_side_files(self, weights: frozenset[str]) -> None:
-        self.side_files, self.ignored_files = list_side_files(self.path, weights)
+        self.take_beside(list_side_files(self.path, weights))
         refuse_quantised(self.path, self.side_files)
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from eigenzoo.errors import BudgetError
 from eigenzoo.formats.bundle.basis_files import header_room
 from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
+from eigenzoo.formats.bundle.manifest import MAX_LEFT
 from eigenzoo.formats.layout import layout_of
+from eigenzoo.formats.side_files import listed_first
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import cross_validated_capture
@@ -225,6 +227,11 @@ def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
     names = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
     texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
         len(str(model.metadata)) for model in zoo.models
+    )
+    texts += sum(
+        4 + len(name.encode("utf-8", "surrogatepass"))
+        for model in zoo.models
+        for name in listed_first(model.beside, MAX_LEFT)
     )
     per_model = (
         FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))

@@ -1,0 +1,45 @@
+"""What commands say of the files beside models that are not carried."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from eigenzoo.cli.console import counted, say
+
+if TYPE_CHECKING:
+    from eigenzoo.zoo.left_files import LeftFile
+
+MOST = 12
+"""Names on one line."""
+
+
+def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
+    """Name what rebuilt models lack, on one line; the warnings of a zoo name the weights among it once more."""
+    if files:
+        say(
+            "not carried: "
+            + _listed(
+                [
+                    item.file if item.num_models == num_models else f"{item.file} ({counted(item.num_models, 'model')})"
+                    for item in files
+                ]
+            )
+        )
+
+
+def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
+    """Name what one rebuilt model lacks of what lay beside the original; weights are a warning of their own."""
+    others = [name for name in names if name not in weights]
+    if others:
+        say(f"not carried: {_listed(others)}")
+    if weights:
+        say(
+            f"warning: weights beside the original are not in what is written: {_listed(list(weights))}; copy them yourself if the "
+            "model needs them"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more

@@ -1,0 +1,54 @@
+"""Files that stand where others should: Git LFS pointers, and pages that a server sent in a file's place."""
+
+from __future__ import annotations
+
+import re
+
+from eigenzoo.errors import FormatError
+
+POINTER_BYTES = 200
+"""A pointer names a hash and a size: some 130 bytes."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
+_PAGE = re.compile(
+    rb"\s*(?:<!--.{0,500}?-->\s*)?<(?:!doctype\s+html|html|head|body|\?xml|error)\b", re.IGNORECASE | re.DOTALL
+)
+_ANSWERS = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model")
+"""What the hub answers in the place of a file."""
+
+
+def stand_in(start: bytes) -> FormatError | None:
+    """Return what a file is that stands for another, by its first bytes and without its place; None for any other file.
+
+    >>> stand_in(b"<!DOCTYPE html><html>").what
+    'an HTML page under the name of a file of a model'
+    """
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    if start.startswith(_POINTER):
+        size = _SIZE.search(start)
+        return FormatError(
+            "a Git LFS pointer, not the file itself" + (f" of {int(size[1]):,} bytes" if size else ""),
+            rule="git without git-lfs leaves such a pointer in the place of each large file",
+            next_step="run `git lfs pull` in the repository, or download the file with `hf download`",
+        )
+    if _PAGE.match(start):
+        return FormatError(
+            "an HTML page under the name of a file of a model",
+            rule="a server answers so where a file needs a login or is not there",
+            next_step="download the file itself: of the hub with `hf download`, after `hf auth login` if it is not public",
+        )
+    if start.startswith(_ANSWERS):
+        return FormatError(
+            "an answer of the hub in the place of a file",
+            rule=f"it says {start[:60].decode('ascii', 'replace').strip()!r}",
+            next_step="download the file with `hf download`, after `hf auth login` if it is not public",
+        )
+    return None
+
+
+def refuse_stand_in(start: bytes, where: str) -> None:
+    """Raise FormatError where a file's first bytes say that it stands for another."""
+    found = stand_in(start)
+    if found is not None:
+        raise FormatError(f"this is {found.what}", where=where, rule=found.rule, next_step=found.next_step)
