@@ -13,6 +13,7 @@ from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import INDEXES, WEIGHTS
 from eigenzoo.formats.model import Model, TensorInfo
+from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
@@ -33,6 +34,8 @@ class SafetensorsModel(Model):
 
     def take_files(self, files: Mapping[str, SafetensorsFile]) -> None:
         """Take opened files by their names; what they hold is what the model holds."""
+        for file in files.values():
+            refuse_partitioned(file.tensors, str(self.path))
         self.files = files
         for file in files.values():
             file.kept_open = True

@@ -8,6 +8,7 @@ from typing import Any
 
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.paths import read_bounded
+from eigenzoo.formats.stand_ins import START_BYTES, refuse_stand_in
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -32,7 +33,9 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
         raise FormatError("JSON nested too deeply", where=where) from error
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors too
+    except ValueError as error:
+        refuse_stand_in(data[:START_BYTES], where)
+        # UnicodeDecodeError and JSONDecodeError are ValueErrors too
         raise FormatError(f"not valid JSON ({_short(str(error))})", where=where) from error
     if not isinstance(document, dict):
         raise FormatError(f"JSON {type(document).__name__}", where=where, rule="a JSON object is expected")

@@ -9,6 +9,9 @@ from eigenzoo.errors import FormatError
 POINTER_BYTES = 200
 """A pointer names a hash and a size: some 130 bytes."""
 
+START_BYTES = 1000
+"""By so many first bytes a page is known."""
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
 _PAGE = re.compile(

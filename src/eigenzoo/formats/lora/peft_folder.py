@@ -26,6 +26,7 @@ from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
+from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside
 from eigenzoo.formats.pickles.contents import check_tensors
 from eigenzoo.formats.pickles.file import PickleModel, load_pickle, refuse_pickle
@@ -70,6 +71,7 @@ class LoraAdapter(SafetensorsModel):
                 raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")
             self.take_beside(list_side_files(self.path, _WEIGHTS))
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
+            refuse_partitioned(file.tensors)
             found = _known_updates(file.contents, self.config)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__

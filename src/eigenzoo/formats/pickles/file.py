@@ -20,6 +20,7 @@ from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.checkpoint import check_index, read_index
 from eigenzoo.formats.kinds import PICKLE_FILE, PICKLE_INDEX, PICKLE_SUFFIXES, pickle_names, weights_stem
 from eigenzoo.formats.model import Model, TensorInfo
+from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import inside, is_regular, list_folder
 from eigenzoo.formats.pickles.contents import check_tensors, state_dict_of
 from eigenzoo.formats.pickles.scan import ZIP, check_pickle
@@ -27,6 +28,7 @@ from eigenzoo.formats.refused import refuse_foreign
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.tensor_bytes import check_out
 from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
+from eigenzoo.formats.stand_ins import START_BYTES, refuse_stand_in
 
 SUFFIXES = PICKLE_SUFFIXES
 
@@ -54,6 +56,7 @@ class PickleModel(Model):
         """Take the tensors of a state dict; `holders` says which file has which."""
         self.state = state
         self.tensors = MappingProxyType({name: _info(name, tensor, holders[name]) for name, tensor in state.items()})
+        refuse_partitioned(self.tensors)
         files = tuple(dict.fromkeys(holders.values()))
         self._files = tuple(folder / file for file in files)
         self.metadata = MappingProxyType({file: {} for file in files})
@@ -165,8 +168,10 @@ def load_pickle(path: Path) -> Any:
     if not is_regular(path):
         raise FormatError("no plain file")
     with path.open("rb") as stream:
-        magic = stream.read(4)
+        start = stream.read(START_BYTES)
+    magic = start[:4]
     refuse_foreign(magic, path.name)
+    refuse_stand_in(start, path.name)
     check_pickle(path)
     zipped = magic == ZIP
     try:

@@ -27,6 +27,7 @@ from eigenzoo.errors import FormatError
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import TensorInfo
 from eigenzoo.formats.safetensors.dtypes import dtype_of
+from eigenzoo.formats.stand_ins import START_BYTES, refuse_stand_in
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000
@@ -119,6 +120,8 @@ def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
         with open(path, "rb", buffering=0) as stream:
             beginning = stream.read(_FIRST_READ)
             length = int.from_bytes(beginning[:8], "little")
+            if beginning[8:9] != b"{":
+                refuse_stand_in(beginning[:START_BYTES], file)
             if length > MAX_HEADER_BYTES:
                 raise FormatError(
                     f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
