@@ -22,6 +22,7 @@ from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import is_task_head, role
 from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
+from eigenzoo.zoo.prefixes import layers_error, prefix_error
 
 EXCLUDED = "excluded"
 """The reason of what include and exclude leave out."""
@@ -80,10 +81,18 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             reasons[layer_name] = problem.what
         else:
             problems.append(problem)
+    if problems or not layers:
+        named = prefix_error(models, names)
+        if named is None and base is not None:
+            named = prefix_error([models[0], base], [names[0], "the base"])
+        if named is not None:
+            raise named
+    if problems and not layers and every.total() > 0 and max(every.values()) < len(models):
+        raise _nothing_in_common(problems[0], names)
     if problems:
         raise _all_in_one(problems)
     if not layers and selection.only:
-        raise MismatchError(
+        raise layers_error(every, selection.only, names[0]) or MismatchError(
             "has none of the bundle's layers",
             where=names[0],
             rule=f"the bundle has {len(selection.only):,}, such as '{min(selection.only)}'",
@@ -101,6 +110,16 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         found.sources_of(layers),
         tuple(left_out + found.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
+    )
+
+
+def _nothing_in_common(first: MismatchError, names: Sequence[str]) -> MismatchError:
+    """No layer is in all models: leaving out what differs would leave nothing."""
+    return MismatchError(
+        f"no layer is in all {len(names)} models: {first.what}",
+        where=first.where,
+        rule="the models of a zoo are of one architecture, and their layers have the same names",
+        next_step="run `eigenzoo inspect` on single models to see their layers, and leave out those of another kind",
     )
 
 
