@@ -11,7 +11,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
-from eigenzoo.cli.left_behind import say_left_files
+from eigenzoo.cli.left_behind import say_hidden, say_left_files
 from eigenzoo.records import plain, weighted_share
 from eigenzoo.weights.roles import role
 
@@ -104,10 +104,11 @@ def command(
     report = {**ez.load(output).report, **{key: space.report[key] for key in ("seconds", "peak_memory")}}
     left = left_files(opened.models)
     if json:
-        print_json({**report, "not_carried": plain(left)})
+        print_json({**report, "not_carried": plain(left), "not_read": list(opened.hidden)})
         return
     render(report)
     say_left_files(left, len(opened))
+    say_hidden(opened.hidden)
     say(f"bundle: {output}")
 
 

@@ -8,7 +8,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import counted, in_bytes, print_json, print_table, progress_bar, say
-from eigenzoo.cli.left_behind import say_left_files
+from eigenzoo.cli.left_behind import say_hidden, say_left_files
 
 if TYPE_CHECKING:
     from eigenzoo.zoo.inspection import Inspection
@@ -61,11 +61,12 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
     )
     print_table(
         "models",
-        ("name", "format", "bytes", "values", "dtypes", "ranks"),
+        ("name", "format", "written by", "bytes", "values", "dtypes", "ranks"),
         [
             (
                 model.name,
                 model.format,
+                model.written_by or "–",
                 in_bytes(model.num_bytes),
                 f"{model.num_values:,}",
                 ", ".join(model.dtypes),
@@ -73,7 +74,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
             )
             for model in found.models[:most]
         ],
-        left=2,
+        left=3,
     )
     _more(len(found.models), most, "models")
     largest = sorted(range(len(found.roles)), key=lambda place: -found.roles[place].num_values)[:most_roles]
@@ -108,13 +109,18 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
 
 
 def _render_faults(found: Inspection) -> None:
+    from eigenzoo.zoo.runs import say_runs
+
     say_left_files(found.not_carried, found.num_models)
+    say_hidden(found.not_read)
     for skipped in found.skipped:
         say(f"skipped: {skipped.path}: {skipped.reason}")
     for group in found.duplicates:
         say(f"duplicates (same content): {', '.join(group)}")
     for group in found.same_function:
         say(f"duplicates (same function): {', '.join(group)}")
+    if found.runs:
+        say(f"one run: {say_runs(found.runs, found.num_models)}")
     for model in found.models:
         if model.num_non_finite:
             say(f"not finite: {model.num_non_finite} values of {model.name}, in {', '.join(model.non_finite_in[:5])}")

@@ -28,6 +28,12 @@ def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
         )
 
 
+def say_hidden(paths: Sequence[str]) -> None:
+    """Name the models that were passed over for their names."""
+    if paths:
+        say(f"not read, since their names begin with '.' or '_': {_listed(paths)}; name one itself to read it")
+
+
 def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
     """Name what one rebuilt model lacks of what lay beside the original; weights are a warning of their own."""
     others = [name for name in names if name not in weights]

@@ -48,6 +48,7 @@ def document(found: Evidence) -> dict[str, Any]:
             "energy": summary.energy,
         },
         "controls": [plain(control) for control in controls(found)],
+        "runs": [list(group) for group in found.runs],
         "warnings": list(found.warnings),
     }
 

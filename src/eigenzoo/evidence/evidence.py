@@ -31,7 +31,9 @@ from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
+from eigenzoo.zoo.runs import say_runs
 from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.zero_models import zero_models
 from eigenzoo.zoo.zoo import Zoo
 
 MAX_LINEAGE_FOLDS = 10
@@ -62,6 +64,7 @@ class Evidence:
         thresholds: of layer suitability.
         verdict: the verdict on the zoo.
         warnings: what a reader of any figure must know.
+        runs: groups of models that are checkpoints of one training run, which the verdict says.
     """
 
     names: tuple[str, ...]
@@ -79,6 +82,7 @@ class Evidence:
     verdict: Verdict
     warnings: tuple[str, ...]
     seconds: float
+    runs: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evidence.md lists the keys."""
@@ -180,10 +184,20 @@ def evidence(
         map=coordinates,
         map_shares=shares,
         thresholds=thresholds or Thresholds(),
-        verdict=decide(layers, summary, origin, len(measured.names), measured.view),
-        warnings=tuple(measured.warnings),
+        verdict=decide(
+            layers, summary, origin, len(measured.names), measured.view, say_runs(measured.runs, len(places))
+        ),
+        runs=measured.runs,
+        warnings=(*measured.warnings, *_zero(measured)),
         seconds=time.perf_counter() - started,
     )
+
+
+def _zero(measured: MomentSource) -> list[str]:
+    """Name the models that hold nothing, where they are at hand; a bundle's warnings have them already."""
+    if measured.zoo is None:
+        return []
+    return zero_models(measured.zoo, {name: measured.moments(name).energies_N for name in measured.layers})
 
 
 def _gather(measured: MomentSource) -> tuple[Lineage, Tensor]:

@@ -22,6 +22,7 @@ from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.zoo.runs import places_of, training_runs
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -72,6 +73,10 @@ class MomentSource(Protocol):
     def warnings(self) -> Sequence[str]:
         """What a reader of any figure must know."""
 
+    @property
+    def runs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of models that are checkpoints of one training run."""
+
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments."""
 
@@ -98,6 +103,7 @@ class ZooMoments:
     ) -> None:
         self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
         self.center, self.zoo = center, zoo
+        self.runs = training_runs(places_of(zoo.models, zoo.names))
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
         self._spectra: dict[str, OwnSpectra] = {}
@@ -171,6 +177,7 @@ class BundleMoments:
         self.layers = {name: basis.layer for name, basis in space.layers.items()}
         self.warnings = (*space.report.get("warnings", ()), *_inexact(space))
         self._space, self.zoo = space, None
+        self.runs = training_runs((model.name, model.source.path, model.not_carried) for model in space.manifest.models)
 
     def moments(self, layer: str) -> LayerMoments:
         """Return a layer's moments."""

@@ -177,8 +177,9 @@ def decide(
     lineage: Lineage,
     num_models: int,
     view: str,
+    note: str = "",
 ) -> Verdict:
-    """Apply the rule of `verdict` to all layers, and say it."""
+    """Apply the rule of `verdict` to all layers, and say it; with a note that its reader must have seen."""
     codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
     together = None
     if summary.directions.shared:
@@ -187,7 +188,9 @@ def decide(
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
     text = _sentence(code, decided_by, summary, lineage, num_models, view)
-    return Verdict(code, f"{text} {_denominator(code, counts, values)}".rstrip(), decided_by, counts, values)
+    return Verdict(
+        code, " ".join(filter(None, (text, _denominator(code, counts, values), note))), decided_by, counts, values
+    )
 
 
 def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:

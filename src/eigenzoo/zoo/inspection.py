@@ -15,6 +15,7 @@ from torch import Tensor
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import source_url
 from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
+from eigenzoo.formats.written_by import written_by
 from eigenzoo.passes.buffers import borrow
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
@@ -22,6 +23,8 @@ from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
 from eigenzoo.weights.roles import role
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.left_files import LeftFile, left_files
+from eigenzoo.zoo.runs import places_of, training_runs
+from eigenzoo.zoo.zero_models import say_zero
 from eigenzoo.zoo.zoo import Zoo
 
 NUM_LISTENERS = 8
@@ -33,7 +36,8 @@ SAME_FUNCTION = 1e-5
 
 @dataclass(frozen=True)
 class ModelReport:
-    """One model: format, files' bytes, dtypes, ranks of its updates, and how many values are NaN or Inf."""
+    """One model: format, files' bytes, dtypes, ranks of its updates, how many values are NaN or Inf, and the tool
+    that wrote it, where its files say."""
 
     name: str
     path: str
@@ -45,6 +49,7 @@ class ModelReport:
     num_non_finite: int
     non_finite_in: tuple[str, ...]
     ignored_files: tuple[str, ...]
+    written_by: str
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Inspection:
         duplicates: groups of models with the same tensors, by the hash of names, dtypes, shapes and values.
         same_function: groups of adapters whose updates agree although their factors differ.
         analysed_bytes, whole_bytes: of the layers, and of all weight files.
+        runs: groups of models that are checkpoints of one training run.
+        not_read: paths of models that were passed over, since their names begin with `.` or `_`.
         not_carried: what lies beside the weights and rebuilt models lack.
     """
 
@@ -85,6 +92,8 @@ class Inspection:
     analysed_bytes: int
     whole_bytes: int
     not_carried: tuple[LeftFile, ...]
+    runs: tuple[tuple[str, ...], ...]
+    not_read: tuple[str, ...]
 
     @property
     def num_non_finite(self) -> int:
@@ -132,13 +141,20 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
         _roles(zoo),
         zoo.left_out,
         zoo.skipped,
-        zoo.warnings,
+        (*zoo.warnings, *say_zero([name for name, found in read.items() if _answers_nothing(found)], zoo.view)),
         _groups((content, name) for name, content in hashed.items()),
         _same_function(zoo.names, [found.answers for found in read.values()]),
         zoo.layer_bytes,
         zoo.num_bytes,
         left_files(zoo.models),
+        training_runs(places_of(zoo.models, zoo.names)),
+        zoo.hidden,
     )
+
+
+def _answers_nothing(found: _Read) -> bool:
+    """Tell whether an adapter's updates are all zero; of full weights there are no answers."""
+    return bool(found.answers) and not any(bool(answer.any()) for answer in found.answers.values())
 
 
 def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
@@ -182,6 +198,7 @@ def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
         num_bad,
         tuple(bad),
         model.ignored_files,
+        written_by(model),
     )
     return _Read(report, tuple(digest), answers)
 

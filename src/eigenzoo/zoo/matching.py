@@ -18,6 +18,7 @@ from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.bundle.manifest import MAX_NAME
 from eigenzoo.formats.layout import ADAPTERS
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import is_task_head, role
 from eigenzoo.weights.splits import SplitRule
@@ -81,6 +82,8 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             reasons[layer_name] = problem.what
         else:
             problems.append(problem)
+    if problems:
+        problems[0] = _with_tools(problems[0], models, names)
     if problems or not layers:
         named = prefix_error(models, names)
         if named is None and base is not None:
@@ -111,6 +114,19 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         tuple(left_out + found.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
+
+
+def _with_tools(problem: MismatchError, models: Sequence[Model], names: Sequence[str]) -> MismatchError:
+    """Say which tools wrote models that differ, where their files name several."""
+    tools: dict[str, str] = {}
+    for model, name in zip(models, names, strict=True):
+        if tool := written_by(model).partition(" ")[0]:
+            tools.setdefault(tool, name)
+    if len(tools) < 2:
+        return problem
+    said = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
+    what = f"{problem.what} ({said})"
+    return MismatchError(what, where=problem.where, rule=problem.rule, next_step=problem.next_step)
 
 
 def _nothing_in_common(first: MismatchError, names: Sequence[str]) -> MismatchError:

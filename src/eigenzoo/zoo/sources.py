@@ -36,6 +36,9 @@ Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
 
+HIDDEN = (".", "_")
+"""What a name begins with that is passed over in folders and globs."""
+
 MAX_LIST_BYTES, MAX_LINES = 16 * 2**20, 100_000
 """Of a text file of paths."""
 
@@ -62,18 +65,47 @@ def find_models(
     and its models are mirrored: the path is that of the mirror. So is an id of the hub, whose models are downloaded into the
     hub's cache; with `allow_missing` a file that cannot be had does not end the others' downloads.
     """
+    return list(look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing).models)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The models that a source names.
+
+    Attributes:
+        models: their paths, or why one cannot be read.
+        hidden: models on this machine that were passed over for their names, which begin with `.` or `_`.
+    """
+
+    models: tuple[Path | Unreadable, ...]
+    hidden: tuple[Path, ...]
+
+
+def look_for_models(
+    source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False, allow_missing: bool = False
+) -> Found:
+    """Find the models that a source names, and those that were passed over; see `find_models`."""
+    lists = _Lists()
     try:
-        found = list(dict.fromkeys(_expand(source, _Lists())))
+        found = list(dict.fromkeys(_expand(source, lists)))
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
     urls = [item for item in found if isinstance(item, str)]
     listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))
-    return _some(_mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress), source)
+    models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress)
+    return Found(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
 
 
-def _some(models: list[M], source: Source) -> list[M]:
+def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[M]:
     """Raise ZooError where a source names no model: beside others it would be missed by nobody."""
+    if not models and hidden:
+        raise ZooError(
+            f"no model is found but {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
+            where=shown_source(source),
+            rule="such names are passed over in folders and globs: a zoo's parent is kept by one",
+            next_step=f"name it itself: {hidden[0]}",
+        )
     if not models:
         raise ZooError(
             "no model is found",
@@ -143,10 +175,11 @@ def _mirrored(
 
 @dataclass
 class _Lists:
-    """The text files that are being read, one within another, and all that have been."""
+    """The text files that are being read, one within another, all that have been, and the models that were passed over."""
 
     within: tuple[Path, ...] = ()
     read: set[Path] = field(default_factory=set)
+    hidden: list[Path] = field(default_factory=list)
 
 
 def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
@@ -169,12 +202,14 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
             next_step="use verify, project, rebuild or add on it, or name the models it was made from",
         )
     if is_folder:
-        return [path] if is_model(path) else [*_some(_in_folder(path, MAX_DEPTH), str(source))]
+        return (
+            [path] if is_model(path) else [*_some(_in_folder(path, MAX_DEPTH, lists.hidden), str(source), lists.hidden)]
+        )
     # os.path's answer to a name that no file can have (too long, a NUL in it) is no; pathlib's is an OSError.
     if os.path.isfile(path):
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
-        return [*_some(_in_glob(str(source), follow=not lists.within), str(source))]
+        return [*_some(_in_glob(str(source), lists.hidden, follow=not lists.within), str(source), lists.hidden)]
     raise ZooError("there is no such file or folder", where=str(source), next_step=_meant(path))
 
 
@@ -185,28 +220,37 @@ def _meant(path: Path) -> str:
     return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
 
 
-def _in_folder(folder: Path, depth: int) -> list[Path]:
+def _in_folder(folder: Path, depth: int, hidden: list[Path]) -> list[Path]:
     found: list[Path] = []
     for child in (folder / name for name in sorted(list_folder(folder), key=_natural)):
-        if child.name.startswith((".", "_")):
+        if child.name.startswith(HIDDEN):
+            hidden += _models_at(child)
             continue
         if os.path.isdir(child):
             if is_model(child) and not is_bundle(child):
                 found.append(child)
             elif depth > 1 and not child.is_symlink() and not is_bundle(child):
-                found.extend(_in_folder(child, depth - 1))
+                found.extend(_in_folder(child, depth - 1, hidden))
         elif child.name.endswith(FILE_SUFFIXES):
             found.append(child)
     return found
 
 
-def _in_glob(pattern: str, *, follow: bool) -> list[Path]:
+def _models_at(path: Path) -> list[Path]:
+    """A model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into."""
+    if is_model(path):
+        return [path]
+    inner = os.path.isdir(path) and not path.is_symlink() and path.name.startswith("_")
+    return [child for child in map(path.joinpath, list_folder(path)) if is_model(child)] if inner else []
+
+
+def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
     found: list[Path] = []
     for name in sorted(find_names(pattern, follow=follow), key=_natural):
         path = Path(name)
-        if not path.name.startswith((".", "_")) and (
-            is_model(path) and not is_bundle(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES)
-        ):
+        if path.name.startswith(HIDDEN):
+            hidden += _models_at(path)
+        elif is_model(path) and not is_bundle(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES):
             found.append(path)
     return found
 
@@ -225,7 +269,7 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
         lines.setdefault(line.strip(), number)
     if len(lines) > MAX_LINES:
         raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
-    within = _Lists((*lists.within, resolved), lists.read)
+    within = _Lists((*lists.within, resolved), lists.read, lists.hidden)
     found: list[Path | str | HubId] = []
     for line, number in lines.items():
         if line and not line.startswith("#"):

@@ -29,7 +29,7 @@ from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
 from eigenzoo.zoo.layers import default_view, layer_sources
 from eigenzoo.zoo.matching import Match, Selection, match_models
-from eigenzoo.zoo.sources import Source, Unreadable, find_models, name_models, shown_source
+from eigenzoo.zoo.sources import Source, Unreadable, look_for_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 MOST_NAMED = 6
@@ -49,6 +49,7 @@ class Zoo:
         layers: every layer by name.
         left_out: the tensors that are no layer, and why.
         skipped: the models that could not be read, with `allow_missing`.
+        hidden: paths of models that were passed over, since their names begin with `.` or `_`.
         warnings: what a reader of any result must know.
     """
 
@@ -59,10 +60,11 @@ class Zoo:
         selection: Selection,
         base: Model | None = None,
         skipped: Sequence[SkippedModel] = (),
+        hidden: Sequence[str] = (),
     ) -> None:
         self.models, self.names = tuple(split_model(model, selection.split) for model in models), tuple(names)
         self.base = None if base is None else split_model(base, selection.split)
-        self.selection, self.skipped = selection, tuple(skipped)
+        self.selection, self.skipped, self.hidden = selection, tuple(skipped), tuple(hidden)
         if selection.view == "delta" and base is None:
             raise _without_base()
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
@@ -166,11 +168,12 @@ class Zoo:
             chosen,
             self.base,
             self.skipped,
+            self.hidden,
         )
 
     def renamed(self, names: Sequence[str]) -> Zoo:
         """Return the same zoo with other names for its models."""
-        return Zoo(self.models, names, self.selection, self.base, self.skipped)
+        return Zoo(self.models, names, self.selection, self.base, self.skipped, self.hidden)
 
     def place(self, name: str) -> int:
         """Return the number of the model with this name."""
@@ -290,13 +293,13 @@ def open_zoo(
     # A base that is not downloaded whole is opened first: what is wrong with it is told before a zoo is downloaded.
     base_model = open_model(base, allow_pickle=allow_pickle) if base is not None and find_id(base) is None else None
     with seldom_collecting():
-        models, names, skipped = _open_named(source, allow_missing, allow_pickle, progress)
-    chosen = view if view is not None else default_view(models[0], base is not None)
+        opened = _open_named(source, allow_missing, allow_pickle, progress)
+    chosen = view if view is not None else default_view(opened.models[0], base is not None)
     _check_base(chosen, base)
     if base is not None and base_model is None:
         base_model = open_model(base, allow_pickle=allow_pickle)
     selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing, split=rules)
-    return Zoo(models, names, selection, base_model, skipped)
+    return Zoo(opened.models, opened.names, selection, base_model, opened.skipped, opened.hidden)
 
 
 def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
@@ -317,23 +320,22 @@ class OpenedModels:
     models: tuple[Model, ...]
     names: tuple[str, ...]
     skipped: tuple[SkippedModel, ...] = ()
+    hidden: tuple[str, ...] = ()
 
 
 def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
     """Open models without matching them: for whoever knows the layers already."""
     with seldom_collecting():
-        models, names, _ = _open_named(source, False, allow_pickle, no_progress)
-    return OpenedModels(tuple(models), tuple(names))
+        return _open_named(source, False, allow_pickle, no_progress)
 
 
-def _open_named(
-    source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress
-) -> tuple[list[Model], list[str], list[SkippedModel]]:
-    found = find_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
-    models, skipped = _open_all(found, allow_missing, allow_pickle, progress)
+def _open_named(source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress) -> OpenedModels:
+    found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
+    models, skipped = _open_all(found.models, allow_missing, allow_pickle, progress)
     if not models:
         raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
-    return models, name_models([model.path for model in models]), skipped
+    names = name_models([model.path for model in models])
+    return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, found.hidden)))
 
 
 def _open_all(

@@ -53,6 +53,7 @@ from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zero_models import zero_models
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 
@@ -401,7 +402,10 @@ def _report(
         bytes=count_bytes(folder, models, len(zoo.layers), zoo.layer_bytes, zoo.num_bytes),
         left_out=zoo.left_out,
         skipped=zoo.skipped,
-        warnings=tuple(_warnings(zoo, options, fitted)),
+        warnings=(
+            *_warnings(zoo, options, fitted),
+            *zero_models(zoo, {name: layer.energies_N for name, layer in moments.items()}),
+        ),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
     )
