@@ -118,6 +118,26 @@ def test_lists_and_text_files_hold_urls_beside_paths(place: Place, tmp_path: Pat
     assert [model.path for model in report.models][:2] == [f"{place.url}/zoo/m0", str(paths[1])]
 
 
+def test_modules_in_folders_are_carried_and_other_weights_are_named(place: Place, tmp_path: Path) -> None:
+    for folder in write_stacks(place.disk / "zoo", {"w": random_stack(3, (3, 4))}):
+        for name in (
+            "modules.json",
+            "1_Pooling/config.json",
+            "2_Dense/config.json",
+            "value_head.bin",
+            "3_Dense/pytorch_model.bin",
+        ):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("[]")
+        save_file({"linear.weight": torch.ones(200, 100)}, folder / "2_Dense" / "model.safetensors")
+    place.upload()
+    here, there = (ez.open_zoo(f"{root}/zoo").models[1] for root in (place.disk, place.url))
+    assert set(there.side_files) == set(here.side_files)
+    for name in here.side_files:
+        assert there.read_side_file(name) == here.read_side_file(name), name
+    assert set(there.beside.weights) == set(here.beside.weights) == {"value_head.bin", "3_Dense/pytorch_model.bin"}
+
+
 def test_names_that_agree_are_told_apart_by_their_urls(place: Place) -> None:
     for run in "ab":
         write_model(place.disk / run / "last", {"w": torch.ones(3, 4) * ord(run)})
@@ -235,7 +255,7 @@ def test_hostile_headers_are_refused_by_length_before_they_are_read(place: Place
         ),
         "cut": (good[:-8], "refused by safetensors"),
         "empty": (b"", "A safetensors file has at least 8"),
-        "text": (b"<html>this is no safetensors file</html>", "a header of|no JSON object"),
+        "text": (b"<html>this is no safetensors file</html>", "an HTML page under the name of a file"),
     }
     for name, (data, _) in cases.items():
         place.put(f"bad/{name}/model.safetensors", data)

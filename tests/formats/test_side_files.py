@@ -73,7 +73,7 @@ def test_what_is_left_is_sorted_by_what_it_holds(tmp_path: Path, kind: str) -> N
         for name in [*LEFT["lora"]]:
             if name.endswith("/adapter_model.safetensors"):
                 put(folder, f"{Path(name).parent}/adapter_config.json")
-    for name in LEFT[kind]:
+    for name in (*LEFT[kind], ".gitattributes", ".cache/huggingface/x.lock"):
         put(folder, name)
     beside = open_model(folder).beside
     assert set(beside.weights) == {name for name, what in LEFT[kind].items() if what == "weights"}

@@ -63,6 +63,38 @@ def test_ids_are_the_models_that_lie_on_disk(hub: Hub, zoo: list[Path]) -> None:
         assert torch.equal(one.models[2].read("bias"), local.models[2].read("bias"))
 
 
+MODULES = {
+    "modules.json": b"[]",
+    "1_Pooling/config.json": b"{}",
+    "2_Dense/config.json": b"{}",
+    "2_Dense/model.safetensors": b"weights of a module",
+}
+LEFT = {
+    "README.md",
+    "modeling.py",
+    "mm_projector.bin",
+    "2_Dense/pytorch_model.bin",
+    "head/v_head.bin",
+    "old/config.json",
+}
+
+
+def test_modules_are_downloaded_and_what_is_left_there_is_named(hub: Hub, zoo: list[Path], tmp_path: Path) -> None:
+    for path in zoo:
+        files = hub.repos[f"org/{path.name}"].files
+        files |= MODULES | dict.fromkeys(LEFT - {"README.md"}, b"x")
+        files["old/model.safetensors"] = b"x"
+    space = ez.load(ez.fit([f"org/{path.name}" for path in zoo], rank=1).save(tmp_path / "bundle"))
+    rebuilt = space.rebuild("m1").save(tmp_path / "out")
+    for name, data in MODULES.items():
+        assert (rebuilt / name).read_bytes() == data
+    left = {"head", "old", "onnx", "pytorch_model.bin", "head/v_head.bin", *LEFT} - {"old/config.json"}
+    assert set(space.rebuild("m1").not_carried) == left
+    assert set(space.rebuild("m1").left_weights) == {"mm_projector.bin", "head/v_head.bin"}
+    (below,) = [text for text in space.report["warnings"] if "models of their own" in text]
+    assert "m0/old, m1/old" in below
+
+
 def test_only_weights_and_configs_are_downloaded(hub: Hub, zoo: list[Path], tmp_path: Path) -> None:
     ez.open_zoo([f"org/{path.name}" for path in zoo])
     asked = {path.rpartition("/")[2] for _, path in hub.requests if "/resolve/" in path}

@@ -13,7 +13,7 @@ from pathlib import Path
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import FILE_SUFFIXES, kind_of_folder
-from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, is_regular, list_folder, read_start
+from eigenzoo.formats.paths import MAX_SIDE_BYTES, OUTPUT_RECORD, RECORD_FILE, inside, is_regular, list_folder, read_start
 from eigenzoo.formats.refused import FOREIGN, FOREIGN_NAMES
 from eigenzoo.formats.stand_ins import POINTER_BYTES, stand_in
 
@@ -22,10 +22,12 @@ __all__ = [
     "MAX_SIDE_BYTES",
     "SIDE_FILES",
     "Beside",
+    "is_carried_from",
     "is_side_file",
     "list_side_files",
     "listed_first",
     "refuse_quantised",
+    "tell_left",
     "weights_among",
 ]
 
@@ -106,6 +108,11 @@ class Beside:
         return Beside(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
 
+def is_carried_from(name: str, names: Collection[str]) -> bool:
+    """Tell whether a listed file is carried: a known name, of a module only where sentence-transformers' list of them is there."""
+    return is_side_file(name) and ("/" not in name or MODULES in names or name.startswith(f"{_TEMPLATES}/"))
+
+
 def is_side_file(name: str) -> bool:
     """Tell whether a file is carried by its name, from the model's folder.
 
@@ -139,6 +146,14 @@ RUN_STATE = "trainer_state.json"
 """What transformers' Trainer leaves in every checkpoint of a run."""
 
 
+_left_at_source: dict[str, tuple[str, ...]] = {}
+
+
+def tell_left(folder: Path, names: Iterable[str]) -> None:
+    """Tell this process what lies beside a model where it came from, and was not downloaded: names from the model's folder."""
+    _left_at_source[os.path.realpath(folder)] = tuple(islice(sorted(names), _LISTED))
+
+
 def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] = frozenset()) -> Beside:
     """Sort a folder's entries into what is carried and what is not; weights are neither.
 
@@ -156,6 +171,7 @@ def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] 
             found.look_into(name, is_module=MODULES in names and _MODULE.fullmatch(name) is not None)
         else:
             found.ignore(name)
+    found.leave_at_source(_left_at_source.get(os.path.realpath(folder), ()) if _left_at_source else ())
     return Beside(*(tuple(part) for part in (found.carried, found.ignored, found.weights, found.models, found.notes)))
 
 
@@ -180,7 +196,9 @@ class _Sorted:
         self.notes.append(f"{name} is {kind.what}, and is not carried: {kind.next_step}")
 
     def ignore(self, name: str) -> None:
-        """Leave a file behind."""
+        """Leave a file behind; what git and systems hide by a dot is no part of a model, and is not named."""
+        if name.startswith(".") and not _holds_values(name):
+            return
         self.ignored.append(name)
         self.weights += weights_among([name], (*self._own, *self.carried))
 
@@ -199,7 +217,24 @@ class _Sorted:
             else:
                 self.take(place)
 
+    def leave_at_source(self, names: Iterable[str]) -> None:
+        """Name what was not downloaded."""
+        folders: dict[str, list[str]] = {}
+        for name in names:
+            inner, slash, rest = name.partition("/")
+            if os.path.lexists(self.folder / name):
+                continue
+            if slash and not any(own.startswith(f"{inner}/") for own in (*self._own, *self.carried, *self.ignored)):
+                folders.setdefault(inner, []).append(rest)
+            else:
+                self.ignore(name)
+        for inner, rests in folders.items():
+            if inner not in self.ignored:
+                self._ignore_folder(inner, rests)
+
     def _ignore_folder(self, inner: str, names: list[str]) -> None:
+        if inner.startswith("."):
+            return
         self.ignored.append(inner)
         if inner in _COPY_FOLDERS:
             return
@@ -212,7 +247,7 @@ class _Sorted:
 def _some_names(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in islice(entries, _LISTED))
+            return sorted({entry.name for entry in islice(entries, _LISTED)} - {RECORD_FILE, OUTPUT_RECORD})
     except OSError:
         return []  # what cannot be listed holds nothing that is known
 

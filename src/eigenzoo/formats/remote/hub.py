@@ -21,6 +21,7 @@ from eigenzoo.formats.remote.hub_calls import persist
 from eigenzoo.formats.remote.hub_files import HubModel, find_in_tree, needed_files
 from eigenzoo.formats.remote.hub_id import HubId
 from eigenzoo.formats.remote.retrying import Stopped, side_by_side
+from eigenzoo.formats.side_files import tell_left
 from eigenzoo.records import Progress, no_progress
 
 MAX_DOWNLOADS = 8
@@ -121,6 +122,8 @@ def find_hub_models(
         found[number] = (path, error)
     errors = download(commit, set().union(*shards.values()), progress, keep_going=allow_missing, stopped=stopped)
     for number, names in shards.items():
+        model, prefix = models[number], f"{models[number].path}/" if models[number].path else ""
+        tell_left(commit.folder / model.path, (name for name in model.left if prefix + name not in names))
         found[number] = (found[number][0], _first_of(names, errors))
     return found
 

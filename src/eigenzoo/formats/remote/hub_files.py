@@ -25,7 +25,7 @@ from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
-from eigenzoo.formats.side_files import SIDE_FILES
+from eigenzoo.formats.side_files import MODULE_WEIGHTS, is_carried_from, is_side_file
 
 README = "README.md"
 MAX_README_BYTES = 2**20
@@ -41,6 +41,7 @@ class HubModel:
         files: what is downloaded of it at first; the shards that an index names come later.
         index: the index, empty where there is none.
         error: why it cannot be read.
+        left: what lies beside it and is not downloaded, named from its folder.
     """
 
     path: str
@@ -48,6 +49,7 @@ class HubModel:
     files: frozenset[str]
     index: str = ""
     error: FormatError | None = None
+    left: frozenset[str] = frozenset()
 
     @property
     def is_pickled(self) -> bool:
@@ -118,7 +120,8 @@ def _visit(
 
 def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> HubModel:
     prefix = f"{path}/" if path else ""
-    names = {name for name in folder.files if name in SIDE_FILES}
+    listed = {*folder.files, *(f"{inner}/{name}" for inner, found in folder.folders.items() for name in found.files)}
+    names = {name for name in listed if is_carried_from(name, listed) and not _is_too_large(name, sizes[prefix + name])}
     index = ""
     try:
         refuse_unreadable(kind, folder.files, "")
@@ -147,8 +150,8 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
             index = prefix + PICKLE_INDEX
         else:
             names |= {PICKLE_FILE} & folder.files or set(pickle_names(folder.files)[:1])
-        for name in names & {*SIDE_FILES, CONFIG_FILE, *INDEXES, PICKLE_INDEX}:
-            limit = MAX_SIDE_BYTES if name in SIDE_FILES else MAX_CONFIG_BYTES
+        for name in names & {*filter(is_side_file, names), CONFIG_FILE, *INDEXES, PICKLE_INDEX}:
+            limit = MAX_SIDE_BYTES if is_side_file(name) else MAX_CONFIG_BYTES
             if sizes[prefix + name] > limit:
                 raise FormatError(
                     f"{name!r} has {sizes[prefix + name]} bytes", rule=f"such a file has at most {limit} bytes"
@@ -157,7 +160,13 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
         return HubModel(path, kind, frozenset(), error=error)
     # What its author says of it: for the licence.
     names |= {name for name in folder.files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
-    return HubModel(path, kind, frozenset(prefix + name for name in names), index)
+    files = frozenset(prefix + name for name in names)
+    return HubModel(path, kind, files, index, left=frozenset(listed - names))
+
+
+def _is_too_large(name: str, size: int) -> bool:
+    """A module's weights may be larger than what is carried, which is no fault of the model."""
+    return name.endswith(f"/{MODULE_WEIGHTS}") and size > MAX_SIDE_BYTES
 
 
 def needed_files(model: HubModel, folder: Path, sizes: Mapping[str, int]) -> set[str]:

@@ -33,7 +33,7 @@ from eigenzoo.formats.remote.record import Entry, mirror_folder, read_record, re
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, fresh_info, tag_of
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
-from eigenzoo.formats.side_files import CONFIG, SIDE_FILES
+from eigenzoo.formats.side_files import CONFIG, SIDE_FILES, is_carried_from, is_side_file, tell_left
 from eigenzoo.records import Progress, no_progress
 
 FIRST_BYTES = 2**15
@@ -138,8 +138,10 @@ def _plan(listed: Listed) -> _Plan:
             plan = _Plan(listed, kind_of_folder(set(files)), files)
             matter = {*NEEDED, *SIDE_FILES, *plan.weights()}
             plan.files = {name: file for name, file in files.items() if name in matter}
+            inner = _inner_files(listed)
+            plan.files |= {name: file for name, file in inner.items() if is_carried_from(name, files)}
             if plan.kind == "checkpoint" and any(name in files for name in INDEXES):
-                plan.files |= _inner_shards(listed)
+                plan.files |= {name: file for name, file in inner.items() if name.endswith(".safetensors")}
         _refuse(plan)
     except FormatError as error:
         return _Plan(listed, None, {}, error=error)
@@ -150,14 +152,14 @@ def _local_name(folder: Folder) -> str:
     return folder.last_name.replace(":", "_") or "root"
 
 
-def _inner_shards(folder: Folder) -> dict[str, RemoteFile]:
-    """Files in the folders of a checkpoint, where its index may place shards."""
+def _inner_files(folder: Folder) -> dict[str, RemoteFile]:
+    """Files in the folders of a model, by their names from it: there its index may place shards, and modules lie there."""
     return {
         f"{inner.last_name}/{name}": entry
         for inner in folder.entries.values()
         if isinstance(inner, Folder)
         for name, entry in inner.entries.items()
-        if isinstance(entry, RemoteFile) and name.endswith(".safetensors")
+        if isinstance(entry, RemoteFile)
     }
 
 
@@ -254,7 +256,7 @@ def _fetch_side_files(plans: Sequence[_Plan]) -> None:
 
 def _keep_shards(plan: _Plan) -> None:
     """Of the folders of a checkpoint, keep the shards that its index names; what is wrong with one is its reader's to say."""
-    inner = [name for name in plan.files if "/" in name]
+    inner = [name for name in plan.files if "/" in name and not is_side_file(name)]
     if not inner:
         return
     named: set[str] = set()
@@ -359,4 +361,7 @@ def _remembered(plan: _Plan) -> Path:
             entry = record[1].get(name.rpartition("/")[2]) if record else None
             if entry is not None and entry.held < plan.files[name].size:
                 remember(plan.folder / name, plan.files[name])
+    if isinstance(plan.listed, Folder):
+        files = {name for name, entry in plan.listed.entries.items() if isinstance(entry, RemoteFile)}
+        tell_left(plan.folder, {*files, *_inner_files(plan.listed)} - plan.files.keys())
     return plan.path
