@@ -118,9 +118,8 @@ def test_weights_that_zero_3_left_empty_are_named_and_gathered_ones_are_read(tmp
         else:
             save_file({name: torch.empty(0) for name in load_file(path)}, path, {"format": "pt"})
     place = "model.safetensors" if kind == "bare" else ""
-    with pytest.raises(
-        FormatError, match=r"\d of \d tensors are empty \(shape \[0\]\).*ZeRO stage 3.*zero_to_fp32\.py"
-    ):
+    step = "Set stage3_gather_16bit_weights_on_model_save" if kind == "adapter" else r"zero_to_fp32\.py"
+    with pytest.raises(FormatError, match=rf"\d of \d tensors are empty \(shape \[0\]\).*ZeRO stage 3.*{step}"):
         open_model(empty / place, allow_pickle=True)
     assert open_model(folder / place, allow_pickle=True).tensors
 

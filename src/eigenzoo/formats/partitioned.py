@@ -15,10 +15,15 @@ def refuse_partitioned(tensors: Mapping[str, TensorInfo], where: str = "") -> No
     """
     empty = [name for name, info in tensors.items() if info.shape == (0,) and name.endswith(".weight")]
     if empty:
+        again = "set stage3_gather_16bit_weights_on_model_save in DeepSpeed's config and save it again"
+        whole = (
+            "in the run's folder, where global_step… is, run python zero_to_fp32.py . OUT --safe_serialization and open OUT; or "
+            f"{again}"
+        )
         raise FormatError(
             f"{len(empty)} of {len(tensors)} tensors are empty (shape [0]), such as {empty[0][:200]!r}",
             where=where,
             rule="DeepSpeed's ZeRO stage 3 leaves such tensors where weights were not gathered before they were saved",
-            next_step="gather them from the run's checkpoint, where the folder global_step… is: python zero_to_fp32.py . OUT "
-            "--safe_serialization; or set stage3_gather_16bit_weights_on_model_save and save again",
+            # What the script gathers of an adapter has names that PEFT does not load.
+            next_step=again if any(".lora_" in name for name in empty) else whole,
         )

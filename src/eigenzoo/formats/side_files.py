@@ -13,7 +13,15 @@ from pathlib import Path
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import FILE_SUFFIXES, kind_of_folder
-from eigenzoo.formats.paths import MAX_SIDE_BYTES, OUTPUT_RECORD, RECORD_FILE, inside, is_regular, list_folder, read_start
+from eigenzoo.formats.paths import (
+    MAX_SIDE_BYTES,
+    OUTPUT_RECORD,
+    RECORD_FILE,
+    inside,
+    is_regular,
+    list_folder,
+    read_start,
+)
 from eigenzoo.formats.refused import FOREIGN, FOREIGN_NAMES
 from eigenzoo.formats.stand_ins import POINTER_BYTES, stand_in
 
