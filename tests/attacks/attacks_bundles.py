@@ -192,6 +192,9 @@ FILES: dict[str, Change] = {
     "a side file below a module": model(lambda m: m.update(side_files={"1_Pooling/x/config.json": "0" * 32})),
     "a program in a module's folder": model(lambda m: m.update(side_files={"1_Pooling/evil.py": "0" * 32})),
     "a pickle in a module's folder": model(lambda m: m.update(side_files={"2_Dense/pytorch_model.bin": "0" * 32})),
+    "names that a terminal acts on, not carried": model(
+        lambda m: m.update(not_carried=["\x1b]52;c;YQ==\x07", "<script>alert(1)</script>", "../../../evil.json"])
+    ),
     "a million names that are not carried": model(lambda m: m.update(not_carried=["n"] * 10**6)),
     "a side file that is a program": model(lambda m: m.update(side_files={"evil.py": "0" * 32})),
     "a version of the future": lambda d: d.update(schema_version=2, new={}),
@@ -213,7 +216,7 @@ FILES: dict[str, Change] = {
     "no models": lambda d: d.update(models=[]),
 }
 
-HARMLESS = {"no models", "numbers of 1e308"}
+HARMLESS = {"no models", "numbers of 1e308", "names that a terminal acts on, not carried"}
 """What breaks no rule."""
 
 TEXTS = {

@@ -51,6 +51,13 @@ def many(num: int) -> bytes:
     )
 
 
+def dotted(num: int) -> bytes:
+    """A header of names of two hundred parts each, nearly all of them different."""
+    names = (".".join(f"{number}_{part}" for part in range(200))[:1000] for number in range(num))
+    entry = json.dumps({**ENTRY, "shape": [0], "data_offsets": [0, 0]})
+    return ("{" + ",".join(f'"{name}.x":{entry}' for name in names) + "}").encode()
+
+
 HEADERS: dict[str, Write] = {
     "a length of 2^63": raw(json.dumps({"w": ENTRY}).encode(), length=2**63),
     "a length of 2^64 - 1": raw(json.dumps({"w": ENTRY}).encode(), length=2**64 - 1),
@@ -64,6 +71,7 @@ HEADERS: dict[str, Write] = {
     "a header of 32 MB of brackets": raw(b'{"w":[' + b"[]," * 10**7 + b"[]]}", b""),
     "a header of 30 MB of short texts": raw(b'{"w":[' + b'"ab",' * 6 * 10**6 + b'""]}', b""),
     "a hundred thousand levels": raw(b'{"w":' * 100_000 + b"1" + b"}" * 100_000, b""),
+    "names of two hundred parts": raw(dotted(25_000), b""),
     "a million tensors": raw(many(600_000), b""),
     "a list": raw(b"[1, 2]"),
     "a number of 5000 digits": raw(b'{"w": ' + b"9" * 5000 + b"}"),

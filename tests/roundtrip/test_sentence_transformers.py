@@ -73,3 +73,24 @@ def test_weights_of_a_module_are_carried_and_what_cannot_be_is_named(zoo: Path, 
     beside = open_model(folder).beside
     assert beside.weights == ("2_Dense/pytorch_model.bin",)
     assert "2_Dense/config.json" in beside.carried
+
+
+def test_a_module_in_a_folder_of_its_own_is_rebuilt_and_the_others_are_said(zoo: Path, tmp_path: Path) -> None:
+    """Older versions put the transformer into `0_Transformer`, and a layer with weights beside it."""
+    for path in zoo.iterdir():
+        folder = shutil.copytree(path, tmp_path / "zoo" / path.name)
+        (folder / "0_Transformer").mkdir()
+        for file in list(folder.iterdir()):
+            if file.is_file() and file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+                file.rename(folder / "0_Transformer" / file.name)
+        text = (folder / "modules.json").read_text()
+        (folder / "modules.json").write_text(text.replace('"path": ""', '"path": "0_Transformer"'))
+    opened = ez.open_zoo(tmp_path / "zoo")
+    assert opened.names == ("m0/0_Transformer", "m1/0_Transformer", "m2/0_Transformer")
+    (said,) = opened.warnings
+    assert "0_Transformer is one module of a sentence-transformers model" in said
+    space = ez.fit(opened, rank=1.0)
+    copy = shutil.copytree(tmp_path / "zoo" / "m1", tmp_path / "copy")
+    shutil.rmtree(copy / "0_Transformer")
+    space.rebuild("m1/0_Transformer").save(copy / "0_Transformer")
+    torch.testing.assert_close(embed(copy), embed(zoo / "m1"), rtol=0, atol=tolerance(WIDTH, dtype=torch.float32))

@@ -27,10 +27,12 @@ from eigenzoo.formats.stand_ins import POINTER_BYTES, stand_in
 
 __all__ = [
     "CONFIG",
+    "MODULES",
     "MAX_SIDE_BYTES",
     "SIDE_FILES",
     "Beside",
     "is_carried_from",
+    "is_module",
     "is_side_file",
     "list_side_files",
     "listed_first",
@@ -116,6 +118,11 @@ class Beside:
         return Beside(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
 
+def is_module(name: str) -> bool:
+    """Tell whether a folder has the name of a module of sentence-transformers, such as `1_Pooling`."""
+    return _MODULE.fullmatch(name) is not None
+
+
 def is_carried_from(name: str, names: Collection[str]) -> bool:
     """Tell whether a listed file is carried: a known name, of a module only where sentence-transformers' list of them is there."""
     return is_side_file(name) and ("/" not in name or MODULES in names or name.startswith(f"{_TEMPLATES}/"))
@@ -176,10 +183,15 @@ def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] 
         if name in SIDE_FILES or name in also:
             found.take(name)
         elif os.path.isdir(folder / name):
-            found.look_into(name, is_module=MODULES in names and _MODULE.fullmatch(name) is not None)
+            found.look_into(name, is_module=MODULES in names and is_module(name))
         else:
             found.ignore(name)
     found.leave_at_source(_left_at_source.get(os.path.realpath(folder), ()) if _left_at_source else ())
+    if is_module(folder.name) and os.path.isfile(folder.parent / MODULES):
+        found.notes.append(
+            f"{folder.name} is one module of a sentence-transformers model, of whose folder nothing else is carried: put what "
+            "is rebuilt into a copy of that folder, in this module's place"
+        )
     return Beside(*(tuple(part) for part in (found.carried, found.ignored, found.weights, found.models, found.notes)))
 
 

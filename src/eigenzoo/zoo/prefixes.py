@@ -15,12 +15,15 @@ PROBES = 20
 """Names whose beginnings are tried: a head may lie outside what has the prefix."""
 
 MOST_PARTS = 8
-"""Parts of a name that may all be prefix."""
+"""Parts of a name that may all be prefix, and parts that are tried as a wrapper's."""
+
+MOST_NAMES = 2_000
+"""Names that are compared: what most of these have is enough to tell."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What some names have and others lack: `text` at their beginning, or else wherever it stands; `num` names then agree."""
+    """What some names have and others lack: `text`, at their beginning or else wherever it stands; without it `num` names agree."""
 
     text: str
     at_the_beginning: bool
@@ -36,12 +39,11 @@ def extra_of(longer: Collection[str], shorter: Collection[str]) -> Extra | None:
     Extra(text='_orig_mod.', at_the_beginning=False, num=2)
     """
     there = set(shorter)
-    only = [name for name in longer if name not in there]
+    only = list(islice((name for name in longer if name not in there), MOST_NAMES))
     found = [Extra(text, True, _num_cut(only, there, text)) for text in _beginnings(only, there)]
     known = {part for name in shorter for part in name.split(".")}
-    for part in dict.fromkeys(
-        part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in known
-    ):
+    new = dict.fromkeys(part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in known)
+    for part in islice(new, MOST_PARTS):
         found.append(Extra(f"{part}.", False, sum(_without(name, part) in there for name in only)))
     best = max(found, key=lambda extra: extra.num, default=None)
     return best if best is not None and 2 * best.num > len(only) else None

@@ -25,6 +25,7 @@ from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
 from eigenzoo.formats.remote.listing import Entry
 from eigenzoo.formats.remote.mirror import mirror_models
 from eigenzoo.formats.remote.retrying import Stopped, side_by_side
+from eigenzoo.formats.side_files import MODULES, is_module
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.zoo.globs import find_names
 from eigenzoo.zoo.remote_sources import find_remote, last_name
@@ -222,7 +223,10 @@ def _meant(path: Path) -> str:
 
 def _in_folder(folder: Path, depth: int, hidden: list[Path]) -> list[Path]:
     found: list[Path] = []
-    for child in (folder / name for name in sorted(list_folder(folder), key=_natural)):
+    names = list_folder(folder)
+    if MODULES in names:  # what follows the first module is no model of its own: a layer, or nothing
+        names = [name for name in names if name.startswith("0_") or not is_module(name)]
+    for child in (folder / name for name in sorted(names, key=_natural)):
         if child.name.startswith(HIDDEN):
             hidden += _models_at(child)
             continue
