@@ -30,7 +30,7 @@ from eigenzoo.formats.remote.hub_id import parse_id, parse_url
 from eigenzoo.formats.remote.record import Entry, read_record, write_record
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.file import SafetensorsFile
-from eigenzoo.formats.stand_ins import refuse_stand_in
+from eigenzoo.formats.stand_ins import stand_in as known_stand_in
 from eigenzoo.subspace.bundles.provenance import read_licence
 from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.fitting.work import Work
@@ -90,7 +90,7 @@ def json(folder: Path) -> Parser:
 def stand_in(folder: Path) -> Parser:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
     pages = [b"\n<!DOCTYPE html><html><body>", b"<?xml version='1.0'?><Error>", b"<!-- x --><html>", b"Entry not found"]
-    return Parser(BYTES, [pointer, *pages], lambda data: refuse_stand_in(data, "a file"))
+    return Parser(BYTES, [pointer, *pages], known_stand_in)
 
 
 @target

@@ -11,9 +11,9 @@ from eigenzoo.formats.model import TensorInfo
 def refuse_partitioned(tensors: Mapping[str, TensorInfo], where: str = "") -> None:
     """Raise FormatError for weights of shape [0], which ZeRO stage 3 leaves of every parameter that was not gathered.
 
-    Only names that end in `.weight` count: a buffer may be empty.
+    Only weights count, by their names: a buffer may be empty.
     """
-    empty = [name for name, info in tensors.items() if info.shape == (0,) and name.endswith(".weight")]
+    empty = [name for name, info in tensors.items() if info.shape == (0,) and _is_parameter(name)]
     if empty:
         again = "set stage3_gather_16bit_weights_on_model_save in DeepSpeed's config and save it again"
         whole = (
@@ -27,3 +27,7 @@ def refuse_partitioned(tensors: Mapping[str, TensorInfo], where: str = "") -> No
             # What the script gathers of an adapter has names that PEFT does not load.
             next_step=again if any(".lora_" in name for name in empty) else whole,
         )
+
+
+def _is_parameter(name: str) -> bool:
+    return name.endswith(".weight") or ".lora_" in name
