@@ -267,10 +267,19 @@ class Subspace:
         return with_templates(zoo, project_layers(self.layers, zoo, progress))
 
     @own_settings()
-    def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:
+    def rebuild(
+        self,
+        model: Coefficients | str,
+        *,
+        mean_only: bool = False,
+        fetch: bool = False,
+        max_lora_rank: int | None = None,
+    ) -> RebuiltModel:
         """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
 
-        With `fetch`, tensors that were left in the store that the model came from are read from there.
+        With `fetch`, tensors that were left in the store that the model came from are read from there. With `max_lora_rank`
+        each update of an adapter, also one that no layer holds, is the best approximation of at most that rank;
+        `RebuiltModel.ranks` says what that costs.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -289,7 +298,14 @@ class Subspace:
             if mean_only:
                 values[name] = torch.zeros_like(values[name])
         return RebuiltModel(
-            coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base), fetch
+            coefficients.name,
+            self.layers,
+            values,
+            coefficients.template,
+            self.view,
+            lambda: _some(self.base),
+            fetch,
+            max_lora_rank,
         )
 
     def add(
