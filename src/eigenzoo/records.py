@@ -86,6 +86,14 @@ class SkippedModel:
 
 
 @dataclass(frozen=True)
+class ZeroUpdates:
+    """The modules that one adapter lacks and others have, which count as updates of zero in it."""
+
+    model: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class UpdateRank:
     """The rank of one rebuilt LoRA update M, and what a bound on the rank leaves of it.
 

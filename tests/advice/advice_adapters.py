@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from advice_case import Case
 from safetensors.torch import load_file
-from tiny_llama import adapter_answers, assert_same, write_zoo
+from tiny_llama import adapter_answers, add_adapter, assert_same, make_llama, save_adapter, write_zoo
 
 import eigenzoo as ez
 
@@ -77,7 +77,71 @@ def get_the_weights(root: Path) -> None:
     assert_rebuilt(root, root / "zoo")
 
 
+def open_other_targets(root: Path) -> None:
+    write_zoo(root / "zoo", target_modules=["q_proj", "v_proj"])
+    path = root / "zoo" / "a1"
+    shutil.rmtree(path)
+    save_adapter(add_adapter(make_llama(), 1, target_modules=["q_proj", "up_proj"]), path)
+    ez.open_zoo(root / "zoo")
+
+
+def count_as_zero(root: Path) -> None:
+    """The test passed `missing="zero"`; the rebuilt adapters answer in PEFT as the originals, and no module was left out."""
+    zoo = ez.open_zoo(root / "zoo", missing="zero")
+    assert set(zoo.layers) == {module for model in zoo.models for module in model.updates}
+    assert_rebuilt(root, root / "zoo", missing="zero")
+
+
+def open_disjoint_targets(root: Path) -> None:
+    for seed, target in enumerate(("q_proj", "up_proj")):
+        save_adapter(add_adapter(make_llama(), seed, target_modules=[target]), root / "zoo" / f"a{seed}")
+    ez.open_zoo(root / "zoo")
+
+
+def skip_disjoint_targets(root: Path) -> None:
+    for seed, target in enumerate(("q_proj", "up_proj")):
+        save_adapter(add_adapter(make_llama(), seed, target_modules=[target]), root / "zoo" / f"a{seed}")
+    ez.open_zoo(root / "zoo", allow_missing=True)
+
+
+def open_whole_and_update(root: Path) -> None:
+    save_adapter(add_adapter(make_llama(), 0, target_modules=["q_proj", "lm_head"]), root / "zoo" / "a0")
+    save_adapter(
+        add_adapter(make_llama(), 1, target_modules=["q_proj"], modules_to_save=["lm_head"]), root / "zoo" / "a1"
+    )
+    ez.open_zoo(root / "zoo", missing="zero")
+
+
+def exclude_the_whole(root: Path) -> None:
+    """The test excluded the module; the rebuilt adapters answer in PEFT as the originals."""
+    assert_rebuilt(root, root / "zoo", missing="zero", exclude=["lm_head"])
+
+
 CASES = [
+    Case(
+        "Adapters with other target modules",
+        open_other_targets,
+        ("has no such layer", "--missing zero (missing='zero')"),
+        count_as_zero,
+    ),
+    Case(
+        "Adapters without a module in common",
+        open_disjoint_targets,
+        ("has no such layer", "--missing zero (missing='zero')"),
+        count_as_zero,
+    ),
+    Case(
+        "Adapters without a module in common, with `--allow-missing`",
+        skip_disjoint_targets,
+        ("no layer is left to analyse", "--missing zero (missing='zero')"),
+        count_as_zero,
+    ),
+    Case(
+        "A module that one adapter updates and another trains whole",
+        open_whole_and_update,
+        ("holds the whole weight of this module", "--exclude 'lm_head'"),
+        exclude_the_whole,
+    ),
     Case(
         "An adapter's config without its weights",
         open_without_weights,

@@ -27,6 +27,7 @@ def command(
     cache: options.Cache = True,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -49,6 +50,7 @@ def command(
             split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            missing=missing,
             progress=progress,
         )
         made = ez.plan(

@@ -48,7 +48,7 @@ _FACTOR = re.compile(
 )
 _ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
 # Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
-_ATTENTION_OUT = ".base_layer.out_proj"
+ATTENTION_OUT = ".base_layer.out_proj"
 
 
 class LoraAdapter(SafetensorsModel):
@@ -185,7 +185,7 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
             raise FormatError(f"the factor {missing} is missing", rule="an update has both factors")
         factor_a, factor_b = pair["A"], pair["B"]
         rank = _rank(factor_a, factor_b)
-        pattern_name = module.removesuffix(_ATTENTION_OUT)
+        pattern_name = module.removesuffix(ATTENTION_OUT)
         if "base_layer" in pattern_name.split("."):
             raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
         stated = lora_rank(config, pattern_name)
