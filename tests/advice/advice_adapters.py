@@ -77,6 +77,24 @@ def get_the_weights(root: Path) -> None:
     assert_rebuilt(root, root / "zoo")
 
 
+def open_axolotl(root: Path) -> None:
+    """As axolotl leaves a run: the config above, weights in the folders of the checkpoints."""
+    for seed in range(2):
+        run = root / "zoo" / f"run{seed}"
+        for step in (9, 20):
+            save_adapter(add_adapter(make_llama(), 10 * seed + step), run / f"checkpoint-{step}")
+        shutil.copy(run / "checkpoint-9" / "adapter_config.json", run)
+    ez.open_zoo(root / "zoo")
+
+
+def name_the_checkpoints(root: Path) -> None:
+    """The test named the last checkpoint of each run; the rebuilt adapters answer in PEFT as these."""
+    space = ez.fit(ez.open_zoo([root / "zoo" / f"run{seed}" / "checkpoint-20" for seed in range(2)]), rank=1.0)
+    for seed, name in enumerate(space.names):
+        rebuilt = space.rebuild(name).save(root / "rebuilt" / f"run{seed}")
+        assert_same(adapter_answers(rebuilt), adapter_answers(root / "zoo" / f"run{seed}" / "checkpoint-20"))
+
+
 def open_other_targets(root: Path) -> None:
     write_zoo(root / "zoo", target_modules=["q_proj", "v_proj"])
     path = root / "zoo" / "a1"
@@ -147,6 +165,12 @@ CASES = [
         open_without_weights,
         ("without adapter_model.safetensors", "ownload the weights"),
         get_the_weights,
+    ),
+    Case(
+        "The config of a training run above the folders of its checkpoints (axolotl)",
+        open_axolotl,
+        ("run0/checkpoint-20, which has both; 1 more checkpoints lie beside it",),
+        name_the_checkpoints,
     ),
     Case("A pickled adapter", open_pickled, ("pass --allow-pickle (allow_pickle=True)",), allow_the_pickle),
     Case(

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -37,8 +38,11 @@ from eigenzoo.weights.lora_scale import DEFAULT_RANK, lora_rank, lora_scale
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
-"""The entries of a config that say which rank and scale an update has."""
+READ_ENTRIES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_bias")
+"""The entries of a config that say which rank and scale an update has, and whether a bias belongs to it."""
+
+MAX_LOOKED_AT = 10_000
+"""Names in a folder that are looked at for weights that lie one level below."""
 
 _WEIGHTS = frozenset({WEIGHTS_FILE, CONFIG_FILE})
 
@@ -46,6 +50,8 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
     r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
 )
+# What `lora_bias` adds to s·B·A: it is s times this, and carried like any other bias that was trained.
+_BIAS = re.compile(r".+\.lora_B(\.[^.]+)?\.bias")
 _ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
 # Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
 ATTENTION_OUT = ".base_layer.out_proj"
@@ -67,7 +73,7 @@ class LoraAdapter(SafetensorsModel):
             self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
             if not os.path.exists(self.path / WEIGHTS_FILE):
-                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")
+                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step=_where_weights_are(self.path))
             self.side_files, self.ignored_files = list_side_files(self.path, _WEIGHTS)
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
             found = _known_updates(file.contents, self.config)
@@ -90,6 +96,24 @@ class LoraAdapter(SafetensorsModel):
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+
+def _where_weights_are(folder: Path) -> str:
+    """What to do about a config without weights: trainers such as axolotl leave those in folders below, one per checkpoint."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MAX_LOOKED_AT)]
+    whole = [
+        name
+        for name in names
+        if os.path.isfile(folder / name / CONFIG_FILE)
+        and any(os.path.isfile(folder / name / file) for file in (WEIGHTS_FILE, PICKLE_FILE))
+    ]
+    if not whole:
+        return "download the weights too"
+    # The later of `checkpoint-9` and `checkpoint-20` is the longer name.
+    latest = max(whole, key=lambda name: (len(name), name))
+    others = f"; {len(whole) - 1} more checkpoints lie beside it" if len(whole) > 1 else ""
+    return f"name {folder / latest}, which has both{others}"
 
 
 class PickleAdapter(PickleModel):
@@ -133,7 +157,7 @@ _known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = 
 def _known_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
     """Find the updates of a file, or give those that an open adapter of the same header and scales has."""
     # Nothing else of the config is handed on, so that nothing else can matter.
-    chosen = {key: config[key] for key in SCALING if key in config}
+    chosen = {key: config[key] for key in READ_ENTRIES if key in config}
     known = _known.setdefault(contents, WeakValueDictionary())
     text = json.dumps(chosen)
     found = known.get(text)
@@ -149,7 +173,8 @@ def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
     for key, info in tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            _refuse_other_lora(key)
+            if not (config.get("lora_bias") and _BIAS.fullmatch(key)):
+                _refuse_other_lora(key)
             continue
         module = match["module"].removeprefix(PREFIX)
         side = match["side"] or match["embedding"]
