@@ -112,8 +112,9 @@ def _where_weights_are(folder: Path) -> str:
         return "download the weights too"
     # The later of `checkpoint-9` and `checkpoint-20` is the longer name.
     latest = max(whole, key=lambda name: (len(name), name))
-    others = f"; {len(whole) - 1} more checkpoints lie beside it" if len(whole) > 1 else ""
-    return f"name {folder / latest}, which has both{others}"
+    others = sorted(set(whole) - {latest})[:3]
+    beside = f"; beside it: {', '.join(others)}{', …' if len(whole) > 4 else ''}" if others else ""
+    return f"name {folder / latest}, which has both{beside}"
 
 
 class PickleAdapter(PickleModel):
@@ -180,7 +181,7 @@ def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
         side = match["side"] or match["embedding"]
         adapters.add(match["adapter"] or match["name"])
         pair = pairs.setdefault(module, {})
-        if side in pair:
+        if side in pair and len(adapters) == 1:
             raise FormatError(f"two factors {side} of module {module!r}: {pair[side].name!r} and {key!r}")
         pair[side] = info
     if not pairs:
