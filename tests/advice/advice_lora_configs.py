@@ -60,7 +60,9 @@ def merge_all(root: Path, make: Callable[[], nn.Module]) -> None:
         assert_same(checkpoint_answers(space.rebuild(name).save(root / "rebuilt" / name)), answer, base)
 
 
-def mergeable(entry: str, name: str, make: Callable[[], nn.Module] = make_llama, **settings: Any) -> Case:
+def mergeable(
+    entry: str, name: str, make: Callable[[], nn.Module] = make_llama, *, slow: bool = False, **settings: Any
+) -> Case:
     """A case whose advice is to merge."""
 
     def provoke(root: Path) -> None:
@@ -71,10 +73,10 @@ def mergeable(entry: str, name: str, make: Callable[[], nn.Module] = make_llama,
         """The test merged the adapters by PEFT. The rebuilt checkpoints answer in transformers as the adapters in PEFT."""
         merge_all(root, make)
 
-    return Case(name, provoke, (entry, MERGE), follow)
+    return Case(name, provoke, (entry, MERGE), follow, slow)
 
 
-def retrained(entry: str, name: str, **settings: Any) -> Case:
+def retrained(entry: str, name: str, *, slow: bool = False, **settings: Any) -> Case:
     """A case of what PEFT cannot merge, or not exactly."""
 
     def provoke(root: Path) -> None:
@@ -87,7 +89,7 @@ def retrained(entry: str, name: str, **settings: Any) -> Case:
         write_zoo(root / "zoo")
         assert_rebuilt(root, root / "zoo")
 
-    return Case(name, provoke, (entry, RETRAIN), follow)
+    return Case(name, provoke, (entry, RETRAIN), follow, slow)
 
 
 def open_arrow(root: Path) -> None:
@@ -227,12 +229,12 @@ CASES = [
         **_EXPERTS,
     ),
     mergeable("trainable_token_indices", "Trained tokens", trainable_token_indices={"embed_tokens": [1, 3, 5]}),
-    mergeable("kasa_config", "KaSA", kasa_config=_SETTINGS["kasa"]),
-    mergeable("use_bdlora", "Block-diagonal LoRA", use_bdlora=_blocks(), r=4),
-    mergeable("velora_config", "VeLoRA", velora_config=_SETTINGS["velora"]),
-    mergeable("monteclora_config", "Monte Carlo LoRA", monteclora_config=_SETTINGS["carlo"]),
-    retrained("layer_replication", "Replicated layers", layer_replication=[[0, 2], [1, 2]]),
-    retrained("use_qalora", "QALoRA", use_qalora=True, qalora_group_size=4),
+    mergeable("kasa_config", "KaSA", slow=True, kasa_config=_SETTINGS["kasa"]),
+    mergeable("use_bdlora", "Block-diagonal LoRA", slow=True, use_bdlora=_blocks(), r=4),
+    mergeable("velora_config", "VeLoRA", slow=True, velora_config=_SETTINGS["velora"]),
+    mergeable("monteclora_config", "Monte Carlo LoRA", slow=True, monteclora_config=_SETTINGS["carlo"]),
+    retrained("layer_replication", "Replicated layers", slow=True, layer_replication=[[0, 2], [1, 2]]),
+    retrained("use_qalora", "QALoRA", slow=True, use_qalora=True, qalora_group_size=4),
     retrained("alora_invocation_tokens", "Activated LoRA", alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
     Case("An Arrow router", open_arrow, ("arrow_config", "leave the router out"), leave_the_router_out),
     Case(

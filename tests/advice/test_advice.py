@@ -14,7 +14,13 @@ from eigenzoo.formats.lora.config import _REFUSED
 CASES = table()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"\W+", "-", case.name.lower()))
+PARAMETERS = [
+    pytest.param(case, id=re.sub(r"\W+", "-", case.name.lower()), marks=[pytest.mark.slow] if case.slow else [])
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_the_next_step_leads_to_the_right_answer(tmp_path: Path, case: Case) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
