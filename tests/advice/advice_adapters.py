@@ -194,6 +194,17 @@ def save_one_by_one(root: Path) -> None:
     assert_rebuilt(root, root / "single")
 
 
+def open_factors_of_mixed_ranks(root: Path) -> None:
+    for seed in range(2):
+        save_adapter(add_adapter(make_llama(), seed, r=2 + seed), root / "zoo" / f"a{seed}")
+    ez.open_zoo(root / "zoo", view="factors")
+
+
+def take_view_update(root: Path) -> None:
+    """The test passed `view="update"`; the rebuilt adapters answer in PEFT as the originals."""
+    assert_rebuilt(root, root / "zoo", view="update")
+
+
 CASES = [
     Case(
         "Adapters with other target modules",
@@ -230,6 +241,12 @@ CASES = [
         open_axolotl,
         ("run0/checkpoint-20, which has both; beside it: checkpoint-9",),
         name_the_checkpoints,
+    ),
+    Case(
+        "Adapters of other ranks in view `factors`",
+        open_factors_of_mixed_ranks,
+        ("view 'update' takes mixed ranks",),
+        take_view_update,
     ),
     Case("A negative α", open_negative_alpha, ("Alpha is not negative", "egate the B factors"), negate_b),
     Case(

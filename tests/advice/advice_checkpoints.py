@@ -219,7 +219,77 @@ def name_models_of_one_architecture(root: Path) -> None:
     assert answers(make_llama()).isfinite().all()
 
 
+_GGUF = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def as_gguf(root: Path) -> None:
+    """Write the models as llama.cpp's converter does: its names, and the halves of each head's rotary rows interleaved."""
+    import gguf
+    from transformers import AutoConfig
+
+    write_checkpoints(root)
+    for path in (root / "zoo").iterdir():
+        config = AutoConfig.from_pretrained(path)
+        heads = config.num_attention_heads
+        writer = gguf.GGUFWriter(path / "model.gguf", "llama")
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.hidden_size // heads)
+        writer.add_vocab_size(config.vocab_size)
+        for key, values in load_file(path / "model.safetensors").items():
+            name = key.removesuffix(".weight").removeprefix("model.layers.")
+            number, _, rest = name.partition(".") if name[0].isdigit() else ("", "", name)
+            if rest.endswith(("q_proj", "k_proj")):
+                values = values.view(heads, 2, len(values) // heads // 2, -1).transpose(1, 2).reshape(values.shape)
+            block = f"blk.{number}." if number else ""
+            writer.add_tensor(f"{block}{_GGUF[rest]}.weight", values.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (path / "model.safetensors").unlink()
+    ez.open_zoo(root / "zoo")
+
+
+def convert_gguf(root: Path) -> None:
+    """The test converted the files in that way; the rebuilt checkpoints answer in transformers as the models before GGUF."""
+    import transformers
+
+    # Versions without the class dequantise by themselves.
+    kind = getattr(transformers, "GgufConfig", None)
+    settings = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    for name in ("m0", "m1"):
+        folder = root / "zoo" / name
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", **settings)
+        model.save_pretrained(root / "converted" / name)
+    assert_rebuilt(root, root / "converted")
+
+
 CASES = [
+    Case(
+        "A GGUF file",
+        as_gguf,
+        ("a GGUF file", "quantization_config=GgufConfig(dequantize=True)).save_pretrained(new_folder)"),
+        convert_gguf,
+    ),
     Case("A shard that is missing", shard_missing, ("is missing", "ownload it"), get_the_shard),
     Case("Shards without their index", index_missing, ("without their index", "ownload the index too"), get_the_index),
     Case(
