@@ -243,6 +243,17 @@ def zoo_of_adapters(folder: Path) -> Parser:
 
 
 @target
+def zoo_of_adapters_that_lack_modules(folder: Path) -> Parser:
+    """Whatever an adapter's keys say, each of the others gets an update of zero for its modules."""
+    path, *_ = [samples.write_adapter(folder / f"m{place}", place) for place in range(3)]
+    return of_file(
+        SAFETENSORS,
+        path / "adapter_model.safetensors",
+        lambda: ez.fit(ez.open_zoo(folder, missing="zero"), 1, cache=False).rebuild("m1").ranks(),
+    )
+
+
+@target
 def manifest(folder: Path) -> Parser:
     path = samples.write_bundle(folder, "tucker") / "manifest.json"
     return Parser(JSON, [path.read_bytes()], lambda data: parse_manifest(parse_json(data, where="it"), "it"))

@@ -86,6 +86,80 @@ class SkippedModel:
 
 
 @dataclass(frozen=True)
+class ZeroUpdates:
+    """The modules that one adapter lacks and others have, which count as updates of zero in it."""
+
+    model: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UpdateRank:
+    """The rank of one rebuilt LoRA update M, and what a bound on the rank leaves of it.
+
+    Attributes:
+        rank: of the update as it is written.
+        whole: rank of M, the least that holds it.
+        original: rank of the update in the model's own file.
+        energy: ‖M‖².
+        lost: ‖M − M̂‖², with M̂ the best approximation of `rank`; zero where nothing is cut.
+    """
+
+    rank: int
+    whole: int
+    original: int
+    energy: float
+    lost: float
+
+    @property
+    def loss(self) -> float:
+        """‖M − M̂‖ / ‖M‖; zero for an update that is zero."""
+        return math.sqrt(self.lost / self.energy) if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class UpdateRanks:
+    """The ranks of a rebuilt adapter's updates; `rank`, `whole` and `original` are the largest of its layers."""
+
+    layers: Mapping[str, UpdateRank]
+
+    @property
+    def rank(self) -> int:
+        """The rank that a program which loads the adapter must allow."""
+        return max(layer.rank for layer in self.layers.values())
+
+    @property
+    def whole(self) -> int:
+        """The largest rank before the cut."""
+        return max(layer.whole for layer in self.layers.values())
+
+    @property
+    def original(self) -> int:
+        """The largest rank in the model's own file."""
+        return max(layer.original for layer in self.layers.values())
+
+    @property
+    def loss(self) -> float:
+        """‖M − M̂‖ / ‖M‖ over all layers together."""
+        energy = sum(layer.energy for layer in self.layers.values())
+        return math.sqrt(sum(layer.lost for layer in self.layers.values()) / energy) if energy > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        layers = {
+            name: {"rank": layer.rank, "whole_rank": layer.whole, "original_rank": layer.original, "loss": layer.loss}
+            for name, layer in self.layers.items()
+        }
+        return {
+            "rank": self.rank,
+            "whole_rank": self.whole,
+            "original_rank": self.original,
+            "loss": self.loss,
+            "layers": layers,
+        }
+
+
+@dataclass(frozen=True)
 class ByteCount:
     """Bytes of a zoo and of its bundle; `zoo` and `bundle` count the analysed layers, `whole_*` everything on disk.
 

@@ -35,12 +35,14 @@ class Case:
         says: words of the message that matter, its next step among them.
         follow: follows the next step in the same folder, then asserts that the answer is right. The first line of its
             docstring stands on the page.
+        slow: whether `make test` leaves it out, since a case like it is in.
     """
 
     name: str
     provoke: Callable[[Path], object]
     says: tuple[str, ...]
     follow: Callable[[Path], None]
+    slow: bool = False
 
     def message(self, folder: Path) -> str:
         """Provoke the error in an empty folder, and return its text with `…` for that folder."""

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, read_update, write_adapter
-from eigenzoo.cli.console import progress_bar
+from eigenzoo.cli.console import in_bytes, in_percent, progress_bar
 
 COMMANDS = [
     "inspect",
@@ -82,7 +83,44 @@ def test_project_keeps_the_contract(run: Run, zoo: Path, bundle: Path) -> None:
     assert "share of the energy outside" in run("project", bundle, zoo / "m5").out
 
 
-def test_rebuild_writes_a_model_of_the_bundle_or_any_other(run: Run, zoo: Path, bundle: Path, tmp_path: Path) -> None:
+def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    modules = {"layers.0.q": (48, 40), "layers.1.q": (40, 48)}
+    for place in range(10):
+        write_adapter(tmp_path / "zoo" / f"a{place}", random_factors(modules, 3, place))
+    assert run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle", "--rank", 8).code == 0
+    originals = (tmp_path / "zoo" / "a1" / "adapter_model.safetensors").stat().st_size
+
+    def rebuilt(name: object, folder: str, *options: object) -> tuple[str, Any, int]:
+        words = ("rebuild", tmp_path / "bundle", name, *options, "-o")
+        said = " ".join(run(*words, tmp_path / folder).out.split())
+        document = run(*words, tmp_path / f"{folder}-json", "--json").json
+        return said, document, (tmp_path / folder / "adapter_model.safetensors").stat().st_size
+
+    said, document, size = rebuilt("a1", "whole")
+    assert f"rank 30, {in_bytes(size)} (the original: rank 3, {in_bytes(originals)})" in said
+    assert "--max-lora-rank 3" in said
+    assert (document["bytes"], document["original_bytes"]) == (size, originals)
+    assert {key: document["lora"][key] for key in ("rank", "whole_rank", "original_rank", "loss")} == {
+        "rank": 30,
+        "whole_rank": 30,
+        "original_rank": 3,
+        "loss": 0.0,
+    }
+    for name in ("a1", tmp_path / "zoo" / "a1"):
+        said, document, size = rebuilt(name, f"cut-{len(str(name))}", "--max-lora-rank", 3)
+        assert f"rank 3, {in_bytes(size)} (the original: rank 3, {in_bytes(originals)})" in said
+        expected = ez.load(tmp_path / "bundle").rebuild("a1", max_lora_rank=3).ranks()
+        assert expected is not None
+        assert f"cut from rank 30: loses {in_percent(expected.loss)} of the rebuilt updates' norm" in said
+        assert "--max-lora-rank" not in said
+        assert document["lora"]["loss"] == pytest.approx(expected.loss)
+        assert set(document["lora"]["layers"]) == set(modules)
+    assert "max-lora-rank" in refused("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "no", "--max-lora-rank", 0)
+
+
+def test_rebuild_writes_a_model_of_the_bundle_or_any_other(
+    run: Run, refused: Callable[..., str], zoo: Path, bundle: Path, tmp_path: Path
+) -> None:
     space = ez.load(bundle)
     for name, word in (("m0", "m0"), ("m5", zoo / "m5")):
         document = run("rebuild", bundle, word, "-o", tmp_path / f"out-{name}", "--json").json
@@ -91,6 +129,10 @@ def test_rebuild_writes_a_model_of_the_bundle_or_any_other(run: Run, zoo: Path, 
         written = load_file(tmp_path / f"out-{name}" / "model.safetensors")
         assert written.keys() == space.layers.keys()
         assert all(torch.equal(written[layer], expected.layer(layer).float()) for layer in written)
+        assert document["bytes"] == (tmp_path / f"out-{name}" / "model.safetensors").stat().st_size
+        assert document["original_bytes"] == (zoo / name / "model.safetensors").stat().st_size
+        assert document["lora"] is None
+    assert "--max-lora-rank" in refused("rebuild", bundle, "m0", "-o", tmp_path / "cut", "--max-lora-rank", 2)
     result = run("rebuild", bundle, "m0", "-o", tmp_path / "mean", "--mean-only")
     assert "the mean, in the place of m0" in result.out
     mean = load_file(tmp_path / "mean" / "model.safetensors")["block.bias"]

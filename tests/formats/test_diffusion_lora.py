@@ -168,7 +168,6 @@ def test_the_headers_config_is_the_scale(
     [
         ({"r": 4, "lora_alpha": 4}, r"rank 3 in the file and 4 in lora_adapter_metadata"),
         ({"r": 3, "lora_alpha": 3, "use_dora": True}, r"use_dora is True: DoRA"),
-        ({"r": 3, "lora_alpha": 3, "lora_bias": True}, r"lora_bias is True"),
         ({"r": 3, "lora_alpha": "3"}, r"lora_alpha is '3'.*finite number"),
         ({"r": 3, "lora_alpha": 3, "init_lora_weights": "pissa"}, r"changed the base weights"),
         ({"r": 3, "lora_alpha": 3, "peft_type": "LOKR"}, r"peft_type is 'LOKR'"),

@@ -13,7 +13,9 @@ import eigenzoo as ez
 from eigenzoo.errors import UnsupportedError
 from eigenzoo.formats.opening import open_model
 
-CONVERTS = r"a GGUF file.*from_pretrained\(folder, gguf_file=name\)\.save_pretrained\(new_folder\)"
+CONVERTS = (
+    r"a GGUF file.*gguf_file=name, quantization_config=GgufConfig\(dequantize=True\)\)\.save_pretrained\(new_folder\)"
+)
 
 
 def write_gguf(path: Path) -> Path:

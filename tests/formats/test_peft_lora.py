@@ -152,7 +152,6 @@ def test_pissa_is_refused_and_readable_once_converted(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora is True: DoRA"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias is True"),
     "parameters": ({"target_parameters": ["experts.w"]}, "target_parameters"),
     "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -164,11 +163,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kasa": ({"kasa_config": {"x": 1}}, "KaSA"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
     "velora": ({"velora_config": {"num_groups": 2}}, "VeLoRA"),
-    "tying": ({"ensure_weight_tying": True}, "tied between"),
     "pissa": ({"init_lora_weights": "pissa_niter_16"}, "'pissa_niter_16', which changed the base"),
     "olora": ({"init_lora_weights": "olora"}, "'olora', which changed the base"),
     "corda": ({"init_lora_weights": "corda"}, "'corda', which changed the base"),
-    "loftq": ({"init_lora_weights": "loftq"}, "'loftq', which changed the base"),
+    "loftq": ({"init_lora_weights": "loftq"}, "'loftq', which quantised the base"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "'lora_ga', which changed the base"),
     "unknown init": ({"init_lora_weights": "new"}, "'new'.*known to leave the base"),
     "init of another type": ({"init_lora_weights": [1]}, r"init_lora_weights is \[1\]"),

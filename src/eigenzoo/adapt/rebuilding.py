@@ -44,12 +44,14 @@ def rebuild(
     *,
     model: str | os.PathLike[str] | None = None,
     like: str | None = None,
+    max_lora_rank: int | None = None,
 ) -> RebuiltModel:
     """Return the whole model that an adapter file stands for; cost as of `Subspace.rebuild`.
 
     Args:
         model: the checkpoint that was trained; needed for start `zero` of full weights. It gives all that is no layer.
         like: the model of the bundle that gives it, where no model is named; by default the first.
+        max_lora_rank: of adapters, the largest rank of an update, as of `Subspace.rebuild`.
 
     Raises UsageError where a model is needed and not named, BundleError where it is another one, or where what was trained
     besides has no place in it.
@@ -68,11 +70,19 @@ def rebuild(
         template = space.template(like if like is not None else space.names[0])
     filled = _Filled(template, found, str(path))
     record = Coefficients(name, found.values, {}, 0.0, {}, {}, filled)
-    rebuilt = space.rebuild(record)  # its checks are those of every other model
+    rebuilt = space.rebuild(record, max_lora_rank=max_lora_rank)  # its checks are those of every other model
     if found.mean:
         return rebuilt
     if space.view == "update":
-        return _Change(name, space.layers, found.values, filled, space.view, lambda: _nothing(name))
+        return _Change(
+            name,
+            space.layers,
+            found.values,
+            filled,
+            space.view,
+            lambda: _nothing(name),
+            max_lora_rank=max_lora_rank,
+        )
     trained = split_model(open_model(model), space.manifest.split) if model is not None else space.base
     if trained is None:
         raise UsageError(

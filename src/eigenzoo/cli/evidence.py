@@ -57,6 +57,7 @@ def command(
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -68,7 +69,7 @@ def command(
         progress_bar(quiet=quiet or json) as progress,
         options.opened_workers(cluster, max_memory, device) as workers,
     ):
-        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, progress)
+        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, missing, progress)
         sides = options.parse_axes(axes) or ()
         found = ez.evidence(
             source,
@@ -96,6 +97,7 @@ def open_source(
     split: list[str] | None,
     allow_pickle: bool,
     allow_missing: bool,
+    missing: str,
     progress: Progress,
 ) -> Zoo | Subspace:
     """Open a zoo, or a bundle, which has its own view and layers."""
@@ -112,11 +114,12 @@ def open_source(
             split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            missing=missing,
             progress=progress,
         )
-    if view is not None or include or exclude or split:
+    if view is not None or include or exclude or split or missing != "error":
         raise UsageError(
-            "--view, --include, --exclude or --split of a bundle",
+            "--view, --include, --exclude, --split or --missing of a bundle",
             where=source,
             rule="a bundle has its own view and layers",
             next_step="name the zoo instead",

@@ -48,6 +48,7 @@ def command(
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -80,6 +81,7 @@ def command(
             split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            missing=missing,
             progress=progress,
         )
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ def command(
     split: options.Split = None,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -42,6 +43,7 @@ def command(
             split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            missing=missing,
             progress=progress,
         )
         found = ez.inspect(opened, progress=progress)
@@ -59,9 +61,10 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
         f"{counted(found.num_models, 'model')}, {counted(found.num_layers, 'layer')}, view {found.view}: "
         f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files"
     )
+    zeros = any(model.num_zeros for model in found.models)
     print_table(
         "models",
-        ("name", "format", "written by", "bytes", "values", "dtypes", "ranks"),
+        ("name", "format", "written by", "bytes", "values", "dtypes", "ranks", *(["zero updates"] if zeros else [])),
         [
             (
                 model.name,
@@ -71,6 +74,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
                 f"{model.num_values:,}",
                 ", ".join(model.dtypes),
                 ", ".join(map(str, model.ranks)) or "–",
+                *([model.num_zeros] if zeros else []),
             )
             for model in found.models[:most]
         ],

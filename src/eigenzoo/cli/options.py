@@ -127,6 +127,13 @@ AllowMissing = Annotated[
     bool,
     typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted."),
 ]
+Missing = Annotated[
+    str,
+    typer.Option(
+        help="Of modules that some LoRA adapters lack: error, or zero, which counts them as updates of zero. "
+        "Example: adapters with other target modules, --missing zero."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Force = Annotated[

@@ -27,6 +27,7 @@ def command(
     cache: options.Cache = True,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -49,6 +50,7 @@ def command(
             split=split or (),
             allow_pickle=allow_pickle,
             allow_missing=allow_missing,
+            missing=missing,
             progress=progress,
         )
         made = ez.plan(
@@ -73,9 +75,21 @@ def render(made: Plan) -> None:
         f"view {made.view}, {in_bytes(made.whole_zoo)} in files; "
         f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
     )
+    adapters = any(row.lora_rank is not None for row in made.rows)
+    columns = (
+        "axes",
+        "rank",
+        "lost",
+        "variance kept",
+        "… held out",
+        "bundle",
+        "ratio",
+        "one more model",
+        "smaller from",
+    )
     print_table(
         "",
-        ("axes", "rank", "lost", "variance kept", "… held out", "bundle", "ratio", "one more model", "smaller from"),
+        (*columns, "LoRA rank") if adapters else columns,
         [
             (
                 ", ".join(row.axes),
@@ -87,6 +101,7 @@ def render(made: Plan) -> None:
                 f"{row.ratio:.2f}×",
                 in_bytes(row.per_model),
                 "never" if row.break_even_models is None else f"{row.break_even_models:,} models",
+                *([f"≤ {row.lora_rank}"] if adapters else []),
             )
             for row in made.rows
         ],
@@ -95,3 +110,8 @@ def render(made: Plan) -> None:
         "lost: share of all energy, in-sample; ≤ marks an upper bound. Variance kept: about the mean, in-sample; "
         "held out: of models left out; –: only a fit can tell. Geometry is not function: measure the rebuilt models."
     )
+    if adapters:
+        say(
+            "LoRA rank: of a rebuilt update. Axes outputs and inputs never raise it; axis models adds up the ranks of all "
+            "models, up to the rank of the other axes. `rebuild --max-lora-rank R` cuts it."
+        )

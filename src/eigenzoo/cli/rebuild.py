@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
+from eigenzoo.cli.console import in_bytes, in_percent, print_json, progress_bar, say
 from eigenzoo.cli.left_behind import say_left_of_model
 from eigenzoo.errors import UsageError
 from eigenzoo.records import finite
 
 if TYPE_CHECKING:
+    from eigenzoo.records import UpdateRanks
     from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.subspace import Subspace
 
@@ -56,6 +57,15 @@ def command(
             help="Of a LoRA of a diffusion model: write it with the keys of `diffusers` or `kohya`.", show_default=False
         ),
     ] = None,
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-lora-rank",
+            help="Cut each LoRA update to the best approximation of at most this rank; the loss is printed. Example: 16.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -73,7 +83,9 @@ def command(
     if name not in space.names and is_adapter_file(Path(name)):
         if format is not None:
             raise UsageError("--format is not for files of `eigenzoo adapt`", where=name, next_step="leave it out")
-        _rebuild_adapter(space, name, output, model, like, mean_only=mean_only, fetch=fetch, force=force, json=json)
+        _rebuild_adapter(
+            space, name, output, model, like, max_lora_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
+        )
         return
     if model is not None or like is not None:
         raise UsageError("--model and --like are for files of `eigenzoo adapt`", where=name)
@@ -81,10 +93,13 @@ def command(
     with progress_bar(quiet=quiet or json) as progress:
         if known:
             coefficients = space.coefficients(name)
+            original = _bytes_of(space, name)
         else:
-            coefficients = space.project(space.open(name, allow_pickle=allow_pickle), progress=progress)
-        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch)
+            opened = space.open(name, allow_pickle=allow_pickle)
+            coefficients, original = space.project(opened, progress=progress), opened.num_bytes
+        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_lora_rank)
         rebuilt.save(output, force=force, format=format, progress=progress)
+        ranks, written = rebuilt.ranks(), _written(output)
     if json:
         print_json(
             {
@@ -94,6 +109,7 @@ def command(
                 "residual": None if _is_imported(space, coefficients) else finite(coefficients.residual),
                 "not_carried": list(rebuilt.not_carried),
                 "weights_not_carried": list(rebuilt.left_weights),
+                **_sizes(ranks, written, original),
             }
         )
         return
@@ -102,6 +118,44 @@ def command(
         + ("" if mean_only else f" · {_lost(space, coefficients)}")
     )
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
+    _say_sizes(ranks, written, original, max_lora_rank)
+
+
+def _bytes_of(space: Subspace, name: str) -> int | None:
+    """Bytes of the weight files that a model of the bundle came from; None where it came from none."""
+    files = next(model.source.files for model in space.manifest.models if model.name == name)
+    return sum(file.bytes for file in files.values()) or None
+
+
+def _written(output: Path) -> int:
+    """Bytes of the weight files that were written."""
+    return sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+
+
+def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dict[str, object]:
+    """The sizes as JSON values; `lora` is null for full weights."""
+    return {
+        "bytes": written,
+        "original_bytes": original,
+        "lora": None if ranks is None else ranks.to_dict(),
+    }
+
+
+def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_lora_rank: int | None) -> None:
+    """Print the bytes, of an adapter its rank too, what the cut costs, and how to cut a rank that has grown."""
+    if ranks is None:
+        say(in_bytes(written) + ("" if original is None else f" (the original: {in_bytes(original)})"))
+        return
+    before = f"rank {ranks.original}" + ("" if original is None else f", {in_bytes(original)}")
+    say(f"rank {ranks.rank}, {in_bytes(written)} (the original: {before})")
+    if ranks.rank < ranks.whole:
+        worst, layer = max(ranks.layers.items(), key=lambda item: item[1].loss)
+        say(
+            f"cut from rank {ranks.whole}: loses {in_percent(ranks.loss)} of the rebuilt updates' norm, "
+            f"at most {in_percent(layer.loss)} in a layer ({worst})"
+        )
+    elif max_lora_rank is None and ranks.rank > ranks.original:
+        say(f"to cut the rank: --max-lora-rank {ranks.original}, which prints what that loses")
 
 
 def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
@@ -123,6 +177,7 @@ def _rebuild_adapter(
     output: Path,
     model: str | None,
     like: str | None,
+    max_lora_rank: int | None,
     *,
     mean_only: bool,
     fetch: bool,
@@ -138,9 +193,12 @@ def _rebuild_adapter(
             where=name,
             next_step="leave it out",
         )
-    rebuilt = rebuild(space, name, model=model, like=like)
+    rebuilt = rebuild(space, name, model=model, like=like, max_lora_rank=max_lora_rank)
     rebuilt.save(output, force=force)
+    ranks, written = rebuilt.ranks(), _written(output)
     if json:
-        print_json({"name": rebuilt.name, "output": str(output), "mean_only": False, "residual": None})
+        document = {"name": rebuilt.name, "output": str(output), "mean_only": False, "residual": None}
+        print_json({**document, **_sizes(ranks, written, None)})
         return
     say(f"{name} → {output}")
+    _say_sizes(ranks, written, None, max_lora_rank)

@@ -59,6 +59,7 @@ def command(
     seed: options.Seed = 0,
     allow_pickle: options.AllowPickle = False,
     allow_missing: options.AllowMissing = False,
+    missing: options.Missing = "error",
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -73,7 +74,7 @@ def command(
     pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress, options.opened_workers(cluster, max_memory, device) as workers:
-        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, progress)
+        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, missing, progress)
         if measure is not None and not isinstance(source, ez.Subspace):
             raise UsageError(
                 "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"

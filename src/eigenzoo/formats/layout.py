@@ -15,6 +15,7 @@ import torch
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, tensors_by_file
 from eigenzoo.formats.kinds import INDEXES
+from eigenzoo.formats.lora.zero_updates import unfilled
 from eigenzoo.formats.model import LoraUpdate, Model, Parts, TensorInfo, part_name
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.formats.pickles.file import PickleModel
@@ -132,8 +133,9 @@ class ModelLayout:
 
 def layout_of(model: Model) -> ModelLayout:
     """Describe a model as it will be written: one that was pickled as safetensors, a LoRA of a diffusion model as `LORA_FILE`."""
-    if isinstance(model, PickleModel):
-        kind, file = model.written_as
+    pickled = unfilled(model)
+    if isinstance(pickled, PickleModel):
+        kind, file = pickled.written_as
         listed = _written(model, model.tensors.values())
         return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits)
     grouped = tensors_by_file(model)

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class Model(ABC):
     """One model on disk. Opening reads headers and configs only; values are read when they are asked for.
 
     Attributes:
+        format: the kind of files that it lies in.
         name: what the zoo calls it (its folder's or file's name until the zoo decides).
         path: the folder, or the single file.
         tensors: every tensor in the files, by its name there.
@@ -85,8 +86,7 @@ class Model(ABC):
         splits: the tensors of the files that are cut into parts (`formats.splitting`), whose names are among `tensors`.
     """
 
-    format: ClassVar[str]
-
+    format: str
     name: str
     path: Path
     tensors: Mapping[str, TensorInfo]

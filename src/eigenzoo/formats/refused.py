@@ -10,8 +10,9 @@ _CONVERT = "save the model as safetensors where it comes from, and open that"
 FOREIGN: dict[str, tuple[str, str]] = {
     ".gguf": (
         GGUF,
-        "convert it with transformers: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)"
-        ".save_pretrained(new_folder), which dequantises; and open that",
+        "convert it with transformers: AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, "
+        "quantization_config=GgufConfig(dequantize=True)).save_pretrained(new_folder), and open that; "
+        "versions without GgufConfig dequantise by themselves",
     ),
     ".h5": ("an HDF5 file, as Keras and TensorFlow write it", _CONVERT),
     ".msgpack": ("a msgpack file, as Flax writes it", _CONVERT),

@@ -12,6 +12,7 @@ from torch import Tensor
 from eigenzoo.errors import UsageError
 from eigenzoo.formats import open_files
 from eigenzoo.formats.checkpoint import SafetensorsModel
+from eigenzoo.formats.lora.zero_updates import unfilled
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote.values import fetch_values
 from eigenzoo.formats.safetensors.file import SafetensorsFile
@@ -91,4 +92,5 @@ def _files_of(model: Model, module: str) -> list[SafetensorsFile]:
 
 
 def _file(model: Model, name: str) -> SafetensorsFile | None:
-    return model.file_of(name) if isinstance(model, SafetensorsModel) else None
+    held = unfilled(model)
+    return held.file_of(name) if isinstance(held, SafetensorsModel) and name in held.tensors else None

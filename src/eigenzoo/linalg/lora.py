@@ -88,3 +88,15 @@ def truncated(
     root_R = values_P[:rank].sqrt()
     left_out = max(float(tails[rank - 1]), 0.0) / total if total > 0 and rank < values_P.numel() else 0.0
     return ((q_left @ u_PP[:, :rank]) * root_R, root_R[:, None] * (vt_PP[:rank] @ q_right.T)), left_out
+
+
+def cut(factors: Factors, max_rank: int) -> tuple[Factors, float]:
+    """Return the factors of the best approximation of rank `max_rank` of BA, and ‖BA − M̂‖²: the energy that it leaves out.
+
+    Factors of at most that rank come back as they are. QR of both sides and SVD of the core (Eckart and Young 1936); BA is
+    never formed. Float64; cost (O + I)·R² + R³.
+    """
+    if factors[1].shape[0] <= max_rank:
+        return factors, 0.0
+    kept, share = truncated(*factors, max_rank)
+    return kept, share * energy(factors)

@@ -48,7 +48,6 @@ from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
@@ -137,14 +136,9 @@ def _was_exact(space: Subspace) -> bool:
     return bool(space.report.get("growth", {}).get("exact", True))
 
 
-def _selection(space: Subspace) -> Selection:
-    """The subspace's layers and no others, whatever else the models have."""
-    return Selection(space.view, only=frozenset(space.layers), split=space.manifest.split)
-
-
 def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:
-    selection = _selection(space)
-    return Zoo([*first.models, *second.models], [*first.names, *second.names], selection, first.base or second.base)
+    names = [*first.names, *second.names]
+    return Zoo([*first.models, *second.models], names, space.selection, first.base or second.base)
 
 
 def _grown_moments(
@@ -324,7 +318,7 @@ def _refreshed(
     known = originals
     if known is None:
         recalled = [RecalledModel(space.coefficients(name), space.rebuild(name), space.path) for name in space.names]
-        known = Zoo(recalled, space.names, _selection(space), new.base)
+        known = Zoo(recalled, space.names, space.selection, new.base)
         moments = None
     zoo = _joined(space, known, new)
     folder = TemporaryFolder(workspace)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
+from eigenzoo.errors import BundleError, DataError, EigenzooError, RankError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import ModelLayout
 from eigenzoo.formats.lora.diffusion_names import renamed
@@ -20,10 +20,11 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.side_files import weights_among
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
+from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, local_workers
-from eigenzoo.records import Progress, no_progress
+from eigenzoo.records import Progress, UpdateRank, UpdateRanks, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.weights.roles import VARIANCE
 
@@ -47,8 +48,12 @@ class RebuiltModel:
         view: str,
         base: Callable[[], Model],
         fetch: bool = False,
+        max_lora_rank: int | None = None,
     ) -> None:
-        self.name, self._fetch = name, fetch
+        if max_lora_rank is not None:
+            _check_max_rank(max_lora_rank, template.layout, name)
+        self.name, self._fetch, self._max_rank = name, fetch, max_lora_rank
+        self._ranks: dict[str, UpdateRank] = {}
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
 
@@ -68,7 +73,8 @@ class RebuiltModel:
         """Return one rebuilt layer as a tensor of its shape in the files, float64; a LoRA update as the product B·A."""
         rebuilt = self._rebuild(name)
         if isinstance(rebuilt, tuple):
-            return rebuilt[0] @ rebuilt[1]
+            b_OR, a_RI = self._cut(name, rebuilt)
+            return b_OR @ a_RI
         return rebuilt.reshape(self._layers[name].layer.tensor_shape)
 
     @own_settings()
@@ -77,7 +83,26 @@ class RebuiltModel:
         rebuilt = self._rebuild(name)
         if not isinstance(rebuilt, tuple):
             raise BundleError("is no LoRA update", where=f"layer '{name}'")
-        return rebuilt
+        return self._cut(name, rebuilt)
+
+    def ranks(self) -> UpdateRanks | None:
+        """Return the rank of each update of a rebuilt adapter, beside the original's, and what `max_lora_rank` costs.
+
+        None for a model of full weights. Updates that were not asked for or saved before are rebuilt for it.
+        """
+        updates = self._template.layout.updates
+        for module in updates:
+            if module not in self._ranks:
+                self.adapter_factors(module)
+        return UpdateRanks({module: self._ranks[module] for module in updates}) if updates else None
+
+    def _cut(self, module: str, factors: Factors) -> Factors:
+        """Cut an update to the largest rank that is allowed, and keep what that costs for `ranks`."""
+        whole = factors[1].shape[0]
+        kept, lost = (factors, 0.0) if self._max_rank is None else lora.cut(factors, self._max_rank)
+        original = self._template.layout.updates[module].rank
+        self._ranks[module] = UpdateRank(kept[1].shape[0], whole, original, lora.energy(factors), lost)
+        return kept
 
     def _rebuild(self, name: str) -> Tensor | Factors:
         try:
@@ -100,7 +125,7 @@ class RebuiltModel:
         diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
         With `force` a folder is replaced that holds a rebuilt model as it was written, and nothing else. `format`, of LoRAs of
         diffusion models: `diffusers` or `kohya`, the keys that it gets instead of its own. Layers are rebuilt on as many threads as
-        there are cores, a few ahead of what is written.
+        there are cores, a few ahead of what is written. Updates have at most the rank `max_lora_rank` of `Subspace.rebuild`.
         """
         target = Path(folder)
         if format is not None and self._template.layout.format != "diffusion-lora":
@@ -201,7 +226,7 @@ class RebuiltModel:
             self.layer(name) if name in self._layers else self._carried(key)
             for name, key in zip(names, keys, strict=True)
         )
-        return b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])
+        return self._cut(module, (b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of a rebuilt checkpoint by its name in the files, in the files' dtypes."""
@@ -212,6 +237,23 @@ class RebuiltModel:
                 next_step="save it, and load it with PEFT or diffusers",
             )
         return {name: self._read(name) for name in self._template.layout.tensors}
+
+
+def _check_max_rank(max_lora_rank: int, layout: ModelLayout, name: str) -> None:
+    if not layout.updates:
+        raise UsageError(
+            f"a largest LoRA rank of {max_lora_rank} for a {layout.format}",
+            where=name,
+            rule="only LoRA updates have a rank",
+            next_step="leave out max_lora_rank (--max-lora-rank)",
+        )
+    if max_lora_rank < 1:
+        raise RankError(
+            f"max_lora_rank is {max_lora_rank}",
+            where=name,
+            rule="an update has a rank of 1 or more",
+            next_step="name one",
+        )
 
 
 def check_layout(layers: Mapping[str, LayerBasis], layout: ModelLayout, model: str) -> None:

@@ -28,6 +28,7 @@ from eigenzoo.formats.bundle.folder import (
 )
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.bundle.snapshot import Snapshot
+from eigenzoo.formats.lora.zero_updates import KnownModule, known_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import is_url
@@ -232,6 +233,25 @@ class Subspace:
         if record is None or not is_at_hand(record.model_copy(update={"path": str(base.path.absolute())}), self.path):
             raise BundleError("is not the base that was subtracted: its weights differ", where=str(base.path))
 
+    @cached_property
+    def selection(self) -> Selection:
+        """This subspace's layers and no others, whatever else a model has; cut and filled as its zoo was."""
+        modules: list[KnownModule] = []
+        if self.manifest.missing == "zero":
+            layouts = {record.layout: self.template(record.name).layout for record in self.manifest.models}
+            modules = [
+                module
+                for layout in layouts.values()
+                for module in known_modules(layout.format, layout.updates.values())
+            ]
+        return Selection(
+            self.view,
+            only=frozenset(self.layers),
+            split=self.manifest.split,
+            missing=self.manifest.missing,
+            modules=tuple({(module.family, module.update.module): module for module in modules}.values()),
+        )
+
     @own_settings()
     def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
         """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
@@ -239,11 +259,10 @@ class Subspace:
         What the models have besides is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
-        selection = Selection(self.view, only=frozenset(self.layers), split=self.manifest.split)
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
         if base is not None and isinstance(found, Zoo) and found.base is not None:
             self.check_base(found.base)
-        zoo = Zoo(found.models, found.names, selection, base, found.skipped)
+        zoo = Zoo(found.models, found.names, self.selection, base, found.skipped)
         zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
         return zoo
 
@@ -268,10 +287,19 @@ class Subspace:
         return with_templates(zoo, project_layers(self.layers, zoo, progress))
 
     @own_settings()
-    def rebuild(self, model: Coefficients | str, *, mean_only: bool = False, fetch: bool = False) -> RebuiltModel:
+    def rebuild(
+        self,
+        model: Coefficients | str,
+        *,
+        mean_only: bool = False,
+        fetch: bool = False,
+        max_lora_rank: int | None = None,
+    ) -> RebuiltModel:
         """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
 
-        With `fetch`, tensors that were left in the store that the model came from are read from there.
+        With `fetch`, tensors that were left in the store that the model came from are read from there. With `max_lora_rank`
+        each update of an adapter, also one that no layer holds, is the best approximation of at most that rank;
+        `RebuiltModel.ranks` says what that costs.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -290,7 +318,14 @@ class Subspace:
             if mean_only:
                 values[name] = torch.zeros_like(values[name])
         return RebuiltModel(
-            coefficients.name, self.layers, values, coefficients.template, self.view, lambda: _some(self.base), fetch
+            coefficients.name,
+            self.layers,
+            values,
+            coefficients.template,
+            self.view,
+            lambda: _some(self.base),
+            fetch,
+            max_lora_rank,
         )
 
     def add(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import source_url
 from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
@@ -37,7 +38,10 @@ SAME_FUNCTION = 1e-5
 @dataclass(frozen=True)
 class ModelReport:
     """One model: format, files' bytes, dtypes, ranks of its updates, how many values are NaN or Inf, and the tool
-    that wrote it, where its files say."""
+    that wrote it, where its files say.
+
+    `num_zeros` modules are not in its files and count as updates of zero (`missing='zero'`).
+    """
 
     name: str
     path: str
@@ -50,6 +54,7 @@ class ModelReport:
     non_finite_in: tuple[str, ...]
     ignored_files: tuple[str, ...]
     written_by: str
+    num_zeros: int
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,14 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
     function when their scaled updates answer random inputs alike; their factors may differ.
     """
     probe = _probe(zoo)
+    zeros = {name: len(zero_modules(model)) for name, model in zip(zoo.names, zoo.models, strict=True)}
     with local_workers() as workers:
-        models = dict(zip(zoo.names, zoo.models, strict=True))
-        read = dict(workers.each("reading models", lambda name: _read(models[name], name, probe), zoo.names, progress))
+        models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
+        read = dict(
+            workers.each(
+                "reading models", lambda name: _read(models[name], name, probe, zeros[name]), zoo.names, progress
+            )
+        )
         alike = [name for group in _groups((found.digest, name) for name, found in read.items()) for name in group]
         hashed = dict(workers.each("comparing models", lambda name: _content(models[name]), alike, progress))
     return Inspection(
@@ -168,7 +178,7 @@ def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
     )
 
 
-def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
+def _read(model: Model, name: str, probe: tuple[Tensor, Tensor], num_zeros: int) -> _Read:
     """Read every tensor of one model once, into memory that is used again."""
     sides = {update.key_a: update for update in model.updates.values()}
     sides |= {update.key_b: update for update in model.updates.values()}
@@ -199,6 +209,7 @@ def _read(model: Model, name: str, probe: tuple[Tensor, Tensor]) -> _Read:
         tuple(bad),
         model.ignored_files,
         written_by(model),
+        num_zeros,
     )
     return _Read(report, tuple(digest), answers)
 
@@ -250,7 +261,10 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
     rows = []
     for (called, shape, unfolding, dtype), layers in groups.items():
         ranks = {
-            model.updates[layer.name].rank for layer in layers for model in zoo.models if layer.name in model.updates
+            model.updates[layer.name].rank
+            for layer in layers
+            for model in map(unfilled, zoo.models)
+            if layer.name in model.updates
         }
         rows.append(
             RoleReport(

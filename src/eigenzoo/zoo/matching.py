@@ -17,6 +17,7 @@ import torch
 from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.bundle.manifest import MAX_NAME
 from eigenzoo.formats.layout import ADAPTERS
+from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
@@ -25,6 +26,9 @@ from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
 from eigenzoo.zoo.prefixes import layers_error, prefix_error
 
+MAX_MODULES = 100_000
+"""Modules that adapters may have together where each gets an update of zero for those that it lacks: each costs memory."""
+
 EXCLUDED = "excluded"
 """The reason of what include and exclude leave out."""
 
@@ -32,7 +36,11 @@ EXCLUDED = "excluded"
 @dataclass(frozen=True)
 class Selection:
     """What a user asked to see of a zoo: the view, layer globs (matched on names and on roles), leniency, and fused weights
-    that are cut into layers of their own."""
+    that are cut into layers of their own.
+
+    With `missing` = `zero`, `modules` are those that count as updates of zero in adapters that lack them: they stay the same in
+    a part of the zoo, in another process and in a bundle.
+    """
 
     view: str
     include: tuple[str, ...] = ()
@@ -40,6 +48,8 @@ class Selection:
     allow_missing: bool = False
     only: frozenset[str] | None = None
     split: tuple[SplitRule, ...] = ()
+    missing: str = "error"
+    modules: tuple[KnownModule, ...] = ()
 
     def excludes(self, layer: str) -> bool:
         """Tell whether the globs leave a layer out; `only` names layers to the letter."""
@@ -49,6 +59,27 @@ class Selection:
         if self.include and not any(fnmatchcase(name, glob) for name in names for glob in self.include):
             return True
         return any(fnmatchcase(name, glob) for name in names for glob in self.exclude)
+
+
+def fill_models(
+    models: Sequence[Model], names: Sequence[str], selection: Selection
+) -> tuple[tuple[Model, ...], Selection]:
+    """Return adapters with updates of zero for the modules that they lack, and the selection with all modules of the zoo."""
+    if selection.missing != "zero":
+        return tuple(models), selection
+    known = {(module.family, module.update.module): module for module in selection.modules}
+    for model in models:
+        for module in known_modules(model.format, unfilled(model).updates.values()):
+            known.setdefault((module.family, module.update.module), module)
+    if len(known) > MAX_MODULES:
+        raise ZooError(
+            f"{len(known):,} different modules in all adapters together",
+            rule=f"at most {MAX_MODULES:,} are counted as zero where they are missing",
+            next_step="open adapters of one base alone",
+        )
+    modules = tuple(module for module in known.values() if not selection.excludes(module.update.module))
+    filled = (fill_adapter(model, modules, name) for model, name in zip(models, names, strict=True))
+    return tuple(filled), replace(selection, modules=modules)
 
 
 @dataclass(frozen=True)
@@ -82,6 +113,9 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             reasons[layer_name] = problem.what
         else:
             problems.append(problem)
+    # Layers that some models lack can be left out, unless nothing is left then.
+    counts = [count for name, count in every.items() if reasons.get(name) != EXCLUDED]
+    apart = bool(counts) and not layers and max(counts) < len(models)
     if problems:
         problems[0] = _with_tools(problems[0], models, names)
     if problems or not layers:
@@ -90,10 +124,8 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             named = prefix_error([models[0], base], [names[0], "the base"])
         if named is not None:
             raise named
-    if problems and not layers and every.total() > 0 and max(every.values()) < len(models):
-        raise _nothing_in_common(problems[0], names)
     if problems:
-        raise _all_in_one(problems)
+        raise _all_in_one(problems, _in_common(selection.view) if apart else None)
     if not layers and selection.only:
         raise layers_error(every, selection.only, names[0]) or MismatchError(
             "has none of the bundle's layers",
@@ -105,7 +137,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
         raise ZooError(
             "no layer is left to analyse",
             rule="a layer is a floating tensor that all models have in one shape",
-            next_step="widen --include or narrow --exclude",
+            next_step=_in_common(selection.view) if apart else "widen --include or narrow --exclude",
         )
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
     return Match(
@@ -127,16 +159,6 @@ def _with_tools(problem: MismatchError, models: Sequence[Model], names: Sequence
     said = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
     what = f"{problem.what} ({said})"
     return MismatchError(what, where=problem.where, rule=problem.rule, next_step=problem.next_step)
-
-
-def _nothing_in_common(first: MismatchError, names: Sequence[str]) -> MismatchError:
-    """No layer is in all models: leaving out what differs would leave nothing."""
-    return MismatchError(
-        f"no layer is in all {len(names)} models: {first.what}",
-        where=first.where,
-        rule="the models of a zoo are of one architecture, and their layers have the same names",
-        next_step="run `eigenzoo inspect` on single models to see their layers, and leave out those of another kind",
-    )
 
 
 def _check_name(layer: str) -> None:
@@ -204,6 +226,7 @@ class _Found:
             return _mismatch(
                 f"{names[missing]} has no such layer, {names[first]} has ({len(self.sources) - count} models lack it)",
                 layer,
+                as_zero=self.sources[first][layer].layer.kind == "update",
             )
         shape = self.sources[first][layer].layer.tensor_shape
         for place in self.kinds:
@@ -248,8 +271,13 @@ class _Found:
         return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]
 
 
-def _mismatch(what: str, layer: str) -> MismatchError:
+_AS_ZERO = "--missing zero (missing='zero') counts an update that an adapter lacks as zero"
+
+
+def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
     next_step = f"--exclude '{role(layer)}' or --allow-missing carries it unchanged"
+    if as_zero:
+        next_step = f"{_AS_ZERO}; {next_step}"
     if layer.endswith((".lora_A", ".lora_B")):
         next_step += "; view 'update' takes mixed ranks"
     return MismatchError(
@@ -257,7 +285,17 @@ def _mismatch(what: str, layer: str) -> MismatchError:
     )
 
 
-def _all_in_one(problems: list[MismatchError]) -> MismatchError:
+def _in_common(view: str) -> str:
+    """What to do where models have no layer in common."""
+    if view == "update":
+        return _AS_ZERO
+    if view == "factors":
+        return f"use view 'update', where {_AS_ZERO}"
+    return "no layer is in all models: name models of one architecture, whose layers have the same names"
+
+
+def _all_in_one(problems: list[MismatchError], next_step: str | None) -> MismatchError:
+    """Return the first error with the next few named; `next_step` takes the place of its own."""
     first = problems[0]
     others = ", ".join(f"{problem.where} ({problem.what})" for problem in problems[1:6])
     if len(problems) > 6:
@@ -266,5 +304,5 @@ def _all_in_one(problems: list[MismatchError]) -> MismatchError:
         first.what,
         where=first.where,
         rule=first.rule,
-        next_step=first.next_step + (f". Also: {others}" if others else ""),
+        next_step=(next_step or first.next_step) + (f". Also: {others}" if others else ""),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
 from eigenzoo.formats.bundle.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
+from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
@@ -24,16 +25,19 @@ from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import seldom_collecting
 from eigenzoo.passes.settings import own_settings
-from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress
+from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, ZeroUpdates, no_progress
 from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
 from eigenzoo.zoo.layers import default_view, layer_sources
-from eigenzoo.zoo.matching import Match, Selection, match_models
+from eigenzoo.zoo.matching import Match, Selection, fill_models, match_models
 from eigenzoo.zoo.sources import Source, Unreadable, look_for_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 MOST_NAMED = 6
 """Files that one warning names."""
+
+MISSING = ("error", "zero")
+"""What becomes of a module that some adapters lack."""
 
 
 class Zoo:
@@ -50,6 +54,7 @@ class Zoo:
         left_out: the tensors that are no layer, and why.
         skipped: the models that could not be read, with `allow_missing`.
         hidden: paths of models that were passed over, since their names begin with `.` or `_`.
+        zeros: the modules that count as updates of zero, by model, with `missing` = `zero`.
         warnings: what a reader of any result must know.
     """
 
@@ -62,7 +67,9 @@ class Zoo:
         skipped: Sequence[SkippedModel] = (),
         hidden: Sequence[str] = (),
     ) -> None:
-        self.models, self.names = tuple(split_model(model, selection.split) for model in models), tuple(names)
+        self.names = tuple(names)
+        cut = [split_model(model, selection.split) for model in models]
+        self.models, selection = fill_models(cut, self.names, selection)
         self.base = None if base is None else split_model(base, selection.split)
         self.selection, self.skipped, self.hidden = selection, tuple(skipped), tuple(hidden)
         if selection.view == "delta" and base is None:
@@ -73,7 +80,12 @@ class Zoo:
                 f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique"
             )
         self._match: Match = match_models(self.models, self.names, selection, self.base)
-        self.warnings = tuple(_warnings(self.models, self.names))
+        self.zeros = tuple(
+            ZeroUpdates(name, zero_modules(model))
+            for name, model in zip(self.names, self.models, strict=True)
+            if zero_modules(model)
+        )
+        self.warnings = tuple(_warnings(self.models, self.names, self.zeros))
 
     def __reduce__(self) -> tuple[Callable[[ZooSource], Zoo], tuple[ZooSource]]:
         """Travel to another process as paths and choices: there the files are opened anew, once for all tasks."""
@@ -87,7 +99,7 @@ class Zoo:
             self.selection,
             None if self.base is None else _address(self.base),
             self.skipped,
-            any(isinstance(model, PickleModel) for model in (*self.models, self.base)),
+            any(isinstance(model, PickleModel) for model in (*map(unfilled, self.models), self.base)),
             self._files,
         )
 
@@ -129,7 +141,12 @@ class Zoo:
     @property
     def layer_bytes(self) -> int:
         """Bytes of the analysed layers in the files of all models."""
-        return sum(source.layer.num_bytes for sources in self._match.sources for source in sources.values())
+        return sum(
+            source.layer.num_bytes
+            for model, sources in zip(self.models, self._match.sources, strict=True)
+            for source in sources.values()
+            if source.key not in zero_modules(model)
+        )
 
     def stack(self, layer: str, *, precision: str = "default") -> Stack:
         """Return one layer across all models, unread; `precision` is that of products: `high` is float64 whatever its size."""
@@ -160,7 +177,10 @@ class Zoo:
             self.selection.allow_missing,
             self.selection.only if view is None and include is None and exclude is None else None,
             self.selection.split,
+            self.selection.missing,
+            self.selection.modules,
         )
+        _check_missing(chosen.missing, chosen.view)
         places = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(
             [self.models[place] for place in places],
@@ -266,6 +286,7 @@ def open_zoo(
     exclude: Sequence[str] = (),
     split: Sequence[str] = (),
     allow_missing: bool = False,
+    missing: str = "error",
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> Zoo:
@@ -282,13 +303,17 @@ def open_zoo(
         split: rules that cut fused weights into layers of their own, such as `"*.attn.qkv.*=q,k,v"` (docs/formats.md); a
             rule that matches nothing, or does not divide the outputs, is an error.
         allow_missing: skip models that cannot be read and layers that some models lack, and count them.
+        missing: `zero` counts a module that some LoRA adapters do not train as an update of zero in these, which is what it
+            is; their number is in `warnings` and `zeros`. `error` (the default) refuses such a zoo.
         allow_pickle: read torch's .pt and .bin files too (only tensors are unpickled).
 
     Raises:
         FormatError, ZooError: with the model, the layer, the rule and the next step.
     """
     rules = tuple(parse_split(rule) for rule in ([split] if isinstance(split, str) else split))
+    check_choice(missing, MISSING, "missing")
     if view is not None:
+        _check_missing(missing, view)
         _check_base(check_choice(view, VIEWS, "view"), base)
     # A base that is not downloaded whole is opened first: what is wrong with it is told before a zoo is downloaded.
     base_model = open_model(base, allow_pickle=allow_pickle) if base is not None and find_id(base) is None else None
@@ -296,10 +321,20 @@ def open_zoo(
         opened = _open_named(source, allow_missing, allow_pickle, progress)
     chosen = view if view is not None else default_view(opened.models[0], base is not None)
     _check_base(chosen, base)
+    _check_missing(missing, chosen)
     if base is not None and base_model is None:
         base_model = open_model(base, allow_pickle=allow_pickle)
-    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing, split=rules)
+    selection = Selection(chosen, tuple(include), tuple(exclude), allow_missing, split=rules, missing=missing)
     return Zoo(opened.models, opened.names, selection, base_model, opened.skipped, opened.hidden)
+
+
+def _check_missing(missing: str, view: str) -> None:
+    if missing == "zero" and view != "update":
+        raise UsageError(
+            f"missing 'zero' with view {view!r}",
+            rule="only an update can be zero: what an adapter does not train stays as it is in the base",
+            next_step="leave out missing='zero' (--missing zero); --allow-missing leaves out layers that some models lack",
+        )
 
 
 def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
@@ -372,8 +407,8 @@ def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]
     return texts
 
 
-def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
-    """Warn of what each file says and of adapters that name different base models."""
+def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[ZeroUpdates]) -> list[str]:
+    """Warn of what each file says, of adapters that name different base models, and of updates that count as zero."""
     said: dict[str, list[str]] = {}
     for model, name in zip(models, names, strict=True):
         for text in model.warnings:
@@ -384,5 +419,11 @@ def _warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
     if len(bases) > 1:
         texts.append(
             f"the adapters name {len(bases)} different base models: {', '.join(bases[:3])}{', …' if len(bases) > 3 else ''}"
+        )
+    if zeros:
+        counts = ", ".join(f"{zero.model} ({len(zero.modules)})" for zero in zeros[:5])
+        texts.append(
+            f"{len(zeros)} of {len(models)} adapters lack modules that others have, which count as updates of zero: "
+            f"{counts}{', …' if len(zeros) > 5 else ''}"
         )
     return texts

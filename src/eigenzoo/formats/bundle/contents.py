@@ -61,10 +61,11 @@ class Template(ABC):
 
 
 def carried_values(model: Model, name: str) -> Tensor:
-    """Read a tensor that a bundle carries; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
+    """Read a tensor that a bundle carries; the B of a LoRA update, and a bias on it, come with its scale, since a rebuilt adapter
+    has scale 1."""
     values = model.read(name)
     for update in model.updates.values():
-        if name == update.key_b and update.scale != 1.0:
+        if name in (update.key_b, f"{update.key_b.removesuffix('weight')}bias") and update.scale != 1.0:
             return (values.double() * update.scale).to(torch.promote_types(values.dtype, torch.float32))
     return values
 

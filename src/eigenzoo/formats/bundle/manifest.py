@@ -135,6 +135,7 @@ class _Options(BaseModel):
     center: Literal["models", "columns", "none", "global"]
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     split: list[Annotated[str, AfterValidator(_split_rule)]] = []
+    missing: Literal["error", "zero"] = "error"
     budget: Count | None
     max_error: Energy | None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch's generators take
@@ -200,6 +201,11 @@ class Manifest(_Strict):
     def split(self) -> tuple[SplitRule, ...]:
         """The rules by which fused weights are cut into layers of their own, of the zoo and of every model that is opened."""
         return tuple(parse_split(rule) for rule in self.options.get("split", []))
+
+    @property
+    def missing(self) -> str:
+        """`zero` where a module that an adapter lacks counts as an update of zero, else `error`."""
+        return str(self.options.get("missing", "error"))
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

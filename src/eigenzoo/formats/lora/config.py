@@ -19,23 +19,39 @@ _MERGE = "merge it into its base model (merge_and_unload) and open that as a che
 _RETRAIN = "train the adapter without it"
 _REFUSED = {
     "use_dora": ("DoRA: a magnitude per output rescales the whole weight", _MERGE),
-    "lora_bias": ("a bias of its own on each B factor", _MERGE),
-    "target_parameters": ("LoRA on bare parameters (mixture-of-experts weights of three axes)", _RETRAIN),
+    "target_parameters": ("LoRA on bare parameters (mixture-of-experts weights of three axes)", _MERGE),
     "trainable_token_indices": ("trained rows of the embedding", _MERGE),
     "layer_replication": ("layers of the base that are replicated", _RETRAIN),
-    "megatron_config": ("Megatron's parallel layers", _RETRAIN),
+    "megatron_config": ("Megatron's parallel layers", f"where Megatron is installed, {_MERGE}"),
     "use_qalora": ("QALoRA, which pools its inputs", _RETRAIN),
     "alora_invocation_tokens": ("activated LoRA, which changes the weights for some tokens only", _RETRAIN),
-    "arrow_config": ("Arrow, which routes tokens between adapters", _RETRAIN),
-    "monteclora_config": ("Monte Carlo LoRA, which samples around its factors", _RETRAIN),
+    "arrow_config": (
+        "an Arrow router, which chooses between other adapters for each token",
+        "open the adapters that it chooses between (saved beside it as task_0, task_1, …) and leave the router out",
+    ),
+    "monteclora_config": ("Monte Carlo LoRA, which samples around its factors in training", _MERGE),
     "kasa_config": ("KaSA, which truncates the base weights", _MERGE),
     "use_bdlora": ("block-diagonal LoRA", _MERGE),
-    "enable_lora": ("LoRA on some parts of a fused weight", _MERGE),
-    "velora_config": ("VeLoRA, which keeps projections beside its factors", _RETRAIN),
-    "ensure_weight_tying": ("factors tied between the embedding and the head", _MERGE),
+    "enable_lora": ("LoRA on some parts of a fused weight", f"with the PEFT that wrote it, 0.2 or older, {_MERGE}"),
+    "velora_config": ("VeLoRA, which keeps projections beside its factors", _MERGE),
 }
+_NO_UPDATE = frozenset(
+    {
+        "ADAPTION_PROMPT",
+        "CARTRIDGE",
+        "CPT",
+        "MULTITASK_PROMPT_TUNING",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "XLORA",
+    }
+)
+"""Types that leave the base's weights as they are, so that nothing can be merged: virtual tokens, added states, a router."""
+
 # These start from factors taken out of the base weights, so that the update is relative to a changed base.
-_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
+_QUANTISED_BASE = "loftq"
 _KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 _PLAIN = frozenset(
@@ -45,6 +61,7 @@ _PLAIN = frozenset(
         "base_model_name_or_path",
         "bias",
         "corda_config",
+        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "fan_in_fan_out",
@@ -54,6 +71,7 @@ _PLAIN = frozenset(
         "layers_to_transform",
         "loftq_config",
         "lora_alpha",
+        "lora_bias",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
@@ -84,7 +102,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
             f"peft_type is {_shown(peft_type)}",
             where=CONFIG_FILE,
             rule="adapters of type LORA are read",
-            next_step="merge it into its base model and open that as a checkpoint",
+            next_step=_merging(peft_type),
         )
     for key, (meaning, next_step) in _REFUSED.items():
         if config.get(key) not in (None, False, [], {}):
@@ -99,6 +117,13 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     return _unknown(config)
 
 
+def _merging(peft_type: object) -> str:
+    """What to do with an adapter of another type."""
+    if isinstance(peft_type, str) and peft_type in _NO_UPDATE:
+        return "leave it out: it changes no weight of its base model"
+    return _MERGE
+
+
 def _check_init(init: Any) -> None:
     if isinstance(init, str):
         lowered = init.lower()
@@ -109,6 +134,13 @@ def _check_init(init: Any) -> None:
                 rule="updates of one zoo are relative to one base",
                 next_step="save it again by PEFT: "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)",
+            )
+        if lowered == _QUANTISED_BASE:
+            raise UnsupportedError(
+                f"init_lora_weights is {_shown(init)}, which quantised the base weights",
+                where=CONFIG_FILE,
+                rule="updates of one zoo are relative to one base",
+                next_step=f"with the quantised base that it was trained on, {_MERGE}",
             )
         if lowered in _KEPT_BASE:
             return
@@ -125,7 +157,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise FormatError(f"bias is {_shown(bias)}", where=CONFIG_FILE, rule="it is 'none', 'all' or 'lora_only'")
-    for key in ("use_rslora", "fan_in_fan_out"):
+    for key in ("use_rslora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"):
         if not isinstance(config.get(key), bool | None):
             raise FormatError(f"{key} is {_shown(config[key])}", where=CONFIG_FILE, rule="it is true or false")
     for key in ("rank_pattern", "alpha_pattern"):

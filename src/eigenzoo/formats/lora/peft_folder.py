@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -38,8 +39,11 @@ from eigenzoo.weights.lora_scale import DEFAULT_RANK, lora_rank, lora_scale
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-SCALING = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora")
-"""The entries of a config that say which rank and scale an update has."""
+READ_ENTRIES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_bias")
+"""The entries of a config that say which rank and scale an update has, and whether a bias belongs to it."""
+
+MAX_LOOKED_AT = 10_000
+"""Names in a folder that are looked at for weights that lie one level below."""
 
 _WEIGHTS = frozenset({WEIGHTS_FILE, CONFIG_FILE})
 
@@ -47,9 +51,11 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
     r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
 )
+# What `lora_bias` adds to s·B·A: it is s times this, and carried like any other bias that was trained.
+_BIAS = re.compile(r".+\.lora_B(\.[^.]+)?\.bias")
 _ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
 # Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
-_ATTENTION_OUT = ".base_layer.out_proj"
+ATTENTION_OUT = ".base_layer.out_proj"
 
 
 class LoraAdapter(SafetensorsModel):
@@ -68,7 +74,7 @@ class LoraAdapter(SafetensorsModel):
             self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
             if not os.path.exists(self.path / WEIGHTS_FILE):
-                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step="download the weights too")
+                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step=_where_weights_are(self.path))
             self.take_beside(list_side_files(self.path, _WEIGHTS))
             file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
             refuse_partitioned(file.tensors)
@@ -92,6 +98,25 @@ class LoraAdapter(SafetensorsModel):
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+
+def _where_weights_are(folder: Path) -> str:
+    """What to do about a config without weights: trainers such as axolotl leave those in folders below, one per checkpoint."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, MAX_LOOKED_AT)]
+    whole = [
+        name
+        for name in names
+        if os.path.isfile(folder / name / CONFIG_FILE)
+        and any(os.path.isfile(folder / name / file) for file in (WEIGHTS_FILE, PICKLE_FILE))
+    ]
+    if not whole:
+        return "download the weights too"
+    # The later of `checkpoint-9` and `checkpoint-20` is the longer name.
+    latest = max(whole, key=lambda name: (len(name), name))
+    others = sorted(set(whole) - {latest})[:3]
+    beside = f"; beside it: {', '.join(others)}{', …' if len(whole) > 4 else ''}" if others else ""
+    return f"name {folder / latest}, which has both{beside}"
 
 
 class PickleAdapter(PickleModel):
@@ -135,7 +160,7 @@ _known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = 
 def _known_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
     """Find the updates of a file, or give those that an open adapter of the same header and scales has."""
     # Nothing else of the config is handed on, so that nothing else can matter.
-    chosen = {key: config[key] for key in SCALING if key in config}
+    chosen = {key: config[key] for key in READ_ENTRIES if key in config}
     known = _known.setdefault(contents, WeakValueDictionary())
     text = json.dumps(chosen)
     found = known.get(text)
@@ -151,13 +176,14 @@ def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
     for key, info in tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None:
-            _refuse_other_lora(key)
+            if not (config.get("lora_bias") and _BIAS.fullmatch(key)):
+                _refuse_other_lora(key)
             continue
         module = match["module"].removeprefix(PREFIX)
         side = match["side"] or match["embedding"]
         adapters.add(match["adapter"] or match["name"])
         pair = pairs.setdefault(module, {})
-        if side in pair:
+        if side in pair and len(adapters) == 1:
             raise FormatError(f"two factors {side} of module {module!r}: {pair[side].name!r} and {key!r}")
         pair[side] = info
     if not pairs:
@@ -187,7 +213,7 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
             raise FormatError(f"the factor {missing} is missing", rule="an update has both factors")
         factor_a, factor_b = pair["A"], pair["B"]
         rank = _rank(factor_a, factor_b)
-        pattern_name = module.removesuffix(_ATTENTION_OUT)
+        pattern_name = module.removesuffix(ATTENTION_OUT)
         if "base_layer" in pattern_name.split("."):
             raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
         stated = lora_rank(config, pattern_name)

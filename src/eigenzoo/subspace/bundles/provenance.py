@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.formats.lora.peft_folder import LoraAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import is_regular
 from eigenzoo.formats.remote.hub_id import cached_path, hub_url, parse_id, parse_url
@@ -88,7 +87,7 @@ def _bases(models: Sequence[Model], base: Model | None) -> list[dict[str, str]]:
         if place is not None:
             found[place.repo, place.revision or ""] = read_licence(base)
     for model in models:
-        if isinstance(model, LoraAdapter):
+        if model.config is not None:
             named, revision = model.config.get("base_model_name_or_path"), model.config.get("revision")
             place = parse_id(named)
             if place is not None and not place.folder and place.revision is None:

@@ -50,7 +50,6 @@ from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zero_models import zero_models
@@ -279,7 +278,7 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
         axes=list(options.axes),
         center=options.center,
         dtype=options.dtype,
-        options={**plain(options), **split_options(zoo.selection.split)},
+        options={**plain(options), **zoo_options(zoo)},
         base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
         layers=[
             layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()
@@ -294,9 +293,11 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
     )
 
 
-def split_options(rules: Sequence[SplitRule]) -> dict[str, list[str]]:
-    """What a manifest's options say of fused weights that are cut; nothing where none is."""
-    return {"split": [str(rule) for rule in rules]} if rules else {}
+def zoo_options(zoo: Zoo) -> dict[str, object]:
+    """What a manifest's options say of how models are opened; nothing of what is as by default."""
+    chosen = zoo.selection
+    split = {"split": [str(rule) for rule in chosen.split]} if chosen.split else {}
+    return {**split, **({"missing": chosen.missing} if chosen.missing != "error" else {})}
 
 
 def _captured(exact: float, moments: LayerMoments, outside_N: Tensor) -> float:

@@ -26,6 +26,7 @@ from eigenzoo.subspace.fitting.options import DTYPES, check_center
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
+from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
@@ -45,6 +46,8 @@ class PlanRow:
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
         break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
+        lora_rank: the largest rank that a rebuilt LoRA update can have; None for full weights. Axes outputs and inputs bound
+            it by their rank and by the rank of the model's own update; axis models adds up the ranks of all models.
     """
 
     axes: tuple[str, ...]
@@ -57,6 +60,7 @@ class PlanRow:
     ratio: float
     per_model: int
     break_even_models: int | None
+    lora_rank: int | None
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,9 @@ def plan(
     energy = sum(layer.energy for layer in spectra.values())
     carried = contents(source)
     known = {choice: overhead(source, choice, carried) for choice in choices}
+    update_ranks = _update_ranks(source)
     rows = [
-        _row(layers, choice, rank, source, itemsize, energy, known[choice], center)
+        _row(layers, choice, rank, source, itemsize, energy, known[choice], center, update_ranks)
         for choice in choices
         for rank in _ranks(spectra, choice)
     ]
@@ -155,13 +160,19 @@ def _row(
     energy: float,
     known: Overhead,
     center: str,
+    update_ranks: Mapping[str, tuple[int, ...]],
 ) -> PlanRow:
     num_models, lost, whole, per_model = len(zoo), 0.0, known.shared, known.per_model
-    for layer in (layer.spectra for layer in layers.values()):
+    lora_ranks = []
+    for name, layer in ((name, layer.spectra) for name, layer in layers.items()):
         ranks = {axis: min(rank, layer.whole(axis)) for axis in axes if axis in layer.values}
         lost += layer.error(ranks)
         whole += layer.num_bytes(ranks, num_models, itemsize)
         per_model += layer.coefficient_bytes(ranks)
+        if name in update_ranks:
+            sides = [kept for axis, kept in ranks.items() if axis != "models"]
+            own = sum(update_ranks[name]) if "models" in ranks else max(update_ranks[name])
+            lora_ranks.append(max(1, min(*zoo.layers[name].shape, own, *sides)))
     whole += known.per_model * num_models
     return PlanRow(
         axes,
@@ -173,7 +184,14 @@ def _row(
         zoo.num_bytes / whole,
         per_model,
         break_even(whole - per_model * num_models, per_model, zoo.num_bytes / num_models),
+        max(lora_ranks, default=None),
     )
+
+
+def _update_ranks(zoo: Zoo) -> dict[str, tuple[int, ...]]:
+    """The ranks of all models' LoRA updates, by layer."""
+    stacks = {name: zoo.stack(name) for name, layer in zoo.layers.items() if layer.kind == "update"}
+    return {name: stack.ranks for name, stack in stacks.items() if isinstance(stack, UpdateStack)}
 
 
 def _captures(
