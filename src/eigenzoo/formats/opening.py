@@ -93,7 +93,7 @@ def _adapter(path: Path, allow_pickle: bool) -> Model:
 
 
 def _open_bare(path: Path) -> Model:
-    """Open one safetensors file: full weights, or by its keys the factors of a LoRA, with the config beside them where they need one."""
+    """Open one safetensors file: full weights, or the factors of a LoRA, with their config beside them where they need one."""
     opened = StateDict(path)
     kind = factor_kind(opened.tensors, str(path))
     if kind == DIFFUSION:
@@ -123,8 +123,8 @@ _REFUSED_FACTORS = {
     PEFT: (
         f"the factors of a PEFT adapter, and no {CONFIG_FILE} beside them",
         "their scale is in that file, and factors are never read as weights",
-        f"keep them as {WEIGHTS_FILE} in a folder with their {CONFIG_FILE}, as save_pretrained does; where it is lost, write one with "
-        '{"peft_type": "LORA", "r": …, "lora_alpha": …} as it was trained',
+        f"keep them as {WEIGHTS_FILE} in a folder with their {CONFIG_FILE}, as save_pretrained does; where it is lost, write one "
+        'with {"peft_type": "LORA", "r": …, "lora_alpha": …} as it was trained',
     ),
     MLX: (
         f"the factors of an mlx-lm adapter, and no {CONFIG_FILE} beside them",

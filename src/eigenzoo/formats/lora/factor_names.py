@@ -57,7 +57,8 @@ TOOLS = (
     Tool(
         "XLabs's trainer for Flux",
         re.compile(r"(?P<module>.+\.processor\.(qkv|proj)_lora\d?)\.(down|up)\.weight"),
-        "convert it with diffusers: safetensors.torch.save_file(FluxPipeline.lora_state_dict(file), new_file); and open that",
+        "convert it with diffusers: state = FluxPipeline.lora_state_dict(file); "
+        "save_file({key: values.clone() for key, values in state.items()}, new_file); and open that",
     ),
     Tool(
         "torchtune",

@@ -1,11 +1,11 @@
 """A LoRA adapter of mlx-lm: `adapters.safetensors` and mlx-lm's own `adapter_config.json`, seen as the PEFT adapter that it equals.
 
 mlx-lm holds the factors of a module as `<module>.lora_a` (inputs, rank) and `<module>.lora_b` (rank, outputs), and adds
-scale · (a·b)ᵀ to a linear weight: ΔW = s·B·A with A = aᵀ, B = bᵀ and s the config's `lora_parameters.scale`, which is not divided by the
-rank. An embedding's update is scale · a·b, rows × dims, which PEFT's `lora_embedding_A`, `lora_embedding_B` mean by the same transposes.
+scale · (a·b)ᵀ to a linear weight: ΔW = s·B·A with A = aᵀ, B = bᵀ and s the config's `lora_parameters.scale`, which the rank does
+not divide. An embedding's update is scale · a·b, rows × dims: PEFT's `lora_embedding_A` and `…_B` are the same transposes.
 
-Source: mlx-lm 0.32, `mlx_lm.tuner.lora` and `mlx_lm.tuner.utils.load_adapters`. Deviation: `alpha` beside `scale`, which early versions
-multiplied by and later ones ignore, is refused unless both readings agree.
+Source: mlx-lm 0.32, `mlx_lm.tuner.lora` and `mlx_lm.tuner.utils.load_adapters`. Deviation: `alpha` beside `scale`, which early
+versions multiplied by and later ones ignore, is refused unless both readings agree.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MAX_RANK = 2**20
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
 _EMBEDDING = re.compile(r"(.+\.)?(wte|embed_tokens|embed_in|tok_embeddings|word_embeddings|embeddings)")
+_KINDS = {"dora": ": DoRA, a magnitude per output rescales the whole weight", "full": ": full weights of some layers"}
 _FUSE = "fuse it with its base model (mlx_lm.fuse) and open that as a checkpoint"
 
 
@@ -84,7 +85,7 @@ class MlxAdapter(Model):
         return self._file.read(key).T.contiguous()
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given; the whole is read."""
+        """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given."""
         values = self.read(name).reshape(-1)
         if not 0 <= start <= stop <= values.numel():
             raise UsageError(f"values {start}:{stop} of a tensor of {values.numel()}", where=f"{self.path}, {name!r}")
@@ -102,12 +103,9 @@ def _rank_and_scale(config: Mapping[str, Any]) -> tuple[int, float]:
     """Read what mlx-lm multiplies by out of its config; refuses what is not plain LoRA."""
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        meaning = {
-            "dora": "DoRA: a magnitude per output rescales the whole weight",
-            "full": "full weights of some layers",
-        }
+        meaning = _KINDS.get(kind, "") if isinstance(kind, str) else ""
         raise UnsupportedError(
-            f"fine_tune_type is {_shown(kind)}" + (f": {meaning[kind]}" if kind in ("dora", "full") else ""),
+            f"fine_tune_type is {_shown(kind)}{meaning}",
             where=CONFIG_FILE,
             rule="of mlx-lm's adapters those of type lora are read",
             next_step=_FUSE,
@@ -125,7 +123,7 @@ def _rank_and_scale(config: Mapping[str, Any]) -> tuple[int, float]:
         raise FormatError(
             f"lora_parameters.rank is {_shown(rank)}", where=CONFIG_FILE, rule="a rank is a positive integer"
         )
-    if type(scale) not in (int, float) or not 0 <= scale < 1e300:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < 1e300:
         raise FormatError(
             f"lora_parameters.scale is {_shown(scale)}",
             where=CONFIG_FILE,
