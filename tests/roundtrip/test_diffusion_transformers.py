@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import eigenzoo as ez
+from builders import random_factors
 from eigenzoo.formats.lora.diffusion_keys import split_key
+from eigenzoo.formats.opening import open_model
 from tolerance import tolerance
 
 with quiet():
@@ -337,3 +340,141 @@ def test_wans_layers_outside_its_blocks_are_called_as_diffusers_converts_them() 
     theirs = {int(values): split_key(key).module("") for key, values in converted.items() if "lora_A" in key}
     assert ours == theirs
     assert set(ours.values()) == {module_of(f"transformer.{name}") for name in names}
+
+
+HIDDEN = 8
+FUSED = {
+    "double_blocks.0.img_attn.qkv": (3 * HIDDEN, HIDDEN),
+    "double_blocks.0.txt_attn.qkv": (3 * HIDDEN, HIDDEN),
+    "double_blocks.0.img_attn.proj": (HIDDEN, HIDDEN),
+    "single_blocks.1.linear1": (3 * HIDDEN + 20, HIDDEN),
+    "single_blocks.1.linear2": (HIDDEN, HIDDEN + 20),
+}
+"""Places of Flux by its authors' names, with what they fuse."""
+
+SINGLE = "transformer.single_transformer_blocks.1"
+APART = {
+    "double_blocks.0.img_attn.qkv": [f"transformer.transformer_blocks.0.attn.to_{side}" for side in "qkv"],
+    "double_blocks.0.txt_attn.qkv": [f"transformer.transformer_blocks.0.attn.add_{side}_proj" for side in "qkv"],
+    "double_blocks.0.img_attn.proj": ["transformer.transformer_blocks.0.attn.to_out.0"],
+    "single_blocks.1.linear1": [*(f"{SINGLE}.attn.to_{side}" for side in "qkv"), f"{SINGLE}.proj_mlp"],
+    "single_blocks.1.linear2": [f"{SINGLE}.proj_out"],
+}
+
+
+def write_fused(path: Path, seed: int, tool: str = "kohya") -> dict[str, Tensor]:
+    """A Flux LoRA with q, k and v in one; returns every ΔW by diffusers' names, its rows cut as its authors' forward cuts them."""
+    tensors, found = {}, {}
+    for name, (b_OR, a_RI) in random_factors(FUSED, RANK, seed).items():
+        stem = f"lora_unet_{name.replace('.', '_')}" if tool == "kohya" else f"diffusion_model.{name}"
+        tensors |= {
+            f"{stem}.lora_down.weight": a_RI,
+            f"{stem}.lora_up.weight": b_OR,
+            f"{stem}.alpha": torch.tensor(ALPHA),
+        }
+        delta, outputs = ALPHA / RANK * b_OR.double() @ a_RI.double(), FUSED[name][0]
+        names = APART[name]
+        rows = [HIDDEN] * 3 + [outputs - 3 * HIDDEN] * (len(names) - 3) if len(names) > 1 else [outputs]
+        found |= dict(zip(names, delta.split(rows), strict=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return found
+
+
+def write_apart(path: Path, seed: int) -> dict[str, Tensor]:
+    """The same layers by diffusers' names, each with factors of its own."""
+    shapes = {name: tuple(delta.shape) for name, delta in write_fused(path, seed).items()}
+    factors = random_factors(shapes, RANK + 1, seed)
+    tensors = {
+        f"{name}.lora_{side}.weight": values
+        for name, pair in factors.items()
+        for side, values in zip("BA", pair, strict=True)
+    }
+    save_file(tensors, path)
+    return {name: b_OR.double() @ a_RI.double() for name, (b_OR, a_RI) in factors.items()}
+
+
+def layered(space: ez.Subspace, name: str, deltas_of: Mapping[str, Tensor]) -> None:
+    rebuilt = space.rebuild(name)
+    for layer, delta in deltas_of.items():
+        b_OR, a_RI = rebuilt.factors(module_of(layer))
+        assert (b_OR @ a_RI - delta).norm() <= REBUILT * delta.norm(), (name, layer)
+
+
+def test_fused_layers_of_flux_are_cut_beside_files_that_have_them_apart(tmp_path: Path) -> None:
+    """Bundles, projections, growth and processes see a model alike; what is written is diffusers', and loads there."""
+    zoo = tmp_path / "zoo"
+    expected = {"a": write_apart(zoo / "a.safetensors", 0), "b": write_fused(zoo / "b.safetensors", 1)}
+    expected["c"] = write_fused(zoo / "c.safetensors", 2, "ComfyUI")
+    opened = ez.open_zoo(zoo)
+    assert opened.left_out == ()
+    assert set(opened.layers) == {module_of(name) for name in expected["a"]}
+    for model, name in zip(opened.models, opened.names, strict=True):
+        for layer, delta in expected[name].items():
+            b_OR, a_RI = model.read_factors(module_of(layer))
+            found = model.updates[module_of(layer)].scale * b_OR.double() @ a_RI.double()
+            assert (found - delta).norm() <= ROUND_OFF * delta.norm()
+    alone = pickle.loads(pickle.dumps(opened.select(names=["b"])))
+    assert set(alone.layers) == set(opened.layers)
+    space = ez.load(ez.fit(opened, rank=1.0).save(tmp_path / "bundle"))
+    expected["new"] = write_fused(tmp_path / "new.safetensors", 3)
+    grown = space.add([tmp_path / "new.safetensors"], refresh=True)
+    for name, deltas_of in expected.items():
+        layered(grown, name, deltas_of)
+        file = grown.rebuild(name).save(tmp_path / name) / OUTPUT
+        assert sorted(load_file(file)) == sorted(f"{layer}.lora_{side}.weight" for layer in deltas_of for side in "AB")
+        again = open_model(file)
+        for layer, delta in deltas_of.items():
+            b_OR, a_RI = again.read_factors(module_of(layer))
+            assert (
+                again.updates[module_of(layer)].scale * b_OR.double() @ a_RI.double() - delta
+            ).norm() <= REBUILT * delta.norm()
+
+
+def test_the_cut_of_a_fused_layer_is_diffusers_own(tmp_path: Path) -> None:
+    """Of the blocks whose sizes diffusers' converter takes from the file; the others' it knows by the published model's."""
+    deltas_of = write_fused(tmp_path / "b.safetensors", 1)
+    tensors = {key: values for key, values in load_file(tmp_path / "b.safetensors").items() if "linear1" not in key}
+    save_file(tensors, tmp_path / "b.safetensors")
+    with quiet():
+        state = FluxPipeline.lora_state_dict(str(tmp_path / "b.safetensors"))
+    names = {key.partition(".lora_")[0] for key in state}
+    assert names == {name for name in deltas_of if "single" not in name} | {f"{SINGLE}.proj_out"}
+    for name in names:
+        delta = state[f"{name}.lora_B.weight"].double() @ state[f"{name}.lora_A.weight"].double()
+        assert (delta - deltas_of[name]).norm() <= ROUND_OFF * delta.norm()
+
+
+def test_a_zoo_of_fused_files_alone_keeps_them_fused(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_fused(tmp_path / "zoo" / f"m{seed}.safetensors", seed, ("kohya", "ComfyUI", "kohya")[seed])
+    space = ez.fit(tmp_path / "zoo", rank=1.0)
+    assert len(space.layers) == len(FUSED)
+    written = load_file(space.rebuild("m1").save(tmp_path / "out") / OUTPUT)
+    assert set(written) == set(load_file(tmp_path / "zoo" / "m1.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "extra", ["lora_unet_final_layer_adaLN_modulation_1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"]
+)
+def test_a_fused_file_whose_names_are_not_all_certain_is_refused_with_a_step_that_works(
+    tmp_path: Path, extra: str
+) -> None:
+    write_apart(tmp_path / "zoo" / "a.safetensors", 0)
+    file = tmp_path / "zoo" / "b.safetensors"
+    write_fused(file, 1)
+    known = load_file(file)
+    more = {f"{extra}.lora_down.weight": torch.ones(RANK, 4), f"{extra}.lora_up.weight": torch.ones(6, RANK)}
+    save_file({**known, **more}, file)
+    with pytest.raises(
+        ez.UnsupportedError, match=r"b.safetensors: q, k and v are one layer here.*FluxPipeline.lora_state"
+    ):
+        ez.open_zoo(tmp_path / "zoo")
+    # diffusers knows the sizes of `linear1` by the published model's.
+    save_file({key: values for key, values in {**known, **more}.items() if "linear1" not in key}, file)
+    with quiet():
+        state = FluxPipeline.lora_state_dict(str(file))
+    save_file({key: values.clone() for key, values in state.items()}, tmp_path / "new.safetensors")
+    updates = open_model(tmp_path / "new.safetensors").updates
+    assert set(updates) >= {module_of(name) for name in APART["double_blocks.0.img_attn.qkv"]}
+    assert ("transformer.norm_out_linear" in updates) == ("adaLN" in extra)

@@ -30,7 +30,7 @@ EXCLUDED = "excluded"
 @dataclass(frozen=True)
 class Selection:
     """What a user asked to see of a zoo: the view, layer globs (matched on names and on roles), leniency, and fused weights
-    that are cut into layers of their own."""
+    that are cut into layers of their own. `parts` are layers that some models of the whole zoo have apart and others fused."""
 
     view: str
     include: tuple[str, ...] = ()
@@ -38,6 +38,7 @@ class Selection:
     allow_missing: bool = False
     only: frozenset[str] | None = None
     split: tuple[SplitRule, ...] = ()
+    parts: frozenset[str] = frozenset()
 
     def excludes(self, layer: str) -> bool:
         """Tell whether the globs leave a layer out; `only` names layers to the letter."""

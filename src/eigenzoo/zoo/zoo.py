@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from torch import Tensor
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
 from eigenzoo.formats.bundle.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
+from eigenzoo.formats.lora.unfused import unfuse
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
@@ -57,6 +58,9 @@ class Zoo:
         base: Model | None = None,
         skipped: Sequence[SkippedModel] = (),
     ) -> None:
+        # A part of a zoo, in another process too, sees its models as the whole zoo does.
+        models, parts = unfuse(models, selection.parts | (selection.only or frozenset()))
+        selection = replace(selection, parts=selection.parts | parts)
         self.models, self.names = tuple(split_model(model, selection.split) for model in models), tuple(names)
         self.base = None if base is None else split_model(base, selection.split)
         self.selection, self.skipped = selection, tuple(skipped)
@@ -155,6 +159,7 @@ class Zoo:
             self.selection.allow_missing,
             self.selection.only if view is None and include is None and exclude is None else None,
             self.selection.split,
+            self.selection.parts,
         )
         places = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(

@@ -230,7 +230,10 @@ def weights_as_layers(names: Iterable[str]) -> dict[str, str]:
 
 def _network_of(keys: Iterable[FactorKey]) -> str:
     """Tell by names what denoises: unet, transformer, or nothing where they do not say."""
+    keys = list(keys)
     names = {key.name.replace(".", "_") for key in keys if key.component in _NETWORK}
+    if any(key.component == "transformer" for key in keys):
+        return "transformer"
     if any(_UNET.match(name) for name in names):
         return "unet"
     return "transformer" if any(map(dit_blocks.is_transformer, names)) else ""

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
-from eigenzoo.formats.lora import dit_blocks
 from eigenzoo.formats.lora.diffusion_file import METADATA_KEY
 from eigenzoo.formats.lora.diffusion_keys import FactorKey, split_key
 from eigenzoo.formats.lora.sgm_blocks import to_diffusers
@@ -66,7 +65,7 @@ def renamed(
         key = keys[module]
         if key is None:
             raise UsageError(f"{update.key_a[:200]!r} is no factor's key", rule="keys of a diffusion LoRA are renamed")
-        stem = _kohya(key, module, text) if family == "kohya" else _diffusers(key, module)
+        stem = _kohya(key, module, text) if family == "kohya" else diffusers_stem(module)
         down, up = (".lora_down", ".lora_up") if family == "kohya" else (".lora_A", ".lora_B")
         new = replace(update, key_a=f"{stem}{down}.weight", key_b=f"{stem}{up}.weight", scale=1.0, key_alpha=None)
         tensors += [_named(layout, update.key_a, new.key_a), _named(layout, update.key_b, new.key_b)]
@@ -107,16 +106,20 @@ def _text_encoder(layout: ModelLayout) -> str:
     return f"lora_{'te1' if two else 'te'}_text_model_"
 
 
-def _diffusers(key: FactorKey, module: str) -> str:
-    """Give the stem of diffusers' keys."""
-    component = module.partition(".")[0]
-    flat = key.name.replace(".", "_")
+def diffusers_stem(module: str) -> str:
+    """Give the stem of diffusers' keys for what a layer is called; raises UnsupportedError where its dots are not certain.
+
+    >>> diffusers_stem("transformer.single_transformer_blocks.3.attn_to_q")
+    'transformer.single_transformer_blocks.3.attn.to_q'
+    """
+    component, _, rest = module.partition(".")
+    flat = rest.replace(".", "_")
     if component == "unet":
-        flat, grammar = to_diffusers(flat), _UNET
+        grammar = _UNET
     elif component in ("transformer", "transformer_2"):
-        flat, grammar = dit_blocks.to_diffusers(flat), _TRANSFORMER
+        grammar = _TRANSFORMER
     elif component in ("text_encoder", "text_encoder_2"):
-        flat, grammar = flat.removeprefix("text_model_"), _CLIP
+        grammar = _CLIP
     else:
         raise _uncertain(module, "dots are given back to names of Stable Diffusion, Wan and Flux")
     if grammar.fullmatch(flat) is None:
