@@ -59,6 +59,16 @@ def mlx_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     }
 
 
+def save_as_mlx(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """As `mx.save_safetensors` writes: metadata that are null, and places that do not begin with those of the first name."""
+    data = save(path, tensors).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": None, **dict(reversed(json.loads(data[8 : 8 + length]).items()))}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return path
+
+
 def write_mlx(
     folder: Path, factors: Mapping[str, Factors], scale: float = SCALE, file: str = MLX, **others: Any
 ) -> Path:
@@ -66,7 +76,7 @@ def write_mlx(
     rank = next(iter(factors.values()))[1].shape[0]
     parameters = {"rank": rank, "dropout": 0.0, "scale": scale, **others.pop("lora_parameters", {})}
     config = {"model": BASE, "train": True, "fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
-    save(folder / file, mlx_tensors(factors))
+    save_as_mlx(folder / file, mlx_tensors(factors))
     (folder / CONFIG).write_text(json.dumps({**config, **others}))
     return folder
 
