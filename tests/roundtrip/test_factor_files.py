@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusion_adapters import quiet
-from real_models import TOLERANCE, add_adapter, load_adapter, logits, make, save_adapter
+from real_models import TOLERANCE, load_adapter, logits, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -151,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "loralib, as fairseq uses it": (
         {f"decoder.layers.0.self_attn.q_proj.lora_{side}": torch.ones(3, 3) for side in "AB"},
-        r"LoRA factors as loralib writes them.*add .weight",
+        r"LoRA factors as loralib writes them.*base_model.model. before these names",
     ),
     "XLabs": (
         {f"double_blocks.0.processor.qkv_lora1.{side}.weight": torch.ones(3, 3) for side in ("down", "up")},
@@ -250,22 +249,6 @@ def test_other_files_beside_an_adapter_are_what_they_are(tmp_path: Path) -> None
     assert open_model(save(folder / "style.safetensors", kohya)).format == "diffusion-lora"
 
 
-def test_a_whole_model_with_its_lora_is_merged_or_saved_as_an_adapter(tmp_path: Path) -> None:
-    """What accelerate writes of a PEFT model, and both next steps by PEFT."""
-    peft = add_adapter(make("llama"), 0, r=2, lora_alpha=6, target_modules=["q_proj"])
-    state = {name: values.clone() for name, values in peft.state_dict().items() if "lm_head" not in name}
-    with pytest.raises(ez.UnsupportedError, match=REFUSED["a whole model"][1]):
-        open_model(save(tmp_path / "accelerate" / "model.safetensors", state).parent)
-    save_adapter(peft, tmp_path / "adapter")
-    updates = open_model(tmp_path / "adapter")
-    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
-    merged, base = open_model(tmp_path / "merged"), make("llama").state_dict()
-    assert merged.format == "checkpoint"
-    for module in updates.updates:
-        weight = f"{module}.weight"
-        assert_same_update(updates, module, merged.read(weight).double() - base[weight].double())
-
-
 def mlx_delta(tensors: Mapping[str, Tensor], module: str, scale: float) -> np.ndarray:
     """`mlx_lm.tuner.lora.LoRALinear.fuse` in numpy: (scale · lora_bᵀ) · lora_aᵀ."""
     lora_a, lora_b = (tensors[f"{module}.lora_{side}"].double().numpy() for side in "ab")
@@ -360,12 +343,10 @@ def test_configs_of_mlx_lm_that_are_not_plain_lora_are_refused(
         open_model(write_mlx(tmp_path / "a", FACTORS, **change))
 
 
-def test_an_alpha_of_early_mlx_lm_is_put_into_the_scale(tmp_path: Path) -> None:
-    """The next step; where alpha is the rank, both readings agree and nothing is asked."""
-    open_model(write_mlx(tmp_path / "agrees", FACTORS, lora_parameters={"alpha": float(RANK)}))
-    model = open_model(write_mlx(tmp_path / "early", FACTORS, scale=SCALE * 16 / RANK))
+def test_an_alpha_of_mlx_lm_that_is_the_rank_says_the_same_either_way(tmp_path: Path) -> None:
+    model = open_model(write_mlx(tmp_path / "a", FACTORS, lora_parameters={"alpha": float(RANK)}))
     for module, (b_OR, a_RI) in FACTORS.items():
-        assert_same_update(model, module, SCALE * 16 / RANK * b_OR.double() @ a_RI.double())
+        assert_same_update(model, module, SCALE * b_OR.double() @ a_RI.double())
 
 
 @pytest.mark.parametrize(
@@ -389,53 +370,8 @@ def test_tensors_that_are_no_factors_of_mlx_lm_are_refused(
         open_model(folder)
 
 
-def test_torchtunes_own_file_is_refused_and_the_folder_beside_it_is_read(tmp_path: Path) -> None:
-    """FullModelHFCheckpointer (torchtune 0.6) saves both into one folder, with a config of four entries."""
-    folder = write_adapter(tmp_path / "epoch_0", FACTORS)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
-    (folder / CONFIG).write_text(json.dumps(config))
-    torch.save(REFUSED["torchtune"][0], folder / "adapter_model.pt")
-    with pytest.raises(ez.UnsupportedError, match=REFUSED["torchtune"][1]):
-        open_model(folder / "adapter_model.pt", allow_pickle=True)
-    for path in (folder, folder / WEIGHTS):
-        for module, (b_OR, a_RI) in FACTORS.items():
-            assert_same_update(open_model(path), module, 2 * b_OR.double() @ a_RI.double())
-
-
 def test_litgpts_file_is_refused_by_its_ending(tmp_path: Path) -> None:
     torch.save({"model": REFUSED["LitGPT"][0]}, tmp_path / "lit_model.pth.lora")
     for path in (tmp_path, tmp_path / "lit_model.pth.lora"):
         with pytest.raises(ez.UnsupportedError, match=r"LoRA factors, as LitGPT writes them.*litgpt merge_lora"):
             open_model(path, allow_pickle=True)
-
-
-def test_loralibs_factors_are_read_once_they_have_pefts_names_and_a_config(tmp_path: Path) -> None:
-    """Its ΔW is lora_B @ lora_A · alpha / r (`loralib.layers.Linear.train`)."""
-    module, (b_OR, a_RI) = next(iter(FACTORS.items()))
-    tensors = {f"{module}.lora_A": a_RI, f"{module}.lora_B": b_OR}
-    with pytest.raises(ez.UnsupportedError, match=REFUSED["loralib, as fairseq uses it"][1]):
-        open_model(save(tmp_path / "m.safetensors", tensors))
-    save(tmp_path / "a" / WEIGHTS, {f"{key}.weight": values for key, values in tensors.items()})
-    (tmp_path / "a" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 6}))
-    assert_same_update(open_model(tmp_path / "a"), module, (b_OR.double() @ a_RI.double()) * 6 / RANK)
-
-
-def test_xlabs_files_are_read_once_diffusers_has_converted_them(tmp_path: Path) -> None:
-    from diffusers import FluxPipeline
-
-    shapes = {"double_blocks.0.processor.qkv_lora1": (24, 8), "single_blocks.3.processor.proj_lora": (8, 40)}
-    tensors = {}
-    for stem, (b_OR, a_RI) in random_factors(shapes, RANK, 0).items():
-        tensors |= {f"{stem}.down.weight": a_RI, f"{stem}.up.weight": b_OR}
-    file = save(tmp_path / "xlabs.safetensors", tensors)
-    with pytest.raises(ez.UnsupportedError, match=REFUSED["XLabs"][1]):
-        open_model(file)
-    with quiet():
-        state = FluxPipeline.lora_state_dict(str(file))
-    save_file({key: values.clone() for key, values in state.items()}, tmp_path / "new.safetensors")
-    model = open_model(tmp_path / "new.safetensors")
-    up, down = (tensors[f"double_blocks.0.processor.qkv_lora1.{side}.weight"].double() for side in ("up", "down"))
-    for place, side in enumerate("qkv"):
-        expected = up[8 * place : 8 * (place + 1)] @ down
-        assert_same_update(model, f"transformer.transformer_blocks.0.attn_to_{side}", expected)
-    assert len(model.updates) == 4

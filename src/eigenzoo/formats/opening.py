@@ -124,7 +124,7 @@ _REFUSED_FACTORS = {
         f"the factors of a PEFT adapter, and no {CONFIG_FILE} beside them",
         "their scale is in that file, and factors are never read as weights",
         f"keep them as {WEIGHTS_FILE} in a folder with their {CONFIG_FILE}, as save_pretrained does; where it is lost, write one "
-        'with {"peft_type": "LORA", "r": …, "lora_alpha": …} as it was trained',
+        'with {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]} as it was trained',
     ),
     MLX: (
         f"the factors of an mlx-lm adapter, and no {CONFIG_FILE} beside them",

@@ -73,8 +73,8 @@ TOOLS = (
     Tool(
         "loralib",
         re.compile(r"(?P<module>.+)\.lora_[AB]"),
-        f"write it as PEFT's: add .weight to these names, save it as adapter_model.safetensors, and beside it a {CONFIG_FILE} with "
-        '{"peft_type": "LORA", "r": …, "lora_alpha": …} as it was trained',
+        "write it as PEFT's: put base_model.model. before these names, add .weight, save it as adapter_model.safetensors, and "
+        f'beside it a {CONFIG_FILE} with {{"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}} as it was trained',
     ),
 )  # fmt: skip
 
