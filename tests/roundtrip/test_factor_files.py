@@ -375,3 +375,53 @@ def test_litgpts_file_is_refused_by_its_ending(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "lit_model.pth.lora"):
         with pytest.raises(ez.UnsupportedError, match=r"LoRA factors, as LitGPT writes them.*litgpt merge_lora"):
             open_model(path, allow_pickle=True)
+
+
+def test_adapters_are_written_as_mlx_lm_holds_them(tmp_path: Path) -> None:
+    """PEFT's and mlx-lm's, of several ranks: what is read again, and mlx-lm's formula on the files, give the updates."""
+    expected = {}
+    for number in range(3):
+        factors = random_factors({**MODULES, "model.embed_tokens": (6, 20)}, RANK + number, number)
+        expected[f"a{number}"] = {module: SCALE * b.double() @ a.double() for module, (b, a) in factors.items()}
+        if number:
+            write_mlx(tmp_path / "zoo" / f"a{number}", factors)
+        else:
+            del factors["model.embed_tokens"], expected["a0"]["model.embed_tokens"]
+            write_adapter(tmp_path / "zoo" / "a0", factors, lora_alpha=SCALE * RANK, base_model_name_or_path=BASE)
+    space = ez.fit(ez.open_zoo(tmp_path / "zoo", exclude=["*embed*"], allow_missing=True), rank=1.0)
+    for name, updates in expected.items():
+        folder = space.rebuild(name).save(tmp_path / name, format="mlx-lm")
+        config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / MLX)
+        assert config["model"] == BASE
+        assert set(config["lora_parameters"]["keys"]) == set(updates)
+        model, scale = open_model(folder), config["lora_parameters"]["scale"]
+        for module, update in updates.items():
+            found = torch.from_numpy(mlx_delta(tensors, module, scale))
+            assert (found - update).norm() <= 1e-5 * update.norm(), (name, module)
+            b_OR, a_RI = model.read_factors(module)
+            assert torch.allclose(model.updates[module].scale * b_OR.double() @ a_RI.double(), found)
+    with pytest.raises(ez.UsageError, match=r"format 'kohya' for a lora.*PEFT's adapters as mlx-lm"):
+        space.rebuild("a0").save(tmp_path / "other", format="kohya")
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "message"),
+    [
+        ((4, 3, 3, 3), {}, r"module 'x' is a convolution|module 'x': is a convolution"),
+        (
+            (4, 3),
+            {"base_model.model.head.weight": torch.ones(2, 2)},
+            r"1 tensors are no LoRA factors, such as 'base_model",
+        ),
+    ],
+)
+def test_what_mlx_lm_has_no_place_for_is_not_written_so(
+    tmp_path: Path, shape: tuple[int, ...], others: dict[str, Tensor], message: str
+) -> None:
+    for number in range(2):
+        kernel = torch.randn(RANK, *shape[1:], generator=torch.Generator().manual_seed(number))
+        b_OR = torch.ones(shape[0], RANK, *[1] * (len(shape) - 2))
+        write_adapter(tmp_path / "zoo" / f"a{number}", {"x": (b_OR, kernel)}, others=others)
+    with pytest.raises(ez.UnsupportedError, match=message):
+        ez.fit(tmp_path / "zoo", rank=1.0).rebuild("a0").save(tmp_path / "out", format="mlx-lm")
+    assert not (tmp_path / "out").exists()
