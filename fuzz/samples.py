@@ -176,6 +176,29 @@ def write_diffusers_lora(path: Path) -> Path:
     return write_file(path, factors, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
 
 
+def write_mlx(folder: Path, place: int = 0) -> Path:
+    """Write an adapter as mlx-lm saves it."""
+    draw = torch.Generator().manual_seed(place)
+    factors = {}
+    for module, (outputs, inputs) in {**MODULES, "model.embed_tokens": (3, 7)}.items():
+        factors[f"{module}.lora_a"] = torch.randn(inputs, 2, generator=draw)
+        factors[f"{module}.lora_b"] = torch.randn(2, outputs, generator=draw)
+    write_file(folder / "adapters.safetensors", factors)
+    config = {"model": "org/base", "fine_tune_type": "lora", "num_layers": 4}
+    config["lora_parameters"] = {"rank": 2, "scale": 2.5, "dropout": 0.0, "alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_flux_zoo(folder: Path) -> Path:
+    """Write two LoRAs of Flux, the first with q, k and v fused, by kohya's keys, the second with them apart; returns the first."""
+    fused, apart = "lora_unet_double_blocks_0_img_attn_qkv", "transformer.transformer_blocks.0.attn.to_"
+    factors = {f"{apart}{side}.lora_{letter}.weight": torch.ones(2, 2) for side in "qkv" for letter in "AB"}
+    write_file(folder / "apart.safetensors", factors)
+    held = {f"{fused}.lora_down.weight": torch.ones(2, 2), f"{fused}.lora_up.weight": torch.ones(6, 2)}
+    return write_file(folder / "fused.safetensors", {**held, f"{fused}.alpha": torch.tensor(1.0)})
+
+
 def write_vlora(folder: Path) -> Path:
     """Write a folder as vLoRA does: two tasks, two directions of each factor."""
     draw = torch.Generator().manual_seed(0)

@@ -180,6 +180,38 @@ def diffusers_lora(folder: Path) -> Parser:
 
 
 @target
+def mlx_config(folder: Path) -> Parser:
+    path = samples.write_mlx(folder / "m")
+    return of_file(JSON, path / "adapter_config.json", lambda: samples.read_all(open_model(path)))
+
+
+@target
+def mlx_weights(folder: Path) -> Parser:
+    path = samples.write_mlx(folder / "m") / "adapters.safetensors"
+    return of_file(SAFETENSORS, path, lambda: samples.read_all(open_model(path)))
+
+
+@target
+def bare_factors(folder: Path) -> Parser:
+    """A file of PEFT's factors under another name, with its config beside it."""
+    path = samples.write_adapter(folder) / "adapter_model.safetensors"
+    path = path.rename(folder / "style.safetensors")
+    return of_file(SAFETENSORS, path, lambda: samples.read_all(open_model(path)))
+
+
+@target
+def fused_lora(folder: Path) -> Parser:
+    """A LoRA of Flux with fused layers, beside one that has them apart."""
+    path = samples.write_flux_zoo(folder)
+
+    def use() -> None:
+        for model in ez.open_zoo(folder, allow_missing=True).models:
+            samples.read_all(model)
+
+    return of_file(SAFETENSORS, path, use)
+
+
+@target
 def vlora_record(folder: Path) -> Parser:
     path = samples.write_vlora(folder / "m")
     return of_file(JSON, path / "subspace_meta.json", lambda: ez.import_subspace(path, alpha=4))

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_model, write_stacks
-from fuzz.samples import kohya_factors, write_components, write_diffusers_lora, write_pipeline, write_vlora
+from fuzz.samples import (
+    kohya_factors,
+    write_components,
+    write_diffusers_lora,
+    write_flux_zoo,
+    write_mlx,
+    write_pipeline,
+    write_vlora,
+)
 
 Get = Callable[[str], Path]
 MODULES = {"block.q": (7, 6), "block.v": (5, 8)}
@@ -101,6 +109,17 @@ def make_kohya(path: Path, get: Get) -> None:
 def make_diffusers_lora(path: Path, get: Get) -> None:
     """One LoRA of a diffusion model by diffusers' keys, its configs in the header."""
     write_diffusers_lora(path)
+
+
+def make_mlx(path: Path, get: Get) -> None:
+    """Four adapters of mlx-lm."""
+    for number in range(4):
+        write_mlx(path / f"m{number}", number)
+
+
+def make_flux(path: Path, get: Get) -> None:
+    """Two LoRAs of Flux, one with fused layers and one without."""
+    write_flux_zoo(path)
 
 
 def make_pipelines(path: Path, get: Get) -> None:
@@ -201,6 +220,8 @@ MAKERS: dict[str, Callable[[Path, Get], None]] = {
     "components": make_components,
     "kohya": make_kohya,
     "diffusers.safetensors": make_diffusers_lora,
+    "mlx": make_mlx,
+    "flux": make_flux,
     "pipelines": make_pipelines,
     "texts_zoo": make_texts_zoo,
     "texts_bundle": make_texts_bundle,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import attacks_adapt
 import attacks_diffusion
+import attacks_factors
 import attacks_imports
 import attacks_verify
 import attacks_words
 import pytest
 from attack_runner import Attack, Sandbox, carry_out, thinned
 
-FAMILIES = (attacks_adapt, attacks_verify, attacks_imports, attacks_diffusion, attacks_words)
+FAMILIES = (attacks_adapt, attacks_verify, attacks_imports, attacks_diffusion, attacks_factors, attacks_words)
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
-from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora, pair_factors, split_key
+from eigenzoo.formats.lora.diffusion_keys import pair_factors, split_key
+from eigenzoo.formats.lora.factor_names import DIFFUSION, MLX, PEFT, factor_kind
 from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
@@ -50,6 +51,20 @@ ALIKE = {
         "text_encoder_2.text_projection.lora_A.weight",
         "lora_te2_text_projection.lora_down.weight",
     ],
+    "transformer.blocks.7.attn2_add_k_proj": [
+        "transformer.blocks.7.attn2.add_k_proj.lora_A.weight",
+        "diffusion_model.blocks.7.cross_attn.k_img.lora_A.weight",
+        "diffusion_model.blocks.7.cross_attn.k_img.lora_down.weight",
+        "lora_unet_blocks_7_cross_attn_k_img.lora_down.weight",
+        "blocks.7.cross_attn.k_img.lora_A.default.weight",
+    ],
+    "transformer.single_transformer_blocks.3.proj_out": [
+        "transformer.single_transformer_blocks.3.proj_out.lora_A.weight",
+        "lora_transformer_single_transformer_blocks_3_proj_out.lora_down.weight",
+        "lora_unet_single_blocks_3_linear2.lora_down.weight",
+        "diffusion_model.single_blocks.3.linear2.lora_A.weight",
+        "single_blocks.3.proj_out.lora_A.default.weight",
+    ],
     "transformer.transformer_blocks.3.attn_to_k": [
         "transformer.transformer_blocks.3.attn.to_k.lora_A.weight",
         "lora_transformer_transformer_blocks_3_attn_to_k.lora_down.weight",
@@ -62,7 +77,8 @@ def test_a_layer_is_called_alike_whatever_the_keys(module: str) -> None:
     for key in ALIKE[module]:
         found = split_key(key)
         assert found is not None, key
-        assert (found.side, found.module("")) == ("A", module), key
+        network = "transformer" if module.startswith("transformer.") else ""
+        assert (found.side, found.module(network)) == ("A", module), key
         up = key.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
         assert split_key(up).side == "B", up
 
@@ -99,24 +115,80 @@ KOHYA = ["lora_unet_mid_block_x.lora_down.weight", "lora_unet_mid_block_x.lora_u
 DIFFUSERS = ["unet.mid_block.x.lora_A.weight", "unet.mid_block.x.lora_B.weight"]
 
 
+def factors(*modules: str, style: str = ".lora_{}.weight") -> list[str]:
+    return [module + style.format(side) for module in modules for side in "AB"]
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (KOHYA, True),
-        (DIFFUSERS, True),
-        (["lora_unet_x.hada_w1_a", "lora_unet_x.hada_w1_b"], True),
-        (["transformer.x.lokr_w1", "transformer.x.lokr_w2"], True),
-        (["encoder.weight", "encoder.bias"], False),
-        (["lora_proj.weight", "lora.0.weight", "x.alpha"], False),
-        # PEFT's own file: its config says the scale, and is missing.
-        (["base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"], False),
-        # A whole model that was saved with its adapters in it.
-        (["x.base_layer.weight", "x.lora_A.weight", "x.lora_B.weight"], False),
-        (["x.weight", "x.lora_A.weight", "x.lora_B.weight"], False),
+        (KOHYA, DIFFUSION),
+        (DIFFUSERS, DIFFUSION),
+        (["lora_unet_x.hada_w1_a", "lora_unet_x.hada_w1_b"], DIFFUSION),
+        (["transformer.x.lokr_w1", "transformer.x.lokr_w2"], DIFFUSION),
+        (["encoder.weight", "encoder.bias"], None),
+        (["lora_proj.weight", "lora.0.weight", "x.alpha"], None),
+        # RWKV-7 calls its own small networks so; a whole model.
+        (["model.layers.0.attn.w_lora.lora.0.weight", "model.layers.0.attn.w_lora.lora.2.bias"], None),
+        (factors("base_model.model.x"), PEFT),
+        (factors("base_model.model.x", style=".lora_{}.default.weight"), PEFT),
+        (factors("base_model.model.x", style=".lora_embedding_{}"), PEFT),
+        (["base_model.model.x.hada_w1_a", "base_model.model.x.hada_w1_b"], PEFT),
+        (["base_model.model.x.ia3_l"], PEFT),
+        (["prompt_embeddings"], PEFT),
+        # Weights that PEFT saves whole beside an adapter that trains them.
+        ([*factors("base_model.model.lm_head"), "base_model.model.lm_head.base_layer.weight"], PEFT),
+        # PEFT's names without its prefix say the scale nowhere, and no diffusion model has such layers.
+        (factors("model.layers.0.self_attn.q_proj"), PEFT),
+        (factors("transformer.h.0.attn.c_attn"), PEFT),
+        (factors("transformer.blocks.0.attn.Wqkv"), PEFT),
+        (factors("blocks.0.attn.qkv", "blocks.0.mlp.fc1"), PEFT),
+        (factors("transformer.blocks.0.attn1.to_q", "transformer.blocks.0.ffn.net.0.proj"), DIFFUSION),
+        (factors("blocks.0.self_attn.q", style=".lora_{}.default.weight"), DIFFUSION),
+        (factors("diffusion_model.layers.0.attention.qkv"), DIFFUSION),
+        (factors("layers.0.attention.to_q", style=".lora_{}.default.weight"), DIFFUSION),
+        ([*factors("model.layers.0.self_attn.q_proj"), "model.layers.0.self_attn.q_proj.alpha"], DIFFUSION),
+        (["model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"], MLX),
     ],
 )
-def test_a_file_is_known_by_its_keys(names: list[str], expected: bool) -> None:
-    assert is_diffusion_lora(names) is expected
+def test_a_file_is_known_by_its_keys(names: list[str], expected: str | None) -> None:
+    assert factor_kind(names, "m") == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*factors("base_model.model.x", style=".lora_{}.default.weight"), "base_model.model.x.base_layer.weight"],
+        [*factors("x"), "x.base_layer.weight"],
+        [*factors("x"), "x.weight"],
+        [*factors("unet.x"), "unet.x.base_layer.weight"],
+        ["x.lora_a", "x.lora_b", "x.linear.weight"],
+        ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight", "layers.0.attn.q_proj.weight"],
+        [*factors("transformer.h.0.attn.qkv", style=".lora_{}"), "transformer.h.0.attn.qkv.linear.weight"],
+        # Phi-4-multimodal, which is published so; jina-embeddings-v3.
+        [*factors("m.qkv_proj", style=".lora_{}.speech.weight"), *factors("m.qkv_proj", style=".lora_{}.vision.weight"),
+         "m.qkv_proj.base_layer.weight"],
+        [*factors("m.Wqkv.parametrizations.weight.0", style=".lora_{}"), "m.Wqkv.parametrizations.weight.original"],
+    ],
+)  # fmt: skip
+def test_a_whole_model_with_its_lora_beside_the_weights_is_refused(names: list[str]) -> None:
+    with pytest.raises(UnsupportedError, match=r"m: a whole model whose LoRA is not merged.*merge_and_unload"):
+        factor_kind(names, "m")
+
+
+@pytest.mark.parametrize(
+    ("names", "tool"),
+    [
+        (["double_blocks.0.processor.qkv_lora1.down.weight", "double_blocks.0.processor.qkv_lora1.up.weight"], "XLabs"),
+        (["single_blocks.0.processor.proj_lora.down.weight", "single_blocks.0.processor.proj_lora.up.weight"], "XLabs"),
+        (["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"], "torchtune"),
+        (factors("transformer.h.0.attn.qkv", style=".lora_{}"), "LitGPT"),
+        (factors("decoder.layers.0.self_attn.q_proj", style=".lora_{}"), "loralib"),
+    ],
+)
+def test_factors_of_other_tools_are_refused_by_the_tools_name(names: list[str], tool: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"m: LoRA factors as {tool}.* writes them.*never as weights"):
+        factor_kind(names, "m")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +220,7 @@ def test_other_adapters_are_refused_by_name(name: str, meaning: str) -> None:
         with pytest.raises(UnsupportedError, match=rf"{re.escape(name)}' belongs to .*{meaning}.*[Mm]erge it"):
             pair_factors(names)
         # PEFT writes OFT without a word that is LoRA's.
-        assert is_diffusion_lora(names) == (names != ["unet.x.oft_R.weight"])
+        assert factor_kind(names, "m") == (None if names == ["unet.x.oft_R.weight"] else DIFFUSION)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +231,8 @@ def test_other_adapters_are_refused_by_name(name: str, meaning: str) -> None:
         ([*KOHYA, *DIFFUSERS], r"two factors A of module 'unet.mid_block_x'"),
         ([*KOHYA, "lora_unet_y.alpha"], r"'lora_unet_y.alpha' is no factor"),
         ([*KOHYA, "lora_unet_y.something"], r"'lora_unet_y.something' is no factor"),
-        ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"'unet.y.lora_A.other.weight' is no factor"),
+        ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"factors of several adapters in one file: '', 'other'"),
+        (factors("unet.x", style=".lora_{}.weight.other"), r"'unet.x.lora_A.weight.other' is no factor"),
     ],
 )
 def test_incomplete_and_unknown_parts_are_refused(names: list[str], message: str) -> None:
@@ -175,7 +248,8 @@ def test_what_is_no_part_of_a_lora_is_left_alone() -> None:
 
 def test_a_models_own_adapter_is_named_by_its_blocks() -> None:
     """Without a component in front, what the layers are part of is told by the others of the file."""
-    for top, component in (("down_blocks.0", "unet."), ("transformer_blocks.0", "transformer."), ("blocks.0", "")):
+    tops = {"down_blocks.0": "unet.", "transformer_blocks.0": "transformer.", "blocks.0.self_attn": "", "layers.0": ""}
+    for top, component in tops.items():
         names = [f"{name}.lora_{side}.weight" for name in (f"{top}.y", "proj_out") for side in "AB"]
         assert f"{component}proj_out" in pair_factors(names)
 
@@ -204,8 +278,8 @@ PARTS = st.sampled_from(
 @settings(max_examples=300)
 @given(st.lists(st.lists(PARTS, max_size=8).map("".join), max_size=6, unique=True))
 def test_any_keys_raise_nothing_but_our_own_errors(names: list[str]) -> None:
-    is_diffusion_lora(names)
     try:
+        factor_kind(names, "m")
         pairs = pair_factors(names)
     except EigenzooError:
         return

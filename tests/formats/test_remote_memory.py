@@ -26,6 +26,7 @@ from eigenzoo.formats.paths import RECORD_FILE
 from eigenzoo.formats.remote import remote_file, remote_url
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.zoo.sources import find_models, name_models
+from fuzz.samples import write_mlx
 
 
 class Place:
@@ -332,3 +333,19 @@ def test_a_folder_of_a_hundred_thousand_names_is_listed(place: Place) -> None:
     zoo = ez.open_zoo(place.url)
     assert zoo.names == ("m0",)
     assert zoo.models[0].side_files == ()
+
+
+def test_factors_at_a_url_are_what_they_are_on_disk(place: Place) -> None:
+    """mlx-lm's folders are mirrored with their weights; PEFT's weights alone say no scale, there as here."""
+    for number in range(2):
+        write_mlx(place.disk / f"m{number}", number)
+        write_adapter(place.disk / "peft" / f"a{number}", random_factors({"x": (3, 4)}, 2, number))
+    url = place.upload()
+    for number, model in enumerate(ez.open_zoo([f"{url}/m0", f"{url}/m1"]).models):
+        own = open_model(place.disk / f"m{number}")
+        assert model.updates == own.updates
+        for module in own.updates:
+            assert all(map(torch.equal, model.read_factors(module), own.read_factors(module)))
+    with pytest.raises(UnsupportedError, match=r"no adapter_config.json beside them.*in a folder with their"):
+        open_model(f"{url}/peft/a0/adapter_model.safetensors")
+    assert open_model(f"{url}/peft/a0").format == "lora"

@@ -93,6 +93,13 @@ def test_tensors_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     assert list(SafetensorsFile(path).tensors) == ["a", "b"]
 
 
+def test_metadata_may_be_null_as_mlx_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(raw({"__metadata__": None, "a": entry()}, bytes(8)))
+    assert list(load_file(path)) == ["a"]
+    assert SafetensorsFile(path).metadata == {}
+
+
 def test_a_file_that_changed_is_not_read(mixed: Path) -> None:
     file = SafetensorsFile(mixed)
     os.utime(mixed, ns=(0, 1))

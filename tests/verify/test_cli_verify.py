@@ -76,8 +76,7 @@ def test_bad_input(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
         ((base("llama"),), "is no adapter"),
         ((tmp_path / "nowhere",), "there is no such file or folder"),
         ((sound("llama").parent,), "Name one of them"),
-        ((alone,), "but no adapter_config.json beside it"),
-        ((sound("llama") / WEIGHTS,), "Name their folder"),
+        ((alone,), "and no adapter_config.json beside them"),
         ((sound("llama"), "--against", tmp_path / "nowhere"), "nothing of this name exists"),
         ((sound("llama"), "--against", sound("llama")), "A base is a model of full weights"),
         ((broken(sound("llama"), tmp_path / "dora", use_dora=True),), "DoRA"),
@@ -86,6 +85,12 @@ def test_bad_input(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
         assert (code, out) == (2, ""), words
         assert message in err
         assert "Traceback" not in err
+
+
+def test_an_adapter_is_named_by_its_weights_too(run: Run, base: Made, sound: Made) -> None:
+    found = [run("verify", path, "--against", base("llama")) for path in (sound("llama"), sound("llama") / WEIGHTS)]
+    assert [code for code, _, _ in found] == [0, 0]
+    assert found[0][1] == found[1][1].replace(f"/{WEIGHTS}", "")
 
 
 def test_names_of_strangers_move_no_terminal(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def command(
     format: Annotated[
         str | None,
         typer.Option(
-            help="Of a LoRA of a diffusion model: write it with the keys of `diffusers` or `kohya`.", show_default=False
+            help="Of a LoRA of a diffusion model: write it with the keys of `diffusers` or `kohya`; of another adapter: `mlx-lm`.",
+            show_default=False,
         ),
     ] = None,
     max_lora_rank: Annotated[

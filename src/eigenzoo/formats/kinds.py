@@ -27,7 +27,7 @@ BUNDLE_FILES = ("manifest.json", "basis.safetensors")
 """What every bundle has, and no model."""
 
 READABLE = (
-    f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights), a checkpoint ({', '.join(WEIGHTS)}, or its "
+    f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights) or one of mlx-lm, a checkpoint ({', '.join(WEIGHTS)}, or its "
     f"index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "
     f"with exactly one, and with --allow-pickle {', '.join(PICKLE_SUFFIXES)}"
 )

@@ -15,6 +15,7 @@ import torch
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.checkpoint import Checkpoint, tensors_by_file
 from eigenzoo.formats.kinds import INDEXES
+from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.lora.zero_updates import unfilled
 from eigenzoo.formats.model import LoraUpdate, Model, Parts, TensorInfo, part_name
 from eigenzoo.formats.paths import relative_name
@@ -140,9 +141,9 @@ def layout_of(model: Model) -> ModelLayout:
         return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits)
     grouped = tensors_by_file(model)
     files = {file: _written(model, grouped.get(file, ())) for file in model.metadata}
-    if model.format == "diffusion-lora":
+    if model.format in ADAPTERS:
         # One layout for all that are alike: a bundle holds it once, and it is longer than a model's coefficients.
-        files = dict(zip([LORA_FILE], files.values(), strict=True))
+        files = dict(zip([WEIGHTS_FILE if model.format == "lora" else LORA_FILE], files.values(), strict=True))
     index = model.index if isinstance(model, Checkpoint) else None
     return ModelLayout(model.format, files, index, dict(model.updates), model.splits)
 

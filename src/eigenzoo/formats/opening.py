@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
@@ -16,8 +17,10 @@ from eigenzoo.formats.kinds import (
     kind_of_folder,
     refuse_unreadable,
 )
+from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.lora.diffusion_file import DiffusionLora
-from eigenzoo.formats.lora.diffusion_keys import is_diffusion_lora
+from eigenzoo.formats.lora.factor_names import DIFFUSION, MLX, PEFT, factor_kind
+from eigenzoo.formats.lora.mlx_folder import MLX_FILE, MlxAdapter
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.paths import list_folder, read_start
@@ -42,7 +45,7 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> M
     if isinstance(path, str):
         place = None if is_url(path) else find_id(path)
         path = fetch_model(place, allow_pickle=allow_pickle) if place else mirror_url(path) if is_url(path) else path
-    path = Path(path)
+    path = whole_model(Path(path))
     try:
         return _open(path, allow_pickle)
     except FormatError as error:
@@ -57,10 +60,10 @@ def _open(path: Path, allow_pickle: bool) -> Model:
         )
     openers: dict[str, Callable[[], Model]] = {
         "adapter": lambda: _adapter(path, allow_pickle),
-        "checkpoint": lambda: Checkpoint(path),
-        "pipeline": lambda: Pipeline(path),
+        "checkpoint": lambda: _weights(Checkpoint(path)),
+        "pipeline": lambda: _weights(Pipeline(path)),
         "state-dict": lambda: _open_bare(path),
-        "pickle": lambda: _open_pickle(path, allow_pickle),
+        "pickle": lambda: _weights(PickleStateDict(path, allow_pickle=allow_pickle)),
     }
     if kind in openers:
         return openers[kind]()
@@ -70,28 +73,71 @@ def _open(path: Path, allow_pickle: bool) -> Model:
     raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=READABLE)
 
 
+def whole_model(path: Path) -> Path:
+    """Return the folder of an adapter whose weights a path names; any other path as it is.
+
+    The weights of an adapter say nothing without the config beside them.
+    """
+    is_weights = path.name in (WEIGHTS_FILE, PICKLE_FILE, MLX_FILE)
+    return path.parent if is_weights and os.path.isfile(path.parent / CONFIG_FILE) and os.path.isfile(path) else path
+
+
 def _adapter(path: Path, allow_pickle: bool) -> Model:
-    """A pickled adapter is one that has no other weights."""
-    pickled = not (path / WEIGHTS_FILE).exists() and (path / PICKLE_FILE).exists()
-    return PickleAdapter(path, allow_pickle=allow_pickle) if pickled else LoraAdapter(path)
+    """A pickled adapter is one that has no other weights; one of mlx-lm has its own file and none of PEFT's."""
+    if not (path / WEIGHTS_FILE).exists():
+        if (path / PICKLE_FILE).exists():
+            return PickleAdapter(path, allow_pickle=allow_pickle)
+        if (path / MLX_FILE).exists():
+            return MlxAdapter(path)
+    return LoraAdapter(path)
 
 
 def _open_bare(path: Path) -> Model:
-    """Open one safetensors file: full weights, or by its keys a LoRA of a diffusion model."""
+    """Open one safetensors file: full weights, or the factors of a LoRA, with their config beside them where they need one."""
     opened = StateDict(path)
-    return DiffusionLora(opened) if is_diffusion_lora(opened.tensors) else opened
+    kind = factor_kind(opened.tensors, str(path))
+    if kind == DIFFUSION:
+        return DiffusionLora(opened)
+    if kind is not None and path.is_file() and os.path.isfile(path.parent / CONFIG_FILE):
+        return LoraAdapter(path) if kind == PEFT else MlxAdapter(path)
+    return opened if kind is None else _refuse_factors(kind, opened)
 
 
-def _open_pickle(path: Path, allow_pickle: bool) -> Model:
-    opened = PickleStateDict(path, allow_pickle=allow_pickle)
-    if is_diffusion_lora(opened.tensors):
-        raise UnsupportedError(
-            "a LoRA of a diffusion model in a pickle",
-            where=str(path),
-            rule="such LoRAs are read from .safetensors",
-            next_step="save its tensors with safetensors.torch.save_file",
+def _weights(opened: Model) -> Model:
+    """Refuse factors that lie where weights are meant to be."""
+    kind = factor_kind(opened.tensors, str(opened.path))
+    return opened if kind is None else _refuse_factors(kind, opened)
+
+
+def _refuse_factors(kind: str, opened: Model) -> NoReturn:
+    what, rule, next_step = _REFUSED_FACTORS[kind]
+    if kind == DIFFUSION and not isinstance(opened, PickleStateDict):
+        what, next_step = (
+            "a LoRA of a diffusion model under the name of whole weights",
+            "name its file and not the folder",
         )
-    return opened
+    raise UnsupportedError(what, where=str(opened.path), rule=rule, next_step=next_step)
+
+
+_REFUSED_FACTORS = {
+    PEFT: (
+        f"the factors of a PEFT adapter, and no {CONFIG_FILE} beside them",
+        "their scale is in that file, and factors are never read as weights",
+        f"keep them as {WEIGHTS_FILE} in a folder with their {CONFIG_FILE}, as save_pretrained does; where it is lost, write one "
+        'with {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]} as it was trained',
+    ),
+    MLX: (
+        f"the factors of an mlx-lm adapter, and no {CONFIG_FILE} beside them",
+        "their scale is in that file, and factors are never read as weights",
+        f"keep them as {MLX_FILE} in a folder with the {CONFIG_FILE} that mlx_lm.lora wrote",
+    ),
+    DIFFUSION: (
+        "a LoRA of a diffusion model in a pickle",
+        "such LoRAs are read from .safetensors",
+        "save its tensors with safetensors.torch.save_file",
+    ),
+}
+"""Per kind of factors: what is wrong, the rule, and the next step."""
 
 
 def is_model(path: str | Path) -> bool:

@@ -14,13 +14,17 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "quantization_config=GgufConfig(dequantize=True)).save_pretrained(new_folder), and open that; "
         "versions without GgufConfig dequantise by themselves",
     ),
+    ".pth.lora": (
+        "a file of LoRA factors, as LitGPT writes them",
+        "run litgpt merge_lora and litgpt convert_from_litgpt on its folder, and open the result as a checkpoint",
+    ),
     ".h5": ("an HDF5 file, as Keras and TensorFlow write it", _CONVERT),
     ".msgpack": ("a msgpack file, as Flax writes it", _CONVERT),
     ".onnx": ("an ONNX graph", _CONVERT),
 }
 """Endings of files that hold models and are not read: what they are, and what to do."""
 
-FOREIGN_NAMES = ("tf_model.h5", "flax_model.msgpack", "model.onnx")
+FOREIGN_NAMES = ("tf_model.h5", "flax_model.msgpack", "model.onnx", "lit_model.pth.lora")
 """By these names, and by the ending .gguf, a folder is told to be a model of another kind: other files may be anything."""
 
 MAGIC = {b"GGUF": ".gguf", b"\x89HDF": ".h5"}

@@ -63,9 +63,9 @@ def write_checkpoint(
         _make_parent(target)
         _write_file(target, tensors, layout.prefix(file), read, (metadata or {}).get(file) or DEFAULT_METADATA, run)
     if layout.index is not None and layout.index not in side_files:
-        _write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
+        write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
     for name, data in side_files.items():
-        _write_bytes(folder / name, data)
+        write_bytes(folder / name, data)
 
 
 def _write_file(
@@ -133,9 +133,9 @@ def write_lora(
         )
     write_tensors(folder / WEIGHTS_FILE, tensors, values.__getitem__, metadata or DEFAULT_METADATA)
     text = json.dumps(merged_config(config, rank), indent=2, sort_keys=True)
-    _write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
+    write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
     for name, data in side_files.items():
-        _write_bytes(folder / name, data)
+        write_bytes(folder / name, data)
 
 
 def write_tensors(
@@ -198,7 +198,7 @@ def _padded(update: LoraUpdate, factor_b: Tensor, factor_a: Tensor, rank: int) -
 def write_side_files(folder: Path, side_files: Mapping[str, bytes], layout: ModelLayout) -> None:
     """Write the files beside the weights, of known names only."""
     for name, data in _checked_side_files(side_files, layout).items():
-        _write_bytes(folder / name, data)
+        write_bytes(folder / name, data)
 
 
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
@@ -251,7 +251,8 @@ def _make_parent(path: Path) -> None:
         raise OutputError(f"cannot be made ({error.strerror})", where=str(path.parent)) from error
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new small file, made sure of on the disk."""
     _make_parent(path)
     try:
         with path.open("xb") as file:

@@ -12,8 +12,9 @@ from torch import Tensor
 from eigenzoo.errors import BundleError, DataError, EigenzooError, RankError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import ModelLayout
-from eigenzoo.formats.lora.diffusion_names import renamed
+from eigenzoo.formats.lora.diffusion_names import FAMILIES, renamed
 from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
+from eigenzoo.formats.lora.mlx_writer import MLX_FORMAT, write_mlx_adapter
 from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
@@ -30,6 +31,9 @@ from eigenzoo.weights.roles import VARIANCE
 
 MODEL = "model"
 """What the record of a saved model calls it; see `formats.output.own`."""
+
+OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
+"""What `save` writes a model as besides the format that it came in, by that format."""
 
 
 class RebuiltModel:
@@ -124,15 +128,17 @@ class RebuiltModel:
         A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a LoRA of a
         diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
         With `force` a folder is replaced that holds a rebuilt model as it was written, and nothing else. `format`, of LoRAs of
-        diffusion models: `diffusers` or `kohya`, the keys that it gets instead of its own. Layers are rebuilt on as many threads as
-        there are cores, a few ahead of what is written. Updates have at most the rank `max_lora_rank` of `Subspace.rebuild`.
+        diffusion models: `diffusers` or `kohya`, the keys that it gets instead of its own; of PEFT's adapters: `mlx-lm`. Layers are
+        rebuilt on as many threads as there are cores, a few ahead of what is written. Updates have at most the rank `max_lora_rank`
+        of `Subspace.rebuild`.
         """
         target = Path(folder)
-        if format is not None and self._template.layout.format != "diffusion-lora":
+        kind = self._template.layout.format
+        if format is not None and format not in OTHER_FORMATS.get(kind, ()):
             raise UsageError(
-                f"format {format[:40]!r} for a {self._template.layout.format}",
+                f"format {format[:40]!r} for a {kind}",
                 where=self.name,
-                rule="only LoRAs of diffusion models are written in another format",
+                rule="LoRAs of diffusion models are written as diffusers or kohya too, PEFT's adapters as mlx-lm",
                 next_step="leave it out",
             )
         with new_folder(target, force=force, foreign=recorded(MODEL)) as staging, local_workers() as workers:
@@ -213,6 +219,9 @@ class RebuiltModel:
             write_diffusion_lora(folder, layout, factors, others=others, metadata=metadata, side_files=side_files)
             return
         config = dict(template.config or {})
+        if family is not None:
+            write_mlx_adapter(folder, layout, config, factors, others)
+            return
         write_lora(folder, layout, config, factors, others=others, metadata=metadata, side_files=side_files)
 
     def adapter_factors(self, module: str) -> Factors:

@@ -8,9 +8,8 @@ from pathlib import Path
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.lora.diffusion_keys import weights_as_layers
-from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.opening import open_model, whole_model
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.passes.settings import own_settings
@@ -49,12 +48,11 @@ def verify_adapter(
     except UnsupportedError:
         raise
     except FormatError as error:
-        if is_url(text) or not (Path(text) / CONFIG_FILE).is_file():
+        if is_url(text) or not (whole_model(Path(text)) / CONFIG_FILE).is_file():
             raise
         found = Check("file", "cannot be read", (str(error),))
         return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
-        _refuse_without_config(model)
         raise UsageError(
             "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
         )
@@ -69,22 +67,6 @@ def verify_adapter(
         effect, changes = effect_checks(adapter, modules, workers, progress)
     shown = None if base is None else shown_base(base)
     return Verification(shown_url(text), "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
-
-
-def _refuse_without_config(model: Model) -> None:
-    """Say of PEFT's factors without PEFT's config what is missing."""
-    if not any(name.startswith(PREFIX) for name in model.tensors):
-        return
-    beside = model.path if model.path.is_dir() else model.path.parent
-    there = (beside / CONFIG_FILE).is_file()
-    raise UsageError(
-        "is the weights of a PEFT adapter alone"
-        if there
-        else f"has the keys of a PEFT adapter, but no {CONFIG_FILE} beside it",
-        where=str(model.path),
-        rule=f"{CONFIG_FILE} says the scale",
-        next_step="name their folder" if there else f"get {CONFIG_FILE} too, and name the folder of both",
-    )
 
 
 def structure_checks(

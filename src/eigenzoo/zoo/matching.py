@@ -39,7 +39,8 @@ class Selection:
     that are cut into layers of their own.
 
     With `missing` = `zero`, `modules` are those that count as updates of zero in adapters that lack them: they stay the same in
-    a part of the zoo, in another process and in a bundle.
+    a part of the zoo, in another process and in a bundle. `parts` are layers that some models of the whole zoo have apart and
+    others fused.
     """
 
     view: str
@@ -50,6 +51,7 @@ class Selection:
     split: tuple[SplitRule, ...] = ()
     missing: str = "error"
     modules: tuple[KnownModule, ...] = ()
+    parts: frozenset[str] = frozenset()
 
     def excludes(self, layer: str) -> bool:
         """Tell whether the globs leave a layer out; `only` names layers to the letter."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 from eigenzoo.errors import EigenzooError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
-from eigenzoo.formats.opening import is_model
+from eigenzoo.formats.opening import is_model, whole_model
 from eigenzoo.formats.paths import did_you_mean, list_folder, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
 from eigenzoo.formats.remote.address import local_path, shown_url
@@ -88,9 +88,11 @@ def look_for_models(
     """Find the models that a source names, and those that were passed over; see `find_models`."""
     lists = _Lists()
     try:
-        found = list(dict.fromkeys(_expand(source, lists)))
+        every = _expand(source, lists)
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
+    # The weights of an adapter with their config beside them are the adapter: named by folder or by file, it is one model.
+    found = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
     urls = [item for item in found if isinstance(item, str)]
     listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))

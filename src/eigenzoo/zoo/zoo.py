@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from torch import Tensor
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
 from eigenzoo.formats.bundle.contents import carried_values
 from eigenzoo.formats.file_identity import identify_file
+from eigenzoo.formats.lora.unfused import unfuse
 from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
@@ -68,6 +69,9 @@ class Zoo:
         hidden: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
+        # A part of a zoo, in another process too, sees its models as the whole zoo does.
+        models, parts = unfuse(models, selection.parts | (selection.only or frozenset()))
+        selection = replace(selection, parts=selection.parts | parts)
         cut = [split_model(model, selection.split) for model in models]
         self.models, selection = fill_models(cut, self.names, selection)
         self.base = None if base is None else split_model(base, selection.split)
@@ -179,6 +183,7 @@ class Zoo:
             self.selection.split,
             self.selection.missing,
             self.selection.modules,
+            self.selection.parts,
         )
         _check_missing(chosen.missing, chosen.view)
         places = range(len(self)) if names is None else [self.place(name) for name in names]

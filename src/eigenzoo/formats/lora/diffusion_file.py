@@ -67,16 +67,21 @@ class DiffusionLora(SafetensorsModel):
             found = _known_updates(only.contents, pairs, alphas)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._updates, self.likeness, self.warnings = found.updates, found, self.warnings + found.warnings
+        self.take_updates(found)
+
+    def take_updates(self, known: KnownUpdates) -> None:
+        """Take the updates of the file, or those that another view of its header has."""
+        self.known = self.likeness = known
+        self.warnings = (*self.beside.notes, *known.warnings)
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
         """The updates by module, in the order of the file."""
-        return self._updates
+        return self.known.updates
 
 
 @dataclass(frozen=True, eq=False)
-class _Updates:
+class KnownUpdates:
     """The updates of all files whose headers and α agree."""
 
     updates: Mapping[str, LoraUpdate]
@@ -84,17 +89,19 @@ class _Updates:
     warnings: tuple[str, ...]
 
 
-_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, KnownUpdates]] = WeakKeyDictionary()
 
 
-def _known_updates(contents: HeaderContents, pairs: Mapping[str, FactorPair], alphas: Mapping[str, float]) -> _Updates:
+def _known_updates(
+    contents: HeaderContents, pairs: Mapping[str, FactorPair], alphas: Mapping[str, float]
+) -> KnownUpdates:
     """Find the updates of a file, or give those that an open file of the same header and α has."""
     known = _known.setdefault(contents, WeakValueDictionary())
     text = json.dumps(alphas)
     found = known.get(text)
     if found is None:
         updates, warnings = find_updates(contents.tensors, contents.metadata, pairs, alphas)
-        found = known[text] = _Updates(MappingProxyType(updates), contents, warnings)
+        found = known[text] = KnownUpdates(MappingProxyType(updates), contents, warnings)
     return found
 
 

@@ -1,33 +1,37 @@
 """The keys of LoRA files for diffusion models: which tensor is which factor of which layer.
 
-Three families of keys occur in single `.safetensors` files:
+Four families of keys occur in single `.safetensors` files:
 
 * kohya's: `lora_unet_<module, flattened>.lora_down.weight`, `.lora_up.weight` and `.alpha`; of text encoders `lora_te_`,
   `lora_te1_`, `lora_te2_`;
 * diffusers': `unet.<module>.lora_A.weight` and `.lora_B.weight` with the pipeline's component in front (`text_encoder.`,
   `transformer.`), or nothing where one model saved its own adapter;
-* diffusers' older: `.lora.down.weight`, `.lora_linear_layer.down.weight`, `.processor.to_q_lora.down.weight`, and `.up.`.
+* diffusers' older: `.lora.down.weight`, `.lora_linear_layer.down.weight`, `.processor.to_q_lora.down.weight`, and `.up.`;
+* the network's own names: ComfyUI's `diffusion_model.<module>`, `text_encoders.clip_l.transformer.<module>`, and DiffSynth's
+  `<module>.lora_A.default.weight`, with the adapter's name.
 
 A flattened name cannot be given its dots back without the model, so what a layer is called here is made of the flattened
-name: the component, a dot, the name with underscores, and dots about each number. Layers of Stable Diffusion are called as
-diffusers does (`sgm_blocks`).
+name: the component, a dot, the name with underscores, and dots about each number. Layers of Stable Diffusion, Wan and Flux
+have diffusers' names (`sgm_blocks`, `dit_blocks`). `lora_unet_`, `diffusion_model.` and no component at all mean the network
+that denoises: diffusers' `unet`, or its `transformer` where the names are a transformer's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from eigenzoo.errors import FormatError, UnsupportedError
+from eigenzoo.formats.lora import dit_blocks
 from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ALPHA = ".alpha"
 
 _FACTOR = re.compile(
     r"(?P<stem>.+?)"
-    r"(?:\.lora_(?P<ab>[AB])|\.lora_(?P<kohya>down|up)|\.(?:lora|lora_linear_layer)\.(?P<way>down|up)"
+    r"(?:\.lora_(?P<ab>[AB])(?:\.(?P<adapter>[^.]+))?|\.lora_(?P<kohya>down|up)|\.(?:lora|lora_linear_layer)\.(?P<way>down|up)"
     r"|(?<=\.to_[qkv])_lora\.(?P<old>down|up)|(?<=\.to_out)_lora\.(?P<out>down|up))\.weight"
 )
 _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
@@ -43,8 +47,14 @@ _KOHYA_COMPONENTS = {
 _COMPONENTS = frozenset(
     {*_KOHYA_COMPONENTS.values(), "transformer_2", "diffusion_model", "prior", "controlnet", "connectors"}
 )
-_UNET = frozenset({"down_blocks", "mid_block", "up_blocks"})
-_TRANSFORMER = frozenset({"transformer_blocks", "single_transformer_blocks"})
+_COMFYUI_TEXT = {
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+_NETWORK = frozenset({"unet", "diffusion_model", ""})
+"""Components that mean the network that denoises, whatever it is."""
+
+_UNET = re.compile(r"(down|up|input|output)_blocks_\d|mid_block_|middle_block_", re.ASCII)
 _PEFT = "base_model."
 
 # What a text encoder's attention is called in diffusers' oldest files, after the name of the UNet's.
@@ -77,16 +87,28 @@ class FactorKey:
         stem: what the names of this layer's tensors have in common.
         component: the pipeline's component that the key names, empty where it names none.
         name: the module in that component as PEFT calls it; of kohya's keys, flattened.
+        adapter: PEFT's name of the adapter, empty where the key has none.
+        plain: whether the factor is called as PEFT does, `lora_A` or `lora_B`, which others than diffusion models' have too.
     """
 
     side: str
     stem: str
     component: str
     name: str
+    adapter: str = ""
+    plain: bool = False
 
-    def module(self, component: str) -> str:
-        """Return what the layer is called in every zoo, of this component where the key names none."""
-        return _module(self.component or component, self.name)
+    @property
+    def module_stem(self) -> str:
+        """The module as the key names it, its component included."""
+        return self.stem.removesuffix("_lora")
+
+    def module(self, network: str) -> str:
+        """Return what the layer is called in every zoo; `network`, where known, is what denoises: `unet` or `transformer`."""
+        component = self.component
+        if component in _NETWORK:
+            component = network or component.replace("diffusion_model", "unet")
+        return _module(component, self.name)
 
 
 # A zoo asks the same names again for each of its files.
@@ -95,6 +117,8 @@ def _module(component: str, name: str) -> str:
     flat = name.replace(".", "_")
     if component == "unet":
         flat = to_diffusers(flat)
+    elif component.startswith("transformer"):
+        flat = dit_blocks.to_diffusers(flat)
     elif component.startswith("text_encoder"):
         # Newer transformers have no such level in CLIP, and the same layers.
         flat = flat.removeprefix("text_model_")
@@ -128,8 +152,7 @@ def split_key(key: str) -> FactorKey | None:
     side = _SIDES[match["ab"] or match["kohya"] or match["way"] or match["old"] or match["out"]]
     if (flat := _KOHYA.fullmatch(stem)) is not None and "." not in stem:
         return FactorKey(side, stem, _KOHYA_COMPONENTS[flat["part"]], flat["name"])
-    first, _, rest = stem.partition(".")
-    component, name = (first, rest) if first in _COMPONENTS and rest else ("", stem)
+    component, name = _split_component(stem)
     name = name.replace(".processor.", ".")
     if match["old"] or match["out"]:
         parent, _, last = name.rpartition(".")
@@ -137,31 +160,21 @@ def split_key(key: str) -> FactorKey | None:
             last = _OLD_TEXT[last]
         name = f"{parent}.{last}.0" if last == "to_out" else f"{parent}.{last}"
         stem = f"{stem}_lora"
-    return FactorKey(side, stem, component, name)
+    return FactorKey(side, stem, component, name, match["adapter"] or "", match["ab"] is not None)
 
 
-def is_diffusion_lora(names: Iterable[str]) -> bool:
-    """Tell by the names of its tensors whether a file is a LoRA of a diffusion model, one that is refused included.
-
-    A file that also holds the weights that its factors belong to is a whole model.
-    """
-    stems, others = set(), []
-    for name in names:
-        found = split_key(name) if "lora" in name else None
-        if found is not None:
-            stems.add(found.stem.removesuffix("_lora"))
-        else:
-            others.append(name)
-    if not stems:
-        hints = [name for name in others if _HINT.search(name) and not name.startswith(_PEFT)]
-        return any(pattern.fullmatch(name) for name in hints for pattern, _ in _VARIANTS)
-    return not any(_is_inside(name, stems) and _variant(name) is None for name in others)
+def _split_component(stem: str) -> tuple[str, str]:
+    for prefix, component in _COMFYUI_TEXT.items():
+        if stem.startswith(prefix):
+            return component, stem.removeprefix(prefix)
+    first, _, rest = stem.partition(".")
+    return (first, rest) if first in _COMPONENTS and rest else ("", stem)
 
 
-def _is_inside(name: str, stems: Collection[str]) -> bool:
-    """Tell whether a tensor belongs to one of these modules or to a module in it, and is not its α."""
-    places = [match.start() for match in re.finditer(r"\.", name)]
-    return not name.endswith(ALPHA) and any(name[:place] in stems for place in places)
+def is_refused_kind(names: Iterable[str]) -> bool:
+    """Tell whether a file without a plain factor is another kind of adapter of a diffusion model, which is refused by name."""
+    hints = [name for name in names if _HINT.search(name) and not name.startswith(_PEFT)]
+    return any(pattern.fullmatch(name) for name in hints for pattern, _ in _VARIANTS)
 
 
 def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
@@ -174,11 +187,17 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
     for name in names:
         if name not in found and not name.endswith(ALPHA):
             _refuse_variant(name)
-    component = _component_of(found.values())
+    adapters = sorted({key.adapter for key in found.values()})
+    if len(adapters) > 1:
+        raise UnsupportedError(
+            f"factors of several adapters in one file: {', '.join(map(repr, adapters[:5]))}",
+            next_step="save them one by one",
+        )
+    network = _network_of(found.values())
     pairs: dict[str, FactorPair] = {}
     stems: dict[str, str] = {}
     for name, key in found.items():
-        module = key.module(component)
+        module = key.module(network)
         pair = pairs.setdefault(module, FactorPair(key.component, key.name))
         if key.side in pair.keys:
             raise FormatError(f"two factors {key.side} of module {module!r}: {pair.keys[key.side]!r} and {name!r}")
@@ -205,16 +224,19 @@ def weights_as_layers(names: Iterable[str]) -> dict[str, str]:
         for name in names
         if name.endswith(".weight") and (key := split_key(f"{name.removesuffix('.weight')}.lora_A.weight")) is not None
     }
-    component = _component_of(found.values())
-    return {name: f"{key.module(component)}.weight" for name, key in found.items()}
+    network = _network_of(found.values())
+    return {name: f"{key.module(network)}.weight" for name, key in found.items()}
 
 
-def _component_of(keys: Iterable[FactorKey]) -> str:
-    """What the layers of a file that names no component are part of, as far as their names say."""
-    tops = {"" if key.component else key.name.partition(".")[0] for key in keys}
-    if "" in tops:
-        return ""
-    return "unet" if tops & _UNET else "transformer" if tops & _TRANSFORMER else ""
+def _network_of(keys: Iterable[FactorKey]) -> str:
+    """Tell by names what denoises: unet, transformer, or nothing where they do not say."""
+    keys = list(keys)
+    names = {key.name.replace(".", "_") for key in keys if key.component in _NETWORK}
+    if any(key.component == "transformer" for key in keys):
+        return "transformer"
+    if any(_UNET.match(name) for name in names):
+        return "unet"
+    return "transformer" if any(map(dit_blocks.is_transformer, names)) else ""
 
 
 def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
-"""A LoRA of Stable Diffusion under the other family of keys: kohya's for diffusers' and the other way round.
+"""A LoRA of a diffusion model under the other family of keys: kohya's for diffusers' and the other way round.
 
-Flattening is always certain. Dots come back only for names that the grammar of Stable Diffusion's UNet and of CLIP's text
-model has, where each can be read in one way; any other name is refused.
+Flattening is always certain. Dots come back only for names that the grammar of Stable Diffusion's UNet, of Wan's and Flux's
+transformers and of CLIP's text model has, where each can be read in one way; any other name is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,21 @@ _UNET = re.compile(
     r"|attentions_\d_(proj_in|proj_out|transformer_blocks_\d+_(attn[12]_to_([qkv]|out_0)|ff_net_0_proj|ff_net_2)))"
 )
 _CLIP = re.compile(r"text_projection|encoder_layers_\d+_(self_attn_([qkv]|out)_proj|mlp_fc[12])")
+_TRANSFORMER = re.compile(
+    r"blocks_\d+_(attn[12]_(to_([qkv]|out_0)|add_[kv]_proj)|ffn_net_(0_proj|2))"
+    r"|transformer_blocks_\d+_(norm1(_context)?_linear|ff(_context)?_net_(0_proj|2)"
+    r"|attn_(to_([qkv]|out_0|add_out)|add_[qkv]_proj))"
+    r"|single_transformer_blocks_\d+_(norm_linear|proj_mlp|proj_out|attn_to_[qkv])"
+    r"|condition_embedder_((time|text)_embedder_linear_[12]|time_proj|image_embedder_ff_net_(0_proj|2))"
+    r"|time_text_embed_(timestep|guidance|text)_embedder_linear_[12]"
+    r"|x_embedder|context_embedder|patch_embedding|norm_out_linear|proj_out"
+)
 # The parts of those names; whatever else stands between two underscores is a part by itself.
 _PART = re.compile(
     r"(conv_in|conv_out|conv_shortcut|time_emb_proj|time_embedding|add_embedding|linear_\d|down_blocks|mid_block|up_blocks"
-    r"|transformer_blocks|proj_in|proj_out|to_[qkv]|to_out|self_attn|[qkv]_proj|out_proj|text_projection|[^_]+)(?:_|$)"
+    r"|(?:single_)?transformer_blocks|proj_in|proj_out|to_[qkv]|to_out|self_attn|[qkv]_proj|out_proj|text_projection"
+    r"|norm1_context|norm_out|ff_context|add_[qkv]_proj|to_add_out|proj_mlp|patch_embedding|time_text_embed|time_proj"
+    r"|(?:condition|timestep|time|guidance|text|image|context|x)_embedder|[^_]+)(?:_|$)"
 )
 
 
@@ -54,7 +65,7 @@ def renamed(
         key = keys[module]
         if key is None:
             raise UsageError(f"{update.key_a[:200]!r} is no factor's key", rule="keys of a diffusion LoRA are renamed")
-        stem = _kohya(key, module, text) if family == "kohya" else _diffusers(key, module)
+        stem = _kohya(key, module, text) if family == "kohya" else diffusers_stem(module)
         down, up = (".lora_down", ".lora_up") if family == "kohya" else (".lora_A", ".lora_B")
         new = replace(update, key_a=f"{stem}{down}.weight", key_b=f"{stem}{up}.weight", scale=1.0, key_alpha=None)
         tensors += [_named(layout, update.key_a, new.key_a), _named(layout, update.key_b, new.key_b)]
@@ -95,16 +106,22 @@ def _text_encoder(layout: ModelLayout) -> str:
     return f"lora_{'te1' if two else 'te'}_text_model_"
 
 
-def _diffusers(key: FactorKey, module: str) -> str:
-    """Give the stem of diffusers' keys."""
-    component = module.partition(".")[0]
-    flat = key.name.replace(".", "_")
+def diffusers_stem(module: str) -> str:
+    """Give the stem of diffusers' keys for what a layer is called; raises UnsupportedError where its dots are not certain.
+
+    >>> diffusers_stem("transformer.single_transformer_blocks.3.attn_to_q")
+    'transformer.single_transformer_blocks.3.attn.to_q'
+    """
+    component, _, rest = module.partition(".")
+    flat = rest.replace(".", "_")
     if component == "unet":
-        flat, grammar = to_diffusers(flat), _UNET
+        grammar = _UNET
+    elif component in ("transformer", "transformer_2"):
+        grammar = _TRANSFORMER
     elif component in ("text_encoder", "text_encoder_2"):
-        flat, grammar = flat.removeprefix("text_model_"), _CLIP
+        grammar = _CLIP
     else:
-        raise _uncertain(module, "dots are given back to names of Stable Diffusion's UNet and text encoders")
+        raise _uncertain(module, "dots are given back to names of Stable Diffusion, Wan and Flux")
     if grammar.fullmatch(flat) is None:
         raise _uncertain(module, "dots are given back to names whose parts are known")
     name = ".".join(match[1] for match in _PART.finditer(flat))

@@ -61,6 +61,9 @@ ATTENTION_OUT = ".base_layer.out_proj"
 class LoraAdapter(SafetensorsModel):
     """One LoRA adapter; its updates are given by module, everything else in the file is carried through.
 
+    `path` is the folder, or a file of another name with the config beside it: such a file is taken alone, for its neighbours may be
+    other models.
+
     Attributes:
         config: the parsed `adapter_config.json`.
     """
@@ -69,20 +72,23 @@ class LoraAdapter(SafetensorsModel):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.name = final_name(self.path)
+        is_folder = not self.path.is_file()
+        self.name = final_name(self.path) if is_folder else self.path.stem
+        weights = WEIGHTS_FILE if is_folder else self.path.name
         try:
-            self.config: dict[str, Any] = read_json(inside(self.path, CONFIG_FILE), where=CONFIG_FILE)
+            self.config: dict[str, Any] = read_json(inside(self.folder, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
-            if not os.path.exists(self.path / WEIGHTS_FILE):
-                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step=_where_weights_are(self.path))
-            self.take_beside(list_side_files(self.path, _WEIGHTS))
-            file = SafetensorsFile(self.path / WEIGHTS_FILE, self.path)
+            if not os.path.exists(self.folder / weights):
+                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step=_where_weights_are(self.folder))
+            if is_folder:
+                self.take_beside(list_side_files(self.path, _WEIGHTS))
+            file = SafetensorsFile(self.folder / weights, self.folder if is_folder else None)
             refuse_partitioned(file.tensors)
             found = _known_updates(file.contents, self.config)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
         self._updates = found.updates
-        self.take_files({WEIGHTS_FILE: file})
+        self.take_files({weights: file})
         self.likeness = found
 
     @property

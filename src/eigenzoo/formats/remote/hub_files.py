@@ -22,6 +22,7 @@ from eigenzoo.formats.kinds import (
     refuse_unreadable,
 )
 from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.mlx_folder import MLX_FILE
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
@@ -132,8 +133,8 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
                 next_step="name the folder of one (org/name/unet), or download the pipeline",
             )
         if kind == "adapter":
-            weights = WEIGHTS_FILE if WEIGHTS_FILE in folder.files else PICKLED_ADAPTER
-            names |= {CONFIG_FILE, weights} & folder.files
+            weights = [name for name in (WEIGHTS_FILE, PICKLED_ADAPTER, MLX_FILE) if name in folder.files]
+            names |= {CONFIG_FILE, *weights[:1]} & folder.files
         elif kind == "checkpoint":
             found = [name for name in (*WEIGHTS, *INDEXES) if name in folder.files]
             if len(found) > 1:

@@ -21,6 +21,7 @@ from eigenzoo.formats.cache_folder import VARIABLE
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, parse_json
 from eigenzoo.formats.kinds import INDEXES, kind_of_file, kind_of_folder, refuse_unreadable
 from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.mlx_folder import MLX_FILE
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, relative_name
@@ -85,7 +86,7 @@ class _Plan:
     def weights(self) -> Iterator[str]:
         """Names of the files whose headers are read."""
         for name in self.files:
-            if name == WEIGHTS_FILE or (self.kind != "adapter" and name.endswith(".safetensors")):
+            if name in (WEIGHTS_FILE, MLX_FILE) or (self.kind != "adapter" and name.endswith(".safetensors")):
                 yield name
 
 

@@ -145,6 +145,8 @@ def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
+    if value is None:  # as mlx writes it where there are no strings, and as the library reads it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise FormatError(f"{METADATA_KEY} is not a mapping of strings", where=file)
     return value

@@ -1,0 +1,162 @@
+"""Which tool wrote a file of LoRA factors, told by the names of its tensors: factors are never read as weights.
+
+A → MA, B → BM⁻¹ changes no update and all of its factors: means and directions of factors as if they were weights say nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from eigenzoo.errors import UnsupportedError
+from eigenzoo.formats.lora import dit_blocks
+from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.diffusion_keys import ALPHA, FactorKey, is_refused_kind, split_key
+
+PEFT, DIFFUSION, MLX = "PEFT", "diffusion", "mlx-lm"
+"""The kinds that are read."""
+
+_PEFT = "base_model."
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_[AB](\.[^.]+)?")
+_MLX = re.compile(r"(?P<module>.+)\.lora_[ab]")
+# PEFT's other kinds, whose config says which.
+_TUNER = re.compile(
+    r".+\.(hada|lokr|ia3|b?oft|vera|randlora|vblora|fourierft|hra|c3a|miss|bone|road|waveft|shira|delora|trainable_tokens)_.+"
+)
+# Places in diffusion transformers alone: vision transformers have `attn.qkv`, `attn.proj` and `mlp` in `blocks`.
+_BLOCK = re.compile(
+    r"\w+_blocks\.\d+\.|blocks\.\d+\.(?!attn\.(qkv|proj)$|mlp\.)|(layers|\w+_refiner)\.\d+\.attention\.(to_|qkv$|out$)",
+    re.ASCII,
+)
+# Language models whose modules begin like a component of a pipeline: GPT-2, Falcon, Bloom, ChatGLM, MPT.
+_LANGUAGE = re.compile(
+    r"transformer\.((h|encoder)\..+|wte|wpe|word_embeddings|blocks\.\d+\.(attn\.(Wqkv|out_proj)|ffn\.(up|down|gate)_proj))",
+    re.ASCII,
+)
+# PEFT saves these weights whole beside the factors of an adapter that trains them.
+_SAVED_WHOLE = re.compile(r"(.+\.)?(lm_head|wte|embed_\w+|\w*embeddings?)")
+
+_PARAMETRIZED = ".parametrizations.weight.original"
+_WHOLE_NEXT = (
+    "merge it, with merge_and_unload() of PEFT for instance, save the model with save_pretrained, and open that; or save the "
+    "adapter alone with save_pretrained of the PEFT model"
+)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool whose factors are refused by name."""
+
+    name: str
+    pattern: re.Pattern[str]
+    next_step: str
+
+
+TOOLS = (
+    Tool(
+        "XLabs's trainer for Flux",
+        re.compile(r"(?P<module>.+\.processor\.(qkv|proj)_lora\d?)\.(down|up)\.weight"),
+        "convert it with diffusers: state = FluxPipeline.lora_state_dict(file); "
+        "save_file({key: values.clone() for key, values in state.items()}, new_file); and open that",
+    ),
+    Tool(
+        "torchtune",
+        re.compile(r"(?P<module>.+)\.lora_[ab]\.weight"),
+        f"open the folder with adapter_model.safetensors and {CONFIG_FILE}, which torchtune's FullModelHFCheckpointer saves too",
+    ),
+    Tool(
+        "LitGPT",
+        re.compile(r"(?P<module>(transformer\.h\.\d+\..+|lm_head))\.lora_[AB]"),
+        "run litgpt merge_lora and litgpt convert_from_litgpt on its folder, and open the result as a checkpoint",
+    ),
+    Tool(
+        "loralib",
+        re.compile(r"(?P<module>.+)\.lora_[AB]"),
+        "write it as PEFT's: put base_model.model. before these names, add .weight, save it as adapter_model.safetensors, and "
+        f'beside it a {CONFIG_FILE} with {{"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}} as it was trained',
+    ),
+)  # fmt: skip
+
+
+def factor_kind(names: Collection[str], where: str) -> str | None:
+    """Return which kind of LoRA factors a file holds, PEFT, DIFFUSION or MLX; None where it holds full weights.
+
+    Raises UnsupportedError for a whole model with a LoRA that is not merged, and for factors of a tool that are not read.
+    """
+    marked = [name for name in names if "lora" in name.lower()]
+    keys = [key for name in marked if (key := split_key(name)) is not None]
+    if keys and not any(name.startswith(_PEFT) for name in marked) and _is_diffusion(keys, names):
+        _refuse_whole(names, {key.module_stem for key in keys}, where)
+        return DIFFUSION
+    for kind, module_of in _OTHERS:
+        stems = {stem for name in marked if (stem := module_of(name)) is not None}
+        if not stems:
+            continue
+        _refuse_whole(names, {stem for stem in stems if not _SAVED_WHOLE.fullmatch(stem)}, where)
+        if isinstance(kind, Tool):
+            raise UnsupportedError(
+                f"LoRA factors as {kind.name} writes them",
+                where=where,
+                rule="factors are read as updates where their scale and their layers are known, and never as weights",
+                next_step=kind.next_step,
+            )
+        return kind
+    if any(name.startswith(_PEFT) and _TUNER.fullmatch(name) for name in names) or list(names) == ["prompt_embeddings"]:
+        return PEFT
+    return DIFFUSION if is_refused_kind(names) else None
+
+
+def _peft_module(name: str) -> str | None:
+    """The module of a factor by PEFT's names, with or without its prefix."""
+    found = _EMBEDDING.fullmatch(name)
+    if found is not None:
+        return found["module"]
+    key = split_key(name.removeprefix(_PEFT))
+    return None if key is None else name[: len(name) - len(name.removeprefix(_PEFT))] + key.module_stem
+
+
+def _matched(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
+    def module_of(name: str) -> str | None:
+        found = pattern.fullmatch(name)
+        return None if found is None else found["module"]
+
+    return module_of
+
+
+_OTHERS: tuple[tuple[str | Tool, Callable[[str], str | None]], ...] = (
+    (PEFT, _peft_module),
+    (MLX, _matched(_MLX)),
+    *((tool, _matched(tool.pattern)) for tool in TOOLS),
+)
+
+
+def _is_diffusion(keys: Iterable[FactorKey], names: Collection[str]) -> bool:
+    """Tell LoRAs of diffusion models from PEFT's factors without their prefix, whose scale only a config says."""
+    keys = [key for key in keys if not (key.plain and _LANGUAGE.fullmatch(key.module_stem))]
+    plain = {key.module_stem for key in keys if key.plain}
+    return (
+        any(key.component or not key.plain for key in keys)
+        or any(f"{stem}{ALPHA}" in names for stem in plain)
+        or any(_BLOCK.match(stem) or dit_blocks.is_transformer(stem.replace(".", "_")) for stem in plain)
+    )
+
+
+def _refuse_whole(names: Collection[str], stems: Collection[str], where: str) -> None:
+    """Refuse a file that also holds the weights that its factors belong to."""
+    for name in names:
+        if name.endswith((".weight", _PARAMETRIZED)) and is_weight_of(name, stems):
+            raise UnsupportedError(
+                "a whole model whose LoRA is not merged into its weights",
+                where=where,
+                rule=f"weights and LoRA factors in one file, such as {name[:100]!r}, are neither a checkpoint nor an adapter",
+                next_step=_WHOLE_NEXT,
+            )
+
+
+def is_weight_of(name: str, stems: Collection[str]) -> bool:
+    """Tell whether a tensor is the weight of one of these modules, or of the module that a LoRA's wrapper holds."""
+    if name.endswith(_PARAMETRIZED):
+        return f"{name.removesuffix('original')}0" in stems
+    module = name.removesuffix(".weight")
+    return module in stems or (module.endswith((".base_layer", ".linear")) and module.rpartition(".")[0] in stems)
