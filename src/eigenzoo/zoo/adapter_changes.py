@@ -1,0 +1,135 @@
+"""Changes of an adapter's keys or config by which a library may take up what it drops. Only loading tells whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from eigenzoo.formats.lora.peft_folder import PREFIX
+from eigenzoo.weights.renames import Rename, find_rename
+from eigenzoo.zoo.adapter import Adapter
+from eigenzoo.zoo.base_modules import BaseModules, fits
+
+DIFFUSION_PREFIXES = ("diffusion_model.", "transformer.", "unet.")
+"""By which diffusers knows whose names the keys of a LoRA are; files of trainers may have none."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change, to be tried.
+
+    Attributes:
+        words: what a user has to do, as a sentence without its full stop.
+        adapter: what then comes of it.
+    """
+
+    words: str
+    adapter: Adapter
+
+
+def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Iterator[Change]:
+    """Yield changes of the keys: those of `lost` modules become PEFT's prefix and the name of a module of the base."""
+    if not lost:
+        return
+    if adapter.config is None:
+        for prefix in DIFFUSION_PREFIXES:
+            yield _with_prefix(adapter, "", prefix)
+        return
+
+    def accepts(module: str, name: str) -> bool:
+        return bool(fits(adapter.updates[module], base.weights[name]))
+
+    is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
+    renames = [Rename()] if is_bare else []
+    for names in (frozenset(base.own_names), base.weights):
+        found = find_rename(lost, names, accepts)
+        renames += [found] if found is not None and found not in renames else []
+    of_lost = {key for module in lost for key in adapter.updates[module].keys}
+    keys = [key for key in adapter.shapes if key in of_lost]
+    others = [key for key in adapter.shapes if key not in of_lost]
+    for rename in renames:
+        if rename.parts:
+            parts = " and ".join(repr(f"{part}.") for part in rename.parts)
+            yield Change(f"Take {parts} out of the keys", _renamed(adapter, partial(_put, rename)))
+            continue
+        old = _common_start(keys)
+        if not _put(rename, keys[0]).endswith(ending := keys[0].removeprefix(old)):
+            continue
+        new = _put(rename, keys[0]).removesuffix(ending)
+        yield _with_prefix(adapter, *_shortened(old, new, others))
+
+
+def config_changes(adapter: Adapter, lost: Sequence[str]) -> Iterator[Change]:
+    """Yield changes of the config: `target_modules` names what there are factors for, by endings or else by whole names."""
+    if not lost or adapter.config is None:
+        return
+    free = {
+        key: None for key in ("exclude_modules", "layers_to_transform", "layers_pattern") if adapter.config.get(key)
+    }
+    others = "".join(f", {key} to null" for key in free)
+    endings = sorted({module.rpartition(".")[2] for module in adapter.updates})
+    yield Change(
+        f"Set target_modules to {endings}{others} in adapter_config.json",
+        replace(adapter, config={**adapter.config, **free, "target_modules": endings}),
+    )
+    yield Change(
+        f"Set target_modules to the {len(adapter.updates)} names of modules that the keys have{others} in adapter_config.json",
+        replace(adapter, config={**adapter.config, **free, "target_modules": sorted(adapter.updates)}),
+    )
+
+
+def _put(rename: Rename, key: str) -> str:
+    return PREFIX + rename(key.removeprefix(PREFIX))
+
+
+def _with_prefix(adapter: Adapter, old: str, new: str) -> Change:
+    """Have the keys that begin with `old` begin with `new`."""
+    if not old:
+        words = f"Put {new!r} before each key"
+    elif not new:
+        words = f"Cut {old!r} off the keys that begin with it"
+    else:
+        words = f"Put {new!r} in the place of {old!r} in the keys that begin with it"
+    return Change(words, _renamed(adapter, lambda key: new + key[len(old) :] if key.startswith(old) else key))
+
+
+def _common_start(keys: Sequence[str]) -> str:
+    """Return what all keys begin with, up to a dot."""
+    first, last = min(keys).split("."), max(keys).split(".")
+    common = 0
+    while common < min(len(first), len(last)) - 1 and first[common] == last[common]:
+        common += 1
+    return "".join(f"{part}." for part in first[:common])
+
+
+def _shortened(old: str, new: str, others: Sequence[str]) -> tuple[str, str]:
+    """Leave out what both end with, as long as no other key begins with what is left of the old one."""
+    olds, news = old.split(".")[:-1], new.split(".")[:-1]
+    while olds and news and olds[-1] == news[-1]:
+        shorter = "".join(f"{part}." for part in olds[:-1])
+        if any(key.startswith(shorter) for key in others):
+            break
+        olds.pop()
+        news.pop()
+    return "".join(f"{part}." for part in olds), "".join(f"{part}." for part in news)
+
+
+def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
+    """Return an adapter with other keys; its modules are still called as they were."""
+    updates = {
+        module: replace(
+            update,
+            key_a=change(update.key_a),
+            key_b=change(update.key_b),
+            key_alpha=None if update.key_alpha is None else change(update.key_alpha),
+        )
+        for module, update in adapter.updates.items()
+    }
+    shapes, dtypes = _by(adapter.shapes, change), _by(adapter.dtypes, change)
+    return replace(adapter, updates=updates, shapes=shapes, dtypes=dtypes)
+
+
+def _by(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    return {change(key): value for key, value in values.items()}
