@@ -147,7 +147,7 @@ def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
             next_step="name the folder of a pipeline that it has, or install a newer diffusers",
         )
     loadable = tuple(kind._lora_loadable_modules)
-    listed = [part for part in loadable if isinstance(index.get(part), list)] if index else loadable[:1]
+    listed = [part for part in loadable if _is_listed(index.get(part))] if index else loadable[:1]
     modules = {part: module for part in listed if (module := _component(base, part if index else "", index.get(part)))}
     if not modules:
         raise UnsupportedError(
@@ -160,6 +160,11 @@ def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
     expected, _ = kind._get_signature_keys(kind)
     pipeline.register_modules(**{part: modules.get(part) for part in expected})
     return pipeline, modules
+
+
+def _is_listed(entry: object) -> bool:
+    # [null, null] where a pipeline goes without.
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
 def _component(base: Model, name: str, entry: object) -> nn.Module | None:

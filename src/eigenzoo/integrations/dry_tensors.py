@@ -20,7 +20,8 @@ class Origins(TorchFunctionMode):
     """While entered, follows tensors through renaming, cutting, joining and scaling.
 
     A tensor is known by its storage, so that views, parameters made of it and the same tensor under another name are followed too,
-    on the meta device as elsewhere. Functions that take no more than a shape (`zeros_like`) make new tensors of no origin.
+    on the meta device as elsewhere. Functions that take no more than a shape (`zeros_like`) make new tensors of no origin. Whether
+    values without values have a property (diffusers asks of Flux's whether blocks are zero) is answered with no.
 
     Args:
         tensors: the first ones, by the names that origins are given by.
@@ -47,8 +48,10 @@ class Origins(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name in ("__bool__", "item") and args[0].is_meta:
+            return False
+        result = func(*args, **(kwargs or {}))
         if name.endswith(_ALIKE):
             return result
         names: frozenset[str] = frozenset().union(*(self.of(tensor) for tensor in _tensors([args, kwargs or {}])))
@@ -85,9 +88,9 @@ def without_values(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def refuse_undecided(error: FormatError) -> None:
-    """Raise what a library says where the reason is how it was asked: without values, or without another library."""
+    """Raise what a library says where the reason is how it was asked: without values, another library or a component."""
     cause = error.__cause__
-    if isinstance(cause, ImportError | NotImplementedError) or "meta" in str(cause):
+    if isinstance(cause, ImportError | NotImplementedError) or "meta" in str(cause) or "'NoneType'" in str(cause):
         raise error
 
 

@@ -34,8 +34,7 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
     if not lost:
         return
     if adapter.config is None:
-        for prefix in DIFFUSION_PREFIXES:
-            yield _with_prefix(adapter, "", prefix)
+        yield from _of_diffusion(adapter)
         return
 
     def accepts(module: str, name: str) -> bool:
@@ -59,6 +58,23 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
             continue
         new = _put(rename, keys[0]).removesuffix(ending)
         yield _with_prefix(adapter, *_shortened(old, new, others))
+
+
+def _of_diffusion(adapter: Adapter) -> Iterator[Change]:
+    """Yield the ways to write a diffusion model's keys that diffusers knows: whose names they are, and which factor is which."""
+    for spelling in ({}, {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}):
+        for prefix in ("", *DIFFUSION_PREFIXES):
+            words = [f"put {prefix!r} before each key"] if prefix else []
+            words += [f"write {new!r} for {old!r} in the keys" for old, new in spelling.items()]
+            if words:
+                text = " and ".join(words)
+                yield Change(text[0].upper() + text[1:], _renamed(adapter, partial(_spelt, prefix, spelling)))
+
+
+def _spelt(prefix: str, spelling: Mapping[str, str], key: str) -> str:
+    for old, new in spelling.items():
+        key = key.replace(old, new)
+    return prefix + key
 
 
 def config_changes(adapter: Adapter, lost: Sequence[str]) -> Iterator[Change]:
