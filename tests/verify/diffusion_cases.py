@@ -148,13 +148,21 @@ def tensors_by(tool: str, family: str) -> dict[str, Tensor]:
         down, up, scaled = update.down_RI, update.up_OR, ALPHA / RANK * update.up_OR
         if tool == "kohya":
             stem = f"lora_unet_{name.replace('.', '_')}"
-            found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
+            found |= {
+                f"{stem}.lora_down.weight": down,
+                f"{stem}.lora_up.weight": up,
+                f"{stem}.alpha": torch.tensor(ALPHA),
+            }
         elif tool == "comfyui":
             stem = f"diffusion_model.{name}"
             found |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": scaled}
         elif tool == "comfyui, with α":
             stem = f"diffusion_model.{name}"
-            found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(ALPHA)}
+            found |= {
+                f"{stem}.lora_down.weight": down,
+                f"{stem}.lora_up.weight": up,
+                f"{stem}.alpha": torch.tensor(ALPHA),
+            }
         elif tool == "diffsynth":
             found |= {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": scaled}
         elif tool == "original names alone":

@@ -119,12 +119,17 @@ def test_without_configs_or_diffusers_it_is_undecided(
 ) -> None:
     path = write(tmp_path / "lora.safetensors", tensors_by("diffusers", "wan"))
     alone = write(tmp_path / "alone.safetensors", make("wan").state_dict())
-    for base, said in ((alone, "has no config.json and no model_index.json"), (bases / "wan", "not installed: diffusers")):
+    for base, said in (
+        (alone, "has no config.json and no model_index.json"),
+        (bases / "wan", "not installed: diffusers"),
+    ):
         code, out, _ = call("verify", path, "--against", base)
         assert code == 1
         assert f"undecided whether it takes effect on {base}" in " ".join(out.split())
         assert said in " ".join(out.split())
-        monkeypatch.setattr("eigenzoo.integrations.diffusers_loading.find_spec", lambda name: name != "diffusers" or None)
+        monkeypatch.setattr(
+            "eigenzoo.integrations.diffusers_loading.find_spec", lambda name: name != "diffusers" or None
+        )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,9 @@ def test_without_configs_or_diffusers_it_is_undecided(
         ({"patch_size": "x"}, "WanTransformer3DModel cannot be built"),
     ],
 )
-def test_configs_of_strangers_are_not_believed(entries: dict[str, object], said: str, bases: Path, tmp_path: Path) -> None:
+def test_configs_of_strangers_are_not_believed(
+    entries: dict[str, object], said: str, bases: Path, tmp_path: Path
+) -> None:
     path = write(tmp_path / "lora.safetensors", tensors_by("diffusers", "wan"))
     base = tmp_path / "base"
     write(base / "diffusion_pytorch_model.safetensors", make("wan").state_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,27 +37,58 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
         yield from _of_diffusion(adapter)
         return
 
+    is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
+    tried = [((Rename(), lost),)] if is_bare else []
+    for names in (frozenset(base.own_names), base.weights):
+        found = _renames(adapter, base, names, lost)
+        tried += [found] if found and found not in tried else []
+    for renames in tried:
+        change = _of_keys(adapter, renames)
+        if change is not None:
+            yield change
+
+
+Renames = tuple[tuple[Rename, Sequence[str]], ...]
+"""Changes of names, each with the modules that it is for."""
+
+
+def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: Sequence[str]) -> Renames:
+    """Find one change of names for all modules, or else one for those of each tower; empty where some have none."""
+
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
 
-    is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
-    renames = [Rename()] if is_bare else []
-    for names in (frozenset(base.own_names), base.weights):
-        found = find_rename(lost, names, accepts)
-        renames += [found] if found is not None and found not in renames else []
-    of_lost = {key for module in lost for key in adapter.updates[module].keys}
-    keys = [key for key in adapter.shapes if key in of_lost]
-    others = [key for key in adapter.shapes if key not in of_lost]
-    for rename in renames:
-        if rename.parts:
-            parts = " and ".join(repr(f"{part}.") for part in rename.parts)
-            yield Change(f"Take {parts} out of the keys", _renamed(adapter, partial(_put, rename)))
-            continue
+    whole = find_rename(lost, names, accepts)
+    if whole is not None:
+        return ((whole, lost),)
+    towers: dict[str, list[str]] = {}
+    for module in lost:
+        towers.setdefault(module.partition(".")[0], []).append(module)
+    found = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
+    return (
+        tuple((rename, modules) for rename, modules in found if rename is not None)
+        if all(rename is not None for rename, _ in found)
+        else ()
+    )
+
+
+def _of_keys(adapter: Adapter, renames: Renames) -> Change | None:
+    """Put changes of names into words of whole keys; None where a key's end changes too."""
+    if len(renames) == 1 and renames[0][0].parts:
+        rename = renames[0][0]
+        parts = " and ".join(repr(f"{part}.") for part in rename.parts)
+        return Change(f"Take {parts} out of the keys", _renamed(adapter, partial(_put, rename)))
+    pairs = []
+    for rename, modules in renames:
+        of_lost = {key for module in modules for key in adapter.updates[module].keys}
+        keys = [key for key in adapter.shapes if key in of_lost]
+        others = [key for key in adapter.shapes if key not in of_lost]
         old = _common_start(keys)
-        if not _put(rename, keys[0]).endswith(ending := keys[0].removeprefix(old)):
-            continue
-        new = _put(rename, keys[0]).removesuffix(ending)
-        yield _with_prefix(adapter, *_shortened(old, new, others))
+        ending, new = keys[0].removeprefix(old), _put(rename, keys[0])
+        if not new.endswith(ending):
+            return None
+        pairs.append(_shortened(old, new.removesuffix(ending), others))
+    return _with_prefixes(adapter, pairs)
 
 
 def _of_diffusion(adapter: Adapter) -> Iterator[Change]:
@@ -67,8 +98,7 @@ def _of_diffusion(adapter: Adapter) -> Iterator[Change]:
             words = [f"put {prefix!r} before each key"] if prefix else []
             words += [f"write {new!r} for {old!r} in the keys" for old, new in spelling.items()]
             if words:
-                text = " and ".join(words)
-                yield Change(text[0].upper() + text[1:], _renamed(adapter, partial(_spelt, prefix, spelling)))
+                yield Change(_sentence(words), _renamed(adapter, partial(_spelt, prefix, spelling)))
 
 
 def _spelt(prefix: str, spelling: Mapping[str, str], key: str) -> str:
@@ -100,15 +130,26 @@ def _put(rename: Rename, key: str) -> str:
     return PREFIX + rename(key.removeprefix(PREFIX))
 
 
-def _with_prefix(adapter: Adapter, old: str, new: str) -> Change:
-    """Have the keys that begin with `old` begin with `new`."""
-    if not old:
-        words = f"Put {new!r} before each key"
-    elif not new:
-        words = f"Cut {old!r} off the keys that begin with it"
-    else:
-        words = f"Put {new!r} in the place of {old!r} in the keys that begin with it"
-    return Change(words, _renamed(adapter, lambda key: new + key[len(old) :] if key.startswith(old) else key))
+def _with_prefixes(adapter: Adapter, pairs: Sequence[tuple[str, str]]) -> Change:
+    """Have the keys that begin with the first of a pair begin with the second; each key is changed once."""
+    words = []
+    for old, new in pairs:
+        if not old:
+            words.append(f"put {new!r} before each key")
+        elif not new:
+            words.append(f"cut {old!r} off the keys that begin with it")
+        else:
+            words.append(f"put {new!r} in the place of {old!r} in the keys that begin with it")
+    return Change(_sentence(words), _renamed(adapter, partial(_begun, pairs)))
+
+
+def _begun(pairs: Sequence[tuple[str, str]], key: str) -> str:
+    return next((new + key.removeprefix(old) for old, new in pairs if key.startswith(old)), key)
+
+
+def _sentence(words: Sequence[str]) -> str:
+    text = ", and ".join(words)
+    return text[0].upper() + text[1:]
 
 
 def _common_start(keys: Sequence[str]) -> str:
