@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 import transformers
 from families import FAMILIES, answer, key_change, loaded_by, make, renamed, train
 from followed import advice_in, renaming
+from peft import LoraConfig
 from verify_cases import quietly
 
 from eigenzoo.integrations.peft_loading import CLASSES
@@ -194,10 +196,40 @@ def test_advice_on_the_config_is_right(
     advice = advice_in(document["faults"])
     assert code == 1
     assert advice.startswith(words)
-    entries = {key: None for key in re.findall(r"(\w+) to null", advice)}
+    entries = dict.fromkeys(re.findall(r"(\w+) to null", advice))
     targets = json.loads(re.search(r"target_modules to (\[.*?\])", advice)[1].replace("'", '"'))
     followed = renamed(adapter, tmp_path / "followed", str, target_modules=targets, **entries)
     assert check(made, followed, None, call)[0] == 0
+
+
+EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen3-moe": ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("part", [1.0, 0.5])
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) for family in EXPERTS])
+def test_experts_by_the_names_of_the_files(family: str, part: float, case: Cases, call: Run, tmp_path: Path) -> None:
+    """Newer transformers joins all experts in memory, and PEFT joins the factors of adapters that name each."""
+    base = case(family).base
+    draw, weights, factors = torch.Generator().manual_seed(4), load_file(base / "model.safetensors"), {}
+    names = [name for name in weights if ".experts." in name]
+    assert len(names) == 12
+    for number, name in enumerate(names):
+        outputs, inputs = weights[name].shape
+        down, up = (0.3 * torch.randn(shape, generator=draw) for shape in ((4, inputs), (outputs, 4)))
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if number < part * len(names):
+            factors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+        weights[name] = weights[name] + 2.0 * up @ down
+    (tmp_path / "adapter").mkdir()
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(EXPERTS[family]), base_model_name_or_path=str(base))
+    config.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(base, tmp_path / "merged")
+    save_file(weights, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    kind = getattr(transformers, type(make(family)).__name__)
+    before, wanted = (answer(family, quietly(kind.from_pretrained, path)) for path in (base, tmp_path / "merged"))
+    made = Case(family, base, tmp_path / "adapter", before, wanted)
+    assert check(made, made.adapter, None, call)[0] == (0 if part == 1.0 else 1)
 
 
 def test_names_that_peft_converts_by_the_models_own_patterns(

@@ -36,6 +36,9 @@ PIPELINES = {
 }
 """The pipelines of components that are not called after them, as `WanTransformer3DModel` is after `WanPipeline`."""
 
+MOST_LAYERS = 4_000
+"""Layers of a LoRA that diffusers is given: PEFT compares each with each other, and real ones have two thousand at most."""
+
 _MODEL = re.compile(r"(?P<name>\w+?)Transformer\w*Model")
 _ADAPTER = "default"
 
@@ -61,6 +64,11 @@ def load_dry(base: Model, adapter: Adapter) -> Loading | str:
 
 
 def _load(base: Model, adapter: Adapter) -> Loading:
+    most = min(MOST_LAYERS, max(2 * len(base.tensors), 1_000))
+    if len(adapter.updates) > most:
+        raise UnsupportedError(
+            f"the LoRA changes {len(adapter.updates)} layers", rule=f"diffusers is given at most {most} for this base"
+        )
     pipeline, modules = _pipeline_of(base)
 
     def by_pipeline(tensors: dict[str, Tensor]) -> None:

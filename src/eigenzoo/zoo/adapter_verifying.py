@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
@@ -24,6 +25,9 @@ from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import base_checks, loading_check, name_checks
 from eigenzoo.zoo.base_modules import ATTENTION, WEIGHT, BaseModules, open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Loading, Verification
+
+TRIED = 2_000
+"""Modules of an adapter for which changes are tried: each is one more load."""
 
 NO_LIBRARY = "no library was asked to"
 """Why nothing decides, where the caller gives no loader."""
@@ -158,7 +162,9 @@ def _advice(
     adapter: Adapter, base: Model, modules: BaseModules, lost: Sequence[str], loading: Loading, loader: Loader
 ) -> str:
     """Say by which change the library takes up everything; each is tried before it is said."""
-    for change in (*key_changes(adapter, modules, lost), *config_changes(adapter, lost)):
+    if len(adapter.updates) > TRIED:
+        return ""
+    for change in chain(key_changes(adapter, modules, lost), config_changes(adapter, lost)):
         tried = loader(base, change.adapter)
         if isinstance(tried, Loading) and tried.is_whole and not tried.missing:
             return f"{change.words}. Then {tried.what} takes up all of them"
