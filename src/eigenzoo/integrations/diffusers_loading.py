@@ -114,6 +114,12 @@ def _tried(
         with Origins(tensors) as origins:
             told("refused", base.folder, lambda: load(dict(tensors)))
     except FormatError as error:
+        if isinstance(error.__cause__, AttributeError) and "'NoneType'" in str(error.__cause__):
+            raise UnsupportedError(
+                f"diffusers needs components that are not there besides {', '.join(modules)}",
+                where=str(base.folder),
+                next_step="name the folder of the whole pipeline",
+            ) from error
         refuse_undecided(error)
         return Loading(what, names, error=error.what)
     places: dict[str, tuple[str, ...]] = {}

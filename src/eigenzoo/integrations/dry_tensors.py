@@ -88,9 +88,9 @@ def without_values(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def refuse_undecided(error: FormatError) -> None:
-    """Raise what a library says where the reason is how it was asked: without values, another library or a component."""
+    """Raise what a library says where the reason is how it was asked: without values, or without another library."""
     cause = error.__cause__
-    if isinstance(cause, ImportError | NotImplementedError) or "meta" in str(cause) or "'NoneType'" in str(cause):
+    if isinstance(cause, ImportError | NotImplementedError) or "meta" in str(cause):
         raise error
 
 
