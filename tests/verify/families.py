@@ -236,6 +236,7 @@ def key_change(family: str, names: str) -> Callable[[str], str]:
         "of the text model": _by_prefix(FAMILIES[family].text),
         "compiled outside": lambda key: f"_orig_mod.{key}",
         "compiled inside": lambda key: PREFIX + "_orig_mod." + key.removeprefix(PREFIX),
+        "compiled, without PEFT's prefix": lambda key: "_orig_mod." + key.removeprefix(PREFIX),
         "of a part": lambda key: f"thinker.{key}",
         "of DataParallel": lambda key: PREFIX + "module." + key.removeprefix(PREFIX),
         "without PEFT's prefix": lambda key: key.removeprefix(PREFIX),

@@ -106,7 +106,7 @@ def check(case: Case, adapter: Path, task: str | None, call: Run) -> tuple[int, 
 
 SEEING = ("qwen2.5-vl", "qwen2-vl", "llava", "gemma3")
 NAMES = ("PEFT's", "compiled outside", "compiled inside", "of a part", "of DataParallel", "without PEFT's prefix")
-NAMES += ("with it twice", "of a state dict")
+NAMES += ("with it twice", "of a state dict", "compiled, without PEFT's prefix")
 OLDER = ("before 4.52", "of the text model")
 ALL = [(family, names) for family in FAMILIES for names in (*NAMES, *(OLDER if family in SEEING else ()))]
 FEW = {(family, "PEFT's") for family in FAMILIES} | {(family, "before 4.52") for family in ("qwen2.5-vl", "llava")}
@@ -186,7 +186,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("config", "words"), BROKEN)
+@pytest.mark.parametrize(
+    ("config", "words"), [*BROKEN[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in BROKEN[2:])]
+)
 def test_advice_on_the_config_is_right(
     config: dict[str, Any], words: str, case: Cases, call: Run, tmp_path: Path
 ) -> None:

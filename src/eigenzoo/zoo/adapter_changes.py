@@ -38,13 +38,14 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
         return
 
     is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
-    tried = [((Rename(), lost),)] if is_bare else []
+    tried: list[Renames] = [((Rename(), lost),)] if is_bare else []
     for names in (frozenset(base.own_names), base.weights):
         found = _renames(adapter, base, names, lost)
         tried += [found] if found and found not in tried else []
     for renames in tried:
         change = _of_keys(adapter, renames)
-        if change is not None:
+        # Never two tensors under one key.
+        if change is not None and len(change.adapter.shapes) == len(adapter.shapes):
             yield change
 
 
@@ -65,17 +66,14 @@ def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: 
     for module in lost:
         towers.setdefault(module.partition(".")[0], []).append(module)
     found = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
-    return (
-        tuple((rename, modules) for rename, modules in found if rename is not None)
-        if all(rename is not None for rename, _ in found)
-        else ()
-    )
+    renames = tuple((rename, modules) for rename, modules in found if rename is not None)
+    return renames if len(renames) == len(found) else ()
 
 
 def _of_keys(adapter: Adapter, renames: Renames) -> Change | None:
     """Put changes of names into words of whole keys; None where a key's end changes too."""
-    if len(renames) == 1 and renames[0][0].parts:
-        rename = renames[0][0]
+    rename, lost = renames[0]
+    if rename.parts and all(adapter.updates[module].key_a.startswith(PREFIX) for module in lost):
         parts = " and ".join(repr(f"{part}.") for part in rename.parts)
         return Change(f"Take {parts} out of the keys", _renamed(adapter, partial(_put, rename)))
     pairs = []
