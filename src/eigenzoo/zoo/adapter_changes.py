@@ -91,7 +91,10 @@ def _of_keys(adapter: Adapter, renames: Renames) -> Change | None:
 
 def _of_diffusion(adapter: Adapter) -> Iterator[Change]:
     """Yield the ways to write a diffusion model's keys that diffusers knows: whose names they are, and which factor is which."""
-    for spelling in ({}, {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}):
+    sides, named = {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}, {".default.weight": ".weight"}
+    for spelling in ({}, named, sides, {**named, **sides}):
+        if not all(any(old in key for key in adapter.shapes) for old in spelling):
+            continue
         for prefix in ("", *DIFFUSION_PREFIXES):
             words = [f"put {prefix!r} before each key"] if prefix else []
             words += [f"write {new!r} for {old!r} in the keys" for old, new in spelling.items()]
