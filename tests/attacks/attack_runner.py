@@ -50,6 +50,7 @@ PLAIN = [
 ADAPT = [
     *PLAIN,
     *["eigenzoo.integrations.classification", "transformers", "datasets", "PIL.Image", "tokenizers", "peft"],
+    *["diffusers.loaders.lora_pipeline", "diffusers.pipelines.wan.pipeline_wan"],
     "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.modeling_auto",
@@ -191,11 +192,16 @@ class Sandbox:
         return ran
 
     def snapshot(self) -> dict[str, object]:
-        """Everything but the cache and outputs, as it can be seen from outside: kinds, sizes, times, links, contents."""
+        """Everything but the cache and outputs, as it can be seen from outside: kinds, sizes, times, links, contents.
+
+        Torch makes an empty folder for its compiler wherever that is imported, as diffusers does.
+        """
         return {
             name: state
             for name, state in _tree(self.root)
-            if not name.startswith(("cache/", "work/out")) and name not in ("cache", "work", "temporary")
+            if not name.startswith(("cache/", "work/out"))
+            and name not in ("cache", "work", "temporary")
+            and not (name.startswith("temporary/torchinductor_") and name.count("/") == 1)
         }
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
 DRY = "--no-dry-load"
+UNDECIDED = frozenset({1})
+"""What verify answers to a sound adapter that no library was asked about."""
 
 
 def against(*flags: str, **changes: Any) -> Callable[[Sandbox], Sequence[Words]]:
@@ -211,8 +213,111 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """Entries of an adapter's config that PEFT's own loading reads."""
 
+WAN: dict[str, Any] = {
+    "_class_name": "WanTransformer3DModel",
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "patch_size": [1, 2, 2],
+    "rope_max_seq_len": 32,
+}
+"""The config of a transformer of Wan's, small."""
+
+
+def of_diffusion(
+    entries: dict[str, Any] | None = None,
+    change: Callable[[dict[str, torch.Tensor]], object] = dict,
+    index: dict[str, Any] | None = None,
+) -> Callable[[Sandbox], Sequence[Words]]:
+    """A LoRA and the transformer that it changes, with other entries in its config, other tensors, or as a pipeline."""
+
+    def build(sandbox: Sandbox) -> Sequence[Words]:
+        base = sandbox.files / "wan"
+        folder = base if index is None else base / "transformer"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({**WAN, **(entries or {})}))
+        weights = {"blocks.0.attn1.to_q.weight": torch.ones(24, 24), "blocks.0.attn1.to_k.weight": torch.ones(24, 24)}
+        save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+        if index is not None:
+            (base / "model_index.json").write_text(json.dumps(index))
+            (base / "evil.py").write_text(CANARY_MODULE.format(canary=str(sandbox.canary)))
+        stem = "transformer.blocks.0.attn1.to_q"
+        factors = {f"{stem}.lora_A.weight": torch.ones(2, 24), f"{stem}.lora_B.weight": torch.ones(24, 2)}
+        change(factors)
+        save_file(factors, sandbox.files / "lora.safetensors")
+        return [("verify", sandbox.files / "lora.safetensors", "--against", base)]
+
+    return build
+
+
+def added(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    """More tensors; of a name `__` is a dot."""
+    return lambda held: held.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
+
+
+BUILT_BY_DIFFUSERS: dict[str, dict[str, Any]] = {
+    "10^9 layers": {"num_layers": 10**9},
+    "10^9 heads": {"num_attention_heads": 10**9},
+    "a width of 2^62": {"ffn_dim": 2**62},
+    "texts as sizes": {"in_channels": "\x1b[2J"},
+    "a class of another library": {"_class_name": "os.system"},
+    "a class that is no model": {"_class_name": "WanPipeline"},
+    "a class of all pipelines": {"_class_name": "DiffusionPipeline"},
+    "code of its own": {"auto_map": {"AutoModel": "evil.Model"}, "_class_name": "evil.Model"},
+    "positions without end": {"rope_max_seq_len": 10**9},
+    "quantised by a library": {"quantization_config": {"quant_method": "bitsandbytes"}},
+    "no class": {"_class_name": None},
+}
+"""Entries of a component's config that diffusers would build by."""
+
+LORAS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "escapes in names": added(**{"transformer__blocks__0__x\x1b[2J__lora_A__weight": torch.ones(2, 24)}),
+    "names of kohya beside": added(lora_unet_blocks_0_self_attn_q__lora_down__weight=torch.ones(2, 24)),
+    "original names beside": added(diffusion_model__blocks__0__self_attn__q__lora_A__weight=torch.ones(2, 24)),
+    "a block of 10^9": added(
+        diffusion_model__blocks__999999999__self_attn__q__lora_A__weight=torch.ones(2, 24),
+        diffusion_model__blocks__999999999__self_attn__q__lora_B__weight=torch.ones(24, 2),
+    ),
+    "ten thousand modules": added(
+        **{f"transformer__x{n}__lora_{side}__weight": torch.ones(2, 2) for n in range(10_000) for side in "AB"}
+    ),
+    "patterns in names": added(
+        **{f"transformer__(a+)+(b+)+{side}__lora_{side}__weight": torch.ones(2, 2) for side in "AB"}
+    ),
+}
+"""Tensors beside a LoRA's own, which diffusers would sort, convert and match."""
+
+INDEXES: dict[str, dict[str, Any]] = {
+    "a pipeline of its own": {
+        "_class_name": ["evil", "Pipeline"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+    },
+    "a component of its own": {"_class_name": "WanPipeline", "transformer": ["evil", "Model"]},
+    "a component of transformers": {"_class_name": "WanPipeline", "transformer": ["transformers", "pipeline"]},
+    "no component": {"_class_name": "WanPipeline", "transformer": [None, None]},
+}
+"""Indexes of pipelines."""
+
 ATTACKS = [
-    Attack("verify: sound, as the control", against(), SAFE),
+    Attack("verify: sound and undecided, as the control", against(), UNDECIDED),
+    Attack("verify: sound with diffusers, as the control", of_diffusion(), SAFE, adapt=True),
+    *(
+        Attack(f"verify, built by diffusers: {what}", of_diffusion(entries), ANY, adapt=True)
+        for what, entries in BUILT_BY_DIFFUSERS.items()
+    ),
+    *(
+        Attack(f"verify, loaded by diffusers: {what}", of_diffusion(change=change), ANY, adapt=True)
+        for what, change in LORAS.items()
+    ),
+    *(
+        Attack(f"verify, a pipeline's index: {what}", of_diffusion(index=index), ANY, adapt=True)
+        for what, index in INDEXES.items()
+    ),
     Attack("verify: sound with PEFT, as the control", dry(), SAFE, adapt=True),
     *(
         Attack(f"verify: target_modules: {what}", long_names(target_modules=next(iter(pattern))), ANY)
@@ -231,8 +336,10 @@ ATTACKS = [
     Attack("verify: escapes for target modules", against(target_modules=["\x1b]52;c;YQ==\x07", SCRIPT]), ANY),
     Attack("verify: layers of 10^400", against(layers_to_transform=[10**400], target_modules=["q"]), ANY),
     Attack("verify: NaN as alpha", against(lora_alpha=float("nan")), ANY),
-    Attack("verify: a base elsewhere", against(base_model_name_or_path="../../etc/passwd", revision="../.."), SAFE),
-    Attack("verify: a base named by escapes", against("--json", base_model_name_or_path="\x1b[2J\n"), SAFE),
+    Attack(
+        "verify: a base elsewhere", against(base_model_name_or_path="../../etc/passwd", revision="../.."), UNDECIDED
+    ),
+    Attack("verify: a base named by escapes", against("--json", base_model_name_or_path="\x1b[2J\n"), UNDECIDED),
     Attack("verify: ten thousand modules that nobody has", tensors_of("adapter", many_modules), ANY),
     Attack("verify: ten thousand modules and names", many_of_both, ANY),
     Attack(

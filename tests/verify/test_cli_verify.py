@@ -29,12 +29,12 @@ def test_an_adapter_against_its_base(run: Run, base: Made, sound: Made, tmp_path
     for name in ("file", "names", "target modules", "modules", "shapes", "completeness", "loading", "values", "change"):
         assert f"ok  {name}" in out
     assert "takes up 8 of 8 tensors" in out
-    code, out, _ = run("verify", sound("llama"), "--against", base("llama"), "--no-dry-load", "--json")
+    code, out, _ = run("verify", sound("llama"), "--against", base("llama"), "--json")
     document: Any = json.loads(out)
     assert (code, document["ok"], document["bundle"], document["faults"]) == (0, True, None, [])
     assert (document["num_models"], document["num_layers"]) == (1, 4)
     assert document["adapter"] == str(sound("llama"))
-    assert "loading" not in [check["name"] for check in document["checks"]]
+    assert [check["done"] for check in document["checks"] if check["name"] == "loading"] == [True]
     adapter = broken(sound("llama"), tmp_path / "broken", lambda key: key.replace("model.layers", "layers"))
     code, out, err = run("verify", adapter, "--against", base("llama"))
     assert (code, err) == (1, "")
@@ -43,6 +43,32 @@ def test_an_adapter_against_its_base(run: Run, base: Made, sound: Made, tmp_path
     assert f"{adapter}: 4 modules, faults: 2" in out
     code, out, _ = run("verify", adapter, "--against", base("llama"), "--json")
     assert (code, len(json.loads(out)["faults"])) == (1, 2)
+
+
+def test_without_a_dry_load_it_is_undecided(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    """Whatever the names say: exit code 1, no fault, and neither "takes effect" nor "ok"."""
+    renamed = broken(sound("llama"), tmp_path / "renamed", lambda key: key.replace("model.layers", "layers"))
+    bundle = ez.fit([write_adapter(tmp_path / f"a{place}", "llama", seed=place) for place in range(3)], 1)
+    bundle.save(tmp_path / "bundle")
+    # Without its config nobody can build it.
+    alone = Path(shutil.copy(base("llama") / "model.safetensors", tmp_path / "alone.safetensors"))
+    for words in (
+        (sound("llama"), "--against", base("llama"), "--no-dry-load"),
+        (renamed, "--against", base("llama"), "--no-dry-load"),
+        (tmp_path / "bundle", "--against", base("llama"), "--no-dry-load"),
+        (sound("conv"), "--against", base("conv")),
+        (sound("llama"), "--against", alone),
+    ):
+        code, out, err = run("verify", *words)
+        assert (code, err) == (1, ""), words
+        assert "undecided whether it takes effect on" in " ".join(out.split())
+        assert "note: undecided, since loading was not tried: " in " ".join(out.split())
+        assert "fault" not in out
+        code, out, _ = run("verify", *words, "--json")
+        document = json.loads(out)
+        assert (code, document["ok"], document["faults"]) == (1, None, [])
+    code, out, _ = run("verify", renamed, "--against", base("llama"), "--no-dry-load", "--json")
+    assert any("4 of 4 modules are not in the base" in note for note in json.loads(out)["notes"])
 
 
 def test_an_adapter_alone(run: Run, sound: Made) -> None:

@@ -15,7 +15,7 @@ from verify_cases import broken, change_of, make, quietly, write_adapter
 
 import eigenzoo as ez
 from builders import edit_model
-from eigenzoo.integrations.peft_loading import load_dry
+from eigenzoo.integrations.dry_loading import load_dry
 from eigenzoo.zoo.verification import Check, Verification
 
 Made = Callable[[str], Path]
@@ -83,7 +83,9 @@ def test_each_step_is_told(bundle: Made, base: Made) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
     space = ez.load(bundle("llama"))
     found = space.verify(
-        against=base("llama"), progress=lambda stage, *counts: told.setdefault(stage, []).append(counts)
+        against=base("llama"),
+        loader=load_dry,
+        progress=lambda stage, *counts: told.setdefault(stage, []).append(counts),
     )
     assert found.ok
     assert {stage: counts[-1] for stage, counts in told.items()} == {

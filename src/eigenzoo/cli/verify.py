@@ -36,7 +36,8 @@ def command(
     dry_load: Annotated[
         bool,
         typer.Option(
-            "--dry-load/--no-dry-load", help="Have PEFT load names and shapes into the base, where it is installed."
+            "--dry-load/--no-dry-load",
+            help="Have PEFT or diffusers load names and shapes into the base. Without, the answer is undecided.",
         ),
     ] = True,
     allow_pickle: options.AllowPickle = False,
@@ -45,8 +46,8 @@ def command(
 ) -> None:
     """Check that a bundle is whole: checksums, finite values, orthonormal bases, coefficients that match their layers.
 
-    With --against: that every update finds its module in the base, in the right shape, and changes what it answers.
-    Exit code 1 if a check fails.
+    With --against: that the library which loads an adapter takes up all of it, and that it changes what the base answers.
+    Exit code 1 if a check fails, or if no library could be asked, so that it is undecided.
     """
     from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
@@ -112,14 +113,16 @@ def _verify_bundle(
         faults = [str(error)]
     document: dict[str, Any] = {
         "bundle": bundle,
-        "ok": not faults,
+        "ok": found.ok if found is not None else False,
         "num_models": num_models,
         "num_layers": num_layers,
         "faults": faults,
     }
     held = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
     whole = "whole"
-    if found is not None and found.against is not None:
+    if found is not None and found.undecided:
+        whole += f", and undecided whether it takes effect on {found.against}"
+    elif found is not None and found.against is not None:
         whole += f", and {'fits' if 'mean' in found.changes else 'takes effect on'} {found.against}"
     _tell(document, found, f"{bundle}: {held}", whole, json=json)
 
@@ -144,11 +147,9 @@ def _verify_adapter(
     num_layers = sum(len(layers) for layers in found.changes.values()) or None
     document = {"bundle": None, "ok": found.ok, "num_models": 1, "num_layers": num_layers, "faults": list(found)}
     held = "" if num_layers is None else f"{num_layers} modules, "
-    whole = (
-        "sound in itself; --against BASE says whether it takes effect"
-        if against is None
-        else f"takes effect on {found.against}"
-    )
+    whole = "sound in itself; --against BASE says whether it takes effect"
+    if against is not None:
+        whole = f"{'undecided whether it ' if found.undecided else ''}takes effect on {found.against}"
     _tell(document, found, f"{path}: {held}", whole, json=json)
 
 
@@ -161,7 +162,7 @@ def _opened(against: str, allow_pickle: bool) -> Model:
 def _loader(dry_load: bool) -> Loader | None:
     if not dry_load:
         return None
-    from eigenzoo.integrations.peft_loading import load_dry
+    from eigenzoo.integrations.dry_loading import load_dry
 
     return load_dry
 
@@ -189,5 +190,5 @@ def _tell(document: dict[str, Any], found: Verification | None, subject: str, wh
         for fault in faults:
             say(f"fault: {fault}")
         say(subject + (whole if not faults else f"faults: {len(faults)}"))
-    if faults:
+    if document["ok"] is not True:
         raise typer.Exit(1)

@@ -5,22 +5,27 @@ Nothing is downloaded, no code that comes with a model is run, and no value is r
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
+from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.integrations.dry_tensors import Origins, dropped_of, places_of, refuse_undecided, without_values
 from eigenzoo.integrations.model_limits import check_counts, no_larger_than
 from eigenzoo.integrations.models import quietly, read_config, told
 from eigenzoo.weights.lora_targets import targeting
+from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.verification import Loading
 
 CLASSES = {
@@ -36,73 +41,131 @@ CLASSES = {
 ADAPTER = "default"
 
 _AUTO = frozenset(CLASSES.values())
+_OTHERS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
+# Tried where no class that a config names takes up everything: only to say which one would.
 # How factors are drawn says nothing about where they lie, and may want data or weights.
 _OF_INITIALISATION = frozenset({"eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"})
 
 
-def load_dry(base: Model, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Loading | str:
+def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     """Try to load an adapter into a base with PEFT; a `Loader` of `eigenzoo.verify_adapter`.
 
-    The base is built by the class that the adapter's config names, else the one of its task, else that of the base's own config.
+    The base is built by the class that its own config names in `architectures`; where PEFT does not take up everything then, by the
+    class that the adapter's config names, and by that of its task, as PEFT's AutoPeftModel classes do. The first that takes up
+    everything is the answer, else the first.
+
     A text says why nothing was tried: a library that is missing, a base that is no checkpoint of transformers. Cost: building the
-    base without weights, about a second for a large one.
+    base without weights, about a second for a large one and each class.
     """
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (pip install 'eigenzoo[peft]')"
     if CONFIG not in base.side_files:
         return f"the base has no {CONFIG}, without which transformers cannot build it"
-    import peft
-
     try:
         # Before PEFT tries the patterns of a stranger's config on every module.
-        is_target = targeting(config)
+        is_target = targeting(adapter.config or {})
         for name in base.tensors:
             is_target(name.rpartition(".")[0])
-        _check_lists(config, base)
+        _check_lists(adapter.config or {}, base)
         with warnings.catch_warnings(), quietly():
             warnings.simplefilter("ignore")
-            model = _built(base, _named_class(config))
-            names = _names_in(base, model)
+            return _load_by_classes(base, adapter)
     except EigenzooError as error:
         return str(error)
-    what = f"PEFT {peft.__version__}, loading into {type(model).__name__},"
-    try:
-        with warnings.catch_warnings(), quietly():
-            warnings.simplefilter("ignore")
-            dropped, absent = told("refused", base.folder, lambda: _load(model, config, shapes))
-    except FormatError as error:
-        return Loading(what, names, error=error.what)
-    return Loading(what, names, dropped, absent)
 
 
-def _named_class(config: Mapping[str, Any]) -> str:
-    mapping = config.get("auto_mapping")
-    if isinstance(mapping, dict) and str(mapping.get("parent_library", "")).startswith("transformers."):
-        return str(mapping.get("base_model_class"))
-    return CLASSES.get(str(config.get("task_type")), "")
+def _load_by_classes(base: Model, adapter: Adapter) -> Loading:
+    """Load into the base as each of the classes in question builds it, until one takes up everything."""
+    config = read_config(base.folder)
+    found: dict[str, Loading] = {}
+    failed: EigenzooError | None = None
+    for name in _named_classes(config, adapter.config or {}):
+        try:
+            built = build(config, name, base, base.folder)
+            loading = found.setdefault(type(built).__name__, _load(built, base, adapter))
+        except EigenzooError as error:
+            # A task's class may not be there for such a base, and a class that is found first decides what is said.
+            failed = failed or error
+            continue
+        if loading.is_whole:
+            return _beside(loading, found)
+    if not found:
+        assert failed is not None
+        raise failed
+    first = next(iter(found.values()))
+    return replace(first, advice=_other_class(config, base, adapter, found))
 
 
-def _built(base: Model, named: str) -> nn.Module:
-    """Build the base without weights, by the first of the classes in question that transformers has."""
+def _beside(loading: Loading, found: Mapping[str, Loading]) -> Loading:
+    """Say by which classes the adapter would be lost, where the base's own is among them."""
+    *others, name = found
+    if not others:
+        return loading
+    lost = f"{', '.join(others)}: PEFT drops tensors of this adapter where the base is loaded so; load it as {name}"
+    return replace(loading, note=lost)
+
+
+def _other_class(config: Any, base: Model, adapter: Adapter, found: Mapping[str, Loading]) -> str:
+    """Name another class by which PEFT takes up everything, into modules whose weights the files have."""
+    for name in _OTHERS:
+        try:
+            built = build(config, name, base, base.folder)
+            if type(built).__name__ in found:
+                continue
+            loading = _load(built, base, adapter)
+        except EigenzooError:
+            continue
+        weights = {name.removesuffix(".weight") for name in loading.names.values()}
+        if loading.is_whole and all(place in weights for places in loading.places.values() for place in places):
+            by = f" (transformers.{name})" if name != type(built).__name__ else ""
+            return f"load the base by {type(built).__name__}{by}: then {loading.what} takes up all of them"
+    return ""
+
+
+def _named_classes(config: Any, adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    """Give the names of the classes by which a base is built for an adapter, each once, in this order."""
     import transformers
 
-    config = read_config(base.folder)
-    check_counts(config.to_dict(), max(len(base.tensors), 256), base.folder)
-    for name in (named, *(getattr(config, "architectures", None) or ()), "AutoModel"):
-        found: Any = getattr(transformers, str(name), None) if name else None
-        if name in _AUTO or _is_class_of(config, found, transformers.PreTrainedModel):
-            break
-    make = partial(found.from_config, config, trust_remote_code=False) if name in _AUTO else partial(found, config)
-    with torch.device("meta"), no_larger_than(base, base.folder):
-        model: nn.Module = told(f"{name} cannot be built", base.folder, make)
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    mapping = adapter.get("auto_mapping")
+    if isinstance(mapping, dict) and str(mapping.get("parent_library", "")).startswith("transformers."):
+        names.append(str(mapping.get("base_model_class")))
+    names = [name for name in names if _is_class_of(config, getattr(transformers, name, None))]
+    task = CLASSES.get(str(adapter.get("task_type")))
+    names += [] if task is None else [task]
+    return tuple(dict.fromkeys(names)) or ("AutoModel",)
+
+
+def build(config: Any, name: str, base: Model, folder: Path) -> nn.Module:
+    """Build a model of transformers without weights, by the class of this name.
+
+    Args:
+        config: transformers', read from `folder`.
+        name: of a class of models that `config` belongs to, or of an `AutoModel…`.
+        base: the model whose files these are: no more than a few times its tensors are made.
+
+    Raises FormatError where it cannot be built.
+    """
+    import transformers
+
+    check_counts(config.to_dict(), max(len(base.tensors), 256), folder)
+    found: Any = getattr(transformers, name)
+    is_auto = name in _AUTO or name in _OTHERS
+    make = partial(found.from_config, config, trust_remote_code=False) if is_auto else partial(found, config)
+    with torch.device("meta"), no_larger_than(base, folder):
+        model: nn.Module = told(f"{name} cannot be built", folder, make)
     return model
 
 
-def _is_class_of(config: Any, found: Any, models: type) -> bool:
+def _is_class_of(config: Any, found: Any) -> bool:
     """Tell whether what a file names is a class of models, and of models with such a config."""
+    import transformers
+
     return (
-        isinstance(found, type) and issubclass(found, models) and isinstance(config, getattr(found, "config_class", ()))
+        isinstance(found, type)
+        and issubclass(found, transformers.PreTrainedModel)
+        and isinstance(config, getattr(found, "config_class", None) or ())
     )
 
 
@@ -116,13 +179,13 @@ def _check_lists(config: Mapping[str, Any], base: Model) -> None:
             )
 
 
-def _names_in(base: Model, model: Any) -> dict[str, str]:
+def names_in(tensors: Collection[str], model: Any) -> dict[str, str]:
     """Names in memory by names in the files; as in transformers, the base's prefix may be there or not."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = {}
     for file, name in _saved_names(model).items():
         for tried in (file, prefix + file, file.removeprefix(prefix)):
-            if tried in base.tensors:
+            if tried in tensors:
                 found[tried] = name
                 break
     return found
@@ -140,23 +203,59 @@ def _saved_names(model: Any) -> dict[str, str]:
     return {name: places[id(values)] for name, values in saved.items() if id(values) in places}
 
 
-def _load(
-    model: nn.Module, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Give the adapter's names that PEFT drops, and those that it misses."""
+def _load(model: nn.Module, base: Model, adapter: Adapter) -> Loading:
+    """Load an adapter into a base that is built, and look where its tensors end up."""
+    import peft
+
+    names = names_in(base.tensors, model)
+    what = f"PEFT {peft.__version__}, loading into {type(model).__name__},"
+    tensors = without_values(adapter)
+    try:
+        with Origins(tensors) as origins:
+            wrapped = told("refused", base.folder, lambda: _wrapped(model, adapter.config or {}, tensors))
+    except FormatError as error:
+        refuse_undecided(error)
+        return Loading(what, names, error=error.what)
+    places = places_of(origins, wrapped.named_parameters())
+    missing = [
+        _plain(name.removeprefix(PREFIX))
+        for name, parameter in wrapped.named_parameters()
+        if ".lora_" in name and not origins.of(parameter)
+    ]
+    return Loading(what, names, places, dropped_of(adapter, places), tuple(missing))
+
+
+def _wrapped(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Do what `PeftModel.from_pretrained` does once it has read the files."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import set_peft_model_state_dict
 
     known = {field.name for field in fields(LoraConfig)} - _OF_INITIALISATION
     chosen: dict[str, Any] = {key: value for key, value in config.items() if key in known}
     chosen |= {"init_lora_weights": True, "inference_mode": True}
-    wrapped: Any = get_peft_model(model, LoraConfig(**chosen), ADAPTER, low_cpu_mem_usage=True)
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    result = set_peft_model_state_dict(wrapped, state, ADAPTER, low_cpu_mem_usage=True)
-    missing = [name for name in result.missing_keys if "lora_" in name and ADAPTER in name]
-    return _plain(result.unexpected_keys), _plain(missing)
+    # Models of transformers before version 5 say by which patterns older adapters are renamed.
+    mapping: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    wrapped: nn.Module = get_peft_model(model, LoraConfig(**chosen), ADAPTER, low_cpu_mem_usage=True)
+    state = {_mapped(name, mapping): tensor for name, tensor in tensors.items()}
+    set_peft_model_state_dict(wrapped, state, ADAPTER, low_cpu_mem_usage=True)
+    return wrapped
 
 
-def _plain(names: Sequence[str]) -> tuple[str, ...]:
-    """Take PEFT's name of the adapter out of names."""
-    return tuple(name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}") for name in names)
+def _mapped(name: str, mapping: Mapping[str, str]) -> str:
+    """Rename a tensor as `peft.utils.load_peft_weights` does."""
+    prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
+    if not mapping:
+        return name
+    if prefix is None:
+        raise ValueError(f"{name!r} does not begin with {PREFIX!r}, as each name must where older names are converted")
+    bare = name.removeprefix(prefix)
+    for pattern, new in mapping.items():
+        renamed, times = re.subn(pattern, new, bare)
+        if times:
+            return prefix + renamed
+    return name
+
+
+def _plain(name: str) -> str:
+    """Take PEFT's name of the adapter out of a name."""
+    return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")

@@ -406,9 +406,9 @@ class Subspace:
     ) -> Verification:
         """Check all that a bundle promises: checksums, finite values, orthonormal bases, coefficients that match layers.
 
-        With a base in `against`, whether the adapters that it rebuilds take effect there (see `eigenzoo.verify_adapter`); of full
-        weights, whether the base has the layers, and how far the mean is from it. Cost: all files and the base's weights are
-        read once, and each adapter is rebuilt once.
+        With a base in `against`, whether the adapters that it rebuilds take effect there, which `loader` decides and is undecided
+        without it (see `eigenzoo.verify_adapter`); of full weights, whether the base has the layers, and how far the mean is from
+        it. Cost: all files and the base's weights are read once, and each adapter is rebuilt once.
         """
         from eigenzoo.subspace.bundles.verifying import verify
 

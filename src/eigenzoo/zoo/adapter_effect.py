@@ -14,7 +14,8 @@ import torch
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.zoo.adapter_names import Adapter, by_role, grouped, is_transposed
+from eigenzoo.zoo.adapter import Adapter
+from eigenzoo.zoo.adapter_names import by_role, grouped, is_transposed
 from eigenzoo.zoo.base_modules import BaseModules, random_inputs
 from eigenzoo.zoo.verification import ABSURD, MUCH, NEGLIGIBLE, Check, LayerChange, checked
 

@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.lora.peft_folder import PREFIX
-from eigenzoo.formats.model import LoraUpdate, Model
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.weights.lora_targets import ALL_LINEAR, endings, targeting
 from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import role
+from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.base_modules import BaseModules, BaseWeight, fits
-from eigenzoo.zoo.verification import Check, Loading, checked
+from eigenzoo.zoo.verification import LOADING, Check, Loading, checked
 
 SHOWN = 5
 """How many names a sentence gives."""
 
 HINTED = 20
 """Roles whose nearest names are looked for: each takes a comparison with every name of the base."""
-
-RENAMING = "transformers may call modules otherwise in memory than in files: only PEFT's own loading tells, and it was not tried"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What is checked of an adapter: one on disk, or one that a bundle rebuilds.
-
-    Attributes:
-        name: what to call it.
-        config: PEFT's; None where the format has none.
-        updates: by module, with the scale that is not yet in B.
-        shapes: of every tensor of its file.
-        factors: gives B (outputs, rank) and A (rank, inputs) of a module, as they are stored.
-    """
-
-    name: str
-    config: Mapping[str, Any] | None
-    updates: Mapping[str, LoraUpdate]
-    shapes: Mapping[str, tuple[int, ...]]
-    factors: Callable[[str], Factors]
-
-
-def adapter_of(model: Model) -> Adapter:
-    """Take an adapter on disk."""
-    shapes = {name: info.shape for name, info in model.tensors.items()}
-    return Adapter(model.name, getattr(model, "config", None), model.updates, shapes, model.read_factors)
 
 
 def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
@@ -59,34 +31,38 @@ def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
     return all(told) if told else (adapter.config or {}).get("fan_in_fan_out") is True
 
 
-def name_checks(adapter: Adapter) -> list[Check]:
-    """Check what needs no base: the names of the factors, and whether the config has PEFT load them."""
+def name_checks(adapter: Adapter, modules: Collection[str]) -> list[Check]:
+    """Check of these modules what needs no base: the names of the factors, and whether the config has PEFT load them."""
     if adapter.config is None:
         return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",), done=False)]
-    bare = [update.key_a for update in adapter.updates.values() if not update.key_a.startswith(PREFIX)]
+    asked = frozenset(modules)
+    bare = [update.key_a for module, update in adapter.updates.items() if module in asked and _is_bare(update.key_a)]
     faults: tuple[str, ...] = ()
     if bare:
         faults = (
-            f"{len(bare)} of {len(adapter.updates)} modules have no '{PREFIX}' before their names ({_some(bare)}): "
-            f"PEFT drops them. Put it before each key",
+            f"{len(bare)} of {len(adapter.updates)} modules have no '{PREFIX}' before their names ({some(bare)}): PEFT drops them. "
+            "The module's name in the base follows it; --against BASE tries which change of the keys helps",
         )
     failed = f"{len(bare)} of {len(adapter.updates)} modules' names do not begin with '{PREFIX}'"
     names = checked("names", f"each factor's name begins with '{PREFIX}'", faults, failed)
-    return [names, _targets(adapter, adapter.config)]
+    return [names, _targets(adapter, adapter.config, asked)]
 
 
-def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
+def _is_bare(key: str) -> bool:
+    return not key.startswith(PREFIX)
+
+
+def _targets(adapter: Adapter, config: Mapping[str, Any], modules: Collection[str]) -> Check:
     name, targets = "target modules", config.get("target_modules")
     try:
         is_target = targeting(config)
-        outside = [module for module in adapter.updates if not is_target(_asked(module))]
+        outside = [module for module in adapter.updates if module in modules and not is_target(_asked(module))]
     except UnsupportedError as error:
         return Check(name, "not tried", notes=(str(error),), done=False)
     except FormatError as error:
         return Check(name, "the config's", (str(error),))
     faults = [
-        f"{grouped(group)}: the config's target_modules, exclude_modules and layers leave it out: PEFT drops its factors. "
-        "Correct the config"
+        f"{grouped(group)}: the config's target_modules, exclude_modules and layers leave it out: PEFT drops its factors"
         for group in by_role(outside)
     ]
     if targets is None:
@@ -96,20 +72,22 @@ def _targets(adapter: Adapter, config: Mapping[str, Any]) -> Check:
     return checked(name, f"name all {num} modules that have factors", faults, failed)
 
 
-def base_checks(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
-    """Check that a base has every module in the right shape, and factors for every module that the config names."""
+def base_checks(adapter: Adapter, base: BaseModules, lost: Collection[str], loading: Loading | None) -> list[Check]:
+    """Check that a base has every module in the right shape, and factors for every module that the config names.
+
+    Args:
+        lost: the modules whose factors the library does not take up; all, where it was not asked. Only these can be at fault.
+        loading: what the library does; None where it was not asked.
+    """
     transposed = is_transposed(adapter, base)
     found = {module: base.weight_of(update, transposed=transposed) for module, update in adapter.updates.items()}
-    absent = [module for module, weight in found.items() if weight is None and base.find(module) is None]
-    misshapen = [module for module, weight in found.items() if weight is None and base.find(module) is not None]
-    taken = [module for module in absent if _is_taken(module, loading)]
-    lost = [module for module in absent if module not in taken]
-    notes = [f"{grouped(group)}: no tensor of the base alone, but PEFT finds its place" for group in by_role(taken)]
-    faults = _absent(lost, adapter, base) if lost else []
-    if lost and loading is None and base.config:
-        notes.append(RENAMING)
+    absent = [module for module in lost if found[module] is None and base.find(module) is None]
+    misshapen = [module for module in lost if found[module] is None and base.find(module) is not None]
     modules = Check(
-        "modules", f"{len(found) - len(absent)} of {len(found)} are in the base", tuple(faults), tuple(notes)
+        "modules",
+        f"{len(found) - len(absent)} of {len(found)} are in the base",
+        # A library that converts a diffusion model's names has its own for them: ours say nothing of why it drops one.
+        tuple(_absent(absent, adapter, base) if absent and not (loading and adapter.config is None) else ()),
     )
     fitting = len(found) - len(absent) - len(misshapen)
     shapes = (
@@ -118,14 +96,8 @@ def base_checks(adapter: Adapter, base: BaseModules, loading: Loading | None) ->
         else Check("shapes", f"{fitting} fit", tuple(_misshapen(misshapen, adapter, base)))
     )
     # Whose names are all others' has no factors for anything: that is said already.
-    missing = [] if lost else _missing(adapter, base)
+    missing = [] if absent else _missing(adapter, base, loading)
     return [modules, shapes, *_layout_checks(adapter, base, found), *missing, *_others(adapter, base)]
-
-
-def _is_taken(module: str, loading: Loading | None) -> bool:
-    if loading is None or loading.error:
-        return False
-    return not any(name.startswith(f"{PREFIX}{module}.") for name in loading.dropped)
 
 
 def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[str]:
@@ -134,11 +106,14 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
 
-    rename = find_rename(lost, base.weights, accepts, adapter.updates.keys() - set(lost))
+    # As the library calls them, where it was asked.
+    held = adapter.updates.keys() - set(lost)
+    found = (find_rename(lost, names, accepts, held) for names in (frozenset(base.own_names), base.weights))
+    rename = next(filter(None, found), None)
     if rename is not None:
         return [
-            f"{len(lost)} of {len(adapter.updates)} modules are not in the base ({_some(lost)}); with {rename} all of them are "
-            f"({rename(lost[0])!r}). Rename the keys, or load the base by the class that the adapter was trained on"
+            f"{len(lost)} of {len(adapter.updates)} modules are not in the base ({some(lost)}); with {rename} all of them are "
+            f"({rename(lost[0])!r})"
         ]
     faults = []
     if adapter.config is None:
@@ -146,14 +121,14 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
         if apart:
             components = sorted({module.partition(".")[0] for module in apart})
             faults.append(
-                f"{len(apart)} of {len(adapter.updates)} modules are of {_some(components)}, and no layer of the base is: "
+                f"{len(apart)} of {len(adapter.updates)} modules are of {some(components)}, and no layer of the base is: "
                 "another base, or only a part of the pipeline"
             )
             lost = [module for module in lost if module not in set(apart)]
     later = beyond(lost, base.weights)
     if later:
         faults.append(
-            f"{len(later)} of {len(adapter.updates)} modules ({_some(later)}) are of layers that the base has not: "
+            f"{len(later)} of {len(adapter.updates)} modules ({some(later)}) are of layers that the base has not: "
             "it has fewer layers, so it is another base than the adapter's"
         )
     rest = set(lost) - set(later)
@@ -207,19 +182,22 @@ def _layout_checks(adapter: Adapter, base: BaseModules, found: Mapping[str, Base
     return [Check("layout", "transposed and shared weights", notes=tuple(notes))] if notes else []
 
 
-def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
-    """Check that every module of the base that the config's list names has factors."""
+def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
+    """Check that every module of the base that the config's list names has factors; by the library where it was asked."""
     config = adapter.config or {}
     targets = config.get("target_modules")
-    if targets is None or targets == ALL_LINEAR:
+    if targets is None or targets == ALL_LINEAR or (loading is not None and loading.error):
         return []
     try:
         is_target = targeting(config)
         wanted = [name for name in base.own_names if is_target(name)]
     except FormatError:
         return []  # said by another check
-    have = {base.find(module) for module in adapter.updates}
-    without = [name for name in wanted if name not in adapter.updates and base.weights[name] not in have]
+    if loading is None:
+        have = {base.find(module) for module in adapter.updates}
+        without = [name for name in wanted if name not in adapter.updates and base.weights[name] not in have]
+    else:
+        without = list(dict.fromkeys(name.partition(".lora_")[0] for name in loading.missing))
     random = config.get("init_lora_weights") is False
     said = [
         f"{grouped(group)}: the config names it, and the adapter has no factors for it"
@@ -230,7 +208,7 @@ def _missing(adapter: Adapter, base: BaseModules) -> list[Check]:
     for module in (*adapter.updates, *base.weights):
         for name in endings(module):
             unknown.pop(name, None)
-    notes = [f"target_modules: {_some([*unknown])} name nothing, in the adapter or in the base"] if unknown else []
+    notes = [f"target_modules: {some([*unknown])} name nothing, in the adapter or in the base"] if unknown else []
     named = f"{len(wanted)} modules of the base that the config names"
     return [checked("completeness", f"factors for all {named}", said, f"none for {len(without)} of {named}", notes)]
 
@@ -251,22 +229,19 @@ def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
     return [Check("other tensors", f"{len(others)} are trained whole", notes=tuple(notes))]
 
 
-def loading_check(loading: Loading | str, adapter: Adapter) -> Check:
-    """Say what a library does with the adapter."""
+def loading_check(loading: Loading | str, adapter: Adapter, advice: str = "") -> Check:
+    """Say what a library does with the adapter; `advice` is what was tried and makes it take up everything."""
     if isinstance(loading, str):
-        return Check("loading", "not tried", notes=(f"loading was not tried: {loading}",), done=False)
+        return Check(LOADING, "not tried", notes=(f"undecided, since loading was not tried: {loading}",), done=False)
+    what, advice = loading.what, f". {advice}" if advice else ""
     if loading.error:
-        return Check("loading", f"{loading.what} takes up nothing", (f"{loading.what} {loading.error}",))
-    num = len(adapter.shapes)
-    faults = (
-        (f"{loading.what} drops {len(loading.dropped)} of {num} tensors ({_some(loading.dropped)})",)
-        if loading.dropped
-        else ()
-    )
-    notes = (
-        (f"{loading.what} misses {len(loading.missing)} tensors ({_some(loading.missing)})",) if loading.missing else ()
-    )
-    return Check("loading", f"{loading.what} takes up {num - len(loading.dropped)} of {num} tensors", faults, notes)
+        return Check(LOADING, f"{what} takes up nothing", (f"{what} {loading.error}{advice}",))
+    num, dropped = len(adapter.shapes), loading.dropped
+    faults = (f"{what} drops {len(dropped)} of {num} tensors ({some(dropped)}){advice}",) if dropped else ()
+    notes = [loading.note] if loading.note else []
+    if loading.missing:
+        notes.append(f"{what} misses {len(loading.missing)} tensors ({some(loading.missing)})")
+    return Check(LOADING, f"{what} takes up {num - len(dropped)} of {num} tensors", faults, tuple(notes))
 
 
 def _asked(module: str) -> str:
@@ -287,5 +262,6 @@ def grouped(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{role(names[0])} ({len(names)} of this name)"
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Quote the first few names."""
     return ", ".join(repr(name) for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

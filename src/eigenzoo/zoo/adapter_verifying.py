@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
@@ -15,10 +18,18 @@ from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Progress, no_progress
+from eigenzoo.zoo.adapter import Adapter, adapter_of
+from eigenzoo.zoo.adapter_changes import config_changes, key_changes
 from eigenzoo.zoo.adapter_effect import effect_checks
-from eigenzoo.zoo.adapter_names import Adapter, adapter_of, base_checks, loading_check, name_checks
-from eigenzoo.zoo.base_modules import BaseModules, open_base, shown_base
+from eigenzoo.zoo.adapter_names import base_checks, loading_check, name_checks
+from eigenzoo.zoo.base_modules import ATTENTION, WEIGHT, BaseModules, open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Loading, Verification
+
+TRIED = 2_000
+"""Modules of an adapter for which changes are tried: each is one more load."""
+
+NO_LIBRARY = "no library was asked to"
+"""Why nothing decides, where the caller gives no loader."""
 
 
 @own_settings()
@@ -35,7 +46,8 @@ def verify_adapter(
     Args:
         path: the adapter: a folder of PEFT's, or its URL.
         base: the model that it changes: a checkpoint's folder, file or URL. Without it the adapter alone is checked.
-        loader: a library that tries to load it, such as `eigenzoo.integrations.peft_loading.load_dry`.
+        loader: a library that tries to load it, `eigenzoo.integrations.dry_loading.load_dry`. Without it nothing decides whether
+            the adapter takes effect on the base, and `ok` is None unless something else is wrong.
         allow_pickle: whether the base may be a pickle.
         progress: called as progress(stage, done, total).
 
@@ -77,18 +89,65 @@ def structure_checks(
 ) -> tuple[list[Check], BaseModules | None]:
     """Run the checks that read no values; gives the base's modules, under a library's names where it was asked.
 
-    `norms` are what was found of the base already.
+    What a library does decides; names and shapes say why it drops a factor. Where it was not asked they decide nothing, and what
+    they say against the adapter are notes. `norms` are what was found of the base already.
     """
-    checks = name_checks(adapter)
+    everything = tuple(adapter.updates)
     if base is None:
-        return checks, None
-    loading: Loading | str | None = None
-    if loader is not None and adapter.config is not None:
-        loading = loader(base, adapter.config, adapter.shapes)
-    known = loading if isinstance(loading, Loading) else None
-    names = known.names if known else weights_as_layers(base.tensors) if adapter.config is None else None
-    modules = BaseModules(base, names, norms)
-    checks += base_checks(adapter, modules, known)
-    if loading is not None:
-        checks.append(loading_check(loading, adapter))
-    return checks, modules
+        return name_checks(adapter, everything), None
+    loading = NO_LIBRARY if loader is None else loader(base, adapter)
+    if isinstance(loading, str):
+        modules = BaseModules(base, _names_of(adapter, base, {}), norms)
+        checks = [*name_checks(adapter, everything), *base_checks(adapter, modules, everything, None)]
+        return [*(_undecided(check) for check in checks), loading_check(loading, adapter)], modules
+    lost = lost_modules(adapter, loading)
+    modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _places_of(adapter, base, loading))
+    advice = "" if loading.is_whole or loader is None else _advice(adapter, base, modules, lost, loading, loader)
+    return [
+        *name_checks(adapter, lost),
+        *base_checks(adapter, modules, lost, loading),
+        loading_check(loading, adapter, advice),
+    ], modules
+
+
+def lost_modules(adapter: Adapter, loading: Loading) -> tuple[str, ...]:
+    """Return the modules with a factor that the library does not take up."""
+    dropped = set(loading.dropped)
+    return tuple(
+        module for module, update in adapter.updates.items() if loading.error or not dropped.isdisjoint(update.keys)
+    )
+
+
+def _undecided(check: Check) -> Check:
+    """Take what names and shapes say against an adapter as a note: a library may translate them."""
+    return replace(check, faults=(), notes=(*check.faults, *check.notes), done=False) if check.faults else check
+
+
+def _names_of(adapter: Adapter, base: Model, names: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Return what the base's tensors are called where the adapter's modules are looked for."""
+    return weights_as_layers(base.tensors) if adapter.config is None else names or None
+
+
+def _places_of(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
+    """Return the module of the base's files that each module of the adapter is put on, where it is one."""
+    files = {name.removesuffix(WEIGHT).removesuffix(ATTENTION): file for file, name in loading.names.items()}
+    places = {}
+    for module, update in adapter.updates.items():
+        taken = loading.places.get(update.key_a, ())
+        if len(taken) == 1:
+            file = files.get(taken[0]) or files.get(taken[0].replace(".base_layer.", "."))
+            places[module] = taken[0] if file is None else file.removesuffix(WEIGHT).removesuffix(ATTENTION)
+    return places
+
+
+def _advice(
+    adapter: Adapter, base: Model, modules: BaseModules, lost: Sequence[str], loading: Loading, loader: Loader
+) -> str:
+    """Say by which change the library takes up everything; each is tried before it is said."""
+    if len(adapter.updates) > TRIED:
+        return ""
+    for change in chain(key_changes(adapter, modules, lost), config_changes(adapter, lost)):
+        tried = loader(base, change.adapter)
+        if isinstance(tried, Loading) and tried.is_whole and not tried.missing:
+            return f"{change.words}. Then {tried.what} takes up all of them"
+    return f"{loading.advice[0].upper()}{loading.advice[1:]}" if loading.advice else ""

@@ -61,6 +61,7 @@ class BaseModules:
         model: the base.
         names: what a library calls the tensors of its files in memory, where that differs.
         norms: of answers, where several look at one base.
+        places: of modules of the adapter, the one in memory that a library puts each on, where that is known.
 
     Attributes:
         weights: the weight of each module, by the module's name; in the files and, where known, in memory.
@@ -68,9 +69,14 @@ class BaseModules:
     """
 
     def __init__(
-        self, model: Model, names: Mapping[str, str] | None = None, norms: dict[tuple[str, bool], float] | None = None
+        self,
+        model: Model,
+        names: Mapping[str, str] | None = None,
+        norms: dict[tuple[str, bool], float] | None = None,
+        places: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
+        self._places = places or {}
         found = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
         # Who asks by a name of the files may mean that: libraries translate it.
         renamed = {
@@ -92,8 +98,9 @@ class BaseModules:
         return parse_json(self.model.read_side_file(CONFIG), where=f"{self.model.path}/{CONFIG}")
 
     def find(self, module: str) -> TensorInfo | None:
-        """Return the weight of a module by its name; within PEFT's wrapper of an attention, by the wrapped one's."""
-        return self.weights.get(module) or self.weights.get(module.replace(".base_layer.", "."))
+        """Return the weight of a module by its place or name; within PEFT's wrapper of an attention, by the wrapped one's."""
+        name = self._places.get(module, module)
+        return self.weights.get(name) or self.weights.get(name.replace(".base_layer.", "."))
 
     def tensor(self, name: str) -> TensorInfo | None:
         """Return any tensor of the base by its name."""
@@ -113,7 +120,10 @@ class BaseModules:
 
     def tied(self, update: LoraUpdate) -> TensorInfo | None:
         """Return the weight that a module shares with another one, where the files hold it once, under the other's name."""
-        if update.module.rpartition(".")[2] not in TIED or self.find(update.module) is not None:
+        if (
+            self._places.get(update.module, update.module).rpartition(".")[2] not in TIED
+            or self.find(update.module) is not None
+        ):
             return None
         if self.config.get("tie_word_embeddings") is False:
             return None

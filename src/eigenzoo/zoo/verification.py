@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from eigenzoo.formats.model import Model
+from eigenzoo.zoo.adapter import Adapter
 
 MUCH = 1.0
 """A change that outweighs what the layer itself answers: trained updates mostly stay well below."""
@@ -65,25 +66,39 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Loading:
-    """What a library does with an adapter when it loads it into a base; see `eigenzoo.integrations.peft_loading`.
+    """What a library does with an adapter when it loads it into a base; see `eigenzoo.integrations.dry_loading`.
 
     Attributes:
         what: which library, and into what.
         names: what it calls the tensors of the base's files in memory.
+        places: of each tensor of the adapter that it takes up, the modules in memory that it ends up in.
         dropped: the adapter's tensors that it does not take up.
         missing: the tensors that it looks for in vain.
         error: why it refuses the adapter altogether; empty where it does not.
+        note: what a reader should know of how it was loaded.
+        advice: another way to load the base, by which it takes up everything; empty where none was found.
     """
 
     what: str
     names: Mapping[str, str]
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     error: str = ""
+    note: str = ""
+    advice: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every tensor of the adapter is taken up."""
+        return not self.error and not self.dropped
 
 
-Loader = Callable[[Model, Mapping[str, Any], Mapping[str, tuple[int, ...]]], Loading | str]
-"""Called as loader(base, config, shapes of the adapter's tensors); a text says why it was not tried."""
+Loader = Callable[[Model, Adapter], Loading | str]
+"""Called as loader(base, adapter); a text says why the library could not be asked."""
+
+LOADING = "loading"
+"""The name of the check that decides whether an adapter takes effect on a base."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,14 @@ class Verification:
         return tuple(note for check in self.checks for note in check.notes)
 
     @property
-    def ok(self) -> bool:
-        """Whether every check held."""
-        return not self.faults
+    def undecided(self) -> bool:
+        """Whether no check failed, and the one that decides was not made: no library has loaded the adapter."""
+        return not self.faults and any(check.name == LOADING and not check.done for check in self.checks)
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether every check held; None where that is undecided."""
+        return None if self.undecided else not self.faults
 
     @property
     def typical_change(self) -> float | None:

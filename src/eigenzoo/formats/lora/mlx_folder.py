@@ -56,7 +56,8 @@ class MlxAdapter(Model):
             stated = read_json(inside(self.folder, CONFIG_FILE), where=CONFIG_FILE)
             rank, scale = _rank_and_scale(stated)
             own = frozenset({MLX_FILE, CONFIG_FILE})
-            self.side_files, self.ignored_files = list_side_files(self.path, own) if is_folder else ((), ())
+            if is_folder:
+                self.take_beside(list_side_files(self.path, own))
             self._file = SafetensorsFile(self.folder / weights, self.folder if is_folder else None)
             self._keys = {_renamed(key, info): key for key, info in self._file.tensors.items()}
             self.tensors = MappingProxyType(

@@ -21,11 +21,12 @@ from eigenzoo.records import Layer, Progress, no_progress, telling
 from eigenzoo.subspace.bundles.source_records import is_at_hand
 from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import is_task_head
+from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.adapter_effect import effect_checks
-from eigenzoo.zoo.adapter_names import HINTED, Adapter, by_role, grouped
+from eigenzoo.zoo.adapter_names import HINTED, by_role, grouped
 from eigenzoo.zoo.adapter_verifying import structure_checks
 from eigenzoo.zoo.base_modules import BaseModules
-from eigenzoo.zoo.verification import Check, LayerChange, Loader, checked
+from eigenzoo.zoo.verification import LOADING, Check, LayerChange, Loader, checked
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.subspace import Subspace
@@ -125,7 +126,8 @@ def _merged(checks: Iterable[Check]) -> list[Check]:
             _telling(group).detail if len(group) == 1 else f"{len(group)} times, such as: {_telling(group).detail}",
             tuple(dict.fromkeys(fault for check in group for fault in check.faults)),
             tuple(dict.fromkeys(note for check in group for note in check.notes)),
-            any(check.done for check in group),
+            # Undecided of one is undecided of the bundle.
+            (all if name == LOADING else any)(check.done for check in group),
         )
         for name, group in groups.items()
     ]

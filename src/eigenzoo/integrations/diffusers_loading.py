@@ -1,0 +1,228 @@
+"""What diffusers itself does with a LoRA of a diffusion model: a pipeline without weights loads its names and shapes.
+
+So it is diffusers that tells which tool wrote the names, and converts them. Nothing is downloaded, no code that comes with a model
+is run, and no value is read: all tensors are on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.kinds import MODEL_INDEX
+from eigenzoo.formats.model import Model
+from eigenzoo.formats.side_files import CONFIG
+from eigenzoo.integrations.dry_tensors import Origins, dropped_of, places_of, refuse_undecided, without_values
+from eigenzoo.integrations.model_limits import check_counts, no_larger_than
+from eigenzoo.integrations.models import quietly, read_config, told
+from eigenzoo.integrations.peft_loading import build, names_in
+from eigenzoo.zoo.adapter import Adapter
+from eigenzoo.zoo.verification import Loading
+
+PIPELINES = {
+    "LTXVideoTransformer3DModel": "LTXPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+}
+"""The pipelines of components that are not called after them, as `WanTransformer3DModel` is after `WanPipeline`."""
+
+MOST_LAYERS = 4_000
+"""Layers of a LoRA that diffusers is given: PEFT compares each with each other, and real ones have two thousand at most."""
+
+_MODEL = re.compile(r"(?P<name>\w+?)Transformer\w*Model")
+_ADAPTER = "default"
+
+
+def load_dry(base: Model, adapter: Adapter) -> Loading | str:
+    """Try to load a LoRA into a pipeline, or into one component, with diffusers; a `Loader` of `eigenzoo.verify_adapter`.
+
+    The pipeline is of the class that `model_index.json` names; of a component alone, of the one that is called after its class. It
+    has only the components that LoRAs change.
+
+    A text says why nothing was tried: a library that is missing, a base without configs, a pipeline that diffusers has not. Cost:
+    building the components without weights, a second or two.
+    """
+    missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (pip install diffusers 'eigenzoo[peft]')"
+    try:
+        with warnings.catch_warnings(), quietly(), _quiet_diffusers():
+            warnings.simplefilter("ignore")
+            return _load(base, adapter)
+    except EigenzooError as error:
+        return str(error)
+
+
+def _load(base: Model, adapter: Adapter) -> Loading:
+    most = min(MOST_LAYERS, max(2 * len(base.tensors), 1_000))
+    if len(adapter.updates) > most:
+        raise UnsupportedError(
+            f"the LoRA changes {len(adapter.updates)} layers", rule=f"diffusers is given at most {most} for this base"
+        )
+    pipeline, modules = _pipeline_of(base)
+
+    def by_pipeline(tensors: dict[str, Tensor]) -> None:
+        # The configs of a header say the scale, and name no other modules than the tensors do.
+        pipeline.load_lora_weights(tensors, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+
+    loading = _tried(base, adapter, modules, type(pipeline).__name__, by_pipeline)
+    if loading.is_whole or _is_pipeline(base):
+        return loading
+    # One component alone also loads what it saved by itself, whose names have no component before them.
+    _, modules = _pipeline_of(base)
+    module: Any = next(iter(modules.values()))
+
+    def by_component(tensors: dict[str, Tensor]) -> None:
+        module.load_lora_adapter(tensors, prefix=None, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+
+    alone = _tried(base, adapter, modules, f"{type(module).__name__} (load_lora_adapter, prefix=None)", by_component)
+    if not alone.is_whole:
+        return loading
+    lost = f"{type(pipeline).__name__} drops tensors of this LoRA, whose names have no component before them"
+    return replace(alone, note=f"{lost}; {type(module).__name__}.load_lora_adapter(…, prefix=None) loads it")
+
+
+def _tried(
+    base: Model,
+    adapter: Adapter,
+    modules: Mapping[str, nn.Module],
+    into: str,
+    load: Callable[[dict[str, Tensor]], None],
+) -> Loading:
+    """Have diffusers load the tensors, and look in which modules of the components they end up."""
+    import diffusers
+
+    names: dict[str, str] = {}
+    for component, module in modules.items():
+        before = f"{component}." if _is_pipeline(base) else ""
+        held = {name.removeprefix(before) for name in base.tensors if name.startswith(before)}
+        found = names_in(held, module) if hasattr(module, "base_model_prefix") else {name: name for name in held}
+        names |= {before + file: f"{component}.{name}" for file, name in found.items()}
+    what = f"diffusers {diffusers.__version__}, loading into {into},"
+    tensors = without_values(adapter)
+    try:
+        with Origins(tensors) as origins:
+            told("refused", base.folder, lambda: load(dict(tensors)))
+    except FormatError as error:
+        if isinstance(error.__cause__, AttributeError) and "'NoneType'" in str(error.__cause__):
+            raise UnsupportedError(
+                f"diffusers needs components that are not there besides {', '.join(modules)}",
+                where=str(base.folder),
+                next_step="name the folder of the whole pipeline",
+            ) from error
+        refuse_undecided(error)
+        return Loading(what, names, error=error.what)
+    places: dict[str, tuple[str, ...]] = {}
+    for component, module in modules.items():
+        for tensor, taken in places_of(origins, module.named_parameters(), f"{component}.").items():
+            places[tensor] = (*places.get(tensor, ()), *taken)
+    return Loading(what, names, places, dropped_of(adapter, places))
+
+
+def _is_pipeline(base: Model) -> bool:
+    return MODEL_INDEX in base.side_files
+
+
+def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
+    """Make a pipeline that has only those components of the base that LoRAs change; gives these too, by name."""
+    import diffusers
+
+    index = _read_json(base, MODEL_INDEX) if _is_pipeline(base) else {}
+    if not index and CONFIG not in base.side_files:
+        raise UnsupportedError(
+            f"the base has no {CONFIG} and no {MODEL_INDEX}, without which diffusers cannot build it",
+            next_step="name the folder of the pipeline, or of the component that the LoRA changes",
+        )
+    if index:
+        name = str(index.get("_class_name"))
+    else:
+        own = str(_read_json(base, CONFIG).get("_class_name"))
+        match = _MODEL.fullmatch(own)
+        name = PIPELINES.get(own) or (f"{match['name']}Pipeline" if match else own)
+        if own == "UNet2DConditionModel" and _read_json(base, CONFIG).get("addition_embed_type") == "text_time":
+            name = "StableDiffusionXLPipeline"
+    kind: Any = (
+        told("no such pipeline", base.folder, lambda: getattr(diffusers, name, None)) if name.isidentifier() else None
+    )
+    if not (_is_class(kind, diffusers.DiffusionPipeline) and hasattr(kind, "load_lora_weights")):
+        raise UnsupportedError(
+            f"diffusers {diffusers.__version__} has no pipeline {name[:100]!r} that loads LoRAs",
+            where=str(base.folder),
+            next_step="name the folder of a pipeline that it has, or install a newer diffusers",
+        )
+    loadable = tuple(kind._lora_loadable_modules)
+    listed = [part for part in loadable if _is_listed(index.get(part))] if index else loadable[:1]
+    modules = {part: module for part in listed if (module := _component(base, part if index else "", index.get(part)))}
+    if not modules:
+        raise UnsupportedError(
+            f"none of {', '.join(loadable)} is there, which LoRAs change",
+            where=str(base.folder),
+            next_step="download the components too, with their configs",
+        )
+    # Its own constructor wants components that no LoRA changes.
+    pipeline = kind.__new__(kind)
+    expected, _ = kind._get_signature_keys(kind)
+    pipeline.register_modules(**{part: modules.get(part) for part in expected})
+    return pipeline, modules
+
+
+def _is_listed(entry: object) -> bool:
+    # [null, null] where a pipeline goes without.
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
+def _component(base: Model, name: str, entry: object) -> nn.Module | None:
+    """Build one component without weights; None where its folder is not there."""
+    file = f"{name}/{CONFIG}" if name else CONFIG
+    if file not in base.side_files:
+        return None
+    folder = base.folder / name
+    document = _read_json(base, file)
+    if isinstance(entry, list) and entry[:1] == ["transformers"]:
+        config = read_config(folder)
+        import transformers
+
+        own = [str(part) for part in (entry[-1], *(config.architectures or ()))]
+        known = [part for part in own if _is_class(getattr(transformers, part, None), transformers.PreTrainedModel)]
+        return build(config, (*known, "AutoModel")[0], base, folder)
+    import diffusers
+
+    kind_name = str(document.get("_class_name"))
+    kind: Any = told("no such model", folder, lambda: getattr(diffusers, kind_name, None))
+    if not _is_class(kind, diffusers.ModelMixin):
+        raise UnsupportedError(f"diffusers has no model {kind_name[:100]!r}", where=str(folder))
+    check_counts(document, max(len(base.tensors), 256), folder)
+    with torch.device("meta"), no_larger_than(base, folder):
+        made: nn.Module = told(f"{kind_name} cannot be built", folder, lambda: kind.from_config(document))
+    return made
+
+
+def _is_class(found: object, parent: type) -> bool:
+    return isinstance(found, type) and issubclass(found, parent)
+
+
+def _read_json(base: Model, file: str) -> Mapping[str, Any]:
+    return parse_json(base.read_side_file(file), where=f"{base.folder}/{file}")
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keep what diffusers says while it loads from a user who is told all that matters."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
