@@ -44,7 +44,7 @@ def zoo(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("axes", [("models",), ("outputs", "inputs"), ("models", "outputs", "inputs")], ids="+".join)
-@pytest.mark.parametrize("max_rank", [1, 3, 7])
+@pytest.mark.parametrize("max_rank", [1, pytest.param(3, marks=pytest.mark.slow), 7])
 def test_updates_are_the_best_of_their_rank(tmp_path: Path, zoo: Path, axes: tuple[str, ...], max_rank: int) -> None:
     space = ez.fit(zoo, rank=8, axes=axes)
     whole, cut = space.rebuild("a1"), space.rebuild("a1", max_lora_rank=max_rank)
