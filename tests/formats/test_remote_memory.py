@@ -24,6 +24,7 @@ from eigenzoo.errors import FormatError, OutputError, UnsafePathError, Unsupport
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import RECORD_FILE
 from eigenzoo.formats.remote import remote_file, remote_url
+from eigenzoo.formats.remote.hub_files import find_in_tree
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.zoo.sources import find_models, name_models
 from fuzz.samples import write_mlx
@@ -333,6 +334,12 @@ def test_a_folder_of_a_hundred_thousand_names_is_listed(place: Place) -> None:
     zoo = ez.open_zoo(place.url)
     assert zoo.names == ("m0",)
     assert zoo.models[0].side_files == ()
+
+
+def test_of_mlx_lms_folder_on_the_hub_the_last_weights_are_downloaded() -> None:
+    names = ["a/adapter_config.json", "a/adapters.safetensors", "a/0000100_adapters.safetensors", "a/x.bin"]
+    (model,) = find_in_tree(dict.fromkeys(names, 10), "", 3, str, "it")
+    assert (model.kind, model.files) == ("adapter", frozenset(names[:2]))
 
 
 def test_factors_at_a_url_are_what_they_are_on_disk(place: Place) -> None:
