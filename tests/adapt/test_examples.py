@@ -18,6 +18,7 @@ PROMISED = {
     "plain_torch.py": ("zoo", "digits-vit", r"the same from the file +(0\.\d+)"),
     "gradient_free.py": ("zoo", "digits-vit", r"over models: .* accuracy (0\.\d+)"),
     "peft_trainer.py": ("lora-zoo", "digits-lora", r"plain LoRA.* (0\.\d+)"),
+    "lora_zoo.py": ("adapters", "digits-lora", r"accuracy with PEFT: the adapter \d\.\d+, rebuilt (0\.\d+)"),
 }
 """The zoo that an example makes, and a line of its output with an accuracy."""
 
