@@ -97,7 +97,7 @@ def test_what_cannot_be_meant_is_refused_before_training(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "bert", "hidden_size": "many"}')
     for words, message in (
-        ((TASK, *model), "no output"),
+        ((TASK, *model), "--output is missing"),
         ((TASK, *model, "-o", tmp_path / "taken.safetensors"), "exists already"),
         (("5-against-5:0,1,2", *model, "-o", file), "are no task"),
         ((TASK, *model, "-o", file, "--test-share", "0.1"), "a test share for a task of the nursery"),

@@ -9,6 +9,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
     from eigenzoo.integrations.classification import Adaptation
@@ -82,6 +83,12 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Train coefficients for a new task; interrupted, it goes on where it was when it is run again."""
+    if output is None and not random_basis:
+        raise UsageError(
+            "--output is missing",
+            rule="only --random-basis, the control, keeps nothing",
+            next_step="name the file to write: -o task.safetensors",
+        )
     with progress_bar(quiet=quiet or json) as progress:
         from eigenzoo.integrations.classification import adapt_classifier
 

@@ -31,9 +31,16 @@ from eigenzoo.cli import (
     verify,
 )
 from eigenzoo.cli.console import complain
+from eigenzoo.cli.examples import epilog
 from eigenzoo.errors import EigenzooError
 
 INTERRUPTED = 130
+
+GOES_ON = {
+    "fit": "; the same command goes on from the layers that are finished",
+    "adapt": "; the same command goes on from the last checkpoint",
+}
+"""What a command does when it is run again after an interruption; all others begin anew."""
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """What a terminal, a batch system and a lost connection send to end a command: temporary folders are removed on the way out."""
@@ -46,10 +53,11 @@ ClickException: type[Exception] = next(
 app = typer.Typer(
     name="eigenzoo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Find the weight subspace that many models of one architecture share, and use it. "
-    "Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Find the weight subspace that many models of one architecture share, and use it.",
+    epilog="Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, 130 interrupted.\n\n"
+    "Start with: eigenzoo inspect ZOO, then eigenzoo evidence ZOO.",
 )
 
 
@@ -68,20 +76,23 @@ def _options(
     """Options of the command itself."""
 
 
-app.command("inspect")(inspect.command)
-app.command("fit")(fit.command)
-app.command("plan")(plan.command)
-app.command("evidence")(evidence.command)
-app.command("adapt")(adapt.command)
-app.command("project")(project.command)
-app.command("rebuild")(rebuild.command)
-app.command("add")(add.command)
-app.command("import")(importing.command)
-app.command("verify")(verify.command)
-app.command("evaluate")(evaluate.command)
-app.command("push")(push.command)
-app.command("report")(report.command)
-app.command("demo")(demo.command)
+for name, module in (
+    ("inspect", inspect),
+    ("fit", fit),
+    ("plan", plan),
+    ("evidence", evidence),
+    ("adapt", adapt),
+    ("project", project),
+    ("rebuild", rebuild),
+    ("add", add),
+    ("import", importing),
+    ("verify", verify),
+    ("evaluate", evaluate),
+    ("push", push),
+    ("report", report),
+    ("demo", demo),
+):
+    app.command(name, epilog=epilog(name))(module.command)
 app.add_typer(nursery.app, name="nursery")
 
 
@@ -133,10 +144,9 @@ def _stopped_by_signals() -> Iterator[list[int]]:
 
 
 def _interrupted(received: list[int]) -> int:
-    """Say that nothing was written; returns the exit code."""
-    complain(
-        "interrupted: no output was written; a fit goes on from what it has done when it is run again, and so does adapt"
-    )
+    """Say that nothing was written, and what the same command then does; returns the exit code."""
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    complain("interrupted: no output was written" + GOES_ON.get(command, ""))
     return 128 + (received[0] if received else signal.SIGINT)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +21,15 @@ from eigenzoo.records import no_progress
 
 LONGEST = 4000
 """Characters of an error."""
+
+SHORTEST = 16
+"""Columns of words are not made narrower than this."""
+
+PIPE = 10_000
+"""Columns of a table that no terminal shows: nothing is cut or shortened."""
+
+GAP = 2
+"""Spaces between two columns of a table."""
 
 
 def printable(text: object) -> str:
@@ -40,13 +52,30 @@ class _Output(Console):
 
 def output() -> Console:
     """The console for results; as wide as it takes in a pipe, so that nothing is cut."""
-    return _Output(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else PIPE)
 
 
-def say(text: str) -> None:
-    """Print a sentence on a line of its own, below an empty one where it begins with a line end."""
+def say(text: str, *, style: str = "", hang: int = 0) -> None:
+    """Print a sentence on a line of its own, below an empty one where it begins with a line end.
+
+    On a terminal it is wrapped, and its further lines begin `hang` columns to the right.
+    """
     body = text.lstrip("\n")
-    output().print(Text("\n" * (len(text) - len(body)) + one_line(body)), soft_wrap=True)
+    _print(output(), "\n" * (len(text) - len(body)) + one_line(body), style, hang)
+
+
+def _print(console: Console, text: str, style: str, hang: int = 0) -> None:
+    """Print text, on a terminal wrapped between words; a number stays with its unit, and a long path stays whole."""
+    if console.is_terminal:
+        joined = re.sub(r"(?<=\d) (?=%|[kMGT]?B\b)", "\N{NO-BREAK SPACE}", text)
+        lines = [
+            textwrap.fill(
+                line, console.width, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False
+            )
+            for line in joined.split("\n")
+        ]
+        text = "\n".join(lines)
+    console.print(Text(text, style=style), soft_wrap=True)
 
 
 def complain(text: str) -> None:
@@ -55,7 +84,7 @@ def complain(text: str) -> None:
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
     # A terminal that is gone (SIGHUP) changes no exit code.
     with suppress(OSError):
-        _Output(stderr=True, highlight=False).print(Text(line, style="red"), soft_wrap=True)
+        _print(_Output(stderr=True, highlight=False), line, "red")
 
 
 def as_json(document: Mapping[str, Any]) -> str:
@@ -71,13 +100,69 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """Print a table; the first `left` columns are words, the others numbers."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < left else "right", overflow="fold", header_style="dim")
-    for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
-    output().print(table)
+    """Print a table; the first `left` columns are words, the others numbers.
+
+    Where it is wider than the terminal, words are shortened in their middle; where that is not enough, the numbers go on in
+    further tables below, each with the words again. No cell is broken.
+    """
+    console = output()
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)] if cells else [0] * len(columns)
+    whole = [max(width, cell_len(column)) for width, column in zip(widths, columns, strict=True)]
+    if sum(whole) + GAP * (len(whole) - 1) <= console.width:
+        widths = whole
+    else:  # headings of several words stand on several lines
+        widths = [
+            max(width, *map(cell_len, column.split() or [""])) for width, column in zip(widths, columns, strict=True)
+        ]
+    _shorten(widths, left, console.width)
+    groups = _side_by_side(widths, left, console.width)
+    for place, group in enumerate(groups):
+        table = Table(title=title if place == 0 and title else None, title_justify="left", title_style="bold", box=None)
+        table.pad_edge = False
+        for column in group:
+            side: JustifyMethod = "left" if column < left else "right"
+            table.add_column(columns[column], justify=side, width=widths[column], no_wrap=False, header_style="dim")
+        for row in cells:
+            table.add_row(*(Text(_middle_out(row[column], widths[column]), no_wrap=True) for column in group))
+        console.print(table, crop=False)
+
+
+def _shorten(widths: list[int], left: int, room: int) -> None:
+    """Take from the widest columns of words what the whole table is too wide by."""
+    excess = sum(widths) + GAP * (len(widths) - 1) - room
+    while excess > 0:
+        widest = max(range(left), key=lambda column: widths[column], default=None)
+        if widest is None or widths[widest] <= SHORTEST:
+            return
+        widths[widest] -= 1
+        excess -= 1
+
+
+def _side_by_side(widths: Sequence[int], left: int, room: int) -> list[list[int]]:
+    """Sort columns into tables that fit side by side; each begins with the columns of words."""
+    words = list(range(left))
+    start = sum(widths[column] + GAP for column in words)
+    groups, taken = [list(words)], start
+    for column in range(left, len(widths)):
+        if taken + widths[column] > room and len(groups[-1]) > len(words):
+            groups.append(list(words))
+            taken = start
+        groups[-1].append(column)
+        taken += widths[column] + GAP
+    return groups
+
+
+def _middle_out(text: str, width: int) -> str:
+    """Shorten text in its middle: names differ at their ends.
+
+    >>> _middle_out("model.layers.11.self_attn.q_proj", 15)
+    'model.l….q_proj'
+    """
+    if cell_len(text) <= width:
+        return text
+    head = width // 2
+    return f"{text[:head]}…{text[len(text) - (width - head - 1) :]}"
 
 
 @contextmanager

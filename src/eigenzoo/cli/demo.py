@@ -118,7 +118,7 @@ def command(
                 }
             )
     if not json:
-        say(f"verdict: {evidence.verdict.code}")
+        say(f"verdict: {evidence.verdict.code}", style="bold")
         say(evidence.verdict.text)
         _what_next(output, held_out[0])
         say(f"\nThe report, with every control and figure: {output}/report.html")

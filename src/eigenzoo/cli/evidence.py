@@ -131,13 +131,13 @@ def render(found: Evidence, most: int = 40) -> None:
     """Print the verdict, the controls, and the layers by role."""
     from eigenzoo.evidence.controls import controls
 
-    say(f"verdict: {found.verdict.code}")
+    say(f"verdict: {found.verdict.code}", style="bold")
     say(found.verdict.text)
     say(
         f"\n{counted(len(found.names), 'model')}, {counted(len(found.layers), 'layer')}, view {found.view}, center {found.center}"
     )
     for control in controls(found):
-        say(f"{control.name:>12}  {control.sentence}")
+        say(f"{control.name:>12}  {control.sentence}", hang=14)
     say("")
     _render_roles(found, most)
     _render_axes(found, most)

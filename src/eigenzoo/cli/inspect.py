@@ -106,7 +106,7 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
             "left out, carried unchanged",
             ("tensor", "why", "models"),
             [(item.tensor, item.reason, item.num_models) for item in found.left_out[:most]],
-            left=2,
+            left=3,
         )
         _more(len(found.left_out), most, "tensors")
     _render_faults(found)

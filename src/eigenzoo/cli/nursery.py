@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from eigenzoo.cli import options
+from eigenzoo.cli.examples import epilog
 from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
 
 app = typer.Typer(no_args_is_help=True, help="Train small real zoos on scikit-learn's handwritten digits.")
@@ -18,7 +19,7 @@ def _nursery() -> None:
     """Keep `make` a command of its own."""
 
 
-@app.command("make")
+@app.command("make", epilog=epilog("nursery make"))
 def command(
     kind: Annotated[
         str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)

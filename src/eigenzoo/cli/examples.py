@@ -1,0 +1,60 @@
+"""Examples at the end of each command's help, and the page that says more."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Examples(NamedTuple):
+    """Command lines without `eigenzoo`, and the documentation page of a command."""
+
+    lines: tuple[str, ...]
+    page: str
+
+
+EXAMPLES: dict[str, Examples] = {
+    "inspect": Examples(("inspect adapters/", "inspect 'checkpoints/*' --exclude 'classifier.*' --json"), "formats.md"),
+    "fit": Examples(
+        (
+            "fit adapters/ -o bundle --axes outputs,inputs --budget 5MB",
+            "fit 'checkpoints/*' -o bundle --rank 16 --view delta --base base/",
+            "fit s3://bucket/adapters -o bundle --rank auto",
+        ),
+        "scale.md",
+    ),
+    "plan": Examples(("plan adapters/", "plan adapters/ --axes outputs,inputs --json"), "formats.md"),
+    "evidence": Examples(("evidence adapters/", "evidence bundle --json"), "evidence.md"),
+    "adapt": Examples(
+        (
+            "adapt bundle reviews.csv --model base/ -o task.safetensors",
+            "adapt bundle reviews.csv --model base/ --random-basis",
+        ),
+        "adapt.md",
+    ),
+    "project": Examples(("project bundle adapters/unseen", "project bundle new1 new2 --json"), "api.md"),
+    "rebuild": Examples(
+        ("rebuild bundle task-3 -o rebuilt/", "rebuild bundle adapters/unseen -o rebuilt/ --max-lora-rank 16"), "formats.md"
+    ),
+    "add": Examples(("add bundle adapters/new1 adapters/new2 -o grown", "add bundle new1 -o grown --refresh"), "api.md"),
+    "import": Examples(("import vlora/ -o bundle --like adapters/one", "import components/ -o bundle --alpha 32"), "import.md"),
+    "verify": Examples(("verify bundle", "verify adapters/one --against base/"), "verify.md"),
+    "evaluate": Examples(
+        (
+            "evaluate bundle --metric mine:accuracy --models heldout/",
+            "evaluate bundle --metric mine:accuracy --models heldout/ --ranks 1,4,16",
+        ),
+        "evidence.md",
+    ),
+    "push": Examples(("push bundle org/name", "push bundle org/name@branch --private"), "hub.md"),
+    "report": Examples(("report adapters/ -o report.html", "report bundle -o figures --format png"), "evidence.md"),
+    "demo": Examples(("demo", "demo -o demo-lora --kind digits-lora"), "findings.md"),
+    "nursery make": Examples(
+        ("nursery make digits-vit -o zoo", "nursery make digits-lora -o adapters --num-models 30"), "findings.md"
+    ),
+}
+
+
+def epilog(command: str) -> str:
+    """Return the end of a command's help."""
+    lines, page = EXAMPLES[command]
+    return "\n\n".join(("Examples:", *(f"eigenzoo {line}" for line in lines), f"More: docs/{page}"))
