@@ -34,7 +34,9 @@ def main(folder: Path) -> None:
     plan = ez.plan(adapters)
     for row in plan.rows:
         if row.lora_rank <= 8 and row.ratio > 1:
-            print(f"{'+'.join(row.axes)} at rank {row.rank}: {row.bytes / 1e3:.0f} kB, loses {row.residual:.1%} of the energy")
+            print(
+                f"{'+'.join(row.axes)} at rank {row.rank}: {row.bytes / 1e3:.0f} kB, loses {row.residual:.1%} of the energy"
+            )
 
     # 3. Budget: the best ranks for a bundle of half the adapters' bytes.
     space = ez.fit(adapters, axes=("outputs", "inputs"), budget=plan.whole_zoo // 2)

@@ -33,10 +33,15 @@ EXAMPLES: dict[str, Examples] = {
     ),
     "project": Examples(("project bundle adapters/unseen", "project bundle new1 new2 --json"), "api.md"),
     "rebuild": Examples(
-        ("rebuild bundle task-3 -o rebuilt/", "rebuild bundle adapters/unseen -o rebuilt/ --max-lora-rank 16"), "formats.md"
+        ("rebuild bundle task-3 -o rebuilt/", "rebuild bundle adapters/unseen -o rebuilt/ --max-lora-rank 16"),
+        "formats.md",
     ),
-    "add": Examples(("add bundle adapters/new1 adapters/new2 -o grown", "add bundle new1 -o grown --refresh"), "api.md"),
-    "import": Examples(("import vlora/ -o bundle --like adapters/one", "import components/ -o bundle --alpha 32"), "import.md"),
+    "add": Examples(
+        ("add bundle adapters/new1 adapters/new2 -o grown", "add bundle new1 -o grown --refresh"), "api.md"
+    ),
+    "import": Examples(
+        ("import vlora/ -o bundle --like adapters/one", "import components/ -o bundle --alpha 32"), "import.md"
+    ),
     "verify": Examples(("verify bundle", "verify adapters/one --against base/"), "verify.md"),
     "evaluate": Examples(
         (
