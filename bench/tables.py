@@ -211,7 +211,8 @@ def commands_table(rows: Sequence[Record]) -> Table:
     title = f"Commands on {first['old']} LoRA adapters, {size(first['bytes'])}, files in memory, {threads(first['threads'])}"
     notes = [
         "Whole processes, Python's start and the imports included. Bytes are all that a process reads, Python's own files too.",
-        f"× reading once: less the time that inspect takes on one adapter (Python, torch and the imports), over the {number(float(first['said']))} s that reading every file takes in a process.",
+        "× reading once: less the time that inspect takes on one adapter (Python, torch and the imports), over "
+        f"the {number(float(first['said']))} s that reading every file takes in a process.",
         f"project, add and evaluate are given {first['new']} models more. The basis has {size(first['basis'])}.",
         "Beside: while other processes keep every processor busy.",
     ]

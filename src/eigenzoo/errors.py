@@ -24,6 +24,15 @@ from collections.abc import Callable
 from typing import Any
 
 
+def install(extra: str) -> str:
+    """Say how to install an extra; eigenzoo is installed from its checkout.
+
+    >>> install("report")
+    "in eigenzoo's checkout run: pip install -c constraints.txt -e '.[report]'"
+    """
+    return f"in eigenzoo's checkout run: pip install -c constraints.txt -e '.[{extra}]'"
+
+
 class EigenzooError(Exception):
     """The root of the tree: catch this to catch every deliberate refusal.
 

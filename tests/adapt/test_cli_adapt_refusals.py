@@ -129,7 +129,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, _, err = call(*text_words(text_zoo("bert"), data, tmp_path / "task.safetensors"))
     assert code == 2
-    assert 'not installed: datasets. Run: pip install "eigenzoo[adapt]"' in err
+    assert "not installed: datasets. In eigenzoo's checkout run: pip install -c constraints.txt -e '.[adapt]'" in err
 
 
 @pytest.mark.slow

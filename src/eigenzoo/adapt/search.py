@@ -37,7 +37,7 @@ from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.search_state import SearchState, read_state, search_key, write_state
 from eigenzoo.adapt.trained import Coefficients
 from eigenzoo.adapt.training import move
-from eigenzoo.errors import DataError, UsageError
+from eigenzoo.errors import DataError, UsageError, install
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
 
@@ -377,6 +377,4 @@ def _cma() -> Any:
     try:
         return importlib.import_module("cma")
     except ImportError as error:
-        raise UsageError(
-            "the search without gradients needs the package cma", next_step='run: pip install "eigenzoo[adapt]"'
-        ) from error
+        raise UsageError("the search without gradients needs the package cma", next_step=install("adapt")) from error

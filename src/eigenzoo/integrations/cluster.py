@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import UsageError, install
 from eigenzoo.formats.open_files import kept_open
 from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.resources import Resources, check_device, check_memory, check_name, resources_for
@@ -108,7 +108,7 @@ def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
         raise UsageError(
             "dask.distributed is not installed",
             rule="a cluster is reached through it",
-            next_step="pip install 'eigenzoo[cluster]'",
+            next_step=install("cluster"),
         ) from error
     if isinstance(cluster, Client):
         return cluster, []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError, install
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.kinds import MODEL_INDEX
 from eigenzoo.formats.model import Model
@@ -54,7 +54,7 @@ def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     """
     missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (pip install diffusers 'eigenzoo[peft]')"
+        return f"not installed: {', '.join(missing)} (pip install diffusers; {install('peft')})"
     try:
         with warnings.catch_warnings(), quietly(), _quiet_diffusers():
             warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError
+from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError, install
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
@@ -24,7 +24,7 @@ from eigenzoo.integrations.model_limits import MOST_COUNTED, check_counts, no_la
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.passes.draws import kept_draws, seed_draws
 
-EXTRA = 'run: pip install "eigenzoo[adapt]"'
+EXTRA = install("adapt")
 IMAGE, TEXT = "image", "text"
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 

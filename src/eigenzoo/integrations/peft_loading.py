@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError, install
 from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
@@ -59,7 +59,7 @@ def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     """
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (pip install 'eigenzoo[peft]')"
+        return f"not installed: {', '.join(missing)} ({install('peft')})"
     if CONFIG not in base.side_files:
         return f"the base has no {CONFIG}, without which transformers cannot build it"
     try:

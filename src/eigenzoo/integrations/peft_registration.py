@@ -16,10 +16,10 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from eigenzoo.errors import UnsupportedError, UsageError
+from eigenzoo.errors import UnsupportedError, UsageError, install
 
 _RULE = "eigenzoo's tuner is written for PEFT 0.18 to 0.21"
-_NEXT_STEP = "pip install 'eigenzoo[peft]', or use eigenzoo.adapt, which needs no PEFT"
+_NEXT_STEP = f"{install('peft')}, or use eigenzoo.adapt, which needs no PEFT"
 
 
 def check_version(version: str) -> None:

@@ -7,7 +7,7 @@ the same one. Kinds:
 * `digits-lora`: LoRA adapters of such a transformer, as PEFT adapters;
 * `digits-cnn`: small convolutional networks from scratch, as bare safetensors files.
 
-Needs `pip install "eigenzoo[nursery]"`; importing this package does not.
+Needs the extra `nursery`; importing this package does not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import UsageError, install
 from eigenzoo.nursery.recipe import DEFAULTS, PARENT, RECIPE, Recipe, plan_zoo
 
 __all__ = ["KINDS", "Recipe", "accuracy", "make", "metric"]
@@ -132,5 +132,5 @@ def _require_libraries() -> None:
         raise UsageError(
             f"not installed: {', '.join(missing)}",
             where="eigenzoo.nursery",
-            next_step='run: pip install "eigenzoo[nursery]"',
+            next_step=install("nursery"),
         )

@@ -10,7 +10,7 @@ A document is plain JSON values, with these keys:
 * `models`: for each its `residual` (None without a bundle), `energy` and `source`;
 * `made_by`: `command`, `versions`, `date`, `seed`.
 
-Needs `pip install "eigenzoo[report]"`; importing this package does not.
+Needs the extra `report`; importing this package does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import UsageError, install
 
 __all__ = ["render_csv", "render_html", "render_markdown", "require", "write_figures"]
 
@@ -94,5 +94,5 @@ def _require_libraries(*names: str) -> None:
         raise UsageError(
             f"not installed: {', '.join(missing)}",
             where="eigenzoo.report",
-            next_step='run: pip install "eigenzoo[report]"',
+            next_step=install("report"),
         )
