@@ -207,7 +207,7 @@ def name_the_models(root: Path) -> None:
 def shards_of_other_architectures(root: Path) -> None:
     write_checkpoints(root)
     path = root / "zoo" / "m1" / "model.safetensors"
-    save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    save_file({name[::-1]: tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     ez.open_zoo(root / "zoo")
 
 

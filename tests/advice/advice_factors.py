@@ -357,6 +357,9 @@ CASES = [
         name_its_file,
     ),
     Case(
-        "Several adapters in one file", open_two_in_one, ("several adapters in one file", "one by one"), save_them_apart
+        "Several LoRAs of a diffusion model in one file",
+        open_two_in_one,
+        ("several adapters in one file", "one by one"),
+        save_them_apart,
     ),
 ]

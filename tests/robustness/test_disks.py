@@ -16,6 +16,8 @@ import pytest
 from killed import answer_of, command, digest, hidden, side_by_side
 from operations import write_start
 
+from sampling import slow_but
+
 ROOM = 2**20
 """Bytes of the small disk."""
 
@@ -45,7 +47,7 @@ def words_of(name: str, root: Path) -> list[object]:
     return [word.format(root) for word in COMMANDS[name][1]]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_but(COMMANDS, ["fit --force", "rebuild"]))
 def test_files_that_may_not_grow(name: str, start: Path, tmp_path: Path) -> None:
     """By a limit of the process instead of a full disk, which takes no privilege: every write beyond it fails."""
     root = Path(shutil.copytree(start, tmp_path / "root"))
@@ -75,7 +77,7 @@ def test_files_that_may_not_grow(name: str, start: Path, tmp_path: Path) -> None
     assert hidden(root) == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_but(COMMANDS, ["fit --force", "rebuild"]))
 def test_a_full_disk(name: str, start: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk") as disk:
         if not disk:
@@ -107,7 +109,7 @@ def test_a_full_disk(name: str, start: Path, tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_but(COMMANDS, ["fit --force", "rebuild"]))
 def test_a_disk_that_is_read_only(name: str, start: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk") as disk:
         if not disk:
@@ -129,7 +131,7 @@ def test_a_disk_that_is_read_only(name: str, start: Path, tmp_path: Path) -> Non
             pass
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_but(COMMANDS, ["fit --force", "rebuild"]))
 def test_a_folder_of_somebody_else(name: str, start: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(shutil.copytree(start, f"{folder}/root"))

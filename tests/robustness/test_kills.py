@@ -19,6 +19,7 @@ from killed import Run, digest, hidden, run
 from operations import OPERATIONS, Operation, write_start
 
 import eigenzoo as ez
+from sampling import slow_but
 
 KILLS = int(os.environ.get("EIGENZOO_KILLS", "220"))
 EACH = -(-KILLS // len(OPERATIONS))
@@ -33,7 +34,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("num", [pytest.param(FEW, id="few"), pytest.param(EACH, marks=pytest.mark.slow, id="all")])
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", slow_but(OPERATIONS, ["fit --force", "add"]))
 def test_a_kill_leaves_the_old_output_or_the_new_one(
     name: str, num: int, start: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -28,6 +28,7 @@ from eigenzoo import adapt
 from eigenzoo.adapt.search import search
 from eigenzoo.adapt.training import TensorData, train
 from eigenzoo.cli.app import main
+from sampling import slow_but
 
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
@@ -146,6 +147,8 @@ CALLS: dict[str, Callable[[Path, Path], object]] = {
         "--steps", 2, "-o", out,
     ),
 }  # fmt: skip
+LONG = {"nursery, digits-cnn", "nursery, digits-vit", "command figures"}
+"""What takes seconds and does as another call does."""
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def seeded() -> None:
     random.seed(13)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", slow_but(CALLS, CALLS.keys() - LONG))
 @pytest.mark.usefixtures("seeded")
 def test_a_call_leaves_the_process_as_it_was(
     name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from builders import random_stack, write_stacks
 from eigenzoo import adapt
 from eigenzoo.cli.app import main
 from eigenzoo.subspace.bundles import card
+from sampling import slow_but
 
 Words = Callable[[Path, Path], list[object]]
 
@@ -172,7 +173,7 @@ def test_a_card_that_was_edited_stays(root: Path) -> None:
     assert card.read_text() != written
 
 
-@pytest.mark.parametrize("name", [name for name in FOLDERS if name != "demo"])
+@pytest.mark.parametrize("name", slow_but([name for name in FOLDERS if name != "demo"], ["fit", "rebuild"]))
 def test_an_own_output_is_replaced(root: Path, name: str) -> None:
     output = root / name
     for file in output.rglob("*.json"):
@@ -196,7 +197,7 @@ def test_a_demo_may_be_made_again_though_its_bundle_has_grown(root: Path) -> Non
     assert foreign_to_a_demo(root / "demo") == "holds another 'report.html'"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", slow_but(FILES, list(FILES)[:1]))
 def test_a_file_is_replaced_only_by_another_report_in_its_format(root: Path, name: str) -> None:
     words, kind = FILES[name], name.rpartition(" ")[2]
     for content in ("years of work", '{"title": "mine"}', "section,layer\n1,2\n", "<html>eigenzoo report</html>"):

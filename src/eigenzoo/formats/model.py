@@ -91,8 +91,8 @@ class Model(ABC):
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Mapping[str, str]]
-    side_files: tuple[str, ...]
-    ignored_files: tuple[str, ...]
+    side_files: tuple[str, ...] = ()
+    ignored_files: tuple[str, ...] = ()
     beside: Beside = Beside()
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
