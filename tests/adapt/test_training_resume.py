@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import eigenzoo as ez
 from builders import random_stack, seeded, write_stacks
 from eigenzoo import adapt
-from eigenzoo.adapt import unfinished
+from eigenzoo.adapt import training, unfinished
 from eigenzoo.adapt.training import Order, TensorData, Trained, rate, train
 from eigenzoo.errors import DataError, EigenzooError, FormatError, UsageError
 from eigenzoo.formats.output.held_folder import system_mark
@@ -220,6 +220,25 @@ def stop_at(step: int) -> Callable[[str, int, int], None]:
             raise KeyboardInterrupt
 
     return progress
+
+
+def test_slow_steps_are_kept_before_so_many_are_done(
+    space: ez.Subspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MOST_SECONDS", 0.0)
+    adapted, clean, checkpoint = attached(space), attached(space), tmp_path / "checkpoint"
+    undisturbed = trained(clean)
+    with pytest.raises(KeyboardInterrupt):
+        trained(adapted, checkpoint=checkpoint, every=1000, progress=stop_at(3))
+    assert len(load_file(checkpoint)["losses"]) == 3
+    assert trained(adapted, checkpoint=checkpoint, every=1000) == Trained(undisturbed.losses, 3)
+    assert equal(values(adapted), values(clean))
+
+
+@pytest.fixture(autouse=True)
+def never_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine steps may take seconds."""
+    monkeypatch.setattr(training, "MOST_SECONDS", float("inf"))
 
 
 def test_a_run_that_is_called_again_in_the_same_process_goes_on(space: ez.Subspace, tmp_path: Path) -> None:

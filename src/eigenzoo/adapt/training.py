@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from eigenzoo.seeds import check_seed
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
+
+MOST_SECONDS = 30.0
+"""Between two checkpoints: steps of a large model are slow, and an early interruption must not lose minutes."""
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """Called with the module and a batch; returns a scalar."""
@@ -108,8 +112,8 @@ def train(
         loss: called as loss(module, batch); its module is `adapted.module`.
         learning_rate: in units of how far apart the zoo's models lie (`trained`).
         seed: of the order of the items, and of what the loss draws.
-        checkpoint: a file that is written every `every` steps, and taken up where it is there already. It stays when the training
-            is done (`unfinished.remove`).
+        checkpoint: a file that is written every `every` steps and at least every 30 seconds, and taken up where it is there
+            already. It stays when the training is done (`unfinished.remove`).
         device: where the module and every batch are moved to (`cpu`, `cuda`, `cuda:1`); None: they stay where they are.
         progress: called as progress("training", done, total).
 
@@ -135,6 +139,7 @@ def train(
         else:
             # At once: whoever stops before the first checkpoint and calls again with the same module begins there too.
             unfinished.write(checkpoint, run, parameters, optimizer, losses)
+    written = time.monotonic()
     taken_up_at, order = len(losses), Order(len(data), batch_size, seed)
     gpus = {parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"}
     with _only_coefficients_change(adapted.module), kept_draws(gpus), torch.enable_grad():
@@ -147,8 +152,10 @@ def train(
                 group["lr"] = rate(step, steps, learning_rate)
             optimizer.step()
             losses.append(found.item())
-            if checkpoint is not None and (len(losses) % every == 0 or len(losses) == steps):
+            late = time.monotonic() - written > MOST_SECONDS
+            if checkpoint is not None and (late or len(losses) % every == 0 or len(losses) == steps):
                 unfinished.write(checkpoint, run, parameters, optimizer, losses)
+                written = time.monotonic()
             progress("training", len(losses), steps)
     return Trained(tuple(losses), taken_up_at)
 
