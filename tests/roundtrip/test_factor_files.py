@@ -222,6 +222,31 @@ def test_pefts_factors_are_read_once_a_config_is_beside_them(tmp_path: Path) -> 
             assert_same_update(model, module, 7 / RANK * b_OR.double() @ a_RI.double())
 
 
+@pytest.mark.parametrize("tool", ["PEFT", "mlx-lm"])
+def test_files_beside_one_config_go_through_every_command(tmp_path: Path, tool: str) -> None:
+    """Files of other names have no files beside them: their neighbours are other models."""
+    models = [random_factors(MODULES, RANK, seed) for seed in range(3)]
+    for seed, factors in enumerate(models):
+        if tool == "PEFT":
+            save(tmp_path / "run" / f"a{seed}.safetensors", peft_tensors(factors))
+            (tmp_path / "run" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 7}))
+        else:
+            write_mlx(tmp_path / "run", factors, scale=7 / RANK, file=f"a{seed}.safetensors")
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    zoo = ez.open_zoo(str(tmp_path / "run" / "*.safetensors"))
+    assert [model.ignored_files for model in ez.inspect(zoo).models] == [(), (), ()]
+    space = ez.load(ez.fit(zoo, rank=1.0).save(tmp_path / "bundle"))
+    assert list(space.verify()) == []
+    assert space.project(tmp_path / "run" / "a1.safetensors").residual <= 1e-10
+    for seed, factors in enumerate(models):
+        rebuilt = open_model(space.rebuild(f"a{seed}").save(tmp_path / "out" / f"a{seed}"))
+        for module, (b_OR, a_RI) in factors.items():
+            expected = 7 / RANK * b_OR.double() @ a_RI.double()
+            b_OR, a_RI = rebuilt.read_factors(module)
+            found = rebuilt.updates[module].scale * b_OR.double() @ a_RI.double()
+            assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
 def test_a_pickled_adapter_is_named_by_its_file_too(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", FACTORS)
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")

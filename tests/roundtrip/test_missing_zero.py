@@ -117,6 +117,20 @@ def test_what_is_counted_is_said(zoos: tuple[Path, Path], call: Callable[..., tu
     assert document["models"][0]["num_values"] == sum(tensor.numel() for tensor in first.values())
 
 
+def test_what_lies_beside_an_adapter_is_named_all_the_same(zoos: tuple[Path, Path], tmp_path: Path) -> None:
+    """a0 lacks modules that others have."""
+    (zoos[0] / "a0" / "value_head.safetensors").touch()
+    write_adapter(zoos[0] / "a0" / "second", random_factors(SHAPES, 2, 0))
+    zoo = ez.open_zoo(zoos[0], missing="zero")
+    assert "weights beside these models are neither read nor carried: a0/value_head.safetensors" in zoo.warnings
+    assert "folders below these models hold models of their own, which are not read: a0/second" in zoo.warnings
+    found = [(left.file, left.kind) for left in ez.inspect(zoo).not_carried]
+    assert found == [("value_head.safetensors", "weights"), ("second", "models")]
+    space = ez.load(ez.fit(zoo, rank=1.0).save(tmp_path / "bundle"))
+    assert space.rebuild("a0").not_carried == ("value_head.safetensors", "second")
+    assert space.rebuild("a0").left_weights == ("value_head.safetensors",)
+
+
 def test_a_part_of_the_zoo_has_the_same_layers(zoos: tuple[Path, Path]) -> None:
     """As halves and folds have, and what another process opens of them."""
     import pickle

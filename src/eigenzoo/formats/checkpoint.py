@@ -16,7 +16,7 @@ from eigenzoo.formats.model import Model, TensorInfo
 from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
-from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
+from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 
 MAX_SHARDS = 10_000
 
@@ -116,7 +116,6 @@ class StateDict(SafetensorsModel):
             self.name = self.path.stem
             file, root = self.path.name, self.path.parent
         try:
-            self.take_beside(Beside())
             if self.path.is_dir():
                 self.take_beside(list_side_files(self.path, frozenset({file})))
                 refuse_quantised(self.path, self.side_files)

@@ -78,9 +78,7 @@ class Model(ABC):
         path: the folder, or the single file.
         tensors: every tensor in the files, by its name there.
         metadata: per file, the header's string metadata.
-        side_files: the files beside the weights that a rebuilt model carries along (configs, tokenizers).
-        ignored_files: the files that are seen and not carried.
-        beside: the same, sorted further.
+        beside: what lies beside the weights; nothing for a single file, whose neighbours may be other models.
         warnings: what opening it decided and a reader of any result must know.
         config: an adapter's config; None for full weights.
         splits: the tensors of the files that are cut into parts (`formats.splitting`), whose names are among `tensors`.
@@ -91,8 +89,6 @@ class Model(ABC):
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Mapping[str, str]]
-    side_files: tuple[str, ...] = ()
-    ignored_files: tuple[str, ...] = ()
     beside: Beside = Beside()
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
@@ -117,8 +113,18 @@ class Model(ABC):
 
     def take_beside(self, found: Beside) -> None:
         """Take what lies beside the weights, and say what a user must do to have a file carried."""
-        self.beside, self.side_files, self.ignored_files = found, found.carried, found.ignored
+        self.beside = found
         self.warnings += found.notes
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """The files beside the weights that a rebuilt model carries along (configs, tokenizers)."""
+        return self.beside.carried
+
+    @property
+    def ignored_files(self) -> tuple[str, ...]:
+        """The files that are seen and not carried."""
+        return self.beside.ignored
 
     def read_side_file(self, file: str) -> bytes:
         """Read one of `side_files` whole."""

@@ -127,8 +127,7 @@ class FilledAdapter(Model):
     def __init__(self, inner: Model, zeros: Mapping[str, LoraUpdate]) -> None:
         self.inner, self.zeros = inner, MappingProxyType(dict(zeros))
         self.format, self.name, self.path = inner.format, inner.name, inner.path
-        self.side_files, self.ignored_files = inner.side_files, inner.ignored_files
-        self.warnings, self.splits = inner.warnings, inner.splits
+        self.beside, self.warnings, self.splits = inner.beside, inner.warnings, inner.splits
         own = next(iter(inner.updates.values()))
         infos = {key: inner.tensors[key] for key in (own.key_a, own.key_b)}
         added: dict[str, TensorInfo] = {}

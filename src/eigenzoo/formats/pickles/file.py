@@ -27,7 +27,7 @@ from eigenzoo.formats.pickles.scan import ZIP, check_pickle
 from eigenzoo.formats.refused import refuse_foreign
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.tensor_bytes import check_out
-from eigenzoo.formats.side_files import Beside, list_side_files, refuse_quantised
+from eigenzoo.formats.side_files import list_side_files, refuse_quantised
 from eigenzoo.formats.stand_ins import START_BYTES, refuse_stand_in
 
 SUFFIXES = PICKLE_SUFFIXES
@@ -101,7 +101,6 @@ class PickleStateDict(PickleModel):
         folder = self.path.is_dir()
         self.name = self.path.resolve().name if folder else weights_stem(self.path.name)
         self.written_as = ("checkpoint", "model.safetensors") if folder else ("state-dict", f"{self.name}.safetensors")
-        self.take_beside(Beside())
         try:
             file = find_pickle(self.path) if folder else self.path.name
             refuse_pickle(allow_pickle)
