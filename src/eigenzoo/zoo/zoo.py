@@ -145,11 +145,12 @@ class Zoo:
     @property
     def layer_bytes(self) -> int:
         """Bytes of the analysed layers in the files of all models."""
+        zeros = {zero.model: frozenset(zero.modules) for zero in self.zeros}
         return sum(
             source.layer.num_bytes
-            for model, sources in zip(self.models, self._match.sources, strict=True)
+            for name, sources in zip(self.names, self._match.sources, strict=True)
             for source in sources.values()
-            if source.key not in zero_modules(model)
+            if source.key not in zeros.get(name, ())
         )
 
     def stack(self, layer: str, *, precision: str = "default") -> Stack:
