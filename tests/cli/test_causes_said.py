@@ -41,6 +41,16 @@ def test_an_adapter_without_an_update_is_named_in_inspect_fit_and_evidence(tmp_p
     assert "are zero" not in run("evidence", tmp_path / "zoo", "--view", view).out
 
 
+def test_an_adapter_of_alpha_zero_is_one_without_an_update(tmp_path: Path, run: Run) -> None:
+    folders = adapters(tmp_path / "zoo", ["t0", "t1", "t2", "t3"])
+    config = folders[2] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 0}))
+    for view in ("update", "factors"):
+        for words in (["inspect"], ["fit", "-o", tmp_path / view, "--rank", 1], ["evidence"]):
+            done = run(words[0], tmp_path / "zoo", "--view", view, *words[1:])
+            assert "warning: t2: all updates are zero\n" in done.out
+
+
 def test_an_adapter_that_is_only_small_is_none_without_an_update(tmp_path: Path, run: Run) -> None:
     folders = adapters(tmp_path / "zoo", ["t0", "t1", "t2", "t3"])
     path = folders[2] / "adapter_model.safetensors"

@@ -57,14 +57,16 @@ def _counts(zoo: Zoo, layer: str) -> bool:
 def _is_zero(zoo: Zoo, place: int) -> bool:
     model = zoo.models[place]
     for name in filter(partial(_counts, zoo), zoo.layers):
+        key, scale = zoo.keys(name)[place]
+        if not scale:
+            continue
         if zoo.layers[name].kind == "update":
-            if all(bool(factor.any()) for factor in model.read_factors(name)):
+            if all(bool(factor.any()) for factor in model.read_factors(key)):
                 return False
             continue
-        key, scale = zoo.keys(name)[place]
         values = model.read(key)
         if zoo.view == "delta" and zoo.base is not None:
             values = values.double() - zoo.base.read(key).double()
-        if bool(values.any()) and scale:
+        if bool(values.any()):
             return False
     return True
