@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,11 @@ def test_a_bundle_keeps_the_names_that_matter_most(tmp_path: Path) -> None:
     grown = space.add(write_adapter(tmp_path / "t9", random_factors(MODULES, 2, seed=9)))
     assert grown.rebuild("t0").not_carried == names
     assert grown.rebuild("t9").not_carried == ()
+
+
+def test_a_name_that_is_no_text_is_named_in_a_bundle_all_the_same(tmp_path: Path) -> None:
+    """Linux takes any bytes for a name; JSON takes text."""
+    write_stacks(tmp_path / "zoo", {"w": random_stack(3, (4, 3))})
+    (tmp_path / "zoo" / "m0" / os.fsdecode(b"caf\xe9.txt")).touch()
+    space = ez.load(ez.fit(tmp_path / "zoo", rank=1).save(tmp_path / "bundle"))
+    assert space.rebuild("m0").not_carried == ("caf\\udce9.txt",)

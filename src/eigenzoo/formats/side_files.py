@@ -152,9 +152,12 @@ def weights_among(names: Iterable[str], own: Collection[str]) -> tuple[str, ...]
 
 
 def listed_first(beside: Beside, most: int) -> tuple[str, ...]:
-    """Keep some of many names that are not carried: weights, then what tells of a training run, then others."""
+    """Keep some of many names that are not carried: weights, then what tells of a training run, then others.
+
+    Bytes of a name that are no text are written as escapes, since JSON has none.
+    """
     names = dict.fromkeys((*beside.weights, *(RUN_STATE,) * (RUN_STATE in beside.ignored), *beside.ignored))
-    return tuple(islice(names, most))
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in islice(names, most))
 
 
 RUN_STATE = "trainer_state.json"

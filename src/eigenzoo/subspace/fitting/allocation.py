@@ -228,11 +228,7 @@ def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
     texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
         len(str(model.metadata)) for model in zoo.models
     )
-    texts += sum(
-        4 + len(name.encode("utf-8", "surrogatepass"))
-        for model in zoo.models
-        for name in listed_first(model.beside, MAX_LEFT)
-    )
+    texts += sum(4 + len(name.encode()) for model in zoo.models for name in listed_first(model.beside, MAX_LEFT))
     per_model = (
         FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))
     )

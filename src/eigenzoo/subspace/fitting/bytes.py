@@ -102,7 +102,7 @@ def count_bytes(
     rest = {Path(name).stem: size + RECORD_BYTES for name, size in sizes.items() if name.startswith("rest/")}
     own = sum(size for content, size in rest.items() if uses[content] < 2 or len(models) == 1)
     per_model = (coefficients + own) // len(models) + MANIFEST_PER_MODEL
-    own_names = sum(4 + len(name.encode("utf-8", "backslashreplace")) for model in models for name in model.not_carried)
+    own_names = sum(4 + len(name.encode()) for model in models for name in model.not_carried)
     per_model += own_names // len(models)
     fixed = basis + sum(rest.values()) - own + CARD_AND_REPORT + MANIFEST_PER_LAYER * num_layers
     return ByteCount(
