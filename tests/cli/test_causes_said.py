@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -161,3 +162,21 @@ def test_tools_are_named_where_models_differ(tmp_path: Path, refused) -> None:
         (tmp_path / f"m{number}").mkdir()
         save_file({name: torch.ones(4, 3)}, tmp_path / f"m{number}" / "model.safetensors", metadata)
     assert "(m0 was written by MLX, m1 was written by kohya's)" in refused("inspect", tmp_path)
+
+
+def test_a_hidden_folder_that_cannot_be_listed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots of a file system, and the trash of other users; root may list all, so the refusal is put in."""
+    adapters(tmp_path / "zoo", ["t0", "t1"])
+    for name in (".snapshot", "_theirs"):
+        (tmp_path / "zoo" / name).mkdir()
+    listdir = os.listdir
+
+    def refusing(path: Path) -> list[str]:
+        if Path(path).name in (".snapshot", "_theirs"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    for source in (tmp_path / "zoo", str(tmp_path / "zoo" / "*"), str(tmp_path / "zoo" / "[._t]*")):
+        zoo = ez.open_zoo(source)
+        assert (zoo.names, zoo.hidden) == (("t0", "t1"), ())

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from eigenzoo.errors import EigenzooError, ZooError
+from eigenzoo.errors import EigenzooError, FormatError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
 from eigenzoo.formats.opening import is_model, whole_model
@@ -243,11 +243,17 @@ def _in_folder(folder: Path, depth: int, hidden: list[Path]) -> list[Path]:
 
 
 def _models_at(path: Path) -> list[Path]:
-    """A model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into."""
-    if is_model(path):
-        return [path]
-    inner = os.path.isdir(path) and not path.is_symlink() and path.name.startswith("_")
-    return [child for child in map(path.joinpath, list_folder(path)) if is_model(child)] if inner else []
+    """A model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into.
+
+    What cannot be listed (a file system's snapshots, another user's files) holds none: it is passed over anyway.
+    """
+    try:
+        if is_model(path):
+            return [path]
+        inner = os.path.isdir(path) and not path.is_symlink() and path.name.startswith("_")
+        return [child for child in map(path.joinpath, list_folder(path)) if is_model(child)] if inner else []
+    except FormatError:
+        return []
 
 
 def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
