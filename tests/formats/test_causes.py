@@ -127,3 +127,9 @@ def test_weights_that_zero_3_left_empty_are_named_and_gathered_ones_are_read(tmp
 def test_an_empty_buffer_is_no_fault(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(2, 2), "a.ids": torch.empty(0)}, tmp_path / "m.safetensors", {"format": "pt"})
     assert set(open_model(tmp_path / "m.safetensors").tensors) == {"a.weight", "a.ids"}
+
+
+def test_an_error_that_a_server_sent_as_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b'{"error":"Repository not found"}')
+    with pytest.raises(FormatError, match=r"an answer of the hub.*Repository not found.*hf download"):
+        open_model(tmp_path / "m.safetensors")

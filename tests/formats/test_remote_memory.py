@@ -257,6 +257,10 @@ def test_hostile_headers_are_refused_by_length_before_they_are_read(place: Place
         ),
         "cut": (good[:-8], "refused by safetensors"),
         "empty": (b"", "A safetensors file has at least 8"),
+        "pointer": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234\n",
+            "a Git LFS pointer.* of 1,234 bytes",
+        ),
         "text": (b"<html>this is no safetensors file</html>", "an HTML page under the name of a file"),
     }
     for name, (data, _) in cases.items():

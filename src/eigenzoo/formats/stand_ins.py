@@ -17,7 +17,13 @@ _SIZE = re.compile(rb"^size (\d{1,20})$", re.MULTILINE)
 _PAGE = re.compile(
     rb"\s*(?:<!--.{0,500}?-->\s*)?<(?:!doctype\s+html|html|head|body|\?xml|error)\b", re.IGNORECASE | re.DOTALL
 )
-_ANSWERS = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model")
+_ANSWERS = (
+    b"Entry not found",
+    b"Repository not found",
+    b"Invalid username or password",
+    b"Access to model",
+    b'{"error":',
+)
 """What the hub answers in the place of a file."""
 
 

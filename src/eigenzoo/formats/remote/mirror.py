@@ -35,6 +35,7 @@ from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, fresh_info, tag_of
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.formats.side_files import CONFIG, SIDE_FILES, is_carried_from, is_side_file, tell_left
+from eigenzoo.formats.stand_ins import START_BYTES
 from eigenzoo.records import Progress, no_progress
 
 FIRST_BYTES = 2**15
@@ -281,7 +282,7 @@ def _fetch_headers(plans: Sequence[_Plan]) -> None:
         held = plan.held.get(name, b"")
         end = 8 + int.from_bytes(held[:8], "little")
         if len(held) < 8 or end > min(plan.files[name].size, 8 + MAX_HEADER_BYTES):
-            end = 8  # what is wrong with it is its reader's to say
+            end = min(len(held), START_BYTES)  # what is wrong with it is its reader's to say
         plan.held[name] = held[:end]
         longer.append((plan, name, min(end, plan.files[name].size)))
     _fetch_first(longer)
