@@ -71,6 +71,21 @@ def test_without_a_dry_load_it_is_undecided(run: Run, base: Made, sound: Made, t
     assert any("4 of 4 modules are not in the base" in note for note in json.loads(out)["notes"])
 
 
+def test_an_adapter_of_mlx_lm_is_undecided(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
+    """PEFT cannot read its files; of the PEFT adapter that is rebuilt from it, PEFT decides."""
+    zoo = [write_adapter(tmp_path / f"a{place}", "llama", seed=place) for place in range(3)]
+    space = ez.fit(zoo, rank=1.0)
+    folder = space.rebuild("a0").save(tmp_path / "mlx", format="mlx-lm")
+    for path in (folder, folder / "adapters.safetensors"):
+        code, out, err = run("verify", path, "--against", base("llama"))
+        assert (code, err) == (1, "")
+        assert "undecided, since loading was not tried: only mlx-lm loads such files" in out
+        assert "takes up" not in out
+    assert json.loads(run("verify", folder, "--against", base("llama"), "--json")[1])["ok"] is None
+    again = ez.fit([folder, *zoo[1:]], rank=1.0).rebuild("mlx").save(tmp_path / "again")
+    assert run("verify", again, "--against", base("llama"))[0] == 0
+
+
 def test_an_adapter_alone(run: Run, sound: Made) -> None:
     code, out, _ = run("verify", sound("llama"))
     assert code == 0

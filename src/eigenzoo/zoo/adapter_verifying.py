@@ -11,6 +11,7 @@ from pathlib import Path
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.lora.diffusion_keys import weights_as_layers
+from eigenzoo.formats.lora.mlx_folder import MlxAdapter
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model, whole_model
 from eigenzoo.formats.remote import is_url
@@ -30,6 +31,13 @@ TRIED = 2_000
 
 NO_LIBRARY = "no library was asked to"
 """Why nothing decides, where the caller gives no loader."""
+
+ONLY_MLX = (
+    "only mlx-lm loads such files, and it is not asked; rebuild writes them as PEFT's, which PEFT can be asked about"
+)
+"""Why nothing decides of an adapter of mlx-lm."""
+
+AS_PEFTS = "the files are mlx-lm's: names and config are those of the PEFT adapter that they equal"
 
 
 @own_settings()
@@ -73,12 +81,20 @@ def verify_adapter(
     ranks = sorted({update.rank for update in adapter.updates.values()})
     detail = f"{len(adapter.updates)} modules, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     agrees = "" if adapter.config is None else "; the config agrees"
-    file = Check("file", detail + agrees, notes=model.warnings)
+    notes = model.warnings
+    if isinstance(model, MlxAdapter):
+        notes, loader = (*notes, AS_PEFTS), _only_mlx
+    file = Check("file", detail + agrees, notes=notes)
     with local_workers() as workers:
         structure, modules = structure_checks(adapter, opened, loader)
         effect, changes = effect_checks(adapter, modules, workers, progress)
     shown = None if base is None else shown_base(base)
     return Verification(shown_url(text), "adapter", shown, (file, *structure, *effect), {adapter.name: changes})
+
+
+def _only_mlx(base: Model, adapter: Adapter) -> str:
+    """A `Loader` that asks nobody: PEFT answers for files of its own."""
+    return ONLY_MLX
 
 
 def structure_checks(
