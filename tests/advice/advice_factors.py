@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from advice_case import Case
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,29 @@ def put_mlx_beside_its_config(root: Path) -> None:
     for name in ("a0", "a1"):
         shutil.move(root / f"{name}.json", root / "zoo" / name / CONFIG)
     assert_rebuilt(root, root / "zoo", {name: mlx_answers(root / "zoo" / name, SCALE) for name in ("a0", "a1")})
+
+
+def open_mlx_under_other_names(root: Path) -> None:
+    for path in write_zoo(root / "kept"):
+        write_mlx(root / "zoo" / path.name, path)
+    shutil.copytree(root / "zoo", root / "written")
+    old, numbered = (root / "zoo" / name / MLX for name in ("a0", "a1"))
+    np.savez(old.with_suffix(".npz"), **{key: values.numpy() for key, values in load_file(old).items()})
+    old.unlink()
+    numbered.rename(numbered.with_name(f"0000100_{MLX}"))
+    ez.open_zoo(root / "zoo")
+
+
+def name_the_file_and_save_the_arrays(root: Path) -> None:
+    """The test named the one file and saved the other's arrays; the rebuilt adapters answer in PEFT as mlx-lm's formula."""
+    old, named = root / "zoo" / "a0", root / "zoo" / "a1" / f"0000100_{MLX}"
+    with np.load(old / "adapters.npz") as arrays:
+        save_file({key: torch.from_numpy(arrays[key]) for key in arrays}, old / MLX)
+    expected = {
+        "a0": mlx_answers(root / "written" / "a0", SCALE),
+        named.stem: mlx_answers(root / "written" / "a1", SCALE),
+    }
+    assert_rebuilt(root, [old, named], expected)
 
 
 def open_early_mlx(root: Path) -> None:
@@ -323,6 +347,12 @@ CASES = [
         open_bare_mlx,
         ("an mlx-lm adapter, and no adapter_config.json", "that mlx_lm.lora wrote"),
         put_mlx_beside_its_config,
+    ),
+    Case(
+        "mlx-lm's config without adapters.safetensors",
+        open_mlx_under_other_names,
+        ("mlx-lm's and not PEFT's", "ame a file of factors itself", "adapters.npz"),
+        name_the_file_and_save_the_arrays,
     ),
     Case(
         "mlx-lm's alpha beside scale", open_early_mlx, ("emove alpha", "scale · alpha / rank"), put_alpha_into_the_scale

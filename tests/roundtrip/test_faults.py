@@ -79,7 +79,7 @@ def test_an_unseen_model_with_nan_is_named(zoo: Path, tmp_path: Path) -> None:
 
 def test_a_missing_layer_is_named(zoo: Path) -> None:
     edit_model(zoo / "m1", block__1__weight=None)
-    rule = r"layer 'block\.1\.weight': m1 has no such layer, m0 has \(1 models lack it\).*allow-missing"
+    rule = r"layer 'block\.1\.weight': m1 has no such layer, m0 has \(1 model lacks it\).*allow-missing"
     with pytest.raises(ez.MismatchError, match=rule):
         ez.fit(zoo, rank=1)
 

@@ -225,8 +225,10 @@ class _Found:
         first = next(place for place in self.kinds if layer in self.sources[place])
         if count < len(self.sources):
             missing = next(place for place in self.kinds if layer not in self.sources[place])
+            num = len(self.sources) - count
+            lack = "1 model lacks" if num == 1 else f"{num} models lack"
             return _mismatch(
-                f"{names[missing]} has no such layer, {names[first]} has ({len(self.sources) - count} models lack it)",
+                f"{names[missing]} has no such layer, {names[first]} has ({lack} it)",
                 layer,
                 as_zero=self.sources[first][layer].layer.kind == "update",
             )

@@ -97,6 +97,14 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     Raises UnsupportedError for what changes the forward pass in another way, FormatError for a wrong type.
     """
     peft_type = config.get("peft_type")
+    if peft_type is None and "lora_parameters" in config:
+        raise FormatError(
+            "the config is mlx-lm's and not PEFT's",
+            where=CONFIG_FILE,
+            rule="mlx-lm's factors are read from adapters.safetensors, with no weights of PEFT's beside it",
+            next_step="name a file of factors itself, such as 0000100_adapters.safetensors; save the arrays of adapters.npz, which "
+            "early versions wrote, as adapters.safetensors",
+        )
     if peft_type != "LORA":
         raise UnsupportedError(
             f"peft_type is {_shown(peft_type)}",

@@ -73,8 +73,9 @@ TOOLS = (
     Tool(
         "loralib",
         re.compile(r"(?P<module>.+)\.lora_[AB]"),
-        "write it as PEFT's: put base_model.model. before these names, add .weight, save it as adapter_model.safetensors, and "
-        f'beside it a {CONFIG_FILE} with {{"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}} as it was trained',
+        "write it as PEFT's: put base_model.model. before these names, add .weight, save it as adapter_model.safetensors, "
+        f'and beside it an {CONFIG_FILE} with {{"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}} as '
+        "it was trained",
     ),
 )  # fmt: skip
 
