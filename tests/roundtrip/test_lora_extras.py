@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import eigenzoo as ez
 from eigenzoo.errors import UnsupportedError
 from eigenzoo.formats.lora.peft_folder import LoraAdapter
+from eigenzoo.integrations.dry_loading import load_dry
 
 
 def make_tied() -> LlamaForCausalLM:
@@ -63,6 +64,23 @@ def test_a_bias_on_b_is_carried_with_its_scale(tmp_path: Path, view: str) -> Non
     assert original[bias].abs().max() > 0.01
     config = json.loads((tmp_path / "zoo" / "a0" / "adapter_config.json").read_text())
     torch.testing.assert_close(found[bias], original[bias] * config["lora_alpha"] / config["r"])
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
+def test_updates_of_zero_have_a_bias_where_the_others_have_one(tmp_path: Path) -> None:
+    """PEFT misses nothing of the rebuilt adapter, as `verify` says, and it answers as the original."""
+    make("llama").save_pretrained(tmp_path / "base")
+    answers = {}
+    for number, targets in enumerate((["q_proj"], ["q_proj", "v_proj"])):
+        settings = {"r": 2, "lora_alpha": 5, "target_modules": targets, "lora_bias": number == 0}
+        peft = add_adapter(make("llama"), number, **settings)
+        answers[f"a{number}"] = logits(peft, "llama")
+        save_adapter(peft, tmp_path / "zoo" / f"a{number}")
+    space = ez.load(ez.fit(ez.open_zoo(tmp_path / "zoo", missing="zero"), rank=1.0).save(tmp_path / "bundle"))
+    for name, expected in answers.items():
+        folder = space.rebuild(name).save(tmp_path / name)
+        assert list(ez.verify_adapter(folder, tmp_path / "base", loader=load_dry)) == []
+        torch.testing.assert_close(loaded(lambda: make("llama"), folder), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")

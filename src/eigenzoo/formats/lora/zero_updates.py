@@ -135,6 +135,10 @@ class FilledAdapter(Model):
         for update in zeros.values():
             shapes = zip((update.key_a, update.key_b), (own.key_a, own.key_b), update.factor_shapes, strict=True)
             added |= {key: replace(infos[like], name=key, shape=shape) for key, like, shape in shapes}
+            if (inner.config or {}).get("lora_bias") and update.key_b.endswith(".weight"):
+                # PEFT makes a bias of every target then, and misses one that is not there.
+                bias = f"{update.key_b.removesuffix('weight')}bias"
+                added[bias] = replace(infos[own.key_b], name=bias, shape=update.shape[:1])
             if update.key_alpha is not None and own.key_alpha is not None:
                 added[update.key_alpha] = replace(inner.tensors[own.key_alpha], name=update.key_alpha)
                 self._alphas[update.key_alpha] = update.scale
@@ -150,7 +154,7 @@ class FilledAdapter(Model):
         return self._updates
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor whole; of an update of zero, zeros and its α."""
+        """Read one tensor whole; of an update of zero, zeros, with its bias, and its α."""
         info = self._added.get(name)
         if info is None:
             return self.inner.read(name)
