@@ -101,7 +101,7 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
         raise FormatError(
             "the config is mlx-lm's and not PEFT's",
             where=CONFIG_FILE,
-            rule="mlx-lm's factors are read from adapters.safetensors, with no weights of PEFT's beside it",
+            rule="factors of mlx-lm are read from adapters.safetensors, with no weights of PEFT's beside it",
             next_step="name a file of factors itself, such as 0000100_adapters.safetensors; save the arrays of adapters.npz, which "
             "early versions wrote, as adapters.safetensors",
         )
