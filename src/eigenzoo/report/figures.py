@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report, has_similarity
-from eigenzoo.report.numbers import NONE, at_rank, floats, in_bytes, in_number, in_percent, many, quantile
+from eigenzoo.report.numbers import at_rank, floats, quantile
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.suitability import exponents
+from eigenzoo.report.written import NONE, counted, in_bytes, in_number, in_percent
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def cumulative(report: Report) -> Figure | None:
         "Cumulative explained variance",
         "Share of the layer's whole variance about the mean in the first k directions: of the fitted models (in-sample), of "
         "models held out of the fit, and in-sample of unrelated models.",
-        f"The first {many(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the fitted "
+        f"The first {counted(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the fitted "
         f"models' variance and {held} of held-out models'{null}.",
         "spectrum",
         by_layer=True,
@@ -93,7 +94,7 @@ def axes(report: Report) -> Figure | None:
         "Spectra of the layer's sides",
         "Share of the stack's energy in each direction of its outputs or inputs, with the same of unrelated noise; LoRA "
         "updates are taken with their mean, all else about it.",
-        f"{many(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
+        f"{counted(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
         "axes",
         by_layer=True,
     )
@@ -198,8 +199,8 @@ def similarity(report: Report) -> Figure | None:
         "Similarity of the models",
         f"Cosine between each two models, of their {found['measure'] or 'weights'}, similar ones side by side; lineage groups "
         f"(told apart at a cosine of {in_number(level)}) are outlined.",
-        f"{many(len(found['groups']), 'lineage group')}, the largest with {many(largest, 'model')}; "
-        f"{many(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
+        f"{counted(len(found['groups']), 'lineage group')}, the largest with {counted(largest, 'model')}; "
+        f"{counted(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
         "similarity",
         static=True,
         size="square",
@@ -217,7 +218,7 @@ def model_map(report: Report) -> Figure | None:
         "Map of the models",
         "Each model in two of the zoo's first coefficients, over all layers; colour and sign: lineage group. A map of few "
         "directions shows only what they hold.",
-        f"{many(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
+        f"{counted(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
         "map",
         choices=(("0,1", "first and second"), ("0,2", "first and third"), ("1,2", "second and third")),
         size="square",
@@ -315,7 +316,7 @@ def suitability(report: Report) -> Figure | None:
         "Power-law exponent of each layer's spectrum",
         "One mark per layer, by role and depth: mean over random halves of the zoo, with their spread (standard deviation); the "
         "band holds the exponents that count as suitable.",
-        f"{len(means)} of {many(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
+        f"{len(means)} of {counted(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
         f"{in_three_digits(max(means))}.",
         "suitability",
         static=True,
@@ -365,7 +366,7 @@ def residuals(report: Report) -> Figure | None:
         "residuals",
         "Residual of each model",
         "Share of the model's own energy outside the fitted subspace, in-sample, largest first.",
-        f"{in_percent(quantile(known, 0.5))} in the median of {many(len(known), 'model')}, {in_percent(max(known))} at most.",
+        f"{in_percent(quantile(known, 0.5))} in the median of {counted(len(known), 'model')}, {in_percent(max(known))} at most.",
         "residuals",
     )
 

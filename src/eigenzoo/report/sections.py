@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from eigenzoo.report import function_tables, tables
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
-from eigenzoo.report.numbers import many
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.tables import Table
+from eigenzoo.report.written import counted
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ _SECONDARY = (
 
 
 def _layers_lead(report: Report) -> str:
-    found = many(len(report.layers), "layer")
+    found = counted(len(report.layers), "layer")
     return f"{found}, each with a finding of its own. Ranks are counted above chance (parallel analysis)."
 
 

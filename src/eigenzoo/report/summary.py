@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenzoo.report.document import Report
-from eigenzoo.report.numbers import at_rank, in_bytes, in_number, in_percent, many
+from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.tables import in_words, statistic_text
+from eigenzoo.report.written import counted, in_bytes, in_number, in_percent
 
 HEADLINES = {
     "no-shared-structure": "These models share no subspace beyond chance.",
@@ -133,7 +134,7 @@ def facts(report: Report) -> list[Fact]:
             f"{evidence['num_models']:,}",
             f"they span at most {max(evidence['num_models'] - 1, 0):,} directions",
         ),
-        Fact("layers", f"{evidence['num_layers']:,}", f"{many(still, 'layer')} without variance" if still else ""),
+        Fact("layers", f"{evidence['num_layers']:,}", f"{counted(still, 'layer')} without variance" if still else ""),
         Fact("view", evidence["view"] or "–", VIEWS.get(evidence["view"], "")),
         Fact("centred on", evidence["center"] or "–", "what is removed before directions are sought"),
         Fact("values per model", f"{values:,}", "in the analysed layers"),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenzoo.report.document import Report
-from eigenzoo.report.numbers import NONE, at_rank, in_bytes, in_number, in_percent
+from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.sizes import THRESHOLDS, SizeRow, SizeTable
 from eigenzoo.report.suitability import limits
+from eigenzoo.report.written import NONE, in_bytes, in_number, in_percent
 
 VERDICTS = {
     "no-shared-structure": "nothing shared beyond chance",
