@@ -70,17 +70,26 @@ def render_csv(document: Document) -> str:
     return render(document)
 
 
-def write_figures(document: Document, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write static figures for papers into a folder, those that the document has numbers for; returns their paths.
+def write_figures(
+    document: Document,
+    folder: str | Path,
+    formats: Sequence[str] = ("png", "svg"),
+    width: float | None = None,
+) -> list[Path]:
+    """Write every figure of the page that the document has numbers for, as files for papers; return their paths.
+
+    Args:
+        width: of each figure in centimetres, from 6 to 100: 8.5 fits a column of a journal. By default 11 to 16 cm.
 
     Raises:
-        UsageError: a format that is not png, svg or pdf; the document holds no evidence, or a library is missing.
+        UsageError: a format that is not png, svg or pdf; a width out of range; the document holds no evidence, or a library
+            is missing.
         OutputError: a file of that name exists already.
     """
     require("png")
     from eigenzoo.report.static_figures import write_figures as write
 
-    return write(document, folder, formats)
+    return write(document, folder, formats, width)
 
 
 def require(format: str) -> None:

@@ -78,7 +78,7 @@ def render_html(document: Mapping[str, Any]) -> str:
         facts=summary.facts(report),
         provenance=summary.provenance(report),
         sections=all_sections(report, figures, sizes),
-        stills={name: still(report, name) for name, figure in figures.items() if figure.static},
+        stills={name: still(report, name) for name in figures},
         links=links,
         packs=packs,
         sizes=sizes,

@@ -49,7 +49,14 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
 
     return [
         make("spectrum", "Spectrum", "Spectrum against chance", _SPECTRUM, "scree cumulative axes"),
-        make("heldout", "Held out", "Held-out models against fitted ones", _HELDOUT, "heldout mean"),
+        make(
+            "heldout",
+            "Held out",
+            "Held-out models against fitted ones",
+            _HELDOUT,
+            "heldout mean",
+            (tables.share_table(report, sizes),),
+        ),
         make("layers", "Layers", "Layers", _layers_lead(report), "rolemap layerranks", (tables.layer_table(report),)),
         make(
             "similarity",
@@ -103,8 +110,8 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
 
 
 _SPECTRUM = (
-    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are "
-    "in-sample: they describe the fitted models, not new ones."
+    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are of all "
+    "models, fitted together: they do not describe new models."
 )
 _HELDOUT = (
     "A subspace that is shared must also hold models that it was not fitted to. The mean alone is the control: what it "

@@ -13,10 +13,10 @@ BOUNDLESS = 1e4
 
 
 def in_percent(share: float | None) -> str:
-    """Write a share: to a tenth of a percent, and below ten percent in three significant digits.
+    """Write a share: to a tenth of a percent, and below ten percent with three significant digits.
 
-    >>> in_percent(0.1234), in_percent(0.00456), in_percent(-0.0208), in_percent(None)
-    ('12.3 %', '0.456 %', '−2.08 %', '–')
+    >>> in_percent(0.1234), in_percent(0.0021), in_percent(-0.0208), in_percent(None)
+    ('12.3 %', '0.210 %', '−2.08 %', '–')
     >>> in_percent(1e-17), in_percent(1e9)
     ('< 10⁻⁶ %', '> 10⁶ %')
     """
@@ -26,7 +26,7 @@ def in_percent(share: float | None) -> str:
         return "> 10⁶ %"
     if 0 < share < ROUND_OFF:
         return "< 10⁻⁶ %"
-    text = f"{100 * share:.3g}" if 0 < abs(share) < 0.1 else f"{100 * share:.1f}"
+    text = f"{100 * share:#.3g}" if 0 < abs(share) < 0.1 else f"{100 * share:.1f}"
     return f"{_plain_exponent(text)} %"
 
 

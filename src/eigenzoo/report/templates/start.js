@@ -5,7 +5,7 @@ const BY_LAYER = ["scree", "cumulative", "axes", "heldout", "mean", "halves"];
 function startLayers() {
   const selects = [...document.querySelectorAll("select.layer")];
   for (const select of selects) {
-    DATA.layers.forEach((layer, place) => select.append(new Option(layer.name, place)));
+    DATA.by_name.forEach((place) => select.append(new Option(DATA.layers[place].name, place)));
     select.addEventListener("change", () => {
       state.layer = Number(select.value);
       selects.forEach((other) => { other.value = select.value; });
@@ -73,7 +73,8 @@ function startDrawing() {
     }
   }, { rootMargin: "300px 0px" });
   document.querySelectorAll(".plot").forEach((box) => watcher.observe(box));
-  window.addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach((box) => draw(box.dataset.figure)));
+  // Paper has the static figures, and every table in full.
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((box) => { box.open = true; }));
 }
 
 // Marks the section that is read in the list of sections.
