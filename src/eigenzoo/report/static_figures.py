@@ -331,6 +331,7 @@ def _role_map(axes: Axes, report: Report) -> None:
     axes.set_xticks(range(0, len(depths), step), depths[::step])
     step = max(1, len(found["roles"]) // 24)
     axes.set_yticks(range(0, len(found["roles"]), step), [_short(role, 28) for role in found["roles"][::step]])
+    axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(1.0, 14 / len(found["roles"][::step])))
     axes.set(title="Rank above chance by role and depth", xlabel="depth")
     axes.figure.colorbar(image, ax=axes, label="directions", ticks=MaxNLocator(integer=True))
 

@@ -78,7 +78,8 @@ figures.mean = (c) => {
     text: shown.map((place) => percent(values[place])), textposition: "outside", cliponaxis: false, width: 0.5,
     textfont: { color: c.ink }, hovertemplate: "%{x}: %{y:.4~g} of energy<extra></extra>",
   }];
-  const low = Math.min(0, ...values.filter((value) => value !== null)) * 1.15;
+  const least = Math.min(0, ...values.filter((value) => value !== null));
+  const low = least < 0 ? 1.15 * least - 0.1 : 0; // room for the number below the bar
   const y = axis(c, "share of energy", { tickformat: ".0%", range: [low, 1.12], zeroline: true, zerolinecolor: c.muted });
   return { data, layout: layout(c, axis(c, "", { showgrid: false }), y, { showlegend: false, hovermode: "closest" }) };
 };

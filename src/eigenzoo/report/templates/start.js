@@ -46,7 +46,10 @@ function startTheme() {
     follow();
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", follow);
-  NARROW.addEventListener("change", () => redraw([...drawn]));
+  NARROW.addEventListener("change", () => {
+    drawn.forEach((name) => Plotly.purge(byId("plot-" + name))); // an update keeps the margins of the other width
+    redraw([...drawn]);
+  });
   tell();
 }
 
