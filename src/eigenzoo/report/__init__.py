@@ -22,10 +22,13 @@ from typing import Any
 
 from eigenzoo.errors import UsageError
 
-__all__ = ["render_csv", "render_html", "render_markdown", "require", "write_figures"]
+__all__ = ["check_width", "render_csv", "render_html", "render_markdown", "require", "write_figures"]
 
 LIBRARIES = {"html": ("plotly", "jinja2", "matplotlib"), "png": ("matplotlib",), "svg": ("matplotlib",)}
 """What a format needs besides numpy."""
+
+NARROWEST, WIDEST = 6.0, 100.0
+"""Widths of a figure in centimetres; a column of a journal has about 8.5, a page 17."""
 
 Document = Mapping[str, Any]
 
@@ -57,7 +60,7 @@ def render_markdown(document: Document) -> str:
 
 
 def render_csv(document: Document) -> str:
-    """Return every number as one long table: section, layer, model, series, x, y.
+    """Return every number as one long table: section, layer, model, series, x, y; docs/report.md lists what each holds.
 
     Numbers are those of the document, in full; a text cell that a spreadsheet would take for a formula gets a leading
     apostrophe.
@@ -87,9 +90,17 @@ def write_figures(
         OutputError: a file of that name exists already.
     """
     require("png")
+    if width is not None:
+        check_width(width)
     from eigenzoo.report.static_figures import write_figures as write
 
     return write(document, folder, formats, width)
+
+
+def check_width(width: float) -> None:
+    """Raise UsageError for a width of figures, in centimetres, that letters do not fit into or that takes much memory."""
+    if not NARROWEST <= width <= WIDEST:
+        raise UsageError(f"a width of {width:g} cm", rule=f"figures are {NARROWEST:g} to {WIDEST:g} cm wide")
 
 
 def require(format: str) -> None:

@@ -288,7 +288,7 @@ def in_three_digits(value: float) -> str:
 
 def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
     """Error against bytes."""
-    if sizes is None or not sizes.by_rank:
+    if sizes is None or not any(row.bytes for row in sizes.by_rank):
         return None
     row = sizes.by_rank[min(report.rank, len(sizes.by_rank) - 1)]
     kept = [in_percent(None if share is None else 1 - share) for share in (row.in_sample, row.heldout)]

@@ -58,7 +58,11 @@ def render_html(document: Mapping[str, Any]) -> str:
     early, plotly_js, page_js = _read("early.js"), plotly.offline.get_plotlyjs(), _page_script()
     links, packs = downloads(report, figures)
     environment = Environment(
-        loader=PackageLoader("eigenzoo.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=unbroken
+        loader=PackageLoader("eigenzoo.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=unbroken,
     )
     environment.filters["breakable"] = breakable
     return environment.get_template("page.html").render(

@@ -127,8 +127,10 @@ _SIZES = (
 _NO_SIZES = "The document holds no sizes of files, so that nothing can be said about bytes."
 _SUITABILITY = (
     "After a rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that "
-    "trained layers have, and random halves of the zoo agree on it. The rule itself, the authors' alpha score, asks every model "
-    "alone, and stands beside. The thresholds are conventions; move them and see what hangs on them."
+    "trained layers have, and random halves of the zoo agree on it. The table gives the authors' own rule, the alpha score of "
+    "every single model, beside it. The thresholds are conventions: move them to see what depends on them. Use the rule to choose "
+    "layers for a fit: leave out those that it rejects (`eigenzoo fit --exclude`), and keep the choice only if `eigenzoo evaluate` "
+    "shows no loss."
 )
 _SECONDARY = (
     "If all that is shared lies in the first directions, the next ones keep no more of held-out models than chance."
@@ -148,7 +150,10 @@ def _lineage_lead(report: Report) -> str:
 
 def _function_lead(report: Report) -> str:
     if report.function is None:
-        return "No metric was run: this report speaks of weights only. `eigenzoo evaluate` measures what models do."
+        return (
+            "No metric was run: this report is about weights only. `eigenzoo report BUNDLE --metric module:function` adds what "
+            "rebuilt models can do."
+        )
     return report.function["sentence"] or "What the models do, measured by a metric, beside controls of the same size."
 
 

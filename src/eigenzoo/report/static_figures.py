@@ -38,9 +38,6 @@ FORMATS = ("png", "svg", "pdf")
 CENTIMETRES = 2.54
 """Of an inch, which matplotlib counts in."""
 
-NARROWEST, WIDEST = 6.0, 100.0
-"""Widths of a figure in centimetres; a column of a journal has about 8.5, a page 17."""
-
 BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 GREY, INK = "#767b84", "#24262b"
 SHADES = LinearSegmentedColormap.from_list("shades", ["#eef3f7", "#7fb0cf", "#004b77"])
@@ -117,13 +114,12 @@ def write_figures(
         width: of each figure, in centimetres; its height follows. By default 11 to 16 cm.
 
     Raises:
-        UsageError: a format that is not png, svg or pdf; a width out of range; a document without evidence.
+        UsageError: a format that is not png, svg or pdf; a document without evidence.
         OutputError: a file of that name exists already.
     """
     for kind in formats:
         if kind not in FORMATS:
             raise UsageError(f"figure format {kind!r}", rule=f"formats are {', '.join(FORMATS)}")
-    check_width(width)
     report, folder = read_document(document), Path(folder)
     names = available(report)
     paths = [folder / f"{name}.{kind}" for name in names for kind in formats]
@@ -134,12 +130,6 @@ def write_figures(
     for path in paths:
         path.write_bytes(drawn(report, path.stem, path.suffix[1:], width))
     return paths
-
-
-def check_width(width: float | None) -> None:
-    """Raise UsageError for a width that text does not fit into, or that takes much memory."""
-    if width is not None and not NARROWEST <= width <= WIDEST:
-        raise UsageError(f"a width of {width:g} cm", rule=f"figures are {NARROWEST:g} to {WIDEST:g} cm wide")
 
 
 def available(report: Report) -> list[str]:
@@ -330,7 +320,7 @@ def _role_map(axes: Axes, report: Report) -> None:
     step = max(1, len(depths) // 16)
     axes.set_xticks(range(0, len(depths), step), depths[::step])
     step = max(1, len(found["roles"]) // 24)
-    axes.set_yticks(range(0, len(found["roles"]), step), [_short(role, 28) for role in found["roles"][::step]])
+    axes.set_yticks(range(0, len(found["roles"]), step), [_short(role, 36) for role in found["roles"][::step]])
     axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(1.0, 14 / len(found["roles"][::step])))
     axes.set(title="Rank above chance by role and depth", xlabel="depth")
     axes.figure.colorbar(image, ax=axes, label="directions", ticks=MaxNLocator(integer=True))

@@ -42,7 +42,6 @@ figures.sizes = (c) => {
     }];
   }
   const all = [zoo, ...rows.bytes].filter((value) => value > 0).map(Math.log10);
-  if (!all.length || !data.length) return nothing(c, "The sizes hold no bytes.");
   const range = [Math.min(...all) - 0.05, Math.max(...all) + 0.05];
   const ticks = logTicks(range, NARROW.matches ? 1.2 : 3);
   const x = axis(c, "bytes of the whole bundle", { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
