@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runner import Run
@@ -14,6 +19,12 @@ from eigenzoo.cli.demo import foreign_to_a_demo
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+
+
+def metric_of(page: str) -> dict[str, Any]:
+    """What a page draws of a metric; nothing where it has none."""
+    (data,) = re.findall('id="report-data">(.*?)</script>', page, re.DOTALL)
+    return dict(json.loads(data).get("function") or {})
 
 
 @pytest.mark.slow
@@ -41,6 +52,10 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     assert document["verdict"]["text"].split(":")[0] in page
     assert document["heldout"][0]["name"] in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    (command,) = re.findall("<code>eigenzoo (report .*?)</code>", page)
+    assert run(*shlex.split(unescape(command)), "--quiet").code == 0
+    again = (folder / "report.html").read_text(encoding="utf-8")
+    assert metric_of(again) == metric_of(page) != {}
 
     assert run("add", folder / "bundle", folder / "zoo" / document["heldout"][0]["name"]).code == 0
     assert foreign_to_a_demo(folder) == "", "what the demo proposes does not keep it from being made again"

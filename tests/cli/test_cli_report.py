@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_a_page_says_the_verdict_and_names_the_models(run: Run, zoo: Path, tmp_p
     assert verdict.code in page
     assert all(name in page for name in ez.open_zoo(zoo).names)
     assert verdict.text in done.out.replace("\n", " ")
+    assert "report (html): " in done.out
+
+
+def test_terminal_and_page_have_the_same_digits(run: Run, zoo: Path, tmp_path: Path) -> None:
+    said = run("evidence", zoo).out.replace("\n", " ")
+    assert run("report", zoo, "-o", tmp_path / "report.html").code == 0
+    keys = (
+        (tmp_path / "report.html").read_text(encoding="utf-8").partition('<dl class="keys">')[2].partition("</dl>")[0]
+    )
+    shown = re.findall('<dd class="value">([^<]*)</dd>', keys)
+    assert len(shown) == 4
+    verdict = said.partition("verdict: ")[2].partition(" layers,")[0]
+    assert all(value.replace("\u00a0", " ") in verdict for value in shown), (shown, verdict)
 
 
 def test_json_is_the_document_of_the_evidence(run: Run, zoo: Path, tmp_path: Path) -> None:
@@ -69,9 +83,12 @@ def test_tables_and_figures(run: Run, zoo: Path, tmp_path: Path) -> None:
     assert run("report", zoo, "-o", tmp_path / "table", "--format", "csv").code == 0
     rows = list(csv.DictReader((tmp_path / "table").read_text(encoding="utf-8").splitlines()))
     assert {"section", "layer", "model", "series", "x", "y"} <= set(rows[0])
-    assert run("report", zoo, "-o", tmp_path / "figures", "--format", "svg").code == 0
+    done = run("report", zoo, "-o", tmp_path / "figures", "--format", "svg", "--width", 8.5)
+    assert done.code == 0
     figures = sorted((tmp_path / "figures").glob("*.svg"))
     assert figures
+    assert f"{len(figures)} svg figures: " in done.out
+    assert all(f'width="{72 * 8.5 / 2.54:.4f}'[:-1] in path.read_text(encoding="utf-8") for path in figures)
     assert all(path.read_text(encoding="utf-8").lstrip().startswith("<?xml") for path in figures)
 
 
@@ -96,6 +113,9 @@ def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_p
         (("-o", tmp_path / "mine", "--format", "svg", "--force"), "has no record"),
         (("-o", tmp_path / "mine", "--format", "html", "--force"), "is no plain file"),
         (("-o", tmp_path / "report.docx"), "a report is one of"),
+        (("-o", tmp_path / "report"), "report.html for a page, or add --format png for a folder of figures"),
+        (("-o", tmp_path / "report.html", "--width", 8.5), "only png and svg figures have a width"),
+        (("-o", tmp_path / "report", "--format", "png", "--width", 3), "figures are 6 to 100 cm wide"),
     ):
         refused = run("report", zoo, *words)
         assert refused.code == 2, (words, refused)

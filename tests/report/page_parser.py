@@ -55,8 +55,8 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All text that is shown."""
-        return "".join(self.texts)
+        """All text that is shown; a number and its percent sign, which stay on one line, are apart by a plain space here."""
+        return "".join(self.texts).replace("\u00a0", " ")
 
     def block(self, name: str) -> str:
         """The text of a script element that holds data."""

@@ -234,7 +234,8 @@ def test_hostile_names_stay_text(show):
         opened.draw_all()
         assert opened.dialogs == []
         assert opened.said == []
-        assert opened.page.locator("img").count() == 0
+        assert opened.page.locator("img:visible").count() == 0
+        assert opened.page.locator("img:not(.still)").count() == 0
         assert opened.page.locator("a[href^='javascript']").count() == 0
         assert opened.page.locator("body b", has_text="bold").count() == 0
         for name in HOSTILE[:3]:
@@ -292,7 +293,7 @@ def test_it_can_be_read_without_javascript(show, page):
         assert shown.get_by_text("rank 32", exact=True).first.is_visible()
         assert shown.locator("input:visible, select:visible, button:visible, .plot:visible").count() == 0
         stills = shown.locator("img.still")
-        assert stills.count() == 9
+        assert stills.count() == 17
         assert all(still.bounding_box()["height"] > 150 for still in stills.all())
         assert {url.partition(":")[0] for url in opened.asked} <= {"file", "data"}
 
@@ -310,6 +311,42 @@ def test_a_phone_scrolls_down_only(show, kind, script):
             box = table.bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 390
+
+
+def test_sizes_and_errors_are_whole_on_a_laptop(show):
+    with show("subspace") as opened:
+        for title in ("Sizes and errors", "Why shares of like names differ", "Layers by verdict"):
+            box = opened.page.locator(f".scroll[aria-label='{title}']")
+            assert box.evaluate("box => box.scrollWidth - box.clientWidth") <= 1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["subspace", "lineage"])
+def test_a4_has_every_figure_and_every_table_whole(show, kind, theme):
+    # A4 less the margins: 182 mm at 96 pixels an inch.
+    with show(kind, viewport={"width": 688, "height": 1009}, color_scheme=theme) as opened:
+        opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        opened.page.emulate_media(media="print", color_scheme=theme)
+        figures = opened.page.locator(".figure").count()
+        assert opened.page.locator("img.still:visible").count() == figures > 10
+        assert opened.page.locator(".plot:visible, select:visible, button:visible, input:visible").count() == 0
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= 688
+        for table in opened.page.locator(".scroll").all():
+            assert table.is_visible()
+            assert table.evaluate("box => box.scrollWidth - box.clientWidth") <= 1, table.get_attribute("aria-label")
+        assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_figures_follow_a_change_of_width(show):
+    width = "document.querySelector('#plot-similarity .heatmaplayer image').getBoundingClientRect().width"
+    with show("lineage") as opened:
+        opened.page.locator("#plot-similarity").scroll_into_view_if_needed()
+        opened.page.wait_for_selector("#plot-similarity[data-drawn]")
+        wide = opened.page.evaluate(width)
+        opened.page.set_viewport_size({"width": 390, "height": 900})
+        opened.page.wait_for_function(f"{width} > 200 && {width} < 390")
+        opened.page.set_viewport_size({"width": 1280, "height": 900})
+        opened.page.wait_for_function(f"Math.abs({width} - {wide}) < 2")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

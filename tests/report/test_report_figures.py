@@ -8,22 +8,74 @@ from report_documents import make_document
 
 from eigenzoo.errors import OutputError, UsageError
 from eigenzoo.report import write_figures
+from eigenzoo.report.document import read_document
+from eigenzoo.report.figures import all_figures
+from eigenzoo.report.sizes import size_table
 
 ALL = [
     "scree",
+    "cumulative",
+    "axes",
     "heldout",
+    "mean",
     "rolemap",
+    "layerranks",
     "similarity",
+    "map",
     "growthrank",
     "growthcaptured",
     "halves",
     "suitability",
+    "secondary",
     "function",
+    "residuals",
+    "sizes",
 ]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> dict[str, str]:
+    """Every figure as SVG."""
+    folder = tmp_path_factory.mktemp("figures")
+    paths = write_figures(make_document(num_models=20, num_layers=8, axes=True), folder / "figures", ("svg",))
+    return {path.stem: path.read_text(encoding="utf-8") for path in paths}
+
+
+def texts_of(svg: str) -> list[str]:
+    return [text for text in ElementTree.fromstring(svg).itertext() if text.strip()]
+
+
+def test_every_figure_of_the_page_is_drawn(drawn):
+    report = read_document(make_document(num_models=20, num_layers=8, axes=True))
+    assert list(drawn) == ALL == list(all_figures(report, size_table(report)))
+
+
+@pytest.mark.parametrize("name", ["growthrank", "growthcaptured", "halves", "suitability", "secondary", "residuals"])
+def test_ticks_of_counts_are_whole_numbers(drawn, name):
+    ticks = ElementTree.fromstring(drawn[name]).iter()
+    groups = [element for element in ticks if (element.get("id") or "").startswith("xtick_")]
+    found = ["".join(group.itertext()).strip() for group in groups]
+    assert len(found) > 2
+    assert all(tick.lstrip("−").isdigit() for tick in found)
+
+
+@pytest.mark.parametrize("width", [8.5, 17.0])
+def test_figures_have_the_width_that_is_asked_for(tmp_path, width):
+    document = make_document(num_models=6, num_layers=2, axes=True)
+    for path in write_figures(document, tmp_path, ("svg",), width=width):
+        points = ElementTree.fromstring(path.read_text(encoding="utf-8")).attrib["width"].removesuffix("pt")
+        assert float(points) == pytest.approx(72 * width / 2.54, rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [5.9, 101.0, float("nan")])
+def test_a_width_out_of_range_is_refused(tmp_path, width):
+    with pytest.raises(UsageError, match="Figures are 6 to 100 cm wide"):
+        write_figures(make_document(num_models=6, num_layers=2), tmp_path / "figures", ("svg",), width=width)
+    assert not (tmp_path / "figures").exists()
+
+
 def test_every_figure_in_both_formats(tmp_path):
-    paths = write_figures(make_document(num_models=20, num_layers=8), tmp_path / "figures")
+    paths = write_figures(make_document(num_models=6, num_layers=2, axes=True), tmp_path / "figures")
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in ALL for kind in ("png", "svg")]
     for path in paths:
         assert path.parent == tmp_path / "figures"
@@ -41,12 +93,11 @@ def test_every_figure_in_both_formats(tmp_path):
             assert texts.strip()
 
 
-def test_figures_name_their_axes(tmp_path):
-    write_figures(make_document(num_models=20, num_layers=8), tmp_path, formats=["svg"])
-    texts = {name: (tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in ALL}
+def test_figures_name_their_axes(drawn):
+    texts = {name: texts_of(svg) for name, svg in drawn.items()}
     assert "share of variance about the mean" in texts["scree"]
     assert "held out" in texts["heldout"]
-    assert "chance" in texts["heldout"]
+    assert "chance, held out" in texts["heldout"]
     assert "models fitted" in texts["growthcaptured"]
     assert "cosine" in texts["halves"]
 
@@ -55,7 +106,7 @@ def test_only_what_there_are_numbers_for(tmp_path):
     document = make_document(num_models=12, num_layers=4, function=False)
     document["evidence"]["growth"] = None
     names = {path.stem for path in write_figures(document, tmp_path, formats=("svg",))}
-    assert names == set(ALL) - {"function", "growthrank", "growthcaptured"}
+    assert names == set(ALL) - {"axes", "function", "growthrank", "growthcaptured"}
 
 
 def test_hostile_names_are_letters_and_not_formulas(tmp_path):

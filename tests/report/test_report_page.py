@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from page_parser import read
 from report_documents import HOSTILE, make_document
@@ -18,6 +19,12 @@ from report_documents import HOSTILE, make_document
 import eigenzoo.report
 from eigenzoo.errors import UsageError
 from eigenzoo.report import render_html
+from eigenzoo.report.document import read_document
+from eigenzoo.report.figures import all_figures
+from eigenzoo.report.payload import payload
+from eigenzoo.report.similarity import clustered
+from eigenzoo.report.tables import layer_table
+from eigenzoo.report.written import in_percent
 
 KINDS = ("subspace", "nothing", "lineage", "hostile", "small")
 ROOM = Path(eigenzoo.report.__file__).parent
@@ -143,7 +150,12 @@ def test_in_sample_is_never_without_held_out_chance_and_the_mean(page):
     assert keys
     shown = re.findall(r'<dd class="value">([^<]*)</dd>', keys[1])
     values = [summary[key][place] for key in ("captured", "in_sample", "null")] + [summary["mean_heldout"]]
-    assert shown == [f"{100 * value:.1f} %" for value in values]
+    rebuilt = document["function"]["mean"]["rebuilt"]["16"]
+    assert shown == [f"{100 * value:.1f}\u00a0%" for value in values] + [f"{rebuilt:.4g}"]
+    assert f"original {document['function']['mean']['original']:.4g}" in keys[1]
+    unmeasured = re.search(r'<dl class="keys">(.*?)</dl>', page("nothing")[1], re.DOTALL)
+    assert unmeasured
+    assert len(re.findall(r'<dd class="value">', unmeasured[1])) == 4
     assert "share of the layer's variance about the mean" in found.text
 
 
@@ -167,14 +179,66 @@ def test_the_matrix_of_cosines_comes_in_clustered_order_to_two_digits(page):
     found, lineage = read(text).data["similarity"], document["evidence"]["lineage"]
     order, names = lineage["order"], document["evidence"]["names"]
     assert found["names"] == [names[place] for place in order]
-    packed = base64.b64decode(found["cosines"])
-    values = [value - 256 if value > 127 else value for value in packed]
+    values, (low, high) = base64.b64decode(found["cosines"]), found["range"]
     for row in (0, 7, 59):
-        for column in (0, 3, 58):
+        for column in (1, 3, 58):
             cosine = lineage["cosines"][order[row]][order[column]]
-            assert values[row * len(names) + column] == pytest.approx(100 * cosine, abs=0.5001)
+            shown = low + (high - low) * values[row * len(names) + column] / 255
+            assert shown == pytest.approx(cosine, abs=(high - low) / 500)
     # Three groups in clustered order: three outlines.
     assert sorted(last - first + 1 for _, first, last in found["runs"]) == [20, 20, 20]
+
+
+def test_colours_run_over_the_cosines_that_there_are():
+    document = make_document(num_models=6, num_layers=2)
+    draw = np.random.default_rng(0).uniform(0.93, 0.989, (6, 6))
+    cosines = (draw + draw.T) / 2
+    np.fill_diagonal(cosines, 1.0)
+    document["evidence"]["lineage"]["cosines"] = cosines.tolist()
+    between = cosines[~np.eye(6, dtype=bool)]
+    report = read_document(document)
+    low, high = payload(report, all_figures(report, None), None)["similarity"]["range"]
+    assert low <= between.min() < low + 0.01
+    assert high - 0.01 < between.max() <= high
+    assert f"Colours run from {low:g} to {high:g}" in all_figures(report, None)["similarity"].what
+    cosines[0, 1] = cosines[1, 0] = -0.3
+    document["evidence"]["lineage"]["cosines"] = cosines.tolist()
+    shown = clustered(read_document(document))
+    assert shown.low == -shown.high
+    assert shown.low <= -0.3
+
+
+def test_lists_of_layers_are_in_natural_order():
+    report = read_document(make_document(num_models=6, num_layers=66))
+    found = payload(report, {}, None)
+    names = [found["layers"][place]["name"] for place in found["by_name"]]
+    depths = [int(name.split(".")[2]) for name in names]
+    assert sorted(names) != names
+    assert depths == sorted(depths)
+    assert depths[-1] == 10
+    table = layer_table(report)
+    assert table is not None
+    assert [row[0] for row in table.rows] == names
+
+
+def test_shares_of_like_names_have_one_value_each_and_the_reason(page):
+    document, text = page("subspace")
+    evidence, found = document["evidence"], read(text)
+    (rows,) = re.findall(r"aria-label=\"Why shares of like names differ\".*?</table>", text, re.DOTALL)
+    cells = [
+        re.sub("<[^>]*>", "", cell).replace("\u00a0", " ") for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", rows)
+    ]
+    table = {cells[at]: cells[at + 1] for at in range(5, len(cells), 5)}
+    assert len(table) == (len(cells) - 5) // 5
+    place = evidence["summary"]["rank"].index(16)
+    for name, key in (("held out", "captured"), ("in-sample", "in_sample"), ("chance, held out", "null")):
+        assert table[name] == in_percent(evidence["summary"][key][place])
+    layers = [layer for layer in evidence["layers"].values() if layer["variance"]]
+    weights = [layer["num_values"] for layer in layers]
+    sums = [sum(layer["explained_variance_ratio"][:16]) for layer in layers]
+    everyone = in_percent(float(np.average(sums, weights=weights)))
+    assert table["all models"] == everyone
+    assert f"directions hold {everyone} of the variance of all 40 models" in found.text
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_markdown_says_verdict_controls_and_numbers(document):
         assert control["sentence"] in text
     place = evidence["summary"]["rank"].index(4)
     assert (
-        f"- held out: {100 * evidence['summary']['captured'][place]:.1f} % of variance about the mean, rank 4" in text
+        f"- held out: {100 * evidence['summary']['captured'][place]:.1f} % of left-out models' variance about the mean, rank 4"
+        in text
     )
     name, layer = next(iter(evidence["layers"].items()))
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} | a shared subspace |")]

@@ -194,7 +194,13 @@ def test_no_command_reads_factors_as_weights(tmp_path: Path) -> None:
     file = save(tmp_path / "zoo" / "x.safetensors", peft_tensors(FACTORS))
     zoo, out = str(file.parent), str(tmp_path / "out")
     for words in (
-        *(["inspect", zoo], ["fit", zoo, "-o", out], ["plan", zoo], ["evidence", zoo], ["report", zoo, "-o", out]),
+        *(
+            ["inspect", zoo],
+            ["fit", zoo, "-o", out],
+            ["plan", zoo],
+            ["evidence", zoo],
+            ["report", zoo, "-o", f"{out}.html"],
+        ),
         *(["verify", str(file)], ["project", str(tmp_path / "bundle"), str(file)]),
         ["add", str(tmp_path / "bundle"), str(file)],
         ["verify", str(tmp_path / "a0"), "--against", str(file)],

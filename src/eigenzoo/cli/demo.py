@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -17,7 +18,7 @@ from eigenzoo.cli.console import in_percent, print_json, print_table, progress_b
 from eigenzoo.records import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from eigenzoo import Coefficients
     from eigenzoo.evidence.function import FunctionEvidence
@@ -99,7 +100,7 @@ def command(
                 evidence,
                 space,
                 title=f"{output.name}/bundle",
-                command=f"eigenzoo report {output}/bundle -o {output}/report.html",
+                command=_report_command(output, kind, held_out, seed),
                 date=date.today().isoformat(),
                 function=function,
             )
@@ -141,6 +142,24 @@ def foreign_to_a_demo(folder: Path) -> str:
         found = found or (said and f"its folder {name!r} {said}")
     page = folder / "report.html"
     return found or ("" if not page.exists() or is_report(page, "html") else "holds another 'report.html'")
+
+
+def _report_command(output: Path, kind: str, held_out: Sequence[str], seed: int) -> str:
+    """The command that makes the demo's page again."""
+    words = [
+        "eigenzoo",
+        "report",
+        f"{output}/bundle",
+        "--metric",
+        "eigenzoo.nursery:metric",
+        "--metric-arg",
+        f"{output}/zoo",
+    ]
+    words += [word for name in held_out for word in ("--models", f"{output}/zoo/{name}")]
+    parent = _parent(kind, output)
+    words += [] if parent is None else ["--parent", str(parent)]
+    words += ["--seed", str(seed), "-o", f"{output}/report.html", "--force"]
+    return shlex.join(words)
 
 
 def _silent(text: str) -> None:

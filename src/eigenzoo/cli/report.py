@@ -28,15 +28,37 @@ FORMATS = ("html", "md", "json", "csv", *FIGURES)
 def command(
     zoo: options.ZooOrBundleArgument,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The file to write; a folder for png and svg.", show_default=False)
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write, such as report.html; its suffix names the format. With --format png or svg, a folder of "
+            "figures.",
+            show_default=False,
+        ),
     ],
     format: Annotated[
         str | None,
-        typer.Option(help="html, md, json, csv, png or svg; else what the file's name says.", show_default=False),
+        typer.Option(
+            help="html (a page), md (text and tables), csv (every number), json (the document), png or svg (a folder with every "
+            "figure). Default: the suffix of --output.",
+            show_default=False,
+        ),
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            help="With --format png or svg: the figures' width in centimetres, from 6 to 100; 8.5 fits a column of a journal. "
+            "Default: 11 to 16.",
+            show_default=False,
+        ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="module:function: measure rebuilt models too, as `evaluate` does.", show_default=False),
+        typer.Option(
+            help="module:function: also measure the models that a bundle rebuilds, as `eigenzoo evaluate` does.",
+            show_default=False,
+        ),
     ] = None,
     metric_arg: Annotated[
         str | None,
@@ -44,7 +66,11 @@ def command(
     ] = None,
     models: Annotated[
         list[str] | None,
-        typer.Option(help="Models held out of the bundle's fit, for the metric (repeatable).", show_default=False),
+        typer.Option(help="Models to measure that the bundle was not fitted to (repeatable).", show_default=False),
+    ] = None,
+    parent: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint that full weights started from, measured too.", show_default=False),
     ] = None,
     view: options.View = None,
     base: options.Base = None,
@@ -63,13 +89,14 @@ def command(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a self-contained page: the verdict, its controls, figures that move, and every number behind them."""
+    """Write the evidence as one page: the verdict, its controls, interactive figures, and every number behind them."""
     import eigenzoo as ez
     from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
     from eigenzoo.formats.remote.address import shown_url
 
     chosen = choose_format(output, format)
+    check_width(width, chosen)
     check_output(output, chosen, force)
     pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
@@ -83,7 +110,7 @@ def command(
         function = None
         if measure is not None and isinstance(source, ez.Subspace):
             held_out = source.open(models, allow_pickle=allow_pickle) if models else None
-            function = ez.evaluate(source, measure, held_out, seed=seed, progress=progress)
+            function = ez.evaluate(source, measure, held_out, parent=parent, seed=seed, progress=progress)
     document = present(
         found,
         source,
@@ -92,22 +119,39 @@ def command(
         date=date.today().isoformat(),
         function=function,
     )
-    write(document, output, chosen, force)
+    written = write(document, output, chosen, force, width)
     say(found.verdict.text)
-    say(f"report: {output}")
+    say(f"{written}: {output}")
 
 
 def choose_format(output: Path, asked: str | None) -> str:
-    """Return the format that is asked for, else the one that the file's name says.
+    """Return the format that is asked for, else the one of the file's suffix.
 
     >>> choose_format(Path("zoo.md"), None)
     'md'
     """
-    chosen = asked if asked is not None else output.suffix.lstrip(".").lower() or "html"
+    if asked is None and not output.suffix:
+        raise UsageError(
+            "no suffix that names a format",
+            where=f"--output {output}",
+            next_step=f"write {output}.html for a page, or add --format png for a folder of figures",
+        )
+    chosen = asked if asked is not None else output.suffix.lstrip(".").lower()
     chosen = {"htm": "html", "markdown": "md"}.get(chosen, chosen)
     if chosen not in FORMATS:
         raise UsageError(f"format {chosen!r}", where=str(output), rule=f"a report is one of: {', '.join(FORMATS)}")
     return chosen
+
+
+def check_width(width: float | None, format: str) -> None:
+    """Refuse a width that is out of range, or of a format that has none, before any work."""
+    from eigenzoo.report import check_width as check_range
+
+    if width is None:
+        return
+    if format not in FIGURES:
+        raise UsageError(f"--width with format {format}", rule="only png and svg figures have a width")
+    check_range(width)
 
 
 def check_output(output: Path, format: str, force: bool) -> None:
@@ -122,8 +166,8 @@ def check_output(output: Path, format: str, force: bool) -> None:
         check_free_file(output, force=force, own=partial(is_report, format=format))
 
 
-def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -> None:
-    """Render a document and write it whole or not at all."""
+def write(document: Mapping[str, Any], output: Path, format: str, force: bool, width: float | None = None) -> str:
+    """Render a document and write it whole or not at all; say what was written."""
     from eigenzoo import report as pages
     from eigenzoo.formats.output.own import recorded, write_record
     from eigenzoo.formats.output.whole import new_folder, write_file
@@ -131,8 +175,9 @@ def write(document: Mapping[str, Any], output: Path, format: str, force: bool) -
 
     if format in FIGURES:
         with new_folder(output, force=force, foreign=recorded(KIND_OF_FIGURES)) as folder:
-            pages.write_figures(document, folder, (format,))
+            figures = pages.write_figures(document, folder, (format,), width)
             write_record(folder, KIND_OF_FIGURES)
-        return
+        return f"{len(figures)} {format} figures"
     render = {"html": pages.render_html, "md": pages.render_markdown, "csv": pages.render_csv, "json": as_json}
     write_file(output, render[format](document), force=force, own=partial(is_report, format=format))
+    return f"report ({format})"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
-from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
+from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
 from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.linalg.heldout import NUM_FOLDS
+from eigenzoo.report.written import in_percent as percent
 
 if TYPE_CHECKING:
     from eigenzoo.evidence.evidence import Evidence

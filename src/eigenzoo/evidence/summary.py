@@ -9,6 +9,7 @@ from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
 from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
+from eigenzoo.report.written import in_percent as percent
 
 SMALLEST = 1e-300
 """Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""
@@ -282,12 +283,3 @@ def groups_of(count: int) -> str:
     ('1 group', '2 groups')
     """
     return f"{count} group" + ("" if count == 1 else "s")
-
-
-def percent(share: float) -> str:
-    """Write a share.
-
-    >>> percent(0.1234), percent(0.01234), percent(-0.02)
-    ('12.3 %', '1.23 %', '-2 %')
-    """
-    return f"{100 * share:.3g} %" if abs(share) < 0.1 else f"{100 * share:.1f} %"

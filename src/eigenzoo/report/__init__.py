@@ -22,10 +22,13 @@ from typing import Any
 
 from eigenzoo.errors import UsageError, install
 
-__all__ = ["render_csv", "render_html", "render_markdown", "require", "write_figures"]
+__all__ = ["check_width", "render_csv", "render_html", "render_markdown", "require", "write_figures"]
 
 LIBRARIES = {"html": ("plotly", "jinja2", "matplotlib"), "png": ("matplotlib",), "svg": ("matplotlib",)}
 """What a format needs besides numpy."""
+
+NARROWEST, WIDEST = 6.0, 100.0
+"""Widths of a figure in centimetres; a column of a journal has about 8.5, a page 17."""
 
 Document = Mapping[str, Any]
 
@@ -57,7 +60,7 @@ def render_markdown(document: Document) -> str:
 
 
 def render_csv(document: Document) -> str:
-    """Return every number as one long table: section, layer, model, series, x, y.
+    """Return every number as one long table: section, layer, model, series, x, y; docs/report.md lists what each holds.
 
     Numbers are those of the document, in full; a text cell that a spreadsheet would take for a formula gets a leading
     apostrophe.
@@ -70,17 +73,34 @@ def render_csv(document: Document) -> str:
     return render(document)
 
 
-def write_figures(document: Document, folder: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write static figures for papers into a folder, those that the document has numbers for; returns their paths.
+def write_figures(
+    document: Document,
+    folder: str | Path,
+    formats: Sequence[str] = ("png", "svg"),
+    width: float | None = None,
+) -> list[Path]:
+    """Write every figure of the page that the document has numbers for, as files for papers; return their paths.
+
+    Args:
+        width: of each figure in centimetres, from 6 to 100: 8.5 fits a column of a journal. By default 11 to 16 cm.
 
     Raises:
-        UsageError: a format that is not png, svg or pdf; the document holds no evidence, or a library is missing.
+        UsageError: a format that is not png, svg or pdf; a width out of range; the document holds no evidence, or a library
+            is missing.
         OutputError: a file of that name exists already.
     """
     require("png")
+    if width is not None:
+        check_width(width)
     from eigenzoo.report.static_figures import write_figures as write
 
-    return write(document, folder, formats)
+    return write(document, folder, formats, width)
+
+
+def check_width(width: float) -> None:
+    """Raise UsageError for a width of figures, in centimetres, that letters do not fit into or that takes much memory."""
+    if not NARROWEST <= width <= WIDEST:
+        raise UsageError(f"a width of {width:g} cm", rule=f"figures are {NARROWEST:g} to {WIDEST:g} cm wide")
 
 
 def require(format: str) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report, has_similarity
-from eigenzoo.report.numbers import NONE, at_rank, floats, in_bytes, in_number, in_percent, many, quantile
+from eigenzoo.report.numbers import at_rank, floats, quantile
+from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.suitability import exponents
+from eigenzoo.report.written import NONE, counted, in_bytes, in_number, in_percent
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,6 @@ class Figure:
         section: the section of the tidy table that holds its numbers.
         by_layer: whether it follows the choice of a layer.
         choices: quantities to choose from, as (key, label).
-        static: whether a static figure of the same name stands in where there is no JavaScript.
         size: `wide`, `half`, `main` with a `side` beside it, or `square`.
     """
 
@@ -35,7 +36,6 @@ class Figure:
     section: str
     by_layer: bool = False
     choices: tuple[tuple[str, str], ...] = ()
-    static: bool = False
     size: str = "wide"
 
 
@@ -52,10 +52,9 @@ def scree(report: Report) -> Figure | None:
         "Scree: variance by direction",
         "Share of the layer's whole variance about the mean in each direction, largest first; both axes are logarithmic. The "
         "grey band holds 90 % of what unrelated models with the same norms would give.",
-        f"On average over layers the first direction holds {first} of the variance{null}.",
+        f"On average over layers the first direction holds {first} of the variance of all models{null}.",
         "spectrum",
         by_layer=True,
-        static=True,
     )
 
 
@@ -69,14 +68,16 @@ def cumulative(report: Report) -> Figure | None:
     held = in_percent(at_rank(summary["rank"], summary["captured"], report.rank))
     null = ""
     if "norm_matched_sum" in found:
-        null = f"; so many of unrelated models hold {in_percent(float(found['norm_matched_sum'][place]))}, in-sample"
+        null = (
+            f"; of as many unrelated models, their own would hold {in_percent(float(found['norm_matched_sum'][place]))}"
+        )
     return Figure(
         "cumulative",
         "Cumulative explained variance",
-        "Share of the layer's whole variance about the mean in the first k directions: of the fitted models (in-sample), of "
-        "models held out of the fit, and in-sample of unrelated models.",
-        f"The first {many(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the fitted "
-        f"models' variance and {held} of held-out models'{null}.",
+        "Share of the layer's whole variance about the mean in the first k directions: of all models, fitted together; of models "
+        "held out of a fit to the others; and of unrelated models, fitted together.",
+        f"The first {counted(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the variance of "
+        f"all {report.evidence['num_models']:,} models and {held} of held-out models'{null}.",
         "spectrum",
         by_layer=True,
     )
@@ -93,7 +94,7 @@ def axes(report: Report) -> Figure | None:
         "Spectra of the layer's sides",
         "Share of the stack's energy in each direction of its outputs or inputs, with the same of unrelated noise; LoRA "
         "updates are taken with their mean, all else about it.",
-        f"{many(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
+        f"{counted(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
         "axes",
         by_layer=True,
     )
@@ -111,11 +112,11 @@ def heldout(report: Report) -> Figure | None:
         "heldout",
         "Variance kept: fitted, held-out and unrelated models",
         "Share of the models' variance about the mean that k directions keep. Held out: the models of a fold, with mean and "
-        "directions from the others; in-sample: those others. Chance: unrelated models with the same norms.",
-        f"At rank {report.rank} the fitted models keep {shares[0]}, held-out models {shares[1]}, chance {shares[2]}.",
+        "directions from the others. In-sample: those others. Chance: unrelated models with the same norms, held out likewise.",
+        f"At rank {report.rank} the models of a fold's fit keep {shares[0]}, held-out models {shares[1]}, unrelated held-out "
+        f"models {shares[2]}.",
         "heldout",
         by_layer=True,
-        static=True,
         size="main",
     )
 
@@ -128,10 +129,10 @@ def mean(report: Report) -> Figure | None:
     return Figure(
         "mean",
         "The mean alone",
-        "Share of the models' whole energy that their mean holds, without any direction; of a held-out model, what the "
-        "others' mean removes (below zero: it makes things worse).",
-        f"The mean holds {in_percent(summary['mean_energy'])} of all energy; of a held-out model it removes "
-        f"{in_percent(summary['mean_heldout'])}.",
+        "Share of the models' energy that their mean holds, without any direction; of a held-out model, what the others' mean "
+        "removes. The mean of unrelated models removes nothing and adds its own small energy, so that its share is below zero.",
+        f"In the average layer the mean holds {in_percent(summary['mean_energy'])} of the energy; of a held-out model it removes "
+        f"{in_percent(summary['mean_heldout'])}, and {in_percent(summary['mean_null'])} if the models were unrelated.",
         "mean",
         by_layer=True,
         size="side",
@@ -159,7 +160,6 @@ def role_map(report: Report) -> Figure | None:
             ("captured", f"held-out variance kept at rank {rank}"),
             ("beyond", f"held-out minus chance at rank {rank}"),
         ),
-        static=True,
     )
 
 
@@ -193,15 +193,16 @@ def similarity(report: Report) -> Figure | None:
         return None
     level = found["threshold"] if found["level"] is None else found["level"]
     largest = max((len(group) for group in found["groups"]), default=0)
+    shown = clustered(report)
     return Figure(
         "similarity",
         "Similarity of the models",
         f"Cosine between each two models, of their {found['measure'] or 'weights'}, similar ones side by side; lineage groups "
-        f"(told apart at a cosine of {in_number(level)}) are outlined.",
-        f"{many(len(found['groups']), 'lineage group')}, the largest with {many(largest, 'model')}; "
-        f"{many(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
+        f"(told apart at a cosine of {in_number(level)}) are outlined. Colours run from {in_number(shown.low)} "
+        f"to {in_number(shown.high)}, the range between different models.",
+        f"{counted(len(found['groups']), 'lineage group')}, the largest with {counted(largest, 'model')}; "
+        f"{counted(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
         "similarity",
-        static=True,
         size="square",
     )
 
@@ -217,7 +218,7 @@ def model_map(report: Report) -> Figure | None:
         "Map of the models",
         "Each model in two of the zoo's first coefficients, over all layers; colour and sign: lineage group. A map of few "
         "directions shows only what they hold.",
-        f"{many(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
+        f"{counted(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
         "map",
         choices=(("0,1", "first and second"), ("0,2", "first and third"), ("1,2", "second and third")),
         size="square",
@@ -237,7 +238,6 @@ def growth_rank(report: Report) -> Figure | None:
         f"{in_number(found['var90_rank'][0])} directions for {in_number(found['num_models'][0])} models, "
         f"{in_number(found['var90_rank'][-1])} for {in_number(found['num_models'][-1])}.",
         "growth",
-        static=True,
         size="half",
     )
 
@@ -256,7 +256,6 @@ def growth_captured(report: Report) -> Figure | None:
         "in-sample, and by chance.",
         f"Held-out models keep {in_percent(known[0])} with the fewest models and {in_percent(known[-1])} with all.",
         "growth",
-        static=True,
         size="half",
     )
 
@@ -275,7 +274,6 @@ def halves(report: Report) -> Figure | None:
         f"On average over layers the closest pair of directions has a cosine of {cosine}; of unrelated subspaces, {null}.",
         "halves",
         by_layer=True,
-        static=True,
     )
 
 
@@ -290,7 +288,7 @@ def in_three_digits(value: float) -> str:
 
 def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
     """Error against bytes."""
-    if sizes is None or not sizes.by_rank:
+    if sizes is None or not any(row.bytes for row in sizes.by_rank):
         return None
     row = sizes.by_rank[min(report.rank, len(sizes.by_rank) - 1)]
     kept = [in_percent(None if share is None else 1 - share) for share in (row.in_sample, row.heldout)]
@@ -300,7 +298,7 @@ def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
         "Share of the zoo's whole variance about the mean that is lost, against all bytes of the bundle; one point per "
         "rank, the same in every layer, from rank 0 (the mean alone). The vertical line is the size of the models' files.",
         f"At rank {row.rank} the bundle takes {in_bytes(row.bytes)} of {in_bytes(sizes.whole_zoo)} and loses {kept[0]} of "
-        f"the variance in-sample, {kept[1]} held out.",
+        f"the variance of all models, {kept[1]} of held-out models'. All layers count together here, each by its variance.",
         "sizes",
     )
 
@@ -315,10 +313,9 @@ def suitability(report: Report) -> Figure | None:
         "Power-law exponent of each layer's spectrum",
         "One mark per layer, by role and depth: mean over random halves of the zoo, with their spread (standard deviation); the "
         "band holds the exponents that count as suitable.",
-        f"{len(means)} of {many(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
+        f"{len(means)} of {counted(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
         f"{in_three_digits(max(means))}.",
         "suitability",
-        static=True,
     )
 
 
@@ -352,7 +349,6 @@ def function_curve(report: Report) -> Figure | None:
         f"The originals reach {in_number(function['mean']['original'])}, rebuilt from {most} directions "
         f"{in_number(rebuilt[most])}, from the mean alone {in_number(function['mean']['mean'])}.",
         "function",
-        static=True,
     )
 
 
@@ -365,7 +361,7 @@ def residuals(report: Report) -> Figure | None:
         "residuals",
         "Residual of each model",
         "Share of the model's own energy outside the fitted subspace, in-sample, largest first.",
-        f"{in_percent(quantile(known, 0.5))} in the median of {many(len(known), 'model')}, {in_percent(max(known))} at most.",
+        f"{in_percent(quantile(known, 0.5))} in the median of {counted(len(known), 'model')}, {in_percent(max(known))} at most.",
         "residuals",
     )
 

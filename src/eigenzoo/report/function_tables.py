@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from eigenzoo.report.document import Report
-from eigenzoo.report.numbers import NONE, in_number
 from eigenzoo.report.tables import Table, table
+from eigenzoo.report.written import NONE, in_number
 
 SINGLE = {
     "original": "the original models",

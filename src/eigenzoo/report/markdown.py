@@ -31,7 +31,7 @@ def _lines(report: Report) -> Iterator[str]:
     for warning in report.evidence["warnings"]:
         yield f"> {inert(warning)}\n"
     for key in summary.keys(report):
-        yield f"- {key.label}: {key.value} {key.of}"
+        yield f"- {inert(key.label)}: {key.value} {inert(key.of)}"
     for made in (verdict_table(report), control_table(report)):
         if made is not None:
             yield from table_lines(made)

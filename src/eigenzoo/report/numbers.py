@@ -1,4 +1,4 @@
-"""Numbers: how they are rounded, weighted over layers, thinned out, and written for people."""
+"""Numbers: how they are rounded, weighted over layers and thinned out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ranks = NDArray[np.int64]
-
-NONE = "–"
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def floats(values: Iterable[Any] | None) -> Floats:
@@ -67,57 +64,3 @@ def quantile(values: Iterable[Any], share: float) -> float | None:
     known = floats(values)
     known = known[np.isfinite(known)]
     return float(np.quantile(known, share)) if len(known) else None
-
-
-def in_percent(share: float | None) -> str:
-    """Write a share.
-
-    >>> in_percent(0.1234), in_percent(0.00456), in_percent(-0.02), in_percent(None)
-    ('12.3 %', '0.456 %', '−2 %', '–')
-    """
-    if share is None:
-        return NONE
-    text = f"{100 * share:.3g}" if 0 < abs(share) < 0.1 else f"{100 * share:.1f}"
-    return f"{_plain_exponent(text)} %"
-
-
-def in_number(value: float | None) -> str:
-    """Write a number in up to four significant digits, counts in full.
-
-    >>> in_number(1234567), in_number(0.123456), in_number(1.5e12), in_number(16.0)
-    ('1,234,567', '0.1235', '1.5 × 10¹²', '16')
-    """
-    if value is None:
-        return NONE
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
-    return _plain_exponent(f"{value:.4g}")
-
-
-def in_bytes(count: float | None) -> str:
-    """Write a byte count as people read it.
-
-    >>> in_bytes(1_234_567), in_bytes(12)
-    ('1.23 MB', '12 B')
-    """
-    if count is None:
-        return NONE
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def many(count: int, noun: str) -> str:
-    """Write a count with its noun.
-
-    >>> many(1, "model"), many(1200, "layer")
-    ('1 model', '1,200 layers')
-    """
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _plain_exponent(text: str) -> str:
-    mantissa, _, power = text.partition("e")
-    written = f"{mantissa} × 10{str(int(power)).translate(SUPERSCRIPT)}" if power else mantissa
-    return "−" + written[1:] if written.startswith("-") else written

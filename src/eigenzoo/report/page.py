@@ -58,7 +58,11 @@ def render_html(document: Mapping[str, Any]) -> str:
     early, plotly_js, page_js = _read("early.js"), plotly.offline.get_plotlyjs(), _page_script()
     links, packs = downloads(report, figures)
     environment = Environment(
-        loader=PackageLoader("eigenzoo.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("eigenzoo.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=unbroken,
     )
     environment.filters["breakable"] = breakable
     return environment.get_template("page.html").render(
@@ -78,7 +82,7 @@ def render_html(document: Mapping[str, Any]) -> str:
         facts=summary.facts(report),
         provenance=summary.provenance(report),
         sections=all_sections(report, figures, sizes),
-        stills={name: still(report, name) for name, figure in figures.items() if figure.static},
+        stills={name: still(report, name) for name in figures},
         links=links,
         packs=packs,
         sizes=sizes,
@@ -105,13 +109,22 @@ def still(report: Report, name: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(drawn(report, name, "svg")).decode("ascii")
 
 
+def unbroken(value: Any) -> Any:
+    """Keep a number and its percent sign on one line.
+
+    >>> unbroken("83.2 %")
+    '83.2\\xa0%'
+    """
+    return value.replace(" %", "\u00a0%") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def breakable(text: str) -> Markup:
     """Let a long name break after its dots and slashes.
 
     >>> breakable("a.b<i>")
     Markup('a.<wbr>b&lt;i&gt;')
     """
-    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[./_])", text))
+    return Markup("<wbr>").join(escape(unbroken(part)) for part in re.split(r"(?<=[./_])", text))
 
 
 def policy(*scripts: str) -> str:

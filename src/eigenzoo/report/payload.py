@@ -12,11 +12,15 @@ from eigenzoo.report import curves
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
 from eigenzoo.report.numbers import at_rank, floats, rounded, weighted_mean
+from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeRow, SizeTable
 from eigenzoo.report.suitability import exponents
 from eigenzoo.report.tables import layer_sentence
 
 Json = dict[str, Any]
+
+NUM_SHADES = 255
+"""Steps between the least and the largest cosine of a page: one byte each."""
 
 
 def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | None) -> Json:
@@ -44,6 +48,7 @@ def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | No
             {"name": name, "role": roles.index(layer["role"]), "sentence": layer_sentence(name, report)}
             for name, layer in report.layers.items()
         ],
+        "by_name": [list(report.layers).index(name) for name in report.by_name],
         "figures": list(figures),
     }
     for figure, (key, make) in makers.items():
@@ -129,36 +134,20 @@ def role_map(report: Report) -> Json:
     return {"roles": roles, "depths": columns, "cells": table}
 
 
+NUM_SHADES = 255
+"""Steps between the least and the largest cosine of a page: one byte each."""
+
+
 def similarity(report: Report) -> Json:
-    """The matrix of cosines in hundredths, one signed byte each, rows and columns in clustered order."""
-    names, found = report.evidence["names"], report.evidence["lineage"]
-    order = found["order"] if sorted(found["order"]) == list(range(len(names))) else list(range(len(names)))
-    cosines = np.nan_to_num(np.stack([floats(row) for row in found["cosines"]]))[np.ix_(order, order)]
-    hundredths = np.clip(np.round(100 * cosines), -100, 100).astype(np.int8)
+    """The matrix of cosines in clustered order: one byte each, in equal steps over the range of their colours."""
+    found = clustered(report)
+    shades = np.round(NUM_SHADES * (found.cosines_NN - found.low) / (found.high - found.low)).clip(0, NUM_SHADES)
     return {
-        "names": [names[place] for place in order],
-        "cosines": base64.b64encode(hundredths.tobytes()).decode("ascii"),
-        "runs": group_runs([names[place] for place in order], found["groups"]),
+        "names": found.names,
+        "cosines": base64.b64encode(shades.astype(np.uint8).tobytes()).decode("ascii"),
+        "range": [found.low, found.high],
+        "runs": found.runs,
     }
-
-
-def group_runs(names: list[str], groups: list[list[str]]) -> list[tuple[int, int, int]]:
-    """Runs of neighbours of one lineage group: (group, first place, last place).
-
-    >>> group_runs(["a", "b", "c", "d"], [["a", "b"], ["d", "c"]])
-    [(0, 0, 1), (1, 2, 3)]
-    """
-    group_of = {name: number for number, group in enumerate(groups) if len(group) > 1 for name in group}
-    runs: list[tuple[int, int, int]] = []
-    for place, name in enumerate(names):
-        group = group_of.get(name)
-        if group is None:
-            continue
-        if runs and runs[-1][0] == group and runs[-1][2] == place - 1:
-            runs[-1] = (group, runs[-1][1], place)
-        else:
-            runs.append((group, place, place))
-    return runs
 
 
 def model_map(report: Report) -> Json:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from eigenzoo.report import function_tables, tables
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
-from eigenzoo.report.numbers import many
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.tables import Table
+from eigenzoo.report.written import counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,14 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
 
     return [
         make("spectrum", "Spectrum", "Spectrum against chance", _SPECTRUM, "scree cumulative axes"),
-        make("heldout", "Held out", "Held-out models against fitted ones", _HELDOUT, "heldout mean"),
+        make(
+            "heldout",
+            "Held out",
+            "Held-out models against fitted ones",
+            _HELDOUT,
+            "heldout mean",
+            (tables.share_table(report, sizes),),
+        ),
         make("layers", "Layers", "Layers", _layers_lead(report), "rolemap layerranks", (tables.layer_table(report),)),
         make(
             "similarity",
@@ -103,8 +110,8 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
 
 
 _SPECTRUM = (
-    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are "
-    "in-sample: they describe the fitted models, not new ones."
+    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are of all "
+    "models, fitted together: they do not describe new models."
 )
 _HELDOUT = (
     "A subspace that is shared must also hold models that it was not fitted to. The mean alone is the control: what it "
@@ -120,8 +127,10 @@ _SIZES = (
 _NO_SIZES = "The document holds no sizes of files, so that nothing can be said about bytes."
 _SUITABILITY = (
     "After a rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that "
-    "trained layers have, and random halves of the zoo agree on it. The rule itself, the authors' alpha score, asks every model "
-    "alone, and stands beside. The thresholds are conventions; move them and see what hangs on them."
+    "trained layers have, and random halves of the zoo agree on it. The table gives the authors' own rule, the alpha score of "
+    "every single model, beside it. The thresholds are conventions: move them to see what depends on them. Use the rule to choose "
+    "layers for a fit: leave out those that it rejects (`eigenzoo fit --exclude`), and keep the choice only if `eigenzoo evaluate` "
+    "shows no loss."
 )
 _SECONDARY = (
     "If all that is shared lies in the first directions, the next ones keep no more of held-out models than chance."
@@ -129,7 +138,7 @@ _SECONDARY = (
 
 
 def _layers_lead(report: Report) -> str:
-    found = many(len(report.layers), "layer")
+    found = counted(len(report.layers), "layer")
     return f"{found}, each with a finding of its own. Ranks are counted above chance (parallel analysis)."
 
 
@@ -141,7 +150,10 @@ def _lineage_lead(report: Report) -> str:
 
 def _function_lead(report: Report) -> str:
     if report.function is None:
-        return "No metric was run: this report speaks of weights only. `eigenzoo evaluate` measures what models do."
+        return (
+            "No metric was run: this report is about weights only. `eigenzoo report BUNDLE --metric module:function` adds what "
+            "rebuilt models can do."
+        )
     return report.function["sentence"] or "What the models do, measured by a metric, beside controls of the same size."
 
 

@@ -15,21 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from eigenzoo.errors import OutputError, UsageError
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report, read_document
 from eigenzoo.report.figures import all_figures
 from eigenzoo.report.numbers import floats
-from eigenzoo.report.payload import group_runs, role_map
+from eigenzoo.report.payload import role_map
+from eigenzoo.report.similarity import clustered
+from eigenzoo.report.sizes import size_table
 from eigenzoo.report.suitability import exponents, limits
+from eigenzoo.report.written import in_bytes, in_percent
 
 FORMATS = ("png", "svg", "pdf")
+
+CENTIMETRES = 2.54
+"""Of an inch, which matplotlib counts in."""
 
 BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 GREY, INK = "#767b84", "#24262b"
@@ -47,11 +54,11 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "grid.color": "#e6e8eb",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.8,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
-    "savefig.bbox": "tight",
     "savefig.dpi": 200,
     "svg.fonttype": "none",
     "svg.hashsalt": "eigenzoo",
@@ -68,6 +75,7 @@ LINES: dict[str, dict[str, Any]] = {
     "in_sample": {"label": "in-sample", "color": VERMILLION, "linestyle": "--", "marker": "s"},
     "heldout": {"label": "held out", "color": BLUE, "linestyle": "-", "marker": "o"},
     "null": {"label": "chance, held out", "color": GREY, "linestyle": ":", "marker": "x"},
+    "all_models": {"label": "all models", "color": ORANGE, "linestyle": "-", "marker": "^"},
     "leave_one_out": {"label": "leave-one-out", "color": GREEN, "linestyle": "-.", "marker": "D"},
     "norm_matched": {"label": "unrelated (same norms)", "color": GREY, "linestyle": ":"},
     "iid": {"label": "unrelated (iid)", "color": SKY, "linestyle": ":"},
@@ -76,19 +84,34 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
+SMALLEST_LETTERS, LARGEST_LETTERS = 0.7, 1.6
+"""Bounds of what letters are scaled by: 9 points become 6 to 14."""
+
+MOST_NAMES = 40
+"""Layers whose names can be read beside their rows."""
+
+MOST_GROUPS = 12
+"""Lineage groups that a legend holds."""
+
+
 @dataclass(frozen=True)
 class Static:
-    """A static figure: which of the page's figures it stands for, its size in inches, and how it is drawn."""
+    """How a figure of the page is drawn for paper: its usual size in inches, and the function that draws it."""
 
-    stands_for: str
     size: tuple[float, float]
     draw: Callable[[Axes, Report], None]
 
 
 def write_figures(
-    document: Mapping[str, Any], folder: str | Path, formats: Sequence[str] = ("png", "svg")
+    document: Mapping[str, Any],
+    folder: str | Path,
+    formats: Sequence[str] = ("png", "svg"),
+    width: float | None = None,
 ) -> list[Path]:
-    """Write the figures that the document has numbers for, each in each format, into a folder that is made if need be.
+    """Write every figure that the document has numbers for, in each format, into a folder that is made if need be.
+
+    Args:
+        width: of each figure, in centimetres; its height follows. By default 11 to 16 cm.
 
     Raises:
         UsageError: a format that is not png, svg or pdf; a document without evidence.
@@ -105,25 +128,32 @@ def write_figures(
             raise OutputError("exists already", where=str(path), next_step="name an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        path.write_bytes(drawn(report, path.stem, path.suffix[1:]))
+        path.write_bytes(drawn(report, path.stem, path.suffix[1:], width))
     return paths
 
 
 def available(report: Report) -> list[str]:
-    """The static figures that the report has numbers for."""
-    present = all_figures(report, None)
-    return [name for name, static in STATIC.items() if static.stands_for in present]
+    """The figures that the report has numbers for, in the page's order."""
+    return list(all_figures(report, size_table(report)))
 
 
-def drawn(report: Report, name: str, kind: str) -> bytes:
-    """Draw one figure; the same bytes for the same report."""
+def drawn(report: Report, name: str, kind: str, width: float | None = None) -> bytes:
+    """Draw one figure, `width` centimetres wide; the same bytes for the same report."""
     static, out = STATIC[name], io.BytesIO()
-    with _quiet(), rc_context(STYLE):
-        canvas = Canvas(figsize=static.size)
+    scale = 1.0 if width is None else width / CENTIMETRES / static.size[0]
+    with _quiet(), rc_context({**STYLE, **_letters(scale)}):
+        canvas = Canvas(figsize=(scale * static.size[0], scale * static.size[1]), layout="constrained")
         static.draw(canvas.add_subplot(), report)
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
         canvas.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()
+
+
+def _letters(scale: float) -> dict[str, Any]:
+    """Sizes of letters for a figure that is so much larger or smaller than usual: they follow within limits that can be read."""
+    factor = min(max(scale, SMALLEST_LETTERS), LARGEST_LETTERS)
+    sizes = ("font.size", "axes.titlesize", "legend.fontsize", "lines.linewidth", "lines.markersize")
+    return {name: factor * STYLE[name] for name in sizes}
 
 
 @contextmanager
@@ -152,6 +182,18 @@ def _rank_axis(axes: Axes, largest: float) -> None:
     axes.grid(True, axis="y")
 
 
+def _count_axis(axis: Axis) -> None:
+    """Put ticks at whole numbers only."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _share_axis(axes: Axes) -> None:
+    """Shares from zero, in percent."""
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(True, axis="y")
+
+
 def _scree(axes: Axes, report: Report) -> None:
     found = curves.thinned(curves.all_layers_spectrum(report))
     rank = found["rank"]
@@ -162,7 +204,7 @@ def _scree(axes: Axes, report: Report) -> None:
     for name in curves.NULLS:
         if name in found:
             _line(axes, name, rank, found[name])
-    _line(axes, "in_sample", rank, found["spectrum"], label="all layers, in-sample", linestyle="-", marker="o", ms=3)
+    _line(axes, "all_models", rank, found["spectrum"])
     _rank_axis(axes, rank[-1])
     _log_share_axis(axes)
     axes.set(title="Scree, all layers", xlabel="direction", ylabel="share of variance about the mean")
@@ -188,9 +230,84 @@ def _heldout(axes: Axes, report: Report) -> None:
         _line(axes, name, found["rank"], found[name])
     _line(axes, "leave_one_out", left["rank"], left["heldout"])
     _rank_axis(axes, max([*found["rank"], 1]))
-    axes.set_ylim(bottom=0)
+    _share_axis(axes)
     axes.set(title="Variance kept, all layers", xlabel="rank", ylabel="share of variance about the mean")
     _legend(axes)
+
+
+def _cumulative(axes: Axes, report: Report) -> None:
+    found = curves.thinned(curves.with_cumulative(curves.all_layers_spectrum(report)))
+    for name in curves.NULLS:
+        if f"{name}_sum" in found:
+            _line(axes, name, found["rank"], found[f"{name}_sum"])
+    _line(axes, "all_models", found["rank"], found["spectrum_sum"])
+    heldout = curves.all_layers_heldout(report)
+    _line(axes, "heldout", heldout["rank"], heldout["heldout"])
+    _rank_axis(axes, found["rank"][-1])
+    _share_axis(axes)
+    axes.set(title="Cumulative variance, all layers", xlabel="rank", ylabel="share of variance about the mean")
+    _legend(axes)
+
+
+def _axes(axes: Axes, report: Report) -> None:
+    name, layer = next((name, layer) for name, layer in report.layers.items() if layer["axes"])
+    style = {"outputs": ("heldout", BLUE), "inputs": ("in_sample", VERMILLION)}
+    largest = 1
+    for side, found in layer["axes"].items():
+        kind, colour = style.get(side, ("leave_one_out", GREEN))
+        values = floats(found["explained_variance_ratio"])
+        rank = np.arange(1, len(values) + 1)
+        largest = max(largest, len(values))
+        _line(axes, kind, rank, values, label=side, linestyle="-", ms=3)
+        null = curves.fitted(floats(found.get("null")), len(values))
+        _line(axes, "null", rank, null, label=f"{side}, chance", color=colour, marker="")
+    _rank_axis(axes, largest)
+    if axes.lines:
+        _log_share_axis(axes)
+    axes.set(title=f"Sides of {_short(name)}", xlabel="direction", ylabel="share of energy")
+    _legend(axes)
+
+
+def _mean(axes: Axes, report: Report) -> None:
+    summary = report.evidence["summary"]
+    bars = [
+        ("in-sample", summary["mean_energy"], VERMILLION, "//"),
+        ("held out", summary["mean_heldout"], PINK, ""),
+        ("by chance", summary["mean_null"], GREY, ".."),
+    ]
+    known = [bar for bar in bars if bar[1] is not None]
+    drawn_bars = axes.bar(
+        [label for label, *_ in known],
+        [value for _, value, *_ in known],
+        color="white",
+        edgecolor=[colour for *_, colour, _ in known],
+        width=0.5,
+    )
+    for bar, (_, _, colour, hatch) in zip(drawn_bars, known, strict=True):
+        bar.set(hatch=hatch, **({} if hatch else {"facecolor": colour}))
+    axes.bar_label(drawn_bars, [in_percent(value) for _, value, *_ in known], padding=2)
+    axes.axhline(0, color=GREY, lw=0.8)
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(title="The mean alone, all layers", ylabel="share of energy")
+
+
+def _layer_ranks(axes: Axes, report: Report) -> None:
+    ranks = sorted({rank for layer in report.layers.values() for rank in layer["heldout"]["rank"]})
+    table = np.full((len(report.layers), len(ranks)), np.nan)
+    for row, layer in enumerate(report.layers.values()):
+        for rank, value in zip(layer["heldout"]["rank"], floats(layer["heldout"]["captured"]), strict=False):
+            table[row, ranks.index(rank)] = value
+    image = axes.imshow(table, cmap=SHADES, vmin=0, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    if len(report.layers) <= MOST_NAMES:
+        axes.set_yticks(range(len(report.layers)), [_short(name, 28) for name in report.layers])
+        axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(0.8, 25 / len(report.layers)))
+    else:
+        _count_axis(axes.yaxis)
+        axes.set_ylabel("layer, by role and depth")
+    axes.set(title="Held-out variance kept by each layer", xlabel="rank")
+    axes.figure.colorbar(image, ax=axes, label="share of the layer's variance", format=PercentFormatter(1.0))
 
 
 def _role_map(axes: Axes, report: Report) -> None:
@@ -203,25 +320,54 @@ def _role_map(axes: Axes, report: Report) -> None:
     step = max(1, len(depths) // 16)
     axes.set_xticks(range(0, len(depths), step), depths[::step])
     step = max(1, len(found["roles"]) // 24)
-    axes.set_yticks(range(0, len(found["roles"]), step), [_short(role) for role in found["roles"][::step]])
+    axes.set_yticks(range(0, len(found["roles"]), step), [_short(role, 36) for role in found["roles"][::step]])
+    axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(1.0, 14 / len(found["roles"][::step])))
     axes.set(title="Rank above chance by role and depth", xlabel="depth")
-    axes.figure.colorbar(image, ax=axes, label="directions")
+    axes.figure.colorbar(image, ax=axes, label="directions", ticks=MaxNLocator(integer=True))
 
 
 def _similarity(axes: Axes, report: Report) -> None:
-    names, found = report.evidence["names"], report.evidence["lineage"]
-    order = found["order"] if sorted(found["order"]) == list(range(len(names))) else list(range(len(names)))
-    cosines = np.stack([floats(row) for row in found["cosines"]])[np.ix_(order, order)]
-    step = -(-len(names) // 512)
-    extent = (-0.5, len(names) - 0.5, len(names) - 0.5, -0.5)
+    found = clustered(report)
+    num, step = len(found.names), -(-len(found.names) // 512)
     image = axes.imshow(
-        cosines[::step, ::step], cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest", extent=extent
-    )  # fmt: skip
-    for _, first, last in group_runs([names[place] for place in order], found["groups"]):
-        low, high = first - 0.5, last + 0.5
-        axes.plot([low, high, high, low, low], [low, low, high, high, low], color=INK, lw=0.8)
+        found.cosines_NN[::step, ::step],
+        cmap=SIGNED if found.low < 0 else SHADES,
+        vmin=found.low,
+        vmax=found.high,
+        interpolation="nearest",
+        extent=(0.5, num + 0.5, num + 0.5, 0.5),
+    )
+    for _, first, last in found.runs:
+        start, end = first + 0.5, last + 1.5
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, lw=0.8)
+    _count_axis(axes.xaxis)
+    _count_axis(axes.yaxis)
     axes.set(title="Cosine between models, clustered", xlabel="model", ylabel="model")
-    axes.figure.colorbar(image, ax=axes, label="cosine")
+    axes.figure.colorbar(image, ax=axes, label="cosine, over the range between different models")
+
+
+def _map(axes: Axes, report: Report) -> None:
+    groups = [group for group in report.evidence["lineage"]["groups"] if len(group) > 1]
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    signs, colours = "osD^PX*p", (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
+    known: dict[int, list[Any]] = {}
+    for name, place in report.evidence["map"].items():
+        known.setdefault(group_of.get(name, -1), []).append([*place, None, None][:2])
+    for group, places in sorted(known.items()):
+        points = np.stack([floats(place) for place in places])
+        style: dict[str, Any] = {"facecolor": "none", "edgecolor": GREY, "label": "on its own"}
+        if group >= 0:
+            style = {"color": colours[group % len(colours)], "marker": signs[group % len(signs)]}
+            style["label"] = f"group {group + 1}"
+        axes.scatter(points[:, 0], points[:, 1], s=24, **style)
+    shares = [in_percent(share) for share in report.evidence["map_shares"]]
+    labels = [
+        f"coefficient {number}" + (f" ({shares[number - 1]} of variance)" if len(shares) >= number else "")
+        for number in (1, 2)
+    ]
+    axes.set(title="Map of the models", xlabel=labels[0], ylabel=labels[1])
+    if len(known) <= MOST_GROUPS:
+        _legend(axes)
 
 
 def _growth(axes: Axes, report: Report) -> None:
@@ -237,8 +383,8 @@ def _growth(axes: Axes, report: Report) -> None:
     _line(axes, "null", num_models, known["null"])
     at = f" at rank {found['rank']}" if found["rank"] else ""
     axes.set(title=f"Variance kept{at}", xlabel="models fitted", ylabel="share of variance about the mean")
-    axes.set_ylim(bottom=0)
-    axes.grid(True, axis="y")
+    _share_axis(axes)
+    _count_axis(axes.xaxis)
     _legend(axes)
 
 
@@ -250,6 +396,8 @@ def _growth_rank(axes: Axes, report: Report) -> None:
     axes.plot(num_models, ranks, color=VERMILLION, linestyle="--", marker="s", label="for 90 % of variance, in-sample")
     axes.set(title="Rank for 90 % of the variance", xlabel="models fitted", ylabel="directions")
     axes.set_ylim(bottom=0)
+    _count_axis(axes.xaxis)
+    _count_axis(axes.yaxis)
     axes.grid(True, axis="y")
     _legend(axes)
 
@@ -263,6 +411,7 @@ def _halves(axes: Axes, report: Report) -> None:
     axes.plot(found["rank"], found["cosine"], color=BLUE, marker="o", label="two halves")
     _line(axes, "null", found["rank"], found["null"], label="unrelated subspaces")
     axes.set(title="Halves: principal angles, all layers", xlabel="direction", ylabel="cosine", ylim=(0, 1.03))
+    _count_axis(axes.xaxis)
     axes.grid(True, axis="y")
     _legend(axes)
 
@@ -285,8 +434,54 @@ def _suitability(axes: Axes, report: Report) -> None:
         label="a layer",
     )
     axes.set(title="Power-law exponent by layer", xlabel="layer, by role and depth", ylabel="exponent")
+    _count_axis(axes.xaxis)
     axes.grid(True, axis="y")
     _legend(axes)
+
+
+def _secondary(axes: Axes, report: Report) -> None:
+    layers = range(1, len(report.layers) + 1)
+    for name, key in (("in_sample", "in_sample"), ("heldout", "captured"), ("null", "null")):
+        _line(axes, name, layers, floats(layer["secondary"][key] for layer in report.layers.values()), linestyle="")
+    axes.set(
+        title="What the next directions hold",
+        xlabel="layer, by role and depth",
+        ylabel="share of variance about the mean",
+    )
+    _count_axis(axes.xaxis)
+    _share_axis(axes)
+    _legend(axes)
+
+
+def _sizes(axes: Axes, report: Report) -> None:
+    table = size_table(report)
+    assert table is not None
+    bytes_of = [row.bytes for row in table.by_rank]
+    for name, key in (("null", "null"), ("all_models", "in_sample"), ("heldout", "heldout")):
+        _line(axes, name, bytes_of, 1 - floats(getattr(row, key) for row in table.by_rank), marker="")
+    axes.set_xscale("log")
+    if table.whole_zoo:
+        axes.axvline(table.whole_zoo, color=GREY, linestyle=":", lw=1.2, label="the models' files")
+    low, high = axes.get_xlim()
+    powers = range(floor(log10(low)), ceil(log10(high)))
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    axes.set_xticks(ticks, [in_bytes(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(title="Error against size", xlabel="bytes of the whole bundle", ylabel="share of all variance lost")
+    _share_axis(axes)
+    _legend(axes)
+
+
+def _residuals(axes: Axes, report: Report) -> None:
+    found = sorted(
+        (model["residual"] for model in report.models.values() if model["residual"] is not None), reverse=True
+    )
+    axes.bar(range(1, len(found) + 1), found, color=VERMILLION, alpha=0.75)
+    axes.set(
+        title="Residual of each model", xlabel="models, largest residual first", ylabel="share of the model's energy"
+    )
+    _count_axis(axes.xaxis)
+    _share_axis(axes)
 
 
 def _function(axes: Axes, report: Report) -> None:
@@ -312,13 +507,22 @@ def _short(text: str, limit: int = 40) -> str:
 
 
 STATIC: dict[str, Static] = {
-    "scree": Static("scree", (6.4, 4.0), _scree),
-    "heldout": Static("heldout", (6.4, 4.0), _heldout),
-    "rolemap": Static("rolemap", (6.4, 4.0), _role_map),
-    "similarity": Static("similarity", (5.6, 4.6), _similarity),
-    "growthrank": Static("growthrank", (4.8, 3.6), _growth_rank),
-    "growthcaptured": Static("growthcaptured", (4.8, 3.6), _growth),
-    "halves": Static("halves", (6.4, 3.8), _halves),
-    "suitability": Static("suitability", (6.4, 3.8), _suitability),
-    "function": Static("function", (6.4, 3.8), _function),
+    "scree": Static((6.4, 4.0), _scree),
+    "cumulative": Static((6.4, 4.0), _cumulative),
+    "axes": Static((6.4, 4.0), _axes),
+    "heldout": Static((6.4, 4.0), _heldout),
+    "mean": Static((4.4, 3.6), _mean),
+    "rolemap": Static((6.4, 4.0), _role_map),
+    "layerranks": Static((6.4, 5.6), _layer_ranks),
+    "similarity": Static((5.6, 4.6), _similarity),
+    "map": Static((5.6, 4.6), _map),
+    "growthrank": Static((4.8, 3.6), _growth_rank),
+    "growthcaptured": Static((4.8, 3.6), _growth),
+    "halves": Static((6.4, 3.8), _halves),
+    "sizes": Static((6.4, 4.0), _sizes),
+    "suitability": Static((6.4, 3.8), _suitability),
+    "secondary": Static((6.4, 3.8), _secondary),
+    "function": Static((6.4, 3.8), _function),
+    "residuals": Static((6.4, 3.8), _residuals),
 }
+"""One for each figure of the page, by its name there."""

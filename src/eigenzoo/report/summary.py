@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eigenzoo.report.document import Report
-from eigenzoo.report.numbers import at_rank, in_bytes, in_number, in_percent, many
+from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.tables import in_words, statistic_text
+from eigenzoo.report.written import counted, in_bytes, in_number, in_percent
 
 HEADLINES = {
     "no-shared-structure": "These models share no subspace beyond chance.",
@@ -86,16 +87,39 @@ def decider(report: Report) -> str:
 
 
 def keys(report: Report) -> list[Key]:
-    """In-sample, held out, chance and the mean: none is shown without the others."""
+    """Held out, in-sample, chance and the mean, none without the others; and a metric of rebuilt models where one was measured."""
     summary, rank = report.evidence["summary"], report.rank
     shares = [at_rank(summary["rank"], summary[key], rank) for key in ("in_sample", "captured", "null")]
-    of = f"of variance about the mean, rank {rank}"
     return [
-        Key("held out", in_percent(shares[1]), of, "heldout"),
-        Key("in-sample", in_percent(shares[0]), of, "insample"),
-        Key("chance", in_percent(shares[2]), of, "null"),
-        Key("mean alone", in_percent(summary["mean_heldout"]), "of a held-out model's energy, rank 0", "mean"),
+        Key("held out", in_percent(shares[1]), f"of left-out models' variance about the mean, rank {rank}", "heldout"),
+        Key(
+            "in-sample", in_percent(shares[0]), f"of the variance of each fold's fitted models, rank {rank}", "insample"
+        ),
+        Key("chance", in_percent(shares[2]), f"of unrelated left-out models' variance, rank {rank}", "null"),
+        Key("mean alone", in_percent(summary["mean_heldout"]), "of a left-out model's energy, rank 0", "mean"),
+        *_function_key(report),
     ]
+
+
+def _function_key(report: Report) -> Iterator[Key]:
+    """The metric of rebuilt models at the rank of the other numbers, or the largest measured one below it."""
+    function = report.function
+    if function is None or not function["mean"]["rebuilt"]:
+        return
+    rebuilt = {int(rank): value for rank, value in function["mean"]["rebuilt"].items() if value is not None}
+    rank = max((rank for rank in rebuilt if rank <= report.rank), default=min(rebuilt, default=0))
+    mean = function["mean"]
+    controls = (("original", "original"), ("the mean alone", "mean"))
+    beside = [f"{label} {in_number(mean[key])}" for label, key in controls if mean[key] is not None]
+    kind = "held-out models" if function["heldout"] else "models, not all held out"
+    models = f"average of {function['num_models']:,} {kind}"
+    if rebuilt:
+        yield Key(
+            f"{function['metric']}, rebuilt",
+            in_number(rebuilt[rank]),
+            "; ".join([f"rank {rank}, {models}", *beside]),
+            "function",
+        )
 
 
 def controls(report: Report) -> list[Control]:
@@ -133,13 +157,12 @@ def facts(report: Report) -> list[Fact]:
             f"{evidence['num_models']:,}",
             f"they span at most {max(evidence['num_models'] - 1, 0):,} directions",
         ),
-        Fact("layers", f"{evidence['num_layers']:,}", f"{many(still, 'layer')} without variance" if still else ""),
+        Fact("layers", f"{evidence['num_layers']:,}", f"{counted(still, 'layer')} without variance" if still else ""),
         Fact("view", evidence["view"] or "–", VIEWS.get(evidence["view"], "")),
         Fact("centred on", evidence["center"] or "–", "what is removed before directions are sought"),
         Fact("values per model", f"{values:,}", "in the analysed layers"),
         Fact("energy Σ‖X‖²", in_number(energy), "of all models, all analysed layers"),
-        Fact("the mean's share", in_percent(summary["mean_energy"]), "of that energy"),
-        Fact("variance", in_percent(variance / energy if energy else None), "of that energy is about the mean"),
+        Fact("variance", in_percent(variance / energy if energy else None), "of that energy, about what is removed"),
     ]
     if evidence["folds"]:
         found.append(Fact("held-out folds", in_number(evidence["folds"]), f"drawn with seed {evidence['seed']}"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from eigenzoo.report import curves
 from eigenzoo.report.document import Report
-from eigenzoo.report.numbers import NONE, at_rank, in_bytes, in_number, in_percent
+from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.sizes import THRESHOLDS, SizeRow, SizeTable
 from eigenzoo.report.suitability import limits
+from eigenzoo.report.written import NONE, in_bytes, in_number, in_percent
 
 VERDICTS = {
     "no-shared-structure": "nothing shared beyond chance",
@@ -114,7 +116,7 @@ def layer_table(report: Report) -> Table | None:
         "exponent",
         "finding",
     )
-    rows = [_layer_row(name, layer, rank) for name, layer in report.layers.items()]
+    rows = [_layer_row(name, layer, rank) for name, layer in report.by_name.items()]
     note = (
         f"In-sample, held out and chance: share of the layer's variance about the mean that {rank} directions keep (the largest "
         "evaluated rank up to it). Mean alone: share of a held-out model's energy that the others' mean removes. Over an "
@@ -234,6 +236,43 @@ def _lineage_cells(record: dict[str, Any], rank: int) -> tuple[str, ...]:
     return (in_number(used), *(in_percent(share) for share in shares), in_percent(record.get("mean")))
 
 
+def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
+    """Shares of variance at one rank that bear like names, each with the reason why it differs from the others."""
+    rank, summary, num = report.rank, report.evidence["summary"], report.evidence["num_models"]
+    folded, fitted = (at_rank(summary["rank"], summary[key], rank) for key in ("captured", "in_sample"))
+    chance = at_rank(summary["rank"], summary["null"], rank)
+    whole = curves.with_cumulative(curves.all_layers_spectrum(report))
+    place = min(rank, len(whole["rank"])) - 1
+    everyone, unrelated = (
+        float(whole[name][place]) if name in whole and place >= 0 else None
+        for name in ("spectrum_sum", "norm_matched_sum")
+    )
+    by_values, by_variance = "its number of values", "its variance"
+    rows = [
+        ("held out", folded, "models left out of a fold's fit", "the fold's other models", by_values),
+        ("in-sample", fitted, "the models of a fold's fit", "the same models", by_values),
+        ("chance, held out", chance, "unrelated models, left out", "other unrelated models", by_values),
+        ("all models", everyone, f"all {num:,} models", "the same models", by_values),
+        ("unrelated, in-sample", unrelated, f"{num:,} unrelated models", "the same models", by_values),
+    ]
+    grown = report.evidence["growth"]
+    if grown["rank"] == rank and any(value is not None for value in grown["captured"]):
+        last = [value for value in grown["captured"] if value is not None][-1]
+        rows.append(("held out, growth", last, "the same left-out models at every size", "up to all others", by_values))
+    if sizes is not None and rank < len(sizes.by_rank):
+        row = sizes.by_rank[rank]
+        rows.append(("all models, by size", row.in_sample, f"all {num:,} models", "the same models", by_variance))
+        rows.append(("held out, by size", row.heldout, "models left out of a fold's fit", "the others", by_variance))
+    cells = [(name, in_percent(share), *rest) for name, share, *rest in rows if share is not None]
+    columns = ("share", f"kept at rank {rank}", "of the variance of", "directions fitted to", "a layer counts by")
+    note = (
+        "Fewer models are easier to fit: a fold's fit keeps more of its own models than one fit keeps of all. Unrelated models "
+        "have the same norms; their own directions hold much of them in-sample, and little of models left out."
+    )
+    made = table("Why shares of like names differ", columns, cells, note=note)
+    return None if made is None else replace(made, kinds=("words", "number", "words", "words", "words"))
+
+
 def growth_table(report: Report) -> Table | None:
     """How rank and capture change with the number of models."""
     found = report.evidence["growth"]
@@ -259,19 +298,21 @@ def size_row_table(sizes: SizeTable) -> Table | None:
             rows.append((f"{100 * share:.0f} % per layer", *_size_cells(sizes.by_threshold[place])))
     columns = (
         "kept",
-        "ranks of the layers",
+        "ranks",
         "bundle",
         "files ÷ bundle",
-        "lost of variance, in-sample",
+        "variance lost, all models",
         "… held out",
         "… by chance",
-        "lost of energy, in-sample",
+        "energy lost",
         "one more model",
         "smaller from",
     )
     note = (
         f"Files: {in_bytes(sizes.whole_zoo)} of {sizes.num_models:,} models. Bundle: all its files, basis, mean and what is "
-        "carried included. Held out and chance are linear between evaluated ranks."
+        "carried included. Variance lost: of all layers together, so that a layer counts by its variance and not by its number of "
+        "values. Energy lost: of all models, the mean included. Held out and chance are linear between evaluated ranks. Smaller "
+        "from: the number of models from which the bundle is smaller than their files."
     )
     return table("Sizes and errors", columns, rows, note=note)
 
@@ -312,7 +353,7 @@ def suitability_table(report: Report) -> Table | None:
             in_number(found["q"]),
             *_alpha_cells(found["alpha_score"]),
         )
-        for name, found in ((name, layer["suitability"]) for name, layer in report.layers.items())
+        for name, found in ((name, layer["suitability"]) for name, layer in report.by_name.items())
         if found["exponent"] is not None or found["exponents"] or found["alpha_score"]
     ]
     columns = (
@@ -361,7 +402,7 @@ def secondary_table(report: Report) -> Table | None:
     """What the directions after the first k hold, by layer."""
     rows = [
         (name, _span(found), *(in_percent(found[key]) for key in ("in_sample", "captured", "null")))
-        for name, found in ((name, layer["secondary"]) for name, layer in report.layers.items())
+        for name, found in ((name, layer["secondary"]) for name, layer in report.by_name.items())
         if found["rank"] is not None
     ]
     columns = ("layer", "directions", "in-sample", "held out", "chance")

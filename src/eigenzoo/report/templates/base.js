@@ -17,10 +17,11 @@ function plain(text, limit = 48) {
 
 const minus = (text) => text.replace("-", "−");
 
+// As `report.written.in_percent` writes shares.
 function percent(share) {
   if (share === null || share === undefined) return "–";
   const value = 100 * share;
-  const digits = value !== 0 && Math.abs(value) < 10 ? Number(value.toPrecision(3)).toString() : value.toFixed(1);
+  const digits = value !== 0 && Math.abs(value) < 10 ? value.toPrecision(3) : value.toFixed(1);
   return minus(digits) + " %";
 }
 
@@ -53,6 +54,7 @@ function kinds(c) {
   return {
     heldout: { name: "held out", color: c.heldout, dash: "solid", symbol: "circle", width: 2.5 },
     in_sample: { name: "in-sample", color: c.insample, dash: "dash", symbol: "square", width: 2 },
+    all_models: { name: "all models", color: c.orange, dash: "solid", symbol: "triangle-up", width: 2.5 },
     null: { name: "chance, held out", color: c.null, dash: "dot", symbol: "x", width: 2 },
     leave_one_out: { name: "leave-one-out", color: c.green, dash: "dashdot", symbol: "diamond", width: 2 },
     norm_matched: { name: "unrelated (same norms)", color: c.null, dash: "dot", symbol: "x", width: 2 },
@@ -86,6 +88,14 @@ function axis(c, title, more = {}) {
     unifiedhovertitle: { text: title + ": %{x}" }, linecolor: c.line, zeroline: false, automargin: true, ticks: "outside", tickcolor: c.line, ticklen: 4, ...more,
   };
 }
+
+// Steps of an axis of counts: whole numbers, about eight of them.
+function countStep(largest) {
+  const power = 10 ** Math.floor(Math.log10(Math.max(largest / 8, 1)));
+  return power * [1, 2, 5, 10].find((step) => step * power >= largest / 8);
+}
+
+const countAxis = (c, title, largest, more = {}) => axis(c, title, { tick0: 0, dtick: countStep(largest), showgrid: false, ...more });
 
 function rankAxis(c, largest, title = "rank k", more = {}) {
   const ticks = [];

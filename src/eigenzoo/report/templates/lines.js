@@ -7,12 +7,12 @@ figures.scree = (c) => {
   if (!found.rank.length) return nothing(c, "This layer has no variance: no spectrum.");
   const kind = kinds(c);
   const data = [];
-  if (has(found.layers_low)) data.push(...band("eight of ten layers", c.insample, found.rank, found.layers_low, found.layers_high));
+  if (has(found.layers_low)) data.push(...band("eight of ten layers", c.orange, found.rank, found.layers_low, found.layers_high));
   if (has(found.low)) data.push(...band("unrelated, 90 % of draws", c.null, found.rank, found.low, found.high));
   for (const name of ["norm_matched", "iid", "permuted", "spectrum_matched"]) {
     if (has(found[name])) data.push(line(kind[name], found.rank, found[name], { mode: "lines" }));
   }
-  data.push(line({ ...kind.in_sample, name: "measured, in-sample", dash: "solid" }, found.rank, found.spectrum));
+  data.push(line(kind.all_models, found.rank, found.spectrum));
   const y = logShareAxis(c, SHARE, [found.spectrum, found.low || [], found.high || [], found.layers_low || [], found.layers_high || []]);
   return { data, layout: layout(c, rankAxis(c, found.rank.at(-1), "direction"), y) };
 };
@@ -25,7 +25,7 @@ figures.cumulative = (c) => {
   for (const name of ["norm_matched", "iid", "permuted", "spectrum_matched"]) {
     if (has(found[name + "_sum"])) data.push(line(kind[name], found.rank, found[name + "_sum"], { mode: "lines" }));
   }
-  data.push(line(kind.in_sample, found.rank, found.spectrum_sum));
+  data.push(line(kind.all_models, found.rank, found.spectrum_sum));
   const held = DATA.heldout && perLayer(DATA.heldout);
   if (held && has(held.heldout)) data.push(line(kind.heldout, held.rank, held.heldout));
   return { data, layout: layout(c, rankAxis(c, found.rank.at(-1)), axis(c, SHARE, { tickformat: ".0%", rangemode: "tozero" })) };
@@ -78,7 +78,8 @@ figures.mean = (c) => {
     text: shown.map((place) => percent(values[place])), textposition: "outside", cliponaxis: false, width: 0.5,
     textfont: { color: c.ink }, hovertemplate: "%{x}: %{y:.4~g} of energy<extra></extra>",
   }];
-  const low = Math.min(0, ...values.filter((value) => value !== null)) * 1.15;
+  const least = Math.min(0, ...values.filter((value) => value !== null));
+  const low = least < 0 ? 1.15 * least - 0.1 : 0; // room for the number below the bar
   const y = axis(c, "share of energy", { tickformat: ".0%", range: [low, 1.12], zeroline: true, zerolinecolor: c.muted });
   return { data, layout: layout(c, axis(c, "", { showgrid: false }), y, { showlegend: false, hovermode: "closest" }) };
 };
@@ -86,24 +87,25 @@ figures.mean = (c) => {
 figures.growthrank = (c) => {
   const found = DATA.growth;
   const kind = kinds(c);
+  const most_models = Math.max(...found.num_models);
   const most = { name: "most possible, N − 1", color: c.null, dash: "dot", symbol: "x", width: 1.5 };
   const data = [
     line(most, found.num_models, found.num_models.map((count) => count - 1), { mode: "lines" }),
-    line({ ...kind.in_sample, name: "for 90 %, in-sample" }, found.num_models, found.var90_rank),
+    line({ ...kind.in_sample, name: "for 90 % of variance, in-sample" }, found.num_models, found.var90_rank),
   ];
-  return { data, layout: layout(c, axis(c, "models fitted", { showgrid: false }), axis(c, "directions", { rangemode: "tozero" })) };
+  return { data, layout: layout(c, countAxis(c, "models fitted", most_models), countAxis(c, "directions", most_models, { rangemode: "tozero", showgrid: true })) };
 };
 
 figures.growthcaptured = (c) => {
   const found = DATA.growth;
   const kind = kinds(c);
   const data = [];
-  if (has(found.null)) data.push(line({ ...kind.null, name: "by chance" }, found.num_models, found.null));
+  if (has(found.null)) data.push(line(kind.null, found.num_models, found.null));
   if (has(found.in_sample)) data.push(line(kind.in_sample, found.num_models, found.in_sample));
   const spread = has(found.spread) ? { error_y: { type: "data", array: found.spread, color: c.heldout, thickness: 1.2, width: 4 } } : {};
   data.push(line(kind.heldout, found.num_models, found.captured, spread));
   const y = axis(c, SHARE, { tickformat: ".0%", rangemode: "tozero" });
-  return { data, layout: layout(c, axis(c, "models fitted", { showgrid: false }), y) };
+  return { data, layout: layout(c, countAxis(c, "models fitted", Math.max(...found.num_models)), y) };
 };
 
 figures.halves = (c) => {
@@ -115,8 +117,7 @@ figures.halves = (c) => {
   if (has(found.null_high)) data.push(...band("unrelated, to 95 % of draws", c.null, found.rank, found.null, found.null_high));
   if (has(found.null)) data.push(line({ ...kind.null, name: "unrelated subspaces" }, found.rank, found.null));
   data.push(line({ ...kind.heldout, name: "two halves" }, found.rank, found.cosine));
-  const few = found.rank.length <= 16 ? { dtick: 1 } : {};
-  const x = axis(c, "principal angle, closest first", { showgrid: false, ...few });
+  const x = countAxis(c, "principal angle, closest first", found.rank.at(-1));
   return { data, layout: layout(c, x, axis(c, "cosine", { range: [0, 1.04] })) };
 };
 

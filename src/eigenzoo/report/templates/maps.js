@@ -29,7 +29,7 @@ function heat(c, quantity, more) {
   const scale = beyond ? [[0, c.warm], [0.5, c.surface], [1, c.cold]] : [[0, c.low], [1, c.high]];
   return {
     type: "heatmap", colorscale: scale, xgap: 1, ygap: 1, hoverongaps: false,
-    colorbar: colorbar(c, "", { tickformat: isShare(quantity) ? ".0%" : "" }),
+    colorbar: colorbar(c, "", isShare(quantity) ? { tickformat: ".0%" } : { dtick: countStep(Math.max(...more.z.flat(), 1)) }),
     ...(beyond ? { zmid: 0 } : isShare(quantity) ? { zmin: 0 } : {}), ...more,
   };
 }
@@ -102,14 +102,9 @@ figures.similarity = (c) => {
   const size = found.names.length;
   const packed = atob(found.cosines);
   const label = found.names.map((name) => plain(name));
-  const z = label.map((_, row) => {
-    const values = new Float32Array(size);
-    for (let column = 0; column < size; column++) {
-      const value = packed.charCodeAt(row * size + column);
-      values[column] = (value > 127 ? value - 256 : value) / 100;
-    }
-    return Array.from(values);
-  });
+  const [low, high] = found.range;
+  const z = label.map((_, row) => Array.from({ length: size }, (_, column) =>
+    (row === column ? 1 : low + (high - low) * packed.charCodeAt(row * size + column) / 255)));
   const text = label.map((row) => label.map((column) => row + "<br>" + column));
   const shapes = found.runs.map(([group, first, last]) => ({
     type: "rect", x0: first - 0.5, x1: last + 0.5, y0: first - 0.5, y1: last + 0.5, line: { color: c.ink, width: 1.5 },
@@ -119,9 +114,10 @@ figures.similarity = (c) => {
   const ticks = few ? { tickvals: label.map((_, at) => at), ticktext: label.map((name) => (Array.from(name).length > 18 ? plain(found.names[label.indexOf(name)], 18) : name)) } : { showticklabels: false };
   const side = { showgrid: false, ticks: "", ...ticks };
   const data = [{
-    type: "heatmap", z, text, zmin: -1, zmax: 1, colorscale: [[0, c.warm], [0.5, c.surface], [1, c.cold]],
-    hovertemplate: "%{text}<br>cosine <b>%{z:.2f}</b><extra></extra>",
-    colorbar: colorbar(c, "cosine"),
+    type: "heatmap", z, text, zmin: low, zmax: high,
+    colorscale: low < 0 ? [[0, c.warm], [0.5, c.surface], [1, c.cold]] : [[0, c.low], [1, c.high]],
+    hovertemplate: "%{text}<br>cosine <b>%{z:.3~f}</b><extra></extra>",
+    colorbar: colorbar(c, "cosine", { nticks: 6 }),
   }];
   const x = axis(c, few || NARROW.matches ? "" : "models, similar ones side by side", { ...side, constrain: "domain", tickangle: -60 });
   const y = axis(c, "", { ...side, autorange: "reversed", scaleanchor: "x", constrain: "domain", constraintoward: "top" });
@@ -165,7 +161,7 @@ function byLayer(c, series, yAxis, more = {}) {
     ...(kind.spread ? { error_y: { type: "data", array: kind.spread, color: faded(kind.color, 0.5), thickness: 1, width: 0 } } : {}),
     hovertemplate: `%{text}<br>${kind.name}: <b>%{y:.4~g}</b><extra></extra>`,
   }));
-  const x = axis(c, "layer, by role and depth", { showgrid: false, range: [0.25, label.length + 0.75] });
+  const x = countAxis(c, "layer, by role and depth", label.length, { range: [0.25, label.length + 0.75] });
   return { data, layout: layout(c, x, yAxis, { hovermode: "closest", ...more }) };
 }
 
@@ -204,8 +200,8 @@ figures.residuals = (c) => {
     type: "bar", x: models.map((_, at) => at + 1), y: residual, text: models.map((name) => plain(name)), textposition: "none",
     marker: { color: faded(c.insample, 0.75) }, hovertemplate: "%{text}<br>residual <b>%{y:.4~g}</b><extra></extra>",
   }];
-  const ticks = few ? { tickvals: models.map((_, at) => at + 1), ticktext: models.map((name) => plain(name, 16)), tickangle: -60 } : {};
-  const x = axis(c, few ? "" : "models, largest residual first", { showgrid: false, ...ticks });
+  const ticks = few ? { tickmode: "array", tickvals: models.map((_, at) => at + 1), ticktext: models.map((name) => plain(name, 16)), tickangle: -60 } : {};
+  const x = countAxis(c, few ? "" : "models, largest residual first", models.length, ticks);
   const y = axis(c, "share of the model's energy", { tickformat: ".2~%", rangemode: "tozero" });
   return { data, layout: layout(c, x, y, { hovermode: "closest", bargap: models.length > 80 ? 0 : 0.35 }) };
 };

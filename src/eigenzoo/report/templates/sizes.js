@@ -14,10 +14,10 @@ figures.sizes = (c) => {
   const curve = (of, key) => line(of, rows.bytes, lost(rows[key]), {
     mode: "lines", text: rows.at.map((rank) => "rank " + rank), hovertemplate: "%{text}, %{x:.4~s}B: %{y:.4~g} lost<extra>" + of.name + "</extra>",
   });
-  const data = [["null", kind.null], ["in_sample", kind.in_sample], ["heldout", kind.heldout]]
+  const data = [["null", kind.null], ["in_sample", kind.all_models], ["heldout", kind.heldout]]
     .filter(([key]) => has(rows[key])).map(([key, of]) => curve(of, key));
   const now = sizeRow();
-  for (const [key, of] of [["in_sample", kind.in_sample], ["heldout", kind.heldout]]) {
+  for (const [key, of] of [["in_sample", kind.all_models], ["heldout", kind.heldout]]) {
     if (now[key] === null) continue;
     data.push({
       type: "scatter", mode: "markers", x: [now.bytes], y: [1 - now[key]], name: "chosen, " + of.name, showlegend: false,
@@ -42,11 +42,10 @@ figures.sizes = (c) => {
     }];
   }
   const all = [zoo, ...rows.bytes].filter((value) => value > 0).map(Math.log10);
-  if (!all.length || !data.length) return nothing(c, "The sizes hold no bytes.");
   const range = [Math.min(...all) - 0.05, Math.max(...all) + 0.05];
   const ticks = logTicks(range, NARROW.matches ? 1.2 : 3);
   const x = axis(c, "bytes of the whole bundle", { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
-  const y = axis(c, "share of variance lost", { tickformat: ".0%", range: [0, 1.04] });
+  const y = axis(c, "share of all variance lost", { tickformat: ".0%", range: [0, 1.04] });
   return { data, layout: layout(c, x, y, more) };
 };
 

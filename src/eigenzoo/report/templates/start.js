@@ -5,7 +5,7 @@ const BY_LAYER = ["scree", "cumulative", "axes", "heldout", "mean", "halves"];
 function startLayers() {
   const selects = [...document.querySelectorAll("select.layer")];
   for (const select of selects) {
-    DATA.layers.forEach((layer, place) => select.append(new Option(layer.name, place)));
+    DATA.by_name.forEach((place) => select.append(new Option(DATA.layers[place].name, place)));
     select.addEventListener("change", () => {
       state.layer = Number(select.value);
       selects.forEach((other) => { other.value = select.value; });
@@ -46,7 +46,10 @@ function startTheme() {
     follow();
   });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", follow);
-  NARROW.addEventListener("change", () => redraw([...drawn]));
+  NARROW.addEventListener("change", () => {
+    drawn.forEach((name) => Plotly.purge(byId("plot-" + name))); // an update keeps the margins of the other width
+    redraw([...drawn]);
+  });
   tell();
 }
 
@@ -73,7 +76,8 @@ function startDrawing() {
     }
   }, { rootMargin: "300px 0px" });
   document.querySelectorAll(".plot").forEach((box) => watcher.observe(box));
-  window.addEventListener("beforeprint", () => document.querySelectorAll(".plot").forEach((box) => draw(box.dataset.figure)));
+  // Paper has the static figures, and every table in full.
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((box) => { box.open = true; }));
 }
 
 // Marks the section that is read in the list of sections.

@@ -1,0 +1,72 @@
+"""Numbers written for people: one rule for the terminal, the evidence's sentences, and every form of the report."""
+
+from __future__ import annotations
+
+NONE = "–"
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+ROUND_OFF = 1e-8
+"""Shares below this are round-off, for the most part."""
+
+BOUNDLESS = 1e4
+"""Shares above this have a denominator that is zero but for round-off."""
+
+
+def in_percent(share: float | None) -> str:
+    """Write a share: to a tenth of a percent, and below ten percent with three significant digits.
+
+    >>> in_percent(0.1234), in_percent(0.0021), in_percent(-0.0208), in_percent(None)
+    ('12.3 %', '0.210 %', '−2.08 %', '–')
+    >>> in_percent(1e-17), in_percent(1e9)
+    ('< 10⁻⁶ %', '> 10⁶ %')
+    """
+    if share is None:
+        return NONE
+    if share > BOUNDLESS:
+        return "> 10⁶ %"
+    if 0 < share < ROUND_OFF:
+        return "< 10⁻⁶ %"
+    text = f"{100 * share:#.3g}" if 0 < abs(share) < 0.1 else f"{100 * share:.1f}"
+    return f"{_plain_exponent(text)} %"
+
+
+def in_number(value: float | None) -> str:
+    """Write a number in up to four significant digits, counts in full.
+
+    >>> in_number(1234567), in_number(0.123456), in_number(1.5e12), in_number(16.0)
+    ('1,234,567', '0.1235', '1.5 × 10¹²', '16')
+    """
+    if value is None:
+        return NONE
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    return _plain_exponent(f"{value:.4g}")
+
+
+def in_bytes(count: float | None) -> str:
+    """Write a byte count in three significant digits.
+
+    >>> in_bytes(1_234_567), in_bytes(12)
+    ('1.23 MB', '12 B')
+    """
+    if count is None:
+        return NONE
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun.
+
+    >>> counted(1, "model"), counted(1200, "layer")
+    ('1 model', '1,200 layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _plain_exponent(text: str) -> str:
+    mantissa, _, power = text.partition("e")
+    written = f"{mantissa} × 10{str(int(power)).translate(SUPERSCRIPT)}" if power else mantissa
+    return "−" + written[1:] if written.startswith("-") else written
