@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 import shutil
 import subprocess
@@ -31,6 +32,31 @@ def test_public_methods_have_docstrings():
             for method, function in vars(value).items():
                 if not method.startswith("_") and callable(function):
                     assert inspect.getdoc(function), f"{name}.{method}"
+
+
+def test_signatures_show_every_parameter():
+    """`inspect.signature`, and with it editors and notebooks, must not see `*args` or `**options` of a wrapper."""
+    for name in eigenzoo.__all__:
+        value = getattr(eigenzoo, name)
+        methods = vars(value) if inspect.isclass(value) else {}
+        public = {name: value}
+        if not (inspect.isclass(value) and issubclass(value, Exception)):
+            public |= {
+                f"{name}.{key}": each for key, each in methods.items() if not key.startswith("_") and callable(each)
+            }
+        for full, function in public.items():
+            for parameter in inspect.signature(function).parameters.values():
+                assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD), f"{full}: {parameter}"
+
+
+def test_evidence_is_shown_as_the_function_that_it_calls():
+    from eigenzoo.evidence.evidence import evidence
+
+    assert inspect.signature(eigenzoo.evidence) == inspect.signature(evidence)
+    shown = pydoc.plain(pydoc.render_doc(eigenzoo.evidence))
+    assert "Put a zoo to every control, and give one verdict." in shown
+    assert "rank: 'RankRule' = 'auto'," in shown
+    assert all(f" {name}: " in shown or f"\n    {name}," in shown for name in inspect.signature(evidence).parameters)
 
 
 def test_importing_is_light():

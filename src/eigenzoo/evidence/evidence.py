@@ -17,9 +17,10 @@ from eigenzoo.evidence import growth as growing
 from eigenzoo.evidence.document import document
 from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
 from eigenzoo.evidence.lineage import Cosines, Lineage, as_lineages, lineage
-from eigenzoo.evidence.source import AxisSpectrum, MomentSource, open_source
+from eigenzoo.evidence.record import EvidenceRecord
+from eigenzoo.evidence.source import MomentSource, open_source
 from eigenzoo.evidence.suitability import Thresholds
-from eigenzoo.evidence.summary import Summary, Verdict, decide, summarize
+from eigenzoo.evidence.summary import decide, summarize
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import deal_whole
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
@@ -49,7 +50,7 @@ MAP_DIMENSIONS = 3
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(EvidenceRecord):
     """What a zoo shows under every control; frozen. `to_dict` gives the documented JSON.
 
     Attributes:
@@ -66,23 +67,6 @@ class Evidence:
         warnings: what a reader of any figure must know.
         runs: groups of models that are checkpoints of one training run, which the verdict says.
     """
-
-    names: tuple[str, ...]
-    view: str
-    center: str
-    seed: int
-    layers: dict[str, LayerEvidence]
-    axes: dict[str, dict[str, AxisSpectrum]]
-    lineage: Lineage
-    growth: growing.Growth | None
-    summary: Summary
-    map: tuple[tuple[float, ...], ...]
-    map_shares: tuple[float, ...]
-    thresholds: Thresholds
-    verdict: Verdict
-    warnings: tuple[str, ...]
-    seconds: float
-    runs: tuple[tuple[str, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evidence.md lists the keys."""
