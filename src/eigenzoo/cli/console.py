@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from eigenzoo.display import one_line
 from eigenzoo.records import Progress as ProgressCallback
 from eigenzoo.records import no_progress
 
@@ -30,16 +31,6 @@ PIPE = 10_000
 
 GAP = 2
 """Spaces between two columns of a table."""
-
-
-def printable(text: object) -> str:
-    """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
-    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
-
-
-def one_line(text: object) -> str:
-    """Make text printable on one line: a name with line ends could say what the command says."""
-    return printable(text).replace("\n", "�")
 
 
 class _Output(Console):
@@ -184,39 +175,3 @@ def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
             progress.update(bars[stage], completed=done, total=total)
 
         yield report
-
-
-def in_bytes(count: int) -> str:
-    """Write a byte count as people read it.
-
-    >>> in_bytes(1_234_567)
-    '1.23 MB'
-    """
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
-def counted(number: int, thing: str) -> str:
-    """Write how many there are of a thing.
-
-    >>> counted(1, "model"), counted(1200, "layer")
-    ('1 model', '1,200 layers')
-    """
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def in_percent(share: float | None) -> str:
-    """Write a share; a dash where there is none.
-
-    >>> in_percent(0.1234), in_percent(1e-17), in_percent(1e9), in_percent(None)
-    ('12.3 %', '< 1e-06 %', '> 1e+06 %', '–')
-    """
-    if share is None:
-        return "–"
-    if share > 1e4:
-        return "> 1e+06 %"  # of a model that is zero, or zero but for round-off
-    if 0 < share < 1e-8:
-        return "< 1e-06 %"  # round-off, for the most part
-    return f"{100 * share:.3g} %" if 0 < share < 0.1 else f"{100 * share:.1f} %"

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted, html_table, one_line
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence import growth as growing
+from eigenzoo.evidence.controls import controls
 from eigenzoo.evidence.document import document
 from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
 from eigenzoo.evidence.lineage import Cosines, Lineage, as_lineages, lineage
@@ -48,6 +50,9 @@ ONE_LINEAGE = 0.8
 
 MAP_DIMENSIONS = 3
 
+MOST_WARNINGS = 5
+"""Warnings that `repr` shows."""
+
 
 @dataclass(frozen=True)
 class Evidence(EvidenceRecord):
@@ -71,6 +76,23 @@ class Evidence(EvidenceRecord):
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evidence.md lists the keys."""
         return document(self)
+
+    def __repr__(self) -> str:
+        size = f"{counted(len(self.names), 'model')}, {counted(len(self.layers), 'layer')}, view={self.view!r}"
+        lines = [f"Evidence({size}): {self.verdict.code}", self.verdict.text]
+        return "\n".join(map(one_line, [*lines, *(f"Warning: {warning}" for warning in self.warnings[:MOST_WARNINGS])]))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (each.name, each.statistic, _number(each.value), each.control, _number(each.control_value))
+            for each in controls(self)
+        ]
+        columns = ("control", "statistic", "value", "compared with", "value there")
+        return html_table(self.verdict.code, columns, rows, note=self.verdict.text)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 @own_settings()
