@@ -8,8 +8,9 @@ from statistics import fmean
 
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.reasons import p_text, percent
 from eigenzoo.evidence.record import EvidenceRecord
-from eigenzoo.evidence.summary import groups_of, percent, shown_place, shown_places
+from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
 from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.linalg.heldout import NUM_FOLDS
 
@@ -103,16 +104,11 @@ def _unseen(record: EvidenceRecord) -> Control | None:
         captured,
         "unrelated models of the same norms",
         null,
-        f"{num_folds(len(record.names))} folds; p {_p(test.p_value)} at {test.rank} directions, all layers together",
+        f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {test.rank} directions, all layers together",
         f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times "
         f"what an average one does. {len(record.names) - 1} directions hold all {len(record.names)} models: that many is trivial.",
     )
-
-
-def _p(value: float) -> str:
-    """Write a p-value; floats end where it does not."""
-    return f"= {value:.1g}" if value > 1e-300 else "< 1e-300"
 
 
 def _universality(layers: Sequence[LayerEvidence]) -> Control | None:

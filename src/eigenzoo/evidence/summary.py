@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
+from eigenzoo.evidence.reasons import percent, why_gone, why_mean, why_not_shared, why_shared
 from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
 
 SMALLEST = 1e-300
@@ -52,9 +53,10 @@ class Summary:
         energy, variance: Σ over layers.
         mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
             held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
+        mean_common, mean_across: what two models have in common over a model's energy, of all models and across lineages.
         dealt: held-out models; contrasts: the same seen from their own mean; across: held-out lineages, likewise, where there
             are several; within: inside each large group.
-        directions, across_directions: the test on all layers together.
+        directions, across_directions: the test on all layers together; measures, across_measures: the figures that decide it.
     """
 
     energy: float
@@ -69,6 +71,9 @@ class Summary:
     directions: rule.Directions
     across_directions: rule.Directions | None
     mean_across: float | None
+    mean_common: float
+    measures: rule.Measures | None
+    across_measures: rule.Measures | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,9 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
         if across
         else None,
+        mean_common=average([layer.mean.common for layer in varying]),
+        measures=rule.deciding(dealt),
+        across_measures=rule.deciding(across),
     )
 
 
@@ -187,9 +195,41 @@ def decide(
         gone = found is not None and not found.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
-    text = _sentence(code, decided_by, summary, lineage, num_models, view)
-    return Verdict(
-        code, " ".join(filter(None, (text, _denominator(code, counts, values), note))), decided_by, counts, values
+    parts = (
+        _sentence(code, decided_by, summary, lineage, num_models, view),
+        "" if decided_by == "variance" else _why(code, summary, layers),
+        _denominator(code, counts, values),
+        note,
+    )
+    return Verdict(code, " ".join(filter(None, parts)), decided_by, counts, values)
+
+
+def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> str:
+    """Name the condition of the rule that was met or missed by all layers together."""
+    measures, across = summary.measures, summary.across_measures
+    if code == rule.SHARED_LINEAGE:
+        if across is None or summary.across_directions is None or summary.mean_across is None:
+            return ""
+        if summary.directions.shared or summary.directions.held:
+            return "" if summary.across_directions.shared else why_gone(across)
+        return f"Across lineages: {why_mean(summary.mean_across, shared=False)}"
+    if code == rule.SHARED_SUBSPACE:
+        if summary.directions.shared and measures is not None:
+            return why_shared(measures)
+        return _why_largest(code, layers)
+    mean = why_mean(summary.mean_common, shared=code == rule.SHARED_MEAN)
+    return f"{mean} {why_not_shared(measures)}" if measures is not None else mean
+
+
+def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
+    """Name the condition that the largest layer of the verdict meets, where layers do alone what they do not together."""
+    alone = [layer for layer in layers.values() if layer.code == code and layer.weighed is not None]
+    largest = max(alone, key=lambda layer: layer.layer.num_values, default=None)
+    measures = rule.deciding([largest.weighed]) if largest is not None and largest.weighed is not None else None
+    if largest is None or measures is None:
+        return ""
+    return (
+        f"Not all layers together, but most alone; the largest of these is {largest.layer.name}. {why_shared(measures)}"
     )
 
 
@@ -267,9 +307,9 @@ def _mean(summary: Summary) -> str:
 def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, float]) -> str:
     still = counts[rule.NO_VARIANCE]
     varying = sum(counts.values()) - still
-    equal = f"; {still} more are equal in all models and count for nothing" if still else ""
+    equal = f"; {still} more are equal in all models and do not count" if still else ""
     return (
-        f"So say {counts[code]} of {varying} layers with variance, {percent(values[code])} of their values{equal}."
+        f"{counts[code]} of {varying} layers with variance have this verdict alone, with {percent(values[code])} of their values{equal}."
         if varying
         else ""
     ).strip()
@@ -282,12 +322,3 @@ def groups_of(count: int) -> str:
     ('1 group', '2 groups')
     """
     return f"{count} group" + ("" if count == 1 else "s")
-
-
-def percent(share: float) -> str:
-    """Write a share.
-
-    >>> percent(0.1234), percent(0.01234), percent(-0.02)
-    ('12.3 %', '1.23 %', '-2 %')
-    """
-    return f"{100 * share:.3g} %" if abs(share) < 0.1 else f"{100 * share:.1f} %"
