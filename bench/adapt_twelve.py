@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import eigenzoo as ez
 from bench.pages import markdown
 from eigenzoo.adapt.trained import LEARNING_RATE
-from eigenzoo.cli.console import in_bytes
+from eigenzoo.display import in_bytes
 from eigenzoo.integrations.classification import STEPS, adapt_classifier
 from eigenzoo.nursery import vit
 from eigenzoo.nursery.making import make_zoo

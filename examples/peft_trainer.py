@@ -17,8 +17,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 import eigenzoo as ez
 from eigenzoo import nursery
-from eigenzoo.integrations.lora_export import export_lora
-from eigenzoo.integrations.peft_tuner import EigenzooConfig
+from eigenzoo.integrations.peft_tuner import EigenzooConfig, export_lora
 from eigenzoo.nursery import digits
 
 

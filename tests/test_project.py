@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import eigenzoo
+from tests.import_graph import circles, import_graph
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,12 +34,65 @@ def test_public_methods_have_docstrings():
                     assert inspect.getdoc(function), f"{name}.{method}"
 
 
+def test_signatures_show_every_parameter():
+    """`inspect.signature`, and with it editors and notebooks, must not see `*args` or `**options` of a wrapper."""
+    for name in eigenzoo.__all__:
+        value = getattr(eigenzoo, name)
+        methods = vars(value) if inspect.isclass(value) else {}
+        public = {name: value}
+        if not (inspect.isclass(value) and issubclass(value, Exception)):
+            public |= {
+                f"{name}.{key}": each for key, each in methods.items() if not key.startswith("_") and callable(each)
+            }
+        for full, function in public.items():
+            for parameter in inspect.signature(function).parameters.values():
+                assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD), f"{full}: {parameter}"
+
+
+def test_evidence_is_shown_as_the_function_that_it_calls():
+    from eigenzoo.evidence.evidence import evidence
+
+    assert inspect.signature(eigenzoo.evidence) == inspect.signature(evidence)
+    shown = pydoc.plain(pydoc.render_doc(eigenzoo.evidence))
+    assert "Put a zoo to every control, and give one verdict." in shown
+    assert "rank: 'RankRule' = 'auto'," in shown
+    assert all(f" {name}: " in shown or f"\n    {name}," in shown for name in inspect.signature(evidence).parameters)
+
+
 def test_importing_is_light():
     code = "import sys, eigenzoo; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {module.partition(".")[0] for module in done.stdout.split()}
     assert "eigenzoo" in loaded
     assert not loaded & {"torch", "transformers", "peft", "plotly", "dask", "sklearn", "rich", "typer", "pydantic"}
+
+
+KNOWN_CIRCLES = ("eigenzoo.subspace",)
+"""Rooms whose modules still import each other in a circle. A room leaves this list when its circle is gone."""
+
+
+def test_no_import_circles():
+    """Imports inside functions and under TYPE_CHECKING count: a circle that is only hidden still ties its modules together."""
+    found = circles(import_graph(ROOT / "src" / "eigenzoo"))
+    new = [circle for circle in found if not all(name.startswith(KNOWN_CIRCLES) for name in circle)]
+    assert not new, f"these modules import each other: {[sorted(circle) for circle in new]}"
+    gone = [room for room in KNOWN_CIRCLES if not any(name.startswith(room) for circle in found for name in circle)]
+    assert not gone, f"remove from KNOWN_CIRCLES: {gone}"
+
+
+def test_circles_are_found(tmp_path):
+    package = tmp_path / "room"
+    (package / "inner").mkdir(parents=True)
+    for name, text in {
+        "__init__.py": "",
+        "inner/__init__.py": "",
+        "first.py": "from room.inner import second\n",
+        "inner/second.py": "def later():\n    import room.third\n",
+        "third.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from room.first import Name\n",
+        "fourth.py": "from room import first\nfrom room.first import Name\n",
+    }.items():
+        (package / name).write_text(text)
+    assert circles(import_graph(package)) == [{"room.first", "room.inner.second", "room.third"}]
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -125,7 +125,7 @@ def test_commands_refuse_a_bad_seed_before_any_work(
 
 def test_random_bases_of_a_peft_adapter_take_every_seed() -> None:
     pytest.importorskip("peft")
-    from eigenzoo.integrations.peft_tuner import layer_seed
+    from eigenzoo.integrations.peft_tuner.tuner import layer_seed
 
     seeds = [layer_seed(seed, layer) for seed in (0, 7, 2**31, 2**32, 2**63 - 1) for layer in ("a.weight", "b.weight")]
     assert len(set(seeds)) == len(seeds)

@@ -123,6 +123,10 @@ class UpdateRanks:
 
     layers: Mapping[str, UpdateRank]
 
+    def __repr__(self) -> str:
+        ranks = f"rank={self.rank}, whole={self.whole}, original={self.original}"
+        return f"UpdateRanks({len(self.layers)} layers, {ranks}, loss={self.loss:.3g})"
+
     @property
     def rank(self) -> int:
         """The rank that a program which loads the adapter must allow."""

@@ -22,10 +22,9 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model
 from peft_models import KINDS, Made, coefficients, conv, gpt2, llama, outputs, shake, tuned
 
 import eigenzoo as ez
-from eigenzoo.integrations import peft_registration
-from eigenzoo.integrations.peft_config import BUNDLES, EigenzooConfig
-from eigenzoo.integrations.peft_layer import EigenzooLayer
-from eigenzoo.integrations.peft_tuner import EigenzooModel
+from eigenzoo.integrations.peft_tuner import EigenzooModel, registration
+from eigenzoo.integrations.peft_tuner.config import BUNDLES, EigenzooConfig
+from eigenzoo.integrations.peft_tuner.layer import EigenzooLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 
@@ -228,24 +227,24 @@ def test_torch_attention_is_refused(made: Callable[[str], Made], tmp_path: Path)
 
 
 def test_registration_happens_once() -> None:
-    peft_registration.register(EigenzooConfig, EigenzooModel)
+    registration.register(EigenzooConfig, EigenzooModel)
     assert [member.value for member in PeftType].count("EIGENZOO") == 1
     with pytest.raises(ez.UnsupportedError, match="another method called EIGENZOO"):
-        peft_registration.register(PeftConfig, EigenzooModel)
+        registration.register(PeftConfig, EigenzooModel)
 
 
 def test_a_version_of_peft_that_is_built_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_registration, "NEEDED", (*peft_registration.NEEDED, "_not_there"))
+    monkeypatch.setattr(registration, "NEEDED", (*registration.NEEDED, "_not_there"))
     with pytest.raises(ez.UnsupportedError, match=r"PEFT \d.* has no BaseTuner._not_there"):
-        peft_registration.peft_type()
+        registration.peft_type()
 
 
 @pytest.mark.parametrize("version", ["0.4.0.dev0", "0.17.1"])
 def test_versions_before_the_first_are_refused(version: str) -> None:
     with pytest.raises(ez.UnsupportedError, match=f"PEFT is version {version}.*for PEFT 0.18 to 0.21"):
-        peft_registration.check_version(version)
-    peft_registration.check_version("0.18.0")
-    peft_registration.check_version("1.0.0rc1")
+        registration.check_version(version)
+    registration.check_version("0.18.0")
+    registration.check_version("1.0.0rc1")
 
 
 def test_without_peft_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +272,15 @@ def test_outputs_of_a_model_do_not_depend_on_the_order_of_adapters(made: Callabl
     torch.testing.assert_close(*found)
 
 
-def test_the_config_alone_registers_the_method() -> None:
+@pytest.mark.parametrize(
+    ("module", "before"),
+    [("config", "import peft\n"), ("lora_export", ""), pytest.param("registration", "", marks=pytest.mark.slow)],
+)
+def test_any_file_of_the_tuner_registers_the_method(module: str, before: str) -> None:
     script = (
-        "import peft, torch\n"
-        "from eigenzoo.integrations.peft_config import EigenzooConfig\n"
+        f"{before}import eigenzoo.integrations.peft_tuner.{module}\n"
+        "import peft\n"
+        "from eigenzoo.integrations.peft_tuner.config import EigenzooConfig\n"
         "kind = EigenzooConfig(bundle='b').peft_type\n"
         "print(peft.PEFT_TYPE_TO_TUNER_MAPPING[kind].__name__)\n"
     )

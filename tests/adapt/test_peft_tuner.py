@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft_models import FITS, KINDS, Made, coefficients, shake, tuned
 
 import eigenzoo as ez
-from eigenzoo.integrations.peft_layer import EigenzooLayer
 from eigenzoo.integrations.peft_tuner import EigenzooConfig
+from eigenzoo.integrations.peft_tuner.layer import EigenzooLayer
 from tolerance import tolerance
 
 # PEFT's own use of what transformers has renamed.

@@ -118,7 +118,7 @@ def test_what_peft_adds_to_a_weight_is_not_rounded_by_autocast(made: Callable[[s
     pytest.importorskip("peft")
     from peft_models import shake, tuned
 
-    from eigenzoo.integrations.peft_layer import EigenzooLayer
+    from eigenzoo.integrations.peft_tuner.layer import EigenzooLayer
 
     case = made(name)
     model = tuned(case)

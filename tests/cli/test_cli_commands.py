@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, read_update, write_adapter
-from eigenzoo.cli.console import in_bytes, in_percent, progress_bar
+from eigenzoo.cli.console import progress_bar
+from eigenzoo.display import in_bytes, in_percent
 
 COMMANDS = [
     "inspect",

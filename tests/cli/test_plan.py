@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,20 +151,55 @@ def test_breaking_even_is_where_the_bundle_becomes_smaller(tmp_path: Path) -> No
             assert fixed + before * row.per_model >= before * per_model
 
 
-def test_the_command_prints_every_row_and_marks_bounds(run: Run, tmp_path: Path) -> None:
+def test_the_command_prints_a_short_table_and_json_has_all(run: Run, tmp_path: Path) -> None:
     root = write_zoo(tmp_path / "zoo", "weights")
     document = run("plan", root, "--json").json
     text = run("plan", root).out
-    assert len(document["rows"]) == len(ez.plan(root).rows)
-    for row in document["rows"]:
-        line = next(
-            line
-            for line in text.splitlines()
-            if line.split("  ")[0].strip() == ", ".join(row["axes"]) and f" {row['rank']} " in line
-        )
-        assert ("≤" in line) is not row["exact"]
+    plan = ez.plan(root)
+    assert len(document["rows"]) == len(plan.rows) > 12
+    shown = plan.shortlist()
+    table = [line for line in text.splitlines() if "×" in line]
+    assert len(table) == len(shown) <= 12
+    for line, row in zip(table, shown, strict=True):
+        assert line.lstrip("→ ").split("  ")[0].strip() == ", ".join(row.axes)
+        assert f" {row.rank} " in line
+        assert ("≤" in line) is not row.exact
+        assert line.startswith("→") is (row == plan.recommended)
+    assert f"Shown are {len(shown)} of {len(plan.rows)} choices" in text
+    assert "`--json` prints all." in text
     assert run("plan", root, "--axes", "inputs", "--json").json["rows"][0]["axes"] == ["inputs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_planted_directions_are_recommended_and_noise_is_not(run: Run, tmp_path: Path) -> None:
+    """Four directions hold all that 40 models differ in: more are wasted, fewer lose some. Noise has none to recommend."""
+    planted = write_stacks(tmp_path / "planted", {"w": random_stack(40, (48, 64), 0, rank=4)})
+    best = ez.plan(planted).recommended
+    assert best is not None
+    assert (best.axes, best.rank) == (("models",), 4)
+    assert "→ is recommended to try first: `--axes models --rank 4`" in run("plan", tmp_path / "planted").out
+    noise = write_stacks(tmp_path / "noise", {"w": random_stack(40, (48, 64), 1)})
+    assert ez.plan(noise).recommended is None
+    assert "No choice is recommended" in run("plan", tmp_path / "noise").out
+
+
+@pytest.mark.parametrize("kind", ["weights", "adapters"])
+def test_the_shortlist_has_no_row_that_another_makes_useless(tmp_path: Path, kind: str) -> None:
+    plan = ez.plan(write_zoo(tmp_path / "zoo", kind))
+    for most in (3, 12, 1000):
+        shown = plan.shortlist(most)
+        assert 1 < len(shown) <= most
+        assert plan.recommended is None or plan.recommended in shown
+        for row in shown:
+            better = [
+                other
+                for other in plan.rows
+                if other != row and other.bytes <= row.bytes and other.residual <= row.residual
+            ]
+            assert all((other.bytes, other.residual) == (row.bytes, row.residual) for other in better)
+    assert {shown[0], shown[-1]} <= set(plan.shortlist(3))
+    doubled = replace(plan, rows=plan.rows + tuple(replace(row, rank=row.rank + 1) for row in plan.rows))
+    assert len(doubled.shortlist(1000)) == len(shown)
 
 
 def test_what_is_kept_of_models_held_out_is_what_the_fit_says(tmp_path: Path) -> None:

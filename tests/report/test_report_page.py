@@ -17,6 +17,7 @@ from page_parser import read
 from report_documents import HOSTILE, make_document
 
 import eigenzoo.report
+from eigenzoo.display import in_percent
 from eigenzoo.errors import UsageError
 from eigenzoo.report import render_html
 from eigenzoo.report.document import read_document
@@ -24,7 +25,6 @@ from eigenzoo.report.figures import all_figures
 from eigenzoo.report.payload import payload
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.tables import layer_table
-from eigenzoo.report.written import in_percent
 
 KINDS = ("subspace", "nothing", "lineage", "hostile", "small")
 ROOM = Path(eigenzoo.report.__file__).parent

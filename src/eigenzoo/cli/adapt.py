@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:

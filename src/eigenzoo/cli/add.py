@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import counted, in_percent, print_json, progress_bar, say
+from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
+from eigenzoo.display import counted, in_percent
 from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:

@@ -16,11 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from eigenzoo.display import one_line
 from eigenzoo.records import Progress as ProgressCallback
 from eigenzoo.records import no_progress
-from eigenzoo.report.written import counted as counted
-from eigenzoo.report.written import in_bytes as in_bytes
-from eigenzoo.report.written import in_percent as in_percent
 
 LONGEST = 4000
 """Characters of an error."""
@@ -33,16 +31,6 @@ PIPE = 10_000
 
 GAP = 2
 """Spaces between two columns of a table."""
-
-
-def printable(text: object) -> str:
-    """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
-    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
-
-
-def one_line(text: object) -> str:
-    """Make text printable on one line: a name with line ends could say what the command says."""
-    return printable(text).replace("\n", "�")
 
 
 class _Output(Console):

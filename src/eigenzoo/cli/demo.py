@@ -14,7 +14,8 @@ import typer
 from eigenzoo.cli import fit as fit_command
 from eigenzoo.cli import inspect as inspect_command
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.display import in_percent
 from eigenzoo.records import plain
 
 if TYPE_CHECKING:

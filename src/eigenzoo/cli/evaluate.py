@@ -89,24 +89,12 @@ def command(
 
 def render(found: FunctionEvidence) -> None:
     """Print every variant's average and its standard error, then what follows."""
-    variants = [
-        ("original", found.mean.original, found.spread.original),
-        ("parent", found.mean.parent, found.spread.parent),
-        ("mean only", found.mean.mean, found.spread.mean),
-        ("head only", found.mean.head_only, found.spread.head_only),
-        *((f"rebuilt, rank {rank}", value, found.spread.rebuilt[rank]) for rank, value in found.mean.rebuilt.items()),
-        *(
-            (f"random basis of {rank}", value, found.spread.random_basis[rank])
-            for rank, value in found.mean.random_basis.items()
-        ),
-        (f"without the first {found.secondary_rank or '…'}", found.mean.secondary, found.spread.secondary),
-    ]
     whose = "held out" if found.heldout else "not all held out"
     say(f"{found.metric} of {found.num_models} models, {whose}; the subspace is of {found.num_fitted}")
     print_table(
         "",
         ("in a model's place", "average", "± standard error"),
-        [(name, _number(mean), _number(error)) for name, mean, error in variants],
+        [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
     )
     say(f"\n{found.sentence}")
 

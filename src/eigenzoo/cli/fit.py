@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
 from eigenzoo.cli.left_behind import say_hidden, say_left_files
+from eigenzoo.display import counted, in_bytes, in_percent
 from eigenzoo.records import plain, weighted_share
 from eigenzoo.weights.roles import role
 

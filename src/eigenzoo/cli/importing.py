@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import counted, print_json, progress_bar, say
+from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
+from eigenzoo.display import counted
 
 
 def command(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import counted, in_bytes, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
 from eigenzoo.cli.left_behind import say_hidden, say_left_files
+from eigenzoo.display import counted, in_bytes
 
 if TYPE_CHECKING:
     from eigenzoo.zoo.inspection import Inspection

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from eigenzoo.cli.console import counted, say
+from eigenzoo.cli.console import say
+from eigenzoo.display import counted
 
 if TYPE_CHECKING:
     from eigenzoo.zoo.left_files import LeftFile

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, progress_bar, say
+from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.examples import epilog
+from eigenzoo.display import in_percent
 
 app = typer.Typer(no_args_is_help=True, help="Train small real zoos on scikit-learn's handwritten digits.")
 

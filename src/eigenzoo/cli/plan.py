@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import counted, in_bytes, in_percent, print_json, print_table, progress_bar, say
+from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.display import counted, in_bytes, in_percent
 
 if TYPE_CHECKING:
     from eigenzoo.subspace.fitting.plan import Plan
@@ -76,7 +77,9 @@ def render(made: Plan) -> None:
         f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
     )
     adapters = any(row.lora_rank is not None for row in made.rows)
+    best, shown = made.recommended, made.shortlist()
     columns = (
+        "",
         "axes",
         "rank",
         "lost",
@@ -92,6 +95,7 @@ def render(made: Plan) -> None:
         (*columns, "LoRA rank") if adapters else columns,
         [
             (
+                "→" if row == best else "",
                 ", ".join(row.axes),
                 row.rank,
                 ("" if row.exact else "≤ ") + in_percent(row.residual),
@@ -100,15 +104,30 @@ def render(made: Plan) -> None:
                 in_bytes(row.bytes),
                 f"{row.ratio:.2f}×",
                 in_bytes(row.per_model),
-                "never" if row.break_even_models is None else f"{row.break_even_models:,} models",
+                "never" if row.break_even_models is None else counted(row.break_even_models, "model"),
                 *([f"≤ {row.lora_rank}"] if adapters else []),
             )
-            for row in made.rows
+            for row in shown
         ],
+        left=2,
     )
+    if best is not None:
+        say(
+            f"→ is recommended to try first: `--axes {','.join(best.axes)} --rank {best.rank}`, or a `--budget` of its bytes."
+        )
+    else:
+        say(
+            "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."
+        )
+    if len(shown) < len(made.rows):
+        say(
+            f"Shown are {len(shown)} of {len(made.rows)} choices; the others lie between these, or are larger and lose as much. "
+            "`--json` prints all."
+        )
     say(
-        "lost: share of all energy, in-sample; ≤ marks an upper bound. Variance kept: about the mean, in-sample; "
-        "held out: of models left out; –: only a fit can tell. Geometry is not function: measure the rebuilt models."
+        "Lost: share of all energy, in-sample; ≤ marks an upper bound. Variance kept: about the mean, in-sample; "
+        "held out: of models left out; –: only a fit can tell. These figures are geometry: measure the rebuilt models with "
+        "`eigenzoo evaluate`."
     )
     if adapters:
         say(

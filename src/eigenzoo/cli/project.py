@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_percent, print_json, print_table, progress_bar
+from eigenzoo.cli.console import print_json, print_table, progress_bar
+from eigenzoo.display import in_percent
 
 
 def command(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eigenzoo.cli import options
-from eigenzoo.cli.console import in_bytes, in_percent, print_json, progress_bar, say
+from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.left_behind import say_left_of_model
+from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.errors import UsageError
 from eigenzoo.records import finite
 

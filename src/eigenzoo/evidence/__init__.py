@@ -1,24 +1,52 @@
 """Controls of what a zoo seems to show: one file per control, each of which returns a record; `evidence` runs them all.
 
-The room and the function that it exists for have one name: `eigenzoo.evidence(zoo, axes=(), center="models", seed=0,
-thresholds=None, view=None, base=None, include=(), exclude=(), progress=…)` calls `eigenzoo.evidence.evidence.evidence`, whose
-docstring has shapes, costs and errors.
+The room and its main function have one name: `eigenzoo.evidence(zoo)` calls `eigenzoo.evidence.evidence.evidence`. `help` and
+`inspect.signature` of the room show that function's docstring and signature.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+_ROOM = __doc__
 
 
 class _Room(ModuleType):
     """A package that can be called: importing any of its files puts the package in the place of the public function."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        from eigenzoo.evidence.evidence import evidence
+        return _function()(*args, **options)
 
-        return evidence(*args, **options)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The public function's signature, which `inspect.signature` asks for."""
+        return inspect.signature(_function())
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """The public function's docstring. `help` of a module prints no signature, so the signature is part of it."""
+        function = _function()
+        first, _, rest = (inspect.getdoc(function) or "").partition("\n\n")
+        return f"{first}\n\n{_call(inspect.signature(function))}\n\n{rest}\n\n{_ROOM}"
+
+
+def _function() -> Callable[..., Any]:
+    # Importing the room itself is light: torch is imported when the function is called or shown.
+    from eigenzoo.evidence.evidence import evidence
+
+    return evidence
+
+
+def _call(signature: inspect.Signature) -> str:
+    """Write a call with one parameter a line."""
+    lines = [f"    {parameter}," for parameter in signature.parameters.values()]
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    lines.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "    *,")
+    return "\n".join(["evidence(", *lines, f") -> {signature.return_annotation}"])
 
 
 sys.modules[__name__].__class__ = _Room

@@ -1,21 +1,19 @@
-"""The controls of a whole zoo as sentences: what was asked, what was found, what chance or the control gives, how sure it is."""
+"""The controls of a whole zoo as sentences: what was asked, its answer, what chance or the control gives, how sure it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
+from eigenzoo.display import in_percent
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.reasons import p_text
+from eigenzoo.evidence.record import EvidenceRecord
 from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
 from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.linalg.heldout import NUM_FOLDS
-from eigenzoo.report.written import in_percent as percent
-
-if TYPE_CHECKING:
-    from eigenzoo.evidence.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -32,22 +30,22 @@ class Control:
     sentence: str
 
 
-def controls(found: Evidence) -> list[Control]:
+def controls(record: EvidenceRecord) -> list[Control]:
     """Say each control of a zoo; the figures are averages over layers weighted by their number of values, unless said otherwise."""
-    varying = [layer for layer in found.layers.values() if layer.variance > 0]
+    varying = [layer for layer in record.layers.values() if layer.variance > 0]
     if not varying:
         return []
     return [
         control
         for control in (
             _chance(varying),
-            _mean(found),
-            _unseen(found),
+            _mean(record),
+            _unseen(record),
             _universality(varying),
-            _growth(found),
-            _lineage(found),
-            _secondary(found, varying),
-            _suitability(found),
+            _growth(record),
+            _lineage(record),
+            _secondary(record, varying),
+            _suitability(record),
         )
         if control is not None
     ]
@@ -64,7 +62,7 @@ def _chance(layers: Sequence[LayerEvidence]) -> Control:
         _average(layers, [getattr(layer.chance, kind)[0] for layer in layers]) for kind in ("norm_matched", "iid")
     )
     ranks = [layer.chance.auto for layer in layers]
-    fooled = f"; a null of even norms, which uneven norms fool, gives {percent(iid)}" if null > 1.2 * iid else ""
+    fooled = f"; a null of even norms, which uneven norms fool, gives {in_percent(iid)}" if null > 1.2 * iid else ""
     return Control(
         "chance",
         "Is the spectrum steeper than that of unrelated models?",
@@ -73,14 +71,14 @@ def _chance(layers: Sequence[LayerEvidence]) -> Control:
         "unrelated models of the same norms",
         null,
         "parallel analysis against the 95 % quantile of the null's draws",
-        f"The first direction holds {percent(top)} of the variance; unrelated models of the same norms give "
-        f"{percent(null)}{fooled}. {min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on "
+        f"The first direction holds {in_percent(top)} of the variance; unrelated models of the same norms give "
+        f"{in_percent(null)}{fooled}. {min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on "
         f"average over {len(layers)} layers).",
     )
 
 
-def _mean(found: Evidence) -> Control:
-    summary = found.summary
+def _mean(record: EvidenceRecord) -> Control:
+    summary = record.summary
     return Control(
         "mean",
         "How much is what all models have in common?",
@@ -88,14 +86,14 @@ def _mean(found: Evidence) -> Control:
         summary.mean_heldout,
         "the mean of unrelated models",
         summary.mean_null,
-        f"{min(NUM_FOLDS, len(found.names))} folds",
-        f"The mean of the others removes {percent(summary.mean_heldout)} of a left-out model's energy (in-sample it holds "
-        f"{percent(summary.mean_energy)}); the mean of unrelated models would remove {percent(summary.mean_null)}.",
+        f"{min(NUM_FOLDS, len(record.names))} folds",
+        f"The mean of the others removes {in_percent(summary.mean_heldout)} of a left-out model's energy (in-sample it holds "
+        f"{in_percent(summary.mean_energy)}); the mean of unrelated models would remove {in_percent(summary.mean_null)}.",
     )
 
 
-def _unseen(found: Evidence) -> Control | None:
-    pooled, test = found.summary.dealt, found.summary.directions
+def _unseen(record: EvidenceRecord) -> Control | None:
+    pooled, test = record.summary.dealt, record.summary.directions
     place = shown_place(pooled)
     if place is None:
         return None
@@ -107,16 +105,11 @@ def _unseen(found: Evidence) -> Control | None:
         captured,
         "unrelated models of the same norms",
         null,
-        f"{num_folds(len(found.names))} folds; p {_p(test.p_value)} at {test.rank} directions, all layers together",
-        f"The top {pooled.rank[place]} directions hold {percent(pooled.in_sample[place])} of the fitted models' variance and "
-        f"{percent(captured)} of left-out models'; chance gives {percent(null)}. Leading directions hold {test.ratio:.2f} times "
-        f"what an average one does. {len(found.names) - 1} directions hold all {len(found.names)} models: that many is trivial.",
+        f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {test.rank} directions, all layers together",
+        f"The top {pooled.rank[place]} directions hold {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
+        f"{in_percent(captured)} of left-out models'; chance gives {in_percent(null)}. Leading directions hold "
+        f"{test.ratio:.2f} times what an average one does. {len(record.names) - 1} directions hold all {len(record.names)} models: that many is trivial.",
     )
-
-
-def _p(value: float) -> str:
-    """Write a p-value; floats end where it does not."""
-    return f"= {value:.1g}" if value > 1e-300 else "< 1e-300"
 
 
 def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
@@ -141,8 +134,8 @@ def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
     )
 
 
-def _growth(found: Evidence) -> Control | None:
-    grown = found.growth
+def _growth(record: EvidenceRecord) -> Control | None:
+    grown = record.growth
     if grown is None:
         return None
     few, many = grown.num_models[0], grown.num_models[-1]
@@ -153,31 +146,31 @@ def _growth(found: Evidence) -> Control | None:
         grown.var90_rank[-1],
         f"the same of {few} models",
         grown.var90_rank[0],
-        f"{grown.num_draws} random orders; standard deviation of the held-out share {percent(grown.spread[-1])}",
+        f"{grown.num_draws} random orders; standard deviation of the held-out share {in_percent(grown.spread[-1])}",
         f"From {few} to {many} models, directions for 90 % of the variance go from {grown.var90_rank[0]:.1f} to "
         f"{grown.var90_rank[-1]:.1f}, and the share of always the same left-out models that up to {grown.rank} directions hold "
-        f"from {percent(grown.captured[0])} to {percent(grown.captured[-1])} (chance {percent(grown.null[-1])}).",
+        f"from {in_percent(grown.captured[0])} to {in_percent(grown.captured[-1])} (chance {in_percent(grown.null[-1])}).",
     )
 
 
-def _lineage(found: Evidence) -> Control:
-    origin, across = found.lineage, found.summary.across
+def _lineage(record: EvidenceRecord) -> Control:
+    origin, across = record.lineage, record.summary.across
     grouped = sum(map(len, origin.groups))
     value = control = None
     held = ""
-    places = shown_places(found.summary.contrasts, across)
+    places = shown_places(record.summary.contrasts, across)
     if across is not None and places is not None:
         place = places[1]
-        value, control = found.summary.contrasts.captured[places[0]], across.captured[place]
+        value, control = record.summary.contrasts.captured[places[0]], across.captured[place]
         held = (
-            f" The top {across.rank[place]} directions hold {percent(value)} of the variance of models held out at random and "
-            f"{percent(control)} of that of whole lineages held out (chance {percent(across.null[place])})."
+            f" The top {across.rank[place]} directions hold {in_percent(value)} of the variance of models held out at random and "
+            f"{in_percent(control)} of that of whole lineages held out (chance {in_percent(across.null[place])})."
         )
     groups = "No group of common origin"
     if origin.groups:
         count = groups_of(len(origin.groups))
         groups = (
-            f"{count} of common origin: {grouped} of {len(found.names)} models, the largest {len(origin.groups[0])}"
+            f"{count} of common origin: {grouped} of {len(record.names)} models, the largest {len(origin.groups[0])}"
         )
     copies = f"; {len(origin.duplicates)} models are copies of another" if origin.duplicates else ""
     return Control(
@@ -192,7 +185,7 @@ def _lineage(found: Evidence) -> Control:
     )
 
 
-def _secondary(found: Evidence, layers: Sequence[LayerEvidence]) -> Control | None:
+def _secondary(record: EvidenceRecord, layers: Sequence[LayerEvidence]) -> Control | None:
     known = [(layer, layer.secondary) for layer in layers if layer.secondary is not None]
     if not known:
         return None
@@ -207,17 +200,17 @@ def _secondary(found: Evidence, layers: Sequence[LayerEvidence]) -> Control | No
         captured,
         "unrelated models of the same norms",
         null,
-        f"{num_folds(len(found.names))} folds",
-        f"The directions after the kept ones hold {percent(inside)} of the fitted models' variance, {percent(captured)} of "
-        f"left-out models' and {percent(null)} by chance.",
+        f"{num_folds(len(record.names))} folds",
+        f"The directions after the kept ones hold {in_percent(inside)} of the fitted models' variance, {in_percent(captured)} of "
+        f"left-out models' and {in_percent(null)} by chance.",
     )
 
 
-def _suitability(found: Evidence) -> Control | None:
-    known = [layer for layer in found.layers.values() if layer.suitability.exponents]
-    if not known and not measured_scores(found):
+def _suitability(record: EvidenceRecord) -> Control | None:
+    known = [layer for layer in record.layers.values() if layer.suitability.exponents]
+    if not known and not measured_scores(record):
         return None
-    limits = found.thresholds
+    limits = record.thresholds
     suited = sum(layer.suitability.is_suited(limits) for layer in known)
     own = "There are too few models to fit exponents to halves of the zoo."
     if known:
@@ -234,19 +227,19 @@ def _suitability(found: Evidence) -> Control | None:
         f"exponents from {limits.low:g} to {limits.high:g}",
         None,
         "random halves of the zoo",
-        f"{own} {_alpha_score(found)}",
+        f"{own} {_alpha_score(record)}",
     )
 
 
-def measured_scores(found: Evidence) -> dict[str, AlphaScore]:
+def measured_scores(record: EvidenceRecord) -> dict[str, AlphaScore]:
     """Return the authors' score of the layers that have one: models' own spectra at hand, and long enough to fit."""
-    scores = {name: layer.alpha_score for name, layer in found.layers.items()}
+    scores = {name: layer.alpha_score for name, layer in record.layers.items()}
     return {name: score for name, score in scores.items() if score is not None and score.fitted}
 
 
-def _alpha_score(found: Evidence) -> str:
-    scores = measured_scores(found)
-    if all(layer.alpha_score is None for layer in found.layers.values()):
+def _alpha_score(record: EvidenceRecord) -> str:
+    scores = measured_scores(record)
+    if all(layer.alpha_score is None for layer in record.layers.values()):
         return "The authors' alpha score, of every model's own spectrum, was not measured (option suitability)."
     if not scores:
         return "The authors' alpha score: no model's own spectrum is long enough to fit."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eigenzoo.evidence.alpha_score import AlphaScore, families
 from eigenzoo.evidence.controls import controls, measured_scores
 from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.record import EvidenceRecord
 from eigenzoo.evidence.source import AxisSpectrum
 from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import Pooled
@@ -14,31 +15,28 @@ from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.records import plain
 from eigenzoo.weights.roles import depth, role
 
-if TYPE_CHECKING:
-    from eigenzoo.evidence.evidence import Evidence
 
-
-def document(found: Evidence) -> dict[str, Any]:
+def document(record: EvidenceRecord) -> dict[str, Any]:
     """Return the evidence as JSON values."""
-    summary = found.summary
+    summary = record.summary
     return {
-        "num_models": len(found.names),
-        "num_layers": len(found.layers),
-        "view": found.view,
-        "center": found.center,
-        "names": list(found.names),
-        "seed": found.seed,
-        "folds": num_folds(len(found.names)),
-        "seconds": found.seconds,
-        "verdict": plain(found.verdict),
+        "num_models": len(record.names),
+        "num_layers": len(record.layers),
+        "view": record.view,
+        "center": record.center,
+        "names": list(record.names),
+        "seed": record.seed,
+        "folds": num_folds(len(record.names)),
+        "seconds": record.seconds,
+        "verdict": plain(record.verdict),
         "layers": {
-            name: _layer(layer, found.axes.get(name, {}), found.thresholds) for name, layer in found.layers.items()
+            name: _layer(layer, record.axes.get(name, {}), record.thresholds) for name, layer in record.layers.items()
         },
-        "lineage": _lineage(found),
-        "growth": None if found.growth is None else plain(found.growth),
-        "map": dict(zip(found.names, plain(found.map), strict=True)),
-        "map_shares": list(found.map_shares),
-        "suitability": _suitability(found),
+        "lineage": _lineage(record),
+        "growth": None if record.growth is None else plain(record.growth),
+        "map": dict(zip(record.names, plain(record.map), strict=True)),
+        "map_shares": list(record.map_shares),
+        "suitability": _suitability(record),
         "summary": {
             **_pooled(summary.dealt),
             "mean_energy": summary.mean_energy,
@@ -47,24 +45,24 @@ def document(found: Evidence) -> dict[str, Any]:
             "variance": summary.variance,
             "energy": summary.energy,
         },
-        "controls": [plain(control) for control in controls(found)],
-        "runs": [list(group) for group in found.runs],
-        "warnings": list(found.warnings),
+        "controls": [plain(control) for control in controls(record)],
+        "runs": [list(group) for group in record.runs],
+        "warnings": list(record.warnings),
     }
 
 
-def _layer(found: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thresholds) -> dict[str, Any]:
-    spectrum, held = found.chance, found.unseen
+def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thresholds) -> dict[str, Any]:
+    spectrum, held = layer.chance, layer.unseen
     return {
-        "shape": list(found.layer.shape),
-        "role": role(found.layer.name),
-        "depth": depth(found.layer.name),
-        "num_values": found.layer.num_values,
-        "energy": found.energy,
-        "variance": found.variance,
+        "shape": list(layer.layer.shape),
+        "role": role(layer.layer.name),
+        "depth": depth(layer.layer.name),
+        "num_values": layer.layer.num_values,
+        "energy": layer.energy,
+        "variance": layer.variance,
         "explained_variance_ratio": list(spectrum.explained_variance_ratio),
         "effective_rank": spectrum.effective_rank,
-        "mean_energy": found.mean.share,
+        "mean_energy": layer.mean.share,
         "null": {
             key: plain(getattr(spectrum, key))
             for key in ("norm_matched", "low", "high", "iid", "permuted", "spectrum_matched")
@@ -79,22 +77,22 @@ def _layer(found: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
                 "captured": list(held.left_out) if held else [],
             },
         },
-        "mean": {key: getattr(found.mean, key) for key in ("heldout", "null", "common", "deviations")},
-        "split_half": None if found.halves is None else plain(found.halves),
-        "secondary": None if found.secondary is None else plain(found.secondary),
+        "mean": {key: getattr(layer.mean, key) for key in ("heldout", "null", "common", "deviations")},
+        "split_half": None if layer.halves is None else plain(layer.halves),
+        "secondary": None if layer.secondary is None else plain(layer.secondary),
         "suitability": {
-            **{key: getattr(found.suitability, key) for key in ("exponent", "xmin", "num_values", "mean", "spread")},
-            "exponents": list(found.suitability.exponents),
-            "share": found.suitability.share(thresholds),
-            "q": found.suitability.q(thresholds),
-            "alpha_score": _alpha_score(found.alpha_score),
+            **{key: getattr(layer.suitability, key) for key in ("exponent", "xmin", "num_values", "mean", "spread")},
+            "exponents": list(layer.suitability.exponents),
+            "share": layer.suitability.share(thresholds),
+            "q": layer.suitability.q(thresholds),
+            "alpha_score": _alpha_score(layer.alpha_score),
         },
         "axes": {axis: plain(side) for axis, side in axes.items()},
         "rank": {"auto": spectrum.auto, "var90": spectrum.var90},
-        "test": plain(found.dealt.directions),
-        "test_across": None if found.across is None else plain(found.across.directions),
-        "verdict": found.code,
-        "decided_by": found.decided_by,
+        "test": plain(layer.dealt.directions),
+        "test_across": None if layer.across is None else plain(layer.across.directions),
+        "verdict": layer.code,
+        "decided_by": layer.decided_by,
     }
 
 
@@ -102,17 +100,17 @@ def _pooled(pooled: Pooled) -> dict[str, Any]:
     return {key: list(getattr(pooled, key)) for key in ("rank", "in_sample", "captured", "null")}
 
 
-def _lineage(found: Evidence) -> dict[str, Any]:
-    origin, summary = found.lineage, found.summary
+def _lineage(record: EvidenceRecord) -> dict[str, Any]:
+    origin, summary = record.lineage, record.summary
     grouped = sum(map(len, origin.groups))
     across = None
     if summary.across is not None:
         across = {
             **_pooled(summary.across),
             "mean": summary.mean_across,
-            "num_lineages": len(origin.groups) + len(found.names) - grouped,
+            "num_lineages": len(origin.groups) + len(record.names) - grouped,
         }
-    large = [group for group in origin.groups if len(group) < len(found.names)]
+    large = [group for group in origin.groups if len(group) < len(record.names)]
     return {
         **plain(origin),
         "across": across,
@@ -123,33 +121,33 @@ def _lineage(found: Evidence) -> dict[str, Any]:
     }
 
 
-def _suitability(found: Evidence) -> dict[str, Any]:
-    layers = [(name, layer.suitability) for name, layer in found.layers.items()]
-    suited = [name for name, layer in layers if layer.is_suited(found.thresholds)]
+def _suitability(record: EvidenceRecord) -> dict[str, Any]:
+    layers = [(name, layer.suitability) for name, layer in record.layers.items()]
+    suited = [name for name, layer in layers if layer.is_suited(record.thresholds)]
     known = [layer for _, layer in layers if layer.exponents]
     return {
-        "thresholds": plain(found.thresholds),
+        "thresholds": plain(record.thresholds),
         "retained": suited,
         "num_layers": len(known),
         "share": len(suited) / len(known) if known else 0.0,
-        "alpha_score": _alpha_scores(found),
+        "alpha_score": _alpha_scores(record),
     }
 
 
-def _alpha_score(found: AlphaScore | None) -> dict[str, Any] | None:
+def _alpha_score(score: AlphaScore | None) -> dict[str, Any] | None:
     """The authors' score of a layer; None where the models' own spectra were not measured."""
-    if found is None:
+    if score is None:
         return None
     return {
-        "exponents": list(found.exponents),
-        "num_models": len(found.fitted),
-        **{key: getattr(found, key) for key in ("mean", "spread", "share", "q")},
-        "retained": found.is_retained,
+        "exponents": list(score.exponents),
+        "num_models": len(score.fitted),
+        **{key: getattr(score, key) for key in ("mean", "spread", "share", "q")},
+        "retained": score.is_retained,
     }
 
 
-def _alpha_scores(found: Evidence) -> dict[str, Any] | None:
-    layers = measured_scores(found)
+def _alpha_scores(record: EvidenceRecord) -> dict[str, Any] | None:
+    layers = measured_scores(record)
     if not layers:
         return None
     retained = [name for name, layer in layers.items() if layer.is_retained]

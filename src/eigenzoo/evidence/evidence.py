@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted, html_table, one_line
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence import growth as growing
+from eigenzoo.evidence.controls import controls
 from eigenzoo.evidence.document import document
 from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
 from eigenzoo.evidence.lineage import Cosines, Lineage, as_lineages, lineage
-from eigenzoo.evidence.source import AxisSpectrum, MomentSource, open_source
+from eigenzoo.evidence.record import EvidenceRecord
+from eigenzoo.evidence.source import MomentSource, open_source
 from eigenzoo.evidence.suitability import Thresholds
-from eigenzoo.evidence.summary import Summary, Verdict, decide, summarize
+from eigenzoo.evidence.summary import decide, summarize
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import deal_whole
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
@@ -47,9 +50,12 @@ ONE_LINEAGE = 0.8
 
 MAP_DIMENSIONS = 3
 
+MOST_WARNINGS = 5
+"""Warnings that `repr` shows."""
+
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(EvidenceRecord):
     """What a zoo shows under every control; frozen. `to_dict` gives the documented JSON.
 
     Attributes:
@@ -67,26 +73,26 @@ class Evidence:
         runs: groups of models that are checkpoints of one training run, which the verdict says.
     """
 
-    names: tuple[str, ...]
-    view: str
-    center: str
-    seed: int
-    layers: dict[str, LayerEvidence]
-    axes: dict[str, dict[str, AxisSpectrum]]
-    lineage: Lineage
-    growth: growing.Growth | None
-    summary: Summary
-    map: tuple[tuple[float, ...], ...]
-    map_shares: tuple[float, ...]
-    thresholds: Thresholds
-    verdict: Verdict
-    warnings: tuple[str, ...]
-    seconds: float
-    runs: tuple[tuple[str, ...], ...] = ()
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; docs/evidence.md lists the keys."""
         return document(self)
+
+    def __repr__(self) -> str:
+        size = f"{counted(len(self.names), 'model')}, {counted(len(self.layers), 'layer')}, view={self.view!r}"
+        lines = [f"Evidence({size}): {self.verdict.code}", self.verdict.text]
+        return "\n".join(map(one_line, [*lines, *(f"Warning: {warning}" for warning in self.warnings[:MOST_WARNINGS])]))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (each.name, each.statistic, _number(each.value), each.control, _number(each.control_value))
+            for each in controls(self)
+        ]
+        columns = ("control", "statistic", "value", "compared with", "value there")
+        return html_table(self.verdict.code, columns, rows, note=self.verdict.text)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 @own_settings()

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eigenzoo.display import counted, html_table, one_line
 from eigenzoo.errors import DataError, EigenzooError, UsageError
 from eigenzoo.evidence.refit import hold_out, is_known
 from eigenzoo.evidence.variants import Variants, check_parent
@@ -90,6 +91,33 @@ class FunctionEvidence:
     mean: Measured
     spread: Measured
     sentence: str
+
+    @property
+    def averages(self) -> list[tuple[str, float | None, float | None]]:
+        """What stands in a model's place, with the average of the metric and its standard error."""
+        mean, spread = self.mean, self.spread
+        return [
+            ("original", mean.original, spread.original),
+            ("parent", mean.parent, spread.parent),
+            ("mean only", mean.mean, spread.mean),
+            ("head only", mean.head_only, spread.head_only),
+            *((f"rebuilt, rank {rank}", value, spread.rebuilt[rank]) for rank, value in mean.rebuilt.items()),
+            *(
+                (f"random basis of {rank}", value, spread.random_basis[rank])
+                for rank, value in mean.random_basis.items()
+            ),
+            (f"without the first {self.secondary_rank or '…'}", mean.secondary, spread.secondary),
+        ]
+
+    def __repr__(self) -> str:
+        whose = "held out" if self.heldout else "not all held out"
+        size = f"{counted(self.num_models, 'model')}, {whose}; {self.num_fitted} fitted"
+        return "\n".join(map(one_line, (f"FunctionEvidence({self.metric!r}, {size})", self.sentence)))
+
+    def _repr_html_(self) -> str:
+        rows = [(name, *("–" if each is None else f"{each:.4g}" for each in values)) for name, *values in self.averages]
+        columns = ("in a model's place", "average", "± standard error")
+        return html_table(f"{self.metric} of {counted(self.num_models, 'model')}", columns, rows, note=self.sentence)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from eigenzoo.display import one_line
 from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
 from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score
 from eigenzoo.linalg.gram import excess_moments, scale_models
@@ -47,6 +48,9 @@ class LayerEvidence:
     within: tuple[tuple[verdict.Findings, verdict.Weighed | None], ...]
     code: str
     decided_by: str
+
+    def __repr__(self) -> str:
+        return one_line(f"LayerEvidence({self.layer.name!r}, shape={self.layer.shape}): {self.code}")
 
 
 def measure_layer(

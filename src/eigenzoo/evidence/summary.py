@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from eigenzoo.display import in_percent
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
+from eigenzoo.evidence.reasons import why_gone, why_mean, why_not_shared, why_shared
 from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
-from eigenzoo.report.written import in_percent as percent
 
 SMALLEST = 1e-300
 """Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""
@@ -53,9 +54,10 @@ class Summary:
         energy, variance: Σ over layers.
         mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
             held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
+        mean_common, mean_across: what two models have in common over a model's energy, of all models and across lineages.
         dealt: held-out models; contrasts: the same seen from their own mean; across: held-out lineages, likewise, where there
             are several; within: inside each large group.
-        directions, across_directions: the test on all layers together.
+        directions, across_directions: the test on all layers together; measures, across_measures: the figures that decide it.
     """
 
     energy: float
@@ -70,6 +72,9 @@ class Summary:
     directions: rule.Directions
     across_directions: rule.Directions | None
     mean_across: float | None
+    mean_common: float
+    measures: rule.Measures | None
+    across_measures: rule.Measures | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,9 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
         if across
         else None,
+        mean_common=average([layer.mean.common for layer in varying]),
+        measures=rule.deciding(dealt),
+        across_measures=rule.deciding(across),
     )
 
 
@@ -188,9 +196,41 @@ def decide(
         gone = found is not None and not found.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
-    text = _sentence(code, decided_by, summary, lineage, num_models, view)
-    return Verdict(
-        code, " ".join(filter(None, (text, _denominator(code, counts, values), note))), decided_by, counts, values
+    parts = (
+        _sentence(code, decided_by, summary, lineage, num_models, view),
+        "" if decided_by == "variance" else _why(code, summary, layers),
+        _denominator(code, counts, values),
+        note,
+    )
+    return Verdict(code, " ".join(filter(None, parts)), decided_by, counts, values)
+
+
+def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> str:
+    """Name the condition of the rule that was met or missed by all layers together."""
+    measures, across = summary.measures, summary.across_measures
+    if code == rule.SHARED_LINEAGE:
+        if across is None or summary.across_directions is None or summary.mean_across is None:
+            return ""
+        if summary.directions.shared or summary.directions.held:
+            return "" if summary.across_directions.shared else why_gone(across)
+        return f"Across lineages: {why_mean(summary.mean_across, shared=False)}"
+    if code == rule.SHARED_SUBSPACE:
+        if summary.directions.shared and measures is not None:
+            return why_shared(measures)
+        return _why_largest(code, layers)
+    mean = why_mean(summary.mean_common, shared=code == rule.SHARED_MEAN)
+    return f"{mean} {why_not_shared(measures)}" if measures is not None else mean
+
+
+def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
+    """Name the condition that the largest layer of the verdict meets, where layers do alone what they do not together."""
+    alone = [layer for layer in layers.values() if layer.code == code and layer.weighed is not None]
+    largest = max(alone, key=lambda layer: layer.layer.num_values, default=None)
+    measures = rule.deciding([largest.weighed]) if largest is not None and largest.weighed is not None else None
+    if largest is None or measures is None:
+        return ""
+    return (
+        f"Not all layers together, but most alone; the largest of these is {largest.layer.name}. {why_shared(measures)}"
     )
 
 
@@ -212,8 +252,9 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
             dealt, across = places
             rest = (
                 f" and is gone across origins: the top {summary.across.rank[across]} directions hold "
-                f"{percent(summary.contrasts.captured[dealt])} of the variance of left-out models, but "
-                f"{percent(summary.across.captured[across])} of left-out lineages (chance {percent(summary.across.null[across])})"
+                f"{in_percent(summary.contrasts.captured[dealt])} of the variance of left-out models, but "
+                f"{in_percent(summary.across.captured[across])} of left-out lineages "
+                f"(chance {in_percent(summary.across.null[across])})"
             )
         return (
             f"Shared lineage: what is shared comes from models of common origin ({groups_of(len(lineage.groups))}, the largest of "
@@ -253,24 +294,25 @@ def _held(pooled: Pooled) -> str:
     if place is None:
         return "too few models to hold any out"
     return (
-        f"the top {pooled.rank[place]} directions of each layer hold {percent(pooled.captured[place])} of the variance of models "
-        f"left out of the fit (in-sample {percent(pooled.in_sample[place])}, chance {percent(pooled.null[place])})"
+        f"the top {pooled.rank[place]} directions of each layer hold {in_percent(pooled.captured[place])} of the variance "
+        f"of models left out of the fit (in-sample {in_percent(pooled.in_sample[place])}, chance {in_percent(pooled.null[place])})"
     )
 
 
 def _mean(summary: Summary) -> str:
     return (
-        f"the mean alone removes {percent(summary.mean_heldout)} of a left-out model's energy "
-        f"(chance {percent(summary.mean_null)})"
+        f"the mean alone removes {in_percent(summary.mean_heldout)} of a left-out model's energy "
+        f"(chance {in_percent(summary.mean_null)})"
     )
 
 
 def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, float]) -> str:
     still = counts[rule.NO_VARIANCE]
     varying = sum(counts.values()) - still
-    equal = f"; {still} more are equal in all models and count for nothing" if still else ""
+    equal = f"; {still} more are equal in all models and do not count" if still else ""
     return (
-        f"So say {counts[code]} of {varying} layers with variance, {percent(values[code])} of their values{equal}."
+        f"{counts[code]} of {varying} layers with variance have this verdict alone, "
+        f"with {in_percent(values[code])} of their values{equal}."
         if varying
         else ""
     ).strip()

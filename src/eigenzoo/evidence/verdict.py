@@ -7,7 +7,7 @@ found once more with whole lineages held out together: what is gone then was lin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import erfc, isinf, sqrt
 
 from eigenzoo.evidence.mean import MeanShare
@@ -84,6 +84,55 @@ class Directions:
     held: bool = False
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What the rule compares with its limits, of one layer or several together, at one number of directions.
+
+    Attributes:
+        rank: the number of directions.
+        share, over_chance: what they hold of held-out models about their own mean, and that over what any directions would.
+        p_chance: of that share and the spectrum's edge together, against unrelated models.
+        ratio, p_cloud: what they hold over what as many average directions do, and its p-value against a cloud without directions.
+        effective: the effective number of directions; infinite where none leads, None where lineages are held out.
+        num_models: how many models there are.
+
+    p-values are multiplied by the number of ranks tried.
+    """
+
+    rank: int
+    share: float
+    over_chance: float
+    p_chance: float
+    ratio: float
+    p_cloud: float
+    effective: float | None
+    num_models: int
+
+    def is_few(self, share: float) -> bool:
+        """Whether the effective number of directions is at most this share of the models, as far as it is measured."""
+        return self.effective is None or self.effective / self.num_models <= share
+
+    @property
+    def distinct(self) -> bool:
+        """Whether a few directions lead."""
+        return self.is_few(FEW) and self.p_cloud < SIGNIFICANCE and self.ratio >= DISTINCT
+
+    @property
+    def held(self) -> bool:
+        """Whether the directions hold enough, however many there are."""
+        return self.p_chance < SIGNIFICANCE and self.share >= MATERIAL_SHARE and self.over_chance >= MATERIAL_RATIO
+
+    @property
+    def material(self) -> bool:
+        """Whether the directions hold enough, and are fewer than the models."""
+        return self.held and self.is_few(FEWER_THAN_MODELS)
+
+    @property
+    def p_value(self) -> float:
+        """The p-value of the comparison that decides."""
+        return self.p_chance if self.held and not self.distinct else self.p_cloud
+
+
 NOWHERE = Directions(False, False, False, 0, 1.0, 0.0)
 
 
@@ -106,6 +155,38 @@ def directions(layers: Sequence[Weighed]) -> Directions:
     Two tests that are independent where nothing is shared, of the spectrum's edge in-sample and of held-out models, are added up
     as normal deviates, over layers by weight (Stouffer 1949); the best of a few ranks counts, and pays for the choice.
     """
+    tried = _tried(layers)
+    if not tried:
+        return NOWHERE
+    best = min(tried, key=_clearest)
+    return Directions(
+        shared=any(each.distinct or each.material for each in tried),
+        distinct=best.distinct,
+        material=any(each.material for each in tried),
+        rank=best.rank,
+        p_value=best.p_value,
+        ratio=best.ratio,
+        held=any(each.held for each in tried),
+        effective=None if best.effective is None or isinf(best.effective) else best.effective,
+    )
+
+
+def deciding(layers: Sequence[Weighed]) -> Measures | None:
+    """Return the measures that explain the answer of `directions`; None where no models can be held out.
+
+    Where directions are shared, the clearest rank; else one where they hold enough and are too many, if there is one.
+    """
+    tried = _tried(layers)
+    shared = any(each.distinct or each.material for each in tried)
+    return min(tried, key=lambda each: (not shared and not each.held, *_clearest(each)), default=None)
+
+
+def _clearest(measures: Measures) -> tuple[bool, bool, float, float]:
+    return not measures.distinct, not measures.material, measures.p_value, -measures.ratio
+
+
+def _tried(layers: Sequence[Weighed]) -> list[Measures]:
+    """Measure at every rank that is tried."""
     known = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
     total = sum(layer.weight for layer in known)
     by_rank = {
@@ -116,19 +197,10 @@ def directions(layers: Sequence[Weighed]) -> Directions:
         and 2 * sum(layer.weight for layer in having) >= total
     }
     if not by_rank:
-        return NOWHERE
+        return []
     effective = _effective(known)
     num_models = min(layer.sums.num_models for layer in known)
-    share = 0.0 if effective is None else effective / num_models
-    tried = [_at_rank(having, rank, len(by_rank), share) for rank, having in by_rank.items()]
-    best = min(tried, key=lambda found: (not found.distinct, not found.material, found.p_value, -found.ratio))
-    return replace(
-        best,
-        shared=any(found.shared for found in tried),
-        material=any(found.material for found in tried),
-        held=any(found.held for found in tried),
-        effective=None if effective is None or isinf(effective) else effective,
-    )
+    return [_at_rank(having, rank, len(by_rank), effective, num_models) for rank, having in by_rank.items()]
 
 
 def _effective(layers: Sequence[Weighed]) -> float | None:
@@ -141,7 +213,9 @@ def _effective(layers: Sequence[Weighed]) -> float | None:
     return effective_directions(second, third)
 
 
-def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, effective_share: float) -> Directions:
+def _at_rank(
+    layers: Sequence[Weighed], rank: int, num_tried: int, effective: float | None, num_models: int
+) -> Measures:
     total = sum(layer.weight for layer in layers)
 
     def average(values: Sequence[float]) -> float:
@@ -155,11 +229,9 @@ def _at_rank(layers: Sequence[Weighed], rank: int, num_tried: int, effective_sha
     ]
     against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
     against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
-    distinct = effective_share <= FEW and against_cloud < SIGNIFICANCE and average(ratios) >= DISTINCT
-    held = against_chance < SIGNIFICANCE and average(shares) >= MATERIAL_SHARE and average(chances) >= MATERIAL_RATIO
-    material = held and effective_share <= FEWER_THAN_MODELS
-    p_value = against_chance if held and not distinct else against_cloud
-    return Directions(distinct or material, distinct, material, rank, p_value, average(ratios), held=held)
+    return Measures(
+        rank, average(shares), average(chances), against_chance, average(ratios), against_cloud, effective, num_models
+    )
 
 
 def _p_value(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from eigenzoo.display import NONE, counted, in_bytes, in_number, in_percent
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report, has_similarity
 from eigenzoo.report.numbers import at_rank, floats, quantile
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.suitability import exponents
-from eigenzoo.report.written import NONE, counted, in_bytes, in_number, in_percent
 
 
 @dataclass(frozen=True)

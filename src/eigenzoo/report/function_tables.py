@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from eigenzoo.display import NONE, in_number
 from eigenzoo.report.document import Report
 from eigenzoo.report.tables import Table, table
-from eigenzoo.report.written import NONE, in_number
 
 SINGLE = {
     "original": "the original models",

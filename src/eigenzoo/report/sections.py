@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from eigenzoo.display import counted
 from eigenzoo.report import function_tables, tables
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.tables import Table
-from eigenzoo.report.written import counted
 
 
 @dataclass(frozen=True)

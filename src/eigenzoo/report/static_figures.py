@@ -22,6 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
+from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.errors import OutputError, UsageError
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report, read_document
@@ -31,7 +32,6 @@ from eigenzoo.report.payload import role_map
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import size_table
 from eigenzoo.report.suitability import exponents, limits
-from eigenzoo.report.written import in_bytes, in_percent
 
 FORMATS = ("png", "svg", "pdf")
 

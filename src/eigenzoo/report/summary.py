@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eigenzoo.display import counted, in_bytes, in_number, in_percent
 from eigenzoo.report.document import Report
 from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.tables import in_words, statistic_text
-from eigenzoo.report.written import counted, in_bytes, in_number, in_percent
 
 HEADLINES = {
     "no-shared-structure": "These models share no subspace beyond chance.",

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from eigenzoo.display import NONE, in_bytes, in_number, in_percent
 from eigenzoo.report import curves
 from eigenzoo.report.document import Report
 from eigenzoo.report.numbers import at_rank
 from eigenzoo.report.sizes import THRESHOLDS, SizeRow, SizeTable
 from eigenzoo.report.suitability import limits
-from eigenzoo.report.written import NONE, in_bytes, in_number, in_percent
 
 VERDICTS = {
     "no-shared-structure": "nothing shared beyond chance",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eigenzoo.display import counted, in_percent, one_line
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.linalg import lora
 from eigenzoo.records import finite
@@ -36,6 +37,11 @@ class Coefficients:
     energies: Mapping[str, float]
     outside: Mapping[str, float]
     template: Template
+
+    def __repr__(self) -> str:
+        numbers = sum(values.numel() for values in self.values.values())
+        size = f"{counted(len(self.values), 'layer')}, {counted(numbers, 'number')}"
+        return one_line(f"Coefficients({self.name!r}, {size}): {in_percent(self.residual)} lies outside the subspace")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the residuals as plain JSON values, infinite ones as None."""

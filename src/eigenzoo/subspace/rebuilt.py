@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted, one_line
 from eigenzoo.errors import BundleError, DataError, EigenzooError, RankError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import ModelLayout
@@ -60,6 +61,10 @@ class RebuiltModel:
         self._ranks: dict[str, UpdateRank] = {}
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
+
+    def __repr__(self) -> str:
+        kind = f"format={self._template.layout.format!r}, view={self._view!r}"
+        return one_line(f"RebuiltModel({self.name!r}, {counted(len(self._layers), 'layer')}, {kind})")
 
     @property
     def not_carried(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted, html_table, in_bytes
 from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
 from eigenzoo.formats.model import LoraUpdate, Model
 from eigenzoo.formats.remote import source_url
@@ -108,6 +109,27 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
         return dict(plain(self))
+
+    def __repr__(self) -> str:
+        size = f"{counted(self.num_models, 'model')}, {counted(self.num_layers, 'layer')}, view={self.view!r}"
+        remarks = {
+            "group of copies": len(self.duplicates),
+            "group of equal function": len(self.same_function),
+            "model skipped": len(self.skipped),
+            "warning": len(self.warnings),
+        }
+        plural = {name: name.replace(" ", "s ", 1) if " " in name else f"{name}s" for name in remarks}
+        said = [f"{count} {name if count == 1 else plural[name]}" for name, count in remarks.items() if count]
+        if self.num_non_finite:
+            said.insert(0, f"{self.num_non_finite:,} values are NaN or Inf")
+        return f"Inspection({size}, {in_bytes(self.whole_bytes)}): {', '.join(said) or 'nothing to report'}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (each.role, f"{each.shape[0]} × {each.shape[1]}", each.dtype, each.num_layers, in_bytes(each.num_bytes))
+            for each in self.roles
+        ]
+        return html_table(repr(self), ("role", "shape", "dtype", "layers", "bytes in one model"), rows)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from eigenzoo.display import counted, html_table, one_line
 from eigenzoo.formats.model import Model
 from eigenzoo.zoo.adapter import Adapter
 
@@ -15,6 +16,9 @@ MUCH = 1.0
 
 ABSURD = 100.0
 """A change of so many times what the layer itself answers leaves nothing of the base."""
+
+MOST_FAULTS = 5
+"""Faults that `repr` shows."""
 
 NEGLIGIBLE = 1e-6
 """A change below this share of what the layer answers: less than float32 rounds away over a layer's sum."""
@@ -144,6 +148,27 @@ class Verification:
         """The median change over all layers of all models; None where none is known."""
         known = [layer.change for layers in self.changes.values() for layer in layers.values()]
         return median(found) if (found := [change for change in known if change is not None]) else None
+
+    def __repr__(self) -> str:
+        against = "" if self.against is None else f", against={self.against!r}"
+        number = counted(len(self.faults), "fault")
+        answer = "undecided" if self.undecided else number if self.faults else "ok"
+        lines = [
+            f"Verification({self.path!r}, kind={self.kind!r}, {counted(len(self.checks), 'check')}{against}): {answer}"
+        ]
+        lines += self.faults[:MOST_FAULTS]
+        if len(self.faults) > MOST_FAULTS:
+            lines.append(f"and {len(self.faults) - MOST_FAULTS} more: iterate over the record")
+        return "\n".join(map(one_line, lines))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (check.name, ("ok" if check.ok else "failed") if check.done else "not made", check.detail)
+            for check in self.checks
+        ]
+        return html_table(
+            repr(self).partition("\n")[0], ("check", "answer", "detail"), rows, note=" ".join(self.faults)
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.faults)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from eigenzoo.display import counted, html_table, in_bytes, in_percent
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress, plain
@@ -30,6 +31,12 @@ from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
+
+ROUND_OFF = 1e-8
+"""Shares of the energy that differ by less are the same."""
+
+MOST_ROWS = 12
+"""Choices that a table for people shows: about a screen with its notes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,62 @@ class Plan:
     whole_zoo: int
     mean_only_residual: float
     rows: tuple[PlanRow, ...]
+
+    @property
+    def recommended(self) -> PlanRow | None:
+        """The choice to try first: of bundles smaller than the zoo's files, the one that keeps the most for its bytes.
+
+        It maximises the share of Σ‖X − mean‖² that is kept minus the bundle's share of the files' bytes. None where no choice
+        keeps a larger share than it takes.
+        """
+        kept, row = max(((self._gain(row), row) for row in self.rows), key=lambda pair: pair[0], default=(0.0, None))
+        return row if kept > 0 else None
+
+    def _gain(self, row: PlanRow) -> float:
+        lost = row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
+        return 1 - lost - row.bytes / self.whole_zoo
+
+    def shortlist(self, most: int = MOST_ROWS) -> tuple[PlanRow, ...]:
+        """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
+
+        Left out are rows that another row makes useless, since it is no larger and loses no more, which duplicates are too.
+        Of more than `most` rows, some between the smallest and the largest are left out.
+        """
+        front: list[PlanRow] = []
+        for row in sorted(self.rows, key=lambda row: (row.bytes, row.residual, len(row.axes))):
+            if not front or row.residual < front[-1].residual - ROUND_OFF:
+                front.append(row)
+        steps = max(min(most, len(front)) - 1, 1)
+        chosen = {round(step * (len(front) - 1) / steps) for step in range(steps + 1)} if front else set()
+        best = self.recommended
+        if best in front and (index := front.index(best)) not in chosen:
+            # The ends stay; the nearest of the others gives way.
+            inner = sorted(chosen - {0, len(front) - 1}, key=lambda other: abs(other - index))
+            chosen = (chosen - set(inner[:1])) | {index}
+        return tuple(front[index] for index in sorted(chosen))
+
+    def __repr__(self) -> str:
+        size = f"{counted(self.num_models, 'model')}, {counted(self.num_layers, 'layer')}, view={self.view!r}"
+        best = self.recommended
+        advice = "no choice keeps a larger share of the models' differences than it takes of their bytes"
+        if best is not None:
+            loss = ("" if best.exact else "at most ") + in_percent(best.residual)
+            advice = f"try axes {', '.join(best.axes)} at rank {best.rank}: {in_bytes(best.bytes)}, {loss} of the energy lost"
+        return f"Plan({size}, {in_bytes(self.whole_zoo)} in files, {len(self.rows)} choices): {advice}"
+
+    def _repr_html_(self) -> str:
+        best = self.recommended
+        rows = [
+            (
+                ", ".join(row.axes) + (" (recommended)" if row == best else ""),
+                row.rank,
+                ("" if row.exact else "≤ ") + in_percent(row.residual),
+                in_bytes(row.bytes),
+                f"{row.ratio:.2f}×",
+            )
+            for row in self.shortlist()
+        ]
+        return html_table(repr(self), ("axes", "rank", "lost", "bundle", "ratio"), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""

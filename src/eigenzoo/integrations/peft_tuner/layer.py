@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from eigenzoo.adapt.trained import Coefficients, without_autocast
 from eigenzoo.errors import DataError, UnsupportedError
-from eigenzoo.integrations.peft_chains import FrozenBasis, Stages, apply, dense, follow
-from eigenzoo.integrations.peft_registration import BaseTunerLayer, check_adapters_to_merge
+from eigenzoo.integrations.peft_tuner.chains import FrozenBasis, Stages, apply, dense, follow
+from eigenzoo.integrations.peft_tuner.registration import BaseTunerLayer, check_adapters_to_merge
 
 LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
 """Kinds of layers; the last are convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA passes over."""

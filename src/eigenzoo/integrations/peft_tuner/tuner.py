@@ -1,17 +1,4 @@
-"""Training only coefficients in a bundle's frozen basis, as a method of PEFT.
-
-    from peft import get_peft_model
-    from eigenzoo.integrations.peft_tuner import EigenzooConfig, export_lora
-
-    model = get_peft_model(model, EigenzooConfig(bundle="bundle/"))
-    ...                                       # Trainer, accelerate, any loop; see eigenzoo.adapt.LEARNING_RATE
-    model.save_pretrained("task/")            # a few hundred bytes a layer
-    export_lora(model, "task-lora/")          # a plain LoRA, for vLLM and others
-
-A process that loads such an adapter imports `eigenzoo.integrations` first. Adapters of several bundles may lie beside each other in
-one model.
-Memory: the bundle's bases, once per layer, in the dtype of the weights; see docs/adapt.md for what training costs.
-"""
+"""The tuner: puts an adapter of a bundle beside the layers of a model, as PEFT asks for it."""
 
 from __future__ import annotations
 
@@ -28,12 +15,11 @@ from torch.nn.utils import parametrize
 from eigenzoo.adapt.starts import ZERO
 from eigenzoo.adapt.trained import Start, scales_of
 from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
-from eigenzoo.integrations.lora_export import export_lora
-from eigenzoo.integrations.peft_chains import dense_mean, freeze
-from eigenzoo.integrations.peft_config import EigenzooConfig, open_bundle, start_of
-from eigenzoo.integrations.peft_layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
-from eigenzoo.integrations.peft_places import Place, find_places
-from eigenzoo.integrations.peft_registration import (
+from eigenzoo.integrations.peft_tuner.chains import dense_mean, freeze
+from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle, start_of
+from eigenzoo.integrations.peft_tuner.layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
+from eigenzoo.integrations.peft_tuner.places import Place, find_places
+from eigenzoo.integrations.peft_tuner.registration import (
     PREFIX,
     BaseTuner,
     BaseTunerLayer,
@@ -43,8 +29,6 @@ from eigenzoo.integrations.peft_registration import (
     register,
 )
 from eigenzoo.subspace.subspace import Subspace
-
-__all__ = ["EigenzooConfig", "EigenzooModel", "export_lora"]
 
 MOST_DRAWS = 2**61 - 1
 """Seeds of layers' random bases: a prime, so that no two seeds of adapters have the same ones."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.errors import BundleError, MismatchError, UnsupportedError
-from eigenzoo.integrations.peft_layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
+from eigenzoo.integrations.peft_tuner.layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.subspace.subspace import Subspace
 
@@ -29,7 +29,7 @@ class Place:
     """A module, and what of the bundle belongs to it.
 
     Attributes:
-        kind: see `peft_layer.kind_of`.
+        kind: see `layer.kind_of`.
         name: the bundle's layer; of view `factors` without the factor's name.
         parts: the bundle's layers by the names of PARTS.
     """

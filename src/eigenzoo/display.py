@@ -1,6 +1,9 @@
-"""Numbers written for people: one rule for the terminal, the evidence's sentences, and every form of the report."""
+"""How records, numbers and names are written for people: in a terminal, in a `repr`, and as a table of a notebook."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
 
 NONE = "–"
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -10,6 +13,16 @@ ROUND_OFF = 1e-8
 
 BOUNDLESS = 1e4
 """Shares above this have a denominator that is zero but for round-off."""
+
+
+def printable(text: object) -> str:
+    """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
+    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
+
+
+def one_line(text: object) -> str:
+    """Make text printable on one line: a name with line ends could say what the command says."""
+    return printable(text).replace("\n", "�")
 
 
 def in_percent(share: float | None) -> str:
@@ -70,3 +83,19 @@ def _plain_exponent(text: str) -> str:
     mantissa, _, power = text.partition("e")
     written = f"{mantissa} × 10{str(int(power)).translate(SUPERSCRIPT)}" if power else mantissa
     return "−" + written[1:] if written.startswith("-") else written
+
+
+def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:
+    """Write a table for a notebook's `_repr_html_`. Every text is escaped.
+
+    >>> html_table("<b>", ["layer"], [["a"]])
+    '<table><caption>&lt;b&gt;</caption><thead><tr><th>layer</th></tr></thead><tbody><tr><td>a</td></tr></tbody></table>'
+    """
+    head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f"<caption>{_escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<table>{table}</table>" + (f"<p>{_escaped(note)}</p>" if note else "")
+
+
+def _escaped(text: object) -> str:
+    return escape(one_line(text))

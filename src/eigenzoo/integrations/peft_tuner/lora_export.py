@@ -24,11 +24,11 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import write_lora
-from eigenzoo.integrations.peft_chains import Stages, freeze, sides
-from eigenzoo.integrations.peft_config import EigenzooConfig, open_bundle
-from eigenzoo.integrations.peft_layer import CONV, CONV1D, EMBEDDING, LINEAR, OTHER_CONV, PARTS, EigenzooLayer
-from eigenzoo.integrations.peft_places import Place, parts_of
-from eigenzoo.integrations.peft_registration import PeftModel, get_peft_model_state_dict
+from eigenzoo.integrations.peft_tuner.chains import Stages, freeze, sides
+from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle
+from eigenzoo.integrations.peft_tuner.layer import CONV, CONV1D, EMBEDDING, LINEAR, OTHER_CONV, PARTS, EigenzooLayer
+from eigenzoo.integrations.peft_tuner.places import Place, parts_of
+from eigenzoo.integrations.peft_tuner.registration import PeftModel, get_peft_model_state_dict
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
 

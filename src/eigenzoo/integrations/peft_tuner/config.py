@@ -12,7 +12,7 @@ from eigenzoo.adapt.trained import Start
 from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id
-from eigenzoo.integrations.peft_registration import PeftConfig, peft_type
+from eigenzoo.integrations.peft_tuner.registration import PeftConfig, peft_type
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.subspace import Subspace
@@ -51,8 +51,6 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
     modules: dict[str, list[str]] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        import eigenzoo.integrations.peft_tuner  # noqa: F401 - registers the tuner, whatever was imported
-
         super().__post_init__()
         self.seed = check_seed(self.seed)
         self.peft_type = peft_type()

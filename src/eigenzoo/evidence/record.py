@@ -1,0 +1,34 @@
+"""What all controls found of one zoo, as a record that the rest of the room reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eigenzoo.evidence.growth import Growth
+from eigenzoo.evidence.layer_evidence import LayerEvidence
+from eigenzoo.evidence.lineage import Lineage
+from eigenzoo.evidence.source import AxisSpectrum
+from eigenzoo.evidence.suitability import Thresholds
+from eigenzoo.evidence.summary import Summary, Verdict
+
+
+@dataclass(frozen=True)
+class EvidenceRecord:
+    """What a zoo shows under every control. `evidence.Evidence`, the public record, describes the fields and adds methods."""
+
+    names: tuple[str, ...]
+    view: str
+    center: str
+    seed: int
+    layers: dict[str, LayerEvidence]
+    axes: dict[str, dict[str, AxisSpectrum]]
+    lineage: Lineage
+    growth: Growth | None
+    summary: Summary
+    map: tuple[tuple[float, ...], ...]
+    map_shares: tuple[float, ...]
+    thresholds: Thresholds
+    verdict: Verdict
+    warnings: tuple[str, ...]
+    seconds: float
+    runs: tuple[tuple[str, ...], ...] = ()
