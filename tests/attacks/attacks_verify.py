@@ -121,6 +121,28 @@ def dry(
     return build
 
 
+def towers(sandbox: Sandbox) -> Sequence[Words]:
+    """Two thousand modules, each below a name of its own, and a base with fifty thousand more names."""
+    (words,) = dry()(sandbox)
+    for path, names in (
+        (sandbox.files / "llama_adapter" / WEIGHTS, None),
+        (sandbox.files / "llama" / "model.safetensors", [f"t.x{n}.q_proj.weight" for n in range(50_000)]),
+    ):
+        held = load_file(path)
+        if names is None:
+            held = {
+                f"base_model.model.t{n}.q_proj.lora_{side}.weight": torch.ones(*shape)
+                for n in range(1_900)
+                for side, shape in (("A", (2, 3)), ("B", (3, 2)))
+            }
+        else:
+            held |= {name: torch.ones(3, 3) for name in names}
+        save_file(held, path, {"format": "pt"})
+    path = sandbox.files / "llama_adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 2, "rank_pattern": {}}))
+    return [words]
+
+
 def pickled_base_of_adapter(sandbox: Sandbox) -> Sequence[Words]:
     """An adapter whose base is a folder of pickles and modules, which nobody is to follow."""
     other = sandbox.copy("llama", "other")
@@ -178,6 +200,9 @@ BUILT: dict[str, dict[str, Any]] = {
     },
     "architectures that are functions": {"architectures": ["pipeline", "__import__", "os.system", "utils"]},
     "architectures of no text": {"architectures": [{"a": 1}, None, 7]},
+    "architectures that are a number": {"architectures": 5},
+    "architectures that are a text": {"architectures": "LlamaForCausalLM" * 1000},
+    "10^5 architectures": {"architectures": [f"LlamaModel{n}" for n in range(10**5)]},
     "attention by a kernel of the hub": {"_attn_implementation": "evil/kernel"},
     "quantised by a library": {"quantization_config": {"quant_method": "awq", "bits": 4}},
     "an adapter of transformers' own": {"_name_or_path": "/etc", "adapter": "x", "base_model": "/etc/passwd"},
@@ -205,6 +230,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "an expression in exclude_modules": {"exclude_modules": "(.*)*x"},
     "a rank of 10^12": {"r": 10**12},
     "a rank pattern of 10^12": {"rank_pattern": {"q_proj": 10**12}},
+    "an embedding of rank 2·10^7 that no factor is for": {
+        "rank_pattern": {"embed_tokens": 2 * 10**7},
+        "target_modules": ["q_proj", "v_proj", "embed_tokens"],
+    },
+    "10^4 rank patterns": {"rank_pattern": {f"m{number}": 2 for number in range(10_000)}},
+    "10^4 layers": {"layers_to_transform": list(range(900)), "layers_pattern": [f"x{n}" for n in range(100)]},
     "a dropout of a text": {"lora_dropout": "x"},
     "a config of Megatron": {"megatron_config": {}, "megatron_core": "evil"},
     "a runtime config": {"runtime_config": {"ephemeral_gpu_offload": True}},
@@ -260,6 +291,18 @@ def added(**tensors: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object
     return lambda held: held.update({name.replace("__", "."): tensor for name, tensor in tensors.items()})
 
 
+def in_blocks(*numbers: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Nothing but layers of blocks of these numbers, in Wan's own names, which diffusers converts."""
+
+    def change(held: dict[str, torch.Tensor]) -> None:
+        held.clear()
+        for number in numbers:
+            stem = f"diffusion_model.blocks.{number}.self_attn.q"
+            held |= {f"{stem}.lora_A.weight": torch.ones(2, 24), f"{stem}.lora_B.weight": torch.ones(24, 2)}
+
+    return change
+
+
 BUILT_BY_DIFFUSERS: dict[str, dict[str, Any]] = {
     "10^9 layers": {"num_layers": 10**9},
     "10^9 heads": {"num_attention_heads": 10**9},
@@ -288,6 +331,13 @@ LORAS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     ),
     "patterns in names": added(
         **{f"transformer__(a+)+(b+)+{side}__lora_{side}__weight": torch.ones(2, 2) for side in "AB"}
+    ),
+    **{
+        f"blocks from 0 to {last}": in_blocks("0", last)
+        for last in ("999999999", "9_999_999_99", "+9_999_999_99", "９９９９９９９９９")
+    },
+    "a thousand modules, most of which are nobody's": added(
+        **{f"transformer__x{n}__lora_{side}__weight": torch.ones(2, 2) for n in range(990) for side in "AB"}
     ),
 }
 """Tensors beside a LoRA's own, which diffusers would sort, convert and match."""
@@ -377,6 +427,7 @@ ATTACKS = [
             "no JSON": "\0" * 100,
         }.items()
     ),
+    Attack("verify: two thousand towers", towers, ANY, adapt=True),
     Attack("verify: the adapter's base is a folder of pickles", pickled_base_of_adapter, ANY, adapt=True),
     Attack("verify: a bundle whose models have hostile names", bundle_against, ANY),
 ]

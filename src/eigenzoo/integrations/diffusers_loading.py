@@ -25,7 +25,7 @@ from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.dry_tensors import Origins, dropped_of, places_of, refuse_undecided, without_values
 from eigenzoo.integrations.model_limits import check_counts, no_larger_than
 from eigenzoo.integrations.models import quietly, read_config, told
-from eigenzoo.integrations.peft_loading import build, names_in
+from eigenzoo.integrations.peft_loading import architectures_of, build, names_in
 from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.verification import Loading
 
@@ -38,6 +38,9 @@ PIPELINES = {
 
 MOST_LAYERS = 4_000
 """Layers of a LoRA that diffusers is given: PEFT compares each with each other, and real ones have two thousand at most."""
+
+MOST_DIGITS = 9
+"""Of a number in a name; longer ones count as too high."""
 
 _MODEL = re.compile(r"(?P<name>\w+?)Transformer\w*Model")
 _ADAPTER = "default"
@@ -69,6 +72,12 @@ def _load(base: Model, adapter: Adapter) -> Loading:
         raise UnsupportedError(
             f"the LoRA changes {len(adapter.updates)} layers", rule=f"diffusers is given at most {most} for this base"
         )
+    high = next((name for name in adapter.shapes if _highest_number(name) > MOST_LAYERS), None)
+    if high is not None:
+        raise UnsupportedError(
+            f"{high[:100]!r} has a number above {MOST_LAYERS:,}",
+            rule="diffusers goes through all blocks up to the highest number in a LoRA's names",
+        )
     pipeline, modules = _pipeline_of(base)
 
     def by_pipeline(tensors: dict[str, Tensor]) -> None:
@@ -92,6 +101,22 @@ def _load(base: Model, adapter: Adapter) -> Loading:
     return replace(alone, note=f"{lost}; {type(module).__name__}.load_lora_adapter(…, prefix=None) loads it")
 
 
+def _highest_number(name: str) -> int:
+    """Return the highest number in a name, however it is spelled: diffusers takes parts between dots and underscores for numbers.
+
+    >>> _highest_number("lora_unet_input_blocks_4_1_proj_in"), _highest_number("blocks.+1_000.q")
+    (4, 1000)
+    """
+    numbers = [digits for part in name.split(".") for digits in _numbers_in(part)]
+    return max((int(digits) if len(digits) < MOST_DIGITS else 10**MOST_DIGITS for digits in numbers), default=0)
+
+
+def _numbers_in(part: str) -> list[str]:
+    """Return the numbers of a part of a name; the whole part is one where Python reads it so."""
+    whole = part.strip().removeprefix("+")
+    return [whole.replace("_", "")] if re.fullmatch(r"\d[\d_]*", whole) else re.findall(r"\d+", part)
+
+
 def _tried(
     base: Model,
     adapter: Adapter,
@@ -111,7 +136,8 @@ def _tried(
     what = f"diffusers {diffusers.__version__}, loading into {into},"
     tensors = without_values(adapter)
     try:
-        with Origins(tensors) as origins:
+        # As for PEFT alone, which draws embeddings' factors in memory.
+        with torch.device("meta"), Origins(tensors) as origins:
             told("refused", base.folder, lambda: load(dict(tensors)))
     except FormatError as error:
         if isinstance(error.__cause__, AttributeError) and "'NoneType'" in str(error.__cause__):
@@ -192,7 +218,7 @@ def _component(base: Model, name: str, entry: object) -> nn.Module | None:
         config = read_config(folder)
         import transformers
 
-        own = [str(part) for part in (entry[-1], *(config.architectures or ()))]
+        own = [str(entry[-1]), *architectures_of(config)]
         known = [part for part in own if _is_class(getattr(transformers, part, None), transformers.PreTrainedModel)]
         return build(config, (*known, "AutoModel")[0], base, folder)
     import diffusers

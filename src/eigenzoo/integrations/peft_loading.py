@@ -40,6 +40,9 @@ CLASSES = {
 
 ADAPTER = "default"
 
+MOST_CLASSES = 10
+"""Classes that a config may name: each is looked for in transformers. Real ones name one."""
+
 _AUTO = frozenset(CLASSES.values())
 _OTHERS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
 # Tried where no class that a config names takes up everything: only to say which one would.
@@ -123,11 +126,17 @@ def _other_class(config: Any, base: Model, adapter: Adapter, found: Mapping[str,
     return ""
 
 
+def architectures_of(config: Any) -> list[str]:
+    """Return the names of classes that a config says of itself; a config may say anything."""
+    named = getattr(config, "architectures", None)
+    return [str(name) for name in named[:MOST_CLASSES]] if isinstance(named, list | tuple) else []
+
+
 def _named_classes(config: Any, adapter: Mapping[str, Any]) -> tuple[str, ...]:
     """Give the names of the classes by which a base is built for an adapter, each once, in this order."""
     import transformers
 
-    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    names = architectures_of(config)
     mapping = adapter.get("auto_mapping")
     if isinstance(mapping, dict) and str(mapping.get("parent_library", "")).startswith("transformers."):
         names.append(str(mapping.get("base_model_class")))
@@ -235,7 +244,9 @@ def _wrapped(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, 
     chosen |= {"init_lora_weights": True, "inference_mode": True}
     # Models of transformers before version 5 say by which patterns older adapters are renamed.
     mapping: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    wrapped: nn.Module = get_peft_model(model, LoraConfig(**chosen), ADAPTER, low_cpu_mem_usage=True)
+    # Embeddings' factors are drawn in memory before they are put on the meta device, of whatever rank a pattern says.
+    with torch.device("meta"):
+        wrapped: nn.Module = get_peft_model(model, LoraConfig(**chosen), ADAPTER, low_cpu_mem_usage=True)
     state = {_mapped(name, mapping): tensor for name, tensor in tensors.items()}
     set_peft_model_state_dict(wrapped, state, ADAPTER, low_cpu_mem_usage=True)
     return wrapped

@@ -15,6 +15,9 @@ from eigenzoo.zoo.base_modules import BaseModules, fits
 DIFFUSION_PREFIXES = ("diffusion_model.", "transformer.", "unet.")
 """By which diffusers knows whose names the keys of a LoRA are; files of trainers may have none."""
 
+MOST_TOWERS = 16
+"""First parts of names that may each be renamed in a way of their own: a model has one for texts, one for images and few more."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -65,6 +68,8 @@ def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: 
     towers: dict[str, list[str]] = {}
     for module in lost:
         towers.setdefault(module.partition(".")[0], []).append(module)
+    if len(towers) > MOST_TOWERS:
+        return ()
     found = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
     renames = tuple((rename, modules) for rename, modules in found if rename is not None)
     return renames if len(renames) == len(found) else ()
