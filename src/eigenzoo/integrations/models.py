@@ -23,6 +23,7 @@ from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.model_limits import MOST_COUNTED, check_counts, no_larger_than
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.weights.roles import glob_of
 
 EXTRA = install("adapt")
 IMAGE, TEXT = "image", "text"
@@ -196,5 +197,5 @@ def _check_drawn(folder: Path, found: Mapping[str, Any], besides: Sequence[str])
             f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}: in the checkpoint they are missing, or of another size",
             where=str(folder),
             rule="a head that fits the data is drawn anew, and has to be trained then",
-            next_step=f"add --besides '{left[0].rpartition('.')[0]}.*'",
+            next_step=f"add --besides '{glob_of(left[0].rpartition('.')[0])}.*'",
         )

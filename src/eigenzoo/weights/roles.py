@@ -25,6 +25,15 @@ def role(layer: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", layer.removeprefix(PEFT_PREFIX))
 
 
+def glob_of(layer: str) -> str:
+    """Return a glob that matches a layer, to be written between quotes in a command: whatever a shell could take for more is `?`.
+
+    >>> glob_of("block.*.weight"), glob_of("a'; rm -r x #[0]")
+    ('block.*.weight', 'a???rm?-r?x???0?')
+    """
+    return re.sub(r"[^\w.*/:-]", "?", layer, flags=re.ASCII)
+
+
 def depth(layer: str) -> int | None:
     """Return the first block number in the layer's name, or None where there is none.
 

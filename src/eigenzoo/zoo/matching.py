@@ -17,17 +17,20 @@ import torch
 from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.bundle.manifest import MAX_NAME
 from eigenzoo.formats.layout import ADAPTERS
-from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled
+from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled, zero_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
-from eigenzoo.weights.roles import is_task_head, role
+from eigenzoo.weights.roles import glob_of, is_task_head, role
 from eigenzoo.weights.splits import SplitRule
 from eigenzoo.zoo.layers import LayerSource, dtype_name, layer_sources, widest
 from eigenzoo.zoo.prefixes import layers_error, prefix_error
 
 MAX_MODULES = 100_000
 """Modules that adapters may have together where each gets an update of zero for those that it lacks: each costs memory."""
+
+MAX_ZEROS = 400_000
+"""Updates of zero in a zoo: each costs a kilobyte of memory, more than its adapter's file may have."""
 
 EXCLUDED = "excluded"
 """The reason of what include and exclude leave out."""
@@ -80,7 +83,18 @@ def fill_models(
             next_step="open adapters of one base alone",
         )
     modules = tuple(module for module in known.values() if not selection.excludes(module.update.module))
-    filled = (fill_adapter(model, modules, name) for model, name in zip(models, names, strict=True))
+    filled: list[Model] = []
+    num_zeros = 0
+    for model, name in zip(models, names, strict=True):
+        filled.append(fill_adapter(model, modules, name))
+        num_zeros += len(zero_modules(filled[-1]))
+        if num_zeros > MAX_ZEROS:
+            raise ZooError(
+                f"more than {MAX_ZEROS:,} modules that adapters lack",
+                where=name,
+                rule="so many are counted as zero in one zoo",
+                next_step="leave out with --exclude what few adapters have, or open adapters alone that train the same modules",
+            )
     return tuple(filled), replace(selection, modules=modules)
 
 
@@ -170,7 +184,7 @@ def _check_name(layer: str) -> None:
             f"a layer name of {len(layer):,} characters",
             where=f"layer '{layer[:60]}…'",
             rule=f"layer names have at most {MAX_NAME:,}",
-            next_step=f"leave the layer out: --exclude '{layer[:20]}*'",
+            next_step=f"leave the layer out: --exclude '{glob_of(layer[:20])}*'",
         )
 
 
@@ -279,7 +293,7 @@ _AS_ZERO = "--missing zero (missing='zero') counts an update that an adapter lac
 
 
 def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
-    next_step = f"--exclude '{role(layer)}' or --allow-missing carries it unchanged"
+    next_step = f"--exclude '{glob_of(role(layer))}' or --allow-missing carries it unchanged"
     if as_zero:
         next_step = f"{_AS_ZERO}; {next_step}"
     if layer.endswith((".lora_A", ".lora_B")):

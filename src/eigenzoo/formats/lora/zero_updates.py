@@ -7,9 +7,10 @@ targets name all of these modules.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,7 @@ from eigenzoo.formats.lora.diffusion_file import METADATA_KEY
 from eigenzoo.formats.lora.diffusion_keys import split_key
 from eigenzoo.formats.lora.peft_folder import ATTENTION_OUT, PREFIX
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
+from eigenzoo.weights.roles import glob_of
 
 OTHER_TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Entries of a config that choose modules beside `target_modules`."""
@@ -79,8 +81,9 @@ def fill_adapter(model: Model, modules: Iterable[KnownModule], name: str) -> Mod
                 found.setdefault(known.update.module, known.update)
     if not wanted:
         return model
+    others = frozenset(model.other_tensors)
     for module in wanted:
-        _check_untrained(model, module, name)
+        _check_untrained(others, module, name)
         if module not in found:
             raise MismatchError(
                 f"{name} has no such layer, and no file of its kind of keys has it",
@@ -92,16 +95,16 @@ def fill_adapter(model: Model, modules: Iterable[KnownModule], name: str) -> Mod
     return FilledAdapter(model, {module: _zero(found[module], own) for module in wanted})
 
 
-def _check_untrained(model: Model, module: str, name: str) -> None:
-    """Refuse a module whose whole weight is in the file: its update is not zero."""
-    held = {f"{prefix}{module}.{part}weight" for prefix in ("", PREFIX) for part in ("", "modules_to_save.")}
-    for key in model.other_tensors:
-        if key in held:
+def _check_untrained(others: Collection[str], module: str, name: str) -> None:
+    """Refuse a module whose whole weight is among the file's tensors that are no factors: its update is not zero."""
+    for prefix, part in product(("", PREFIX), ("", "modules_to_save.")):
+        key = f"{prefix}{module}.{part}weight"
+        if key in others:
             raise MismatchError(
                 f"{name} holds the whole weight of this module, {key!r}",
                 where=f"layer '{module}'",
                 rule="only a module that an adapter leaves as it is counts as an update of zero",
-                next_step=f"--exclude '{module}' carries it unchanged",
+                next_step=f"--exclude '{glob_of(module)}' carries it unchanged",
             )
 
 
