@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import attacks_adapt
+import attacks_beside
 import attacks_diffusion
 import attacks_factors
 import attacks_imports
@@ -11,7 +12,15 @@ import attacks_words
 import pytest
 from attack_runner import Attack, Sandbox, carry_out, thinned
 
-FAMILIES = (attacks_adapt, attacks_verify, attacks_imports, attacks_diffusion, attacks_factors, attacks_words)
+FAMILIES = (
+    attacks_adapt,
+    attacks_beside,
+    attacks_verify,
+    attacks_imports,
+    attacks_diffusion,
+    attacks_factors,
+    attacks_words,
+)
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,6 +85,9 @@ _STATE = re.compile(
 )
 """What a trainer keeps to go on: no weights of the model that are not in its own files."""
 
+_LONGEST = 1000
+"""Characters of a name that is kept, with its escapes; a folder and a file in it have five hundred bytes."""
+
 _LISTED = 1000
 """Names of a folder below that are looked at."""
 
@@ -148,16 +151,24 @@ def weights_among(names: Iterable[str], own: Collection[str]) -> tuple[str, ...]
     >>> weights_among(["pytorch_model.bin", "optimizer.pt", "notes.txt", "2_Dense/pytorch_model.bin"], ["model.safetensors"])
     ('2_Dense/pytorch_model.bin',)
     """
+    return _weights_beside(names, _stems(own))
+
+
+def _weights_beside(names: Iterable[str], own: Mapping[str, set[str]]) -> tuple[str, ...]:
     return tuple(name for name in names if _holds_values(name) and not _is_copy(name, own))
 
 
 def listed_first(beside: Beside, most: int) -> tuple[str, ...]:
     """Keep some of many names that are not carried: weights, then what tells of a training run, then others.
 
-    Bytes of a name that are no text are written as escapes, since JSON has none.
+    Bytes of a name that are no text are written as escapes, since JSON has none, up to the characters that a manifest takes.
     """
     names = dict.fromkeys((*beside.weights, *(RUN_STATE,) * (RUN_STATE in beside.ignored), *beside.ignored))
-    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in islice(names, most))
+    return tuple(_as_text(name) for name in islice(names, most))
+
+
+def _as_text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")[:_LONGEST]
 
 
 RUN_STATE = "trainer_state.json"
@@ -180,8 +191,10 @@ def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] 
     """
     found = _Sorted(folder, weights)
     names = list_folder(folder)
+    # What an index places in folders below is the model's own, and so are these folders.
+    own = {*weights, *(file.partition("/")[0] for file in weights if "/" in file)}
     for name in names:
-        if name in weights or any(file.startswith(f"{name}/") for file in weights if "/" in file):
+        if name in own:
             continue
         if name in SIDE_FILES or name in also:
             found.take(name)
@@ -203,6 +216,7 @@ class _Sorted:
 
     def __init__(self, folder: Path, weights: frozenset[str]) -> None:
         self.folder, self._own = folder, weights
+        self._stems = _stems(weights)
         self.carried: list[str] = []
         self.ignored: list[str] = []
         self.weights: list[str] = []
@@ -214,6 +228,8 @@ class _Sorted:
         kind = _checked(self.folder, name)
         if kind is None:
             self.carried.append(name)
+            for folder, stems in _stems([name]).items():
+                self._stems.setdefault(folder, set()).update(stems)
             return
         self.ignored.append(name)
         self.notes.append(f"{name} is {kind.what}, and is not carried: {kind.next_step}")
@@ -223,7 +239,7 @@ class _Sorted:
         if name.startswith(".") and not _holds_values(name):
             return
         self.ignored.append(name)
-        self.weights += weights_among([name], (*self._own, *self.carried))
+        self.weights += _weights_beside([name], self._stems)
 
     def look_into(self, inner: str, *, is_module: bool) -> None:
         """Carry what is known in a folder below, and leave the rest of it behind."""
@@ -264,7 +280,7 @@ class _Sorted:
         if kind_of_folder(names) in ("adapter", "checkpoint", "pipeline", "shards", "pickle-shards"):
             self.models.append(inner)
         else:
-            self.weights += weights_among((f"{inner}/{name}" for name in names), self._own)
+            self.weights += _weights_beside((f"{inner}/{name}" for name in names), self._stems)
 
 
 def _some_names(folder: Path) -> list[str]:
@@ -289,11 +305,19 @@ def _holds_values(name: str) -> bool:
     return last.endswith((*FILE_SUFFIXES, *FOREIGN, ".npz", ".npy")) and _STATE.fullmatch(last) is None
 
 
-def _is_copy(name: str, weights: Collection[str]) -> bool:
-    """Tell whether a file beside whole weights holds the same for another library, or in another precision."""
+def _stems(weights: Iterable[str]) -> dict[str, set[str]]:
+    """Return the stems of weights' files by the folder that they lie in."""
+    found: dict[str, set[str]] = {}
+    for name in filter(_holds_values, weights):
+        folder, _, last = name.rpartition("/")
+        found.setdefault(folder, set()).add(_stem(last))
+    return found
+
+
+def _is_copy(name: str, own: Mapping[str, set[str]]) -> bool:
+    """Tell whether a file beside weights of these stems holds the same for another library, or in another precision."""
     folder, _, last = name.rpartition("/")
-    beside = [own.rpartition("/") for own in weights]
-    stems = {_stem(own) for place, _, own in beside if place == folder and _holds_values(own)}
+    stems = own.get(folder, set())
     if _stem(last) in stems:  # model.fp16.safetensors beside model.safetensors, adapter_model.bin beside …
         return True
     return bool(stems & _WHOLE) and (
