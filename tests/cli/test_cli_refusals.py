@@ -79,6 +79,7 @@ def test_bad_input_is_one_message(refused: Refused, zoo: Path, bundle: Path, tmp
         )
     assert "names axis 'models' twice" in refused("fit", zoo, "-o", out, "--rank", "models=1,models=2")
     assert "no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
+    assert "no model is found" in (said := refused("inspect", tmp_path / "empty")) and "three folders deep" in said
     assert "is neither a bundle nor an adapter" in refused("verify", tmp_path / "empty")
     assert "there is no manifest.json" in refused("project", zoo / "m0", zoo / "m1")
     assert "there is no such file or folder" in refused("project", bundle, tmp_path / "nowhere")

@@ -114,6 +114,7 @@ def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[
             "no model is found",
             where=shown_source(source),
             rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of such, or ids of the hub",
+            next_step="a folder is searched three folders deep: where models lie deeper, name the folder that holds them",
         )
     return models
 
