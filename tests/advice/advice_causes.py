@@ -137,6 +137,7 @@ def name_it(root: Path) -> None:
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n".encode()
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
 
+
 def open_with_the_base(root: Path) -> None:
     """The base model beside its adapters."""
     write_zoo(root / "zoo")

@@ -187,7 +187,9 @@ def test_a_path_in_a_message_keeps_its_case(tmp_path: Path, refused, run: Run, m
     (tmp_path / "zoo" / "a").mkdir(parents=True)
     (tmp_path / "zoo" / "a" / "adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert "no model can be read. The first: zoo/a, adapter_config.json: " in refused("inspect", "zoo", "--allow-missing")
+    assert "no model can be read. The first: zoo/a, adapter_config.json: " in refused(
+        "inspect", "zoo", "--allow-missing"
+    )
 
 
 def test_a_model_without_a_layer_of_the_bundle_is_told_how_it_counts(tmp_path: Path, refused, run: Run) -> None:  # type: ignore[no-untyped-def]

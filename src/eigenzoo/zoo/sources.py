@@ -203,7 +203,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=str(path),
-            next_step="use verify, project, rebuild or add on it, or name the models it was made from",
+            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
         )
     if is_folder:
         return (
