@@ -137,7 +137,32 @@ def name_it(root: Path) -> None:
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n".encode()
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
 
+
+def open_with_the_base(root: Path) -> None:
+    """The base model beside its adapters."""
+    write_zoo(root / "zoo")
+    make_llama().save_pretrained(root / "zoo" / "base")
+    ez.open_zoo(root / "zoo")
+
+
+def pass_over_the_base(root: Path) -> None:
+    """The test called the base's folder `_base`; the rebuilt adapters answer in PEFT as the originals."""
+    (root / "zoo" / "base").rename(root / "zoo" / "_base")
+    opened = ez.open_zoo(root / "zoo")
+    assert list(opened.names) == ["a0", "a1"]
+    space = ez.fit(opened, rank=1.0)
+    for name in space.names:
+        rebuilt = space.rebuild(name).save(root / "rebuilt" / name)
+        assert_same(adapter_answers(rebuilt), adapter_answers(root / "zoo" / name))
+
+
 CASES = [
+    Case(
+        "A base model among its adapters",
+        open_with_the_base,
+        ("base is not a LoRA adapter", "2 of 3", "begin with '_'"),
+        pass_over_the_base,
+    ),
     Case(
         "A Git LFS pointer under a file's name",
         open_in_the_place_of(WEIGHTS, POINTER),

@@ -180,3 +180,37 @@ def test_a_hidden_folder_that_cannot_be_listed_is_passed_over(tmp_path: Path, mo
     for source in (tmp_path / "zoo", str(tmp_path / "zoo" / "*"), str(tmp_path / "zoo" / "[._t]*")):
         zoo = ez.open_zoo(source)
         assert (zoo.names, zoo.hidden) == (("t0", "t1"), ())
+
+
+def test_a_path_in_a_message_keeps_its_case(tmp_path: Path, refused, run: Run, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A file that cannot be read is named as it is, although a sentence begins there."""
+    (tmp_path / "zoo" / "a").mkdir(parents=True)
+    (tmp_path / "zoo" / "a" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "no model can be read. The first: zoo/a, adapter_config.json: " in refused(
+        "inspect", "zoo", "--allow-missing"
+    )
+
+
+def test_a_model_without_a_layer_of_the_bundle_is_told_how_it_counts(tmp_path: Path, refused, run: Run) -> None:  # type: ignore[no-untyped-def]
+    adapters(tmp_path / "zoo", ["a", "b", "c"])
+    write_adapter(tmp_path / "narrow", random_factors({"q_proj": (6, 5)}, 2, seed=7))
+    assert run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle", "--rank", 2).code == 0
+    said = refused("project", tmp_path / "bundle", tmp_path / "narrow")
+    assert "The subspace has it. Fit the subspace with --missing zero (missing='zero')" in said
+    assert run("fit", tmp_path / "zoo", "-o", tmp_path / "zeros", "--rank", 2, "--missing", "zero").code == 0
+    assert run("project", tmp_path / "zeros", tmp_path / "narrow").code == 0
+
+
+def test_what_a_model_has_besides_the_subspace_is_counted(tmp_path: Path, run: Run) -> None:
+    """A share of the energy is one of the layers that the subspace has; the others are named."""
+    adapters(tmp_path / "zoo", ["a", "b", "c"])
+    wide = write_adapter(tmp_path / "wide", random_factors({**MODULES, "up_proj": (7, 5), "o_proj": (5, 6)}, 2, seed=7))
+    bundle = tmp_path / "bundle"
+    assert run("fit", tmp_path / "zoo", "-o", bundle, "--rank", 2).code == 0
+    said = "note: the subspace lacks 2 layers of wide, which are not counted here and are carried unchanged: "
+    assert said in run("project", bundle, wide).out
+    assert said in run("rebuild", bundle, wide, "-o", tmp_path / "rebuilt").out
+    assert said in run("add", bundle, wide).out
+    assert "the subspace lacks" not in run("project", bundle, tmp_path / "zoo" / "a").out
+    assert "the subspace lacks" not in run("rebuild", bundle, "a", "-o", tmp_path / "a").out

@@ -68,7 +68,8 @@ def test_fit_keeps_the_contract(run: Run, zoo: Path, tmp_path: Path) -> None:
 
 def test_project_keeps_the_contract(run: Run, zoo: Path, bundle: Path) -> None:
     document = run("project", bundle, zoo / "m5", zoo / "m0", "--json").json
-    assert set(document) == {"models"}
+    assert set(document) == {"models", "not_in_subspace"}
+    assert document["not_in_subspace"] == []
     assert list(document["models"]) == ["m5", "m0"]
     space = ez.load(bundle)
     for name in ("m5", "m0"):

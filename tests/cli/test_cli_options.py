@@ -52,6 +52,7 @@ def test_ranks_and_axes(run: Run, zoo: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--rank", "many"], "rank 'many' is not a rule"),
+        (["--rank", "95%"], "or 'auto'. Write 95 % as 0.95"),
         (["--rank", "-1"], "rank -1 is negative"),
         (["--rank", "1.5"], "rank 1.5 is not a share"),
         (["--rank", "nan"], "rank nan is not a share"),

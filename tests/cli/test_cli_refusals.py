@@ -79,6 +79,7 @@ def test_bad_input_is_one_message(refused: Refused, zoo: Path, bundle: Path, tmp
         )
     assert "names axis 'models' twice" in refused("fit", zoo, "-o", out, "--rank", "models=1,models=2")
     assert "no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
+    assert "three folders deep" in refused("inspect", tmp_path / "empty")
     assert "is neither a bundle nor an adapter" in refused("verify", tmp_path / "empty")
     assert "there is no manifest.json" in refused("project", zoo / "m0", zoo / "m1")
     assert "there is no such file or folder" in refused("project", bundle, tmp_path / "nowhere")
@@ -193,3 +194,25 @@ def test_an_interrupt_leaves_no_output_and_a_fit_goes_on_from_its_work(zoo: Path
     assert left.name.startswith(".eigenzoo-fit-")
     subprocess.run([sys.executable, "-m", "eigenzoo", *words], check=True, capture_output=True, env=QUIET)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["bundle"]
+
+
+def test_a_mistyped_path_is_told_with_the_nearest_one(
+    refused: Refused, zoo: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """Where a name of a model or a path may stand, both are looked for."""
+    said = refused("rebuild", bundle, zoo / "m00", "-o", tmp_path / "out")
+    assert f"no model is called '{zoo}/m00', and there is no such file or folder" in said
+    assert f"Did you mean '{zoo}/m0'?" in said
+    assert f"Did you mean '{zoo}'?" in refused("verify", bundle, "--against", f"{zoo}s")
+
+
+def test_a_bundle_in_the_place_of_a_zoo_is_told_what_it_is_for(refused: Refused, bundle: Path, tmp_path: Path) -> None:
+    for words in (["inspect"], ["plan"], ["fit", "-o", tmp_path / "out"]):
+        said = refused(words[0], bundle, *words[1:])
+        assert (
+            "Use evidence, report, verify, project, rebuild or add on it, or name the models it was made from" in said
+        )
+
+
+def test_a_model_in_the_place_of_a_bundle_is_told_how_one_is_made(refused: Refused, zoo: Path, tmp_path: Path) -> None:
+    assert "Make one with eigenzoo fit ZOO -o BUNDLE" in refused("project", zoo, zoo / "m1")

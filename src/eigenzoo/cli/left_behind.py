@@ -9,7 +9,9 @@ from eigenzoo.cli.console import say
 from eigenzoo.display import counted
 
 if TYPE_CHECKING:
+    from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.left_files import LeftFile
+    from eigenzoo.zoo.zoo import Zoo
 
 MOST = 12
 """Names on one line."""
@@ -44,6 +46,24 @@ def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
         say(
             f"warning: weights beside the original are not in what is written: {_listed(list(weights))}; copy them yourself if the "
             "model needs them"
+        )
+
+
+def not_in_subspace(space: Subspace, models: Zoo) -> list[str]:
+    """Return the layers of new models that a subspace lacks, except those that its own models have too."""
+    from eigenzoo.zoo.matching import EXCLUDED
+
+    known = {item["tensor"] for item in space.report.get("left_out", ())}
+    return [item.tensor for item in models.left_out if item.reason == EXCLUDED and item.tensor not in known]
+
+
+def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
+    """Name layers of new models that no number counts."""
+    if layers:
+        whose = names[0] if len(names) == 1 else "these models"
+        say(
+            f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}, which are not counted here and are carried "
+            f"unchanged: {_listed(layers)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -59,17 +60,25 @@ ZooOrBundleArgument = Annotated[
 ]
 View = Annotated[
     str | None,
-    typer.Option(help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors.", show_default=False),
+    typer.Option(
+        help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors. By default update of adapters, delta where "
+        "--base is given, else weight.",
+        show_default=False,
+    ),
 ]
 Base = Annotated[str | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
 Axes = Annotated[
-    str | None, typer.Option(help="Truncated axes, comma-separated: models, outputs, inputs.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Truncated axes, comma-separated: models, outputs, inputs. By default fit takes models, plan every useful choice.",
+        show_default=False,
+    ),
 ]
 Rank = Annotated[
     str | None,
     typer.Option(
         help="Directions per axis: a number, a share such as 0.95 (1.0 is everything), auto, "
-        "or one per axis: outputs=64,inputs=64.",
+        "or one per axis: outputs=64,inputs=64. By default auto.",
         show_default=False,
     ),
 ]
@@ -177,8 +186,16 @@ def _parse_rule(text: str) -> int | float | str:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise RankError(
-            f"rank {text!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'"
+            f"rank {text!r} is not a rule",
+            rule="a rank is a number, a share in (0, 1], or 'auto'",
+            next_step=_as_share(text),
         ) from None
+
+
+def _as_share(text: str) -> str:
+    """Say how a percentage is written as a share."""
+    percent = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?) ?%", text)
+    return f"write {percent[1]} % as {float(percent[1]) / 100:g}" if percent else ""
 
 
 def parse_bytes(text: str | None, option: str) -> int | None:

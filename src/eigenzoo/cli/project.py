@@ -8,6 +8,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar
+from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace
 from eigenzoo.display import in_percent
 
 
@@ -29,9 +30,12 @@ def command(
 
     with progress_bar(quiet=quiet or json) as progress:
         space = ez.load(bundle, base=base)
-        projected = space.project_many(space.open(models, allow_pickle=allow_pickle), progress=progress)
+        opened = space.open(models, allow_pickle=allow_pickle)
+        projected = space.project_many(opened, progress=progress)
+    besides = not_in_subspace(space, opened)
     if json:
-        print_json({"models": {name: coefficients.to_dict() for name, coefficients in projected.items()}})
+        found = {name: coefficients.to_dict() for name, coefficients in projected.items()}
+        print_json({"models": found, "not_in_subspace": besides})
         return
     print_table(
         "share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²",
@@ -46,3 +50,4 @@ def command(
             for name, coefficients in projected.items()
         ],
     )
+    say_not_in_subspace(besides, opened.names)

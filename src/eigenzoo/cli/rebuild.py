@@ -9,7 +9,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, progress_bar, say
-from eigenzoo.cli.left_behind import say_left_of_model
+from eigenzoo.cli.left_behind import not_in_subspace, say_left_of_model, say_not_in_subspace
 from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.errors import UsageError
 from eigenzoo.records import finite
@@ -96,9 +96,11 @@ def command(
         if known:
             coefficients = space.coefficients(name)
             original = _bytes_of(space, name)
+            besides: list[str] = []
         else:
             opened = space.open(name, allow_pickle=allow_pickle)
             coefficients, original = space.project(opened, progress=progress), opened.num_bytes
+            besides = not_in_subspace(space, opened)
         rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_lora_rank)
         rebuilt.save(output, force=force, format=format, progress=progress)
         ranks, written = rebuilt.ranks(), _written(output)
@@ -109,6 +111,7 @@ def command(
                 "output": str(output),
                 "mean_only": mean_only,
                 "residual": None if _is_imported(space, coefficients) else finite(coefficients.residual),
+                "not_in_subspace": besides,
                 "not_carried": list(rebuilt.not_carried),
                 "weights_not_carried": list(rebuilt.left_weights),
                 **_sizes(ranks, written, original),
@@ -119,6 +122,7 @@ def command(
         f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
         + ("" if mean_only else f" · {_lost(space, coefficients)}")
     )
+    say_not_in_subspace(besides, [coefficients.name])
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
     _say_sizes(ranks, written, original, max_lora_rank)
 

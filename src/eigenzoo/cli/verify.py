@@ -44,7 +44,9 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check that a bundle is whole: checksums, finite values, orthonormal bases, coefficients that match their layers.
+    """Check that a bundle or adapter is whole and, with --against, that it takes effect on its base.
+
+    Of a bundle: checksums, finite values, orthonormal bases, coefficients that match their layers.
 
     With --against: that the library which loads an adapter takes up all of it, and that it changes what the base answers.
     Exit code 1 if a check fails, or if no library could be asked, so that it is undecided.

@@ -23,7 +23,7 @@ from eigenzoo.formats.lora.factor_names import DIFFUSION, MLX, PEFT, factor_kind
 from eigenzoo.formats.lora.mlx_folder import MLX_FILE, MlxAdapter
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE, WEIGHTS_FILE, LoraAdapter, PickleAdapter
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.paths import list_folder, read_start
+from eigenzoo.formats.paths import did_you_mean, list_folder, read_start
 from eigenzoo.formats.pickles.file import PickleStateDict
 from eigenzoo.formats.pipeline import Pipeline
 from eigenzoo.formats.refused import refuse_foreign
@@ -70,6 +70,8 @@ def _open(path: Path, allow_pickle: bool) -> Model:
     refuse_unreadable(kind, list_folder(path) if path.is_dir() else [path.name], str(path))
     if kind is None and path.is_file():
         refuse_foreign(read_start(path, 4), str(path))
+    if not os.path.lexists(path) and (near := did_you_mean(path)):
+        raise FormatError("there is no such file or folder", where=str(path), next_step=near)
     raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=READABLE)
 
 

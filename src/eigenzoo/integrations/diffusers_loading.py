@@ -180,6 +180,12 @@ def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
     kind: Any = (
         told("no such pipeline", base.folder, lambda: getattr(diffusers, name, None)) if name.isidentifier() else None
     )
+    if name == "None":
+        raise UnsupportedError(
+            "its config names no class of diffusers, so it is not a pipeline or a component of one",
+            where=str(base.folder),
+            next_step="name the folder of the pipeline, or of the component that the LoRA changes",
+        )
     if not (_is_class(kind, diffusers.DiffusionPipeline) and hasattr(kind, "load_lora_weights")):
         raise UnsupportedError(
             f"diffusers {diffusers.__version__} has no pipeline {name[:100]!r} that loads LoRAs",

@@ -31,6 +31,7 @@ from eigenzoo.formats.bundle.snapshot import Snapshot
 from eigenzoo.formats.lora.zero_updates import KnownModule, known_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
+from eigenzoo.formats.paths import did_you_mean
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
@@ -421,7 +422,10 @@ class Subspace:
                 f"the bundle has {len(self.names)}: {', '.join(self.names[:5])}{', …' if len(self.names) > 5 else ''}"
             )
             meant = f"did you mean {near!r}?" if near else ""
-            raise UsageError(f"no model is called {name!r}", where=str(self.path), rule=there, next_step=meant)
+            what = f"no model is called {name!r}"
+            if "/" in name:
+                what, meant = f"{what}, and there is no such file or folder", did_you_mean(name) or meant
+            raise UsageError(what, where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
 
 

@@ -110,6 +110,7 @@ class Match:
 
 def match_models(models: Sequence[Model], names: Sequence[str], selection: Selection, base: Model | None) -> Match:
     """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
+    _refuse_mixed_kinds(models, names)
     _refuse_mixed_adapters(models, names)
     found = _Found(models, selection.view)
     base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
@@ -186,6 +187,25 @@ def _check_name(layer: str) -> None:
             rule=f"layer names have at most {MAX_NAME:,}",
             next_step=f"leave the layer out: --exclude '{glob_of(layer[:20])}*'",
         )
+
+
+def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
+    """Refuse adapters beside full weights, and name the few that are of the other kind."""
+    adapters = [name for model, name in zip(models, names, strict=True) if model.format in ADAPTERS]
+    weights = [name for model, name in zip(models, names, strict=True) if model.format not in ADAPTERS]
+    if not adapters or not weights:
+        return
+    few, what, others = (
+        (weights, "not a LoRA adapter", "LoRA adapters")
+        if len(weights) <= len(adapters)
+        else (adapters, "a LoRA adapter", "not")
+    )
+    shown = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
+    raise MismatchError(
+        f"{few[0]} is {what}, but {len(models) - len(few)} of {len(models)} models are {others}",
+        rule="the models of one zoo are all adapters or all full weights",
+        next_step=f"leave out {shown}: name the other models, or let its folder's name begin with '_', which passes it over",
+    )
 
 
 def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:

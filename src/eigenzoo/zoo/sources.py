@@ -114,6 +114,7 @@ def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[
             "no model is found",
             where=shown_source(source),
             rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of such, or ids of the hub",
+            next_step="a folder is searched three folders deep: where models lie deeper, name the folder that holds them",
         )
     return models
 
@@ -202,7 +203,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=str(path),
-            next_step="use verify, project, rebuild or add on it, or name the models it was made from",
+            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
         )
     if is_folder:
         return (

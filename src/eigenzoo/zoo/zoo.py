@@ -40,6 +40,8 @@ MOST_NAMED = 6
 MISSING = ("error", "zero")
 """What becomes of a module that some adapters lack."""
 
+_WITH_ZEROS = "--missing zero (missing='zero'), which counts an update that an adapter lacks as zero"
+
 
 class Zoo:
     """N models of one architecture, matched layer by layer; made by `open_zoo`.
@@ -211,8 +213,12 @@ class Zoo:
         """Raise MismatchError unless this zoo has these layers in these shapes and no others."""
         for name, layer in layers.items():
             if name not in self.layers:
+                as_zero = layer.kind == "update" and self.selection.missing != "zero"
                 raise MismatchError(
-                    f"{self.names[0]} has no such layer", where=f"layer '{name}'", rule=f"{what} has it"
+                    f"{self.names[0]} has no such layer",
+                    where=f"layer '{name}'",
+                    rule=f"{what} has it",
+                    next_step=f"fit {what} with {_WITH_ZEROS}" if as_zero else "",
                 )
             if self.layers[name].tensor_shape != layer.tensor_shape:
                 raise MismatchError(
@@ -374,7 +380,8 @@ def _open_named(source: Source, allow_missing: bool, allow_pickle: bool, progres
     found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
     models, skipped = _open_all(found.models, allow_missing, allow_pickle, progress)
     if not models:
-        raise ZooError("no model can be read", where=shown_source(source), rule=skipped[0].reason if skipped else "")
+        first = f"the first: {skipped[0].reason}" if skipped else ""
+        raise ZooError("no model can be read", where=shown_source(source), rule=first)
     names = name_models([model.path for model in models])
     return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, found.hidden)))
 

@@ -53,7 +53,7 @@ def read_manifest(path: Path) -> Manifest:
             f"there is no {MANIFEST}" if path.exists() else "there is no such folder",
             where=str(path),
             rule="a bundle is a folder that eigenzoo fit wrote",
-            next_step="" if path.exists() else did_you_mean(path),
+            next_step="make one with eigenzoo fit ZOO -o BUNDLE" if path.exists() else did_you_mean(path),
         )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))

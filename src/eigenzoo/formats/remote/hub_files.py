@@ -77,7 +77,7 @@ def find_in_tree(
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=where,
-            next_step="use verify, project, rebuild or add on it, or name the models it was made from",
+            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
         )
     return _visit(top, root, max_depth, order, sizes)
 
