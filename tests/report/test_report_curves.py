@@ -7,7 +7,8 @@ from report_documents import make_document
 from eigenzoo.report import curves
 from eigenzoo.report.document import read_document
 from eigenzoo.report.numbers import at_rank, log_ranks
-from eigenzoo.report.payload import group_runs, role_map
+from eigenzoo.report.payload import role_map
+from eigenzoo.report.similarity import group_runs
 
 
 @pytest.mark.parametrize("num_ranks", [0, 1, 2, 39, 40, 41, 100, 499, 2000, 20_000])

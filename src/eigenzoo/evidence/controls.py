@@ -108,7 +108,8 @@ def _unseen(record: EvidenceRecord) -> Control | None:
         f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {test.rank} directions, all layers together",
         f"The top {pooled.rank[place]} directions hold {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{in_percent(captured)} of left-out models'; chance gives {in_percent(null)}. Leading directions hold "
-        f"{test.ratio:.2f} times what an average one does. {len(record.names) - 1} directions hold all {len(record.names)} models: that many is trivial.",
+        f"{test.ratio:.2f} times what an average one does. {len(record.names) - 1} "
+        f"directions hold all {len(record.names)} models: that many is trivial.",
     )
 
 

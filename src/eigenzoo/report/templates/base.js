@@ -17,9 +17,11 @@ function plain(text, limit = 48) {
 
 const minus = (text) => text.replace("-", "−");
 
-// As `report.written.in_percent` writes shares.
+// As `display.in_percent` writes shares.
 function percent(share) {
   if (share === null || share === undefined) return "–";
+  if (share > 1e4) return "> 10⁶ %";
+  if (share > 0 && share < 1e-8) return "< 10⁻⁶ %";
   const value = 100 * share;
   const digits = value !== 0 && Math.abs(value) < 10 ? value.toPrecision(3) : value.toFixed(1);
   return minus(digits) + " %";
