@@ -106,7 +106,7 @@ def test_a_layer_that_is_equal_in_all_models_counts_for_nothing(tmp_path: Path) 
     assert_alike({**both["summary"], "energy": 0.0}, {**alone["summary"], "energy": 0.0})
     assert_alike(both["verdict"]["values"], alone["verdict"]["values"])
     assert (
-        "So say 1 of 1 layers with variance, 100.0 % of their values; 1 more are equal in all models"
+        "1 of 1 layers with variance have this verdict alone, with 100.0 % of their values; 1 more are equal in all models"
         in both["verdict"]["text"]
     )
 

@@ -109,7 +109,7 @@ def render(made: Plan) -> None:
             )
             for row in shown
         ],
-        left=2,
+        left=3,
     )
     if best is not None:
         say(
