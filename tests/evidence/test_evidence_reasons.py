@@ -49,7 +49,7 @@ def test_directions_that_hold_enough_are_said_with_their_limits() -> None:
         (
             {"share": 0.031, "over_chance": 6.0, "effective": 140.0},
             [
-                "hold 3.1 %",
+                "hold 3.10 %",
                 "6 times chance, but at least 5 % is needed",
                 "140 directions, and at most 30, half of the 60",
             ],
@@ -85,7 +85,7 @@ def test_the_mean_is_said_with_its_limit() -> None:
     assert (
         why_mean(0.3, shared=True) == "Two models have 30.0 % of a model's energy in common (at least 5 % is needed)."
     )
-    assert why_mean(0.02, shared=False).endswith("2 % of a model's energy in common (at least 5 % is needed).")
+    assert why_mean(0.02, shared=False).endswith("2.00 % of a model's energy in common (at least 5 % is needed).")
     assert "less than 4 standard deviations from none" in why_mean(0.3, shared=False)
 
 

@@ -18,7 +18,7 @@ def why_shared(measures: Measures) -> str:
             f"{_few(measures)} count as few)."
         )
     return _sentence(
-        f"{_holding(measures)} (at least {in_percent(rule.MATERIAL_SHARE)} and {rule.MATERIAL_RATIO:g} times are needed; "
+        f"{_holding(measures)} (at least {_limit(rule.MATERIAL_SHARE)} and {rule.MATERIAL_RATIO:g} times are needed; "
         f"p {p_text(measures.p_chance)}, and below {rule.SIGNIFICANCE:g} is needed), and the models spread over "
         f"{_directions(measures)} (at most {measures.num_models}, one for each model, are allowed)."
     )
@@ -51,7 +51,7 @@ def _why_not(measures: Measures) -> str:
     if measures.p_chance >= rule.SIGNIFICANCE:
         missed.append(f"unrelated models reach that share too (p {p_text(measures.p_chance)})")
     if measures.share < rule.MATERIAL_SHARE:
-        missed.append(f"at least {in_percent(rule.MATERIAL_SHARE)} is needed")
+        missed.append(f"at least {_limit(rule.MATERIAL_SHARE)} is needed")
     if measures.over_chance < rule.MATERIAL_RATIO:
         missed.append(f"at least {rule.MATERIAL_RATIO:g} times chance is needed")
     return f"{_holding(measures)}, but {_listed(missed)}. {_capital(_why_not_distinct(measures))}"
@@ -66,7 +66,7 @@ def why_mean(common: float, *, shared: bool) -> str:
     """Name the condition by which the mean counts or does not, from what two models have in common."""
     said = f"Two models have {in_percent(common)} of a model's energy in common"
     if shared or common < rule.MEAN_SHARE:
-        return f"{said} (at least {in_percent(rule.MEAN_SHARE)} is needed)."
+        return f"{said} (at least {_limit(rule.MEAN_SHARE)} is needed)."
     return f"{said}, which is less than {rule.MEAN_DEVIATIONS:g} standard deviations from none in most layers."
 
 
@@ -113,6 +113,11 @@ def _directions(measures: Measures) -> str:
     if number is None:
         return "a number of directions that is not measured"
     return "directions of which none leads" if isinf(number) else f"an effective number of {number:.3g} directions"
+
+
+def _limit(share: float) -> str:
+    """Write a limit of the rule, which is a round number."""
+    return f"{100 * share:g} %"
 
 
 def _listed(parts: list[str]) -> str:
