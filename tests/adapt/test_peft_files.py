@@ -251,7 +251,7 @@ def test_without_peft_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch
     for name in [name for name in sys.modules if name.startswith("eigenzoo.integrations.peft")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ez.UsageError, match=r"PEFT cannot be imported.*ip install 'eigenzoo\[peft\]'"):
+    with pytest.raises(ez.UsageError, match=r"PEFT cannot be imported.*ip install -c constraints.txt -e '\.\[peft\]'"):
         importlib.import_module("eigenzoo.integrations.peft_tuner")
 
 

@@ -260,5 +260,5 @@ def test_a_batched_metric_gives_one_value(space: ez.Subspace) -> None:
 
 def test_without_cma_it_says_what_to_install(space: ez.Subspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(UsageError, match=r"eigenzoo\[adapt\]"):
+    with pytest.raises(UsageError, match=r"'\.\[adapt\]'"):
         search(attached(space), lambda module: 0.0)

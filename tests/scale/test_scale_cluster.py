@@ -296,7 +296,7 @@ def test_clusters_that_cannot_be_meant_are_refused(options: dict[str, Any], mess
 
 def test_without_dask_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    with pytest.raises(UsageError, match=r"dask\.distributed is not installed.*eigenzoo\[cluster\]"), cluster_workers():
+    with pytest.raises(UsageError, match=r"dask\.distributed is not installed.*'\.\[cluster\]'"), cluster_workers():
         pass
 
 

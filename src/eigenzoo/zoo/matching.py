@@ -16,7 +16,7 @@ import torch
 
 from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.bundle.manifest import MAX_NAME
-from eigenzoo.formats.layout import ADAPTERS
+from eigenzoo.formats.layout import ADAPTERS, FORMATS
 from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled, zero_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.written_by import written_by
@@ -192,7 +192,9 @@ def _check_name(layer: str) -> None:
 def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     """Refuse adapters beside full weights, and name the few that are of the other kind."""
     adapters = [name for model, name in zip(models, names, strict=True) if model.format in ADAPTERS]
-    weights = [name for model, name in zip(models, names, strict=True) if model.format not in ADAPTERS]
+    # What a bundle recalls of its old models is of a format of its own.
+    whole = {*FORMATS, "pickle"} - set(ADAPTERS)
+    weights = [name for model, name in zip(models, names, strict=True) if model.format in whole]
     if not adapters or not weights:
         return
     few, what, others = (
