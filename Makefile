@@ -14,13 +14,13 @@ demo: .venv/nursery
 	@$(BIN)/eigenzoo demo --force
 
 test: .venv/test
-	@echo "Running the tests that are not marked slow. This takes about 7 minutes on two cores."
-	@$(PYTEST) -m "not slow"
+	@echo "Running every claim once. This takes about 6 minutes on two cores."
+	@$(PYTEST) -m "not slow and not further"
 
 # What `make test` leaves out.
 test-more: .venv/test
-	@echo "Running the tests marked slow, then the numerical ones by other kernels. This takes about 15 minutes on two cores."
-	@$(PYTEST) -m slow
+	@echo "Running what make test leaves out, then all numerical tests by three kernels. This takes about 15 minutes on two cores."
+	@$(PYTEST) -m "slow or (further and not numerical)"
 	@$(MAKE) --no-print-directory test-kernels
 
 test-kernels: .venv/test

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from kernels import NUMERICAL
+from sampling import mark_further
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -32,11 +33,12 @@ settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what the kernels of linear algebra could change."""
+    """Mark what the kernels of linear algebra could change, and the further rows of long tables."""
     numerical = [Path(__file__).parent / name for name in NUMERICAL]
     for item in items:
         if any(item.path.is_relative_to(path) for path in numerical):
             item.add_marker(pytest.mark.numerical)
+    mark_further(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
