@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import signal
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_runner import Run
 
+from eigenzoo.__main__ import main
 from guard import HANG
 from sampling import slow_but
 
@@ -168,3 +171,19 @@ def test_a_command_runs_in_any_thread(zoo: Path, tmp_path: Path, run: Run) -> No
     thread.start()
     thread.join()
     assert codes == [0]
+
+
+def test_an_interruption_while_modules_load_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported = builtins.__import__
+
+    def interrupted(name: str, *words: Any, **options: Any) -> Any:
+        if name == "eigenzoo.cli.app":
+            raise KeyboardInterrupt
+        return imported(name, *words, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "interrupted: no output was written\n"
