@@ -327,10 +327,11 @@ def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
 
 def _in_common(view: str) -> str:
     """What to do where models have no layer in common."""
+    other = "adapters of different bases do not make a zoo: name those of one base"
     if view == "update":
-        return _AS_ZERO
+        return f"{_AS_ZERO}; {other}"
     if view == "factors":
-        return f"use view 'update', where {_AS_ZERO}"
+        return f"use view 'update', where {_AS_ZERO}; {other}"
     return "no layer is in all models: name models of one architecture, whose layers have the same names"
 
 
