@@ -28,8 +28,8 @@ import eigenzoo as ez
 from bench.pages import markdown, with_tables
 from eigenzoo import nursery
 from eigenzoo.cli.demo import HELD_OUT
+from eigenzoo.display import in_percent
 from eigenzoo.evidence.function import FunctionEvidence, Measured
-from eigenzoo.evidence.summary import percent
 from eigenzoo.nursery.recipe import PARENT, RECIPE, library_versions, plan_zoo
 
 RANK, FEW = 16, 4
@@ -180,9 +180,9 @@ def _geometry(found: Found) -> list[str]:
         found.regime.title,
         str(len(evidence.names)),
         f"`{verdict.code}`",
-        percent(verdict.values[verdict.code]),
-        *map(percent, _pooled(found)),
-        percent(evidence.summary.mean_heldout),
+        in_percent(verdict.values[verdict.code]),
+        *map(in_percent, _pooled(found)),
+        in_percent(evidence.summary.mean_heldout),
         f"{len(groups)} (largest {groups[0]})" if groups else "none",
         f"{min(autos)}–{max(autos)} ({statistics.median(autos):g})",
     ]
@@ -246,7 +246,7 @@ def _layer(found: Found, name: str) -> list[str]:
         f"{test.p_value:.1g}",
         f"{test.ratio:.2f}",
         "–" if test.effective is None else f"{test.effective:.0f}",
-        *(percent(part[place]) for part in (held.captured, held.in_sample, held.null)),
+        *(in_percent(part[place]) for part in (held.captured, held.in_sample, held.null)),
         f"shared in {found.dealt_anew[name]} of {DEALS}" if name in found.dealt_anew else "–",
     ]
 
