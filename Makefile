@@ -14,12 +14,12 @@ demo: .venv/nursery
 	@$(BIN)/eigenzoo demo --force
 
 test: .venv/test
-	@echo "Running every claim once. This takes about 6 minutes on two cores."
+	@echo "Running every claim once. This takes about 7 minutes on two cores."
 	@$(PYTEST) -m "not slow and not further"
 
 # What `make test` leaves out.
 test-more: .venv/test
-	@echo "Running what make test leaves out, then all numerical tests by three kernels. This takes about 15 minutes on two cores."
+	@echo "Running what make test leaves out, then all numerical tests by three kernels. This takes about 20 minutes on two cores."
 	@$(PYTEST) -m "slow or (further and not numerical)"
 	@$(MAKE) --no-print-directory test-kernels
 
