@@ -292,7 +292,7 @@ def _some_names(folder: Path) -> list[str]:
 
 
 def _is_too_large(folder: Path, place: str, name: str) -> bool:
-    """A module's weights may be larger than what is carried, which is no fault of the model."""
+    """Tell whether these are a module's weights and too large to carry; other files of that size are an error."""
     if name != MODULE_WEIGHTS:
         return False
     target = inside(folder, place)

@@ -166,7 +166,7 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
 
 
 def _is_too_large(name: str, size: int) -> bool:
-    """A module's weights may be larger than what is carried, which is no fault of the model."""
+    """Tell whether these are a module's weights and too large to carry; other files of that size are an error."""
     return name.endswith(f"/{MODULE_WEIGHTS}") and size > MAX_SIDE_BYTES
 
 

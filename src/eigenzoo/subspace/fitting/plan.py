@@ -98,7 +98,7 @@ class Plan:
     def shortlist(self, most: int = MOST_ROWS) -> tuple[PlanRow, ...]:
         """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
 
-        Left out are rows that another row makes useless, since it is no larger and loses no more, which duplicates are too.
+        A row is left out if another one is not larger and does not lose more. So duplicates are left out too.
         Of more than `most` rows, some between the smallest and the largest are left out.
         """
         front: list[PlanRow] = []
