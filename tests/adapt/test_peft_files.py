@@ -25,6 +25,7 @@ import eigenzoo as ez
 from eigenzoo.integrations.peft_tuner import EigenzooModel, registration
 from eigenzoo.integrations.peft_tuner.config import BUNDLES, EigenzooConfig
 from eigenzoo.integrations.peft_tuner.layer import EigenzooLayer
+from sampling import slow_but
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 
@@ -272,13 +273,11 @@ def test_outputs_of_a_model_do_not_depend_on_the_order_of_adapters(made: Callabl
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize(
-    ("module", "before"),
-    [("config", "import peft\n"), ("lora_export", ""), pytest.param("registration", "", marks=pytest.mark.slow)],
-)
-def test_any_file_of_the_tuner_registers_the_method(module: str, before: str) -> None:
+@pytest.mark.parametrize("module", slow_but(["config", "lora_export", "registration"], quick=["config"]))
+def test_any_file_of_the_tuner_registers_the_method(module: str) -> None:
     script = (
-        f"{before}import eigenzoo.integrations.peft_tuner.{module}\n"
+        f"{'import peft' if module == 'config' else ''}\n"
+        f"import eigenzoo.integrations.peft_tuner.{module}\n"
         "import peft\n"
         "from eigenzoo.integrations.peft_tuner.config import EigenzooConfig\n"
         "kind = EigenzooConfig(bundle='b').peft_type\n"

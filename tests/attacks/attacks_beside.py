@@ -112,13 +112,13 @@ def software(text: str) -> Callable[[Sandbox], Sequence[Words]]:
 
 ATTACKS = [
     *(
-        Attack(f"beside, a file called {what}", named(ending, what), SAFE, after=rebuilt)
+        Attack(f"beside, a file called: {what}", named(ending, what), SAFE, after=rebuilt)
         for what in NAMES
         for ending in (".bin", ".x")
         if "/" not in NAMES[what] and NAMES[what]
     ),
     Attack("beside, the outputs: a closed attribute", named(".bin", "a closed attribute"), SAFE, after=check_outputs),
-    *(Attack(f"hidden, a model called {what}", hidden(what), EITHER) for what in NAMES if "/" not in NAMES[what]),
+    *(Attack(f"hidden, a model called: {what}", hidden(what), EITHER) for what in NAMES if "/" not in NAMES[what]),
     Attack("beside, many: 3,000 shards and 3,000 pickles", many_beside(3_000, 3_000), ANY),
     Attack("lacking: 20,000 modules and 20,000 tensors", lacking(20_000, 1, 20_000, 2), ANY),
     Attack("lacking: 90,000 modules in 20 adapters", lacking(90_000, 1, 0, 20), ANY),

@@ -91,6 +91,10 @@ def test_what_cannot_be_meant_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
 
 
+def test_an_option_that_is_not_there_is_named(refused: Refused) -> None:
+    assert "No such option: --typo" in refused("inspect", "--typo")
+
+
 def test_sources(run: Run, zoo: Path, here: Path) -> None:
     (here / "list.txt").write_text("# the first and the third\nzoo/m0\n\nzoo/m2\n")
     sources = {
