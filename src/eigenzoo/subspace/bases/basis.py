@@ -56,6 +56,17 @@ class PartWriter(Protocol):
         """Write a tensor whole."""
 
 
+class Parts:
+    """Holds what is written, tensor by tensor: a basis on its way from a worker to the bundle."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor whole."""
+        self.tensors[name] = tensor
+
+
 class TensorWriter(PartWriter, Protocol):
     """The same, tensor by tensor or block by block."""
 
