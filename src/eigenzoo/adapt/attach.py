@@ -33,8 +33,7 @@ from eigenzoo.adapt.places import (
     trained_by_others,
     weight_at,
 )
-from eigenzoo.adapt.starts import MEAN, find_start
-from eigenzoo.adapt.trained import Coefficients, Start, scales_of, without_autocast
+from eigenzoo.adapt.trained import MEAN, Coefficients, Start, find_start, scales_of, without_autocast
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from eigenzoo.adapt.maps import Map, map_of
 from eigenzoo.adapt.places import PREFIXES
-from eigenzoo.adapt.starts import MEAN, ZERO
+from eigenzoo.adapt.trained import MEAN, ZERO
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.linalg.lora import ROUND_OFF, Factors
 from eigenzoo.passes.workers import local_workers

@@ -1,9 +1,10 @@
-"""One model's coordinates in a subspace, and the model that they make."""
+"""Models' coordinates in a subspace: projected layer by layer, layers side by side, and what they leave out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 from eigenzoo.display import counted, in_percent, one_line
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.linalg import lora
-from eigenzoo.records import finite
+from eigenzoo.passes.workers import opened_workers
+from eigenzoo.records import Progress, finite, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis, Projection
+from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,30 @@ def outside_of(basis: LayerBasis, values: Tensor, residual: float, energy: float
         return residual * energy
     rebuilt = basis.rebuild(values)
     return lora.energy(rebuilt) if isinstance(rebuilt, tuple) else float(rebuilt.double().square().sum())
+
+
+def project_layers(
+    layers: Mapping[str, LayerBasis], zoo: Zoo, progress: Progress = no_progress
+) -> dict[str, list[Projection]]:
+    """Project every model of an opened zoo (see `Subspace.open`), layer by layer."""
+    found: dict[str, list[Projection]] = {}
+    with opened_workers(None) as workers:
+        tasks = ((name, [partial(_project_layer, basis, zoo, name)]) for name, basis in layers.items())
+        for name, (projections,) in workers.in_order(tasks):
+            found[name] = projections
+            progress("projecting layers", len(found), len(layers))
+    return found
+
+
+def with_templates(zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
+    """Put the projections of a zoo's models together with what makes them complete models again."""
+    return {
+        name: coefficients_of(
+            name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
+        )
+        for place, name in enumerate(zoo.names)
+    }
+
+
+def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:
+    return basis.project_all(zoo.stack(name))

@@ -34,7 +34,7 @@ from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import joined, provenance
 from eigenzoo.subspace.bundles.source_records import Relocation, source_record
 from eigenzoo.subspace.bundles.storage import link_all, write_model, write_moments
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, project_layers, with_templates
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit_layers import Fitting, fit_layers
 from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
@@ -45,7 +45,6 @@ from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.duplicates import find_copies, find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 from eigenzoo.subspace.moments.moments_cache import opened_cache
-from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
 from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.sources import Source

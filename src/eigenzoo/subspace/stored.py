@@ -39,10 +39,9 @@ from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
 from eigenzoo.subspace.bundles.storage import num_held, read_basis, read_moments, split_coefficients
-from eigenzoo.subspace.coefficients import Coefficients, outside_of, share_of
+from eigenzoo.subspace.coefficients import Coefficients, outside_of, project_layers, share_of, with_templates
 from eigenzoo.subspace.moments.border import extended_inside
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.weights.renames import nearest
 from eigenzoo.zoo.matching import Selection

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.adapt.starts import ZERO
+from eigenzoo.adapt.trained import ZERO
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.lora.peft_folder import PREFIX as MODEL

@@ -16,14 +16,13 @@ from eigenzoo.formats.output.whole import clear_errors
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, check_workers, opened_workers
 from eigenzoo.records import Progress, no_progress, plain
-from eigenzoo.subspace.bundles.identity import ZooIdentity
 from eigenzoo.subspace.fitting.allocation import allocate
 from eigenzoo.subspace.fitting.bytes import saved_bytes
 from eigenzoo.subspace.fitting.fit_layers import Fitting, fit_layers
 from eigenzoo.subspace.fitting.options import FitOptions, Rank, check_against, resolve_options
 from eigenzoo.subspace.fitting.work import Work, check_workspace, work_folder
 from eigenzoo.subspace.fitting.writing import write_subspace
-from eigenzoo.subspace.moments.moments_cache import opened_cache
+from eigenzoo.subspace.moments.moments_cache import ZooIdentity, opened_cache
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo, open_zoo
