@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eigenzoo.adapt.adapted_weight import AdaptedWeight
 from eigenzoo.adapt.augment import NONE, Augmentation, padded
-from eigenzoo.adapt.maps import map_of
+from eigenzoo.adapt.maps import AdaptedWeight, map_of
 from eigenzoo.adapt.places import (
     Place,
     adapting,
