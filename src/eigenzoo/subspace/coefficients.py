@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import inf, isfinite
 from typing import Any
 
@@ -91,13 +90,12 @@ def project_layers(
     layers: Mapping[str, LayerBasis], zoo: Zoo, progress: Progress = no_progress
 ) -> dict[str, list[Projection]]:
     """Project every model of an opened zoo (see `Subspace.open`), layer by layer."""
-    found: dict[str, list[Projection]] = {}
+
+    def project(name: str) -> list[Projection]:
+        return layers[name].project_all(zoo.stack(name))
+
     with opened_workers(None) as workers:
-        tasks = ((name, [partial(_project_layer, basis, zoo, name)]) for name, basis in layers.items())
-        for name, (projections,) in workers.in_order(tasks):
-            found[name] = projections
-            progress("projecting layers", len(found), len(layers))
-    return found
+        return dict(workers.each("projecting layers", project, layers, progress, what="layer"))
 
 
 def with_templates(zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
@@ -108,7 +106,3 @@ def with_templates(zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str,
         )
         for place, name in enumerate(zoo.names)
     }
-
-
-def _project_layer(basis: LayerBasis, zoo: Zoo, name: str) -> list[Projection]:
-    return basis.project_all(zoo.stack(name))

@@ -156,15 +156,10 @@ def _grown_moments(
     if not exact and space.manifest.center != "models":
         return None
     zoo = _joined(space, originals, new)
-    grown: dict[str, LayerMoments] = {}
     with opened_workers(None) as workers:
         precision = _options(space).precision_of_products
         task = partial(_grow_layer, space, zoo, exact, precision, workers.resources)
-        tasks = ((name, [partial(task, name)]) for name in space.layers)
-        for name, (found,) in workers.in_order(tasks):
-            grown[name] = found
-            progress("extending moments", len(grown), len(space.layers))
-    return grown
+        return dict(workers.each("extending moments", task, space.layers, progress, what="layer"))
 
 
 def _grow_layer(

@@ -236,6 +236,12 @@ class StoredSubspace:
             self.check_base(self._base)
         return self._base
 
+    def require_base(self) -> Model:
+        """Return the base; raises BundleError for a bundle that names none."""
+        if self.base is None:
+            raise BundleError("the bundle names no base")
+        return self.base
+
     def check_base(self, base: Model) -> None:
         """Raise BundleError unless this is the base that was subtracted."""
         record = self.manifest.base
@@ -332,7 +338,7 @@ class StoredSubspace:
             values,
             coefficients.template,
             self.view,
-            lambda: _some(self.base),
+            self.require_base,
             fetch,
             max_lora_rank,
         )
@@ -372,9 +378,3 @@ class StoredSubspace:
                 what, meant = f"{what}, and there is no such file or folder", did_you_mean(name) or meant
             raise UsageError(what, where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
-
-
-def _some(model: Model | None) -> Model:
-    if model is None:
-        raise BundleError("the bundle names no base")
-    return model

@@ -106,13 +106,13 @@ def _as_stored(
         if layer.form != STACKED:
             record = layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean)
             bases[name] = replace(read_basis(record, options.center, files), tensors=StoredLayer(files, name))
-    found: dict[str, FittedLayer] = {}
-    precision = options.precision_of_products
-    tasks = ((name, [partial(stored_task, zoo, name, basis, precision)]) for name, basis in bases.items())
-    for name, (projections,) in workers.in_order(tasks, files.num_bytes):
-        found[name] = _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, projections)
-        progress("projecting on stored bases", len(found), len(bases))
-    return found
+    task = partial(stored_task, zoo, options.precision_of_products)
+    stage, layers = "projecting on stored bases", bases.items()
+    projected = workers.each(stage, task, layers, progress, lambda layer: files.num_bytes(layer[0]), "layer")
+    return {
+        name: _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, projections)
+        for (name, _), projections in projected
+    }
 
 
 def _stated_anew(
@@ -420,8 +420,9 @@ class HeldTensors:
         return found if out is None else out.copy_(found)
 
 
-def stored_task(zoo: Zoo, name: str, basis: LayerBasis, precision: str) -> list[Projection]:
-    """Project all models of a layer onto its basis as it is stored."""
+def stored_task(zoo: Zoo, precision: str, layer: tuple[str, LayerBasis]) -> list[Projection]:
+    """Project all models of a layer, by its name, onto its basis as it is stored."""
+    name, basis = layer
     return basis.project_all(zoo.stack(name, precision=precision))
 
 
