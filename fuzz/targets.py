@@ -367,7 +367,7 @@ def _work(folder: Path) -> tuple[Path, Callable[[], object]]:
     from unittest import mock
 
     zoo = ez.open_zoo(samples.write_models(folder / "zoo"))
-    with mock.patch("eigenzoo.subspace.fitting.fit.write_moments", side_effect=KeyboardInterrupt):
+    with mock.patch("eigenzoo.subspace.fitting.writing.write_moments", side_effect=KeyboardInterrupt):
         try:
             ez.fit(zoo, 2, cache=False, workspace=folder)
         except KeyboardInterrupt:

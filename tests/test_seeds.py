@@ -19,7 +19,7 @@ from builders import random_stack, write_stacks
 from eigenzoo import adapt, nursery
 from eigenzoo.adapt.augment import Augmentation
 from eigenzoo.adapt.search import search
-from eigenzoo.adapt.starts import find_start
+from eigenzoo.adapt.trained import find_start
 from eigenzoo.adapt.training import TensorData, train
 from eigenzoo.cli.app import main
 from eigenzoo.errors import UsageError

@@ -112,12 +112,12 @@ def test_training_reaches_what_the_zoo_does_not_span(tmp_path: Path) -> None:
 
 def test_draws_depend_on_seed_and_layer_alone(tmp_path: Path) -> None:
     space = fitted(tmp_path, "weight", {"models": 3})
-    first = widened(space, "a.weight").directions
+    first = widened(space, "a.weight").table
     torch.manual_seed(99)
-    assert torch.equal(widened(space, "a.weight").directions, first)
-    assert not torch.allclose(widened(space, "a.weight", seed=1).directions[3:], first[3:], atol=0.01)
+    assert torch.equal(widened(space, "a.weight").table, first)
+    assert not torch.allclose(widened(space, "a.weight", seed=1).table[3:], first[3:], atol=0.01)
     # The first of more directions are the same: a larger number adds to them.
-    assert torch.allclose(widened(space, "a.weight", num=5).directions[:5], first, atol=tolerance(72))
+    assert torch.allclose(widened(space, "a.weight", num=5).table[:5], first, atol=tolerance(72))
 
 
 def test_the_draws_stay_what_they_are(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_what_is_lost_is_what_the_new_span_leaves_out(tmp_path: Path, include: b
         for layer, basis in stream.space.layers.items():
             size = basis.layer.num_values
             mean = basis.removed().expand(basis.layer.shape).flatten()
-            rows = basis.directions().double().flatten(1)
+            rows = basis.operator().table.double().flatten(1)
             left = target[start : start + size] - mean
             nearest.append(mean + rows.T @ torch.linalg.lstsq(rows.T, left[:, None]).solution[:, 0])
             start += size

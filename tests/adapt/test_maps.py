@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
-from eigenzoo.adapt.maps import map_of
+from eigenzoo.adapt.maps import apply, dense, follow, freeze, map_of, sides
 from tolerance import tolerance
 
 FLOAT32 = tolerance(64, dtype=torch.float32)
@@ -44,12 +45,36 @@ def test_a_map_makes_what_the_bundle_rebuilds(tmp_path: Path, view: str, name: s
         found = layer_map.matrix(coefficients) + layer_map.mean()
         assert torch.allclose(found, expected, atol=FLOAT32 * float(expected.abs().max()))
         inputs = torch.randn(5, basis.layer.shape[1], generator=torch.Generator().manual_seed(0))
-        answer = layer_map.apply_to(inputs, coefficients, mean=True)
+        answer = follow([layer_map.chains(coefficients, mean=True)], inputs, apply)
         assert torch.allclose(answer, inputs @ expected.T, atol=FLOAT32 * float((inputs @ expected.T).abs().max()))
-        change = layer_map.apply_to(inputs, coefficients, mean=False)
+        change = follow([layer_map.chains(coefficients, mean=False)], inputs, apply)
         assert torch.allclose(
             change, inputs @ layer_map.matrix(coefficients).T, atol=FLOAT32 * float(answer.abs().max())
         )
+        factors = layer_map.factors(coefficients, mean=True)
+        assert (factors is None) == (layer_map.before is None or view == "weight")
+        if factors is not None:
+            assert torch.allclose(factors[0] @ factors[1], expected, atol=FLOAT32 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("view", "name"), CASES)
+def test_chains_multiply_to_the_map_and_its_transpose(tmp_path: Path, view: str, name: str) -> None:
+    """What lies beside a weight has no mean that is not a middle, and the dtypes that it is cast to."""
+    space = fitted(tmp_path, view, RANKS[name])
+    for (layer, basis), transposed in product(space.layers.items(), (False, True)):
+        coefficients = space.coefficients("m3").values[layer].double()
+        frozen, whole = freeze(basis, transposed=transposed, dtype=torch.float64), map_of(basis, torch.float64)
+        assert frozen.offset is None
+        expected = whole.matrix(coefficients) + (whole.mean() if view == "update" else 0)
+        expected = expected.T if transposed else expected
+        stages = [frozen.chains(coefficients, mean=True)]
+        left, right = sides(stages)
+        for found in (dense(stages, torch.float64), left @ right):
+            assert torch.allclose(found, expected, rtol=0, atol=tolerance(64) * float(expected.abs().max()))
+        frozen.cast(torch.device("cpu"), torch.bfloat16)
+        large = {part.dtype for part in (frozen.before, frozen.after) if part is not None}
+        assert large == (set() if frozen.is_dense else {torch.bfloat16})
+        assert frozen.table is None or frozen.table.dtype == (torch.bfloat16 if frozen.is_dense else torch.float32)
 
 
 @pytest.mark.parametrize(("view", "name"), CASES)
@@ -84,5 +109,5 @@ def test_a_random_basis_keeps_the_mean_and_the_sizes(tmp_path: Path, view: str, 
         assert low * size <= float(found.norm()) <= high * size
         inputs = torch.randn(5, basis.layer.shape[1])
         whole = drawn.matrix(coefficients) + drawn.mean()
-        answer = drawn.apply_to(inputs, coefficients, mean=True)
+        answer = follow([drawn.chains(coefficients, mean=True)], inputs, apply)
         assert torch.allclose(answer, inputs @ whole.T, atol=FLOAT32 * float(answer.abs().max()))

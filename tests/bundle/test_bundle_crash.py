@@ -78,7 +78,7 @@ def test_a_fit_that_is_interrupted_leaves_its_work_and_the_next_one_takes_it_up(
     def failing(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eigenzoo.subspace.fitting.fit.write_moments", failing)
+    monkeypatch.setattr("eigenzoo.subspace.fitting.writing.write_moments", failing)
     with pytest.raises(KeyboardInterrupt):
         ez.fit(paths, 2, workspace=tmp_path / "work")
     (left,) = (tmp_path / "work").iterdir()
@@ -97,7 +97,7 @@ def test_a_fit_that_is_refused_leaves_no_workspace(tmp_path: Path, monkeypatch: 
     def failing(*args: object, **kwargs: object) -> None:
         raise DataError("the values cannot be meant")
 
-    monkeypatch.setattr("eigenzoo.subspace.fitting.fit.write_moments", failing)
+    monkeypatch.setattr("eigenzoo.subspace.fitting.writing.write_moments", failing)
     with pytest.raises(DataError, match="cannot be meant"):
         ez.fit(paths, 2, workspace=tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == []

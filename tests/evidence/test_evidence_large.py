@@ -8,7 +8,7 @@ import torch
 from evidence_zoos import directions, folds_of, hold_out, noise, up_to, without
 from scipy.linalg import subspace_angles
 
-from eigenzoo.evidence import growth, universality, unseen
+from eigenzoo.evidence import growth, unseen
 from eigenzoo.evidence.layer_evidence import LayerEvidence, measure_layer
 from eigenzoo.records import Layer
 from eigenzoo.subspace.moments.layer_moments import from_raw_gram
@@ -47,7 +47,7 @@ def test_folds_are_held_out_as_of_any_zoo(found: LayerEvidence) -> None:
 
 def test_fewer_splits_are_compared_and_exactly(found: LayerEvidence) -> None:
     assert found.halves is not None
-    assert found.halves.num_splits == universality.NUM_SPLITS_LARGE < universality.NUM_SPLITS
+    assert found.halves.num_splits == growth.NUM_SPLITS_LARGE < growth.NUM_SPLITS
     draw, cosines = torch.Generator().manual_seed(SEED), []
     for _ in range(found.halves.num_splits):
         order = torch.randperm(NUM_MODELS, generator=draw)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import eigenzoo as ez
 from builders import write_stacks
-from eigenzoo.evidence.reasons import why_mean, why_not_shared, why_shared
-from eigenzoo.evidence.verdict import Measures
+from eigenzoo.evidence.verdict import Measures, why_mean, why_not_shared, why_shared
 
 SHARED = Measures(
     rank=8, share=0.4, over_chance=12.0, p_chance=1e-9, ratio=1.8, p_cloud=1e-6, effective=5.25, num_models=60

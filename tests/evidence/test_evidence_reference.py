@@ -23,9 +23,8 @@ from evidence_zoos import (
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from eigenzoo.evidence.growth import NUM_DRAWS, RANK, sizes
+from eigenzoo.evidence.growth import NUM_DRAWS, NUM_SPLITS, RANK, sizes
 from eigenzoo.evidence.layer_evidence import LayerEvidence
-from eigenzoo.evidence.universality import NUM_SPLITS
 from eigenzoo.linalg.spectrum import effective_rank
 from tolerance import tolerance
 

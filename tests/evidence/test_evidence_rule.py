@@ -11,8 +11,8 @@ from evidence_zoos import find, layers, noise, normal, planted
 
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import findings
-from eigenzoo.evidence.mean import MeanShare
 from eigenzoo.evidence.summary import Pooled, shown_places
+from eigenzoo.evidence.unseen import MeanShare
 from eigenzoo.evidence.verdict import Directions, Findings, Weighed, directions, judge, judge_zoo
 from eigenzoo.linalg.heldout import deal
 from eigenzoo.subspace.moments.layer_moments import from_raw_gram

@@ -50,7 +50,7 @@ def test_orthonormal_directions_and_their_loadings_stay_as_they_are(tmp_path: Pa
     assert not any("orthonormal" in warning for warning in space.report["warnings"])
     for layer in MODULES:
         basis = space.layers[f"{layer}.lora_B"]
-        assert torch.equal(basis.directions().flatten(1), shared.components_b[layer])
+        assert torch.equal(basis.operator().table.flatten(1), shared.components_b[layer])
         found = space.coefficients("code").values[f"{layer}.lora_B"]
         assert torch.equal(found, SCALE * shared.tasks["code"].loadings_b[layer])
 

@@ -157,7 +157,7 @@ def test_every_pass_tells_which_layer_was_too_large(
 def test_a_layer_of_many_spans_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_stacks(tmp_path / "zoo", {"h.w": random_stack(6, (6, 5))})
     monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
-    monkeypatch.setattr("eigenzoo.subspace.fitting.layer_tasks.span_basis", lambda *arguments: torch_short())
+    monkeypatch.setattr("eigenzoo.subspace.fitting.fit_layers.span_basis", lambda *arguments: torch_short())
     with pytest.raises(ResourceError, match=r"layer 'h\.w': out of memory"):
         ez.fit(paths, 2, cache=False)
 

@@ -15,7 +15,9 @@ import eigenzoo as ez
 from builders import random_factors, read_update, regauge, seeded, write_adapter, write_stacks
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.sketch import PASSES, Krylov, num_columns
-from eigenzoo.subspace.fitting import heldout
+from eigenzoo.passes.resources import Resources
+from eigenzoo.subspace.fitting import tucker_fit
+from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketched_ranks
 from tolerance import tolerance
@@ -290,17 +292,12 @@ def test_held_out_capture_is_of_sketches_too(folders, monkeypatch):
     asked = {"exact": exact, "sketch": found}
 
     def capture(solver: str) -> float | None:
-        sketch = plan if solver == "sketch" else None
-        return heldout.tucker_capture(
-            stack,
-            asked[solver],
-            SIDES,
-            lambda part: collect(part, ("outputs", "inputs"), "models", sketch=sketch),
-            seed=0,
-        )
+        options = resolve_options(SIDES, None, "models", "float32", None, None, 0, solver)
+        assert options.sketch == (plan if solver == "sketch" else None)
+        return tucker_fit.tucker_capture(stack, asked[solver], SIDES, options, Resources())
 
     assert capture("sketch") == pytest.approx(capture("exact"), abs=1e-3)
-    monkeypatch.setattr(heldout, "LARGEST_SIDE", 100)
+    monkeypatch.setattr(tucker_fit, "LARGEST_HELD_OUT", 100)
     assert capture("exact") is None
     assert capture("sketch") is not None
 

@@ -29,7 +29,7 @@ from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bases.flat import FlatBasis
 from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
-from eigenzoo.subspace.fitting.layer_tasks import StoredLayer
+from eigenzoo.subspace.fitting.fit_layers import StoredLayer
 from eigenzoo.zoo.zoo import reopen
 from guard import wait_until
 

@@ -27,7 +27,7 @@ from eigenzoo.passes.resources import LEAST_MEMORY, Resources
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.subspace.bundles.storage import moment_tensors
 from eigenzoo.subspace.fitting import fit_layers
-from eigenzoo.subspace.fitting.layer_tasks import fit_task
+from eigenzoo.subspace.fitting.fit_layers import fit_task
 from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.moments_cache import MomentsCache

@@ -10,7 +10,6 @@ With PEFT: `eigenzoo.integrations.peft_tuner`.
 
 from eigenzoo.adapt.adapter_file import load, save
 from eigenzoo.adapt.attach import Adapted, attach, detach
-from eigenzoo.adapt.starts import find_start
-from eigenzoo.adapt.trained import LEARNING_RATE, Start
+from eigenzoo.adapt.trained import LEARNING_RATE, Start, find_start
 
 __all__ = ["LEARNING_RATE", "Adapted", "Start", "attach", "detach", "find_start", "load", "save"]

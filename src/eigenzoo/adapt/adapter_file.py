@@ -29,7 +29,9 @@ from eigenzoo.errors import BundleError, FormatError, UsageError
 from eigenzoo.formats.output.whole import new_file
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
+from eigenzoo.formats.safetensors.writer import header_bytes
 from eigenzoo.formats.writers import TensorLayout, write_tensors
+from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.subspace import Subspace
 
 FORMAT = "eigenzoo-coefficients"
@@ -209,3 +211,21 @@ def _changed_weights(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
     for layer, (path, name) in adapted.places.items():
         parametrizations: Any = adapted.module.get_submodule(path).parametrizations
         yield layer, parametrizations[name].original
+
+
+LORA_RANK = 8
+_DIMENSIONS = (2, 4)
+"""Of the weights that LoRA takes: linear layers, embeddings, convolutions. Biases and norms have no LoRA."""
+
+
+def lora_bytes(layers: Mapping[str, LayerBasis], rank: int = LORA_RANK) -> int:
+    """Return the bytes of a PEFT adapter file of this rank, in float32, of all layers that LoRA can take; its config apart."""
+    entries = []
+    for name, basis in layers.items():
+        layer = basis.layer
+        if layer.kind == "update" or len(layer.tensor_shape) in _DIMENSIONS:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            entries.append((f"{module}.lora_A.weight", torch.float32, (rank, layer.shape[1])))
+            entries.append((f"{module}.lora_B.weight", torch.float32, (layer.shape[0], rank)))
+    header = len(header_bytes(entries, {"format": "pt"}))
+    return 8 + -(-header // 8) * 8 + sum(4 * shape[0] * shape[1] for _, _, shape in entries)

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eigenzoo.adapt.adapted_weight import AdaptedWeight
 from eigenzoo.adapt.augment import NONE, Augmentation, padded
-from eigenzoo.adapt.maps import map_of
+from eigenzoo.adapt.maps import AdaptedWeight, map_of
 from eigenzoo.adapt.places import (
     Place,
     adapting,
@@ -33,8 +32,7 @@ from eigenzoo.adapt.places import (
     trained_by_others,
     weight_at,
 )
-from eigenzoo.adapt.starts import MEAN, find_start
-from eigenzoo.adapt.trained import Coefficients, Start, scales_of, without_autocast
+from eigenzoo.adapt.trained import MEAN, Coefficients, Start, find_start, scales_of, without_autocast
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenzoo.adapt.maps import FlatMap, Map, TuckerMap
+from eigenzoo.adapt.maps import Map
 from eigenzoo.errors import UsageError
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.bases.basis import LayerBasis
@@ -73,26 +73,15 @@ class Augmentation:
             return
         words = np.frombuffer(hashlib.sha256(f"{self.seed}/{name}".encode()).digest(), dtype="<u4")
         draw = np.random.RandomState(words.astype(np.uint32))
-        if isinstance(layer, FlatMap):
-            layer.directions = _widened(layer.directions, self.num, draw)
-        elif isinstance(layer, TuckerMap):
-            self._widen_tucker(layer, draw)
-
-    def _widen_tucker(self, layer: TuckerMap, draw: np.random.RandomState) -> None:
-        old = layer.core_shape
-        if layer.outputs is not None:
-            layer.outputs = _widened(layer.outputs.T, self.num, draw).T.contiguous()
-        if layer.inputs is not None:
-            layer.inputs = _widened(layer.inputs.T, self.num, draw).T.contiguous()
-        layer.core_shape = (
-            old[0] if layer.outputs is None else layer.outputs.shape[1],
-            old[1] if layer.inputs is None else layer.inputs.shape[1],
-        )
-        if layer.mean_is_core:
-            layer.center = padded(layer.center.expand(old), layer.core_shape)
-        if layer.shared is not None:
-            wider = padded(layer.shared, (len(layer.shared), *layer.core_shape))
-            layer.shared = _widened(wider, self.num, draw)
+        if layer.after is not None:
+            layer.after = _widened(layer.after.T, self.num, draw).T.contiguous()
+        if layer.before is not None:
+            layer.before = _widened(layer.before, self.num, draw).T.contiguous().T
+        if layer.center is not None:
+            layer.center = padded(layer.center, layer.core_shape)
+        if layer.table is not None:
+            wider = padded(layer.table, (len(layer.table), *layer.core_shape))
+            layer.table = _widened(wider, self.num, draw)
 
 
 NONE = Augmentation()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from eigenzoo.adapt.maps import Map, map_of
 from eigenzoo.adapt.places import PREFIXES
-from eigenzoo.adapt.starts import MEAN, ZERO
+from eigenzoo.adapt.trained import MEAN, ZERO
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.linalg.lora import ROUND_OFF, Factors
 from eigenzoo.passes.workers import local_workers
@@ -75,12 +75,9 @@ def lora_factors(
             )
         values = space.all_coefficients[name].double()
         chosen[name] = partial(_layer_factors, basis, values, rank, start, has_mean=space.view != "weight")
-    found = {}
     with local_workers() as workers:
-        for name, (factors,) in workers.in_order((name, [call]) for name, call in chosen.items()):
-            found[_module((names or {}).get(name, name))] = factors
-            progress("finding factors", len(found), len(chosen))
-    return found
+        found = workers.each("finding factors", lambda name: chosen[name](), chosen, progress, what="layer")
+        return {_module((names or {}).get(name, name)): factors for name, factors in found}
 
 
 def _layer_factors(basis: LayerBasis, values: Tensor, rank: int, start: str, *, has_mean: bool) -> Factors:

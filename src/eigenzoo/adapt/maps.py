@@ -1,195 +1,150 @@
-"""What coefficients are to a weight: the linear map L of ΔW = M + L(c), one class for each form of a fitted layer.
+"""What coefficients are to a weight: the linear map L of ΔW = M + L(c), as products of thin matrices.
 
-    flat      L(c) = Σ c_k V_k                     dense: k whole-layer directions
-    tucker    L(c) = U · C · Vᵀ                    through the small side; C = c, or Σ c_k D_k with axis `models`
-    stacked   L(c) = Bᵀ · diag(w) · A, w = W c      through the ranks of the zoo's own factors
+    flat      L(c) = Σ c_k V_k                      one dense matrix of k whole-layer directions
+    tucker    L(c) = U · C · Vᵀ                     x ↦ Vᵀx, then C, then U: as cheap as a LoRA of that rank; C = c, or Σ c_k D_k
+    stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: as dear as a LoRA of all the zoo's ranks
 
-A map is a module whose bases are buffers that no state dict holds: they are the bundle's, and come from there.
+Only the middle depends on what is trained, so a backward pass keeps what lies between the sides, and never the layer's inputs.
 
-Legend: O outputs, I inputs, K directions, P and Q kept outputs and inputs, R ranks of all updates of a zoo.
+Legend: O outputs, I inputs, K coefficients, P and Q the sizes of the middle, R ranks of all updates of a zoo.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from eigenzoo.adapt.trained import KeepsDtype
+from eigenzoo.adapt.trained import Coefficients, KeepsDtype, without_autocast
 from eigenzoo.subspace.bases.basis import LayerBasis
-from eigenzoo.subspace.bases.flat import FlatBasis
-from eigenzoo.subspace.bases.stacked import StackedBasis
-from eigenzoo.subspace.bases.tucker import TuckerBasis
+
+Chain = list[Tensor]
+"""Matrices from the inputs' side to the outputs'; a vector is a diagonal. Their product is (O, I)."""
+
+Stages = list[list[Chain]]
+"""ΔW = … · (sum of the second stage's chains) · (sum of the first stage's chains)."""
 
 
-class Map(KeepsDtype, ABC):
-    """The map from one layer's coefficients to a matrix (O, I); its bases keep their dtype when the model is moved to another.
+class Map(nn.Module):
+    """The map from one layer's coefficients to a matrix (O, I): the parts of `LayerBasis.operator`, for whatever form.
+
+    The parts are buffers that no state dict holds: they are the bundle's, and come from there.
 
     Attributes:
         shape: (O, I).
-        dtype: of the bases.
+        dtype: of the parts as they were read.
+        transposed: whether `chains` gives the transposed products, as Conv1D's and embeddings' weights need them.
+        before, after, table, center, offset: see `bases.basis.Operator`.
     """
 
-    def __init__(self, basis: LayerBasis, dtype: torch.dtype) -> None:
+    before: Tensor | None
+    after: Tensor | None
+    table: Tensor | None
+    center: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, basis: LayerBasis, dtype: torch.dtype, *, transposed: bool = False) -> None:
         super().__init__()
-        self.shape, self.dtype = basis.layer.shape, dtype
+        self.shape, self.dtype, self.transposed = basis.layer.shape, dtype, transposed
+        for name, part in vars(basis.operator()).items():
+            self.register_buffer(name, None if part is None else part.to(dtype), persistent=False)
 
-    def _keep(self, name: str, values: Tensor | None) -> None:
-        self.register_buffer(name, None if values is None else values.to(self.dtype), persistent=False)
+    @property
+    def is_dense(self) -> bool:
+        """Whether L(c) is one matrix, which takes the memory of the layer itself."""
+        return self.before is None and self.after is None
 
-    @abstractmethod
+    @property
+    def core_shape(self) -> tuple[int, int]:
+        """(P, Q): what lies between the sides; of a diagonal (R, R)."""
+        outputs, inputs = self.shape
+        return (
+            outputs if self.after is None else self.after.shape[1],
+            inputs if self.before is None else self.before.shape[0],
+        )
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the middle is a diagonal: weights over the factors of all of a zoo's updates."""
+        return self.table is not None and self.table.ndim == 2
+
     def matrix(self, coefficients: Tensor) -> Tensor:
         """Return L(c) as a matrix (O, I); linear and differentiable."""
+        return self._expanded(self._middle(coefficients, False))
 
-    @abstractmethod
     def mean(self) -> Tensor:
         """Return M as a matrix (O, I)."""
-
-    @abstractmethod
-    def randomize(self, generator: torch.Generator) -> None:
-        """Put random bases of the same sizes in the place of the zoo's, the mean kept: the control of every comparison."""
+        if self.center is not None:
+            return self._expanded(self.center)
+        assert self.offset is not None
+        return self.offset.expand(self.shape)
 
     def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
         """Return M + L(c), or L(c), as a product of (O, ·) and (·, I) matrices where that is cheaper than the matrix itself."""
-        return None
-
-    def apply_to(self, inputs: Tensor, coefficients: Tensor, mean: bool) -> Tensor:
-        """Return x · (M + L(c))ᵀ for inputs (…, I), or x · L(c)ᵀ, through the small side where there is one."""
-        factors = self.factors(coefficients, mean)
-        if factors is None:
-            matrix = self.matrix(coefficients)
-            return linear(inputs, matrix + self.mean() if mean else matrix)
-        return linear(linear(inputs, factors[1]), factors[0])
-
-
-class FlatMap(Map):
-    """Whole-layer directions."""
-
-    directions: Tensor
-    center: Tensor
-
-    def __init__(self, basis: FlatBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis, dtype)
-        self._keep("directions", basis.directions())
-        self._keep("center", basis.removed())
-
-    def matrix(self, coefficients: Tensor) -> Tensor:
-        """Return L(c) (O, I)."""
-        matrix: Tensor = torch.tensordot(coefficients, self.directions, 1)
-        return matrix
-
-    def mean(self) -> Tensor:
-        """Return M (O, I)."""
-        return self.center.expand(self.shape)
-
-    def randomize(self, generator: torch.Generator) -> None:
-        """Draw orthonormal directions."""
-        self.directions = _orthonormal(self.directions.flatten(1), generator).view_as(self.directions)
-
-
-class TuckerMap(Map):
-    """Bases of the sides, and a core between them.
-
-    Attributes:
-        core_shape: (P, Q).
-        mean_is_core: whether M is a core between the sides too, or a whole matrix.
-    """
-
-    outputs: Tensor | None
-    inputs: Tensor | None
-    shared: Tensor | None
-    center: Tensor
-
-    def __init__(self, basis: TuckerBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis, dtype)
-        for name, part in (
-            ("outputs", basis.side("outputs")),
-            ("inputs", basis.side("inputs")),
-            ("shared", basis.shared()),
-        ):
-            self._keep(name, part)
-        self._keep("center", basis.removed())
-        self.core_shape, self.mean_is_core = basis.core_shape, basis.layer.kind == "update"
-
-    def matrix(self, coefficients: Tensor) -> Tensor:
-        """Return L(c) (O, I)."""
-        return self._expanded(self._core(coefficients))
-
-    def mean(self) -> Tensor:
-        """Return M (O, I)."""
-        if self.mean_is_core:
-            return self._expanded(self.center.expand(self.core_shape))
-        return self.center.expand(self.shape)
-
-    def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
-        """Return the two sides of M + L(c), or of L(c)."""
-        if self.inputs is None or (mean and not self.mean_is_core):
+        if self.before is None or (mean and self.center is None):
             return None
-        core = self._core(coefficients)
-        core = core + self.center if mean else core
-        return core if self.outputs is None else self.outputs @ core, self.inputs.T
+        return self._left(self._middle(coefficients, mean)), self.before
 
-    def _core(self, coefficients: Tensor) -> Tensor:
-        return coefficients if self.shared is None else torch.tensordot(coefficients, self.shared, 1)
-
-    def _expanded(self, core: Tensor) -> Tensor:
-        left = core if self.outputs is None else self.outputs @ core
-        return left if self.inputs is None else left @ self.inputs.T
-
-    def randomize(self, generator: torch.Generator) -> None:
-        """Draw orthonormal sides and shared cores; a mean that was a core is kept as the matrix it was."""
-        self.center, self.mean_is_core = self.mean().clone(), False
-        for name in ("outputs", "inputs"):
-            side = getattr(self, name)
-            if side is not None:
-                setattr(self, name, _orthonormal(side.T, generator).T.contiguous())
-        if self.shared is not None:
-            self.shared = _orthonormal(self.shared.flatten(1), generator).view_as(self.shared)
-
-
-class StackedMap(Map):
-    """Weights over the factors of all of a zoo's updates."""
-
-    factors_b: Tensor
-    factors_a: Tensor
-    weights: Tensor
-    center: Tensor | None
-
-    def __init__(self, basis: StackedBasis, dtype: torch.dtype) -> None:
-        super().__init__(basis, dtype)
-        b_PO, a_PI, weights_KP = basis.table()
-        self._keep("factors_b", b_PO.T.contiguous())
-        self._keep("factors_a", a_PI)
-        self._keep("weights", weights_KP)
-        self._keep("center", None)
-
-    def matrix(self, coefficients: Tensor) -> Tensor:
-        """Return L(c) (O, I)."""
-        return self._product(coefficients @ self.weights[1:])
-
-    def mean(self) -> Tensor:
-        """Return M (O, I)."""
-        return self._product(self.weights[0]) if self.center is None else self.center
-
-    def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
-        """Return the two sides of M + L(c), or of L(c)."""
-        if mean and self.center is not None:
-            return None
-        combined_P = coefficients @ self.weights[1:]
-        return self.factors_b * (combined_P + self.weights[0] if mean else combined_P), self.factors_a
-
-    def _product(self, combined_P: Tensor) -> Tensor:
-        return (self.factors_b * combined_P) @ self.factors_a
+    def chains(self, coefficients: Tensor, mean: bool) -> list[Chain]:
+        """Return M + L(c), or L(c), as a sum of products; only what is between `before` and `after` is computed."""
+        with without_autocast(coefficients.device):
+            middle = self._middle(coefficients, mean)
+        chain = [part for part in (self.before, middle, self.after) if part is not None]
+        found = [chain]
+        if mean and self.offset is not None:
+            found = [[chain[0] + self.offset.to(chain[0])]] if len(chain) == 1 else [chain, [self.offset]]
+        return [_transposed(chain) for chain in found] if self.transposed else found
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Draw factors of the size of the zoo's, and keep the table: sums of as many random updates, about the same mean."""
-        self.center = self.mean()
-        for name in ("factors_b", "factors_a"):
-            factor = getattr(self, name)
-            drawn = torch.randn(factor.shape, generator=generator).to(factor)
-            setattr(self, name, drawn * (factor.norm() / drawn.norm()))
+        """Put random parts of the same sizes in the place of the zoo's, the mean kept as a matrix: the control of every comparison.
+
+        Sides and directions are orthonormal. Factors of updates have the norm of the zoo's, and their table is kept: directions are
+        sums of as many random updates.
+        """
+        if self.center is not None:
+            self.offset, self.center = self.mean().clone(), None
+        for name in ("after", "before"):
+            side: Tensor | None = getattr(self, name)
+            if side is not None and self.is_diagonal:
+                drawn = torch.randn(side.shape, generator=generator).to(side)
+                setattr(self, name, drawn * (side.norm() / drawn.norm()))
+            elif side is not None and name == "after":
+                self.after = _orthonormal(side.T, generator).T.contiguous()
+            elif side is not None:
+                self.before = _orthonormal(side, generator).T.contiguous().T
+        if self.table is not None and not self.is_diagonal:
+            self.table = _orthonormal(self.table.flatten(1), generator).view_as(self.table)
+
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Map:
+        """Move to a device, and what is as large as the layer's sides to a dtype; middles stay float32."""
+        for name, part in self.named_buffers():
+            is_large = name in ("before", "after", "offset") or (name == "table" and self.is_dense)
+            setattr(self, name, part.to(device, dtype if is_large else torch.promote_types(dtype, torch.float32)))
+        return self
+
+    def contiguous(self) -> Map:
+        """Lay `before` out row by row, as kernels of a convolution are."""
+        self.before = None if self.before is None else self.before.contiguous()
+        return self
+
+    def _middle(self, coefficients: Tensor, mean: bool) -> Tensor:
+        middle = coefficients
+        if self.table is not None:
+            table = self.table if self.is_dense else self.table.to(coefficients.dtype)
+            middle = torch.tensordot(coefficients.to(table.dtype), table, 1)
+        return middle + self.center.to(middle.dtype) if mean and self.center is not None else middle
+
+    def _left(self, middle: Tensor) -> Tensor:
+        if self.after is None:
+            return middle
+        return self.after * middle if self.is_diagonal else self.after @ middle
+
+    def _expanded(self, middle: Tensor) -> Tensor:
+        left = self._left(middle)
+        return left if self.before is None else left @ self.before
 
 
 def _orthonormal(rows_KD: Tensor, generator: torch.Generator) -> Tensor:
@@ -200,10 +155,126 @@ def _orthonormal(rows_KD: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def map_of(basis: LayerBasis, dtype: torch.dtype = torch.float32) -> Map:
-    """Return the map of a fitted layer, its bases read into memory in this dtype."""
-    if isinstance(basis, FlatBasis):
-        return FlatMap(basis, dtype)
-    if isinstance(basis, TuckerBasis):
-        return TuckerMap(basis, dtype)
-    assert isinstance(basis, StackedBasis)
-    return StackedMap(basis, dtype)
+    """Return the map of a fitted layer, its parts read into memory in this dtype."""
+    return Map(basis, dtype)
+
+
+def freeze(
+    basis: LayerBasis, *, transposed: bool = False, seed: int | None = None, dtype: torch.dtype = torch.float32
+) -> Map:
+    """Return the map of a fitted layer for what lies beside a weight; with a seed, of random directions.
+
+    A mean that is no middle is left out, since it takes the memory of the layer: `dense_mean` gives it where it is needed.
+    """
+    layer = Map(basis, dtype, transposed=transposed)
+    if seed is not None:
+        with without_autocast(torch.device("cpu")):
+            layer.randomize(torch.Generator().manual_seed(seed))
+    layer.offset = None
+    return layer
+
+
+def dense_mean(basis: LayerBasis, *, is_random: bool) -> Tensor | None:
+    """Return the zoo's mean (O, I) in float64 where it is no part of the middle."""
+    if basis.layer.kind != "update":
+        return basis.removed().expand(basis.layer.shape)
+    return map_of(basis, torch.float64).mean() if is_random else None
+
+
+def follow(stages: Stages, values: Tensor, first: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return what stages make of a layer's inputs, last dimension outputs.
+
+    Args:
+        first: how the first matrix of a chain meets the inputs: a linear layer, a convolution, a lookup.
+    """
+    for number, chains in enumerate(stages):
+        begin = first if number == 0 else apply
+        results = [
+            reduce(lambda found, part: apply(part, found), chain[1:], begin(chain[0], values)) for chain in chains
+        ]
+        values = reduce(torch.add, results)
+    return values
+
+
+def apply(part: Tensor, values: Tensor) -> Tensor:
+    """Return values (…, I) times a matrix (O, I) or a diagonal, in the values' dtype."""
+    part = part.to(values.dtype)
+    return linear(values, part) if part.ndim == 2 else values * part
+
+
+def dense(stages: Stages, dtype: torch.dtype) -> Tensor:
+    """Return ΔW (O, I), computed in a dtype."""
+    sums = [reduce(torch.add, [_product(chain, dtype) for chain in chains]) for chains in stages]
+    return reduce(lambda found, matrix: matrix @ found, sums)
+
+
+def sides(stages: Stages) -> tuple[Tensor, Tensor]:
+    """Return ΔW as left (O, P) times right (P, I), in float64."""
+    if len(stages) > 1:
+        return dense(stages[1:], torch.float64), dense(stages[:1], torch.float64)
+    lefts, rights = zip(*(_split(chain) for chain in stages[0]), strict=True)
+    return torch.cat(lefts, 1), torch.cat(rights, 0)
+
+
+def _transposed(chain: Chain) -> Chain:
+    return [part.T if part.ndim == 2 else part for part in reversed(chain)]
+
+
+def _split(chain: Chain) -> tuple[Tensor, Tensor]:
+    first = chain[0].double()
+    if len(chain) > 1:
+        return _product(chain[1:], torch.float64), first
+    outputs, inputs = first.shape
+    if outputs > inputs:
+        return first, torch.eye(inputs, dtype=torch.float64, device=first.device)
+    return torch.eye(outputs, dtype=torch.float64, device=first.device), first
+
+
+def _product(chain: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    found: Tensor | None = None
+    for part in chain:
+        part = part.to(dtype)
+        if found is None:
+            found = part if part.ndim == 2 else torch.diag(part)
+        else:
+            found = part @ found if part.ndim == 2 else part[:, None] * found
+    assert found is not None
+    return found
+
+
+class AdaptedWeight(KeepsDtype):
+    """The parametrization of one weight: W = (W₀ or nothing) + (M or nothing) + L(c), in the map's dtype wherever the model moves.
+
+    A running variance is kept above zero, as in rebuilt models. Buffers, which a batch norm has its statistics in, follow their
+    coefficients, but give them no gradient: torch knows none.
+
+    Attributes:
+        layer, trained: the map L, and c.
+        besides: what the same attach trains besides, which no other attach may freeze.
+    """
+
+    def __init__(
+        self,
+        layer: Map,
+        trained: Coefficients,
+        besides: tuple[nn.Parameter, ...],
+        *,
+        mean: bool,
+        on_top: bool,
+        above_zero: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer, self.trained, self.besides, self._mean, self._on_top = layer, trained, besides, mean, on_top
+        self._above_zero = above_zero
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight that the module computes with, in the dtype of the one that is there."""
+        with without_autocast(weight.device):
+            matrix = self.layer.matrix(self.trained().to(self.layer.dtype))
+            if self._mean:
+                matrix = matrix + self.layer.mean()
+        made = matrix.reshape(weight.shape)
+        made = weight + made if self._on_top else made
+        if self._above_zero:
+            made = made.clamp_min(torch.finfo(torch.float32).tiny)
+        return (made if isinstance(weight, nn.Parameter) else made.detach()).to(weight.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eigenzoo.adapt.adapted_weight import AdaptedWeight
+from eigenzoo.adapt.maps import AdaptedWeight
 from eigenzoo.errors import MismatchError, UsageError
 
 PREFIXES = ("base_model.model.",)

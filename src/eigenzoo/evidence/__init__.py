@@ -1,4 +1,4 @@
-"""Controls of what a zoo seems to show: one file per control, each of which returns a record; `evidence` runs them all.
+"""Controls of what a zoo seems to show: each control returns a record; `evidence` runs them all.
 
 The room and its main function have one name: `eigenzoo.evidence(zoo)` calls `eigenzoo.evidence.evidence.evidence`. `help` and
 `inspect.signature` of the room show that function's docstring and signature.

@@ -9,10 +9,10 @@ from statistics import fmean
 from eigenzoo.display import in_percent
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
-from eigenzoo.evidence.reasons import p_text
 from eigenzoo.evidence.record import EvidenceRecord
 from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
 from eigenzoo.evidence.unseen import num_folds
+from eigenzoo.evidence.verdict import p_text
 from eigenzoo.linalg.heldout import NUM_FOLDS
 
 

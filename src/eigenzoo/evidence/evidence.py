@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -239,12 +238,8 @@ def _measure_all(
         layer, moments = measured.layers[name], measured.moments(name)
         return measure_layer(layer, moments, folds, core, groups, rule, seed, measured.spectra(name))
 
-    found: dict[str, LayerEvidence] = {}
     with local_workers() as workers:
-        for name, (layer,) in workers.in_order((name, [partial(measure, name)]) for name in measured.layers):
-            found[name] = layer
-            progress("weighing layers", len(found), len(measured.layers))
-    return found
+        return dict(workers.each("weighing layers", measure, measured.layers, progress, what="layer"))
 
 
 def _map(pooled_NN: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:

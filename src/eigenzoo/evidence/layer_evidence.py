@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from eigenzoo.display import one_line
-from eigenzoo.evidence import chance, growth, mean, secondary, suitability, universality, unseen, verdict
+from eigenzoo.evidence import chance, suitability, verdict
 from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score
+from eigenzoo.evidence.growth import Halves, LayerGrowth, halves, layer_growth
+from eigenzoo.evidence.unseen import MeanShare, Secondary, Unseen, capture, mean_share, secondary, unseen
 from eigenzoo.linalg.gram import excess_moments, scale_models
 from eigenzoo.linalg.heldout import NUM_FOLDS, deal
 from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
@@ -34,13 +36,13 @@ class LayerEvidence:
     energy: float
     variance: float
     chance: chance.Chance
-    mean: mean.MeanShare
-    unseen: unseen.Unseen | None
-    halves: universality.Halves | None
-    secondary: secondary.Secondary | None
+    mean: MeanShare
+    unseen: Unseen | None
+    halves: Halves | None
+    secondary: Secondary | None
     suitability: suitability.Suitability
     alpha_score: AlphaScore | None
-    growth: growth.LayerGrowth | None
+    growth: LayerGrowth | None
     dealt: verdict.Findings
     across: verdict.Findings | None
     weighed: verdict.Weighed | None
@@ -94,12 +96,12 @@ def measure_layer(
         variance=about_mean.variance,
         chance=spectrum,
         mean=dealt.mean,
-        unseen=unseen.unseen(sums, values_K, vectors_NK),
-        halves=universality.halves(about_mean, rank, seed),
-        secondary=secondary.secondary(sums, rank),
+        unseen=unseen(sums, values_K, vectors_NK),
+        halves=halves(about_mean, rank, seed),
+        secondary=secondary(sums, rank),
         suitability=suitability.suitability(about_mean, values_K, seed),
         alpha_score=None if spectra is None else alpha_score(spectra),
-        growth=growth.layer_growth(about_mean, seed),
+        growth=layer_growth(about_mean, seed),
         dealt=dealt,
         across=across,
         weighed=weighed,
@@ -115,7 +117,7 @@ def findings(
 ) -> tuple[verdict.Findings, verdict.Weighed | None]:
     """Hold models out, fold by fold (five random ones, or whole lineages), and say what they show."""
     scaled = scale_models(moments.gram_NN)
-    sums = unseen.capture(moments, lineages, seed, scaled)
+    sums = capture(moments, lineages, seed, scaled)
     weighed, cloud = None, 0.0
     # At one norm the models' energies are about one each, but held-out models that are copies of each other differ by round-off.
     if sums is not None and sums.contrast_energy > NO_VARIANCE * moments.num_models and sums.cloud > 0:
@@ -126,7 +128,7 @@ def findings(
             excess = excess_moments(*scaled, moments.num_values)
         weighed = verdict.Weighed(sums, edges, cloud_edges, excess, num_values)
     dealt = list(lineages) if lineages is not None else deal(moments.num_models, NUM_FOLDS, seed)
-    share = mean.mean_share(moments, dealt, cloud)
+    share = mean_share(moments, dealt, cloud)
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 
 

@@ -12,7 +12,7 @@ from eigenzoo.evidence.evidence import Evidence
 from eigenzoo.evidence.function import FunctionEvidence
 from eigenzoo.formats.remote import source_url
 from eigenzoo.records import finite
-from eigenzoo.subspace.fitting.sizes import sizes
+from eigenzoo.subspace.fitting.bytes import sizes
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 

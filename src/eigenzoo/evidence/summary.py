@@ -9,8 +9,8 @@ from eigenzoo.display import in_percent
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
-from eigenzoo.evidence.reasons import why_gone, why_mean, why_not_shared, why_shared
 from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
+from eigenzoo.evidence.verdict import why_gone, why_mean, why_not_shared, why_shared
 
 SMALLEST = 1e-300
 """Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""

@@ -1,4 +1,4 @@
-"""Unseen models: do directions found on some models hold the others?
+"""Unseen models: does what is found on some models, their mean and their directions, hold the others?
 
 In-sample beside held out, cross-validated and leave-one-out, all from the Gram. Chance is stated twice. A held-out model seen
 from the fitted models' mean (`captured`, what a user meets) is compared with unrelated models of the same norms. Held-out
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -210,4 +211,104 @@ def unseen(sums: Capture | None, values_K: Tensor, vectors_NK: Tensor) -> Unseen
         tuple(value / sums.energy for value in sums.null),
         ranks,
         tuple(up_to(left_out_K, rank) / energy for rank in ranks),
+    )
+
+
+@dataclass(frozen=True)
+class MeanShare:
+    """How much of the models is what all have in common, before any direction is spent.
+
+    Attributes:
+        share: of the stack's energy, N·‖mean‖² / Σ‖X_n‖², in-sample: 1/N even where models share nothing.
+        common: the same without that bias: the mean inner product of two models over the mean energy of one.
+        heldout: share of a held-out model's energy that subtracting the others' mean removes; below zero where it adds.
+        null: `heldout` of models that share nothing.
+        deviations: how many standard deviations of chance `common` lies above zero.
+    """
+
+    share: float
+    common: float
+    heldout: float
+    null: float
+    deviations: float
+
+
+NO_SHARE = MeanShare(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: float) -> MeanShare:
+    """Measure the mean on models held out of it, a fold at a time; from the Gram alone.
+
+    Args:
+        moments: of one layer.
+        folds: the models that are held out together; whole lineages, where the question is what lineages share.
+        cloud_share: share of a model's variance along another's direction: its inverse is the number of dimensions in
+            which chance has room, and so says how large inner products of unrelated models are.
+    """
+    raw_NN = moments.raw_NN
+    energies_N = moments.energies_N
+    total = float(energies_N.sum())
+    if total <= 0 or len(folds) < 2:
+        return NO_SHARE
+    removed = null = common = spread = pairs = 0.0
+    for held in folds:
+        fitted = others(moments.num_models, held)
+        block = raw_NN[held][:, fitted]
+        mean_energy = float(raw_NN[fitted][:, fitted].mean())
+        removed += 2 * float(block.mean(1).sum()) - len(held) * mean_energy
+        null -= len(held) * float(energies_N[fitted].sum()) / len(fitted) ** 2
+        common += float(block.sum())
+        pairs += block.numel()
+        spread += float(energies_N[held].sum() * energies_N[fitted].sum())
+    # Each pair is met twice, once from either side.
+    deviation = sqrt(2 * spread * max(cloud_share, 1 / moments.num_values))
+    return MeanShare(
+        moments.mean_share,
+        common / pairs / (total / moments.num_models),
+        removed / total,
+        null / total,
+        common / deviation if deviation > 0 else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Secondary:
+    """Whether anything is shared outside the top k directions: those from k + 1 to `upto`, measured as the top ones are.
+
+    Attributes:
+        rank: k.
+        upto: the last direction looked at: 2k, or the largest rank that the folds span.
+        in_sample, captured, null: shares of the variance of the fitted models, of held-out models, and of unrelated ones, that
+            these directions hold.
+        ratio: captured of held-out models over what as many directions of no distinction hold.
+    """
+
+    rank: int
+    upto: int
+    in_sample: float
+    captured: float
+    null: float
+    ratio: float
+
+
+def secondary(sums: Capture | None, rank: int) -> Secondary | None:
+    """Measure what is outside the top `rank`; from the sums over folds. None where the folds span no more than that.
+
+    Ranks are looked at on the grid of the folds: `rank` counts as the largest one at or below it.
+    """
+    if sums is None:
+        return None
+    places = [place for place, known in enumerate(sums.rank) if known <= max(rank, 1)]
+    top = places[-1]
+    if top + 1 >= len(sums.rank):
+        return None
+    between = sums.rank[top + 1] - sums.rank[top]
+    chance = between * sums.cloud
+    return Secondary(
+        sums.rank[top],
+        sums.rank[top + 1],
+        (sums.in_sample[top + 1] - sums.in_sample[top]) / sums.fitted,
+        (sums.captured[top + 1] - sums.captured[top]) / sums.energy,
+        (sums.null[top + 1] - sums.null[top]) / sums.energy,
+        (sums.contrast[top + 1] - sums.contrast[top]) / chance if chance > 0 else 0.0,
     )

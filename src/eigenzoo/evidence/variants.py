@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, MismatchError
+from eigenzoo.errors import MismatchError
 from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
@@ -98,9 +98,7 @@ class Variants:
             return self.zoo.read_carried(place, name) if found is None else found
 
         template = _Patched(coefficients.template, carried, read_or_own)
-        return RebuiltModel(
-            coefficients.name, layers, self._mean, template, self._space.view, lambda: _some(self._space)
-        )
+        return RebuiltModel(coefficients.name, layers, self._mean, template, self._space.view, self._space.require_base)
 
     def _reader(self, place: int) -> Reader | None:
         """Reads the parent's tensors: those of its checkpoint, or factors whose update is zero; None for no parent."""
@@ -123,7 +121,7 @@ class _RandomlyRebuilt(RebuiltModel):
     """A model seen through random directions around the mean."""
 
     def __init__(self, space: Subspace, zoo: Zoo, mean: Coefficients, seed: int) -> None:
-        super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, lambda: _some(space))
+        super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
         self._zoo, self._seed = zoo, seed
 
     def _rebuild(self, name: str) -> Tensor | Factors:
@@ -224,9 +222,3 @@ def _read_alike(parent: Model, name: str, model: Model) -> Tensor | None:
         return None
     castable = found.dtype.is_floating_point and own.dtype.is_floating_point
     return parent.read(name) if castable or found.dtype == own.dtype else None
-
-
-def _some(space: Subspace) -> Model:
-    if space.base is None:
-        raise BundleError("the bundle names no base")
-    return space.base

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.adapt import adapter_file, unfinished
+from eigenzoo.adapt.adapter_file import LORA_RANK, lora_bytes
 from eigenzoo.adapt.attach import Adapted, attach
-from eigenzoo.adapt.sizes import LORA_RANK, lora_bytes
-from eigenzoo.adapt.starts import MEAN, ZERO
-from eigenzoo.adapt.trained import LEARNING_RATE
+from eigenzoo.adapt.trained import LEARNING_RATE, MEAN, ZERO
 from eigenzoo.adapt.training import Data, TensorData, check_options, moved, train
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.output.whole import check_free_file

@@ -104,10 +104,14 @@ class Workers:
         keys: Collection[Key],
         progress: Progress = no_progress,
         weight: Weight = _nothing,
+        what: str = "",
     ) -> Iterator[tuple[Key, Result]]:
-        """Run one task for each key; yields keys with their results in order, and reports each as progress."""
+        """Run one task for each key; yields keys with their results in order, and reports each as progress.
+
+        `weight` and `what` are as in `in_order`; without `what` errors name the stage.
+        """
         jobs = ((key, [partial(task, key)]) for key in keys)
-        for done, (key, (result,)) in enumerate(self.in_order(jobs, weight, stage), 1):
+        for done, (key, (result,)) in enumerate(self.in_order(jobs, weight, what or stage), 1):
             yield key, result
             progress(stage, done, len(keys))
 

@@ -1,4 +1,4 @@
-"""One model's coordinates in a subspace, and the model that they make."""
+"""Models' coordinates in a subspace: projected layer by layer, layers side by side, and what they leave out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from eigenzoo.display import counted, in_percent, one_line
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.linalg import lora
-from eigenzoo.records import finite
+from eigenzoo.passes.workers import opened_workers
+from eigenzoo.records import Progress, finite, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis, Projection
+from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zoo import Zoo
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,25 @@ def outside_of(basis: LayerBasis, values: Tensor, residual: float, energy: float
         return residual * energy
     rebuilt = basis.rebuild(values)
     return lora.energy(rebuilt) if isinstance(rebuilt, tuple) else float(rebuilt.double().square().sum())
+
+
+def project_layers(
+    layers: Mapping[str, LayerBasis], zoo: Zoo, progress: Progress = no_progress
+) -> dict[str, list[Projection]]:
+    """Project every model of an opened zoo (see `Subspace.open`), layer by layer."""
+
+    def project(name: str) -> list[Projection]:
+        return layers[name].project_all(zoo.stack(name))
+
+    with opened_workers(None) as workers:
+        return dict(workers.each("projecting layers", project, layers, progress, what="layer"))
+
+
+def with_templates(zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
+    """Put the projections of a zoo's models together with what makes them complete models again."""
+    return {
+        name: coefficients_of(
+            name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
+        )
+        for place, name in enumerate(zoo.names)
+    }

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle.folder import MOMENTS
@@ -34,22 +34,24 @@ from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import joined, provenance
 from eigenzoo.subspace.bundles.source_records import Relocation, source_record
 from eigenzoo.subspace.bundles.storage import link_all, write_model, write_moments
-from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.coefficients import Coefficients, project_layers, with_templates
 from eigenzoo.subspace.fitting.bytes import count_bytes
-from eigenzoo.subspace.fitting.fit import Fitting, fit_layers, write_subspace
+from eigenzoo.subspace.fitting.fit_layers import Fitting, fit_layers
 from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
 from eigenzoo.subspace.fitting.work import Work, check_workspace
+from eigenzoo.subspace.fitting.writing import write_subspace
 from eigenzoo.subspace.moments.border import extend
 from eigenzoo.subspace.moments.collecting import collect
-from eigenzoo.subspace.moments.duplicates import find_duplicates
-from eigenzoo.subspace.moments.inside import find_copies
+from eigenzoo.subspace.moments.duplicates import find_copies, find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 from eigenzoo.subspace.moments.moments_cache import opened_cache
-from eigenzoo.subspace.projecting import project_layers, with_templates
 from eigenzoo.subspace.recall import RecalledModel, restore_records
-from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
+
+Space = TypeVar("Space", bound=StoredSubspace)
+"""Growth returns what it was given: a `Subspace` from a `Subspace`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Growth:
 
 @own_settings()
 def add(
-    space: Subspace,
+    space: Space,
     source: Source | Zoo,
     *,
     refresh: bool = False,
@@ -82,7 +84,7 @@ def add(
     allow_pickle: bool = False,
     workspace: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
-) -> Subspace:
+) -> Space:
     """Return a new Subspace that holds more models.
 
     Args:
@@ -105,14 +107,14 @@ def add(
 
 
 def _grown(
-    space: Subspace,
+    space: Space,
     source: Source | Zoo,
     refresh: bool,
     old: Source | None,
     allow_pickle: bool,
     workspace: str | os.PathLike[str] | None,
     progress: Progress,
-) -> Subspace:
+) -> Space:
     started = time.perf_counter()
     new = space.open(source)
     taken = sorted(set(new.names) & set(space.names))
@@ -131,18 +133,18 @@ def _grown(
     return _extended(space, new, projections, moments, why, workspace)
 
 
-def _was_exact(space: Subspace) -> bool:
+def _was_exact(space: StoredSubspace) -> bool:
     """Tell whether the old models' files took part in the last growth: else the moments hold what the bundle knew of them."""
     return bool(space.report.get("growth", {}).get("exact", True))
 
 
-def _joined(space: Subspace, first: Zoo, second: Zoo) -> Zoo:
+def _joined(space: StoredSubspace, first: Zoo, second: Zoo) -> Zoo:
     names = [*first.names, *second.names]
     return Zoo([*first.models, *second.models], names, space.selection, first.base or second.base)
 
 
 def _grown_moments(
-    space: Subspace,
+    space: StoredSubspace,
     new: Zoo,
     originals: Zoo | None,
     progress: Progress,
@@ -154,19 +156,14 @@ def _grown_moments(
     if not exact and space.manifest.center != "models":
         return None
     zoo = _joined(space, originals, new)
-    grown: dict[str, LayerMoments] = {}
     with opened_workers(None) as workers:
         precision = _options(space).precision_of_products
         task = partial(_grow_layer, space, zoo, exact, precision, workers.resources)
-        tasks = ((name, [partial(task, name)]) for name in space.layers)
-        for name, (found,) in workers.in_order(tasks):
-            grown[name] = found
-            progress("extending moments", len(grown), len(space.layers))
-    return grown
+        return dict(workers.each("extending moments", task, space.layers, progress, what="layer"))
 
 
 def _grow_layer(
-    space: Subspace, zoo: Zoo, exact: bool, precision: str, resources: Resources, name: str
+    space: StoredSubspace, zoo: Zoo, exact: bool, precision: str, resources: Resources, name: str
 ) -> LayerMoments:
     """A border of the precision that the layer was fitted in, though with more models it be no small one any more."""
     known = space.moments(name)
@@ -175,13 +172,13 @@ def _grow_layer(
 
 
 def _extended(
-    space: Subspace,
+    space: Space,
     new: Zoo,
     projections: Mapping[str, list[Projection]],
     moments: Mapping[str, LayerMoments] | None,
     why: str,
     workspace: str | os.PathLike[str] | None,
-) -> Subspace:
+) -> Space:
     """Keep the basis, add coefficients.
 
     Without the old files (`why` says what they lack) the moments stay those of the models before: what the bundle knows of the
@@ -220,7 +217,7 @@ def _extended(
         )
         manifest = _with_growth(manifest, space, new, root, energy, growth)
         linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
-        grown = Subspace(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
+        grown = type(space)(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
         grown.report["duplicates"] = plain(_duplicates(space, grown, list(projected.values()), moments))
     except BaseException:
         folder.cleanup()
@@ -229,16 +226,19 @@ def _extended(
 
 
 def _duplicates(
-    space: Subspace, grown: Subspace, new: Sequence[Coefficients], moments: Mapping[str, LayerMoments] | None
+    space: StoredSubspace,
+    grown: StoredSubspace,
+    new: Sequence[Coefficients],
+    moments: Mapping[str, LayerMoments] | None,
 ) -> Sequence[tuple[str, str]]:
     """Pairs of models that are the same: from the moments, or those that were known and what coefficients tell of the new ones."""
     if moments is not None:
         return find_duplicates(grown.names, moments.values())
     known = [(first, second) for first, second in space.report.get("duplicates", [])]
-    return [*known, *find_copies(new, grown)]
+    return [*known, *find_copies(new, grown.names, grown.all_coefficients)]
 
 
-def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coefficients, *, energies: bool) -> Any:
+def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: Coefficients, *, energies: bool) -> Any:
     place = new.place(coefficients.name)
     values = [coefficients.values[name] for name in space.layers]
     residuals = [coefficients.residuals[name] for name in space.layers]
@@ -254,7 +254,7 @@ def _write_projected(root: Path, space: Subspace, new: Zoo, coefficients: Coeffi
     )
 
 
-def _link_files(space: Subspace, root: Path, *, moments: bool) -> None:
+def _link_files(space: StoredSubspace, root: Path, *, moments: bool) -> None:
     """Bring the old files, the moments only if asked for, into a new folder."""
     link_all(space.path, root, (file for file in space.files() if moments or file != MOMENTS))
     space.check_current()
@@ -262,7 +262,7 @@ def _link_files(space: Subspace, root: Path, *, moments: bool) -> None:
 
 def _with_growth(
     manifest: Manifest,
-    space: Subspace,
+    space: StoredSubspace,
     new: Zoo,
     root: Path,
     energy: float,
@@ -295,7 +295,7 @@ def _refresh(why: str) -> str:
     )
 
 
-def _extension(space: Subspace, why: str, exact_moments: bool, inside: bool) -> str:
+def _extension(space: StoredSubspace, why: str, exact_moments: bool, inside: bool) -> str:
     if exact_moments:
         return "the basis is unchanged and the moments are exact"
     if inside:
@@ -305,7 +305,7 @@ def _extension(space: Subspace, why: str, exact_moments: bool, inside: bool) -> 
 
 
 def _refreshed(
-    space: Subspace,
+    space: Space,
     new: Zoo,
     originals: Zoo | None,
     why: str,
@@ -313,7 +313,7 @@ def _refreshed(
     progress: Progress,
     started: float,
     workspace: str | os.PathLike[str] | None,
-) -> Subspace:
+) -> Space:
     """Fit the basis anew: on the files, with the moments that are known already, or on what the bundle knows."""
     known = originals
     if known is None:
@@ -334,17 +334,17 @@ def _refreshed(
         raise
     space.check_current()
     written = layers.basis.records
-    return Subspace(root, manifest, base=space._base, keep=folder, checksums=written, snapshot=space.snapshot)
+    return type(space)(root, manifest, base=space._base, keep=folder, checksums=written, snapshot=space.snapshot)
 
 
-def _usable(space: Subspace, moments: Mapping[str, LayerMoments] | None) -> dict[str, LayerMoments]:
+def _usable(space: StoredSubspace, moments: Mapping[str, LayerMoments] | None) -> dict[str, LayerMoments]:
     """Moments that a refresh need not collect: of axis `models` alone, which is all that a bundle keeps."""
     if space.axes != ("models",) or space.manifest.center != "models":
         return {}
     return {name: recentered(layer) for name, layer in (moments or {}).items()}
 
 
-def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
+def _after_refresh(space: StoredSubspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
     """Give recalled models their own records again, and count what they had lost before."""
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
@@ -367,12 +367,12 @@ def _after_refresh(space: Subspace, new: Zoo, manifest: Manifest, why: str, root
     return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 
 
-def _options(space: Subspace) -> FitOptions:
+def _options(space: StoredSubspace) -> FitOptions:
     """The options that the subspace was fitted with."""
     return recorded_options(space.manifest.options)
 
 
-def _layer_options(space: Subspace) -> dict[str, FitOptions]:
+def _layer_options(space: StoredSubspace) -> dict[str, FitOptions]:
     """Where a budget or an error bound chose the ranks, every layer keeps its own."""
     if not _options(space).bounded:
         return {}

@@ -22,7 +22,7 @@ from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_or_copy
 from eigenzoo.subspace.coefficients import Coefficients, share_of
 from eigenzoo.subspace.rebuilt import RebuiltModel
-from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.stored import StoredSubspace
 
 
 class RecalledModel(Model):
@@ -101,13 +101,13 @@ class RecalledModel(Model):
         return key
 
 
-def restore_records(space: Subspace, manifest: Manifest, root: Path) -> list[ModelRecord]:
+def restore_records(space: StoredSubspace, manifest: Manifest, root: Path) -> list[ModelRecord]:
     """Make a bundle in `root` that was fitted to recalled models speak of the models themselves again.
 
     Their records, with layouts, configs and sources, are the old ones; their residuals are bounds against the originals:
     ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖, per layer.
     """
-    refitted, relocation = Subspace(root, manifest), Relocation(space.path, root)
+    refitted, relocation = StoredSubspace(root, manifest), Relocation(space.path, root)
     old = {model.name: model for model in space.manifest.models}
     models = []
     for record in manifest.models:
@@ -127,7 +127,7 @@ def restore_records(space: Subspace, manifest: Manifest, root: Path) -> list[Mod
     return models
 
 
-def _bound_residuals(space: Subspace, refitted: Subspace, record: ModelRecord) -> None:
+def _bound_residuals(space: StoredSubspace, refitted: StoredSubspace, record: ModelRecord) -> None:
     before, after = space.coefficients(record.name), refitted.coefficients(record.name)
     bounds = []
     for layer in after.residuals:

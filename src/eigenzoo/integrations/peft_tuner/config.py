@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.adapt.starts import MEAN, RANDOM, ZERO, find_start
-from eigenzoo.adapt.trained import Start
+from eigenzoo.adapt.trained import MEAN, RANDOM, ZERO, Start, find_start
 from eigenzoo.errors import BundleError, UsageError
 from eigenzoo.formats.bundle.folder import is_bundle
 from eigenzoo.formats.remote.hub_id import find_id

@@ -19,9 +19,9 @@ from torch.nn.functional import embedding
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from eigenzoo.adapt.maps import Map, Stages, apply, dense, follow
 from eigenzoo.adapt.trained import Coefficients, without_autocast
 from eigenzoo.errors import DataError, UnsupportedError
-from eigenzoo.integrations.peft_tuner.chains import FrozenBasis, Stages, apply, dense, follow
 from eigenzoo.integrations.peft_tuner.registration import BaseTunerLayer, check_adapters_to_merge
 
 LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
@@ -88,7 +88,7 @@ class Part:
     scales: Tensor
     mean: bool
     key: str
-    freeze: Callable[[], FrozenBasis]
+    freeze: Callable[[], Map]
     offset: Callable[[], Tensor | None]
 
 
@@ -214,8 +214,8 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _base(self) -> Any:
         return self.get_base_layer()  # type: ignore[operator]
 
-    def _basis(self, key: str) -> FrozenBasis:
-        return cast(FrozenBasis, self.eigenzoo_bases[key])
+    def _basis(self, key: str) -> Map:
+        return cast(Map, self.eigenzoo_bases[key])
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype that bases are held in: the weight's, or for quantised weights what they are computed in."""
@@ -248,7 +248,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Return (outputs, inputs) of ΔW."""
         return shape_of(self._base())
 
-    def _laid_out(self, basis: FrozenBasis) -> FrozenBasis:
+    def _laid_out(self, basis: Map) -> Map:
         return basis
 
     @abstractmethod
@@ -301,7 +301,7 @@ class EigenzooConv(EigenzooLayer):
 
         return follow(stages, inputs, convolve).movedim(-1, 1)
 
-    def _laid_out(self, basis: FrozenBasis) -> FrozenBasis:
+    def _laid_out(self, basis: Map) -> Map:
         return basis.contiguous()
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenzoo.adapt.starts import ZERO
+from eigenzoo.adapt.maps import Stages, freeze, sides
+from eigenzoo.adapt.trained import ZERO
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.lora.peft_folder import PREFIX as MODEL
@@ -24,7 +25,6 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import write_lora
-from eigenzoo.integrations.peft_tuner.chains import Stages, freeze, sides
 from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle
 from eigenzoo.integrations.peft_tuner.layer import CONV, CONV1D, EMBEDDING, LINEAR, OTHER_CONV, PARTS, EigenzooLayer
 from eigenzoo.integrations.peft_tuner.places import Place, parts_of

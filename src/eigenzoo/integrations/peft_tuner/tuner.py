@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eigenzoo.adapt.starts import ZERO
-from eigenzoo.adapt.trained import Start, scales_of
+from eigenzoo.adapt.maps import dense_mean, freeze
+from eigenzoo.adapt.trained import ZERO, Start, scales_of
 from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
-from eigenzoo.integrations.peft_tuner.chains import dense_mean, freeze
 from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle, start_of
 from eigenzoo.integrations.peft_tuner.layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
 from eigenzoo.integrations.peft_tuner.places import Place, find_places

@@ -56,6 +56,17 @@ class PartWriter(Protocol):
         """Write a tensor whole."""
 
 
+class Parts:
+    """Holds what is written, tensor by tensor: a basis on its way from a worker to the bundle."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor whole."""
+        self.tensors[name] = tensor
+
+
 class TensorWriter(PartWriter, Protocol):
     """The same, tensor by tensor or block by block."""
 
@@ -76,6 +87,25 @@ class Projection:
     coefficients: Tensor
     outside: float
     energy: float
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A fitted layer as X̂ = M + after · middle · before, whatever its form; the middle is Σ c_k table_k, or c itself.
+
+    Attributes:
+        before: (Q, I), or None for an inputs' side kept whole.
+        after: (O, P), or None.
+        table: what coefficients weigh (K, …): matrices (P, Q), or rows that are diagonals; None where coefficients are the middle.
+        center: the mean M as a middle, or None.
+        offset: the mean as a matrix, broadcastable over (O, I), where it is no middle.
+    """
+
+    before: Tensor | None = None
+    after: Tensor | None = None
+    table: Tensor | None = None
+    center: Tensor | None = None
+    offset: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +150,10 @@ class LayerBasis(ABC):
     @abstractmethod
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Rebuild the layer: an (O, I) matrix in float64, or (B, A) factors of a LoRA update with the scale in B."""
+
+    @abstractmethod
+    def operator(self) -> Operator:
+        """Read the whole basis into memory, as what it does to coefficients."""
 
     @abstractmethod
     def orthonormality(self) -> float:

@@ -20,6 +20,7 @@ from eigenzoo.subspace.bases.basis import (
     FLAT,
     MODEL_BYTES,
     LayerBasis,
+    Operator,
     Projection,
     TensorWriter,
     deviation_from_identity,
@@ -251,11 +252,12 @@ class FlatBasis(LayerBasis):
             gram_KK += directions @ directions.T
         return deviation_from_identity(gram_KK)
 
-    def directions(self) -> Tensor:
-        """The directions (K, O, I), whole, in the dtype that they are stored in."""
-        if not self.ranks["models"]:
-            return torch.zeros(0, *self.layer.shape)
-        return self.tensors.read(self._name("models"))
+    def operator(self) -> Operator:
+        """Whole-layer directions, in the dtype that they are stored in, about the mean."""
+        directions = torch.zeros(0, *self.layer.shape)
+        if self.ranks["models"]:
+            directions = self.tensors.read(self._name("models"))
+        return Operator(table=directions, offset=self.removed())
 
     def removed(self) -> Tensor:
         """The center; of updates its core."""

@@ -23,6 +23,7 @@ from eigenzoo.subspace.bases.basis import (
     MODEL_BYTES,
     STACKED,
     LayerBasis,
+    Operator,
     Projection,
     TensorWriter,
     deviation_from_identity,
@@ -116,14 +117,15 @@ class StackedBasis(LayerBasis):
         factors = self._factors()
         return deviation_from_identity(weights @ lora.inner_products(factors, factors) @ weights.T)
 
-    def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All models' factors Bᵀ (P, O) and A (P, I), and what each row counts in the mean and the directions (1 + K, P); float64.
+    def operator(self) -> Operator:
+        """All models' factors (O, P) and (P, I), and what each rank counts in the directions (K, P) and the mean; float64.
 
-        M + Σ c_k V_k = B · diag(t_0 + Σ c_k t_k) · A with t the rows of the table; the models' scales are in it.
+        The models' scales are in the table.
         """
         weights = self.tensors.read(self._name("weights")) * self.tensors.read(self._name("scales"))
-        factors = (self.tensors.read(self._name(part)).double() for part in ("factors_b", "factors_a"))
-        return (*factors, weights[:, self._owner()])  # type: ignore[return-value]
+        b_PO, a_PI = (self.tensors.read(self._name(part)).double() for part in ("factors_b", "factors_a"))
+        table = weights[:, self._owner()]
+        return Operator(before=a_PI, after=b_PO.T.contiguous(), table=table[1:], center=table[0])
 
     def _owner(self) -> Tensor:
         ranks = self.tensors.read(self._name("ranks")).long()

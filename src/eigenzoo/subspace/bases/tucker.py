@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.bases.basis import TUCKER, LayerBasis, PartWriter, Projection, deviation_from_identity
+from eigenzoo.subspace.bases.basis import TUCKER, LayerBasis, Operator, PartWriter, Projection, deviation_from_identity
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
@@ -163,6 +163,18 @@ class TuckerBasis(LayerBasis):
         mean = self.removed()
         noise = lora.ROUND_OFF * float(core.square().sum() + mean.square().sum())
         return _update_factors(core + mean, outputs_OP, inputs_IQ, noise)
+
+    def operator(self) -> Operator:
+        """Bases of the sides, and the shared cores between them; the mean of updates is a core too."""
+        inputs_IQ, mean = self.side("inputs"), self.removed()
+        is_core = self.layer.kind == "update"
+        return Operator(
+            before=None if inputs_IQ is None else inputs_IQ.T,
+            after=self.side("outputs"),
+            table=self.shared(),
+            center=mean.expand(self.core_shape) if is_core else None,
+            offset=None if is_core else mean,
+        )
 
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""

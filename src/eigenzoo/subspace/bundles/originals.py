@@ -10,7 +10,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.pickles.file import SUFFIXES as PICKLES
 from eigenzoo.subspace.bundles.source_records import Fault, followed, source_fault, source_path
-from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
@@ -35,7 +35,7 @@ class Missing(NamedTuple):
     next_step: str = "--old FOLDER says where they are now"
 
 
-def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Zoo | Missing:
+def find_originals(space: StoredSubspace, old: Source | None, allow_pickle: bool) -> Zoo | Missing:
     """Return the old models' own files as a zoo in the subspace's order, or why they are not at hand.
 
     Raises UsageError where `old` does not name the files that were fitted.
@@ -64,13 +64,13 @@ def find_originals(space: Subspace, old: Source | None, allow_pickle: bool) -> Z
     return zoo
 
 
-def missing_originals(space: Subspace, *, allow_pickle: bool = False) -> Missing | None:
+def missing_originals(space: StoredSubspace, *, allow_pickle: bool = False) -> Missing | None:
     """Return why the old models' own files are not at hand, None where they are."""
     found = _at_hand(space, allow_pickle)
     return found if isinstance(found, Missing) else None
 
 
-def _at_hand(space: Subspace, allow_pickle: bool) -> Zoo | Missing:
+def _at_hand(space: StoredSubspace, allow_pickle: bool) -> Zoo | Missing:
     records = {model.name: model.source for model in space.manifest.models}
     # What a bundle says of its sources is no permission to unpickle them.
     if not allow_pickle and (pickled := _from_pickles(space)):
@@ -89,7 +89,7 @@ def _at_hand(space: Subspace, allow_pickle: bool) -> Zoo | Missing:
     return zoo
 
 
-def _missing(space: Subspace, name: str, fault: Fault) -> Missing:
+def _missing(space: StoredSubspace, name: str, fault: Fault) -> Missing:
     detail = f"{name!r}: {fault.detail}"
     if fault.kind == "missing":
         places = [source_path(model.source, space.path) for model in space.manifest.models]
@@ -102,7 +102,7 @@ def _missing(space: Subspace, name: str, fault: Fault) -> Missing:
     return Missing(_STATEMENTS[fault.kind], detail)
 
 
-def _scale_fault(space: Subspace, name: str, model: Model) -> Fault | None:
+def _scale_fault(space: StoredSubspace, name: str, model: Model) -> Fault | None:
     """Tell where an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
     if not model.updates:
         return None
@@ -113,7 +113,7 @@ def _scale_fault(space: Subspace, name: str, model: Model) -> Fault | None:
     return Fault("changed", f"{path} gives its updates another scale than when it was read")
 
 
-def _from_pickles(space: Subspace) -> str:
+def _from_pickles(space: StoredSubspace) -> str:
     """Return the first model whose source is anything but safetensors, by the names of its files and its own."""
     for model in space.manifest.models:
         own = [model.source.path] if Path(model.source.path).suffix in PICKLES else []

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eigenzoo.errors import BundleError, UsageError
+from eigenzoo.formats.bundle.folder import read_manifest
 from eigenzoo.formats.bundle.manifest import Manifest, SourceRecord
 from eigenzoo.formats.remote import is_url
 from eigenzoo.formats.remote.hub_id import HubId, parse_id
 from eigenzoo.formats.remote.hub_push import check_may_push, hashes, push_bundle
 from eigenzoo.subspace.bundles.saving import save
-
-if TYPE_CHECKING:
-    from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.bundles.verifying import verify
+from eigenzoo.subspace.stored import StoredSubspace
 
 
 def push(
-    space: Subspace,
+    space: StoredSubspace,
     repo: str,
     *,
     revision: str | None,
@@ -28,13 +27,11 @@ def push(
     message: str | None,
 ) -> str:
     """Push a subspace; see `Subspace.push`."""
-    from eigenzoo.subspace.bundles.loading import load
-
     place = check_push(repo, revision)
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:
         folder = save(space, Path(temporary) / "bundle", force=False, moments=moments, change=portable)
-        saved = load(folder)
-        fault = next(iter(saved.verify()), None)
+        saved = StoredSubspace(folder, read_manifest(folder))
+        fault = next(iter(verify(saved)), None)
         if fault is not None:
             raise BundleError(
                 fault,

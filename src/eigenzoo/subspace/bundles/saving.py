@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eigenzoo.formats.bundle.folder import MOMENTS, record_files
 from eigenzoo.formats.bundle.manifest import Manifest
@@ -17,16 +16,14 @@ from eigenzoo.passes.machine import num_cores
 from eigenzoo.subspace.bundles.card import foreign_to_a_bundle, write_counted
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_all
-
-if TYPE_CHECKING:
-    from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.subspace.stored import StoredSubspace
 
 MEASURED = ("seconds", "peak_memory")
 """What the report of a fit says of the run and not of the result."""
 
 
 def save(
-    space: Subspace,
+    space: StoredSubspace,
     target: Path,
     *,
     force: bool,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,15 +18,13 @@ from eigenzoo.subspace.bases.basis import ORTHONORMAL, is_finite
 from eigenzoo.subspace.bundles.storage import identify
 from eigenzoo.subspace.bundles.verifying_against import checks_against
 from eigenzoo.subspace.rebuilt import check_layout
+from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.base_modules import open_base, shown_base
 from eigenzoo.zoo.verification import Check, Loader, Verification, checked
 
-if TYPE_CHECKING:
-    from eigenzoo.subspace.subspace import Subspace
-
 
 def verify(
-    space: Subspace,
+    space: StoredSubspace,
     against: str | os.PathLike[str] | Model | None = None,
     loader: Loader | None = None,
     progress: Progress = no_progress,
@@ -47,7 +44,7 @@ def verify(
 
 
 def _verify(
-    space: Subspace,
+    space: StoredSubspace,
     against: str | os.PathLike[str] | Model | None,
     loader: Loader | None,
     workers: Workers,
@@ -96,17 +93,17 @@ def _verify(
     return Verification(str(folder), "bundle", shown_base(base), (*checks, *more), changes)
 
 
-def _contents(space: Subspace) -> Iterator[str]:
+def _contents(space: StoredSubspace) -> Iterator[str]:
     yield from model_faults(space.path, space.manifest)
     yield from content_faults(space.path, space.manifest)
 
 
-def _identity(space: Subspace) -> Iterator[str]:
+def _identity(space: StoredSubspace) -> Iterator[str]:
     if identify(open_basis(space.path)) != space.manifest.basis_id:
         yield "basis: it is not the one that the coefficients belong to"
 
 
-def _orthonormality(space: Subspace, workers: Workers, progress: Progress) -> Check:
+def _orthonormality(space: StoredSubspace, workers: Workers, progress: Progress) -> Check:
     faults, largest, layers = [], 0.0, space.layers
     deviations = workers.each("multiplying bases", lambda name: layers[name].orthonormality(), layers, progress)
     for name, deviation in deviations:
@@ -117,13 +114,13 @@ def _orthonormality(space: Subspace, workers: Workers, progress: Progress) -> Ch
     return Check("orthonormality", detail, tuple(faults))
 
 
-def _coefficients(space: Subspace, workers: Workers, progress: Progress) -> Iterator[str]:
+def _coefficients(space: StoredSubspace, workers: Workers, progress: Progress) -> Iterator[str]:
     task = partial(_coefficient_faults, space)
     for _, faults in workers.each("reading coefficients", task, space.manifest.models, progress):
         yield from faults
 
 
-def _coefficient_faults(space: Subspace, record: ModelRecord) -> list[str]:
+def _coefficient_faults(space: StoredSubspace, record: ModelRecord) -> list[str]:
     try:
         stored = space.stored(record)
     except EigenzooError as error:
@@ -138,7 +135,7 @@ def _coefficient_faults(space: Subspace, record: ModelRecord) -> list[str]:
     return faults
 
 
-def _layouts(space: Subspace) -> Iterator[str]:
+def _layouts(space: StoredSubspace) -> Iterator[str]:
     """Look at each pair of a layout and a config once: models of one zoo mostly have them in common."""
     seen = set()
     for record in space.manifest.models:
@@ -153,13 +150,13 @@ def _layouts(space: Subspace) -> Iterator[str]:
             yield f"model {record.name}: {error}"
 
 
-def _moments(space: Subspace, workers: Workers, progress: Progress) -> Iterator[str]:
+def _moments(space: StoredSubspace, workers: Workers, progress: Progress) -> Iterator[str]:
     if space.has_moments:
         found = workers.each("reading moments", partial(_moments_fault, space), space.layers, progress)
         yield from (fault for _, fault in found if fault is not None)
 
 
-def _moments_fault(space: Subspace, name: str) -> str | None:
+def _moments_fault(space: StoredSubspace, name: str) -> str | None:
     try:
         moments = space.moments(name)
     except EigenzooError as error:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +18,7 @@ from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress, no_progress, telling
 from eigenzoo.subspace.bundles.source_records import is_at_hand
+from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.weights.renames import beyond, find_rename, nearest
 from eigenzoo.weights.roles import is_task_head
 from eigenzoo.zoo.adapter import Adapter
@@ -28,9 +28,6 @@ from eigenzoo.zoo.adapter_verifying import structure_checks
 from eigenzoo.zoo.base_modules import BaseModules
 from eigenzoo.zoo.verification import LOADING, Check, LayerChange, Loader, checked
 
-if TYPE_CHECKING:
-    from eigenzoo.subspace.subspace import Subspace
-
 FAR = 1.0
 """‖M − W‖ / ‖W‖ of a mean that is no nearer to the base than zero is; of unrelated models it is about √2."""
 
@@ -38,7 +35,7 @@ Changes = dict[str, dict[str, LayerChange]]
 
 
 def checks_against(
-    space: Subspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress = no_progress
+    space: StoredSubspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress = no_progress
 ) -> tuple[list[Check], Changes]:
     """Check a bundle against a base; gives the changes of each model, or of full weights those of the mean."""
     if space.view in ("update", "factors"):
@@ -53,7 +50,7 @@ def checks_against(
 
 
 def _adapters(
-    space: Subspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress
+    space: StoredSubspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress
 ) -> tuple[list[Check], Changes]:
     """Check every model as it would be rebuilt; what the files of many have in common once."""
     found: list[Check] = []
@@ -78,7 +75,7 @@ def _adapters(
     return _merged(found), changes
 
 
-def _rebuilt(space: Subspace, name: str) -> tuple[Adapter, int]:
+def _rebuilt(space: StoredSubspace, name: str) -> tuple[Adapter, int]:
     """The adapter that a model is rebuilt as, with scale 1 and one rank; and how many of its modules are elsewhere."""
     rebuilt = space.rebuild(name)
     template = space.template(name)
@@ -138,7 +135,7 @@ def _telling(checks: list[Check]) -> Check:
     return min(checks, key=lambda check: (check.ok, not check.done))
 
 
-def _recorded(space: Subspace, base: Model) -> list[Check]:
+def _recorded(space: StoredSubspace, base: Model) -> list[Check]:
     """Check whether this is the base that was subtracted, where one was."""
     record = space.manifest.base
     if record is None:
@@ -156,7 +153,7 @@ def _recorded(space: Subspace, base: Model) -> list[Check]:
 
 
 def _weights(
-    space: Subspace, base: Model, workers: Workers, progress: Progress
+    space: StoredSubspace, base: Model, workers: Workers, progress: Progress
 ) -> tuple[list[Check], dict[str, LayerChange]]:
     layers = {name: basis.layer for name, basis in space.layers.items()}
     here = {name: layer for name, layer in layers.items() if name in base.tensors}
@@ -238,7 +235,7 @@ def dtype_of_layer(layer: Layer) -> torch.dtype:
     return found
 
 
-def _distance(space: Subspace, name: str, base: Model) -> float | None:
+def _distance(space: StoredSubspace, name: str, base: Model) -> float | None:
     """‖M − W‖ / ‖W‖; of view `delta`, whose mean is a difference already, ‖M‖ / ‖W‖. None where W is zero."""
     basis = space.layers[name]
     weight_OI = base.read(name).double().reshape(basis.layer.shape)

@@ -10,23 +10,15 @@ rounding of bases to half precision loses, and the bytes of headers.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 
 import torch
 from torch import Tensor
 
 from eigenzoo.errors import BudgetError
-from eigenzoo.formats.bundle.basis_files import header_room
-from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
-from eigenzoo.formats.bundle.manifest import MAX_LEFT
-from eigenzoo.formats.layout import layout_of
-from eigenzoo.formats.side_files import listed_first
 from eigenzoo.linalg.block_sums import DEFAULT
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import cross_validated_capture
@@ -34,16 +26,11 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
-from eigenzoo.subspace.bases.basis import PARTS, form_of
 from eigenzoo.subspace.fitting.bytes import (
-    CARD_AND_REPORT,
-    FILE_OVERHEAD,
-    MANIFEST_PER_LAYER,
-    MANIFEST_PER_MODEL,
-    RECORD_BYTES,
-    TENSOR_HEADER,
     basis_bytes,
     coefficient_bytes,
+    contents,
+    overhead,
 )
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.collecting import collect
@@ -188,66 +175,6 @@ def _side_bytes(layer: Layer, wanted: Wanted) -> int:
     """Bytes of a layer's moments of the sides that come back, at most."""
     sizes = zip(("outputs", "inputs"), layer.shape, strict=True)
     return sum(8 * size**2 for axis, size in sizes if axis in wanted.axes) if wanted.moments else 0
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """Bytes that a bundle has at any rank, at most: what is there once, and what every model brings on average."""
-
-    shared: int
-    per_model: int
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Bytes of what models carry, each content once: those of several models, and those that one alone has."""
-
-    shared: int
-    own: int
-
-
-def contents(zoo: Zoo) -> Contents:
-    """Count what is carried, and the documents of models; reads it."""
-    uses: Counter[str] = Counter()
-    sizes: dict[str, int] = {}
-    for place in range(len(zoo)):
-        found = _contents(zoo, place)
-        uses.update(found.keys())
-        sizes.update(found)
-    own = sum(size for content, size in sizes.items() if uses[content] == 1)
-    return Contents(sum(sizes.values()) - own, own)
-
-
-def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
-    """Count headers, the manifest, and what is carried."""
-    parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
-    layers = header_room(list(zoo.layers), parts) + sum(
-        MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
-    )
-    names = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
-    texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
-        len(str(model.metadata)) for model in zoo.models
-    )
-    texts += sum(4 + len(name.encode()) for model in zoo.models for name in listed_first(model.beside, MAX_LEFT))
-    per_model = (
-        FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))
-    )
-    return Overhead(CARD_AND_REPORT + layers + carried.shared, per_model)
-
-
-def _contents(zoo: Zoo, place: int) -> dict[str, int]:
-    """Bytes in rest/ of everything that one model needs besides its coefficients, by content."""
-    model = zoo.models[place]
-    documents = [layout_of(model).to_json()]
-    documents += [dict(model.config)] if model.config is not None else []
-    found = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
-    for file in model.side_files:
-        data = model.read_side_file(file)
-        found[hashlib.sha256(data).hexdigest()] = len(data)
-    for name in zoo.carried(place):
-        values = zoo.read_carried(place, name)
-        found[tensor_id(values)] = values.nbytes + TENSOR_HEADER
-    return {content: size + RECORD_BYTES for content, size in found.items()}
 
 
 @dataclass(frozen=True)

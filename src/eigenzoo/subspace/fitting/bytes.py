@@ -1,23 +1,35 @@
-"""Bytes: what a basis of given ranks costs, and what a fitted subspace costs beside its zoo.
+"""Bytes: what a bundle of given ranks will weigh beside its zoo, counted from headers, and what one that is written does.
 
 Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept directions.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, write_manifest
-from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, ModelRecord, SourceRecord
-from eigenzoo.records import ByteCount, Layer
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.bundle.basis_files import header_room
+from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
+from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, open_basis, write_manifest
+from eigenzoo.formats.bundle.manifest import MAX_LEFT, FileRecord, Manifest, ModelRecord, SourceRecord
+from eigenzoo.formats.layout import layout_of
+from eigenzoo.formats.side_files import listed_first
+from eigenzoo.records import ByteCount, Layer, plain
+from eigenzoo.subspace.bases.basis import PARTS, STACKED, form_of
 from eigenzoo.subspace.bundles.card import write_card
 from eigenzoo.subspace.bundles.saving import MEASURED
+from eigenzoo.subspace.stored import StoredSubspace
+from eigenzoo.zoo.stack import UpdateStack
+from eigenzoo.zoo.zoo import Zoo
 
 COEFFICIENT_BYTES = 4
 FILE_OVERHEAD = 280
@@ -32,13 +44,13 @@ CARD_AND_REPORT = 2300
 MANIFEST_PER_MODEL = 580
 """What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
 
-
 TENSOR_HEADER = 110
 """What a tensor's own file in rest/ has besides its values."""
 
 RECORD_BYTES = 140
 """What a file of rest/ takes in the manifest's list of files: name, bytes and checksum."""
 
+MODELS = ("models",)
 
 ANY_CHECKSUM = "0" * 64
 """What stands for a checksum where only its length counts."""
@@ -86,6 +98,66 @@ def break_even(fixed: int, per_model: float, zoo_per_model: float) -> int | None
     return ceil(fixed / saved + 1e-9) if saved > 0 else None
 
 
+@dataclass(frozen=True)
+class Overhead:
+    """Bytes that a bundle has at any rank, at most: what is there once, and what every model brings on average."""
+
+    shared: int
+    per_model: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Bytes of what models carry, each content once: those of several models, and those that one alone has."""
+
+    shared: int
+    own: int
+
+
+def contents(zoo: Zoo) -> Contents:
+    """Count what is carried, and the documents of models; reads it."""
+    uses: Counter[str] = Counter()
+    sizes: dict[str, int] = {}
+    for place in range(len(zoo)):
+        found = _contents(zoo, place)
+        uses.update(found.keys())
+        sizes.update(found)
+    own = sum(size for content, size in sizes.items() if uses[content] == 1)
+    return Contents(sum(sizes.values()) - own, own)
+
+
+def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
+    """Count headers, the manifest, and what is carried."""
+    parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
+    layers = header_room(list(zoo.layers), parts) + sum(
+        MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
+    )
+    names = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
+    texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
+        len(str(model.metadata)) for model in zoo.models
+    )
+    texts += sum(4 + len(name.encode()) for model in zoo.models for name in listed_first(model.beside, MAX_LEFT))
+    per_model = (
+        FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))
+    )
+    return Overhead(CARD_AND_REPORT + layers + carried.shared, per_model)
+
+
+def _contents(zoo: Zoo, place: int) -> dict[str, int]:
+    """Bytes in rest/ of everything that one model needs besides its coefficients, by content."""
+    model = zoo.models[place]
+    documents = [layout_of(model).to_json()]
+    documents += [dict(model.config)] if model.config is not None else []
+    found = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
+    for file in model.side_files:
+        data = model.read_side_file(file)
+        found[hashlib.sha256(data).hexdigest()] = len(data)
+    for name in zoo.carried(place):
+        values = zoo.read_carried(place, name)
+        found[tensor_id(values)] = values.nbytes + TENSOR_HEADER
+    return {content: size + RECORD_BYTES for content, size in found.items()}
+
+
 def count_bytes(
     folder: Path, models: Sequence[ModelRecord], num_layers: int, zoo_layers: int, zoo_whole: int
 ) -> ByteCount:
@@ -98,7 +170,7 @@ def count_bytes(
     sizes = file_sizes(folder)
     basis = sum(size for name, size in sizes.items() if name.startswith("basis"))
     coefficients = sum(size for name, size in sizes.items() if name.startswith("coefficients/"))
-    uses = Counter(content for model in models for content in set(_contents(model)))
+    uses = Counter(content for model in models for content in set(_content_ids(model)))
     rest = {Path(name).stem: size + RECORD_BYTES for name, size in sizes.items() if name.startswith("rest/")}
     own = sum(size for content, size in rest.items() if uses[content] < 2 or len(models) == 1)
     per_model = (coefficients + own) // len(models) + MANIFEST_PER_MODEL
@@ -143,7 +215,82 @@ def _with_checksums(source: SourceRecord) -> SourceRecord:
     return source.model_copy(update={"files": files})
 
 
-def _contents(model: ModelRecord) -> list[str]:
+def _content_ids(model: ModelRecord) -> list[str]:
     """Ids of everything in rest/ that a model needs."""
     config = [] if model.config is None else [model.config]
     return [model.layout, *config, *model.side_files.values(), *model.carried.values()]
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Bytes of one layer: of its mean, of each direction (to first order in the rank), and of each coefficient."""
+
+    fixed: int
+    per_direction: int
+    per_coefficient: int = COEFFICIENT_BYTES
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a bundle weighs at any rank.
+
+    Attributes:
+        whole_zoo: bytes of all models' files.
+        num_models: N.
+        shared: bytes that are there once at any rank: headers, manifest, carried contents that models share.
+        per_model: bytes that every model brings on average, its coefficients apart.
+        layers: each layer's bytes.
+    """
+
+    whole_zoo: int
+    num_models: int
+    shared: int
+    per_model: int
+    layers: dict[str, LayerSizes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return dict(plain(self))
+
+
+def sizes(source: Zoo | StoredSubspace) -> Sizes:
+    """Count what bundles of the models axis weigh, from a zoo's headers or from a bundle; within a few percent of a saved one.
+
+    Raises UsageError for a bundle of other axes, whose ranks are not the models'.
+    """
+    return _of_zoo(source) if isinstance(source, Zoo) else _of_bundle(source)
+
+
+def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: int) -> LayerSizes:
+    fixed, one = (basis_bytes(layer, {"models": k}, MODELS, itemsize, update_ranks, num_models) for k in (0, 1))
+    return LayerSizes(fixed, one - fixed)
+
+
+def _of_zoo(zoo: Zoo) -> Sizes:
+    known = overhead(zoo, MODELS, contents(zoo))
+    layers = {}
+    for name, layer in zoo.layers.items():
+        stack = zoo.stack(name)
+        ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
+        layers[name] = _layer_sizes(layer, ranks, len(zoo), torch.float32.itemsize)
+    return Sizes(zoo.num_bytes, len(zoo), known.shared, known.per_model, layers)
+
+
+def _of_bundle(space: StoredSubspace) -> Sizes:
+    if space.axes != MODELS:
+        raise UsageError(
+            f"a bundle of axes {', '.join(space.axes)}", rule="sizes by rank are those of axis models alone"
+        )
+    itemsize: int = getattr(torch, space.manifest.dtype).itemsize
+    counted, num_models = space.report["bytes"], len(space.names)
+    files = open_basis(space.path)
+    layers = {}
+    held = coefficients = 0
+    for name, basis in space.layers.items():
+        ranks = files.shape(f"{name}/factors_b")[0] if basis.form == STACKED else 0
+        layers[name] = _layer_sizes(basis.layer, ranks, num_models, itemsize)
+        held += layers[name].fixed + basis.ranks["models"] * layers[name].per_direction
+        coefficients += basis.ranks["models"] * COEFFICIENT_BYTES
+    per_model = counted["per_model"] - coefficients
+    shared = counted["whole_bundle"] - num_models * counted["per_model"] - held
+    return Sizes(counted["whole_zoo"], num_models, max(shared, 0), per_model, layers)

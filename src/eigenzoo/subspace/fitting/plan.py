@@ -15,13 +15,10 @@ from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.fitting.allocation import (
     Collected,
     LayerSpectra,
-    Overhead,
     Wanted,
     collect_spectra,
-    contents,
-    overhead,
 )
-from eigenzoo.subspace.fitting.bytes import break_even
+from eigenzoo.subspace.fitting.bytes import Overhead, break_even, contents, overhead
 from eigenzoo.subspace.fitting.fit import check_place, opened
 from eigenzoo.subspace.fitting.options import DTYPES, check_center
 from eigenzoo.subspace.moments.moments_cache import opened_cache

@@ -5,11 +5,13 @@ Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept dir
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from eigenzoo.linalg.heldout import NUM_FOLDS, deal
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
 from eigenzoo.linalg.side import SideMoment
@@ -17,12 +19,15 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.bases.basis import TUCKER, PartWriter
 from eigenzoo.subspace.bases.tucker import Cores, collect_cores, write_tucker
-from eigenzoo.subspace.fitting.heldout import tucker_capture
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, models_axis
 from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
 from eigenzoo.subspace.moments.collecting import LARGEST_SIDE, collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+
+LARGEST_HELD_OUT = 2048
+"""Beyond this many outputs or inputs a second eigendecomposition costs seconds per layer, and held-out is left to `project`;
+a sketch has no such limit."""
 
 
 def fit_tucker(
@@ -53,13 +58,7 @@ def fit_tucker(
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
     heldout = None
     if options.center == "models":
-        heldout = tucker_capture(
-            stack,
-            moments,
-            ranks,
-            lambda part: collect(part, options.axes, options.center, resources, sketch=options.sketch),
-            seed=options.seed,
-        )
+        heldout = tucker_capture(stack, moments, ranks, options, resources)
     record = describe_fit(stack.layer, moments, options, shown, reasons, captured, float(outside_N.sum()), heldout)
     if options.solver == SKETCH:
         record = replace(record, bound=_bound(stack, moments, ranks, most, float(outside_N.sum())))
@@ -138,3 +137,57 @@ def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coeffici
     lost_in_models_N = cores.cores_NPQ.flatten(1).square().sum(1) - kept_N
     outside_N = moments.energies_N - whole.flatten(1).square().sum(1) + lost_in_models_N
     return float(kept_N.sum()), outside_N.clamp_min(0)
+
+
+def tucker_capture(
+    stack: Stack,
+    moments: LayerMoments,
+    ranks: Mapping[str, int],
+    options: FitOptions,
+    resources: Resources,
+) -> float | None:
+    """Share of held-out models' centred energy that bases and cores of the same ranks, fitted to the others, capture.
+
+    One fold of five (by a seeded permutation) is held out: a second pass over the weights, and a second eigendecomposition of each
+    side, or a second sketch. The models axis alone needs none of this: there all follows from the Gram (`linalg.heldout`).
+    None for fewer than five models, for sides above `LARGEST_HELD_OUT` that are not sketched, and without variance.
+    """
+    num_models = len(stack)
+    if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(moments, ranks):
+        return None
+    held, *rest = deal(num_models, NUM_FOLDS, options.seed)
+    fitted = torch.cat(rest)
+    part = stack.subset(fitted.tolist())
+    part_moments = collect(part, options.axes, options.center, resources, sketch=options.sketch)
+    bases = {
+        axis: side.eigenvectors().basis(ranks[axis])
+        for axis, side in (("outputs", part_moments.outputs), ("inputs", part_moments.inputs))
+        if side is not None and axis in ranks
+    }
+    outputs_OP, inputs_IQ = bases.get("outputs"), bases.get("inputs")
+    cores = collect_cores(stack, moments, outputs_OP, inputs_IQ).cores_NPQ.flatten(1)
+    # Everything so far is about the mean of all models; the fitted ones' own mean is what a held-out model is seen from.
+    cores = cores - cores[fitted].mean(0)
+    total = _centered_energy(moments.centered_NN, fitted, held)
+    if "models" in ranks:
+        return float(_inside(cores[fitted], cores[held], ranks["models"]) / total)
+    return float(cores[held].square().sum() / total)
+
+
+def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:
+    sides = {"outputs": moments.outputs, "inputs": moments.inputs}
+    exact = (side for axis, side in sides.items() if axis in ranks and side is not None and side.outside is None)
+    return any(side.size > LARGEST_HELD_OUT for side in exact)
+
+
+def _centered_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> Tensor:
+    """Σ‖x_h − mean of the fitted‖² over held-out models, from the Gram."""
+    block = gram_NN[fitted][:, fitted]
+    return (gram_NN.diagonal()[held] - 2 * gram_NN[fitted][:, held].mean(0) + block.mean()).clamp_min(0).sum()
+
+
+def _inside(fitted_ND: Tensor, held_ND: Tensor, rank: int) -> Tensor:
+    """Energy of held-out rows in the leading directions of the fitted ones."""
+    values_K, vectors_NK = eigenpairs(fitted_ND @ fitted_ND.T)
+    directions_KD = (vectors_NK / values_K.sqrt()).T[:rank] @ fitted_ND
+    return (held_ND @ directions_KD.T).square().sum()

@@ -35,11 +35,10 @@ from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import write_file
 from eigenzoo.records import Layer, LayerFit, plain
-from eigenzoo.subspace.bundles.identity import digest
 from eigenzoo.subspace.bundles.storage import REFERENCE, moment_tensors, read_moments
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.moments.moments_cache import checksum
+from eigenzoo.subspace.moments.moments_cache import checksum, digest
 
 PREFIX = ".eigenzoo-fit-"
 

@@ -34,14 +34,13 @@ from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
-from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER
+from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER, Parts
 from eigenzoo.subspace.bases.flat import ORTHONORMAL
 from eigenzoo.subspace.bundles.storage import identify, write_model
 from eigenzoo.subspace.fitting.bytes import count_bytes
-from eigenzoo.subspace.fitting.layer_tasks import Parts
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.imports.imported_layers import ImportedLayer, factor_layer, import_flat, import_side, scaled
-from eigenzoo.subspace.moments.inside import find_copies
+from eigenzoo.subspace.moments.duplicates import find_copies
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import name_models
 
@@ -84,7 +83,8 @@ def import_subspace(
     try:
         manifest = _write(foreign, chosen, Path(folder.name), progress)
         space = Subspace(Path(folder.name), manifest, keep=folder)
-        space.report["duplicates"] = plain(find_copies([space.coefficients(name) for name in space.names], space))
+        models = [space.coefficients(name) for name in space.names]
+        space.report["duplicates"] = plain(find_copies(models, space.names, space.all_coefficients))
     except BaseException:
         folder.cleanup()
         raise

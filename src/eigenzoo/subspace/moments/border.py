@@ -302,3 +302,20 @@ def bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor
         singular_NR=None,
         starts_NN=None,
     )
+
+
+def extended_inside(
+    moments: LayerMoments, coefficients_NK: Tensor, energies_M: Tensor, outside_M: Tensor
+) -> LayerMoments:
+    """Extend the moments of the first models to all, the last M of which are known by these energies ‖X‖² and ‖X − X̂‖².
+
+    So a bundle alone tells of models that were added when the old models' files were gone. Inside the kept subspace, inner products
+    are those of coefficients (N, K). What two models have in common outside of it is not known, and counts as nothing.
+    """
+    num_known, num_new = moments.num_models, energies_M.numel()
+    inside = coefficients_NK[num_known:].double()
+    border = inside @ coefficients_NK.double().T
+    places = torch.arange(num_new)
+    border[places, num_known + places] += outside_M.double()
+    cross = (energies_M - border[places, num_known + places] - moments.reference_energy) / 2
+    return bordered(moments, border, cross, None)

@@ -1,17 +1,18 @@
 """Models that are the same function: found by the moments, and looked at again where products were too coarse to tell.
 
-Legend: N models.
+Legend: N models, C coefficients of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.gram import center_gram, squared_distances
+from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
@@ -88,3 +89,23 @@ def _distance(zoo: Zoo, name: str, first: int, second: int) -> float:
     b_one, a_one = stack.factors(first)
     b_two, a_two = stack.factors(second)
     return max(lora.energy((torch.cat([b_one, -b_two], 1), torch.cat([a_one, a_two]))), 0.0)
+
+
+def find_copies(
+    new: Sequence[Coefficients], names: Sequence[str], coefficients: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Return pairs of a model and a new one of the same coefficients, to 1e-5 of the model's norm.
+
+    Only of new models that lie inside the kept subspace: of others the coefficients do not tell. `coefficients` are those of all
+    models (N, …) in the order of `names`, layer by layer.
+    """
+    inside = [model for model in new if model.residual <= DUPLICATE]
+    if not inside:
+        return []
+    rows_NC = torch.cat([rows.flatten(1).double() for rows in coefficients.values()], 1)
+    found = []
+    for model in inside:
+        place = names.index(model.name)
+        close_N = (rows_NC[:place] - rows_NC[place]).square().sum(1) <= DUPLICATE * sum(model.energies.values())
+        found += [(names[other], model.name) for other in close_N.nonzero()[:, 0].tolist()]
+    return found

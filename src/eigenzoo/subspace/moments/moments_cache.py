@@ -1,28 +1,77 @@
 """Moments that are kept between runs: an interrupted pass goes on where it was, and a repeated one reads no weight.
 
-One file per layer in the user's cache folder, named by what it was made of (`identity`). Nothing depends on it: what is missing,
+One file per layer in the user's cache folder, named by what it was made of (`ZooIdentity`). Nothing depends on it: what is missing,
 damaged or of other files is collected again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.cache_folder import OFF, VARIABLE, cache_folder
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
-from eigenzoo.subspace.bundles.identity import ZooIdentity
 from eigenzoo.subspace.bundles.storage import moment_tensors, read_moments, write_moment_tensors
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.zoo import Zoo
+
+VERSIONS = (2, np.__version__, torch.__version__)
+"""The first is raised whenever the same files give other moments or bases than before; other libraries round otherwise."""
+
+
+class ZooIdentity:
+    """Keys of a zoo's layers, by the identity of its files (`formats.file_identity`)."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self._zoo = zoo
+
+    @cached_property
+    def files(self) -> str:
+        """Digest of all models' files, the base's included."""
+        return digest(self._zoo.identities())
+
+    def layer(self, name: str, *details: object) -> str:
+        """Key of one layer under a choice of what is done with it."""
+        layer = self._zoo.layers[name]
+        return digest(
+            [
+                *VERSIONS,
+                self.files,
+                self._zoo.view,
+                name,
+                layer.shape,
+                layer.dtype,
+                self._zoo.keys(name),
+                # The same name and shape may be other rows.
+                *map(str, self._zoo.selection.split),
+                *details,
+            ]
+        )
+
+    def whole(self, *details: object) -> str:
+        """Key of all layers under a choice of what is done with them."""
+        names = list(self._zoo.layers)
+        return digest(
+            [*VERSIONS, self.files, self._zoo.names, self._zoo.view, [self.layer(name) for name in names], *details]
+        )
+
+
+def digest(value: object) -> str:
+    """Return the hash of plain values."""
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()
+
 
 CHECKSUM = "sha256"
 """Metadata of a file of kept moments: the hash of its values."""
