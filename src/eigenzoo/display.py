@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -23,6 +24,16 @@ def printable(text: object) -> str:
 def one_line(text: object) -> str:
     """Make text printable on one line: a name with line ends could say what the command says."""
     return printable(text).replace("\n", "�")
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names by their words and by the values of their numbers.
+
+    >>> sorted(["h.10.w", "h.9.w", "a", "1²2"], key=natural_order)
+    ['1²2', 'a', 'h.9.w', 'h.10.w']
+    """
+    parts = [part for part in re.split("([0-9]+)", name + "\0") if part]
+    return [(0, int(part[:18]), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def in_percent(share: float | None) -> str:

@@ -8,11 +8,11 @@ here, so that the rest of the room reads keys without asking.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eigenzoo.display import natural_order
 from eigenzoo.errors import UsageError
 
 USUAL_RANK = 16
@@ -262,16 +262,6 @@ def in_order(layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return roles[item[1]["role"]], -1 if depth is None else int(depth)
 
     return dict(sorted(layers.items(), key=place))
-
-
-def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that sorts names by their words and by the values of their numbers.
-
-    >>> sorted(["h.10.w", "h.9.w", "a"], key=natural_order)
-    ['a', 'h.9.w', 'h.10.w']
-    """
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def chosen_rank(evidence: Mapping[str, Any]) -> int:

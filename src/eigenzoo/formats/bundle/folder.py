@@ -13,6 +13,7 @@ from urllib.parse import quote
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
+from eigenzoo.formats import tree
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.bundle.contents import VALUE, tensor_id
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, parse_manifest
@@ -32,7 +33,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 
 def is_bundle(folder: Path) -> bool:
     """Tell by names alone whether a folder is meant to be a bundle."""
-    return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
+    return folder.is_dir() and tree.is_bundle(tree.Disk(str(folder)))
 
 
 def foreign_files(folder: Path) -> str:
