@@ -91,7 +91,8 @@ def look_for_models(
     found = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
     urls = [item for item in found if isinstance(item, str)]
-    models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), _listed(urls), progress)
+    listed = _listed(urls)
+    models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress)
     return Found(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
 
 
