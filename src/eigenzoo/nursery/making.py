@@ -145,7 +145,7 @@ def _metadata(plan: Plan, child: Child) -> dict[str, str]:
 def _label(path: Path, metadata: dict[str, str]) -> None:
     """Write the file once more with these facts in its header, the tensors untouched.
 
-    safetensors writes metadata in an order that differs from run to run; here it is sorted, so that the same zoo has the same bytes.
+    safetensors writes metadata in an order that differs from run to run; here it is sorted: the same zoo has the same bytes.
     """
     tensors = sorted(load(path.read_bytes()).items())
     path.unlink()
