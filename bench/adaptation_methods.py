@@ -23,8 +23,8 @@ from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.nursery import lora
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.recipe import PARENT
-from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.vit import save_checkpoint
+from eigenzoo.passes.process import quietly
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 """All linear layers of the tiny transformer but its head."""

@@ -24,7 +24,7 @@ from eigenzoo import adapt
 from eigenzoo.adapt.search import search
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.nursery import digits
-from eigenzoo.nursery.silence import quietly
+from eigenzoo.passes.process import quietly
 
 RANK, STEPS, BATCH, EVERY = 16, 200, 64, 12
 ENOUGH = 0.9

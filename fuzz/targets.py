@@ -241,7 +241,7 @@ def hub_listing(folder: Path) -> Parser:
 
     def read(data: bytes) -> None:
         sizes = {name: size for name, size in parse_json(data, where="it").items() if type(size) is int}
-        for model in find_in_tree(sizes, "", MAX_DEPTH, str, "it"):
+        for model in find_in_tree(sizes, "", MAX_DEPTH, "it"):
             assert model.files <= {*sizes}
 
     return Parser(JSON, [json_text(dict.fromkeys(names, 10)).encode()], read)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 
 import eigenzoo as ez
 from builders import random_stack, seeded, write_model, write_stacks
+from eigenzoo.cli.console import as_json
+from eigenzoo.display import html_text, markdown_text, one_line
 from eigenzoo.records import UpdateRank, UpdateRanks
+from eigenzoo.report.page import json_text
 
 HOSTILE = "<img src=x>\x1b[31m"
 """A part of names that HTML and terminals act on, where it is not escaped."""
@@ -28,6 +33,23 @@ ANSWERS = {
     "FunctionEvidence": "12 models, not all held out; 12 fitted)\n",
     "Verification": "kind='bundle', ",
 }
+NAMES = (
+    HOSTILE,
+    "[click](javascript:alert(1))",
+    "![x](https://evil.example/t.png)",
+    "[a]: https://evil.example",
+    "m\n\n# Taken over",
+    "a | b",
+    "`rm -rf` *x* _y_ ~~z~~",
+    "&lt;script&gt;",
+    "www.evil.example <https://evil.example>",
+    "safe\u202egnp.exe",
+    "</td></table><script>alert('x')</script>",
+    "$x^2$ @someone",
+    "\x07\x9b2J",
+)
+"""What terminals, HTML and Markdown act on where it is not escaped."""
+
 TABLES = {"Evidence", "Inspection", "Plan", "FunctionEvidence", "Verification"}
 
 
@@ -58,6 +80,39 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {type(record).__name__: record for record in made}
 
 
+class Tags(HTMLParser):
+    """Tags and text of a piece of HTML."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not attrs
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_hostile_name_is_text_for_each_reader(name: str) -> None:
+    shown = one_line(name)
+    assert shown.isprintable()
+    page = Tags(f"<i>{html_text(name)}</i>")
+    assert (page.tags, page.text) == (["i"], shown)
+    markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(f"| {markdown_text(name)} |\n|---|")
+    table = Tags(markdown)
+    assert table.tags == ["table", "thead", "tr", "th"]
+    assert table.text.replace("\u200b", "").strip() == shown.strip()
+    assert json.loads(as_json({name: name})) == {name: name}
+    assert all(char.isprintable() or char == "\n" for char in as_json({name: name}))
+    assert json.loads(json_text({name: name})) == {name: name}
+    assert Tags(f"<script>{json_text(name)}</script>").tags == ["script"]
+
+
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_a_record_is_shown_in_a_few_lines_with_its_answer(records: dict[str, Any], kind: str) -> None:
     shown = repr(records[kind])
@@ -68,15 +123,8 @@ def test_a_record_is_shown_in_a_few_lines_with_its_answer(records: dict[str, Any
 
 @pytest.mark.parametrize("kind", sorted(TABLES))
 def test_a_notebook_shows_a_table_without_the_files_own_markup(records: dict[str, Any], kind: str) -> None:
-    tags: list[str] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            assert not attrs
-            tags.append(tag)
-
     page = records[kind]._repr_html_()
-    Reader().feed(page)
+    tags = Tags(page).tags
     assert set(tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
     assert tags.count("tr") > 2
     assert page.isprintable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -17,12 +18,42 @@ BOUNDLESS = 1e4
 
 def printable(text: object) -> str:
     """Make text from files harmless for a terminal: no control characters but line ends, no escape sequences."""
-    return "".join(char if char.isprintable() or char == "\n" else "�" for char in str(text))
+    shown = str(text)
+    return shown if shown.isprintable() else "".join(c if c.isprintable() or c == "\n" else "�" for c in shown)
 
 
 def one_line(text: object) -> str:
     """Make text printable on one line: a name with line ends could say what the command says."""
     return printable(text).replace("\n", "�")
+
+
+def html_text(text: object) -> str:
+    """Make text mean nothing in HTML, on one line.
+
+    >>> html_text("<b>")
+    '&lt;b&gt;'
+    """
+    return escape(one_line(text))
+
+
+def markdown_text(text: object) -> str:
+    """Make text mean nothing in Markdown and in HTML inside it, on one line.
+
+    >>> markdown_text("<b>*a*|_b_")
+    '&lt;b&gt;\\\\*a\\\\*\\\\|\\\\_b\\\\_'
+    """
+    inert = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", escape(one_line(text), quote=False))
+    return inert.replace("://", ":\u200b//").replace("www.", "www\u200b.")
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts names by their words and by the values of their numbers.
+
+    >>> sorted(["h.10.w", "h.9.w", "a", "1²2"], key=natural_order)
+    ['1²2', 'a', 'h.9.w', 'h.10.w']
+    """
+    parts = [part for part in re.split("([0-9]+)", name + "\0") if part]
+    return [(0, int(part[:18]), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def in_percent(share: float | None) -> str:
@@ -91,11 +122,7 @@ def html_table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[obj
     >>> html_table("<b>", ["layer"], [["a"]])
     '<table><caption>&lt;b&gt;</caption><thead><tr><th>layer</th></tr></thead><tbody><tr><td>a</td></tr></tbody></table>'
     """
-    head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    table = f"<caption>{_escaped(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f"<table>{table}</table>" + (f"<p>{_escaped(note)}</p>" if note else "")
-
-
-def _escaped(text: object) -> str:
-    return escape(one_line(text))
+    head = "".join(f"<th>{html_text(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = f"<caption>{html_text(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<table>{table}</table>" + (f"<p>{html_text(note)}</p>" if note else "")

@@ -21,6 +21,7 @@ whoever knows the model and the layer adds them once, as `where`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -31,6 +32,13 @@ def install(extra: str) -> str:
     "in eigenzoo's checkout run: pip install -c constraints.txt -e '.[report]'"
     """
     return f"in eigenzoo's checkout run: pip install -c constraints.txt -e '.[{extra}]'"
+
+
+def require(*libraries: str, where: str, extra: str) -> None:
+    """Raise UsageError that names the extra where one of these libraries is not installed."""
+    missing = [name for name in libraries if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}", where=where, next_step=install(extra))
 
 
 class EigenzooError(Exception):

@@ -23,7 +23,7 @@ from peft import PeftModel
 import eigenzoo as ez
 from eigenzoo import nursery
 from eigenzoo.nursery import digits
-from eigenzoo.nursery.silence import quietly
+from eigenzoo.passes.process import quietly
 from guard import HANG, wait_until
 from tolerance import ONE_IMAGE
 

@@ -32,8 +32,8 @@ from eigenzoo import adapt
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.making import make_zoo
 from eigenzoo.nursery.recipe import Schedule, plan_zoo
-from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import rate as warmed
+from eigenzoo.passes.process import quietly
 from tolerance import tolerance
 
 pytestmark = pytest.mark.slow

@@ -342,7 +342,7 @@ def test_a_folder_of_a_hundred_thousand_names_is_listed(place: Place) -> None:
 
 def test_of_mlx_lms_folder_on_the_hub_the_last_weights_are_downloaded() -> None:
     names = ["a/adapter_config.json", "a/adapters.safetensors", "a/0000100_adapters.safetensors", "a/x.bin"]
-    (model,) = find_in_tree(dict.fromkeys(names, 10), "", 3, str, "it")
+    (model,) = find_in_tree(dict.fromkeys(names, 10), "", 3, "it")
     assert (model.kind, model.files) == ("adapter", frozenset(names[:2]))
 
 

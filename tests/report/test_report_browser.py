@@ -313,11 +313,21 @@ def test_a_phone_scrolls_down_only(show, kind, script):
             assert box["x"] + box["width"] <= 390
 
 
-def test_sizes_and_errors_are_whole_on_a_laptop(show):
-    with show("subspace") as opened:
-        for title in ("Sizes and errors", "Why shares of like names differ", "Layers by verdict"):
-            box = opened.page.locator(f".scroll[aria-label='{title}']")
-            assert box.evaluate("box => box.scrollWidth - box.clientWidth") <= 1
+@pytest.mark.parametrize("kind", ["subspace", "lineage"])
+def test_tables_are_whole_on_a_laptop(show, kind):
+    with show(kind) as opened:
+        opened.page.evaluate("document.querySelectorAll('details').forEach((box) => { box.open = true; })")
+        for table in opened.page.locator(".scroll").all():
+            assert table.evaluate("box => box.scrollWidth - box.clientWidth") <= 1, table.get_attribute("aria-label")
+
+
+def test_a_table_that_is_scrolled_keeps_its_names(show):
+    with show("subspace", viewport={"width": 390, "height": 844}) as opened:
+        box = opened.page.locator(".scroll[aria-label='All layers']")
+        box.evaluate("box => { box.scrollLeft = 300; }")
+        assert box.evaluate("box => box.scrollLeft") > 200
+        left = box.bounding_box()["x"]
+        assert box.locator("tbody th").first.bounding_box()["x"] - left < 2
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

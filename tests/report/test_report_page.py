@@ -285,7 +285,7 @@ def test_a_document_without_evidence_is_refused():
 
 
 def test_missing_libraries_are_named_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(eigenzoo.report, "find_spec", lambda name: None if name == "plotly" else object())
+    monkeypatch.setattr("eigenzoo.errors.find_spec", lambda name: None if name == "plotly" else object())
     with pytest.raises(UsageError, match=r"not installed: plotly.*\[report\]"):
         render_html({"evidence": {"layers": {}}})
 

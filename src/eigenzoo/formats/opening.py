@@ -10,7 +10,6 @@ from typing import NoReturn
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import Checkpoint, StateDict
 from eigenzoo.formats.kinds import (
-    BUNDLE_FILES,
     FILE_SUFFIXES,
     READABLE,
     kind_of_file,
@@ -32,6 +31,7 @@ from eigenzoo.formats.remote.hub import fetch_model
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.remote.mirror import mirror_url
 from eigenzoo.formats.remote.record import by_url
+from eigenzoo.formats.tree import Disk, is_bundle
 
 
 def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Model:
@@ -54,7 +54,7 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> M
 
 def _open(path: Path, allow_pickle: bool) -> Model:
     kind = _kind(path)
-    if kind in (None, "state-dict") and os.path.isdir(path) and set(list_folder(path)).issuperset(BUNDLE_FILES):
+    if kind in (None, "state-dict") and os.path.isdir(path) and is_bundle(Disk(str(path))):
         raise FormatError(
             "this is a bundle, not a zoo or a model", where=str(path), next_step="name the folder or file of a model"
         )

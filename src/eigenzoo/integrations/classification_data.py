@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import DataError, FormatError, UsageError
-from eigenzoo.integrations.models import IMAGE, TEXT, pad_token, quietly, read_config, read_tokenizer, require, told
+from eigenzoo.integrations.models import IMAGE, TEXT, pad_token, read_config, read_tokenizer, require, told
+from eigenzoo.passes.process import quietly
 
 READERS = {".csv": "from_csv", ".json": "from_json", ".jsonl": "from_json", ".parquet": "from_parquet"}
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})

@@ -24,8 +24,9 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.dry_tensors import Origins, dropped_of, places_of, refuse_undecided, without_values
 from eigenzoo.integrations.model_limits import check_counts, no_larger_than
-from eigenzoo.integrations.models import quietly, read_config, told
+from eigenzoo.integrations.models import read_config, told
 from eigenzoo.integrations.peft_loading import architectures_of, build, names_in
+from eigenzoo.passes.process import quietly
 from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.verification import Loading
 

@@ -6,16 +6,15 @@ Nothing is downloaded, no pickle is read, and no code that comes with a model is
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from eigenzoo import errors
 from eigenzoo.errors import EigenzooError, FormatError, MismatchError, UsageError, install
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.opening import open_model
@@ -23,6 +22,7 @@ from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.model_limits import MOST_COUNTED, check_counts, no_larger_than
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.passes.process import quietly
 from eigenzoo.weights.roles import glob_of
 
 EXTRA = install("adapt")
@@ -58,9 +58,7 @@ def logits(module: nn.Module, inputs: Any) -> Tensor:
 
 def require(*libraries: str) -> None:
     """Raise UsageError that names the extra where one of these is not installed."""
-    missing = [name for name in libraries if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}", where="eigenzoo adapt", next_step=EXTRA)
+    errors.require(*libraries, where="eigenzoo adapt", extra="adapt")
 
 
 def read_config(folder: Path) -> Any:
@@ -157,22 +155,6 @@ def read_nursery(path: Path) -> Classifier:
         )
     net.load_state_dict({name: model.read(name) for name in expected})
     return Classifier(net.eval(), {}, 2, model.nbytes)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep what transformers says while it loads from a user who is told all that matters."""
-    from transformers.utils import logging
-
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def told(what: str, where: Path, call: Callable[[], Made]) -> Made:

@@ -23,7 +23,8 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.dry_tensors import Origins, dropped_of, places_of, refuse_undecided, without_values
 from eigenzoo.integrations.model_limits import check_counts, no_larger_than
-from eigenzoo.integrations.models import quietly, read_config, told
+from eigenzoo.integrations.models import read_config, told
+from eigenzoo.passes.process import quietly
 from eigenzoo.weights.lora_targets import targeting
 from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.verification import Loading

@@ -15,10 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
-from eigenzoo.errors import UsageError, install
+from eigenzoo.errors import UsageError, require
 from eigenzoo.nursery.recipe import DEFAULTS, PARENT, RECIPE, Recipe, plan_zoo
 
 __all__ = ["KINDS", "Recipe", "accuracy", "make", "metric"]
@@ -70,7 +69,7 @@ def make(
         OutputError: `out` exists and is not to be, or may not be, replaced.
     """
     plan = plan_zoo(kind, num_models, seed, random_labels, train_head, own_init, permuted=permuted, same_task=same_task)
-    _require_libraries()
+    require("sklearn", "transformers", "peft", where="eigenzoo.nursery", extra="nursery")
     from eigenzoo.nursery.making import make_zoo
 
     return make_zoo(plan, Path(out), force, progress)
@@ -97,7 +96,7 @@ def accuracy(
         FormatError: no model at `path`.
         MismatchError: weights missing, too many, or of another shape.
     """
-    _require_libraries()
+    require("sklearn", "transformers", "peft", where="eigenzoo.nursery", extra="nursery")
     from eigenzoo.nursery.measuring import measure
 
     return measure(Path(path), task, None if base is None else Path(base))
@@ -124,13 +123,3 @@ def metric(zoo: str | os.PathLike[str]) -> Callable[[str | os.PathLike[str]], fl
         )
     base = folder / PARENT
     return partial(accuracy, base=base if base.is_dir() else None)
-
-
-def _require_libraries() -> None:
-    missing = [name for name in ("sklearn", "transformers", "peft") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"not installed: {', '.join(missing)}",
-            where="eigenzoo.nursery",
-            next_step=install("nursery"),
-        )

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from eigenzoo.nursery.recipe import Plan
-from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import Weights
 from eigenzoo.nursery.vit import run
 from eigenzoo.passes.draws import seed_draws
+from eigenzoo.passes.process import quietly
 
 RANK = 4
 ALPHA = 8

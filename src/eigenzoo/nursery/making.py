@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
+from eigenzoo.formats.safetensors.writer import write_file
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.cnn import CnnKind, permute
 from eigenzoo.nursery.digits import Task
@@ -144,15 +145,13 @@ def _metadata(plan: Plan, child: Child) -> dict[str, str]:
 def _label(path: Path, metadata: dict[str, str]) -> None:
     """Write the file once more with these facts in its header, the tensors untouched.
 
-    safetensors writes metadata in an order that differs from run to run; the header is sorted, so that the same zoo
-    has the same bytes. Sorting changes no length: the eight bytes before the header and the padding stay right.
+    safetensors writes metadata in an order that differs from run to run; here it is sorted: the same zoo has the same bytes.
     """
-    content = save(load(path.read_bytes()), metadata={"format": "pt", **metadata})
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
-    path.write_bytes(content[:8] + ordered + content[end:])
+    tensors = sorted(load(path.read_bytes()).items())
+    path.unlink()
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    facts = dict(sorted({"format": "pt", **metadata}.items()))
+    write_file(path, entries, (tensor for _, tensor in tensors), facts, sync=False)
 
 
 def _chunks(models: list[Child]) -> Iterator[list[Child]]:

@@ -18,9 +18,9 @@ from eigenzoo.errors import FormatError, MismatchError, UsageError
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.digits import Task
-from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import share
 from eigenzoo.passes.draws import kept_draws
+from eigenzoo.passes.process import quietly
 
 _ADAPTER = "adapter_model.safetensors"
 _CHECKPOINT = "model.safetensors"

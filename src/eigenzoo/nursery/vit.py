@@ -19,9 +19,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.recipe import Plan
-from eigenzoo.nursery.silence import quietly
 from eigenzoo.nursery.training import Weights, predict, share, train
 from eigenzoo.passes.draws import seed_draws
+from eigenzoo.passes.process import quietly
 
 HEAD_SCALE = 0.3
 _HEAD = "classifier."

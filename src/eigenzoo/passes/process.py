@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -189,3 +190,21 @@ class _Torch:
 
 
 _lock, _entered, _torch = threading.Lock(), _Entered(), _Torch()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep what transformers and PEFT say while they load and save from a user who is told all that matters."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()

@@ -16,11 +16,11 @@ Needs the extra `report`; importing this package does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from eigenzoo.errors import UsageError, install
+from eigenzoo.errors import UsageError
+from eigenzoo.errors import require as require_libraries
 
 __all__ = ["check_width", "render_csv", "render_html", "render_markdown", "require", "write_figures"]
 
@@ -105,14 +105,4 @@ def check_width(width: float) -> None:
 
 def require(format: str) -> None:
     """Raise UsageError where a library for this format is missing: before anything is measured for it."""
-    _require_libraries(*LIBRARIES.get(format, ()))
-
-
-def _require_libraries(*names: str) -> None:
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"not installed: {', '.join(missing)}",
-            where="eigenzoo.report",
-            next_step=install("report"),
-        )
+    require_libraries(*LIBRARIES.get(format, ()), where="eigenzoo.report", extra="report")

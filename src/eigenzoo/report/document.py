@@ -8,11 +8,11 @@ here, so that the rest of the room reads keys without asking.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from eigenzoo.display import natural_order, one_line
 from eigenzoo.errors import UsageError
 
 USUAL_RANK = 16
@@ -219,13 +219,13 @@ def clean(value: Any) -> Any:
     {'a�': [1.0, None]}
     """
     if isinstance(value, str):
-        return printable(value)
+        return one_line(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         cleaned: dict[str, Any] = {}
         for key, item in value.items():
-            name = printable(str(key))
+            name = one_line(key)
             while name in cleaned:  # two names that differ only in what cannot be shown
                 name += "′"
             cleaned[name] = clean(item)
@@ -233,13 +233,6 @@ def clean(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
     return value
-
-
-def printable(text: str) -> str:
-    """Replace what moves a terminal, reverses a line or ends a document; line ends become spaces."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else " " if char in "\n\t\r" else "�" for char in text)
 
 
 def fill(template: Any, value: Any) -> Any:
@@ -262,16 +255,6 @@ def in_order(layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return roles[item[1]["role"]], -1 if depth is None else int(depth)
 
     return dict(sorted(layers.items(), key=place))
-
-
-def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that sorts names by their words and by the values of their numbers.
-
-    >>> sorted(["h.10.w", "h.9.w", "a"], key=natural_order)
-    ['a', 'h.9.w', 'h.10.w']
-    """
-    parts = re.split(r"([0-9]+)", name)
-    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def chosen_rank(evidence: Mapping[str, Any]) -> int:

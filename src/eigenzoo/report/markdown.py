@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from eigenzoo.display import markdown_text
 from eigenzoo.report import summary
 from eigenzoo.report.document import Report, read_document
 from eigenzoo.report.figures import all_figures
@@ -25,46 +25,36 @@ def render_markdown(document: Mapping[str, Any]) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     verdict = report.evidence["verdict"]
-    yield f"# {inert(report.title)}: {summary.headline(report)}"
-    yield f"\n**{inert(verdict['text'])}**\n"
-    yield f"Decided by: {inert(summary.decider(report))}.\n"
+    yield f"# {markdown_text(report.title)}: {summary.headline(report)}"
+    yield f"\n**{markdown_text(verdict['text'])}**\n"
+    yield f"Decided by: {markdown_text(summary.decider(report))}.\n"
     for warning in report.evidence["warnings"]:
-        yield f"> {inert(warning)}\n"
+        yield f"> {markdown_text(warning)}\n"
     for key in summary.keys(report):
-        yield f"- {inert(key.label)}: {key.value} {inert(key.of)}"
+        yield f"- {markdown_text(key.label)}: {key.value} {markdown_text(key.of)}"
     for made in (verdict_table(report), control_table(report)):
         if made is not None:
             yield from table_lines(made)
     yield "\n## The zoo\n"
     for fact in [*summary.facts(report), *summary.provenance(report)]:
-        yield f"- {inert(fact.label)}: {inert(fact.value)}{f' ({inert(fact.note)})' if fact.note else ''}"
+        yield f"- {markdown_text(fact.label)}: {markdown_text(fact.value)}{f' ({markdown_text(fact.note)})' if fact.note else ''}"
     sizes = size_table(report)
     for section in all_sections(report, all_figures(report, sizes), sizes):
         yield f"\n## {section.title}\n"
-        yield inert(section.lead)
+        yield markdown_text(section.lead)
         for figure in section.figures:
-            yield f"\n*{inert(figure.title)}.* {inert(figure.summary)}"
+            yield f"\n*{markdown_text(figure.title)}.* {markdown_text(figure.summary)}"
         for made in section.tables:
             yield from table_lines(made)
 
 
 def table_lines(table: Table) -> Iterator[str]:
     """Write a table, its name above and its note below."""
-    yield f"\n**{inert(table.title)}**\n"
+    yield f"\n**{markdown_text(table.title)}**\n"
     rules = ["---:" if kind == "number" else "---" for kind in table.kinds]
-    yield f"| {' | '.join(map(inert, table.columns))} |"
+    yield f"| {' | '.join(map(markdown_text, table.columns))} |"
     yield f"|{'|'.join(rules)}|"
     for row in table.rows:
-        yield f"| {' | '.join(map(inert, row))} |"
+        yield f"| {' | '.join(map(markdown_text, row))} |"
     if table.note:
-        yield f"\n{inert(table.note)}"
-
-
-def inert(text: str) -> str:
-    """Make text mean nothing in Markdown and HTML.
-
-    >>> inert("<b>*a*|_b_")
-    '&lt;b&gt;\\\\*a\\\\*\\\\|\\\\_b\\\\_'
-    """
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", text).replace("://", ":\u200b//").replace("www.", "www\u200b.")
+        yield f"\n{markdown_text(table.note)}"

@@ -15,8 +15,9 @@ from typing import Any
 
 import plotly.offline
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from eigenzoo.display import html_text
 from eigenzoo.report import summary
 from eigenzoo.report.csv_text import LINK_LIMIT, data_link, packed, section_csv
 from eigenzoo.report.document import Report, read_document
@@ -124,7 +125,7 @@ def breakable(text: str) -> Markup:
     >>> breakable("a.b<i>")
     Markup('a.<wbr>b&lt;i&gt;')
     """
-    return Markup("<wbr>").join(escape(unbroken(part)) for part in re.split(r"(?<=[./_])", text))
+    return Markup("<wbr>").join(Markup(unbroken(html_text(part))) for part in re.split(r"(?<=[./_])", text))
 
 
 def policy(*scripts: str) -> str:

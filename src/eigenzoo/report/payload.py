@@ -12,6 +12,7 @@ from eigenzoo.report import curves
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
 from eigenzoo.report.numbers import at_rank, floats, rounded, weighted_mean
+from eigenzoo.report.series import SERIES
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeRow, SizeTable
 from eigenzoo.report.suitability import exponents
@@ -50,6 +51,7 @@ def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | No
         ],
         "by_name": [list(report.layers).index(name) for name in report.by_name],
         "figures": list(figures),
+        "kinds": {name: vars(kind) for name, kind in SERIES.items()},
     }
     for figure, (key, make) in makers.items():
         if figure in figures and key not in found:

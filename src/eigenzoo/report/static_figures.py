@@ -29,6 +29,7 @@ from eigenzoo.report.document import Report, read_document
 from eigenzoo.report.figures import all_figures
 from eigenzoo.report.numbers import floats
 from eigenzoo.report.payload import role_map
+from eigenzoo.report.series import SERIES
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import size_table
 from eigenzoo.report.suitability import exponents, limits
@@ -71,17 +72,24 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "ytick.labelcolor": INK,
 }
 
-LINES: dict[str, dict[str, Any]] = {
-    "in_sample": {"label": "in-sample", "color": VERMILLION, "linestyle": "--", "marker": "s"},
-    "heldout": {"label": "held out", "color": BLUE, "linestyle": "-", "marker": "o"},
-    "null": {"label": "chance, held out", "color": GREY, "linestyle": ":", "marker": "x"},
-    "all_models": {"label": "all models", "color": ORANGE, "linestyle": "-", "marker": "^"},
-    "leave_one_out": {"label": "leave-one-out", "color": GREEN, "linestyle": "-.", "marker": "D"},
-    "norm_matched": {"label": "unrelated (same norms)", "color": GREY, "linestyle": ":"},
-    "iid": {"label": "unrelated (iid)", "color": SKY, "linestyle": ":"},
-    "permuted": {"label": "unrelated (permuted)", "color": PINK, "linestyle": "--"},
-    "spectrum_matched": {"label": "unrelated (same spectra)", "color": GREEN, "linestyle": "-."},
+COLOURS = {
+    "heldout": BLUE,
+    "insample": VERMILLION,
+    "orange": ORANGE,
+    "null": GREY,
+    "green": GREEN,
+    "sky": SKY,
+    "mean": PINK,
 }
+DASHES = {"solid": "-", "dash": "--", "longdash": "--", "dot": ":", "dashdot": "-.", "longdashdot": "-."}
+SIGNS = {"circle": "o", "square": "s", "triangle-up": "^", "x": "x", "diamond": "D"}
+
+
+def _style(name: str) -> dict[str, Any]:
+    """Return how matplotlib draws a kind of number; the nulls of spectra are lines alone."""
+    kind = SERIES[name]
+    style = {"label": kind.name, "color": COLOURS[kind.colour], "linestyle": DASHES[kind.dash]}
+    return style if name in curves.NULLS else {**style, "marker": SIGNS[kind.symbol]}
 
 
 SMALLEST_LETTERS, LARGEST_LETTERS = 0.7, 1.6
@@ -166,7 +174,7 @@ def _quiet() -> Iterator[None]:
 
 def _line(axes: Axes, name: str, x: Any, y: Any, **more: Any) -> None:
     if np.isfinite(floats(y)).any():
-        axes.plot(x, y, **{**LINES[name], **more})
+        axes.plot(x, y, **{**_style(name), **more})
 
 
 def _legend(axes: Axes, **place: Any) -> None:
@@ -490,7 +498,7 @@ def _function(axes: Axes, report: Report) -> None:
     for key, name, label in (("rebuilt", "heldout", "rebuilt"), ("random_basis", "null", "random basis")):
         ranks = sorted(mean[key], key=int)
         error = [spread[key].get(rank) or 0.0 for rank in ranks]
-        style = {**LINES[name], "label": label}
+        style = {**_style(name), "label": label}
         axes.errorbar([int(rank) for rank in ranks], floats(mean[key][rank] for rank in ranks), yerr=error, **style)
     controls = {"original": INK, "parent": GREEN, "mean": PINK, "head_only": VERMILLION, "secondary": SKY}
     dashes = ["-", "--", "-.", ":", (0, (5, 1))]

@@ -7,28 +7,27 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from eigenzoo.errors import EigenzooError, FormatError, ZooError
-from eigenzoo.formats.bundle.folder import is_bundle
+from eigenzoo.display import natural_order
+from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError, ZooError
 from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
-from eigenzoo.formats.opening import is_model, whole_model
-from eigenzoo.formats.paths import did_you_mean, list_folder, read_bounded
+from eigenzoo.formats.opening import whole_model
+from eigenzoo.formats.paths import did_you_mean, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
-from eigenzoo.formats.remote.address import local_path, shown_url
+from eigenzoo.formats.remote.address import local_path, shown_url, split_glob
 from eigenzoo.formats.remote.hub import find_hub_models
-from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id
-from eigenzoo.formats.remote.listing import Entry
-from eigenzoo.formats.remote.mirror import mirror_models
+from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id, use_of_bundle
+from eigenzoo.formats.remote.listing import Entry, Folder, list_urls
+from eigenzoo.formats.remote.mirror import MODEL_DEPTH, mirror_models
 from eigenzoo.formats.remote.retrying import Stopped, side_by_side
-from eigenzoo.formats.side_files import MODULES, is_module
+from eigenzoo.formats.tree import Disk, is_bundle, is_folder, is_model, models_at, models_matching, split_pattern
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.zoo.globs import find_names
-from eigenzoo.zoo.remote_sources import find_remote, last_name
 
 M = TypeVar("M")
 
@@ -36,9 +35,6 @@ Source = str | os.PathLike[str] | Iterable["str | os.PathLike[str]"]
 
 MAX_DEPTH = 3
 """How many folders deep models are looked for: deep enough for run/checkpoint/adapter, and never a whole disk."""
-
-HIDDEN = (".", "_")
-"""What a name begins with that is passed over in folders and globs."""
 
 MAX_LIST_BYTES, MAX_LINES = 16 * 2**20, 100_000
 """Of a text file of paths."""
@@ -95,7 +91,7 @@ def look_for_models(
     found = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
     urls = [item for item in found if isinstance(item, str)]
-    listed = dict(zip(urls, find_remote(urls, MAX_DEPTH, _natural), strict=True))
+    listed = _listed(urls)
     models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress)
     return Found(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
 
@@ -143,7 +139,6 @@ def _downloaded(
     find = partial(
         find_hub_models,
         max_depth=MAX_DEPTH,
-        order=_natural,
         allow_pickle=allow_pickle,
         allow_missing=allow_missing,
         progress=telling,
@@ -173,7 +168,7 @@ def _mirrored(
             continue
         for model in listed[item]:
             path = next(paths)
-            models.append(Unreadable(last_name(model), path) if isinstance(path, EigenzooError) else path)
+            models.append(Unreadable(_last_name(model), path) if isinstance(path, EigenzooError) else path)
     return list(dict.fromkeys(models))
 
 
@@ -198,17 +193,16 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
             return [place]
         source = local_path(source)
     path = Path(source)
-    is_folder = os.path.isdir(path)
-    if is_folder and is_bundle(path):
-        raise ZooError(
-            "this is a bundle, not a zoo or a model",
-            where=str(path),
-            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
-        )
-    if is_folder:
-        return (
-            [path] if is_model(path) else [*_some(_in_folder(path, MAX_DEPTH, lists.hidden), str(source), lists.hidden)]
-        )
+    if os.path.isdir(path):
+        folder = Disk(str(path))
+        if is_bundle(folder):
+            raise ZooError(
+                "this is a bundle, not a zoo or a model",
+                where=str(path),
+                next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
+            )
+        models = models_at(folder, MAX_DEPTH, partial(_pass_over, lists.hidden))
+        return [*_some(list(map(_path, models)), str(source), lists.hidden)]
     # os.path's answer to a name that no file can have (too long, a NUL in it) is no; pathlib's is an OSError.
     if os.path.isfile(path):
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
@@ -224,48 +218,74 @@ def _meant(path: Path) -> str:
     return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
 
 
-def _in_folder(folder: Path, depth: int, hidden: list[Path]) -> list[Path]:
-    found: list[Path] = []
-    names = list_folder(folder)
-    if MODULES in names:  # what follows the first module is no model of its own: a layer, or nothing
-        names = [name for name in names if name.startswith("0_") or not is_module(name)]
-    for child in (folder / name for name in sorted(names, key=_natural)):
-        if child.name.startswith(HIDDEN):
-            hidden += _models_at(child)
-            continue
-        if os.path.isdir(child):
-            if is_model(child) and not is_bundle(child):
-                found.append(child)
-            elif depth > 1 and not child.is_symlink() and not is_bundle(child):
-                found.extend(_in_folder(child, depth - 1, hidden))
-        elif child.name.endswith(FILE_SUFFIXES):
-            found.append(child)
-    return found
+def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
+    root, parts = split_pattern(pattern)
+    matching = models_matching(Disk(root), parts, partial(_pass_over, hidden), follow=follow)
+    try:
+        found = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
+    except ZooError as error:
+        raise error.at(pattern) from error
+    return sorted(found, key=lambda path: natural_order(str(path)))
 
 
-def _models_at(path: Path) -> list[Path]:
-    """A model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into.
+def _path(entry: Disk | str) -> Path:
+    return Path(entry.path if isinstance(entry, Disk) else entry)
+
+
+def _pass_over(hidden: list[Path], entry: Disk | str) -> None:
+    """Note a model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into.
 
     What cannot be listed (a file system's snapshots, another user's files) holds none: it is passed over anyway.
     """
-    try:
-        if is_model(path):
-            return [path]
-        inner = os.path.isdir(path) and not path.is_symlink() and path.name.startswith("_")
-        return [child for child in map(path.joinpath, list_folder(path)) if is_model(child)] if inner else []
-    except FormatError:
-        return []
+    path = _path(entry)
+    with suppress(FormatError):
+        if is_model(entry, path.name):
+            hidden.append(path)
+        elif isinstance(entry, Disk) and not entry.is_link and path.name.startswith("_"):
+            inner = sorted(entry.entries.items())
+            hidden += [_path(child) for name, child in inner if is_model(child, name)]
 
 
-def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
-    found: list[Path] = []
-    for name in sorted(find_names(pattern, follow=follow), key=_natural):
-        path = Path(name)
-        if path.name.startswith(HIDDEN):
-            hidden += _models_at(path)
-        elif is_model(path) and not is_bundle(path) if os.path.isdir(path) else path.name.endswith(FILE_SUFFIXES):
-            found.append(path)
+def _listed(urls: Sequence[str]) -> dict[str, list[Entry]]:
+    """Return the models that each of the URLs names, listed several URLs at once; raises for the first that has none."""
+    splits = [split_glob(url) for url in urls]
+    for url in urls:
+        if url.endswith(".txt"):
+            raise UnsupportedError(
+                "a list of models at a remote place",
+                where=shown_url(url),
+                rule="lists are read from this machine; they may hold URLs",
+                next_step="download it",
+            )
+    depths = [(len(parts) if "**" not in parts else MAX_DEPTH + len(parts)) or MAX_DEPTH for _, parts in splits]
+    found: dict[str, list[Entry]] = {}
+    listed = list_urls([root for root, _ in splits], [depth + MODEL_DEPTH for depth in depths])
+    for url, (_, parts), entry in zip(urls, splits, listed, strict=True):
+        if isinstance(entry, EigenzooError):
+            raise entry
+        found[url] = _at_url(entry, parts, shown_url(url))
     return found
+
+
+def _at_url(entry: Entry, parts: Sequence[str], url: str) -> list[Entry]:
+    if not isinstance(entry, Folder):
+        return [entry]
+    if parts:
+        return sorted(models_matching(entry, parts), key=lambda found: natural_order(found.url))
+    if not entry.entries:
+        raise ZooError("there is no such file or folder, or no model in it", where=url)
+    if is_bundle(entry):
+        raise ZooError(
+            "this is a bundle, not a zoo or a model",
+            where=url,
+            rule="bundles are not read from URLs",
+            next_step=f"{use_of_bundle(url)}, or name the models it was made from",
+        )
+    return list(models_at(entry, MAX_DEPTH))
+
+
+def _last_name(entry: Entry) -> str:
+    return entry.last_name if isinstance(entry, Folder) else entry.url.partition("::")[0].rpartition("/")[2]
 
 
 def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
@@ -296,24 +316,6 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
 def _line(line: str, folder: Path) -> Path | str | HubId:
     """Read a line of a list: a URL, a path from the list's folder, or an id of the hub where no such path is there."""
     return line if "://" in line else find_id(line, folder) or folder / line
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which model-2 comes before model-10."""
-    parts: list[tuple[int, int, str]] = []
-    digits, text = "", ""
-    for char in name + "\0":
-        if char.isascii() and char.isdigit():
-            if text:
-                parts.append((1, 0, text))
-                text = ""
-            digits += char
-        else:
-            if digits:
-                parts.append((0, int(digits[:18]), digits))
-                digits = ""
-            text += char
-    return [*parts, (1, 0, text)]
 
 
 def name_models(paths: list[Path]) -> list[str]:

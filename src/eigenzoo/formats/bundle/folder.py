@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,12 @@ from urllib.parse import quote
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
+from eigenzoo.formats import tree
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.bundle.contents import VALUE, tensor_id
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, parse_manifest
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.output.own import OTHER_KIND, find_stranger
+from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files
 from eigenzoo.formats.paths import did_you_mean, inside, is_regular
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
@@ -32,7 +34,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 
 def is_bundle(folder: Path) -> bool:
     """Tell by names alone whether a folder is meant to be a bundle."""
-    return (folder / MANIFEST).is_file() and (folder / "basis.safetensors").is_file()
+    return folder.is_dir() and tree.is_bundle(tree.Disk(str(folder)))
 
 
 def foreign_files(folder: Path) -> str:
@@ -209,17 +211,8 @@ def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) ->
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the bytes of every plain file below a folder, by its name relative to it; links are left out."""
-    sizes: dict[str, int] = {}
-    folders = [""]
-    while folders:
-        above = folders.pop()
-        with os.scandir(folder / above) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{above}{entry.name}/")
-                elif entry.is_file(follow_symlinks=False):
-                    sizes[f"{above}{entry.name}"] = entry.stat(follow_symlinks=False).st_size
-    return dict(sorted(sizes.items()))
+    known = {name: os.lstat(folder / name) for name in list_files(folder)}
+    return {name: status.st_size for name, status in known.items() if stat.S_ISREG(status.st_mode)}
 
 
 def file_record(path: Path) -> FileRecord:

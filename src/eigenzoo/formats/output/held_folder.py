@@ -87,7 +87,7 @@ def sweep(parent: Path, prefix: str) -> None:
             status = path.lstat()
             ours = path.name.startswith(f"{prefix}{system_mark()}") or time.time() - status.st_mtime > STALE_SECONDS
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and ours:
-                lock = _lock(path)
+                lock = locked(path)
         except OSError:
             continue
         if lock is not None:
@@ -98,7 +98,7 @@ def sweep(parent: Path, prefix: str) -> None:
 def _hold(path: Path) -> int | None:
     """Lock a folder that was just made; None where a sweep was faster, and the folder is gone or going."""
     try:
-        return _lock(path)
+        return locked(path)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -106,11 +106,15 @@ def _hold(path: Path) -> int | None:
         return None if error.errno == errno.EWOULDBLOCK else os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def _lock(path: Path) -> int:
-    """Lock a folder; raises OSError where another process holds it, and FileNotFoundError where it has lost its name."""
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def locked(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY, *, wait: bool = False) -> int:
+    """Open and lock what has a name, a folder unless `flags` say otherwise; returns the descriptor, whose closing lets go of it.
+
+    Raises FileNotFoundError where what was locked has lost its name meanwhile, and OSError where another process holds it (with
+    `wait` it waits instead) or nothing can be locked there.
+    """
+    lock = os.open(path, flags | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if not os.path.samestat(os.fstat(lock), os.stat(path)):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
     except OSError:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from eigenzoo.errors import OutputError
-from eigenzoo.formats.output.held_folder import HeldFolder, sweep
+from eigenzoo.formats.output.held_folder import HeldFolder, locked, sweep
 from eigenzoo.formats.output.own import Foreign, everything
 from eigenzoo.formats.output.renaming import exchange, rename_new
 
@@ -192,18 +191,14 @@ def _held(target: Path) -> Iterator[None]:
 
 
 def _lock_target(target: Path) -> int | None:
-    while True:
+    while os.path.lexists(target):
         try:
-            lock = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # there is none
+            return locked(target, wait=True)
+        except FileNotFoundError:  # who had it has put another folder there meanwhile
+            continue
+        except OSError:
             return None
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # Who had it may have put another folder there meanwhile.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(target)):
-                return lock
-        os.close(lock)
+    return None
 
 
 def _put_in_place(staging: Path, target: Path) -> None:

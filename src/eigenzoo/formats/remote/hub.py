@@ -82,7 +82,6 @@ def _list(api: Any, place: HubId) -> dict[str, int]:
 def find_hub_models(
     place: HubId,
     max_depth: int,
-    order: Callable[[str], Any],
     *,
     allow_pickle: bool = False,
     allow_missing: bool = False,
@@ -94,7 +93,6 @@ def find_hub_models(
     Args:
         place: a repository, or a folder in it, that is a model or holds models.
         max_depth: how many folders deep models are looked for.
-        order: the sort key of names.
         allow_pickle: download pickles too.
         allow_missing: go on where a file cannot be had, which is then its model's error; else it is raised at once.
         progress: told of the bytes that are downloaded.
@@ -102,7 +100,7 @@ def find_hub_models(
     """
     stopped = stopped or Event()
     commit = find_commit(place, stopped)
-    models = find_in_tree(commit.sizes, place.folder, max_depth, order, str(place))
+    models = find_in_tree(commit.sizes, place.folder, max_depth, str(place))
     found: list[tuple[Path, EigenzooError | None]] = []
     wanted: list[HubModel] = []
     for model in models:
@@ -134,7 +132,7 @@ def _first_of(names: Iterable[str], errors: Mapping[str, EigenzooError]) -> Eige
 
 def fetch_model(place: HubId, *, allow_pickle: bool = False) -> Path:
     """Download the one model that an id names; returns the path that opens it."""
-    found = find_hub_models(place, 0, str, allow_pickle=allow_pickle)
+    found = find_hub_models(place, 0, allow_pickle=allow_pickle)
     if not found:
         raise FormatError("no model here", where=str(place), rule="a model is a repository, or a folder of one")
     path, error = found[0]

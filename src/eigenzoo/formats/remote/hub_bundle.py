@@ -13,7 +13,9 @@ from eigenzoo.formats.kinds import BUNDLE_FILES
 from eigenzoo.formats.paths import inside
 from eigenzoo.formats.remote.address import is_url, local_path, shown_url
 from eigenzoo.formats.remote.hub import Commit, download, find_commit, stored_sha256
+from eigenzoo.formats.remote.hub_files import tree_of
 from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
+from eigenzoo.formats.tree import is_bundle as is_bundle_folder
 
 
 def bundle_path(source: str | os.PathLike[str]) -> Path:
@@ -54,7 +56,7 @@ def hub_place(source: str | os.PathLike[str]) -> HubId | None:
 
 
 def _is_bundle(commit: Commit) -> bool:
-    return all(_below(commit, name) in commit.sizes for name in BUNDLE_FILES)
+    return is_bundle_folder(tree_of(commit.sizes).find(commit.place.folder))
 
 
 def _below(commit: Commit, name: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eigenzoo.errors import FormatError, UnsupportedError, ZooError
 from eigenzoo.formats.json_file import MAX_CONFIG_BYTES, read_json
 from eigenzoo.formats.kinds import (
-    BUNDLE_FILES,
     INDEXES,
     PICKLE_FILE,
     PICKLE_INDEX,
@@ -27,6 +25,7 @@ from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
 from eigenzoo.formats.side_files import MODULE_WEIGHTS, is_carried_from, is_side_file
+from eigenzoo.formats.tree import Listed, file_names, is_bundle, is_folder, models_at
 
 README = "README.md"
 MAX_README_BYTES = 2**20
@@ -58,74 +57,42 @@ class HubModel:
         return any(name.endswith((*PICKLE_SUFFIXES, PICKLE_INDEX)) for name in self.files)
 
 
-@dataclass
-class _Folder:
-    files: set[str] = field(default_factory=set)
-    folders: dict[str, _Folder] = field(default_factory=dict)
+def tree_of(sizes: Mapping[str, int]) -> Listed:
+    """Return the files of a repository as a tree; of each file the whole name."""
+    root = Listed()
+    for name in sizes:
+        root.put(relative_name(name), name)
+    return root
 
 
-def find_in_tree(
-    sizes: Mapping[str, int], root: str, max_depth: int, order: Callable[[str], Any], where: str
-) -> list[HubModel]:
+def find_in_tree(sizes: Mapping[str, int], root: str, max_depth: int, where: str) -> list[HubModel]:
     """Find the models below a folder of a repository, by the rules for folders of this machine."""
-    top = _tree(sizes)
-    for part in root.split("/") if root else []:
-        if part not in top.folders:
-            raise FormatError(f"the repository has no folder {root!r}", where=where)
-        top = top.folders[part]
-    if _is_bundle(top):
+    top = tree_of(sizes).find(root)
+    if top is None:
+        raise FormatError(f"the repository has no folder {root!r}", where=where)
+    if is_bundle(top):
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=where,
             next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
         )
-    return _visit(top, root, max_depth, order, sizes)
+    found = models_at(top, max_depth)
+    return [_model(entry, sizes) if isinstance(entry, Listed) else _single(entry) for entry in found]
 
 
-def _tree(sizes: Mapping[str, int]) -> _Folder:
-    root = _Folder()
-    for name in sizes:
-        relative_name(name)
-        *folders, last = name.split("/")
-        place = root
-        for part in folders:
-            place = place.folders.setdefault(part, _Folder())
-        place.files.add(last)
-    return root
+def _single(name: str) -> HubModel:
+    return HubModel(name, kind_of_file(name) or "", frozenset({name}))
 
 
-def _is_bundle(folder: _Folder) -> bool:
-    return folder.files.issuperset(BUNDLE_FILES)
-
-
-def _visit(
-    folder: _Folder, path: str, depth: int, order: Callable[[str], Any], sizes: Mapping[str, int]
-) -> list[HubModel]:
-    kind = kind_of_folder(folder.files)
-    if kind is not None:
-        return [_model(kind, folder, path, sizes)]
-    if depth == 0:
-        return []
-    found: list[HubModel] = []
-    for name in sorted({*folder.files, *folder.folders}, key=order):
-        if name.startswith((".", "_")):
-            continue
-        inner = f"{path}/{name}" if path else name
-        if name in folder.folders:
-            if not _is_bundle(folder.folders[name]):
-                found += _visit(folder.folders[name], inner, depth - 1, order, sizes)
-        elif (file_kind := kind_of_file(name)) is not None:
-            found.append(HubModel(inner, file_kind, frozenset({inner})))
-    return found
-
-
-def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> HubModel:
-    prefix = f"{path}/" if path else ""
-    listed = {*folder.files, *(f"{inner}/{name}" for inner, found in folder.folders.items() for name in found.files)}
+def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
+    path, files = folder.name, file_names(folder)
+    kind, prefix = kind_of_folder(files) or "", f"{path}/" if path else ""
+    inner = {name: entry for name, entry in folder.entries.items() if is_folder(entry)}
+    listed = {*files, *(f"{above}/{name}" for above, entry in inner.items() for name in file_names(entry))}
     names = {name for name in listed if is_carried_from(name, listed) and not _is_too_large(name, sizes[prefix + name])}
     index = ""
     try:
-        refuse_unreadable(kind, folder.files, "")
+        refuse_unreadable(kind, files, "")
         if kind == "pipeline":
             raise UnsupportedError(
                 "a diffusers pipeline on the hub",
@@ -133,10 +100,10 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
                 next_step="name the folder of one (org/name/unet), or download the pipeline",
             )
         if kind == "adapter":
-            weights = [name for name in (WEIGHTS_FILE, PICKLED_ADAPTER, MLX_FILE) if name in folder.files]
-            names |= {CONFIG_FILE, *weights[:1]} & folder.files
+            weights = [name for name in (WEIGHTS_FILE, PICKLED_ADAPTER, MLX_FILE) if name in files]
+            names |= {CONFIG_FILE, *weights[:1]} & files
         elif kind == "checkpoint":
-            found = [name for name in (*WEIGHTS, *INDEXES) if name in folder.files]
+            found = [name for name in (*WEIGHTS, *INDEXES) if name in files]
             if len(found) > 1:
                 raise FormatError(
                     f"found {', '.join(found)}",
@@ -145,12 +112,12 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
             names |= set(found)
             index = prefix + found[0] if found[0] in INDEXES else ""
         elif kind == "state-dict":
-            names |= {name for name in folder.files if name.endswith(".safetensors")}
-        elif PICKLE_INDEX in folder.files and PICKLE_FILE not in folder.files:
+            names |= {name for name in files if name.endswith(".safetensors")}
+        elif PICKLE_INDEX in files and PICKLE_FILE not in files:
             names.add(PICKLE_INDEX)
             index = prefix + PICKLE_INDEX
         else:
-            names |= {PICKLE_FILE} & folder.files or set(pickle_names(folder.files)[:1])
+            names |= {PICKLE_FILE} & files or set(pickle_names(files)[:1])
         for name in names & {*filter(is_side_file, names), CONFIG_FILE, *INDEXES, PICKLE_INDEX}:
             limit = MAX_SIDE_BYTES if is_side_file(name) else MAX_CONFIG_BYTES
             if sizes[prefix + name] > limit:
@@ -160,9 +127,9 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
     except FormatError as error:
         return HubModel(path, kind, frozenset(), error=error)
     # What its author says of it: for the licence.
-    names |= {name for name in folder.files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
-    files = frozenset(prefix + name for name in names)
-    return HubModel(path, kind, files, index, left=frozenset(listed - names))
+    names |= {name for name in files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
+    wanted = frozenset(prefix + name for name in names)
+    return HubModel(path, kind, wanted, index, left=frozenset(listed - names))
 
 
 def _is_too_large(name: str, size: int) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from eigenzoo.formats.remote.address import Address, below, connect, find_addres
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, tag_of
 from eigenzoo.formats.side_files import SIDE_FILES
+from eigenzoo.formats.tree import Listed
 
 ATTEMPTS = 3
 """Attempts to reach a store at first: a name that is mistyped should be told soon."""
@@ -25,13 +25,11 @@ ATTEMPTS = 3
 _FLAT = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A remote folder: what is below it by name, and where it is."""
+@dataclass(frozen=True, kw_only=True)
+class Folder(Listed):
+    """A remote folder, and where it is."""
 
     address: Address
-    name: str
-    entries: dict[str, Folder | RemoteFile]
 
     @property
     def url(self) -> str:
@@ -45,11 +43,6 @@ class Folder:
 
 
 Entry = Folder | RemoteFile
-
-
-def is_bundle(entry: Entry) -> bool:
-    """Tell by names alone whether a remote folder is meant to be a bundle."""
-    return isinstance(entry, Folder) and entry.entries.keys() >= set(BUNDLE_FILES)
 
 
 def list_urls(urls: Sequence[str], depths: Sequence[int]) -> list[Entry | EigenzooError]:
@@ -77,7 +70,7 @@ def list_url(url: str, depth: int) -> Entry:
 
 def _tree(address: Address, found: Mapping[str, Mapping[str, Any]], depth: int) -> Folder:
     """Put listed names into a tree; a name that could lead elsewhere once it is a path here is refused."""
-    root = Folder(address, "", {})
+    root = Folder(address=address)
     prefix = address.path.strip("/") + "/" if address.path.strip("/") else ""
     for path, info in found.items():
         name = path.lstrip("/")
@@ -91,20 +84,8 @@ def _tree(address: Address, found: Mapping[str, Mapping[str, Any]], depth: int) 
             relative_name(name)
         except UnsafePathError as error:
             raise error.at(address.shown) from error.__cause__
-        folder = root
-        for part in name.split("/")[:-1]:
-            folder = _child(folder, part)
-        folder.entries.setdefault(last, _file(address, name, {**info, "name": path}))
+        root.put(name, _file(address, name, {**info, "name": path}))
     return root
-
-
-def _child(folder: Folder, name: str) -> Folder:
-    """Return the folder of a name, made where it is new; where a file has the name too, the folder wins."""
-    known = folder.entries.get(name)
-    if not isinstance(known, Folder):
-        known = Folder(folder.address, f"{folder.name}/{name}".lstrip("/"), {})
-        folder.entries[name] = known
-    return known
 
 
 def _matters(name: str) -> bool:
@@ -122,26 +103,3 @@ def _file(address: Address, name: str, info: Mapping[str, Any]) -> RemoteFile:
     return RemoteFile(
         address.source, path, below(address.shown, name), UNKNOWN if size is None else int(size), tag_of(info)
     )
-
-
-def entries_matching(folder: Folder, parts: Sequence[str]) -> Iterator[Entry]:
-    """Give what matches the parts of a glob, as `glob` would: `**` is any number of folders, `.` hides a name."""
-    if not parts:
-        yield folder
-        return
-    head, rest = parts[0], parts[1:]
-    if head == "**":
-        yield from entries_matching(folder, rest)
-    for name, entry in folder.entries.items():
-        if name.startswith(".") and not head.startswith("."):
-            continue
-        if head == "**":
-            if isinstance(entry, Folder):
-                yield from entries_matching(entry, parts)
-            elif not rest:
-                yield entry
-        elif fnmatchcase(name, head):
-            if isinstance(entry, Folder):
-                yield from entries_matching(entry, rest)
-            elif not rest:
-                yield entry

@@ -29,13 +29,14 @@ from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.remote.fetching import Request, fetch_each
 from eigenzoo.formats.remote.hub_id import use_of_bundle
 from eigenzoo.formats.remote.listing import Entry as Listed
-from eigenzoo.formats.remote.listing import Folder, is_bundle, list_urls
+from eigenzoo.formats.remote.listing import Folder, list_urls
 from eigenzoo.formats.remote.record import Entry, mirror_folder, read_record, remember, write_record
 from eigenzoo.formats.remote.retrying import Call, run_jobs
 from eigenzoo.formats.remote.source import UNKNOWN, RemoteFile, fresh_info, tag_of
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from eigenzoo.formats.side_files import CONFIG, SIDE_FILES, is_carried_from, is_side_file, tell_left
 from eigenzoo.formats.stand_ins import START_BYTES
+from eigenzoo.formats.tree import is_bundle
 from eigenzoo.records import Progress, no_progress
 
 FIRST_BYTES = 2**15

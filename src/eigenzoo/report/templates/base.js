@@ -52,19 +52,8 @@ function colours() {
 const faded = (hex, share) => hex + Math.round(255 * share).toString(16).padStart(2, "0");
 
 // Colour, dash and sign of each kind of number: the same all through the page.
-function kinds(c) {
-  return {
-    heldout: { name: "held out", color: c.heldout, dash: "solid", symbol: "circle", width: 2.5 },
-    in_sample: { name: "in-sample", color: c.insample, dash: "dash", symbol: "square", width: 2 },
-    all_models: { name: "all models", color: c.orange, dash: "solid", symbol: "triangle-up", width: 2.5 },
-    null: { name: "chance, held out", color: c.null, dash: "dot", symbol: "x", width: 2 },
-    leave_one_out: { name: "leave-one-out", color: c.green, dash: "dashdot", symbol: "diamond", width: 2 },
-    norm_matched: { name: "unrelated (same norms)", color: c.null, dash: "dot", symbol: "x", width: 2 },
-    iid: { name: "unrelated (iid)", color: c.sky, dash: "dot", symbol: "cross", width: 1.5 },
-    permuted: { name: "unrelated (permuted)", color: c.mean, dash: "longdash", symbol: "star", width: 1.5 },
-    spectrum_matched: { name: "unrelated (same spectra)", color: c.green, dash: "longdashdot", symbol: "hexagon", width: 1.5 },
-  };
-}
+const kinds = (c) =>
+  Object.fromEntries(Object.entries(DATA.kinds).map(([name, kind]) => [name, { ...kind, color: c[kind.colour] }]));
 
 function line(kind, x, y, more = {}) {
   return {

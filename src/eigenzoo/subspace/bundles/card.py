@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from eigenzoo.display import markdown_text
 from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.bundle.folder import (
     CARD,
@@ -104,7 +105,7 @@ def card_text(manifest: Manifest) -> str:
         *_base_lines(manifest),
         "| model | source |",
         "|---|---|",
-        *(f"| {_escape(model.name)} | {_escape(model.source.path)} |" for model in manifest.models),
+        *(f"| {markdown_text(model.name)} | {markdown_text(model.source.path)} |" for model in manifest.models),
         "",
         "## Licences",
         "",
@@ -112,7 +113,7 @@ def card_text(manifest: Manifest) -> str:
         "",
         "| licence | models |",
         "|---|---|",
-        *(f"| {_escape(licence)} | {_escape(', '.join(names))} |" for licence, names in licences.items()),
+        *(f"| {markdown_text(licence)} | {markdown_text(', '.join(names))} |" for licence, names in licences.items()),
         "",
         "Rebuild one with `eigenzoo rebuild BUNDLE NAME -o DIR`.",
         "",
@@ -159,8 +160,8 @@ def _bases(manifest: Manifest) -> list[dict[str, str]]:
 
 def _base_lines(manifest: Manifest) -> list[str]:
     lines = [
-        f"Base model: {_escape(base['id'])}, revision {_escape(base['revision'] or 'not said')}, "
-        f"licence {_escape(base['licence'] or 'not read')}."
+        f"Base model: {markdown_text(base['id'])}, revision {markdown_text(base['revision'] or 'not said')}, "
+        f"licence {markdown_text(base['licence'] or 'not read')}."
         for base in _bases(manifest)
     ]
     return [*lines, ""] if lines else []
@@ -214,7 +215,7 @@ def _lost(report: dict[str, Any]) -> str:
     """What was lost, in-sample and held-out, or that nobody knows."""
     if "imported" in report:
         return (
-            f"Imported from {_escape(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, "
+            f"Imported from {markdown_text(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, "
             "in-sample or held-out, its files do not say."
         )
     return f"Of the fitted models' energy, {report['residual']:.4%} is lost (in-sample). {_heldout(report)}"
@@ -232,13 +233,6 @@ def _heldout(report: dict[str, object]) -> str:
         f"Of the variance about the mean, the kept directions hold {inside:.1%} in-sample and {outside:.1%} of models "
         f"held out of the fit ({len(known)} of {len(layers)} layers)."
     )
-
-
-def _escape(text: str) -> str:
-    """Make untrusted text inert in Markdown and HTML."""
-    text = "".join(char if char.isprintable() else "�" for char in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", text)
 
 
 def write_counted(folder: Path, manifest: Manifest) -> None:

@@ -14,7 +14,6 @@ system still holds; after a loss of power the fit begins anew, since the folder'
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, FormatError, OutputError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
-from eigenzoo.formats.output.held_folder import TemporaryFolder, running_system
+from eigenzoo.formats.output.held_folder import TemporaryFolder, locked, running_system
 from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import write_file
@@ -197,18 +196,10 @@ def _claim(folder: Path) -> int | None:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
-        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+        # Between opening and locking, the fit that had it may have removed the folder.
+        return locked(folder / "lock", os.O_CREAT | os.O_RDWR)
     except OSError:
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between opening and locking, the fit that had it may have removed the folder.
-        if os.path.samestat(os.fstat(lock), os.stat(folder / "lock")):
-            return lock
-    except OSError:
-        pass
-    os.close(lock)
-    return None
 
 
 def _begin_anew_after_restart(folder: Path) -> None:

@@ -1,0 +1,37 @@
+"""How each kind of number looks, the same in every figure of the page and on paper: its name, colour, dashes and sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Series:
+    """One kind of number.
+
+    Attributes:
+        name: what legends call it.
+        colour: the page's variable of its colour.
+        dash: as plotly calls it.
+        symbol: as plotly calls it.
+        width: of its line on the page, in pixels.
+    """
+
+    name: str
+    colour: str
+    dash: str
+    symbol: str
+    width: float = 2
+
+
+SERIES = {
+    "heldout": Series("held out", "heldout", "solid", "circle", 2.5),
+    "in_sample": Series("in-sample", "insample", "dash", "square"),
+    "all_models": Series("all models", "orange", "solid", "triangle-up", 2.5),
+    "null": Series("chance, held out", "null", "dot", "x"),
+    "leave_one_out": Series("leave-one-out", "green", "dashdot", "diamond"),
+    "norm_matched": Series("unrelated (same norms)", "null", "dot", "x"),
+    "iid": Series("unrelated (iid)", "sky", "dot", "cross", 1.5),
+    "permuted": Series("unrelated (permuted)", "mean", "longdash", "star", 1.5),
+    "spectrum_matched": Series("unrelated (same spectra)", "green", "longdashdot", "hexagon", 1.5),
+}
