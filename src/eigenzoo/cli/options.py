@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from eigenzoo.errors import RankError, UsageError
 from eigenzoo.seeds import check_seed
@@ -206,6 +205,8 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     """
     if text is None:
         return None
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:

@@ -20,6 +20,9 @@ from eigenzoo.formats.remote.fetching import fetch_whole
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.side_files import Beside
 
+MAX_NAME = 1024
+"""Characters of a layer's or a model's name in the manifest of a bundle."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:

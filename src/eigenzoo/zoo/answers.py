@@ -71,9 +71,9 @@ def make_probe(models: Sequence[Model]) -> Probe:
     """Draw an input and listeners that are long enough for every update of some models."""
     shapes = [update.shape for model in models for update in model.updates.values()]
     outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
-    draw = np.random.default_rng(0)
-    input_I = draw.standard_normal(inputs, dtype=np.float32)
-    listeners_LO = draw.standard_normal((NUM_LISTENERS, outputs), dtype=np.float32)
+    draw = torch.Generator().manual_seed(0)  # numpy's random numbers would have to be imported
+    input_I = torch.randn(inputs, generator=draw, dtype=torch.float32).numpy()
+    listeners_LO = torch.randn(NUM_LISTENERS, outputs, generator=draw, dtype=torch.float32).numpy()
     for numbers in (input_I, listeners_LO):
         numbers[numbers == 0] = 1
     return Probe(input_I, listeners_LO)
