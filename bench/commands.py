@@ -115,7 +115,7 @@ def _inputs(collection: Collection, plan: CommandsPlan, threads: int, folder: Pa
     if not PEERS["vlora"].missing:
         made.append(["-m", "bench.commands", "vlora", *map(str, has.new), str(folder / "vlora")])
     for arguments in made:
-        measured(arguments, _environment(threads, folder / "cache"), NO_LIMITS)
+        measured(arguments, _environment(threads, folder, folder), NO_LIMITS)
     return has
 
 
@@ -125,7 +125,7 @@ def _fastest(command: str, has: Inputs, threads: int, collection: Collection, re
         prepare(collection.files, WARM)
         with tempfile.TemporaryDirectory(dir=has.folder) as scratch:
             found = measured(
-                COMMANDS[command](has, Path(scratch) / "out"), _environment(threads, Path(scratch) / "cache"), limits
+                COMMANDS[command](has, Path(scratch) / "out"), _environment(threads, has.folder, Path(scratch)), limits
             )
         best = found if not best or found["wall"] < best["wall"] else best
         if found["wall"] > LONG:
@@ -191,9 +191,11 @@ def neighbour() -> Iterator[None]:
             process.wait()
 
 
-def _environment(threads: int, cache: Path) -> dict[str, str]:
+def _environment(threads: int, folder: Path, scratch: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**thread_environment(threads), "PYTHONPATH": path, "EIGENZOO_CACHE": str(cache)}
+    # Python keeps what it has compiled, as it does for users, whatever the environment says.
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "bytecode")}
+    return {**thread_environment(threads), **kept, "PYTHONPATH": path, "EIGENZOO_CACHE": str(scratch / "cache")}
 
 
 def _size(folder: Path) -> int:

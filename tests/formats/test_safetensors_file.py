@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError, UsageError
+from eigenzoo.formats import open_files
 from eigenzoo.formats.safetensors import header as safetensors_header
 from eigenzoo.formats.safetensors.dtypes import DTYPES
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES, MAX_TENSORS
+from eigenzoo.formats.safetensors.tensor_bytes import MOST_VIEWS
 
 
 def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int, ...] = (0, 8)) -> dict[str, object]:
@@ -78,6 +80,36 @@ def test_pieces_are_converted_in_place(mixed: Path, out_dtype: torch.dtype) -> N
             assert file.read_flat(name, start, stop, out) is out
             assert torch.equal(out, flat[start:stop].to(out_dtype)), (name, info)
             assert torch.equal(file.read_flat(name, start, stop), flat[start:stop])
+
+
+def test_pieces_of_many_tensors_are_read_as_bytes_in_any_order(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    num = 2 * MOST_VIEWS + 3
+    tensors = {f"t{place}": torch.randn(1 + place % 5, generator=draw) for place in range(num)}
+    tensors["half"], tensors["empty"] = torch.randn(9, generator=draw).half(), torch.empty(0)
+    save_file(tensors, tmp_path / "m.safetensors")
+    file = SafetensorsFile(tmp_path / "m.safetensors")
+    for order in (list(tensors), list(reversed(tensors)), list(tensors)[::3]):
+        memory = {name: bytearray(tensors[name].nbytes) for name in order}
+        file.read_bytes([(name, 0, memoryview(memory[name])) for name in order])
+        assert all(memory[name] == tensors[name].numpy().tobytes() for name in order)
+    part = bytearray(4)
+    file.read_bytes([("half", 3, memoryview(part))])
+    assert part == tensors["half"][3:5].numpy().tobytes()
+    with pytest.raises(UsageError, match=r"values 8:10 of a tensor of 9"):
+        file.read_bytes([("half", 8, memoryview(part))])
+
+
+def test_a_file_that_ends_early_is_told_with_the_tensor_also_where_many_are_read(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = SafetensorsFile(mixed)
+    sizes = {name: info.nbytes for name, info in file.tensors.items()}
+    last = list(sizes)[-1]
+    os.truncate(mixed, mixed.stat().st_size - 1)
+    monkeypatch.setattr(open_files, "check_identity", lambda *known: None)
+    with pytest.raises(FormatError, match=rf"tensor '{last}'.*the file ended before its tensor did"):
+        file.read_bytes([(name, 0, memoryview(bytearray(size))) for name, size in sizes.items()])
 
 
 def test_conversion_is_right_beyond_one_scratch_buffer(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 from builders import random_factors, random_stack, write_adapter, write_stacks
+from eigenzoo.formats.model import Piece
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 
 NUM_VALUES = 300
@@ -21,15 +22,24 @@ NUM_VALUES = 300
 def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[int, ...]]]:
     """By file: torch's and BLAS's threads where large tensors were read."""
     seen: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    original = SafetensorsFile.read_flat
+    read_flat, read_bytes = SafetensorsFile.read_flat, SafetensorsFile.read_bytes
+
+    def note(file: SafetensorsFile) -> None:
+        blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+        seen[file.path.name].add((torch.get_num_threads(), *sorted(blas)))
 
     def spied(self: SafetensorsFile, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
         if stop - start >= NUM_VALUES:
-            blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-            seen[self.path.name].add((torch.get_num_threads(), *sorted(blas)))
-        return original(self, name, start, stop, out)
+            note(self)
+        return read_flat(self, name, start, stop, out)
+
+    def spied_bytes(self: SafetensorsFile, pieces: Sequence[Piece]) -> None:
+        if sum(len(view) // self.tensors[name].dtype.itemsize for name, _, view in pieces) >= NUM_VALUES:
+            note(self)
+        read_bytes(self, pieces)
 
     monkeypatch.setattr(SafetensorsFile, "read_flat", spied)
+    monkeypatch.setattr(SafetensorsFile, "read_bytes", spied_bytes)
     return seen
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from eigenzoo.errors import RankError, UsageError
 from eigenzoo.seeds import check_seed
@@ -251,6 +250,8 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     """
     if text is None:
         return None
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UnsafePathError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.kinds import INDEXES, WEIGHTS
-from eigenzoo.formats.model import Model, TensorInfo
+from eigenzoo.formats.model import Model, Piece, TensorInfo
 from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside, is_regular, relative_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
@@ -54,6 +54,14 @@ class SafetensorsModel(Model):
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given."""
         return self.file_of(name).read_flat(name, start, stop, out)
+
+    def read_bytes(self, pieces: Sequence[Piece]) -> None:
+        """Fill the views of some pieces, those that lie side by side in a file in one call."""
+        grouped: dict[SafetensorsFile, list[Piece]] = {}
+        for piece in pieces:
+            grouped.setdefault(self.file_of(piece[0]), []).append(piece)
+        for file, own in grouped.items():
+            file.read_bytes(own)
 
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights, in the order of the index."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,6 +19,9 @@ from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, read_bounded
 from eigenzoo.formats.remote.fetching import fetch_whole
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.side_files import Beside
+
+MAX_NAME = 1024
+"""Characters of a layer's or a model's name in the manifest of a bundle."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class TensorInfo:
 
 Parts = tuple[tuple[str, int], ...]
 """The parts that a tensor is cut into along its outputs, in order: their names and numbers of rows."""
+
+
+Piece = tuple[str, int, memoryview]
+"""A tensor's name, the first value that is read of it, and what its bytes are read into, in the tensor's own dtype."""
 
 
 def part_name(tensor: str, part: str) -> str:
@@ -101,6 +108,13 @@ class Model(ABC):
     @abstractmethod
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Read values start:stop of the flattened (row-major) tensor, converted into `out` where one is given."""
+
+    def read_bytes(self, pieces: Sequence[Piece]) -> None:
+        """Fill the views of some pieces. Pieces that lie side by side in a file of safetensors are read in one call."""
+        for name, start, view in pieces:
+            if view:
+                out = torch.frombuffer(view, dtype=self.tensors[name].dtype)
+                self.read_flat(name, start, start + out.numel(), out)
 
     @abstractmethod
     def weight_files(self) -> tuple[Path, ...]:

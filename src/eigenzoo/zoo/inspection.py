@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from eigenzoo.display import counted, html_table, in_bytes
 from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
-from eigenzoo.formats.model import LoraUpdate, Model
+from eigenzoo.formats.model import Model
 from eigenzoo.formats.remote import source_url
-from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 from eigenzoo.formats.written_by import written_by
-from eigenzoo.passes.buffers import borrow
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
+from eigenzoo.zoo.answers import make_probe, same_function
+from eigenzoo.zoo.contents import Contents, ContentsReader
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.left_files import LeftFile, left_files
 from eigenzoo.zoo.runs import places_of, training_runs
 from eigenzoo.zoo.zero_models import say_zero
 from eigenzoo.zoo.zoo import Zoo
-
-NUM_LISTENERS = 8
-"""How many numbers are kept of an update's answer: two different updates agree in all of them with probability zero."""
-
-SAME_FUNCTION = 1e-5
-"""Relative difference of two adapters' answers to random inputs below which they are the same update, factored twice."""
 
 
 @dataclass(frozen=True)
@@ -132,50 +121,36 @@ class Inspection:
         return html_table(repr(self), ("role", "shape", "dtype", "layers", "bytes in one model"), rows)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What one read of a model gives.
-
-    Attributes:
-        report: what is said of it.
-        digest: names, dtypes, shapes and a sum of the bytes of every tensor: models of other digests differ.
-        answers: each update's yᵀ(s·B·A)x; nothing for a model of full weights.
-    """
-
-    report: ModelReport
-    digest: tuple[tuple[object, ...], ...]
-    answers: dict[str, Tensor]
-
-
 @own_settings()
 def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
-    """Read a zoo once and say what it holds; each worker holds one tensor at a time.
+    """Read a zoo once and say what it holds; each worker holds 16 MiB of weights at a time.
 
     Models whose tensors have the same shapes and sums are read again, to compare their SHA-256. Two adapters are the same in
     function when their scaled updates answer random inputs alike; their factors may differ.
     """
-    probe = _probe(zoo)
-    zeros = {name: len(zero_modules(model)) for name, model in zip(zoo.names, zoo.models, strict=True)}
+    models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
     with local_workers() as workers:
-        models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
-        read = dict(
-            workers.each(
-                "reading models", lambda name: _read(models[name], name, probe, zeros[name]), zoo.names, progress
-            )
-        )
+        reader = ContentsReader(make_probe(zoo.models), workers.resources.block_bytes)
+        read = dict(workers.each("reading models", lambda name: reader.read(models[name]), zoo.names, progress))
         alike = [name for group in _groups((found.digest, name) for name, found in read.items()) for name in group]
-        hashed = dict(workers.each("comparing models", lambda name: _content(models[name]), alike, progress))
+        hashed = dict(workers.each("comparing models", lambda name: reader.hash(models[name]), alike, progress))
     return Inspection(
         len(zoo),
         len(zoo.layers),
         zoo.view,
-        tuple(found.report for found in read.values()),
+        tuple(
+            _report(models[name], name, read[name], len(zero_modules(model)))
+            for name, model in zip(zoo.names, zoo.models, strict=True)
+        ),
         _roles(zoo),
         zoo.left_out,
         zoo.skipped,
-        (*zoo.warnings, *say_zero([name for name, found in read.items() if _answers_nothing(found)], zoo.view)),
+        (*zoo.warnings, *say_zero([name for name, found in read.items() if found.answers.are_zero], zoo.view)),
         _groups((content, name) for name, content in hashed.items()),
-        _same_function(zoo.names, [found.answers for found in read.values()]),
+        tuple(
+            tuple(zoo.names[number] for number in group)
+            for group in same_function([found.answers for found in read.values()])
+        ),
         zoo.layer_bytes,
         zoo.num_bytes,
         left_files(zoo.models),
@@ -184,42 +159,9 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
     )
 
 
-def _answers_nothing(found: _Read) -> bool:
-    """Tell whether an adapter's updates are all zero; of full weights there are no answers."""
-    return bool(found.answers) and not any(bool(answer.any()) for answer in found.answers.values())
-
-
-def _probe(zoo: Zoo) -> tuple[Tensor, Tensor]:
-    """A random input x as long as any update's (I,), and random listeners y (listeners, O): the same for all models."""
-    shapes = [update.shape for model in zoo.models for update in model.updates.values()]
-    draw = torch.Generator().manual_seed(0)
-    outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
-    return (
-        torch.randn(inputs, generator=draw, dtype=torch.float32),
-        torch.randn(NUM_LISTENERS, outputs, generator=draw, dtype=torch.float32),
-    )
-
-
-def _read(model: Model, name: str, probe: tuple[Tensor, Tensor], num_zeros: int) -> _Read:
-    """Read every tensor of one model once, into memory that is used again."""
-    sides = {update.key_a: update for update in model.updates.values()}
-    sides |= {update.key_b: update for update in model.updates.values()}
-    digest, halves, num_bad, bad = [], {}, 0, []
-    for key, info in sorted(model.tensors.items()):
-        with borrow(1, prod(info.shape), info.dtype) as rows:
-            values = model.read_flat(key, 0, rows.shape[1], rows[0])
-            digest.append((key, info.dtype, info.shape, _sum_of_bytes(values)))
-            count = _num_non_finite(values) if values.is_floating_point() or values.is_complex() else 0
-            if count:
-                num_bad += count
-                bad.append(key)
-            if key in sides:
-                halves[key] = _half_answer(sides[key], key, values, probe)
-    answers = {
-        module: update.scale * (halves[update.key_b] @ halves[update.key_a]) for module, update in model.updates.items()
-    }
+def _report(model: Model, name: str, found: Contents, num_zeros: int) -> ModelReport:
     infos = model.tensors.values()
-    report = ModelReport(
+    return ModelReport(
         name,
         source_url(model.path) or str(model.path),
         model.format,
@@ -227,53 +169,12 @@ def _read(model: Model, name: str, probe: tuple[Tensor, Tensor], num_zeros: int)
         sum(prod(info.shape) for info in infos),
         tuple(sorted({dtype_name(info.dtype) for info in infos})),
         tuple(sorted({update.rank for update in model.updates.values()})),
-        num_bad,
-        tuple(bad),
+        sum(found.non_finite.values()),
+        tuple(sorted(found.non_finite)),
         model.ignored_files,
         written_by(model),
         num_zeros,
     )
-    return _Read(report, tuple(digest), answers)
-
-
-def _sum_of_bytes(values: Tensor) -> int:
-    """Sum a tensor's bytes as whole numbers of 64 bits, and what is left of them one by one: as fast as memory is read."""
-    raw = values.view(torch.uint8).numpy()
-    whole = len(raw) - len(raw) % 8
-    # Its overflow wraps around, which is as good a sum as any.
-    return int(np.add.reduce(raw[:whole].view(np.int64))) + int(raw[whole:].sum(dtype=np.int64))
-
-
-def _num_non_finite(values: Tensor) -> int:
-    """Count NaN and Inf. A finite sum has neither among its terms, and most tensors are done with that."""
-    if values.is_complex():
-        values = torch.view_as_real(values)
-    elif values.dtype.itemsize == 1:  # eight-bit floats have no sums of their own
-        values = values.to(torch.float32)
-    total = values.sum(dtype=torch.float32 if values.dtype.itemsize < 4 else None)
-    return 0 if isfinite(total.item()) else int((~torch.isfinite(values)).sum())
-
-
-def _half_answer(update: LoraUpdate, key: str, values: Tensor, probe: tuple[Tensor, Tensor]) -> Tensor:
-    """Return A·x (R,) or Yᵀ·B (listeners, R) in float64, whichever factor the tensor is.
-
-    Products are float32 where the factors are: their own rounding, which is as large, is far below `SAME_FUNCTION`.
-    """
-    (outputs, inputs), dtype = update.shape, torch.promote_types(values.dtype, torch.float32)
-    input_I, listeners_LO = (part.to(dtype) for part in probe)
-    if key == update.key_a:
-        return (values.view(update.rank, inputs).to(dtype) @ input_I[:inputs]).double()
-    return (listeners_LO[:, :outputs] @ values.view(outputs, update.rank).to(dtype)).double()
-
-
-def _content(model: Model) -> str:
-    """Hash a model's names, dtypes, shapes and values."""
-    content = hashlib.sha256()
-    for key, info in sorted(model.tensors.items()):
-        content.update(f"{key} {info.dtype} {info.shape} ".encode())
-        with borrow(1, prod(info.shape), info.dtype) as rows:
-            content.update(as_bytes(model.read_flat(key, 0, rows.shape[1], rows[0])))
-    return content.hexdigest()
 
 
 def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
@@ -301,25 +202,6 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
             )
         )
     return tuple(rows)
-
-
-def _same_function(names: tuple[str, ...], answers: list[dict[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
-    """Group models whose answers agree with those of a group's first model."""
-    groups: list[list[int]] = []
-    for place, answer in enumerate(answers):
-        home = next((group for group in groups if answer and _agree(answers[group[0]], answer)), None)
-        if home is None:
-            groups.append([place])
-        else:
-            home.append(place)
-    return tuple(tuple(names[place] for place in group) for group in groups if len(group) > 1)
-
-
-def _agree(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        float((first[module] - second[module]).norm()) <= SAME_FUNCTION * float(first[module].norm())
-        for module in first
-    )
 
 
 def _groups(pairs: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:

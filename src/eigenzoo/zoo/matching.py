@@ -15,10 +15,9 @@ from fnmatch import fnmatchcase
 import torch
 
 from eigenzoo.errors import FormatError, MismatchError, ZooError
-from eigenzoo.formats.bundle.manifest import MAX_NAME
 from eigenzoo.formats.layout import ADAPTERS, FORMATS
 from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled, zero_modules
-from eigenzoo.formats.model import Model
+from eigenzoo.formats.model import MAX_NAME, Model
 from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
 from eigenzoo.weights.roles import glob_of, is_task_head, role

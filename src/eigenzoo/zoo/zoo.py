@@ -14,7 +14,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from eigenzoo.errors import EigenzooError, MismatchError, UsageError, ZooError
-from eigenzoo.formats.bundle.contents import carried_values
+from eigenzoo.formats.carried import carried_values
 from eigenzoo.formats.file_identity import identify_file
 from eigenzoo.formats.lora.unfused import unfuse
 from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle.manifest import SourceRecord
+from eigenzoo.formats.carried import carried_values
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout
-from eigenzoo.formats.model import LoraUpdate, Model
+from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import inside, read_bounded
 from eigenzoo.formats.remote import is_url
@@ -59,29 +59,6 @@ class Template(ABC):
     @abstractmethod
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""
-
-
-def carried_values(model: Model, name: str) -> Tensor:
-    """Read a tensor that a bundle carries; the B of a LoRA update, and a bias on it, come with its scale, since a rebuilt adapter
-    has scale 1."""
-    values = model.read(name)
-    scale = _scales(model).get(name, 1.0)
-    return values if scale == 1.0 else (values.double() * scale).to(torch.promote_types(values.dtype, torch.float32))
-
-
-_known_scales: WeakKeyDictionary[Model, tuple[Mapping[str, LoraUpdate], dict[str, float]]] = WeakKeyDictionary()
-
-
-def _scales(model: Model) -> dict[str, float]:
-    """Return the scales of a model's updates by the tensors that take them; found once for all tensors of a model."""
-    updates = model.updates
-    known = _known_scales.get(model)
-    if known is None or known[0] is not updates:
-        scales = {}
-        for update in updates.values():
-            scales[update.key_b] = scales[f"{update.key_b.removesuffix('weight')}bias"] = update.scale
-        known = _known_scales[model] = updates, scales
-    return known[1]
 
 
 def tensor_id(values: Tensor) -> str:

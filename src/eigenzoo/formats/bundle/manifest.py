@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eigenzoo.errors import BundleError, UnsafePathError, UsageError
+from eigenzoo.formats.model import MAX_NAME
 from eigenzoo.formats.paths import relative_name
 from eigenzoo.weights.splits import SplitRule, parse_split
 
@@ -26,9 +27,6 @@ Count = Annotated[int, Field(ge=0)]
 Energy = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ContentId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-MAX_NAME = 1024
-"""Characters of a layer's or a model's name in a manifest."""
-
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats import open_files
-from eigenzoo.formats.model import TensorInfo
+from eigenzoo.formats.model import Piece, TensorInfo
 from eigenzoo.formats.paths import inside, relative_to
+from eigenzoo.formats.remote.fetching import fetch
 from eigenzoo.formats.remote.record import remote_file
 from eigenzoo.formats.remote.values import fetch_values
 from eigenzoo.formats.safetensors.header import HeaderContents, read_header
-from eigenzoo.formats.safetensors.tensor_bytes import check_out, read_values
+from eigenzoo.formats.safetensors.tensor_bytes import MOST_VIEWS, check_out, read_into, read_values, scatter
 
 
 class SafetensorsFile:
@@ -82,6 +83,22 @@ class SafetensorsFile:
             read_values(file, position, dtype, out, self._where(name))
         return out
 
+    def read_bytes(self, pieces: Sequence[Piece]) -> None:
+        """Fill the views of some pieces, those that lie side by side in one call."""
+        wanted = []
+        for name, start, view in pieces:
+            count = len(view) // self._info(name).dtype.itemsize
+            wanted.append((self.locate(name, start, start + count)[0], name, view))
+        if self.remote is not None:
+            fetch([(self.remote, position, view) for position, _, view in wanted])
+            return
+        wanted.sort(key=lambda piece: piece[0])
+        with self._opened() as file:
+            for row in _side_by_side(wanted):
+                if not scatter(file, row[0][0], [view for _, _, view in row]):
+                    for position, name, view in row:
+                        read_into(file, position, view, self._where(name))
+
     def seen_as(self, contents: HeaderContents) -> SafetensorsFile:
         """Return the same file under another view of its contents: other names, or parts of tensors."""
         seen = copy.copy(self)
@@ -136,3 +153,17 @@ class SafetensorsFile:
         finally:
             if not taken:
                 file.close()
+
+
+def _side_by_side(wanted: Sequence[tuple[int, str, memoryview]]) -> Iterator[list[tuple[int, str, memoryview]]]:
+    """Cut what is read, in the order of its bytes, where the next one does not follow on the last."""
+    row: list[tuple[int, str, memoryview]] = []
+    end = 0
+    for piece in wanted:
+        if row and (piece[0] != end or len(row) == MOST_VIEWS):
+            yield row
+            row = []
+        row.append(piece)
+        end = piece[0] + len(piece[2])
+    if row:
+        yield row

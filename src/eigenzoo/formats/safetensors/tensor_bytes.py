@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from io import FileIO
 
 import torch
@@ -15,6 +16,9 @@ from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 _SCRATCH_BYTES = 2**20
 # More at once is no faster, and where the system then takes larger pages for its cache up to six times as slow.
 _WRITE_BYTES = 2**18
+MOST_VIEWS = 512
+"""Views that one call fills: half of what Linux takes."""
+
 _thread = threading.local()
 # Several threads may read and write one open file by position; where a system lacks it, they must take turns.
 _POSITIONAL = hasattr(os, "preadv") and hasattr(os, "pwrite")
@@ -87,6 +91,11 @@ def read_into(file: FileIO, position: int, view: memoryview, where: str) -> None
         if not count:
             raise FormatError("the file ended before its tensor did", where=where)
         view, position = view[count:], position + count
+
+
+def scatter(file: FileIO, position: int, views: Sequence[memoryview]) -> bool:
+    """Fill views, `MOST_VIEWS` at most, with the bytes that follow one another from a position; tells whether one call did."""
+    return _POSITIONAL and os.preadv(file.fileno(), views, position) == sum(map(len, views))
 
 
 def _at(file: FileIO, position: int) -> FileIO:

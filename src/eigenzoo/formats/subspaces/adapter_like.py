@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from eigenzoo.errors import FormatError, MismatchError, UsageError
-from eigenzoo.formats.bundle.contents import Template, carried_values
+from eigenzoo.formats.bundle.contents import Template
+from eigenzoo.formats.carried import carried_values
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
