@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from cli_runner import Run
 from safetensors.torch import load_file
+from typer.models import OptionInfo
 
 import eigenzoo as ez
+from eigenzoo.cli import nursery
+from eigenzoo.cli.app import app
 
 Refused = Callable[..., str]
 
@@ -167,3 +173,55 @@ def test_an_error_about_an_entry_of_a_list_names_the_list_and_the_line(zoo: Path
         ez.ZooError, match=r"/list\.txt, line 2, .*/inner\.txt, line 2, .*/nowhere: there is no such file"
     ):
         ez.open_zoo(outer)
+
+
+OWN = {
+    "ZOO": "evidence and report take a bundle too",
+    "output": "what is written",
+    "format": "report chooses its own format, rebuild that of an adapter",
+    "rank": "fit keeps directions, evidence asks controls about them, the demo takes one number",
+    "axes": "evidence adds the spectra of sides and truncates nothing",
+    "like": "import takes an adapter's path, rebuild a name in the bundle",
+    "model": "adapt takes a path, rebuild whatever opens as a model",
+}
+"""Options whose name is shared and whose meaning is the command's own."""
+
+
+def declarations() -> dict[str, dict[str, inspect.Parameter]]:
+    """Every option, and every argument by a name in capitals, with the commands that have it."""
+    found: dict[str, dict[str, inspect.Parameter]] = {}
+    for command in [*app.registered_commands, *nursery.app.registered_commands]:
+        assert command.callback is not None
+        assert command.name is not None
+        for name, parameter in inspect.signature(command.callback, eval_str=True).parameters.items():
+            is_option = isinstance(get_args(parameter.annotation)[1], OptionInfo)
+            found.setdefault(name if is_option else name.upper(), {})[command.name] = parameter
+    return found
+
+
+def declared(parameter: inspect.Parameter) -> tuple[object, ...]:
+    """What help shows of an option: words, type, metavar, range and default."""
+    kind, info = get_args(parameter.annotation)
+    plain = [item for item in get_args(kind) or (kind,) if item is not type(None)]
+    return info.help, plain, info.metavar, info.param_decls, info.min, info.max, info.callback
+
+
+def test_an_option_of_one_name_is_declared_once() -> None:
+    ways = {
+        name: len({str(declared(parameter)) for parameter in commands.values()})
+        for name, commands in declarations().items()
+    }
+    assert {name for name, count in ways.items() if count > 1} == OWN.keys()
+
+
+def test_help_shows_every_default() -> None:
+    for name, commands in declarations().items():
+        for command, parameter in commands.items():
+            _, info = get_args(parameter.annotation)
+            if parameter.default not in (inspect.Parameter.empty, None, False):
+                assert info.show_default is True, (name, command)
+
+
+def test_help_shows_no_range_of_a_machine_number(run: Run) -> None:
+    for command in [*([str(command.name)] for command in app.registered_commands), ["nursery", "make"]]:
+        assert not re.search(r"\d{8}", run(*command, "--help").out), command

@@ -38,9 +38,7 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The adapter file to write.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, options.output("The adapter file to write.")] = None,
     start: Annotated[
         str,
         typer.Option(
@@ -58,10 +56,7 @@ def command(
             help="Parameters that are trained too, such as a head: 'classifier.*' (repeatable).", show_default=False
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the order of the data, and of all that is drawn.", callback=options.checked_seed),
-    ] = 0,
+    seed: options.Seed = 0,
     random_basis: Annotated[
         bool,
         typer.Option(

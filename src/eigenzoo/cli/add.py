@@ -20,13 +20,8 @@ if TYPE_CHECKING:
 
 def command(
     bundle: options.BundleArgument,
-    models: Annotated[list[str], typer.Argument(help="The new models.", metavar="MODEL...", show_default=False)],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="The grown bundle; by default BUNDLE itself is replaced.", show_default=False
-        ),
-    ] = None,
+    models: options.ModelsArgument,
+    output: Annotated[Path | None, options.output("The grown bundle; by default BUNDLE itself is replaced.")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Fit the basis anew for all models.")] = False,
     old: Annotated[
         list[str] | None, typer.Option(help="Where the old models' files are now (repeatable).", show_default=False)

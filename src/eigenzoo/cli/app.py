@@ -23,6 +23,7 @@ from eigenzoo.cli import (
     importing,
     inspect,
     nursery,
+    options,
     plan,
     project,
     push,
@@ -92,7 +93,7 @@ for name, module in (
     ("report", report),
     ("demo", demo),
 ):
-    app.command(name, epilog=epilog(name))(module.command)
+    app.command(name, epilog=epilog(name))(options.spread(module.command))
 app.add_typer(nursery.app, name="nursery")
 
 

@@ -37,7 +37,7 @@ def command(
     kind: Annotated[
         str, typer.Option(help="digits-vit (fine-tunes of one parent) or digits-lora (adapters of one parent).")
     ] = "digits-vit",
-    num_models: Annotated[int | None, typer.Option(help="How many models to train.", show_default=False)] = None,
+    num_models: options.NumModels = None,
     rank: Annotated[int, typer.Option(help="Directions per layer.")] = 16,
     seed: options.Seed = 0,
     force: options.Force = False,

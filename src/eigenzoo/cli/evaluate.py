@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,37 +19,16 @@ if TYPE_CHECKING:
 
 def command(
     bundle: options.BundleArgument,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="module:function, called with the path of one saved model; returns a number. Modules in the working "
-            "folder are found too.",
-            show_default=False,
-        ),
-    ],
-    metric_arg: Annotated[
-        str | None,
-        typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
-    ] = None,
-    models: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Models that the bundle was not fitted to (repeatable). Without it, a fifth of the bundle's own models "
-            "is held out and the rest is fitted again.",
-            show_default=False,
-        ),
-    ] = None,
-    parent: Annotated[
-        Path | None, typer.Option(help="The checkpoint that full weights started from.", show_default=False)
-    ] = None,
+    metric: Annotated[str, options.METRIC],
+    metric_arg: options.MetricArg = None,
+    models: options.HeldOutModels = None,
+    parent: options.Parent = None,
     base: options.Base = None,
     ranks: Annotated[
         str | None,
         typer.Option(help="Ranks to rebuild at, comma-separated; by default powers of two.", show_default=False),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the fold and of the random basis.", callback=options.checked_seed)
-    ] = 0,
+    seed: options.Seed = 0,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     allow_pickle: options.AllowPickle = False,

@@ -9,14 +9,12 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar, say
 from eigenzoo.display import counted, in_percent
-from eigenzoo.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eigenzoo import Evidence, Subspace, Zoo
+    from eigenzoo import Evidence
     from eigenzoo.evidence.layer_evidence import LayerEvidence
-    from eigenzoo.records import Progress
 
 Axes = Annotated[
     str | None,
@@ -35,18 +33,11 @@ Rank = Annotated[
 
 def command(
     zoo: options.ZooOrBundleArgument,
+    opening: options.Opening,
+    running: options.Running,
     axes: Axes = None,
     rank: Rank = None,
-    view: options.View = None,
-    base: options.Base = None,
     center: options.Center = "models",
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    split: options.Split = None,
-    device: options.Device = "cpu",
-    max_memory: options.MaxMemory = None,
-    cluster: options.Cluster = None,
-    cache: options.Cache = True,
     suitability: Annotated[
         bool,
         typer.Option(
@@ -56,9 +47,6 @@ def command(
         ),
     ] = False,
     seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False,
-    allow_missing: options.AllowMissing = False,
-    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -68,9 +56,9 @@ def command(
     asked = options.parse_rule(rank)
     with (
         progress_bar(quiet=quiet or json) as progress,
-        options.opened_workers(cluster, max_memory, device) as workers,
+        running.workers() as workers,
     ):
-        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, missing, progress)
+        source = opening.zoo_or_bundle(zoo, progress)
         sides = options.parse_axes(axes) or ()
         found = ez.evidence(
             source,
@@ -80,52 +68,13 @@ def command(
             seed=seed,
             suitability=suitability,
             workers=workers,
-            cache=cache,
+            cache=running.cache,
             progress=progress,
         )
     if json:
         print_json(found.to_dict())
     else:
         render(found)
-
-
-def open_source(
-    zoo: list[str],
-    view: str | None,
-    base: str | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    split: list[str] | None,
-    allow_pickle: bool,
-    allow_missing: bool,
-    missing: str,
-    progress: Progress,
-) -> Zoo | Subspace:
-    """Open a zoo, or a bundle, which has its own view and layers."""
-    import eigenzoo as ez
-
-    source = options.one_or_many(zoo)
-    if not (isinstance(source, str) and options.is_bundle(source)):
-        return ez.open_zoo(
-            source,
-            view=view,
-            base=base,
-            include=include or (),
-            exclude=exclude or (),
-            split=split or (),
-            allow_pickle=allow_pickle,
-            allow_missing=allow_missing,
-            missing=missing,
-            progress=progress,
-        )
-    if view is not None or include or exclude or split or missing != "error":
-        raise UsageError(
-            "--view, --include, --exclude, --split or --missing of a bundle",
-            where=source,
-            rule="a bundle has its own view and layers",
-            next_step="name the zoo instead",
-        )
-    return ez.load(source, base=base)
 
 
 def render(found: Evidence, most: int = 40) -> None:

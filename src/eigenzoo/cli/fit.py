@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,15 +20,12 @@ SHARES = ("mean_energy", "captured", "heldout", "null", "residual")
 
 def command(
     zoo: options.ZooArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    output: options.BundleOutput,
+    opening: options.Opening,
+    running: options.Running,
     rank: options.Rank = None,
     axes: options.Axes = None,
-    view: options.View = None,
-    base: options.Base = None,
     center: options.Center = "models",
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    split: options.Split = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -42,14 +38,7 @@ def command(
     dtype: options.Dtype = "float32",
     solver: options.Solver = "exact",
     precision: options.Precision = "default",
-    device: options.Device = "cpu",
-    max_memory: options.MaxMemory = None,
-    cluster: options.Cluster = None,
-    cache: options.Cache = True,
     seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False,
-    allow_missing: options.AllowMissing = False,
-    missing: options.Missing = "error",
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -71,20 +60,9 @@ def command(
     resolve_options(asked, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
     with (
         progress_bar(quiet=quiet or json) as progress,
-        options.opened_workers(cluster, max_memory, device) as workers,
+        running.workers() as workers,
     ):
-        opened = ez.open_zoo(
-            options.one_or_many(zoo),
-            view=view,
-            base=base,
-            include=include or (),
-            exclude=exclude or (),
-            split=split or (),
-            allow_pickle=allow_pickle,
-            allow_missing=allow_missing,
-            missing=missing,
-            progress=progress,
-        )
+        opened = opening.zoo(zoo, progress)
         output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.fit(
             opened,
@@ -98,7 +76,7 @@ def command(
             solver=solver,
             precision=precision,
             workers=workers,
-            cache=cache,
+            cache=running.cache,
             progress=progress,
             workspace=output.parent,
         )

@@ -23,7 +23,7 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.", show_default=False)],
+    output: options.BundleOutput,
     like: Annotated[
         Path | None,
         typer.Option(

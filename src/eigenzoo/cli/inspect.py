@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     zoo: options.ZooArgument,
-    view: options.View = None,
-    base: options.Base = None,
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    split: options.Split = None,
-    allow_pickle: options.AllowPickle = False,
-    allow_missing: options.AllowMissing = False,
-    missing: options.Missing = "error",
+    opening: options.Opening,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -35,19 +28,7 @@ def command(
     import eigenzoo as ez
 
     with progress_bar(quiet=quiet or json) as progress:
-        opened = ez.open_zoo(
-            options.one_or_many(zoo),
-            view=view,
-            base=base,
-            include=include or (),
-            exclude=exclude or (),
-            split=split or (),
-            allow_pickle=allow_pickle,
-            allow_missing=allow_missing,
-            missing=missing,
-            progress=progress,
-        )
-        found = ez.inspect(opened, progress=progress)
+        found = ez.inspect(opening.zoo(zoo, progress), progress=progress)
     if json:
         print_json(found.to_dict())
     else:

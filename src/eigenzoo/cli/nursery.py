@@ -25,9 +25,9 @@ def command(
     kind: Annotated[
         str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The zoo to write.", show_default=False)],
-    num_models: Annotated[int | None, typer.Option(help="How many models, 126 at most.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.", callback=options.checked_seed)] = 0,
+    output: Annotated[Path, options.output("The zoo to write.")],
+    num_models: options.NumModels = None,
+    seed: options.Seed = 0,
     random_labels: Annotated[
         bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")
     ] = False,

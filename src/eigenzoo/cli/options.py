@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -14,7 +17,9 @@ from eigenzoo.errors import RankError, UsageError
 from eigenzoo.seeds import check_seed
 
 if TYPE_CHECKING:
+    from eigenzoo import Subspace, Zoo
     from eigenzoo.passes.workers import Workers
+    from eigenzoo.records import Progress
 
 
 def checked_seed(seed: int) -> int:
@@ -58,6 +63,18 @@ ZooOrBundleArgument = Annotated[
         show_default=False,
     ),
 ]
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(help="Paths of models, in the bundle or new to it.", metavar="MODEL...", show_default=False),
+]
+
+
+def output(help: str) -> Any:
+    """Declare `--output`: what it is, each command says itself."""
+    return typer.Option("--output", "-o", help=help, show_default=False)
+
+
+BundleOutput = Annotated[Path, output("The bundle to write.")]
 View = Annotated[
     str | None,
     typer.Option(
@@ -128,7 +145,35 @@ Solver = Annotated[
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Keep moments for the next run, and use those that are kept.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the null's draws and of the folds.", callback=checked_seed)]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", callback=checked_seed)]
+NumModels = Annotated[
+    int | None,
+    typer.Option(
+        help="How many models to train, 126 at most. By default 72, with random labels 36, and 100 networks from scratch.",
+        show_default=False,
+    ),
+]
+METRIC = typer.Option(
+    help="Measure rebuilt models by module:function, called with the path of one saved model; returns a number. Modules in "
+    "the working folder are found too.",
+    show_default=False,
+)
+MetricArg = Annotated[
+    str | None,
+    typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
+]
+HeldOutModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Models to measure that the bundle was not fitted to (repeatable). By default a fifth of the bundle's own models "
+        "is held out and the rest is fitted again.",
+        show_default=False,
+    ),
+]
+Parent = Annotated[
+    Path | None,
+    typer.Option(help="The checkpoint that full weights started from, measured too.", show_default=False),
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .pth.tar, .bin and .ckpt files too (tensors only).")
 ]
@@ -214,29 +259,96 @@ def parse_bytes(text: str | None, option: str) -> int | None:
         ) from None
 
 
-@contextmanager
-def opened_workers(cluster: str | None, max_memory: str | None, device: str) -> Iterator[Workers]:
-    """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
-    from eigenzoo.passes.workers import local_workers
+@dataclass(frozen=True)
+class Opening:
+    """The options by which a zoo is opened."""
 
-    num_bytes = parse_bytes(max_memory, "--max-memory")
-    if cluster is None:
-        with local_workers(num_bytes, device) as workers:
+    view: View = None
+    base: Base = None
+    include: Include = None
+    exclude: Exclude = None
+    split: Split = None
+    allow_pickle: AllowPickle = False
+    allow_missing: AllowMissing = False
+    missing: Missing = "error"
+
+    def zoo(self, words: list[str], progress: Progress) -> Zoo:
+        """Open the zoo that a command's words name."""
+        import eigenzoo as ez
+
+        lists = {name: getattr(self, name) or () for name in ("include", "exclude", "split")}
+        return ez.open_zoo(one_or_many(words), **{**vars(self), **lists}, progress=progress)
+
+    def zoo_or_bundle(self, words: list[str], progress: Progress) -> Zoo | Subspace:
+        """Open a zoo, or a bundle, which has its own view and layers."""
+        import eigenzoo as ez
+        from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+
+        if len(words) > 1 or not names_a_bundle(words[0]):
+            return self.zoo(words, progress)
+        if self.view is not None or self.include or self.exclude or self.split or self.missing != "error":
+            raise UsageError(
+                "--view, --include, --exclude, --split or --missing of a bundle",
+                where=words[0],
+                rule="a bundle has its own view and layers",
+                next_step="name the zoo instead",
+            )
+        return ez.load(words[0], base=self.base)
+
+
+@dataclass(frozen=True)
+class Running:
+    """The options that say where a pass over the weights runs, and whether it is kept."""
+
+    device: Device = "cpu"
+    max_memory: MaxMemory = None
+    cluster: Cluster = None
+    cache: Cache = True
+
+    @contextmanager
+    def workers(self) -> Iterator[Workers]:
+        """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
+        from eigenzoo.passes.workers import local_workers
+
+        num_bytes = parse_bytes(self.max_memory, "--max-memory")
+        if self.cluster is None:
+            with local_workers(num_bytes, self.device) as workers:
+                yield workers
+            return
+        from eigenzoo.integrations.cluster import cluster_workers
+
+        with cluster_workers(self.cluster, max_memory=num_bytes, device=self.device) as workers:
             yield workers
-        return
-    from eigenzoo.integrations.cluster import cluster_workers
 
-    with cluster_workers(cluster, max_memory=num_bytes, device=device) as workers:
-        yield workers
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose groups of options are options of its own, as typer reads them."""
+    groups: dict[str, Any] = {}
+    declared: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        kind = parameter.annotation
+        if kind not in (Opening, Running):
+            declared.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[name], hints = kind, get_type_hints(kind, include_extras=True)
+        declared += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(kind)
+        ]
+
+    def call(**words: Any) -> None:
+        made = {
+            name: kind(**{field.name: words.pop(field.name) for field in fields(kind)}) for name, kind in groups.items()
+        }
+        command(**words, **made)
+
+    call.__doc__ = command.__doc__
+    call.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    return call
 
 
 def one_or_many(zoo: list[str]) -> str | list[str]:
     """A single word may be a folder, a glob or a list; several are paths of models."""
     return zoo[0] if len(zoo) == 1 else zoo
-
-
-def is_bundle(path: str) -> bool:
-    """Tell whether a word names a bundle: a folder, or an id of the hub."""
-    from eigenzoo.formats.remote.hub_bundle import names_a_bundle
-
-    return names_a_bundle(path)

@@ -14,21 +14,11 @@ if TYPE_CHECKING:
 
 def command(
     zoo: options.ZooArgument,
+    opening: options.Opening,
+    running: options.Running,
     axes: options.Axes = None,
-    view: options.View = None,
-    base: options.Base = None,
     center: options.Center = "models",
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    split: options.Split = None,
     dtype: options.Dtype = "float32",
-    device: options.Device = "cpu",
-    max_memory: options.MaxMemory = None,
-    cluster: options.Cluster = None,
-    cache: options.Cache = True,
-    allow_pickle: options.AllowPickle = False,
-    allow_missing: options.AllowMissing = False,
-    missing: options.Missing = "error",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -40,27 +30,15 @@ def command(
     check_choices(chosen, center, dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
-        options.opened_workers(cluster, max_memory, device) as workers,
+        running.workers() as workers,
     ):
-        opened = ez.open_zoo(
-            options.one_or_many(zoo),
-            view=view,
-            base=base,
-            include=include or (),
-            exclude=exclude or (),
-            split=split or (),
-            allow_pickle=allow_pickle,
-            allow_missing=allow_missing,
-            missing=missing,
-            progress=progress,
-        )
         made = ez.plan(
-            opened,
+            opening.zoo(zoo, progress),
             axes=chosen,
             center=center,
             dtype=dtype,
             workers=workers,
-            cache=cache,
+            cache=running.cache,
             progress=progress,
         )
     if json:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar
 from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace
@@ -14,12 +10,7 @@ from eigenzoo.display import in_percent
 
 def command(
     bundle: options.BundleArgument,
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Paths of models, in the zoo of the bundle or not.", metavar="MODEL...", show_default=False
-        ),
-    ],
+    models: options.ModelsArgument,
     base: options.Base = None,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,

@@ -30,7 +30,7 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The model to write.", show_default=False)],
+    output: Annotated[Path, options.output("The model to write.")],
     mean_only: Annotated[
         bool, typer.Option("--mean-only", help="The zoo's mean in the model's place: the control.")
     ] = False,

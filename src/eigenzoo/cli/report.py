@@ -15,7 +15,6 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import as_json, progress_bar, say
 from eigenzoo.cli.evaluate import load_metric
-from eigenzoo.cli.evidence import open_source
 from eigenzoo.errors import UsageError
 
 FIGURES = ("png", "svg")
@@ -29,14 +28,12 @@ def command(
     zoo: options.ZooOrBundleArgument,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The file to write, such as report.html; its suffix names the format. With --format png or svg, a folder of "
-            "figures.",
-            show_default=False,
+        options.output(
+            "The file to write, such as report.html; its suffix names the format. With --format png or svg, a folder of figures."
         ),
     ],
+    opening: options.Opening,
+    running: options.Running,
     format: Annotated[
         str | None,
         typer.Option(
@@ -53,39 +50,12 @@ def command(
             show_default=False,
         ),
     ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="module:function: also measure the models that a bundle rebuilds, as `eigenzoo evaluate` does.",
-            show_default=False,
-        ),
-    ] = None,
-    metric_arg: Annotated[
-        str | None,
-        typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
-    ] = None,
-    models: Annotated[
-        list[str] | None,
-        typer.Option(help="Models to measure that the bundle was not fitted to (repeatable).", show_default=False),
-    ] = None,
-    parent: Annotated[
-        Path | None,
-        typer.Option(help="The checkpoint that full weights started from, measured too.", show_default=False),
-    ] = None,
-    view: options.View = None,
-    base: options.Base = None,
+    metric: Annotated[str | None, options.METRIC] = None,
+    metric_arg: options.MetricArg = None,
+    models: options.HeldOutModels = None,
+    parent: options.Parent = None,
     center: options.Center = "models",
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    split: options.Split = None,
-    device: options.Device = "cpu",
-    max_memory: options.MaxMemory = None,
-    cluster: options.Cluster = None,
-    cache: options.Cache = True,
     seed: options.Seed = 0,
-    allow_pickle: options.AllowPickle = False,
-    allow_missing: options.AllowMissing = False,
-    missing: options.Missing = "error",
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -100,16 +70,16 @@ def command(
     check_output(output, chosen, force)
     pages.require(chosen)
     measure = None if metric is None else load_metric(metric, metric_arg)
-    with progress_bar(quiet=quiet) as progress, options.opened_workers(cluster, max_memory, device) as workers:
-        source = open_source(zoo, view, base, include, exclude, split, allow_pickle, allow_missing, missing, progress)
+    with progress_bar(quiet=quiet) as progress, running.workers() as workers:
+        source = opening.zoo_or_bundle(zoo, progress)
         if measure is not None and not isinstance(source, ez.Subspace):
             raise UsageError(
                 "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"
             )
-        found = ez.evidence(source, center=center, seed=seed, workers=workers, cache=cache, progress=progress)
+        found = ez.evidence(source, center=center, seed=seed, workers=workers, cache=running.cache, progress=progress)
         function = None
         if measure is not None and isinstance(source, ez.Subspace):
-            held_out = source.open(models, allow_pickle=allow_pickle) if models else None
+            held_out = source.open(models, allow_pickle=opening.allow_pickle) if models else None
             function = ez.evaluate(source, measure, held_out, parent=parent, seed=seed, progress=progress)
     document = present(
         found,
