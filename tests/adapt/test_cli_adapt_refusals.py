@@ -144,13 +144,13 @@ def test_rebuild_refuses_what_does_not_belong_together(
     name = ez.load(bundle_of(zoo)).names[0]
     for arguments, message in (
         ((bundle_of(lora), file), "belongs to another basis"),
-        ((bundle_of(zoo), file, "--mean-only"), "--mean-only is not for files of"),
+        ((bundle_of(zoo), file, "--mean-only"), "--mean-only does not apply to files from"),
         ((bundle_of(zoo), file, "--like", "nobody"), "no model is called 'nobody'"),
         (
             (bundle_of(zoo), file, "--like", name, "--model", zoo / "_base"),
             "both --model and --like (model=, like=) are given",
         ),
-        ((bundle_of(zoo), name, "--like", name), "--model and --like are for files of"),
+        ((bundle_of(zoo), name, "--like", name), "--model and --like apply only to files from"),
     ):
         code, _, err = call("rebuild", *arguments, "-o", out)
         assert code == 2, err

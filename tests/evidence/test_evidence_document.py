@@ -186,7 +186,8 @@ def test_a_bundle_refuses_what_its_moments_cannot_tell(tmp_path: Path, asked: di
     bundle = ez.fit(write_stacks(tmp_path / "zoo", {"w": noise(5, (6, 4))}), 2).save(tmp_path / "bundle")
     for source in (bundle, ez.load(bundle)):
         with pytest.raises(
-            ez.UsageError, match=r"axes, center, view, base, include or exclude of a bundle.*Name the zoo instead"
+            ez.UsageError,
+            match=r"axes, center, view, base, include and exclude do not apply to a bundle.*Name the zoo instead",
         ):
             ez.evidence(source, **asked)
 

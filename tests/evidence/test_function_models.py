@@ -154,7 +154,7 @@ def test_a_bundle_whose_models_are_gone_asks_for_others(tmp_path: Path) -> None:
 
 def test_two_models_leave_none_to_hold_out(tmp_path: Path) -> None:
     paths, _ = write_zoo(tmp_path, "weight")
-    with pytest.raises(ez.UsageError, match="2 models leave none to hold out"):
+    with pytest.raises(ez.UsageError, match="2 models are too few to hold any out"):
         ez.evaluate(ez.fit(paths[:2], 1), Recorder())
 
 

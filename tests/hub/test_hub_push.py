@@ -311,7 +311,7 @@ def test_the_commands_take_ids(hub: Hub, logged_in: str, tmp_path: Path, monkeyp
     assert list(json.loads(out)["models"]) == ["m0"]
     code, _, err = in_process(monkeypatch, "add", "me/space", ids[0])
     assert code == 2
-    assert "a bundle of the hub is not replaced by add" in err
+    assert "add cannot replace a bundle on the hub" in err
     code, _, err = in_process(monkeypatch, "evidence", "me/space", "--quiet")
     assert code == 2
     assert "the bundle has no moments" in err

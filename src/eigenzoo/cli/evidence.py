@@ -97,7 +97,7 @@ def render(found: Evidence, most: int = 40) -> None:
     for first, other in found.lineage.duplicates[:5]:
         say(f"copies: {first} and {other}")
     if len(found.lineage.duplicates) > 5:
-        say(f"… and {len(found.lineage.duplicates) - 5} more pairs of copies")
+        say(f"… and {counted(len(found.lineage.duplicates) - 5, 'more pair')} of copies")
     for warning in found.warnings:
         say(f"warning: {warning}")
 

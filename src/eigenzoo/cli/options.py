@@ -308,7 +308,7 @@ class Opening:
                 "--view, --include, --exclude, --split and --missing do not apply to a bundle",
                 where=words[0],
                 rule="a bundle has its own view and layers",
-                next_step="leave the option out, or name the models instead of the bundle",
+                next_step="name the zoo instead",
             )
         return ez.load(words[0], base=self.base)
 
