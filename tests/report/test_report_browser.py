@@ -315,7 +315,7 @@ def test_a_phone_scrolls_down_only(show, kind, script):
 
 def test_sizes_and_errors_are_whole_on_a_laptop(show):
     with show("subspace") as opened:
-        for title in ("Sizes and errors", "Why shares of like names differ", "Layers by verdict"):
+        for title in ("Sizes and errors", "Why shares with similar names differ", "Layers by verdict"):
             box = opened.page.locator(f".scroll[aria-label='{title}']")
             assert box.evaluate("box => box.scrollWidth - box.clientWidth") <= 1
 
