@@ -172,7 +172,7 @@ def test_the_control_is_measured_and_not_kept(
     assert list(tmp_path.iterdir()) == []
     code, _, err = call(*words, "-o", tmp_path / "task.safetensors")
     assert code == 2
-    assert "an output for a random basis" in err
+    assert "a random basis has no output file" in err
 
 
 @pytest.mark.parametrize(

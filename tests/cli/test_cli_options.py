@@ -77,7 +77,7 @@ def test_ranks_and_axes(run: Run, zoo: Path, tmp_path: Path) -> None:
         (["--max-error", "nan"], "an error bound of nan"),
         (["--max-error", "some"], "'--max-error': Input should be a valid number"),
         (["--max-memory", "lots"], "--max-memory: 'lots' is not a number of bytes"),
-        (["--max-memory", "2MB"], "Blocks take at least"),
+        (["--max-memory", "2MB"], "Blocks need at least"),
         (["--device", "cuda"], "device 'cuda'"),
         (["--dtype", "int8"], "int8"),
         (["--center", "median"], "median"),

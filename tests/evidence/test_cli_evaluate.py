@@ -162,7 +162,7 @@ def test_what_cannot_be_meant_is_refused(here: Path, run: Run, words: tuple[Any,
 def test_a_factorys_own_refusal_is_told_as_it_is(here: Path, run: Run) -> None:
     code, _, err = run("bundle", "--metric", "eigenzoo.nursery:metric", "--metric-arg", "nowhere")
     assert code == 2
-    assert err.startswith("UsageError: nowhere: is no zoo of the nursery")
+    assert err.startswith("UsageError: nowhere: this is not a zoo of the nursery")
 
 
 def test_ranks_are_read() -> None:

@@ -62,7 +62,7 @@ def test_files_are_measured_as_files_with_their_own_metadata(tmp_path: Path) -> 
     [
         ({"device": "gpu"}, r"device 'gpu'\. Devices are cpu, cuda"),
         ({"max_memory": 1}, "1 bytes of memory"),
-        ({"max_memory": 2**30, "workers": "open"}, r"max_memory 1,073,741,824 beside workers"),
+        ({"max_memory": 2**30, "workers": "open"}, r"max_memory 1,073,741,824 does not apply to open workers"),
     ],
 )
 def test_where_to_run_is_checked_beside_models_too(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -127,7 +127,7 @@ def mean(report: Report) -> Figure | None:
     return Figure(
         "mean",
         "The mean alone",
-        "Share of the models' energy in their mean, without any direction. For a held-out model it is the share that the others' mean "
+        "Share of the models' energy in their mean, without any direction. For a held-out model: the share that the others' mean "
         "removes. The mean of unrelated models removes nothing and adds its own small energy, so its share is below zero.",
         f"In the average layer the mean has {in_percent(summary['mean_energy'])} of the energy. From a held-out model it removes "
         f"{in_percent(summary['mean_heldout'])}, and {in_percent(summary['mean_null'])} if the models were unrelated.",
@@ -195,8 +195,8 @@ def similarity(report: Report) -> Figure | None:
     return Figure(
         "similarity",
         "Similarity of the models",
-        f"Cosine between each pair of models, from their {found['measure'] or 'weights'}, with similar models side by side. Lineage groups "
-        f"(told apart at a cosine of {in_number(level)}) are outlined. Colours run from {in_number(shown.low)} "
+        f"Cosine between each pair of models, from their {found['measure'] or 'weights'}, similar models side by side. "
+        f"Lineage groups (told apart at a cosine of {in_number(level)}) are outlined. Colours run from {in_number(shown.low)} "
         f"to {in_number(shown.high)}, the range between different models.",
         f"{counted(len(found['groups']), 'lineage group')}, the largest with {counted(largest, 'model')}; "
         f"{counted(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",

@@ -266,8 +266,8 @@ def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
     cells = [(name, in_percent(share), *rest) for name, share, *rest in rows if share is not None]
     columns = ("share", f"kept at rank {rank}", "of the variance of", "directions fitted to", "a layer counts by")
     note = (
-        "Fewer models are easier to fit: a fold's fit keeps more of its own models than one fit of all models does. Unrelated models "
-        "have the same norms. Their own directions keep much of them in-sample, and little of held-out models."
+        "Fewer models are easier to fit: a fold's fit keeps more of its own models than one fit of all models does. "
+        "Unrelated models have the same norms. Their own directions keep much of them in-sample, and little of held-out models."
     )
     made = table("Why shares with similar names differ", columns, cells, note=note)
     return None if made is None else replace(made, kinds=("words", "number", "words", "words", "words"))
