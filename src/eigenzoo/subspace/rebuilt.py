@@ -38,7 +38,7 @@ OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
 
 
 class RebuiltModel:
-    """A model made of coefficients; values are computed when they are asked for.
+    """A model rebuilt from coefficients. Its values are computed on demand.
 
     Attributes:
         name: the model's name.

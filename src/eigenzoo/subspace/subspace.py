@@ -57,15 +57,15 @@ T = TypeVar("T")
 
 
 class Subspace:
-    """The shared subspace of a zoo, with every model's coefficients in it; made by `fit`, `load` or `add`.
+    """Shared subspace of a zoo, with the coefficients of every model. Made by `fit`, `load` or `add`.
 
-    It lies in a folder (a temporary one until `save`) and reads bases, coefficients and moments on demand.
+    Bases, coefficients and moments are read on demand from its folder, a temporary one until `save`.
 
     Attributes:
         path: the folder.
-        manifest: everything about it but the values.
-        checksums: of a saved subspace's files, and of those that another took over from it.
-        snapshot: of the bundle that it was loaded or grown from, which others may replace at any time.
+        manifest: everything except the values.
+        checksums: checksums of the files of a saved subspace, and of files taken over from it.
+        snapshot: identity of the bundle that it was loaded or grown from, because another process can replace that bundle.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Subspace:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models whose coefficients are kept."""
+        """Names of the models with stored coefficients."""
         return tuple(model.name for model in self.manifest.models)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the fit reported, as plain JSON values."""
+        """Report of the fit, as plain JSON values."""
         return self.manifest.report
 
     @cached_property
@@ -123,7 +123,7 @@ class Subspace:
 
     @own_settings()
     def coefficients(self, name: str) -> Coefficients:
-        """Return a kept model's coefficients, read from its own small file, which is compared with its checksum."""
+        """Return the stored coefficients of a model. Its file is compared with its checksum."""
         record = self._record(name)
         stored = self.stored(record)
         known = self.manifest.files.get(record.coefficients)
@@ -190,12 +190,12 @@ class Subspace:
 
     @property
     def has_moments(self) -> bool:
-        """Whether the models' Grams are kept too."""
+        """Whether the models' Grams are stored."""
         return (self.path / MOMENTS).is_file()
 
     @own_settings()
     def moments(self, layer: str) -> LayerMoments:
-        """Return a layer's moments; raises BundleError where the bundle was saved without them."""
+        """Return a layer's moments. Raises BundleError if the bundle was saved without them."""
         if not self.has_moments:
             raise BundleError(
                 "the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them"
@@ -255,9 +255,9 @@ class Subspace:
 
     @own_settings()
     def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
-        """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
+        """Open models under this subspace's view. Raises MismatchError unless they have its layers in the same shapes.
 
-        What the models have besides is carried unchanged.
+        Everything else in the models is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
@@ -269,9 +269,9 @@ class Subspace:
 
     @own_settings()
     def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
-        """Project one model, in the zoo or not, onto the subspace.
+        """Project one model onto the subspace, whether it was in the fit or not.
 
-        The residual says what share of its energy ‖X‖² (center included) the subspace leaves out. Cost: one read of the
+        The residual is the share of the model's energy ‖X‖² (center included) outside the subspace. Cost: one read of the
         model and two of the basis.
         """
         zoo = self.open(source)
@@ -281,7 +281,7 @@ class Subspace:
 
     @own_settings()
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
-        """Project every model of a source onto the subspace, layer after layer."""
+        """Project every model of a source onto the subspace, one layer after the other."""
         return self._projected(self.open(source), progress)
 
     def _projected(self, zoo: Zoo, progress: Progress) -> dict[str, Coefficients]:
@@ -296,11 +296,11 @@ class Subspace:
         fetch: bool = False,
         max_lora_rank: int | None = None,
     ) -> RebuiltModel:
-        """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
+        """Rebuild a model from its coefficients or by name.
 
-        With `fetch`, tensors that were left in the store that the model came from are read from there. With `max_lora_rank`
-        each update of an adapter, also one that no layer holds, is the best approximation of at most that rank;
-        `RebuiltModel.ranks` says what that costs.
+        `mean_only` gives the zoo's mean instead, as a control. `fetch` reads excluded tensors from the URL that the model
+        came from. `max_lora_rank` cuts each update of an adapter, also of excluded modules, to its best approximation of at
+        most that rank; `RebuiltModel.ranks` gives the loss.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -339,7 +339,7 @@ class Subspace:
         workspace: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Subspace:
-        """Return a new Subspace with more models; see `eigenzoo.subspace.growth.add`."""
+        """Return a new Subspace with more models. See `eigenzoo.subspace.growth.add`."""
         from eigenzoo.subspace.growth import add
 
         return add(
@@ -348,9 +348,9 @@ class Subspace:
 
     @own_settings()
     def save(self, folder: str | os.PathLike[str], *, force: bool = False, moments: bool = True) -> Path:
-        """Save as a bundle in a new folder, which appears whole or not at all; returns the folder.
+        """Save as a bundle in a new folder and return the folder. It appears complete or not at all.
 
-        Checksums of everything, and of the models' files that are still there, are taken now. `moments=False` leaves out
+        Checksums of all files, and of the models' files that still exist, are computed now. `moments=False` leaves out
         the Grams, which evidence, plan and exact growth need.
         """
         return save(self, Path(folder), force=force, moments=moments)
@@ -366,11 +366,11 @@ class Subspace:
         moments: bool = False,
         message: str | None = None,
     ) -> str:
-        """Push as a bundle to a model repository of the Hugging Face hub, in one commit; returns `org/name@commit`.
+        """Push as a bundle to a model repository on the Hugging Face hub, in one commit. Returns `org/name@commit`.
 
-        It is verified before. A repository that is not there is made (`private` or not), and so is the branch `revision`;
-        another bundle there is replaced with `force` only, anything else never. `moments` (large; evidence, plan and exact
-        growth need them) are pushed where they are asked for. Of paths of this machine only the last part is told.
+        The bundle is verified first. A missing repository is created (`private` or not), and so is the branch `revision`.
+        `force` replaces another bundle there; other content is never replaced. `moments=True` also pushes the moments (large;
+        evidence, plan and exact growth need them). Local paths are reduced to their last part.
         """
         return push(self, repo, revision=revision, private=private, force=force, moments=moments, message=message)
 
@@ -405,11 +405,11 @@ class Subspace:
         loader: Loader | None = None,
         progress: Progress = no_progress,
     ) -> Verification:
-        """Check all that a bundle promises: checksums, finite values, orthonormal bases, coefficients that match layers.
+        """Check the bundle: checksums, finite values, orthonormal bases, coefficients that match layers.
 
-        With a base in `against`, whether the adapters that it rebuilds take effect there, which `loader` decides and is undecided
-        without it (see `eigenzoo.verify_adapter`); of full weights, whether the base has the layers, and how far the mean is from
-        it. Cost: all files and the base's weights are read once, and each adapter is rebuilt once.
+        With a base in `against`, also check whether rebuilt adapters take effect on it. `loader` decides that; without it the
+        result is undecided (see `eigenzoo.verify_adapter`). For full weights, check whether the base has the layers, and how far
+        the mean is from it. Cost: all files and the base's weights are read once, and each adapter is rebuilt once.
         """
         from eigenzoo.subspace.bundles.verifying import verify
 

@@ -149,10 +149,10 @@ class _Read:
 
 @own_settings()
 def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
-    """Read a zoo once and say what it holds; each worker holds one tensor at a time.
+    """Read a zoo once and list its models, layers, duplicates, NaN and Inf. Each worker has one tensor in memory at a time.
 
-    Models whose tensors have the same shapes and sums are read again, to compare their SHA-256. Two adapters are the same in
-    function when their scaled updates answer random inputs alike; their factors may differ.
+    Models whose tensors have equal shapes and sums are read a second time to compare their SHA-256. Two adapters have the same
+    function if their scaled updates give equal outputs for random inputs; their factors can differ.
     """
     probe = _probe(zoo)
     zeros = {name: len(zero_modules(model)) for name, model in zip(zoo.names, zoo.models, strict=True)}
