@@ -147,7 +147,7 @@ def test_what_was_not_measured_is_said_and_not_invented(tmp_path: Path) -> None:
         assert document["suitability"]["alpha_score"] is None
         assert all(layer["suitability"]["alpha_score"] is None for layer in document["layers"].values())
         assert "was not measured" in sentence(document)
-    with pytest.raises(ez.UsageError, match=r"own spectra.*of a bundle"):
+    with pytest.raises(ez.UsageError, match=r"own spectra, which this bundle does not have"):
         ez.evidence(bundle, suitability=True)
 
 

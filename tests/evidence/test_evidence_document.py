@@ -197,7 +197,7 @@ def test_a_bundle_without_moments_and_options_of_an_open_zoo_are_refused(tmp_pat
     bundle = ez.fit(paths, 2).save(tmp_path / "bundle", moments=False)
     with pytest.raises(ez.BundleError, match="the bundle has no moments"):
         ez.evidence(bundle)
-    with pytest.raises(ez.UsageError, match=r"of an opened zoo\. Give them to open_zoo"):
+    with pytest.raises(ez.UsageError, match=r"do not apply to an opened zoo\. Pass them to open_zoo"):
         ez.evidence(ez.open_zoo(paths), include=["w"])
     with pytest.raises(ez.UsageError, match="axis 'rows' is unknown"):
         ez.evidence(paths, axes=["rows"])

@@ -216,7 +216,7 @@ def test_the_seed_decides_the_random_basis_alone(tmp_path: Path) -> None:
 def test_a_parent_beside_a_known_one_is_refused_unless_it_is_the_same(evaluated: Callable[..., Any]) -> None:
     paths, base, space, _, _ = evaluated("delta", "models")
     assert ez.evaluate(space, Recorder(), paths[-1], parent=base).mean.parent is not None
-    with pytest.raises(ez.UsageError, match="the models' parent is the base"):
+    with pytest.raises(ez.UsageError, match="The models' parent is the base"):
         ez.evaluate(space, Recorder(), paths[-1], parent=paths[0])
     paths, _, space, _, _ = evaluated("update", "models")
     with pytest.raises(ez.UsageError, match="their updates zero"):

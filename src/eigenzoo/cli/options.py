@@ -78,7 +78,7 @@ BundleOutput = Annotated[Path, output("The bundle to write.")]
 View = Annotated[
     str | None,
     typer.Option(
-        help="What to analyse: weight, delta (weight minus --base), update (scaled ΔW of LoRA) or factors (A and B). "
+        help="Form of the weights to analyse: weight, delta (weight minus --base), update (scaled ΔW of LoRA) or factors (A and B). "
         "Default: update for adapters, delta with --base, otherwise weight.",
         show_default=False,
     ),
@@ -102,7 +102,7 @@ Rank = Annotated[
     ),
 ]
 Center = Annotated[
-    str, typer.Option(help="What to subtract before the fit: models (their mean), columns, global or none.")
+    str, typer.Option(help="Center to subtract before the fit: models (their mean), columns, global or none.")
 ]
 Include = Annotated[
     list[str] | None,
