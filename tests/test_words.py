@@ -21,7 +21,7 @@ PAGES_OF_THEIR_OWN = {
 }
 
 OLD_MESSAGES = ("formats", "zoo")
-"""Rooms whose messages are still to be rewritten: readers' refusals, which docs/errors.md shows. A room leaves this list with them."""
+"""Rooms whose messages (readers' refusals, shown in docs/errors.md) are still to be rewritten. Remove a room once they are."""
 
 OPENERS = ("What", "Whatever", "Who", "Whoever", "Whom", "Whose", "Of")
 """A sentence names its subject. One that begins with these is turned round. Questions may begin as they like."""

@@ -208,7 +208,8 @@ def _seed(seed: int, what: str, number: int) -> int:
 def _scalar(loss: Tensor, step: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise UsageError(
-            "the loss is not a scalar that depends on the trained parameters", rule="loss(module, batch) returns one number"
+            "the loss is not a scalar that depends on the trained parameters",
+            rule="loss(module, batch) returns one number",
         )
     if not bool(torch.isfinite(loss)):
         raise DataError(
