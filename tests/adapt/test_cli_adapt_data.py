@@ -63,7 +63,7 @@ def test_a_head_of_other_classes_is_drawn_and_trained(
     without = [word for word in words if word not in ("--besides", "classifier.*")]
     code, _, err = call(*without)
     assert code == 2
-    assert "missing, or of another size" in err
+    assert "missing in the checkpoint, or of another size" in err
     assert "Add --besides 'classifier.*'" in err
     code, out, err = call(*words)
     assert code == 0, err

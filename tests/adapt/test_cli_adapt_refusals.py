@@ -100,7 +100,7 @@ def test_what_cannot_be_meant_is_refused_before_training(
         ((TASK, *model), "--output is missing"),
         ((TASK, *model, "-o", tmp_path / "taken.safetensors"), "exists already"),
         (("5-against-5:0,1,2", *model, "-o", file), "are not a task"),
-        ((TASK, *model, "-o", file, "--test-share", "0.1"), "a test share for a task of the nursery"),
+        ((TASK, *model, "-o", file, "--test-share", "0.1"), "a test share does not apply to a task of the nursery"),
         ((TASK, *model, "-o", file, "--start", "nowhere"), "the start 'nowhere' is neither"),
         ((TASK, *model, "-o", file, "--besides", "nothing.*"), "matches 'nothing.*'"),
         ((TASK, *model, "-o", file, "--steps", "0"), "steps 0"),

@@ -106,7 +106,7 @@ def test_a_model_without_a_task_needs_one(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-cnn")
     path = zoo.model(next(iter(zoo.recipe.models)))
     save_file(load_file(path), tmp_path / "bare.safetensors")
-    with pytest.raises(UsageError, match=r"no task in the file's metadata.*Pass task="):
+    with pytest.raises(UsageError, match=r"the file's metadata has no task.*Pass task="):
         accuracy(tmp_path / "bare.safetensors")
     assert accuracy(tmp_path / "bare.safetensors", task=TASK) > 0
     with pytest.raises(UsageError, match="'evens' is not a task"):

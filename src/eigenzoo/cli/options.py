@@ -78,7 +78,7 @@ BundleOutput = Annotated[Path, output("The bundle to write.")]
 View = Annotated[
     str | None,
     typer.Option(
-        help="Form of the weights to analyse: weight, delta (weight minus --base), update (scaled ΔW of LoRA) or factors (A and B). "
+        help="Form of weights to analyse: weight, delta (weight minus --base), update (scaled ΔW of LoRA) or factors (A and B). "
         "Default: update for adapters, delta with --base, otherwise weight.",
         show_default=False,
     ),

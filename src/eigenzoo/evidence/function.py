@@ -201,7 +201,7 @@ def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
         return None
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise UsageError(f"rank {rank!r} is not possible", rule="ranks to rebuild at are whole numbers from 1")
+            raise UsageError(f"rank {rank!r} is not valid", rule="ranks to rebuild at are whole numbers from 1")
     return list(ranks)
 
 

@@ -65,7 +65,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     2.0
     """
     if rank < 1:
-        raise FormatError(f"{rank} is not a rank", rule="a rank is a positive integer")
+        raise FormatError(f"rank {rank} is not valid", rule="a rank is a positive integer")
     rslora = config.get("use_rslora", False)
     if rslora is not None and not isinstance(rslora, bool):
         raise FormatError(f"use_rslora is {_shown(rslora)}", rule="it is true or false")
