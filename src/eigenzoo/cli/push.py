@@ -22,7 +22,7 @@ def command(
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to; it is created if it does not exist.", show_default=False)
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     moments: Annotated[
         bool, typer.Option("--moments", help="Also push the moments, which evidence, plan and exact growth need.")
     ] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eigenzoo.display import in_percent
+from eigenzoo.display import counted, in_percent
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
@@ -310,7 +310,9 @@ def _mean(summary: Summary) -> str:
 def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, float]) -> str:
     still = counts[rule.NO_VARIANCE]
     varying = sum(counts.values()) - still
-    equal = f" {still} more layers are equal in all models and do not count." if still else ""
+    equal = (
+        f" {counted(still, 'more layer')} without variance {'does' if still == 1 else 'do'} not count." if still else ""
+    )
     return (
         f"Tested alone, {counts[code]} of {varying} layers with variance have this verdict, "
         f"with {in_percent(values[code])} of their values.{equal}"

@@ -142,7 +142,7 @@ def adapt_classifier(
     if (output is None) is not random_basis:
         raise UsageError(
             "a random basis has no output file" if random_basis else "no output file is named",
-            rule="only the control writes no file, because no bundle has its directions",
+            rule="the control writes no file, because no bundle has its directions; everything else does",
         )
     seed = check_options(steps, batch_size, learning_rate, seed)
     check_device(device)
