@@ -105,7 +105,7 @@ def test_what_cannot_be_meant_is_refused_before_training(
         ((TASK, *model, "-o", file, "--besides", "nothing.*"), "matches 'nothing.*'"),
         ((TASK, *model, "-o", file, "--steps", "0"), "steps 0"),
         ((TASK, *model, "-o", file, "--learning-rate", "nan"), "learning rate nan"),
-        ((TASK, *model, "-o", file, "--checkpoint", file), "is both the output and the checkpoint"),
+        ((TASK, *model, "-o", file, "--checkpoint", file), "output and checkpoint are the same file"),
         ((TASK, "-o", file), "Missing option '--model'"),
         ((TASK, "--model", tmp_path / "nowhere", "-o", file), "this is not a folder with a config.json"),
         ((TASK, "--model", tmp_path / "broken", "-o", file), "broken"),

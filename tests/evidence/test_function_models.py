@@ -219,7 +219,7 @@ def test_a_parent_beside_a_known_one_is_refused_unless_it_is_the_same(evaluated:
     with pytest.raises(ez.UsageError, match="The models' parent is the base"):
         ez.evaluate(space, Recorder(), paths[-1], parent=paths[0])
     paths, _, space, _, _ = evaluated("update", "models")
-    with pytest.raises(ez.UsageError, match="their updates zero"):
+    with pytest.raises(ez.UsageError, match="the base model alone, with zero updates"):
         ez.evaluate(space, Recorder(), paths[-1], parent=paths[0])
 
 
