@@ -109,7 +109,7 @@ def test_what_cannot_be_meant_is_refused_before_training(
         ((TASK, "-o", file), "Missing option '--model'"),
         ((TASK, "--model", tmp_path / "nowhere", "-o", file), "this is not a folder with a config.json"),
         ((TASK, "--model", tmp_path / "broken", "-o", file), "broken"),
-        ((TASK, "--model", texts / "m0", "-o", file), "is no classifier of images"),
+        ((TASK, "--model", texts / "m0", "-o", file), "is not a classifier of images"),
         ((data, *model, "-o", file), "has no tokenizer"),
         ((data, "--model", texts / "m0", "-o", file), "is not in the module"),
         ((data, "--model", texts / "m0", "-o", file, "--test-share", "1"), "test share 1.0"),

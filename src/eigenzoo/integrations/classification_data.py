@@ -131,7 +131,9 @@ def read_labelled(path: Path, model: Path, test_share: float | None = None) -> L
     """
     share = TEST_SHARE if test_share is None else test_share
     if not 0 < share < 1:
-        raise UsageError(f"{share} is not a test share", rule="the held-out share of the data lies between 0 and 1")
+        raise UsageError(
+            f"test share {share} is out of range", rule="the held-out share of the data lies between 0 and 1"
+        )
     kind, found = _find(path)
     require("datasets", "transformers", *(["PIL"] if kind == IMAGE else []))
     config = read_config(model)

@@ -111,7 +111,7 @@ def read_classifier(
     with quietly(), kept_draws(), no_larger_than(files, folder):
         seed_draws(seed)
         module, found = told(
-            f"is no classifier of {kind}s",
+            f"is not a classifier of {kind}s",
             folder,
             lambda: reader.from_pretrained(
                 folder,
