@@ -19,18 +19,18 @@ from eigenzoo.nursery import digits
 
 
 def main(folder: Path) -> None:
-    """Train a zoo, ask whether it shares a subspace, store it within a budget, measure what that costs, and load one adapter."""
+    """Train a zoo, test it for a shared subspace, fit it within a budget, evaluate it, and load one rebuilt adapter with PEFT."""
     zoo = folder / "adapters"
     if not zoo.exists():
         nursery.make("digits-lora", zoo, num_models=30)
     paths = sorted(zoo.glob("task-*"))
     fitted, held_out = paths[:24], paths[24:]
 
-    # 1. Evidence: what do adapters share that were not used to find the subspace?
+    # 1. Evidence: does the subspace also explain held-out adapters?
     adapters = ez.open_zoo(fitted)
     print(ez.evidence(adapters).verdict.text)
 
-    # 2. Plan: what would each choice of axes and rank lose, and how large would the bundle be?
+    # 2. Plan: compare axes and ranks by error and bytes.
     plan = ez.plan(adapters)
     for row in plan.rows:
         if row.lora_rank <= 8 and row.ratio > 1:
@@ -38,17 +38,17 @@ def main(folder: Path) -> None:
                 f"{'+'.join(row.axes)} at rank {row.rank}: {row.bytes / 1e3:.0f} kB, loses {row.residual:.1%} of the energy"
             )
 
-    # 3. Budget: the best ranks for a bundle of half the adapters' bytes.
+    # 3. Budget: fit with the best ranks for half the adapters' bytes.
     space = ez.fit(adapters, axes=("outputs", "inputs"), budget=plan.whole_zoo // 2)
     bundle = folder / "bundle"
     if not bundle.exists():
         space.save(bundle)
     print(f"adapters: {plan.whole_zoo / 1e3:.0f} kB, bundle: {space.report['bytes']['whole_bundle'] / 1e3:.0f} kB")
 
-    # 4. Evaluate: does what is rebuilt still answer, on adapters that the fit has never seen?
+    # 4. Evaluate: measure rebuilt adapters that were not in the fit.
     print(ez.evaluate(space, nursery.metric(zoo), held_out).sentence)
 
-    # 5. Rebuild one of them from its coefficients, and load it with PEFT.
+    # 5. Rebuild one of them from its coefficients and load it with PEFT.
     unseen = space.project(held_out[0])
     rebuilt = space.rebuild(unseen).save(Path(tempfile.mkdtemp(dir=folder)) / unseen.name)
     print(f"{unseen.name}: {unseen.residual:.1%} of its energy lies outside the subspace")
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
 
 def accuracy(zoo: Path, adapter: Path) -> float:
-    """Share of a task's 500 test images that the base with an adapter answers rightly."""
+    """Accuracy of the base with an adapter on a task's 500 test images."""
     images, labels = digits.load().test_set(digits.Task(tuple(map(int, adapter.name.removeprefix("task-")))))
     model = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(zoo / "_base"), adapter)
     with torch.no_grad():

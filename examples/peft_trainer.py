@@ -22,7 +22,7 @@ from eigenzoo.nursery import digits
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """A task's images and labels as the Trainer takes them."""
+    """A task's images and labels in the Trainer's format."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.images, self.labels = images, labels
@@ -35,7 +35,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def accuracy(model: torch.nn.Module, task: digits.Task) -> float:
-    """Share of the task's 500 test images that are answered rightly."""
+    """Accuracy on the task's 500 test images."""
     images, labels = digits.load().test_set(task)
     with torch.no_grad():
         return float((model.eval()(pixel_values=images).logits.argmax(-1) == labels).double().mean())
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
 
     model = get_peft_model(ViTForImageClassification.from_pretrained(zoo / "_base"), EigenzooConfig(bundle=str(bundle)))
     model.print_trainable_parameters()
-    # A folder of its own for each run: PEFT and the Trainer write over what is there.
+    # A new folder for each run, because PEFT and the Trainer overwrite files.
     run = Path(tempfile.mkdtemp(prefix="peft-", dir=folder))
     arguments = TrainingArguments(
         str(run / "trainer"), max_steps=300, per_device_train_batch_size=64, learning_rate=ez.adapt.LEARNING_RATE, report_to=[],

@@ -33,14 +33,14 @@ def learn(space: ez.Subspace, parent: Path, task: digits.Task, *, random_basis: 
 
 
 def accuracy(model: torch.nn.Module, task: digits.Task) -> float:
-    """Share of the task's 500 test images that are answered rightly."""
+    """Accuracy on the task's 500 test images."""
     images, labels = digits.load().test_set(task)
     with torch.no_grad():
         return float((model(images).logits.argmax(-1) == labels).double().mean())
 
 
 def main(folder: Path) -> None:
-    """Make the zoo, fit, learn, store, and come back from the file."""
+    """Make the zoo, fit, train, save, and load the file."""
     zoo = folder / "zoo"
     if not zoo.exists():
         nursery.make("digits-vit", zoo)

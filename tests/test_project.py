@@ -58,7 +58,7 @@ def test_evidence_is_shown_as_the_function_that_it_calls():
 
     assert inspect.signature(eigenzoo.evidence) == inspect.signature(evidence)
     shown = pydoc.plain(pydoc.render_doc(eigenzoo.evidence))
-    assert "Put a zoo to every control, and give one verdict." in shown
+    assert "Test a zoo for a shared subspace with all controls, and give a verdict." in shown
     assert "rank: 'RankRule' = 'auto'," in shown
     assert all(f" {name}: " in shown or f"\n    {name}," in shown for name in inspect.signature(evidence).parameters)
 

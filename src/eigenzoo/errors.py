@@ -42,7 +42,7 @@ def require(*libraries: str, where: str, extra: str) -> None:
 
 
 class EigenzooError(Exception):
-    """The root of the tree: catch this to catch every deliberate refusal.
+    """Base class of all deliberate errors of eigenzoo.
 
     `what` is the fact, `where` the model, layer or file, `rule` what was expected, `next_step` what to do.
     """
@@ -65,7 +65,7 @@ class EigenzooError(Exception):
         return text if text.endswith((".", "?")) else f"{text}."
 
     def at(self, where: str) -> EigenzooError:
-        """Return the same error with its place named; an inner place that is known already stays behind it."""
+        """Return the same error with its location. A location that the error already has follows it."""
         place = f"{where}, {self.where}" if self.where else where
         return type(self)(self.what, where=place, rule=self.rule, next_step=self.next_step)
 
@@ -75,7 +75,7 @@ def _rebuilt(kind: type[EigenzooError], what: str, where: str, rule: str, next_s
 
 
 class UsageError(EigenzooError):
-    """An option or argument that cannot be meant."""
+    """An invalid option or argument."""
 
 
 class RankError(UsageError):
@@ -91,11 +91,11 @@ class OutputError(EigenzooError):
 
 
 class FormatError(EigenzooError):
-    """A file that is not what its format says."""
+    """A file that violates its format."""
 
 
 class UnsupportedError(FormatError):
-    """A valid file of a kind that is refused by rule."""
+    """A valid file of an unsupported kind."""
 
 
 class UnsafePathError(FormatError):
@@ -103,7 +103,7 @@ class UnsafePathError(FormatError):
 
 
 class ZooError(EigenzooError):
-    """Models that do not make one zoo."""
+    """Models that do not form one zoo."""
 
 
 class MismatchError(ZooError):
@@ -111,7 +111,7 @@ class MismatchError(ZooError):
 
 
 class DataError(EigenzooError):
-    """Values that no subspace can be fitted to."""
+    """Values to which no subspace can be fitted."""
 
 
 class BundleError(EigenzooError):

@@ -57,7 +57,7 @@ def test_digits_as_processes(digits_zoo: Callable[[str], Path], tmp_path: Path) 
     out, err = again.communicate(timeout=HANG)
     if again.returncode:
         assert (again.returncode, out) == (130, "")
-        assert "goes on from the last checkpoint" in err
+        assert "resume from the last checkpoint" in err
         assert sorted(path.name for path in tmp_path.iterdir() if "again" in path.name) == [
             ".again.safetensors.checkpoint"
         ]
@@ -172,7 +172,7 @@ def test_the_control_is_measured_and_not_kept(
     assert list(tmp_path.iterdir()) == []
     code, _, err = call(*words, "-o", tmp_path / "task.safetensors")
     assert code == 2
-    assert "an output for a random basis" in err
+    assert "a random basis has no output file" in err
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_head_of_other_classes_is_drawn_and_trained(
     without = [word for word in words if word not in ("--besides", "classifier.*")]
     code, _, err = call(*without)
     assert code == 2
-    assert "missing, or of another size" in err
+    assert "missing in the checkpoint, or of another size" in err
     assert "Add --besides 'classifier.*'" in err
     code, out, err = call(*words)
     assert code == 0, err
@@ -81,7 +81,7 @@ def test_a_head_of_other_classes_is_drawn_and_trained(
     )
     code, out, err = call(*words[:-1], "--test-share", "0.5", "--force")
     assert code == 2
-    assert "a test share is given beside a test part" in err
+    assert "the data has a test part and --test-share is given too" in err
 
 
 @pytest.mark.slow

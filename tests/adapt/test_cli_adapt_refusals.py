@@ -29,19 +29,19 @@ from eigenzoo.integrations import classification
         (".csv", "text,label\n", "cannot be read"),
         (".csv", "sentence,label\na,b\n", "has the columns 'sentence', 'label'"),
         (".csv", "text,label\nfilm,good\n,bad\n", "row 2 has no text ('')"),
-        (".csv", "text,label\nfilm,good\nplot,\n", "row 2 has the label ''"),
-        (".csv", "text,label\nfilm,good\nplot,good\n", "1 class to tell apart"),
-        (".csv", "text,label\nfilm,0.5\nplot,0.25\n", "row 1 has the label '0.5'"),
+        (".csv", "text,label\nfilm,good\nplot,\n", "row 2 has an invalid label ''"),
+        (".csv", "text,label\nfilm,good\nplot,good\n", "the data has 1 class"),
+        (".csv", "text,label\nfilm,0.5\nplot,0.25\n", "row 1 has an invalid label '0.5'"),
         (".csv", "text,label\n1,good\n2,bad\n", "row 1 has no text ('1')"),
         (".csv", "text,label\nfilm,good\nplot,bad\n", "no class has two items"),
         (".csv", 'text,label\nfilm,good\n"plot,bad\n', "cannot be read"),
         (".csv", b"\xff\xfe\x00text", "cannot be read"),
         (".jsonl", '{"text": "film", "label": "good"}\n{"text": ', "cannot be read"),
         (".jsonl", '{"text": "film", "label": "good"}\n{"text": null, "label": "bad"}\n', "row 2 has no text ('None')"),
-        (".jsonl", '{"text": "film", "label": ["good"]}\n', "row 1 has the label"),
+        (".jsonl", '{"text": "film", "label": ["good"]}\n', "row 1 has an invalid label"),
         (".json", "[[1, 2], 3]", "Error"),
         (".parquet", b"PAR1 nothing PAR1", "cannot be read"),
-        (".txt", "good film", "a file with the ending '.txt'"),
+        (".txt", "good film", "files with suffix '.txt' are not supported"),
     ],
 )
 def test_broken_tables_are_refused_in_one_line(
@@ -71,18 +71,18 @@ def test_broken_images_are_refused_in_one_line(digits_zoo: Callable[[str], Path]
         return err
 
     (tmp_path / "empty").mkdir()
-    assert "holds no folder" in refused(tmp_path / "empty")
+    assert "this folder has no subfolders" in refused(tmp_path / "empty")
     (tmp_path / "empty" / "left").mkdir()
-    assert "is an empty class" in refused(tmp_path / "empty")
+    assert "this class is empty" in refused(tmp_path / "empty")
     good = write_images(tmp_path / "pictures")
     whole = (good / "left" / "03.png").read_bytes()
     (good / "left" / "03.png").write_bytes(whole[: len(whole) // 2])
-    assert "03.png: is no image that can be read" in refused(good)
+    assert "03.png: this image cannot be read" in refused(good)
     (good / "left" / "03.png").write_bytes(b"GIF89a hello")
-    assert "03.png: is no image that can be read" in refused(good)
+    assert "03.png: this image cannot be read" in refused(good)
     (good / "left" / "03.png").write_bytes(whole)
     (good / "left" / "notes.md").touch()
-    assert "holds 'notes.md', which is no image" in refused(good)
+    assert "'notes.md' is not an image" in refused(good)
     (good / "left" / "notes.md").unlink()
     assert "has no image processor" in refused(good)
 
@@ -99,17 +99,17 @@ def test_what_cannot_be_meant_is_refused_before_training(
     for words, message in (
         ((TASK, *model), "--output is missing"),
         ((TASK, *model, "-o", tmp_path / "taken.safetensors"), "exists already"),
-        (("5-against-5:0,1,2", *model, "-o", file), "are no task"),
-        ((TASK, *model, "-o", file, "--test-share", "0.1"), "a test share for a task of the nursery"),
+        (("5-against-5:0,1,2", *model, "-o", file), "are not a task"),
+        ((TASK, *model, "-o", file, "--test-share", "0.1"), "a test share does not apply to a task of the nursery"),
         ((TASK, *model, "-o", file, "--start", "nowhere"), "the start 'nowhere' is neither"),
         ((TASK, *model, "-o", file, "--besides", "nothing.*"), "matches 'nothing.*'"),
         ((TASK, *model, "-o", file, "--steps", "0"), "steps 0"),
         ((TASK, *model, "-o", file, "--learning-rate", "nan"), "learning rate nan"),
-        ((TASK, *model, "-o", file, "--checkpoint", file), "is both the output and the checkpoint"),
+        ((TASK, *model, "-o", file, "--checkpoint", file), "output and checkpoint are the same file"),
         ((TASK, "-o", file), "Missing option '--model'"),
-        ((TASK, "--model", tmp_path / "nowhere", "-o", file), "is no folder with a config.json"),
+        ((TASK, "--model", tmp_path / "nowhere", "-o", file), "this is not a folder with a config.json"),
         ((TASK, "--model", tmp_path / "broken", "-o", file), "broken"),
-        ((TASK, "--model", texts / "m0", "-o", file), "is no classifier of images"),
+        ((TASK, "--model", texts / "m0", "-o", file), "is not a classifier of images"),
         ((data, *model, "-o", file), "has no tokenizer"),
         ((data, "--model", texts / "m0", "-o", file), "is not in the module"),
         ((data, "--model", texts / "m0", "-o", file, "--test-share", "1"), "test share 1.0"),
@@ -144,13 +144,13 @@ def test_rebuild_refuses_what_does_not_belong_together(
     name = ez.load(bundle_of(zoo)).names[0]
     for arguments, message in (
         ((bundle_of(lora), file), "belongs to another basis"),
-        ((bundle_of(zoo), file, "--mean-only"), "--mean-only is not for files of"),
+        ((bundle_of(zoo), file, "--mean-only"), "--mean-only does not apply to files from"),
         ((bundle_of(zoo), file, "--like", "nobody"), "no model is called 'nobody'"),
         (
             (bundle_of(zoo), file, "--like", name, "--model", zoo / "_base"),
             "both --model and --like (model=, like=) are given",
         ),
-        ((bundle_of(zoo), name, "--like", name), "--model and --like are for files of"),
+        ((bundle_of(zoo), name, "--like", name), "--model and --like apply only to files from"),
     ):
         code, _, err = call("rebuild", *arguments, "-o", out)
         assert code == 2, err

@@ -54,7 +54,7 @@ def test_the_zoos_mean_goes_along(made: Callable[[str], Made], name: str, tmp_pa
     torch.testing.assert_close(case.outputs(stock), case.outputs(model), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "saved")
     if name == "llama-weights":
-        with pytest.raises(ez.UsageError, match="the zoo's and not a change of a base"):
+        with pytest.raises(ez.UsageError, match="the zoo's, not a change of a base"):
             export_lora(tmp_path / "saved", tmp_path / "again")
         return
     export_lora(tmp_path / "saved", tmp_path / "again")
@@ -108,7 +108,7 @@ def test_convolutions_that_peft_computes_otherwise_are_refused(
     made: Callable[[str], Made], name: str, tmp_path: Path
 ) -> None:
     model = tuned(made(name))
-    with pytest.raises(ez.UnsupportedError, match=r"module 'grouped': a convolution with groups"):
+    with pytest.raises(ez.UnsupportedError, match=r"module 'grouped': convolutions with groups"):
         export_lora(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     model = tuned(made(name), exclude_modules=["grouped", "dilated"])

@@ -34,7 +34,7 @@ def test_a_bundle_of_another_basis_is_refused_with_both_named(made: Callable[[st
     case, other = made("llama-sides"), made("llama-models")
     tuned(case).save_pretrained(tmp_path / "saved")
     ids = [ez.load(found.bundle).manifest.basis_id for found in (case, other)]
-    with pytest.raises(ez.BundleError, match=rf"its basis is {ids[1]}.*was trained in basis {ids[0]}"):
+    with pytest.raises(ez.BundleError, match=rf"the bundle has basis {ids[1]}.*was trained in basis {ids[0]}"):
         PeftModel.from_pretrained(case.base(), tmp_path / "saved", bundle=other.bundle)
 
 
@@ -95,7 +95,7 @@ def test_another_kind_of_model_is_refused(made: Callable[[str], Made], tmp_path:
     document = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     document["modules"].popitem()
     (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps(document))
-    with pytest.raises(ez.MismatchError, match=r"the adapter has 4 modules, here are 5"):
+    with pytest.raises(ez.MismatchError, match=r"the adapter has 4 modules, but the model has 5"):
         PeftModel.from_pretrained(llama(), tmp_path / "saved")
 
 
@@ -223,7 +223,7 @@ def test_torch_attention_is_refused(made: Callable[[str], Made], tmp_path: Path)
     bundle = ez.fit(paths, 2).save(tmp_path / "bundle")
     model = nn.Module()
     model.attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ez.UnsupportedError, match="a module of type NonDynamicallyQuantizableLinear"):
+    with pytest.raises(ez.UnsupportedError, match="modules of type NonDynamicallyQuantizableLinear"):
         get_peft_model(model, EigenzooConfig(bundle=str(bundle)))
 
 

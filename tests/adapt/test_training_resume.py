@@ -333,8 +333,8 @@ def test_what_is_left_of_a_killed_write_goes_with_the_checkpoint(tmp_path: Path)
         ({"learning_rate": float("nan")}, "learning rate nan"),
         ({"seed": -1}, "seed -1"),
         ({"data": TensorData(torch.empty(0, 6), torch.empty(0))}, "nothing to train on"),
-        ({"loss": lambda net, batch: net(batch[0])}, "no scalar"),
-        ({"loss": lambda net, batch: torch.tensor(1.0)}, "no scalar"),
+        ({"loss": lambda net, batch: net(batch[0])}, "not a scalar"),
+        ({"loss": lambda net, batch: torch.tensor(1.0)}, "not a scalar"),
         ({"loss": lambda net, batch: cross_entropy(net, batch) * float("inf")}, "the loss is inf at step 1"),
     ],
 )

@@ -113,7 +113,7 @@ def test_models_that_are_passed_over_are_named_and_can_be_named(tmp_path: Path, 
         hidden = [str(tmp_path / "zoo" / name) for name in (".t3", "_old/t4", "_t2")]
         assert (
             line
-            == f"not read, since their names begin with '.' or '_': {', '.join(hidden)}; name one itself to read it"
+            == f"not read, because their names begin with '.' or '_': {', '.join(hidden)}; give the full path to read one"
         )
     assert run("inspect", f"{tmp_path}/zoo/*", "--json").json["not_read"]
     every = run("inspect", tmp_path / "zoo", *hidden, "--json").json
@@ -208,7 +208,7 @@ def test_what_a_model_has_besides_the_subspace_is_counted(tmp_path: Path, run: R
     wide = write_adapter(tmp_path / "wide", random_factors({**MODULES, "up_proj": (7, 5), "o_proj": (5, 6)}, 2, seed=7))
     bundle = tmp_path / "bundle"
     assert run("fit", tmp_path / "zoo", "-o", bundle, "--rank", 2).code == 0
-    said = "note: the subspace lacks 2 layers of wide, which are not counted here and are carried unchanged: "
+    said = "note: the subspace lacks 2 layers of wide; they are not counted here and are carried unchanged: "
     assert said in run("project", bundle, wide).out
     assert said in run("rebuild", bundle, wide, "-o", tmp_path / "rebuilt").out
     assert said in run("add", bundle, wide).out

@@ -136,7 +136,7 @@ def test_rebuild_writes_a_model_of_the_bundle_or_any_other(
         assert document["lora"] is None
     assert "--max-lora-rank" in refused("rebuild", bundle, "m0", "-o", tmp_path / "cut", "--max-lora-rank", 2)
     result = run("rebuild", bundle, "m0", "-o", tmp_path / "mean", "--mean-only")
-    assert "the mean, in the place of m0" in result.out
+    assert "the mean, instead of m0" in result.out
     mean = load_file(tmp_path / "mean" / "model.safetensors")["block.bias"]
     stack = torch.stack([load_file(zoo / f"m{place}" / "model.safetensors")["block.bias"] for place in range(5)])
     assert torch.allclose(mean, stack.mean(0), atol=1e-6)
@@ -159,7 +159,7 @@ def test_add_grows_the_bundle_in_place_or_beside(run: Run, zoo: Path, bundle: Pa
 def test_a_fit_that_keeps_nothing_and_a_larger_bundle_say_so(run: Run, zoo: Path, tmp_path: Path) -> None:
     out = run("fit", zoo, "-o", tmp_path / "bundle", "--rank", "auto").out
     assert "no direction is beyond chance in 3 of 3 layers: rebuilt models are the mean there" in out
-    assert "note: the bundle is larger than the models' files" in out
+    assert "note: this bundle is larger than the models' files" in out
     assert "beyond chance" not in run("fit", zoo, "-o", tmp_path / "other", "--rank", 1).out
 
 

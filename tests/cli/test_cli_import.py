@@ -37,7 +37,7 @@ def test_a_folder_becomes_a_bundle_that_the_other_commands_take(
     assert run("verify", bundle, "--json").json["ok"]
     assert 0 < run("project", bundle, tmp_path / "zoo" / "a1", "--json").json["models"]["a1"]["residual"] < 1
     said = run("rebuild", bundle, "a2", "-o", tmp_path / "out")
-    assert "as vLoRA rebuilds it; what that had lost is not known" in said.out
+    assert "as vLoRA rebuilds it; the error against the original is unknown" in said.out
     assert run("rebuild", bundle, "a3", "-o", tmp_path / "out3", "--json").json["residual"] is None
     rebuilt, expected = load_file(tmp_path / "out" / "adapter_model.safetensors"), shared.reconstruct("a2")
     for layer in MODULES:
@@ -49,7 +49,7 @@ def test_a_folder_becomes_a_bundle_that_the_other_commands_take(
     grown = tmp_path / "grown"
     added = run("add", bundle, tmp_path / "new", "-o", grown)
     assert "the basis is unchanged; the bundle has no moments · lost: " in added.out
-    assert "of the new models' energy; what vLoRA had lost of the imported ones is not known" in added.out
+    assert "of the new models' energy; the error of vLoRA for the imported models is unknown" in added.out
     card = (grown / "README.md").read_text()
     assert "```bash\neigenzoo import FOLDER --like ADAPTER -o BUNDLE\neigenzoo add BUNDLE MODEL…\n```" in card
     assert "eigenzoo fit" not in card

@@ -183,7 +183,7 @@ def test_an_interrupt_leaves_no_output_and_a_fit_goes_on_from_its_work(zoo: Path
     out, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert out == ""
-    assert err.startswith("interrupted: no output was written; the same command goes on")
+    assert err.startswith("interrupted: no output was written; run the same command again to resume")
     (left,) = (tmp_path / "deep").iterdir()
     assert left.name.startswith(".eigenzoo-fit-")
     subprocess.run([sys.executable, "-m", "eigenzoo", *words], check=True, capture_output=True, env=QUIET)

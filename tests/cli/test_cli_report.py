@@ -97,7 +97,7 @@ def test_a_metric_is_measured_on_the_bundle(run: Run, zoo: Path, tmp_path: Path)
     words = ("--metric", "os.path:getsize")
     refused = run("report", zoo, "-o", tmp_path / "a.json", *words)
     assert refused.code == 2
-    assert "fit the zoo first" in refused.err.lower()
+    assert "run `eigenzoo fit` and name the bundle" in refused.err.lower()
     assert run("report", tmp_path / "bundle", "-o", tmp_path / "b.json", *words).code == 0
     function = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["function"]
     assert function["heldout"] is True
@@ -112,7 +112,7 @@ def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_p
         (("-o", tmp_path / "thesis.html"), "exists already"),
         (("-o", tmp_path / "mine", "--format", "svg", "--force"), "has no record"),
         (("-o", tmp_path / "mine", "--format", "html", "--force"), "is no plain file"),
-        (("-o", tmp_path / "report.docx"), "a report is one of"),
+        (("-o", tmp_path / "report.docx"), "the formats are html, md"),
         (("-o", tmp_path / "report"), "report.html for a page, or add --format png for a folder of figures"),
         (("-o", tmp_path / "report.html", "--width", 8.5), "only png and svg figures have a width"),
         (("-o", tmp_path / "report", "--format", "png", "--width", 3), "figures are 6 to 100 cm wide"),

@@ -19,8 +19,8 @@ NAMES = ("base_model.model.model.layers.11.self_attn.q_proj", "task-01234", "sen
 COLUMNS = ("name", "verdict", "mean's energy", "beyond chance", "k", "variance kept", "… held out", "… chance", "bytes")
 NUMBERS = ("95.8 %", "12–345", "16", "83.2 %", "61.6 %", "4.07 %", "1.23 MB")
 SENTENCE = (
-    "Shared subspace, within one lineage: the top 16 directions of each layer hold 61.6 % of the variance of models left out of "
-    "the fit (in-sample 83.2 %, chance 4.07 %); the bundle has 1.23 MB and lies at "
+    "Shared subspace, within one lineage: the top 16 directions of each layer explain 61.6 % of the variance of held-out "
+    "models (in-sample 83.2 %, chance 4.07 %); the bundle has 1.23 MB and lies at "
     "/a/rather/long/path/of/a/bundle/that/a/line/cannot/hold."
 )
 

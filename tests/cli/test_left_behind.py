@@ -38,7 +38,7 @@ def test_inspect_fit_and_rebuild_name_what_is_left(tmp_path: Path, run: Run) -> 
     assert "warning" not in done.out
     done = run("rebuild", bundle, "t1", "-o", tmp_path / "t1")
     assert "not carried: README.md, second" in done.out
-    assert "warning: weights beside the original are not in what is written: value_head.safetensors" in done.out
+    assert "warning: these weights beside the original were not written: value_head.safetensors" in done.out
     answer = run("rebuild", bundle, "t1", "-o", tmp_path / "again", "--json").json
     assert answer["not_carried"] == ["value_head.safetensors", "README.md", "second"]
     assert answer["weights_not_carried"] == ["value_head.safetensors"]

@@ -165,7 +165,7 @@ def test_the_command_prints_a_short_table_and_json_has_all(run: Run, tmp_path: P
         assert f" {row.rank} " in line
         assert ("≤" in line) is not row.exact
         assert line.startswith("→") is (row == plan.recommended)
-    assert f"Shown are {len(shown)} of {len(plan.rows)} choices" in text
+    assert f"The table shows {len(shown)} of {len(plan.rows)} choices" in text
     assert "`--json` prints all." in text
     assert run("plan", root, "--axes", "inputs", "--json").json["rows"][0]["axes"] == ["inputs"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
@@ -177,7 +177,7 @@ def test_planted_directions_are_recommended_and_noise_is_not(run: Run, tmp_path:
     best = ez.plan(planted).recommended
     assert best is not None
     assert (best.axes, best.rank) == (("models",), 4)
-    assert "→ is recommended to try first: `--axes models --rank 4`" in run("plan", tmp_path / "planted").out
+    assert "→ Try this first: `--axes models --rank 4`" in run("plan", tmp_path / "planted").out
     noise = write_stacks(tmp_path / "noise", {"w": random_stack(40, (48, 64), 1)})
     assert ez.plan(noise).recommended is None
     assert "No choice is recommended" in run("plan", tmp_path / "noise").out

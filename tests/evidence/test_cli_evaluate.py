@@ -70,7 +70,7 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
     code, out, err = run("bundle", "--metric", "own_metrics:norm", "--models", "zoo/m5", "--models", "zoo/m6")
     assert code == 0, err
     lines = [line for line in out.splitlines() if not line.startswith(("imported", "measuring"))]
-    assert lines[0] == "norm of 2 models, held out; the subspace is of 5"
+    assert lines[0] == "norm of 2 held-out models; the subspace was fitted to 5 models"
     first_words = [line.split("  ")[0] for line in lines[2:-2]]
     assert first_words == [
         "original",
@@ -136,12 +136,12 @@ def test_the_base_of_deltas_is_the_parent_wherever_it_lies_now(here: Path, run: 
     ("words", "text"),
     [
         ((), "Missing option '--metric'"),
-        (("--metric", "own_metrics"), "'own_metrics' names no function. Write module:function"),
-        (("--metric", ":norm"), "names no function"),
+        (("--metric", "own_metrics"), "'own_metrics' does not name a function. Write module:function"),
+        (("--metric", ":norm"), "does not name a function"),
         (("--metric", "not_there:norm"), "module 'not_there' cannot be imported (ModuleNotFoundError: No module named"),
         (("--metric", "half_metrics:norm"), "No module named 'not_a_module_at_all'"),
         (("--metric", "own_metrics:nothing"), "module 'own_metrics' has no 'nothing'"),
-        (("--metric", "own_metrics:number"), "own_metrics:number is no function"),
+        (("--metric", "own_metrics:number"), "own_metrics:number is not a function"),
         (("--metric", "own_metrics:power", "--metric-arg", "two"), "own_metrics:power failed for 'two' (ValueError"),
         (("--metric", "own_metrics:number", "--metric-arg", "two"), "TypeError: 'int' object is not callable"),
         (("--metric", "own_metrics:norm", "--ranks", "1,x"), "'1,x' is not a list of ranks. Write 1,4,16"),
@@ -162,7 +162,7 @@ def test_what_cannot_be_meant_is_refused(here: Path, run: Run, words: tuple[Any,
 def test_a_factorys_own_refusal_is_told_as_it_is(here: Path, run: Run) -> None:
     code, _, err = run("bundle", "--metric", "eigenzoo.nursery:metric", "--metric-arg", "nowhere")
     assert code == 2
-    assert err.startswith("UsageError: nowhere: is no zoo of the nursery")
+    assert err.startswith("UsageError: nowhere: this is not a zoo of the nursery")
 
 
 def test_ranks_are_read() -> None:

@@ -89,7 +89,7 @@ def test_copies_are_named_and_the_rest_counted(run: Run, tmp_path: Path) -> None
     code, out, _ = run(*write_stacks(tmp_path / "zoo", {"w": stack}))
     assert code == 0
     assert out.count("copies: m0 and m") == 5
-    assert "… and 1 more copies" in out
+    assert "… and 1 more pair of copies" in out
 
 
 def test_a_bundle_is_enough(run: Run, zoo: Path, tmp_path: Path) -> None:
@@ -173,4 +173,4 @@ def test_a_rank_is_what_halves_and_the_secondary_subspace_are_asked_of(run: Run,
         assert layer["split_half"]["rank"] == min(expected, 7)  # a half of 16 models spans seven directions
     code, _, err = run(*paths, "--rank", "many")
     assert code == 2
-    assert "is not a rule" in err
+    assert "is not a rank" in err

@@ -100,7 +100,7 @@ def test_spectra_too_short_to_fit_have_no_score(tmp_path: Path) -> None:
         score = document["layers"][name]["suitability"]["alpha_score"]
         assert (score["exponents"], score["num_models"], score["mean"], score["q"]) == ([None] * 12, 0, None, 0.0)
     assert document["suitability"]["alpha_score"] is None
-    assert "long enough to fit" in sentence(document)
+    assert "needs longer spectra" in sentence(document)
 
 
 def sentence(document: dict) -> str:
@@ -147,7 +147,7 @@ def test_what_was_not_measured_is_said_and_not_invented(tmp_path: Path) -> None:
         assert document["suitability"]["alpha_score"] is None
         assert all(layer["suitability"]["alpha_score"] is None for layer in document["layers"].values())
         assert "was not measured" in sentence(document)
-    with pytest.raises(ez.UsageError, match=r"own spectra.*of a bundle"):
+    with pytest.raises(ez.UsageError, match=r"own spectra, which this bundle does not have"):
         ez.evidence(bundle, suitability=True)
 
 
@@ -181,7 +181,7 @@ def test_the_command_and_the_table_say_both(tmp_path: Path, call: Callable[..., 
     assert row["by the alpha score"] == ("retained" if score["retained"] else "left out")
     assert row["alpha score q"] != "–"
     code, out, _ = call("evidence", tmp_path / "zoo")
-    assert "alpha score, of every model's own spectrum, was not measured" in " ".join(out.split())
+    assert "alpha score of every model's own spectrum was not measured" in " ".join(out.split())
     code, out, _ = call("evidence", tmp_path / "zoo", "--json")
     table = suitability_table(read_document({"evidence": json.loads(out)}))
     assert table is not None

@@ -186,7 +186,8 @@ def test_a_bundle_refuses_what_its_moments_cannot_tell(tmp_path: Path, asked: di
     bundle = ez.fit(write_stacks(tmp_path / "zoo", {"w": noise(5, (6, 4))}), 2).save(tmp_path / "bundle")
     for source in (bundle, ez.load(bundle)):
         with pytest.raises(
-            ez.UsageError, match=r"axes, center, view, base, include or exclude of a bundle.*Name the zoo instead"
+            ez.UsageError,
+            match=r"axes, center, view, base, include and exclude do not apply to a bundle.*Name the zoo instead",
         ):
             ez.evidence(source, **asked)
 
@@ -196,7 +197,7 @@ def test_a_bundle_without_moments_and_options_of_an_open_zoo_are_refused(tmp_pat
     bundle = ez.fit(paths, 2).save(tmp_path / "bundle", moments=False)
     with pytest.raises(ez.BundleError, match="the bundle has no moments"):
         ez.evidence(bundle)
-    with pytest.raises(ez.UsageError, match=r"of an opened zoo\. Give them to open_zoo"):
+    with pytest.raises(ez.UsageError, match=r"do not apply to an opened zoo\. Pass them to open_zoo"):
         ez.evidence(ez.open_zoo(paths), include=["w"])
     with pytest.raises(ez.UsageError, match="axis 'rows' is unknown"):
         ez.evidence(paths, axes=["rows"])

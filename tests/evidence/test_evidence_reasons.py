@@ -23,34 +23,38 @@ SHARED = Measures(
 
 def test_leading_directions_are_said_with_their_limits() -> None:
     text = why_shared(SHARED)
-    assert "the top 8 directions hold 1.8 times as much of left-out models as average directions do" in text
-    assert "(at least 1.1 is needed; p = 1e-06, and below 0.001 is needed)" in text
-    assert "an effective number of 5.25 directions (at most 30, half of the 60 models, count as few)" in text
+    assert "the top 8 directions explain 1.8 times as much of held-out models as average directions do" in text
+    assert "(needed: at least 1.1; p = 1e-06, needed: below 0.001)" in text
+    assert "5.25 effective directions (needed: at most 30, half of the 60 models)" in text
 
 
-def test_directions_that_hold_enough_are_said_with_their_limits() -> None:
+def test_directions_that_explain_enough_are_said_with_their_limits() -> None:
     text = why_shared(replace(SHARED, ratio=1.0, effective=45.0))
-    assert "hold 40.0 % of left-out models about their own mean, 12 times chance" in text
-    assert "(at least 5 % and 2 times are needed; p = 1e-09, and below 0.001 is needed)" in text
-    assert "45 directions (at most 60, one for each model, are allowed)" in text
+    assert "explain 40.0 % of the variance of held-out models about their own mean, 12 times chance" in text
+    assert "(needed: at least 5 % and 2 times chance; p = 1e-09, needed: below 0.001)" in text
+    assert "45 effective directions (needed: at most 60, one per model)" in text
 
 
 @pytest.mark.parametrize(
     ("changed", "said", "unsaid"),
     [
-        ({"p_chance": 0.3, "p_cloud": 0.2}, ["unrelated models reach as much (p = 0.2, and below 0.001"], ["average"]),
+        (
+            {"p_chance": 0.3, "p_cloud": 0.2},
+            ["Unrelated models reach as much (p = 0.2, needed: below 0.001"],
+            ["average"],
+        ),
         (
             {"effective": 140.0},
-            ["12 times chance, but spread over an effective number of 140 directions: at most 60"],
+            ["12 times chance. But the models spread over 140 effective directions (needed: at most 60"],
             [],
         ),
-        ({"effective": inf}, ["but spread over directions of which none leads"], ["inf"]),
+        ({"effective": inf}, ["But the models spread over directions of which none leads"], ["inf"]),
         (
             {"share": 0.031, "over_chance": 6.0, "effective": 140.0},
             [
-                "hold 3.10 %",
+                "explain 3.10 %",
                 "6 times chance, but at least 5 % is needed",
-                "140 directions, and at most 30, half of the 60",
+                "140 effective directions (needed: at most 30, half of the 60",
             ],
             ["2 times", "1.1 is"],
         ),
@@ -82,10 +86,10 @@ def test_each_missed_condition_is_said_and_no_other(
 
 def test_the_mean_is_said_with_its_limit() -> None:
     assert (
-        why_mean(0.3, shared=True) == "Two models have 30.0 % of a model's energy in common (at least 5 % is needed)."
+        why_mean(0.3, shared=True) == "Two models share 30.0 % of a model's energy on average (needed: at least 5 %)."
     )
-    assert why_mean(0.02, shared=False).endswith("2.00 % of a model's energy in common (at least 5 % is needed).")
-    assert "less than 4 standard deviations from none" in why_mean(0.3, shared=False)
+    assert why_mean(0.02, shared=False).endswith("2.00 % of a model's energy on average (needed: at least 5 %).")
+    assert "less than 4 standard deviations from zero" in why_mean(0.3, shared=False)
 
 
 def cloud(seed: int) -> Tensor:
@@ -98,14 +102,14 @@ def cloud(seed: int) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "code", "said"),
     [
-        (lambda seed: planted(30, 1, 0.3, seed=seed), "shared-subspace", "times as much of left-out models as average"),
-        (cloud, "no-shared-structure", "times chance, but spread over an effective number of"),
-        (lambda seed: noise(26, seed=seed), "no-shared-structure", "and unrelated models reach as much"),
+        (lambda seed: planted(30, 1, 0.3, seed=seed), "shared-subspace", "times as much of held-out models as average"),
+        (cloud, "no-shared-structure", "times chance. But the models spread over"),
+        (lambda seed: noise(26, seed=seed), "no-shared-structure", "Unrelated models reach as much"),
         (lambda seed: families((14, 12), seed=seed), "shared-lineage", "With whole lineages held out and all models"),
         (
             lambda seed: noise(26, seed=seed) + 3 * normal(1, 16, 18, seed=seed + 9),
             "shared-mean",
-            "in common (at least 5 %",
+            "on average (needed: at least 5 %",
         ),
     ],
     ids=["planted", "cloud", "noise", "families", "mean"],

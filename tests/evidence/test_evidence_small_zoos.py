@@ -73,7 +73,10 @@ def test_copies_of_one_model_are_said_to_be_copies(tmp_path: Path, num_models: i
     document = stated(found)
     assert found.verdict.code == "shared-mean"
     assert found.verdict.decided_by == "variance"
-    assert found.verdict.text == f"The {num_models} models are copies of one: no analysed layer differs between them."
+    assert (
+        found.verdict.text
+        == f"The {num_models} models are copies of one model: no analysed layer differs between them."
+    )
     assert found.verdict.layers["no-variance"] == 2
     assert set(found.verdict.values.values()) == {0.0}
     assert [len(group) for group in found.lineage.groups] == [num_models]
@@ -106,8 +109,8 @@ def test_a_layer_that_is_equal_in_all_models_counts_for_nothing(tmp_path: Path) 
     assert_alike({**both["summary"], "energy": 0.0}, {**alone["summary"], "energy": 0.0})
     assert_alike(both["verdict"]["values"], alone["verdict"]["values"])
     assert (
-        "1 of 1 layers with variance have this verdict alone, with 100.0 % of their values; 1 more are equal in all models"
-        in both["verdict"]["text"]
+        "Tested alone, 1 of 1 layers with variance have this verdict, with 100.0 % of their values. "
+        "1 more layer without variance does not count." in both["verdict"]["text"]
     )
 
 

@@ -51,7 +51,7 @@ def test_a_shared_mean_is_no_subspace(tmp_path: Path) -> None:
     found = find(tmp_path, layers(with_mean))
     assert found.verdict.code == "shared-mean"
     assert found.verdict.decided_by == "mean"
-    assert found.verdict.text.startswith("Shared mean, and no subspace beyond it: the mean alone removes ")
+    assert found.verdict.text.startswith("Shared mean, without a subspace beyond it. The mean alone removes ")
     # The mean has nine times the energy of a model's noise: nine tenths, less what the mean of 26 models adds.
     assert found.summary.mean_heldout == pytest.approx(0.9 - 0.1 / 26, abs=0.02)
     spread = drawn_shares(torch.ones(NUM_MODELS).double(), SHAPE[0] * SHAPE[1], 30).std(0)
@@ -70,7 +70,7 @@ def test_planted_directions_are_found_and_counted(tmp_path: Path) -> None:
     assert found.verdict.code == "shared-subspace"
     assert found.verdict.decided_by == "unseen"
     assert found.lineage.groups == ()
-    assert found.verdict.text.startswith("Shared subspace: the top 16 directions of each layer hold ")
+    assert found.verdict.text.startswith("Shared subspace: the top 16 directions of each layer explain ")
     for layer in found.layers.values():
         assert layer.code == "shared-subspace"
         assert layer.chance.auto == 8
@@ -91,7 +91,7 @@ def test_a_few_weak_directions_are_distinct_and_too_little_to_store_models_in(tm
     assert found.verdict.code == "shared-subspace"
     assert found.summary.directions.distinct
     assert not found.summary.directions.material
-    assert found.verdict.text.count("It is there beyond chance, and too little to store models in.") == 1
+    assert found.verdict.text.count("This is more than chance, but too little to store models in.") == 1
     assert {layer.chance.auto for layer in found.layers.values()} == {1}
 
 
@@ -101,7 +101,10 @@ def test_two_families_are_a_lineage_and_no_subspace(tmp_path: Path) -> None:
     assert found.verdict.decided_by == "lineage"
     expected = [{f"m{place}" for place in range(14)}, {f"m{place}" for place in range(14, 26)}]
     assert [set(group) for group in found.lineage.groups] == expected
-    assert "(2 groups, the largest of 14 of the 26 models) and is gone across origins" in found.verdict.text
+    assert (
+        "(2 groups, the largest with 14 of the 26 models). Models of different origin do not share it"
+        in found.verdict.text
+    )
     assert found.summary.directions.shared
     assert found.summary.across_directions is not None
     assert not found.summary.across_directions.shared
@@ -132,7 +135,7 @@ def test_uneven_norms_fool_the_iid_null_and_not_the_verdict(tmp_path: Path) -> N
         assert layer.chance.permuted is not None
         assert layer.chance.permuted[0] == pytest.approx(layer.chance.norm_matched[0], rel=0.05)
     control = next(control for control in found.to_dict()["controls"] if control["name"] == "chance")
-    assert "a null of even norms, which uneven norms fool, gives " in control["sentence"]
+    assert "(a null with equal norms, which uneven norms mislead, gives " in control["sentence"]
 
 
 def test_noise_is_no_structure(tmp_path: Path) -> None:

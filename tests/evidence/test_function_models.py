@@ -62,7 +62,7 @@ def test_files_are_measured_as_files_with_their_own_metadata(tmp_path: Path) -> 
     [
         ({"device": "gpu"}, r"device 'gpu'\. Devices are cpu, cuda"),
         ({"max_memory": 1}, "1 bytes of memory"),
-        ({"max_memory": 2**30, "workers": "open"}, r"max_memory 1,073,741,824 beside workers"),
+        ({"max_memory": 2**30, "workers": "open"}, r"max_memory 1,073,741,824 does not apply to open workers"),
     ],
 )
 def test_where_to_run_is_checked_beside_models_too(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -154,7 +154,7 @@ def test_a_bundle_whose_models_are_gone_asks_for_others(tmp_path: Path) -> None:
 
 def test_two_models_leave_none_to_hold_out(tmp_path: Path) -> None:
     paths, _ = write_zoo(tmp_path, "weight")
-    with pytest.raises(ez.UsageError, match="2 models leave none to hold out"):
+    with pytest.raises(ez.UsageError, match="2 models are too few to hold any out"):
         ez.evaluate(ez.fit(paths[:2], 1), Recorder())
 
 
@@ -216,10 +216,10 @@ def test_the_seed_decides_the_random_basis_alone(tmp_path: Path) -> None:
 def test_a_parent_beside_a_known_one_is_refused_unless_it_is_the_same(evaluated: Callable[..., Any]) -> None:
     paths, base, space, _, _ = evaluated("delta", "models")
     assert ez.evaluate(space, Recorder(), paths[-1], parent=base).mean.parent is not None
-    with pytest.raises(ez.UsageError, match="the models' parent is the base"):
+    with pytest.raises(ez.UsageError, match="The models' parent is the base"):
         ez.evaluate(space, Recorder(), paths[-1], parent=paths[0])
     paths, _, space, _, _ = evaluated("update", "models")
-    with pytest.raises(ez.UsageError, match="their updates zero"):
+    with pytest.raises(ez.UsageError, match="the base model alone, with zero updates"):
         ez.evaluate(space, Recorder(), paths[-1], parent=paths[0])
 
 

@@ -94,8 +94,8 @@ def test_the_sentence_of_a_subspace_that_carries_the_function(tmp_path: Path) ->
     figures = {"original": [0.9, 0.96, 0.99], "parent": [0.5, 0.6, 0.4], "mean": [0.5, 0.4, 0.45]}
     found = described(tmp_path, {**figures, "rebuilt": [0.85, 0.94, 0.91], "random": [0.52, 0.48, 0.5]})
     assert found.sentence == (
-        "On 3 models held out of a fit to 5 the average of <lambda> is 0.95 as they are, 0.9 rebuilt at rank 1, 0.45 with "
-        "the mean alone, 0.5 with a random basis and 0.5 with the parent alone; rebuilt models recover 90 % of the gap "
+        "On 3 models held out of a fit to 5, the average of <lambda> is 0.95 for the originals, 0.9 rebuilt at rank 1, 0.45 with "
+        "the mean alone, 0.5 with a random basis and 0.5 with the parent alone. Rebuilt models recover 90 % of the gap "
         "between the mean alone and the originals."
     )
 
@@ -111,14 +111,14 @@ def test_the_sentence_begins_with_what_does_as_well(tmp_path: Path) -> None:
     """Here the mean is as good as anything; that it is a little better than the originals turns nothing round."""
     figures = {"original": [0.9, 0.96, 0.99], "parent": [0.9, 0.9, 0.99], "mean": [0.91, 0.96, 0.99]}
     found = described(tmp_path, {**figures, "rebuilt": [0.9, 0.94, 0.98], "random": [0.52, 0.48, 0.5]})
-    assert found.sentence.startswith("The mean alone and the parent alone do as well as rebuilt models: on 3 models")
-    assert found.sentence.endswith("the mean alone leaves nothing to recover.")
+    assert found.sentence.startswith("The mean alone and the parent alone do as well as rebuilt models. On 3 models")
+    assert found.sentence.endswith("The mean alone leaves no gap to recover.")
 
 
 def test_a_difference_within_its_noise_is_none(tmp_path: Path) -> None:
     figures = {"original": [0.9, 0.96, 0.99], "parent": [0.5, 0.6, 0.4], "mean": [0.5, 0.4, 0.45]}
     found = described(tmp_path, {**figures, "rebuilt": [0.85, 0.94, 0.91], "random": [0.1, 0.95, 0.9]})
-    assert found.sentence.startswith("A random basis does as well as rebuilt models: ")
+    assert found.sentence.startswith("A random basis does as well as rebuilt models. ")
 
 
 PEFT_AND_TRANSFORMERS = "ignore:.*is_gradient_checkpointing.*:FutureWarning"
@@ -162,7 +162,7 @@ def test_real_checkpoints(real: Callable[..., Path]) -> None:
         assert control is not None
         assert control < 0.75
         assert (mean.rebuilt[8] or 0) > control + 0.1
-    assert found.sentence.startswith("On 3 models held out of a fit to 9 the average of accuracy is ")
+    assert found.sentence.startswith("On 3 models held out of a fit to 9, the average of accuracy is ")
 
 
 @pytest.mark.filterwarnings(PEFT_AND_TRANSFORMERS)

@@ -47,7 +47,7 @@ BAD = {
     "list pattern": ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
     "null in pattern": ({"alpha_pattern": {"x": None}}, r"alpha_pattern\['x'\] is None"),
     "text rslora": ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
-    "bad regex": ({"alpha_pattern": {"(": 1}}, r"the pattern '\(' is no regular expression"),
+    "bad regex": ({"alpha_pattern": {"(": 1}}, r"the pattern '\(' is not a regular expression"),
 }
 
 

@@ -109,7 +109,7 @@ def test_layouts_that_others_wrote_are_checked(tmp_path: Path, splits: object, m
     "text", ["", "=3", "qkv", "*=1", "*=0", "*=q", "*=q,q", "*=q,,v", "*=q:0,k", "*=5000", "*=a b,c"]
 )
 def test_what_is_no_rule_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no rule.*A rule is GLOB=NUMBER"):
+    with pytest.raises(UsageError, match=r"is not a rule for --split.*A rule is GLOB=NUMBER"):
         parse_split(text)
 
 
@@ -120,7 +120,7 @@ def test_rules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             ["*.query.*=q,k,v"],
             r"the split \*\.query\.\*=q,k,v matches no tensor.*The names are in what `eigenzoo inspect",
         ),
-        (["*.qkv.bias=5"], r"qkv\.bias': 12 outputs are not 5 equal parts"),
+        (["*.qkv.bias=5"], r"qkv\.bias': 12 outputs cannot be split into 5 equal parts"),
         (["*.qkv.bias=q,k,v", "*.bias=2"], "two splits match it"),
         (["counter=2"], r"tensor of shape \[\] and torch\.int64 is not split"),
         (["*.qkv.weight=taken,free"], "is the name of a tensor already"),

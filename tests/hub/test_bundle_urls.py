@@ -82,7 +82,9 @@ def test_add_does_not_write_a_bundle_of_the_hub_into_a_folder_called_by_its_url(
     for name in ("org/space", "org/space@main", "hf://org/space"):
         error = invoke(["add", name, "zoo/m4"])
         assert isinstance(error, UsageError)
-        assert f"{name}: a bundle of the hub is not replaced by add. Name the grown bundle with -o" in str(error)
+        assert f"{name}: add cannot replace a bundle on the hub. Write the grown bundle to a folder with -o" in str(
+            error
+        )
     assert hub.requests == []
     assert not (here / "hf:").exists()
 

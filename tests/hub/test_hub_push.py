@@ -104,7 +104,7 @@ def test_a_broken_bundle_is_not_pushed(hub: Hub, logged_in: str, bundle: Path) -
     data[-1] ^= 1
     basis.write_bytes(data)
     hub.forget()
-    with pytest.raises(BundleError, match=r"bundle: basis.*What is damaged is not pushed"):
+    with pytest.raises(BundleError, match=r"bundle: basis.*A damaged bundle is not pushed"):
         ez.load(bundle).push("me/space")
     assert hub.requests == []
     assert hub.repos == {}
@@ -311,7 +311,7 @@ def test_the_commands_take_ids(hub: Hub, logged_in: str, tmp_path: Path, monkeyp
     assert list(json.loads(out)["models"]) == ["m0"]
     code, _, err = in_process(monkeypatch, "add", "me/space", ids[0])
     assert code == 2
-    assert "a bundle of the hub is not replaced by add" in err
+    assert "add cannot replace a bundle on the hub" in err
     code, _, err = in_process(monkeypatch, "evidence", "me/space", "--quiet")
     assert code == 2
     assert "the bundle has no moments" in err

@@ -59,9 +59,9 @@ def test_auto_does_not_take_round_off_for_a_finding():
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
-        (True, r"rank True is not a rule\. A rank is a number, a share in \(0, 1\], or 'auto'"),
-        (None, r"rank None is not a rule"),
-        ("half", r"rank 'half' is not a rule"),
+        (True, r"True is not a rank\. A rank is a number, a share in \(0, 1\], or 'auto'"),
+        (None, r"None is not a rank"),
+        ("half", r"'half' is not a rank"),
         (0.0, r"rank 0\.0 is not a share\. A float rank is a share of the variance in \(0, 1\]"),
         (1.5, r"rank 1\.5 is not a share"),
         (float("nan"), r"rank nan is not a share"),

@@ -185,7 +185,7 @@ def test_the_expected_energy_outside_is_that_of_halko_martinsson_and_tropp(value
 def test_a_rank_above_the_sketch_is_refused():
     found = sketched(moment_of(SPECTRA["slow"]), 10).eigenvectors()
     assert found.basis(20).shape == (SIZE, 20)
-    with pytest.raises(RankError, match=r"rank 21, but the sketch holds 20 directions.*Sketch again for rank 21"):
+    with pytest.raises(RankError, match=r"rank 21, but the sketch has only 20 directions.*Sketch again for rank 21"):
         found.basis(21)
     with pytest.raises(RankError, match="solver 'exact'"):
         found.check_rank(21)

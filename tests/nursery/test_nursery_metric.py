@@ -50,7 +50,7 @@ def test_an_adapter_rebuilt_far_from_its_zoo_needs_the_metric_and_one_beside_it_
     far, near = rebuilt.save(tmp_path / "far" / "away"), rebuilt.save(folder / "_rebuilt")
     with pytest.raises(
         UsageError,
-        match=r"'../_base' is not there.*nursery\.metric\(zoo\).*--metric eigenzoo\.nursery:metric --metric-arg ZOO",
+        match=r"'../_base' does not exist.*nursery\.metric\(zoo\).*--metric eigenzoo\.nursery:metric --metric-arg ZOO",
     ):
         accuracy(far)
     assert accuracy(near) == metric(folder)(far) == accuracy(far, base=folder / "_base")

@@ -24,16 +24,20 @@ TASK = "5-against-5:0,1,2,3,4"
     ("kind", "options", "text"),
     [
         ("digits-mlp", {}, "no zoo of kind 'digits-mlp'. The kinds are digits-vit, digits-lora, digits-cnn"),
-        ("digits-vit", {"num_models": 127}, "digits-vit: 127 models asked for.*126 ways.*1 to 126"),
-        ("digits-cnn", {"num_models": 0}, "digits-cnn: 0 models asked for"),
+        ("digits-vit", {"num_models": 127}, "digits-vit: 127 models are not possible.*126 ways.*1 to 126"),
+        ("digits-cnn", {"num_models": 0}, "digits-cnn: 0 models are not possible"),
         ("digits-cnn", {"seed": -1}, "seed -1. A seed is a whole number"),
         ("digits-lora", {"train_head": True}, "digits-lora: no such option: train_head. Its adapters hold LoRA"),
         ("digits-cnn", {"train_head": True}, "digits-cnn: no such option: train_head. It trains all weights"),
         ("digits-vit", {"own_init": True}, "digits-vit: no such option: own_init. Its models are fine-tunes"),
         ("digits-vit", {"permuted": True}, "digits-vit: no such option: permuted.*only digits-cnn"),
         ("digits-lora", {"permuted": True}, "digits-lora: no such option: permuted.*only digits-cnn"),
-        ("digits-cnn", {"same_task": True, "num_models": 127}, "127 models asked for. A zoo has 126 seeds.*1 to 126"),
-        ("digits-cnn", {"same_task": True, "random_labels": True}, "same_task and random_labels are both asked for"),
+        (
+            "digits-cnn",
+            {"same_task": True, "num_models": 127},
+            "127 models are not possible. A zoo has 126 seeds.*1 to 126",
+        ),
+        ("digits-cnn", {"same_task": True, "random_labels": True}, "same_task and random_labels exclude each other"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_training(
@@ -102,10 +106,10 @@ def test_a_model_without_a_task_needs_one(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-cnn")
     path = zoo.model(next(iter(zoo.recipe.models)))
     save_file(load_file(path), tmp_path / "bare.safetensors")
-    with pytest.raises(UsageError, match=r"no task in the file's metadata.*Pass task="):
+    with pytest.raises(UsageError, match=r"the file's metadata has no task.*Pass task="):
         accuracy(tmp_path / "bare.safetensors")
     assert accuracy(tmp_path / "bare.safetensors", task=TASK) > 0
-    with pytest.raises(UsageError, match="'evens' is no task"):
+    with pytest.raises(UsageError, match="'evens' is not a task"):
         accuracy(path, task="evens")
 
 
@@ -113,19 +117,19 @@ def test_a_model_without_a_task_needs_one(hasty: Hasty, tmp_path: Path) -> None:
 def test_an_adapter_without_its_parent_needs_one(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-lora")
     alone = shutil.copytree(zoo.folder / next(iter(zoo.recipe.models)), tmp_path / "adapter")
-    with pytest.raises(UsageError, match=r"parent '../_base' is not there.*Pass base=.*nursery.metric\(zoo\)"):
+    with pytest.raises(UsageError, match=r"parent '../_base' does not exist.*Pass base=.*nursery.metric\(zoo\)"):
         accuracy(alone)
 
 
 def test_a_metric_is_bound_to_a_zoo_only(hasty: Hasty, tmp_path: Path) -> None:
     zoo = hasty("digits-lora")
     for folder in (tmp_path, tmp_path / "nothing", zoo.folder / "_base"):
-        with pytest.raises(UsageError, match=r"is no zoo of the nursery.*zoo.json"):
+        with pytest.raises(UsageError, match=r"this is not a zoo of the nursery.*zoo.json"):
             metric(folder)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="0 safetensors files where one model should be"):
+    with pytest.raises(FormatError, match="0 safetensors files instead of one model"):
         accuracy(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(FormatError, match="not a safetensors file"):
@@ -142,7 +146,7 @@ def test_a_model_with_a_weight_missing_is_not_filled_at_random(hasty: Hasty, tmp
     weights = load_file(file)
     del weights[sorted(weights)[3]]
     save_file(dict(weights), file, metadata={"format": "pt"})
-    with pytest.raises(MismatchError, match=r"not a complete|missing or too many|not the weights of"):
+    with pytest.raises(MismatchError, match=r"this digits-vit is incomplete|missing or too many|not the weights of"):
         accuracy(copy, task=TASK, base=zoo.folder / "_base" if kind == "digits-lora" else None)
 
 

@@ -111,9 +111,9 @@ def pinned_short() -> None:
 
 
 SHORT: dict[str, tuple[Callable[[], None], str, str]] = {
-    "numpy": (numpy_short, "cpu", r"layer 'w': out of memory on device 'cpu': 64\.0 PiB were asked for.*--exclude"),
-    "torch": (torch_short, "cpu", r"layer 'w': out of memory on device 'cpu': \d+ bytes were asked for.*--max-memory"),
-    "card": (gpu_short, "cuda", r"layer 'w': out of memory on device 'cuda': 20\.00 GiB were asked for.*--device cpu"),
+    "numpy": (numpy_short, "cpu", r"layer 'w': out of memory on device 'cpu': 64\.0 PiB were requested.*--exclude"),
+    "torch": (torch_short, "cpu", r"layer 'w': out of memory on device 'cpu': \d+ bytes were requested.*--max-memory"),
+    "card": (gpu_short, "cuda", r"layer 'w': out of memory on device 'cuda': 20\.00 GiB were requested.*--device cpu"),
     "pinned": (pinned_short, "cuda:1", r"layer 'w': out of memory on device 'cuda:1'\. Blocks of weights"),
 }
 
@@ -170,9 +170,12 @@ FUNCTIONS = {"fit": ez.fit, "plan": ez.plan, "evidence": ez.evidence}
     ("options", "message"),
     [
         ({"device": "nonsense"}, "device 'nonsense'. Devices are"),
-        ({"device": "cuda"}, "device 'cuda' beside workers on 'cpu'.*Give the device to local_workers"),
-        ({"max_memory": 1}, "max_memory 1 beside workers"),
-        ({"max_memory": 2**30}, "max_memory 1,073,741,824 beside workers.*Give max_memory to local_workers"),
+        ({"device": "cuda"}, "device 'cuda' does not apply to workers on 'cpu'.*Pass the device to local_workers"),
+        ({"max_memory": 1}, "max_memory 1 does not apply to open workers"),
+        (
+            {"max_memory": 2**30},
+            "max_memory 1,073,741,824 does not apply to open workers.*Pass max_memory to local_workers",
+        ),
     ],
 )
 def test_what_contradicts_open_workers_is_refused(
@@ -192,7 +195,10 @@ def test_what_agrees_with_open_workers_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"device": "nonsense"}, "device 'nonsense'. Devices are"), ({"max_memory": 1}, "1 bytes of memory. Blocks take")],
+    [
+        ({"device": "nonsense"}, "device 'nonsense'. Devices are"),
+        ({"max_memory": 1}, "1 bytes of memory are too few. Blocks need"),
+    ],
 )
 def test_evidence_of_a_bundle_refuses_nonsense_too(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     space = ez.fit(write_stacks(tmp_path / "zoo", {"w": random_stack(6, (6, 5))}), 2, cache=False)

@@ -148,7 +148,7 @@ def test_a_bundle_is_refused_before_a_weight_is_read(paths: list[Path], unread: 
         space.add(paths[:1])
     refused: list[tuple[Any, dict[str, Any], str]] = [
         ("accuracy", {}, r"the metric 'accuracy' is not callable"),
-        (len, {"ranks": [0]}, r"rank 0\. Ranks to rebuild at"),
+        (len, {"ranks": [0]}, r"rank 0 is not valid\. Ranks to rebuild at"),
         (len, {"seed": 2**64}, r"seed 18446744073709551616"),
         (len, {"device": "tpu"}, "device 'tpu'"),
     ]

@@ -261,7 +261,7 @@ def test_auto_finds_what_was_planted_and_nothing_else(tmp_path, seed):
         ),
         (-2, None, r"rank -2 is negative"),
         (2.0, None, r"rank 2\.0 is not a share"),
-        ("all", None, r"rank 'all' is not a rule"),
+        ("all", None, r"'all' is not a rank"),
     ],
 )
 def test_ranks_that_cannot_be(tmp_path, rank, axes, text):

@@ -136,7 +136,7 @@ def test_the_verdict_and_every_sentence_stand_in_the_page(page):
 
 def test_what_was_not_measured_is_said(page):
     shown = read(page("nothing")[1]).text
-    assert "holds no sizes of files" in shown
+    assert "has no file sizes" in shown
     assert "No metric was run" in shown
     assert "No subspace was fitted" in shown
     assert "plot-sizes" not in read(page("nothing")[1]).ids
@@ -224,7 +224,7 @@ def test_lists_of_layers_are_in_natural_order():
 def test_shares_of_like_names_have_one_value_each_and_the_reason(page):
     document, text = page("subspace")
     evidence, found = document["evidence"], read(text)
-    (rows,) = re.findall(r"aria-label=\"Why shares of like names differ\".*?</table>", text, re.DOTALL)
+    (rows,) = re.findall(r"aria-label=\"Why shares with similar names differ\".*?</table>", text, re.DOTALL)
     cells = [
         re.sub("<[^>]*>", "", cell).replace("\u00a0", " ") for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", rows)
     ]
@@ -238,7 +238,7 @@ def test_shares_of_like_names_have_one_value_each_and_the_reason(page):
     sums = [sum(layer["explained_variance_ratio"][:16]) for layer in layers]
     everyone = in_percent(float(np.average(sums, weights=weights)))
     assert table["all models"] == everyone
-    assert f"directions hold {everyone} of the variance of all 40 models" in found.text
+    assert f"directions explain {everyone} of the variance of all 40 models" in found.text
 
 
 @pytest.mark.parametrize(

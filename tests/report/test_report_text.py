@@ -110,7 +110,7 @@ def test_markdown_says_verdict_controls_and_numbers(document):
         assert control["sentence"] in text
     place = evidence["summary"]["rank"].index(4)
     assert (
-        f"- held out: {100 * evidence['summary']['captured'][place]:.1f} % of left-out models' variance about the mean, rank 4"
+        f"- held out: {100 * evidence['summary']['captured'][place]:.1f} % of held-out models' variance about the mean, rank 4"
         in text
     )
     name, layer = next(iter(evidence["layers"].items()))
@@ -144,7 +144,7 @@ def test_names_are_inert_in_markdown():
 def test_what_was_not_measured_is_said_in_markdown():
     text = render_markdown(make_document(num_models=6, num_layers=2, function=False, sizes=False, bundle=False))
     assert "No metric was run" in text
-    assert "holds no sizes" in text
+    assert "has no file sizes" in text
     assert "No subspace was fitted" in text
 
 

@@ -286,7 +286,7 @@ def test_a_scheduler_without_workers_is_refused(monkeypatch: pytest.MonkeyPatch)
     [
         ({"cluster": "here"}, "cluster 'here'. A cluster is 'local' or an address"),
         ({"device": "mps"}, "device 'mps'. Devices are cpu, cuda"),
-        ({"max_memory": LEAST_MEMORY - 1}, "16,777,215 bytes of memory. Blocks take at least"),
+        ({"max_memory": LEAST_MEMORY - 1}, "16,777,215 bytes of memory are too few. Blocks need at least"),
     ],
 )
 def test_clusters_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
@@ -379,7 +379,7 @@ def test_a_local_cluster_has_a_process_for_each_gpu(
 
 def test_more_local_processes_than_gpus_are_refused(two_gpus: None) -> None:
     with (
-        pytest.raises(UsageError, match=r"3 local workers on 2 GPUs.*threads of one process share a GPU"),
+        pytest.raises(UsageError, match=r"3 local workers are too many for 2 GPUs.*threads of one process share a GPU"),
         cluster_workers(num_workers=3, device="cuda"),
     ):
         pass

@@ -268,11 +268,13 @@ def test_too_little_memory_is_refused(
 ) -> None:
     paths = write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)})
     for call in (ez.fit, ez.evidence, ez.plan):
-        with pytest.raises(UsageError, match=r"16,777,215 bytes of memory\. Blocks take at least 16,777,216 bytes"):
+        with pytest.raises(
+            UsageError, match=r"16,777,215 bytes of memory are too few\. Blocks need at least 16,777,216 bytes"
+        ):
             call(paths, max_memory=LEAST_MEMORY - 1)
     words = ["fit", *map(str, paths), "-o", str(tmp_path / "bundle"), "--rank", "2", "--quiet", "--max-memory"]
     for size, code, text in (
-        ("1MB", 2, "UsageError: 1,000,000 bytes of memory. Blocks take at least"),
+        ("1MB", 2, "UsageError: 1,000,000 bytes of memory are too few. Blocks need at least"),
         ("16MiB", 0, ""),
     ):
         monkeypatch.setattr("sys.argv", ["eigenzoo", *words, size])

@@ -171,7 +171,7 @@ def test_the_command_goes_on_after_a_signal(
     child.send_signal(number)
     _, said = child.communicate(timeout=HANG)
     assert child.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
-    assert ("goes on from the layers that are finished" in said) is (number == signal.SIGTERM)
+    assert ("resume after the finished layers" in said) is (number == signal.SIGTERM)
     assert [name[: len(PREFIX)] for name in hidden([output.parent])] == [PREFIX]
     monkeypatch.setattr("sys.argv", ["eigenzoo", *words])
     with pytest.raises(SystemExit, match="0"):

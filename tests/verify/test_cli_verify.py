@@ -89,7 +89,7 @@ def test_an_adapter_of_mlx_lm_is_undecided(run: Run, base: Made, sound: Made, tm
 def test_an_adapter_alone(run: Run, sound: Made) -> None:
     code, out, _ = run("verify", sound("llama"))
     assert code == 0
-    assert "sound in itself; --against BASE says whether it takes effect" in out
+    assert "undamaged; --against BASE checks whether it takes effect" in out
 
 
 def test_a_bundle_against_a_base(run: Run, base: Made, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def lora_factors(
         raise UsageError(
             f"the start {start!r}",
             where=str(space.path),
-            rule=f"choose {ZERO}, or {MEAN} for views update and delta: the mean of whole weights is no change of a model",
+            rule=f"choose {ZERO}, or {MEAN} for views update and delta: the mean of whole weights is not a change of a model",
         )
     if space.view == "factors":
         raise UsageError("view 'factors' has no updates", next_step="fit the zoo with view 'update'")

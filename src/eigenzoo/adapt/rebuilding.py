@@ -49,7 +49,7 @@ def rebuild(
     """Return the whole model that an adapter file stands for; cost as of `Subspace.rebuild`.
 
     Args:
-        model: the checkpoint that was trained; needed for start `zero` of full weights. It gives all that is no layer.
+        model: the checkpoint that was trained; needed for start `zero` of full weights. It gives all tensors that are not layers.
         like: the model of the bundle that gives it, where no model is named; by default the first.
         max_lora_rank: of adapters, the largest rank of an update, as of `Subspace.rebuild`.
 
@@ -61,7 +61,7 @@ def rebuild(
         raise UsageError(
             "both --model and --like (model=, like=) are given",
             where=str(path),
-            rule="one model gives all that is no layer",
+            rule="one model gives all tensors that are not layers",
             next_step="leave one of them out",
         )
     if model is not None:

@@ -208,12 +208,13 @@ def _seed(seed: int, what: str, number: int) -> int:
 def _scalar(loss: Tensor, step: int) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise UsageError(
-            "the loss is no scalar that depends on what is trained", rule="loss(module, batch) returns one number"
+            "the loss is not a scalar that depends on the trained parameters",
+            rule="loss(module, batch) returns one number",
         )
     if not bool(torch.isfinite(loss)):
         raise DataError(
             f"the loss is {loss.item()} at step {step + 1}",
-            next_step="lower the learning rate, or look for values in the data that are no numbers",
+            next_step="lower the learning rate, or look for NaN or Inf in the data",
         )
     return loss
 

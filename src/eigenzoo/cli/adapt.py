@@ -24,8 +24,9 @@ def command(
     data: Annotated[
         str,
         typer.Argument(
-            help="A table with columns text and label (.csv, .json, .jsonl, .parquet), a folder with a folder of images per "
-            "class, either of them as train and test parts in one folder, or a task of the nursery: 5-against-5:0,1,2,3,4.",
+            help="Training data: a table with columns text and label (.csv, .json, .jsonl, .parquet), a folder with one "
+            "subfolder of images per class, a folder with train and test parts of either, or a task of the nursery: "
+            "5-against-5:0,1,2,3,4.",
             metavar="DATA",
             show_default=False,
         ),
@@ -33,56 +34,60 @@ def command(
     model: Annotated[
         Path,
         typer.Option(
-            help="The model to adapt: a local checkpoint of transformers with its tokenizer or image processor, or a "
-            "network of the nursery.",
+            help="Model to adapt: a local transformers checkpoint with its tokenizer or image processor, or a model of the "
+            "nursery.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path | None, options.output("The adapter file to write.")] = None,
+    output: Annotated[Path | None, options.output("Adapter file to write.")] = None,
     start: Annotated[
         str,
         typer.Option(
-            help="mean, zero (a change of the model's own weights), random, the name of a model in the bundle, or a path."
+            help="Initial value: mean (of the zoo), zero (the model's own weights), random, the name of a model in the "
+            "bundle, or the path of a model."
         ),
     ] = "mean",
-    steps: Annotated[int, typer.Option(help="Steps of Adam.")] = STEPS,
-    batch_size: Annotated[int, typer.Option(help="Items of one step.")] = BATCH_SIZE,
+    steps: Annotated[int, typer.Option(help="Number of Adam steps.")] = STEPS,
+    batch_size: Annotated[int, typer.Option(help="Items per step.")] = BATCH_SIZE,
     learning_rate: Annotated[
-        float, typer.Option(help="In units of how far apart the zoo's models lie.")
+        float, typer.Option(help="Learning rate, in units of the spread of the zoo's coefficients.")
     ] = LEARNING_RATE,
     besides: Annotated[
         list[str] | None,
         typer.Option(
-            help="Parameters that are trained too, such as a head: 'classifier.*' (repeatable).", show_default=False
+            help="Train these parameters too, such as a head: 'classifier.*' (repeatable).", show_default=False
         ),
     ] = None,
     seed: options.Seed = 0,
     random_basis: Annotated[
         bool,
         typer.Option(
-            "--random-basis", help="The control: as many random directions; measured, and nothing is written."
+            "--random-basis",
+            help="Run the control: train the same number of random directions, print the accuracy, write nothing.",
         ),
     ] = False,
     test_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of each class that is held out (0.2) where there is no test part.", show_default=False
+            help="Share of each class to hold out if the data has no test part. Default: 0.2.", show_default=False
         ),
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Where unfinished work is kept; by default hidden beside the output.", show_default=False),
+        typer.Option(
+            help="Checkpoint file of the training. Default: a hidden file beside the output.", show_default=False
+        ),
     ] = None,
     device: options.Device = "cpu",
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train coefficients for a new task; interrupted, it goes on where it was when it is run again."""
+    """Train coefficients for a new task. After an interruption, the same command resumes from its checkpoint."""
     if output is None and not random_basis:
         raise UsageError(
             "--output is missing",
-            rule="only --random-basis, the control, keeps nothing",
+            rule="only the control --random-basis writes no file",
             next_step="name the file to write: -o task.safetensors",
         )
     with progress_bar(quiet=quiet or json) as progress:
@@ -119,7 +124,7 @@ def render(found: Adaptation, bundle: str) -> None:
     say(
         f"{found.num_trained} numbers trained{random}{besides}: {found.steps} steps on {found.num_train} items, "
         f"loss {found.first_loss:.3g} → {found.last_loss:.3g}"
-        + (f" (the first {found.taken_up_at} steps by an earlier call)" if found.taken_up_at else "")
+        + (f" (resumed after {found.taken_up_at} steps)" if found.taken_up_at else "")
     )
     for note in found.notes:
         say(note)
@@ -141,5 +146,5 @@ def render(found: Adaptation, bundle: str) -> None:
     print_table("", ("on disk", "bytes"), sizes)
     if found.output is not None:
         zero = " --model MODEL" if found.start == "zero" else ""
-        say(f"\n{found.output} is all that is needed beside the bundle")
+        say(f"\nadapter file: {found.output} (keep the bundle: the file needs it)")
         say(f"next: eigenzoo rebuild {bundle} {found.output} -o MODEL_FOLDER{zero}")

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def command(
     bundle: options.BundleArgument,
     models: options.ModelsArgument,
-    output: Annotated[Path | None, options.output("The grown bundle; by default BUNDLE itself is replaced.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Fit the basis anew for all models.")] = False,
+    output: Annotated[Path | None, options.output("Bundle to write. Default: replace BUNDLE.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Refit the basis to all models.")] = False,
     old: Annotated[
-        list[str] | None, typer.Option(help="Where the old models' files are now (repeatable).", show_default=False)
+        list[str] | None, typer.Option(help="Current path of the old models' files (repeatable).", show_default=False)
     ] = None,
     base: options.Base = None,
     allow_pickle: options.AllowPickle = False,
@@ -32,7 +32,10 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Add models to a bundle: exact where the old models' files are at hand, else exact inside the kept subspace."""
+    """Add models to a bundle.
+
+    With the old models' files the result is exact. Without them it is exact inside the kept subspace.
+    """
     import eigenzoo as ez
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.formats.remote.hub_bundle import hub_place
@@ -41,9 +44,9 @@ def command(
 
     if output is None and hub_place(bundle) is not None:
         raise UsageError(
-            "a bundle of the hub is not replaced by add",
+            "add cannot replace a bundle on the hub",
             where=bundle,
-            next_step="name the grown bundle with -o, then push it",
+            next_step="write the grown bundle to a folder with -o, then run `eigenzoo push`",
         )
     target = Path(bundle) if output is None else output
     check_free(target, force=force or output is None, foreign=foreign_to_a_bundle)
@@ -89,5 +92,5 @@ def _lost(space: Subspace) -> str:
     lost = sum(sum(coefficients.outside.values()) for coefficients in new)
     return (
         f"lost: {in_percent(share_of(lost, energy))} of the new models' energy; "
-        f"what {space.report['imported']['tool']} had lost of the imported ones is not known"
+        f"the error of {space.report['imported']['tool']} for the imported models is unknown"
     )

@@ -37,8 +37,8 @@ from eigenzoo.errors import EigenzooError
 INTERRUPTED = 130
 
 GOES_ON = {
-    "fit": "; the same command goes on from the layers that are finished",
-    "adapt": "; the same command goes on from the last checkpoint",
+    "fit": "; run the same command again to resume after the finished layers",
+    "adapt": "; run the same command again to resume from the last checkpoint",
 }
 """What a command does when it is run again after an interruption; all others begin anew."""
 

@@ -31,20 +31,23 @@ SCORES = ("original", "rebuilt", "mean", "parent", "random_basis")
 
 
 def command(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder for everything that the demo makes.")
-    ] = Path("demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: zoo, bundle and report.")] = Path(
+        "demo"
+    ),
     kind: Annotated[
-        str, typer.Option(help="digits-vit (fine-tunes of one parent) or digits-lora (adapters of one parent).")
+        str,
+        typer.Option(
+            help="Kind of zoo: digits-vit (fine-tunes of one parent) or digits-lora (adapters of one parent)."
+        ),
     ] = "digits-vit",
     num_models: options.NumModels = None,
-    rank: Annotated[int, typer.Option(help="Directions per layer.")] = 16,
+    rank: Annotated[int, typer.Option(help="Number of directions per layer.")] = 16,
     seed: options.Seed = 0,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a zoo → inspect → fit most of it → rebuild and measure the models held out → the verdict, and a report."""
+    """Train a small zoo, fit most of it, rebuild and measure the held-out models, and write a report with the verdict."""
     import eigenzoo as ez
     from eigenzoo import nursery
     from eigenzoo.errors import UsageError
@@ -203,18 +206,18 @@ def _render(rows: list[dict[str, Any]]) -> None:
         ],
     )
     say(
-        "Controls: the mean only (all numbers zero), and as many random directions in the subspace's place. Two classes: guessing "
-        "scores 50 %."
+        "Controls: the mean only (all coefficients zero), and the same number of random directions instead of the subspace. There "
+        "are two classes, so guessing scores 50 %."
     )
 
 
 def _what_next(folder: Path, name: str) -> None:
     here = "eigenzoo" if which("eigenzoo") else sys.argv[0]
     commands = {
-        f"plan {folder}/zoo": "what other axes and ranks would lose and weigh",
-        f"project {folder}/bundle {folder}/zoo/{name}": "one model's residual; layer by layer with --json",
-        f"add {folder}/bundle {folder}/zoo/{name}": "one more model for a few numbers",
-        f"demo -o {folder}-lora --kind digits-lora": "the same with LoRA adapters",
+        f"plan {folder}/zoo": "compare axes and ranks by error and bytes",
+        f"project {folder}/bundle {folder}/zoo/{name}": "print one model's residual; per layer with --json",
+        f"add {folder}/bundle {folder}/zoo/{name}": "add one model to the bundle",
+        f"demo -o {folder}-lora --kind digits-lora": "run the demo with LoRA adapters",
     }
     say(f"\nEverything is in {folder}/. Try next:")
     for command, purpose in commands.items():

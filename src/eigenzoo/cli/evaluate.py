@@ -11,6 +11,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.display import counted
 from eigenzoo.errors import EigenzooError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def command(
     base: options.Base = None,
     ranks: Annotated[
         str | None,
-        typer.Option(help="Ranks to rebuild at, comma-separated; by default powers of two.", show_default=False),
+        typer.Option(help="Ranks at which to rebuild, comma-separated. Default: powers of two.", show_default=False),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -35,7 +36,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure held-out models by a metric of your own: as they are, rebuilt, and with mean, head or random basis alone."""
+    """Measure held-out models with your own metric: original, rebuilt, and the controls (mean, head alone, random basis)."""
     import eigenzoo as ez
 
     chosen = parse_ranks(ranks)
@@ -67,11 +68,13 @@ def command(
 
 def render(found: FunctionEvidence) -> None:
     """Print every variant's average and its standard error, then what follows."""
-    whose = "held out" if found.heldout else "not all held out"
-    say(f"{found.metric} of {found.num_models} models, {whose}; the subspace is of {found.num_fitted}")
+    whose = "held-out models" if found.heldout else "models, not all held out"
+    say(
+        f"{found.metric} of {found.num_models} {whose}; the subspace was fitted to {counted(found.num_fitted, 'model')}"
+    )
     print_table(
         "",
-        ("in a model's place", "average", "± standard error"),
+        ("variant", "average", "± standard error"),
         [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
     )
     say(f"\n{found.sentence}")
@@ -95,7 +98,7 @@ def load_metric(text: str, argument: str | None) -> Metric:
     """Import module:function, from the working folder first; with an argument, call it once for the metric."""
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
-        raise UsageError(f"{text!r} names no function", where="--metric", rule="write module:function")
+        raise UsageError(f"{text!r} does not name a function", where="--metric", rule="write module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
     found = _called(f"module {module_name!r} cannot be imported", importlib.import_module, module_name)
@@ -106,7 +109,9 @@ def load_metric(text: str, argument: str | None) -> Metric:
     if argument is not None:
         found = _called(f"{text} failed for {argument!r}", found, argument)
     if not callable(found):
-        raise UsageError(f"{text} is no function", where="--metric", rule="a metric is called with a path")
+        raise UsageError(
+            f"{text} is not a function", where="--metric", rule="a metric is called with the path of a model"
+        )
     measure: Metric = found
     return measure
 

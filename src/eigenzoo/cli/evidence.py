@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 Axes = Annotated[
     str | None,
-    typer.Option(help="Also the spectra of outputs, inputs, or both, comma-separated.", show_default=False),
+    typer.Option(help="Also compute spectra of these axes, comma-separated: outputs, inputs.", show_default=False),
 ]
 
 
 Rank = Annotated[
     str | None,
     typer.Option(
-        help="Directions that halves and the secondary subspace are asked of: a number, a share such as 0.95, or auto.",
+        help="Rank for the controls halves and secondary subspace: a number, a share of the variance such as 0.95, or auto. "
+        "Default: auto.",
         show_default=False,
     ),
 ]
@@ -42,15 +43,15 @@ def command(
         bool,
         typer.Option(
             "--suitability",
-            help="Also the authors' alpha score of full weights, which takes an SVD of every model's layers; of LoRA updates "
-            "it is always there.",
+            help="Also compute the authors' alpha score of full weights, with an SVD of every model's layers. For LoRA updates "
+            "it is always computed.",
         ),
     ] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Is there a shared subspace, beyond chance, beyond the mean, beyond a common origin? A bundle's moments are enough."""
+    """Test for a shared subspace, beyond chance, the mean and a common origin, and give a verdict."""
     import eigenzoo as ez
 
     asked = options.parse_rule(rank)
@@ -96,7 +97,7 @@ def render(found: Evidence, most: int = 40) -> None:
     for first, other in found.lineage.duplicates[:5]:
         say(f"copies: {first} and {other}")
     if len(found.lineage.duplicates) > 5:
-        say(f"… and {len(found.lineage.duplicates) - 5} more copies")
+        say(f"… and {counted(len(found.lineage.duplicates) - 5, 'more pair')} of copies")
     for warning in found.warnings:
         say(f"warning: {warning}")
 
@@ -134,10 +135,10 @@ def _render_roles(found: Evidence, most: int) -> None:
         left=1,
     )
     say(
-        "mean's energy: share of all energy. Beyond chance: directions above the norm-matched null. Variance kept by the top k: "
-        "share of the variance about the mean, in-sample; held out: of models left out of the fit; chance: of unrelated models "
-        "with the same norms. Averages over layers with variance. Geometry is not function: `eigenzoo evaluate` measures what "
-        "models can do."
+        "mean's energy: share of all energy in the mean. beyond chance: number of directions above the norm-matched null. "
+        "variance kept: share of the variance about the mean in the top k directions, in-sample; held out: for models left out of "
+        "the fit; chance: for unrelated models with the same norms. Values are averages over layers with variance. Geometry is not "
+        "function: run `eigenzoo evaluate` to measure what models can do."
     )
 
 

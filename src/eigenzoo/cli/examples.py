@@ -51,7 +51,7 @@ EXAMPLES: dict[str, Examples] = {
         "evidence.md",
     ),
     "push": Examples(("push bundle org/name", "push bundle org/name@branch --private"), "hub.md"),
-    "report": Examples(("report adapters/ -o report.html", "report bundle -o figures --format png"), "evidence.md"),
+    "report": Examples(("report adapters/ -o report.html", "report bundle -o figures --format png"), "report.md"),
     "demo": Examples(("demo", "demo -o demo-lora --kind digits-lora"), "findings.md"),
     "nursery make": Examples(
         ("nursery make digits-vit -o zoo", "nursery make digits-lora -o adapters --num-models 30"), "findings.md"

@@ -29,11 +29,12 @@ def command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Bytes of the whole bundle, such as 20MB: ranks are spent where they buy most.", show_default=False
+            help="Largest size of the whole bundle, such as 20MB. The ranks with the smallest error are chosen.",
+            show_default=False,
         ),
     ] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Share of the energy that may be lost.", show_default=False)
+        float | None, typer.Option(help="Largest share of the energy to lose, such as 0.05.", show_default=False)
     ] = None,
     dtype: options.Dtype = "float32",
     solver: options.Solver = "exact",
@@ -43,7 +44,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fit the shared subspace of a zoo and save it with every model's coefficients."""
+    """Fit a shared subspace to a zoo and save it as a bundle, with every model's coefficients."""
     import eigenzoo as ez
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
@@ -56,7 +57,7 @@ def command(
         options.parse_axes(axes),
         options.parse_bytes(budget, "--budget"),
     )
-    # What these words cannot mean together is said before a zoo is opened.
+    # Options that contradict each other are refused before the zoo is opened.
     resolve_options(asked, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
     with (
         progress_bar(quiet=quiet or json) as progress,
@@ -81,7 +82,7 @@ def command(
             workspace=output.parent,
         )
         space.save(output, force=force)
-    # How long it took is nothing that the bundle says: the same zoo gives the same bundle, to the byte.
+    # The bundle does not store the duration: the same zoo gives the same bundle, to the byte.
     report = {**ez.load(output).report, **{key: space.report[key] for key in ("seconds", "peak_memory")}}
     left = left_files(opened.models)
     if json:
@@ -115,8 +116,8 @@ def render(report: Mapping[str, Any], most: int = 100) -> None:
         ],
     )
     say(
-        "mean's energy and lost: shares of all energy. Variance kept: share of the variance about the mean, in-sample; "
-        "held out: of models left out of the fit; null: of unrelated models with the same norms, in-sample."
+        "mean's energy and lost: shares of all energy. variance kept: share of the variance about the mean, in-sample; "
+        "held out: for models left out of the fit; null: for unrelated models with the same norms, in-sample."
     )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())
@@ -139,7 +140,7 @@ def _render_rest(report: Mapping[str, Any]) -> None:
         say(f"warning: {warning}")
     render_bytes(report["bytes"])
     lost = f"lost: {in_percent(report['residual'])} of all energy, in-sample"
-    # What a run took is known to who has just made it; a bundle does not say.
+    # Only available right after fitting: a bundle does not store them.
     if "seconds" in report:
         lost += f" · {report['seconds']:.1f} s · peak memory {in_bytes(report['peak_memory'])}"
     say(lost)
@@ -166,16 +167,16 @@ def render_bytes(sizes: Mapping[str, Any]) -> None:
         ],
     )
     if sizes["whole_bundle"] > sizes["whole_zoo"]:
-        say("note: the bundle is larger than the models' files")
+        say("note: this bundle is larger than the models' files")
     even = sizes["break_even_models"]
     say(
         f"one more model: {in_bytes(sizes['per_model'])} · "
         + (
-            f"smaller than the models' files from {counted(even, 'model')} on"
+            f"the bundle is smaller than the models' files from {counted(even, 'model')} on"
             if even is not None
-            else "never smaller than the models' files"
+            else "the bundle is never smaller than the models' files"
         )
-        + f" · moments, apart: {in_bytes(sizes['moments'])}"
+        + f" · moments, not counted: {in_bytes(sizes['moments'])}"
     )
 
 

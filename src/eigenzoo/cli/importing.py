@@ -18,7 +18,7 @@ def command(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="A folder that vLoRA saved; or adapters of components and loadings, or a folder of them.",
+            help="A folder saved by vLoRA; or adapters with components and loadings, or a folder of them.",
             metavar="FOLDER...",
             show_default=False,
         ),
@@ -27,24 +27,27 @@ def command(
     like: Annotated[
         Path | None,
         typer.Option(
-            help="An adapter of the zoo, or its adapter_config.json: gives the scale, the names, and what is no factor.",
+            help="One of the original adapters, or its adapter_config.json. It provides the scale, the names, and all tensors "
+            "that are not factors.",
             show_default=False,
         ),
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="Instead of --like: the adapters' alpha; alpha = rank is a scale of 1.", show_default=False),
+        typer.Option(
+            help="The adapters' alpha, instead of --like. alpha = rank gives a scale of 1.", show_default=False
+        ),
     ] = None,
     components: Annotated[
         Path | None,
-        typer.Option(help="Of adapters that hold loadings alone: the file of the components.", show_default=False),
+        typer.Option(help="File with the components, for adapters that have only loadings.", show_default=False),
     ] = None,
     allow_pickle: options.AllowPickle = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make a bundle of another tool's subspace of LoRA adapters: rebuilt from it, a model is what that tool rebuilds."""
+    """Convert another tool's subspace of LoRA adapters to a bundle, which rebuilds the same adapters as that tool."""
     import eigenzoo as ez
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.bundles.card import foreign_to_a_bundle

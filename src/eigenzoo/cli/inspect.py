@@ -21,7 +21,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show models, layers by role, sizes, what is left out and why, duplicates, and NaN or Inf. Reads everything once.
+    """List models, layers by role, sizes, left-out tensors with reasons, duplicates, and NaN or Inf. Reads everything once.
 
     Exit code 1 if a value is NaN or Inf.
     """

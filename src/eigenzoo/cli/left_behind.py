@@ -34,7 +34,7 @@ def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
 def say_hidden(paths: Sequence[str]) -> None:
     """Name the models that were passed over for their names."""
     if paths:
-        say(f"not read, since their names begin with '.' or '_': {_listed(paths)}; name one itself to read it")
+        say(f"not read, because their names begin with '.' or '_': {_listed(paths)}; give the full path to read one")
 
 
 def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
@@ -44,7 +44,7 @@ def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
         say(f"not carried: {_listed(others)}")
     if weights:
         say(
-            f"warning: weights beside the original are not in what is written: {_listed(list(weights))}; copy them yourself if the "
+            f"warning: these weights beside the original were not written: {_listed(list(weights))}; copy them yourself if the "
             "model needs them"
         )
 
@@ -62,7 +62,7 @@ def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
     if layers:
         whose = names[0] if len(names) == 1 else "these models"
         say(
-            f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}, which are not counted here and are carried "
+            f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}; they are not counted here and are carried "
             f"unchanged: {_listed(layers)}"
         )
 

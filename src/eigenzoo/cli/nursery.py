@@ -23,35 +23,39 @@ def _nursery() -> None:
 @app.command("make", epilog=epilog("nursery make"))
 def command(
     kind: Annotated[
-        str, typer.Argument(help="digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False)
+        str,
+        typer.Argument(help="Kind of zoo: digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False),
     ],
-    output: Annotated[Path, options.output("The zoo to write.")],
+    output: Annotated[Path, options.output("Folder to write the zoo to.")],
     num_models: options.NumModels = None,
     seed: options.Seed = 0,
     random_labels: Annotated[
-        bool, typer.Option("--random-labels", help="Shuffled labels: nothing to share but the start.")
+        bool, typer.Option("--random-labels", help="Train on shuffled labels: models share only their initialisation.")
     ] = False,
     train_head: Annotated[bool, typer.Option("--train-head", help="Train the task head too (digits-vit).")] = False,
     own_init: Annotated[
         bool | None,
         typer.Option(
-            "--own-init/--shared-init", help="An initialisation per model, or one for all.", show_default=False
+            "--own-init/--shared-init",
+            help="Initialise each model separately, or all in the same way.",
+            show_default=False,
         ),
     ] = None,
     permuted: Annotated[
         bool,
         typer.Option(
-            "--permuted", help="Each network's hidden channels in an order of its own, answers unchanged (digits-cnn)."
+            "--permuted",
+            help="Permute the hidden channels of each network; outputs do not change (digits-cnn).",
         ),
     ] = False,
     same_task: Annotated[
-        bool, typer.Option("--same-task", help="One task for all, each model with its own order of batches.")
+        bool, typer.Option("--same-task", help="Train all models on one task, each with its own order of batches.")
     ] = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a zoo in about a minute; every model is a real checkpoint or adapter with its task in its metadata."""
+    """Train a small zoo in about a minute. Every model is a real checkpoint or adapter, with its task in the metadata."""
     from eigenzoo import nursery
 
     with progress_bar(quiet=quiet or json) as progress:
@@ -73,6 +77,6 @@ def command(
     else:
         say(
             f"{recipe.plan.num_models} models of kind {recipe.plan.kind} in {output}: test accuracy "
-            f"{in_percent(recipe.mean_test_accuracy)}, on what they were trained on {in_percent(recipe.mean_train_accuracy)}"
+            f"{in_percent(recipe.mean_test_accuracy)}, training accuracy {in_percent(recipe.mean_train_accuracy)}"
         )
         say(f"next: eigenzoo inspect {output}")

@@ -29,7 +29,7 @@ def checked_seed(seed: int) -> int:
 ZooArgument = Annotated[
     list[str],
     typer.Argument(
-        help="The zoo: a folder of models, a glob, several paths, a .txt file of paths, URLs (s3://…, hf://…), or ids of the hub "
+        help="The models: a folder, a glob, several paths, a .txt file of paths, URLs (s3://…, hf://…), or hub ids "
         "(org/name@revision).",
         metavar="ZOO",
         show_default=False,
@@ -48,7 +48,7 @@ def _not_at_a_url(bundle: str) -> str:
 BundleArgument = Annotated[
     str,
     typer.Argument(
-        help="A bundle that `eigenzoo fit` wrote, or its id on the hub: org/name@revision.",
+        help="A bundle from `eigenzoo fit`, or its hub id: org/name@revision.",
         callback=_not_at_a_url,
         metavar="BUNDLE",
         show_default=False,
@@ -57,14 +57,14 @@ BundleArgument = Annotated[
 ZooOrBundleArgument = Annotated[
     list[str],
     typer.Argument(
-        help="A bundle; or a zoo: a folder of models, a glob, several paths, a .txt file of paths, URLs, or ids of the hub.",
+        help="A bundle, or models: a folder, a glob, several paths, a .txt file of paths, URLs, or hub ids.",
         metavar="ZOO|BUNDLE",
         show_default=False,
     ),
 ]
 ModelsArgument = Annotated[
     list[str],
-    typer.Argument(help="Paths of models, in the bundle or new to it.", metavar="MODEL...", show_default=False),
+    typer.Argument(help="Paths, URLs or hub ids of models.", metavar="MODEL...", show_default=False),
 ]
 
 
@@ -77,120 +77,135 @@ BundleOutput = Annotated[Path, output("The bundle to write.")]
 View = Annotated[
     str | None,
     typer.Option(
-        help="weight, delta (minus --base), update (scaled ΔW of LoRA) or factors. By default update of adapters, delta where "
-        "--base is given, else weight.",
+        help="Form of weights to analyse: weight, delta (weight minus --base), update (scaled ΔW of LoRA) or factors (A and B). "
+        "Default: update for adapters, delta with --base, otherwise weight.",
         show_default=False,
     ),
 ]
-Base = Annotated[str | None, typer.Option(help="The checkpoint that view delta subtracts.", show_default=False)]
+Base = Annotated[
+    str | None, typer.Option(help="Checkpoint to subtract from every model (view delta).", show_default=False)
+]
 Axes = Annotated[
     str | None,
     typer.Option(
-        help="Truncated axes, comma-separated: models, outputs, inputs. By default fit takes models, plan every useful choice.",
+        help="Axes to truncate, comma-separated: models, outputs, inputs. Default: models for fit, all useful choices for plan.",
         show_default=False,
     ),
 ]
 Rank = Annotated[
     str | None,
     typer.Option(
-        help="Directions per axis: a number, a share such as 0.95 (1.0 is everything), auto, "
-        "or one per axis: outputs=64,inputs=64. By default auto.",
+        help="Directions to keep: a number, a share of the variance such as 0.95 (1.0 keeps all), auto, "
+        "or one per axis: outputs=64,inputs=64. Default: auto.",
         show_default=False,
     ),
 ]
-Center = Annotated[str, typer.Option(help="What is removed first: models (their mean), columns, none, global.")]
+Center = Annotated[
+    str, typer.Option(help="Center to subtract before the fit: models (their mean), columns, global or none.")
+]
 Include = Annotated[
-    list[str] | None, typer.Option(help="Only layers that match this glob (repeatable).", show_default=False)
+    list[str] | None,
+    typer.Option(help="Analyse only layers that match this glob (repeatable): '*.attn.*'.", show_default=False),
 ]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        help="Leave out layers that match this glob (repeatable); a bundle carries them unchanged, but of URLs they stay there.",
+        help="Leave out layers that match this glob (repeatable). A bundle carries them unchanged; for models at URLs they "
+        "stay at the URL.",
         show_default=False,
     ),
 ]
 Split = Annotated[
     list[str] | None,
     typer.Option(
-        help="Cut fused weights that match a glob into layers of their own, in equal parts along the outputs (repeatable): "
-        "'*.attn.qkv.*=q,k,v', or '…=3'.",
+        help="Split fused weights that match a glob into separate layers, in equal parts along the outputs (repeatable): "
+        "'*.attn.qkv.*=q,k,v' or '…=3'.",
         metavar="RULE",
         show_default=False,
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="What bases are stored in: float32, float64, bfloat16, float16.")]
-Device = Annotated[str, typer.Option(help="Where products run: cpu, cuda or cuda:<number>.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the stored bases: float32, float64, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Device for matrix products: cpu, cuda or cuda:<number>.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="Memory for blocks of weights, such as 2GB; by default a quarter of the machine's. On a cluster: of each worker, "
-        "by default a few hundred MB.",
+        help="Memory for blocks of weights, such as 2GB. Default: a quarter of the machine's. On a cluster it is per worker; "
+        "default: a few hundred MB.",
         show_default=False,
     ),
 ]
 Cluster = Annotated[
     str | None,
-    typer.Option(help="Run on a dask cluster: local, or a scheduler's address tcp://host:port.", show_default=False),
+    typer.Option(
+        help="Run on a dask cluster: local, or the address of a scheduler, tcp://host:port.", show_default=False
+    ),
 ]
 Precision = Annotated[
     str,
     typer.Option(
-        help="Of products: high (float64), default (float32 about the mean), fast (bfloat16: a gain on GPUs only)."
+        help="Precision of matrix products: high (float64), default (float32 about the mean) or fast (bfloat16, faster on "
+        "GPUs only)."
     ),
 ]
 Solver = Annotated[
-    str, typer.Option(help="For axes outputs and inputs: exact, or sketch (randomised, with a stated bound).")
+    str, typer.Option(help="Solver for axes outputs and inputs: exact, or sketch (randomised, with an error bound).")
 ]
 Cache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Keep moments for the next run, and use those that are kept.")
+    bool, typer.Option("--cache/--no-cache", help="Read moments from the cache of earlier runs, and write them to it.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.", callback=checked_seed)]
+Seed = Annotated[int, typer.Option(help="Seed for all random draws.", callback=checked_seed)]
 NumModels = Annotated[
     int | None,
     typer.Option(
-        help="How many models to train, 126 at most. By default 72, with random labels 36, and 100 networks from scratch.",
+        help="Number of models to train, at most 126. Default: 72; 36 with random labels; 100 for networks from scratch.",
         show_default=False,
     ),
 ]
 METRIC = typer.Option(
-    help="Measure rebuilt models by module:function, called with the path of one saved model; returns a number. Modules in "
-    "the working folder are found too.",
+    help="Metric for rebuilt models, as module:function. It is called with the path of a saved model and returns a number. "
+    "Modules in the working folder are found too.",
     show_default=False,
 )
 MetricArg = Annotated[
     str | None,
-    typer.Option(help="Call the function once with this text: it returns the metric.", show_default=False),
+    typer.Option(help="Call the function once with this text; it returns the metric.", show_default=False),
 ]
 HeldOutModels = Annotated[
     list[str] | None,
     typer.Option(
-        help="Models to measure that the bundle was not fitted to (repeatable). By default a fifth of the bundle's own models "
-        "is held out and the rest is fitted again.",
+        help="Models to measure that the bundle was not fitted to (repeatable). Default: hold out a fifth of the bundle's own "
+        "models and fit the others again.",
         show_default=False,
     ),
 ]
 Parent = Annotated[
     Path | None,
-    typer.Option(help="The checkpoint that full weights started from, measured too.", show_default=False),
+    typer.Option(
+        help="Checkpoint from which the models were fine-tuned; it is measured too (full weights only).",
+        show_default=False,
+    ),
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .pt, .pth, .pth.tar, .bin and .ckpt files too (tensors only).")
+    bool, typer.Option("--allow-pickle", help="Also read .pt, .pth, .pth.tar, .bin and .ckpt files (tensors only).")
 ]
 AllowMissing = Annotated[
     bool,
-    typer.Option("--allow-missing", help="Skip unreadable models and layers that some models lack; they are counted."),
+    typer.Option(
+        "--allow-missing", help="Skip unreadable models, and layers that some models lack. The output counts them."
+    ),
 ]
 Missing = Annotated[
     str,
     typer.Option(
-        help="Of modules that some LoRA adapters lack: error, or zero, which counts them as updates of zero. "
-        "Example: adapters with other target modules, --missing zero."
+        help="LoRA modules that some adapters lack: error, or zero (treat them as zero updates). "
+        "Example: --missing zero for adapters with different target modules."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show progress bars.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace an output of the same kind, if eigenzoo wrote all that is in it.")
+    bool,
+    typer.Option("--force", help="Replace an existing output of the same kind if eigenzoo wrote every file in it."),
 ]
 
 
@@ -213,7 +228,9 @@ def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | 
     for part in text.split(","):
         axis, _, rule = (word.strip() for word in part.partition("="))
         if axis in rules:
-            raise UsageError(f"rank {text!r} names axis {axis!r} twice", rule="one rank for each axis")
+            raise UsageError(
+                f"rank {text!r} names axis {axis!r} twice", where="--rank", rule="give one rank for each axis"
+            )
         rules[axis] = _parse_rule(rule)
     return rules
 
@@ -230,7 +247,7 @@ def _parse_rule(text: str) -> int | float | str:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise RankError(
-            f"rank {text!r} is not a rule",
+            f"{text!r} is not a rank",
             rule="a rank is a number, a share in (0, 1], or 'auto'",
             next_step=_as_share(text),
         ) from None
@@ -289,7 +306,7 @@ class Opening:
             return self.zoo(words, progress)
         if self.view is not None or self.include or self.exclude or self.split or self.missing != "error":
             raise UsageError(
-                "--view, --include, --exclude, --split or --missing of a bundle",
+                "--view, --include, --exclude, --split and --missing do not apply to a bundle",
                 where=words[0],
                 rule="a bundle has its own view and layers",
                 next_step="name the zoo instead",

@@ -22,7 +22,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Print what each choice of axes and rank would lose and weigh, from one pass over the weights; nothing is written."""
+    """Compare axes and ranks by error and bytes, with one pass over the weights. Writes nothing."""
     import eigenzoo as ez
     from eigenzoo.subspace.fitting.plan import check_choices
 
@@ -90,25 +90,23 @@ def render(made: Plan) -> None:
         left=3,
     )
     if best is not None:
-        say(
-            f"→ is recommended to try first: `--axes {','.join(best.axes)} --rank {best.rank}`, or a `--budget` of its bytes."
-        )
+        say(f"→ Try this first: `--axes {','.join(best.axes)} --rank {best.rank}`, or a `--budget` of the same size.")
     else:
         say(
             "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."
         )
     if len(shown) < len(made.rows):
         say(
-            f"Shown are {len(shown)} of {len(made.rows)} choices; the others lie between these, or are larger and lose as much. "
-            "`--json` prints all."
+            f"The table shows {len(shown)} of {len(made.rows)} choices. The others lie between these, or are larger without a "
+            "smaller error. `--json` prints all."
         )
     say(
-        "Lost: share of all energy, in-sample; ≤ marks an upper bound. Variance kept: about the mean, in-sample; "
-        "held out: of models left out; –: only a fit can tell. These figures are geometry: measure the rebuilt models with "
-        "`eigenzoo evaluate`."
+        "lost: share of all energy, in-sample; ≤ marks an upper bound. variance kept: about the mean, in-sample; "
+        "held out: for models left out of the fit; –: known only after a fit. Geometry is not function: measure rebuilt models "
+        "with `eigenzoo evaluate`."
     )
     if adapters:
         say(
-            "LoRA rank: of a rebuilt update. Axes outputs and inputs never raise it; axis models adds up the ranks of all "
+            "LoRA rank: rank of a rebuilt update. Axes outputs and inputs never raise it. Axis models adds the ranks of all "
             "models, up to the rank of the other axes. `rebuild --max-lora-rank R` cuts it."
         )

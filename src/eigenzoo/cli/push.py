@@ -16,21 +16,22 @@ from eigenzoo.cli.console import print_json, say
 def command(
     bundle: options.BundleArgument,
     repo: Annotated[
-        str, typer.Argument(help="The repository: org/name or org/name@branch.", metavar="ID", show_default=False)
+        str,
+        typer.Argument(help="Repository on the hub: org/name or org/name@branch.", metavar="ID", show_default=False),
     ],
     revision: Annotated[
-        str | None, typer.Option(help="The branch, made where there is none.", show_default=False)
+        str | None, typer.Option(help="Branch to push to; it is created if it does not exist.", show_default=False)
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     moments: Annotated[
-        bool, typer.Option("--moments", help="Push the moments too: evidence, plan and exact growth need them.")
+        bool, typer.Option("--moments", help="Also push the moments, which evidence, plan and exact growth need.")
     ] = False,
-    message: Annotated[str | None, typer.Option(help="The commit's first line.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="First line of the commit message.", show_default=False)] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Verify a bundle and push it to the hub in one commit; what another commit holds is replaced with --force only."""
+    """Verify a bundle and push it to the Hugging Face hub in one commit. --force replaces another bundle in the repository."""
     import eigenzoo as ez
     from eigenzoo.formats.remote.hub_calls import endpoint
     from eigenzoo.subspace.bundles.pushing import check_push

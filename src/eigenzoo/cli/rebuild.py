@@ -25,37 +25,40 @@ def command(
     name: Annotated[
         str,
         typer.Argument(
-            help="A model of the bundle; the path of any model, which is projected first; or a file that `eigenzoo adapt` wrote.",
+            help="A model of the bundle, the path of any model (projected first), or an adapter file from `eigenzoo adapt`.",
             metavar="NAME",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, options.output("The model to write.")],
+    output: Annotated[Path, options.output("Model to write.")],
     mean_only: Annotated[
-        bool, typer.Option("--mean-only", help="The zoo's mean in the model's place: the control.")
+        bool, typer.Option("--mean-only", help="Write the zoo's mean instead of the model, as a control.")
     ] = False,
     fetch: Annotated[
-        bool, typer.Option("--fetch", help="Read what was excluded from the store that the model came from.")
+        bool, typer.Option("--fetch", help="Read excluded tensors from the URL that the model came from.")
     ] = False,
     base: options.Base = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Of an adapter file: the model that was adapted. Needed for start zero; else it only gives what is no layer.",
+            help="For an adapter file: the model that was adapted. Required for --start zero; otherwise it provides only the "
+            "tensors that are not layers.",
             show_default=False,
         ),
     ] = None,
     like: Annotated[
         str | None,
         typer.Option(
-            help="Of an adapter file: the model of the bundle that gives what is no layer; by default the first.",
+            help="For an adapter file: the model of the bundle that provides the tensors that are not layers. Default: the "
+            "first.",
             show_default=False,
         ),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="Of a LoRA of a diffusion model: write it with the keys of `diffusers` or `kohya`; of another adapter: `mlx-lm`.",
+            help="Output format of adapters: `diffusers` or `kohya` for LoRAs of diffusion models, `mlx-lm` for others. "
+            "Default: the original's keys, or a PEFT adapter.",
             show_default=False,
         ),
     ] = None,
@@ -63,7 +66,7 @@ def command(
         int | None,
         typer.Option(
             "--max-lora-rank",
-            help="Cut each LoRA update to the best approximation of at most this rank; the loss is printed. Example: 16.",
+            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss.",
             min=1,
             show_default=False,
         ),
@@ -73,7 +76,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Rebuild one model: layers from the subspace, everything else as it was."""
+    """Rebuild one model: layers from the subspace, everything else unchanged."""
     import eigenzoo as ez
     from eigenzoo.adapt.adapter_file import is_adapter_file
     from eigenzoo.formats.output.own import recorded
@@ -84,13 +87,17 @@ def command(
     space = ez.load(bundle, base=base)
     if name not in space.names and is_adapter_file(Path(name)):
         if format is not None:
-            raise UsageError("--format is not for files of `eigenzoo adapt`", where=name, next_step="leave it out")
+            raise UsageError(
+                "--format does not apply to files from `eigenzoo adapt`", where=name, next_step="leave it out"
+            )
         _rebuild_adapter(
             space, name, output, model, like, max_lora_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
         )
         return
     if model is not None or like is not None:
-        raise UsageError("--model and --like are for files of `eigenzoo adapt`", where=name)
+        raise UsageError(
+            "--model and --like apply only to files from `eigenzoo adapt`", where=name, next_step="leave them out"
+        )
     known = name in space.names or not Path(name).exists()
     with progress_bar(quiet=quiet or json) as progress:
         if known:
@@ -119,7 +126,7 @@ def command(
         )
         return
     say(
-        f"{'the mean, in the place of ' if mean_only else ''}{coefficients.name} → {output}"
+        f"{'the mean, instead of ' if mean_only else ''}{coefficients.name} → {output}"
         + ("" if mean_only else f" · {_lost(space, coefficients)}")
     )
     say_not_in_subspace(besides, [coefficients.name])
@@ -157,11 +164,11 @@ def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, ma
     if ranks.rank < ranks.whole:
         worst, layer = max(ranks.layers.items(), key=lambda item: item[1].loss)
         say(
-            f"cut from rank {ranks.whole}: loses {in_percent(ranks.loss)} of the rebuilt updates' norm, "
-            f"at most {in_percent(layer.loss)} in a layer ({worst})"
+            f"cut from rank {ranks.whole}: loses {in_percent(ranks.loss)} of the rebuilt updates' norm; "
+            f"the worst layer, {worst}, loses {in_percent(layer.loss)}"
         )
     elif max_lora_rank is None and ranks.rank > ranks.original:
-        say(f"to cut the rank: --max-lora-rank {ranks.original}, which prints what that loses")
+        say(f"to cut the rank, add --max-lora-rank {ranks.original}; it also prints the loss")
 
 
 def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
@@ -173,7 +180,7 @@ def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
 def _lost(space: Subspace, coefficients: Coefficients) -> str:
     """What the rebuilt model lacks; of an imported one, what is known of that."""
     if _is_imported(space, coefficients):
-        return f"as {space.report['imported']['tool']} rebuilds it; what that had lost is not known"
+        return f"as {space.report['imported']['tool']} rebuilds it; the error against the original is unknown"
     return f"{in_percent(coefficients.residual)} of its energy is lost"
 
 
@@ -195,7 +202,7 @@ def _rebuild_adapter(
 
     if mean_only or fetch:
         raise UsageError(
-            f"{'--mean-only' if mean_only else '--fetch'} is not for files of `eigenzoo adapt`",
+            f"{'--mean-only' if mean_only else '--fetch'} does not apply to files from `eigenzoo adapt`",
             where=name,
             next_step="leave it out",
         )

@@ -37,15 +37,15 @@ def command(
     format: Annotated[
         str | None,
         typer.Option(
-            help="html (a page), md (text and tables), csv (every number), json (the document), png or svg (a folder with every "
-            "figure). Default: the suffix of --output.",
+            help="Format: html (a page), md (text and tables), csv (every number), json (the document), png or svg (a folder "
+            "with every figure). Default: the suffix of --output.",
             show_default=False,
         ),
     ] = None,
     width: Annotated[
         float | None,
         typer.Option(
-            help="With --format png or svg: the figures' width in centimetres, from 6 to 100; 8.5 fits a column of a journal. "
+            help="Width of the figures in centimetres, from 6 to 100, for png and svg. 8.5 fits a column of a journal. "
             "Default: 11 to 16.",
             show_default=False,
         ),
@@ -59,7 +59,7 @@ def command(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the evidence as one page: the verdict, its controls, interactive figures, and every number behind them."""
+    """Write the evidence as one page: the verdict, its controls, interactive figures, and all numbers."""
     import eigenzoo as ez
     from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
@@ -74,7 +74,9 @@ def command(
         source = opening.zoo_or_bundle(zoo, progress)
         if measure is not None and not isinstance(source, ez.Subspace):
             raise UsageError(
-                "--metric with a zoo", rule="models are rebuilt from a bundle", next_step="fit the zoo first"
+                "--metric does not apply to a zoo",
+                rule="models are rebuilt from a bundle",
+                next_step="run `eigenzoo fit` and name the bundle",
             )
         found = ez.evidence(source, center=center, seed=seed, workers=workers, cache=running.cache, progress=progress)
         function = None
@@ -102,14 +104,16 @@ def choose_format(output: Path, asked: str | None) -> str:
     """
     if asked is None and not output.suffix:
         raise UsageError(
-            "no suffix that names a format",
+            "the output has no suffix, so its format is unknown",
             where=f"--output {output}",
             next_step=f"write {output}.html for a page, or add --format png for a folder of figures",
         )
     chosen = asked if asked is not None else output.suffix.lstrip(".").lower()
     chosen = {"htm": "html", "markdown": "md"}.get(chosen, chosen)
     if chosen not in FORMATS:
-        raise UsageError(f"format {chosen!r}", where=str(output), rule=f"a report is one of: {', '.join(FORMATS)}")
+        raise UsageError(
+            f"{chosen!r} is not a format of a report", where=str(output), rule=f"the formats are {', '.join(FORMATS)}"
+        )
     return chosen
 
 

@@ -22,13 +22,13 @@ def command(
     path: Annotated[
         str,
         typer.Argument(
-            help="A bundle that `eigenzoo fit` wrote, or a LoRA adapter.", metavar="BUNDLE|ADAPTER", show_default=False
+            help="A bundle from `eigenzoo fit`, or a LoRA adapter.", metavar="BUNDLE|ADAPTER", show_default=False
         ),
     ],
     against: Annotated[
         str | None,
         typer.Option(
-            help="The base model that adapters change: its folder, file or URL. Then it is checked whether they take effect there.",
+            help="Base model of the adapters: a folder, file or URL. Check that the adapters take effect on it.",
             metavar="BASE",
             show_default=False,
         ),
@@ -37,19 +37,19 @@ def command(
         bool,
         typer.Option(
             "--dry-load/--no-dry-load",
-            help="Have PEFT or diffusers load names and shapes into the base. Without, the answer is undecided.",
+            help="Let PEFT or diffusers load names and shapes into the base. With --no-dry-load the result is undecided.",
         ),
     ] = True,
     allow_pickle: options.AllowPickle = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check that a bundle or adapter is whole and, with --against, that it takes effect on its base.
+    """Check that a bundle or adapter is undamaged and, with --against, that it takes effect on its base.
 
-    Of a bundle: checksums, finite values, orthonormal bases, coefficients that match their layers.
+    For a bundle, check checksums, finite values, orthonormal bases, and that coefficients match their layers.
 
-    With --against: that the library which loads an adapter takes up all of it, and that it changes what the base answers.
-    Exit code 1 if a check fails, or if no library could be asked, so that it is undecided.
+    With --against, check that the library loads the whole adapter, and that the adapter changes the base's outputs.
+    The exit code is 1 if a check fails, or if no library can load the adapter, so that the result is undecided.
     """
     from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
@@ -82,15 +82,15 @@ def _check_place(path: Path) -> None:
     found = [entry.name for entry in inner if is_model(entry) or (entry / MANIFEST).is_file()]
     if found:
         raise UsageError(
-            f"is no bundle and no adapter, but a folder of {len(found)}, such as {found[0]!r}",
+            f"this folder contains {len(found)} bundles or adapters, such as {found[0]!r}",
             where=str(path),
-            rule="one is verified at a time",
+            rule="verify checks one at a time",
             next_step="name one of them",
         )
     raise UsageError(
-        "is neither a bundle nor an adapter",
+        "this is neither a bundle nor an adapter",
         where=str(path),
-        rule=f"a bundle is a folder that eigenzoo fit wrote, with {MANIFEST}; an adapter has adapter_config.json",
+        rule=f"a bundle is a folder from `eigenzoo fit` with {MANIFEST}; an adapter has adapter_config.json",
     )
 
 
@@ -139,9 +139,9 @@ def _verify_adapter(
 
         if is_adapter_file(Path(path)):
             raise UsageError(
-                "is a file of `eigenzoo adapt`, which says nothing without its bundle",
+                "a file from `eigenzoo adapt` cannot be checked without its bundle",
                 where=path,
-                next_step="verify what `eigenzoo rebuild BUNDLE FILE -o DIR` makes of it",
+                next_step="run `eigenzoo rebuild BUNDLE FILE -o DIR` and verify DIR",
             )
     base = None if against is None else _opened(against, allow_pickle)
     with progress_bar(quiet=quiet) as progress:
@@ -149,7 +149,7 @@ def _verify_adapter(
     num_layers = sum(len(layers) for layers in found.changes.values()) or None
     document = {"bundle": None, "ok": found.ok, "num_models": 1, "num_layers": num_layers, "faults": list(found)}
     held = "" if num_layers is None else f"{num_layers} modules, "
-    whole = "sound in itself; --against BASE says whether it takes effect"
+    whole = "undamaged; --against BASE checks whether it takes effect"
     if against is not None:
         whole = f"{'undecided whether it ' if found.undecided else ''}takes effect on {found.against}"
     _tell(document, found, f"{path}: {held}", whole, json=json)
@@ -184,11 +184,11 @@ def _tell(document: dict[str, Any], found: Verification | None, subject: str, wh
     else:
         if found is not None:
             rows = [(_mark(check), check.name, check.detail) for check in found.checks]
-            print_table("", ("", "check", "what was looked at"), rows, left=3)
+            print_table("", ("", "check", "result"), rows, left=3)
             for note in found.notes[:SHOWN_NOTES]:
                 say(f"note: {note}")
             if len(found.notes) > SHOWN_NOTES:
-                say(f"note: {len(found.notes) - SHOWN_NOTES} more, which --json gives")
+                say(f"note: {len(found.notes) - SHOWN_NOTES} more notes; --json lists all")
         for fault in faults:
             say(f"fault: {fault}")
         say(subject + (whole if not faults else f"faults: {len(faults)}"))

@@ -31,7 +31,7 @@ class Control:
 
 
 def controls(record: EvidenceRecord) -> list[Control]:
-    """Say each control of a zoo; the figures are averages over layers weighted by their number of values, unless said otherwise."""
+    """Describe each control of a zoo. Figures are averages over layers, weighted by number of values, unless stated otherwise."""
     varying = [layer for layer in record.layers.values() if layer.variance > 0]
     if not varying:
         return []
@@ -62,16 +62,18 @@ def _chance(layers: Sequence[LayerEvidence]) -> Control:
         _average(layers, [getattr(layer.chance, kind)[0] for layer in layers]) for kind in ("norm_matched", "iid")
     )
     ranks = [layer.chance.auto for layer in layers]
-    fooled = f"; a null of even norms, which uneven norms fool, gives {in_percent(iid)}" if null > 1.2 * iid else ""
+    fooled = (
+        f" (a null with equal norms, which uneven norms mislead, gives {in_percent(iid)})" if null > 1.2 * iid else ""
+    )
     return Control(
         "chance",
         "Is the spectrum steeper than that of unrelated models?",
         "share of the variance in the first direction",
         top,
-        "unrelated models of the same norms",
+        "unrelated models with the same norms",
         null,
-        "parallel analysis against the 95 % quantile of the null's draws",
-        f"The first direction holds {in_percent(top)} of the variance; unrelated models of the same norms give "
+        "parallel analysis against the 95th percentile of the null's draws",
+        f"The first direction explains {in_percent(top)} of the variance. Unrelated models with the same norms give "
         f"{in_percent(null)}{fooled}. {min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on "
         f"average over {len(layers)} layers).",
     )
@@ -81,14 +83,14 @@ def _mean(record: EvidenceRecord) -> Control:
     summary = record.summary
     return Control(
         "mean",
-        "How much is what all models have in common?",
-        "share of a left-out model's energy that the others' mean removes",
+        "How much do all models have in common?",
+        "share of a held-out model's energy that the others' mean removes",
         summary.mean_heldout,
         "the mean of unrelated models",
         summary.mean_null,
         f"{min(NUM_FOLDS, len(record.names))} folds",
-        f"The mean of the others removes {in_percent(summary.mean_heldout)} of a left-out model's energy (in-sample it holds "
-        f"{in_percent(summary.mean_energy)}); the mean of unrelated models would remove {in_percent(summary.mean_null)}.",
+        f"The mean of the others removes {in_percent(summary.mean_heldout)} of a held-out model's energy (in-sample "
+        f"{in_percent(summary.mean_energy)}). The mean of unrelated models would remove {in_percent(summary.mean_null)}.",
     )
 
 
@@ -100,16 +102,16 @@ def _unseen(record: EvidenceRecord) -> Control | None:
     captured, null = pooled.captured[place], pooled.null[place]
     return Control(
         "unseen",
-        "Do directions found on some models hold the others?",
-        f"share of left-out models' variance in the top {pooled.rank[place]} directions of each layer",
+        "Do directions found on some models explain the others?",
+        f"share of held-out models' variance in the top {pooled.rank[place]} directions of each layer",
         captured,
-        "unrelated models of the same norms",
+        "unrelated models with the same norms",
         null,
         f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {test.rank} directions, all layers together",
-        f"The top {pooled.rank[place]} directions hold {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
-        f"{in_percent(captured)} of left-out models'; chance gives {in_percent(null)}. Leading directions hold "
-        f"{test.ratio:.2f} times what an average one does. {len(record.names) - 1} "
-        f"directions hold all {len(record.names)} models: that many is trivial.",
+        f"The top {pooled.rank[place]} directions explain {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
+        f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}. Leading directions explain "
+        f"{test.ratio:.2f} times as much as an average one. {len(record.names) - 1} "
+        f"directions always explain all {len(record.names)} models.",
     )
 
 
@@ -130,8 +132,8 @@ def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
         "unrelated subspaces of the same rank",
         null,
         f"{splits} random splits",
-        f"Subspaces from disjoint halves agree to a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average "
-        f"over directions; unrelated subspaces of the same rank reach {null:.2f}.",
+        f"Subspaces from disjoint halves agree with a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average "
+        f"over directions. Unrelated subspaces of the same rank reach {null:.2f}.",
     )
 
 
@@ -145,12 +147,12 @@ def _growth(record: EvidenceRecord) -> Control | None:
         "Does the dimension saturate as models are added?",
         f"directions for 90 % of the variance of {many} models",
         grown.var90_rank[-1],
-        f"the same of {few} models",
+        f"the same for {few} models",
         grown.var90_rank[0],
         f"{grown.num_draws} random orders; standard deviation of the held-out share {in_percent(grown.spread[-1])}",
-        f"From {few} to {many} models, directions for 90 % of the variance go from {grown.var90_rank[0]:.1f} to "
-        f"{grown.var90_rank[-1]:.1f}, and the share of always the same left-out models that up to {grown.rank} directions hold "
-        f"from {in_percent(grown.captured[0])} to {in_percent(grown.captured[-1])} (chance {in_percent(grown.null[-1])}).",
+        f"From {few} to {many} models, the directions needed for 90 % of the variance change from {grown.var90_rank[0]:.1f} to "
+        f"{grown.var90_rank[-1]:.1f}. The share of a fixed held-out set that up to {grown.rank} directions explain changes from "
+        f"{in_percent(grown.captured[0])} to {in_percent(grown.captured[-1])} (chance {in_percent(grown.null[-1])}).",
     )
 
 
@@ -164,25 +166,23 @@ def _lineage(record: EvidenceRecord) -> Control:
         place = places[1]
         value, control = record.summary.contrasts.captured[places[0]], across.captured[place]
         held = (
-            f" The top {across.rank[place]} directions hold {in_percent(value)} of the variance of models held out at random and "
-            f"{in_percent(control)} of that of whole lineages held out (chance {in_percent(across.null[place])})."
+            f" The top {across.rank[place]} directions explain {in_percent(value)} of the variance of models held out at random "
+            f"and {in_percent(control)} of the variance of whole lineages held out (chance {in_percent(across.null[place])})."
         )
-    groups = "No group of common origin"
+    groups = "No groups with a common origin"
     if origin.groups:
         count = groups_of(len(origin.groups))
-        groups = (
-            f"{count} of common origin: {grouped} of {len(record.names)} models, the largest {len(origin.groups[0])}"
-        )
-    copies = f"; {len(origin.duplicates)} models are copies of another" if origin.duplicates else ""
+        groups = f"{count} with a common origin: {grouped} of {len(record.names)} models, {len(origin.groups[0])} in the largest"
+    copies = f" {len(origin.duplicates)} models are copies of another." if origin.duplicates else ""
     return Control(
         "lineage",
-        "Is what is shared more than a common initialisation or parent?",
-        "share of left-out models' variance in the top directions, models held out at random",
+        "Do models share more than a common initialisation or parent?",
+        "share of held-out models' variance in the top directions, models held out at random",
         value,
         "whole lineages held out",
         control,
         f"cosines of {origin.measure}, average linkage",
-        f"{groups}, by cosines of {origin.measure}{copies}.{held}",
+        f"{groups}, by cosines of {origin.measure}.{copies}{held}",
     )
 
 
@@ -197,13 +197,13 @@ def _secondary(record: EvidenceRecord, layers: Sequence[LayerEvidence]) -> Contr
     return Control(
         "secondary",
         "Is anything shared outside the top directions?",
-        "share of left-out models' variance in the next directions after the kept ones",
+        "share of held-out models' variance in the next directions after the kept ones",
         captured,
-        "unrelated models of the same norms",
+        "unrelated models with the same norms",
         null,
         f"{num_folds(len(record.names))} folds",
-        f"The directions after the kept ones hold {in_percent(inside)} of the fitted models' variance, {in_percent(captured)} of "
-        f"left-out models' and {in_percent(null)} by chance.",
+        f"The directions after the kept ones explain {in_percent(inside)} of the fitted models' variance and "
+        f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}.",
     )
 
 
@@ -218,11 +218,11 @@ def _suitability(record: EvidenceRecord) -> Control | None:
         middle = fmean(layer.suitability.mean or 0.0 for layer in known)
         own = (
             f"{suited} of {len(known)} layers have exponents from {limits.low:g} to {limits.high:g} that agree between halves to "
-            f"{limits.spread:g}; the mean exponent is {middle:.2f}."
+            f"{limits.spread:g}. The mean exponent is {middle:.2f}."
         )
     return Control(
         "suitability",
-        "Are the spectra the power laws of trained layers?",
+        "Do the spectra follow power laws, as those of trained layers do?",
         "share of layers whose exponents are in range and agree",
         suited / len(known) if known else None,
         f"exponents from {limits.low:g} to {limits.high:g}",
@@ -241,11 +241,12 @@ def measured_scores(record: EvidenceRecord) -> dict[str, AlphaScore]:
 def _alpha_score(record: EvidenceRecord) -> str:
     scores = measured_scores(record)
     if all(layer.alpha_score is None for layer in record.layers.values()):
-        return "The authors' alpha score, of every model's own spectrum, was not measured (option suitability)."
+        return "The authors' alpha score of every model's own spectrum was not measured (option --suitability)."
     if not scores:
-        return "The authors' alpha score: no model's own spectrum is long enough to fit."
+        return "The authors' alpha score needs longer spectra than these models have."
     retained = sum(score.is_retained for score in scores.values())
     return (
-        f"The authors' alpha score, of every model's own spectrum, retains {retained} of {len(scores)} layers; mean exponent "
-        f"{fmean(score.mean or 0.0 for score in scores.values()):.2f}, mean q {fmean(score.q for score in scores.values()):.2f}."
+        f"The authors' alpha score of every model's own spectrum retains {retained} of {len(scores)} layers. The mean exponent is "
+        f"{fmean(score.mean or 0.0 for score in scores.values()):.2f}, the mean q "
+        f"{fmean(score.q for score in scores.values()):.2f}."
     )

@@ -1,4 +1,4 @@
-"""Evidence: is there a shared subspace, beyond chance, beyond the mean, beyond a common origin?"""
+"""Evidence: test a zoo for a shared subspace, beyond chance, the mean and a common origin."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ MOST_WARNINGS = 5
 
 @dataclass(frozen=True)
 class Evidence(EvidenceRecord):
-    """What a zoo shows under every control; frozen. `to_dict` gives the documented JSON.
+    """Results of all controls on a zoo, with its verdict. Frozen.
 
     Attributes:
-        names: the models.
-        view, center: how layers become matrices, and what is removed before their spectrum.
-        layers: each layer's controls.
-        axes: spectra of the sides that were asked for.
-        lineage: groups of common origin, duplicates, cosines.
-        growth: the zoo at growing sizes; None for fewer than five models.
-        summary: all layers together.
-        map: the models in the first coefficients, all layers together; `map_shares`: share of all variance of each.
-        thresholds: of layer suitability.
+        names: names of the models.
+        view, center: how layers become matrices, and what is subtracted before the spectra.
+        layers: the controls of each layer.
+        axes: spectra of the requested axes.
+        lineage: groups with a common origin, duplicates, cosines.
+        growth: results for growing numbers of models; None for fewer than five models.
+        summary: averages over all layers.
+        map: the models' first coefficients, for all layers together; `map_shares`: their shares of all variance.
+        thresholds: thresholds of layer suitability.
         verdict: the verdict on the zoo.
-        warnings: what a reader of any figure must know.
-        runs: groups of models that are checkpoints of one training run, which the verdict says.
+        warnings: warnings that apply to all figures.
+        runs: groups of models that are checkpoints of one training run.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; docs/evidence.md lists the keys."""
+        """Return plain JSON values. docs/evidence.md lists the keys."""
         return document(self)
 
     def __repr__(self) -> str:
@@ -114,30 +114,32 @@ def evidence(
     cache: bool = True,
     progress: Progress = no_progress,
 ) -> Evidence:
-    """Put a zoo to every control, and give one verdict.
+    """Test a zoo for a shared subspace with all controls, and give a verdict.
 
     Args:
-        source: an opened zoo, what `open_zoo` takes, a subspace, or the folder of a bundle: then nothing but its moments is read.
-        axes: `outputs`, `inputs`, or both: their spectra too (a zoo only; an O³ or I³ eigendecomposition each).
-        rank: directions that halves and the secondary subspace are asked of: a number, a share of the variance, or "auto", those
-            above the null.
-        center: what is removed before spectra; all that is said of held-out models is about the models' mean.
-        seed: of draws, folds and halves.
-        thresholds: of layer suitability.
-        suitability: take every model's own spectrum too, which the authors' alpha score (`alpha_score`) asks for: one more read of
-            a zoo of full weights and an SVD a model and layer, N·min(O, I)²·max(O, I) operations. LoRA updates have it always.
+        source: an opened zoo, anything that `open_zoo` accepts, a subspace, or the folder of a bundle. For a bundle only its
+            moments are read.
+        axes: also compute spectra of these axes: `outputs`, `inputs` or both (zoos only; an O³ or I³ eigendecomposition each).
+        rank: rank for the controls halves and secondary subspace: a number, a share of the variance, or "auto" (directions above
+            the null).
+        center: what is subtracted before the spectra. Held-out figures are always about the models' mean.
+        seed: seed of draws, folds and halves.
+        thresholds: thresholds of layer suitability.
+        suitability: also compute every model's own spectrum for the authors' alpha score (`alpha_score`). For full weights this
+            takes one more read of the zoo and an SVD per model and layer, N·min(O, I)²·max(O, I) operations. LoRA updates always
+            have it.
         view, base, include, exclude: as in `open_zoo`.
-        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
-        device: where the pass over the weights computes: "cpu" or "cuda".
-        workers: where its tasks run instead of this process's threads, such as a cluster.
-        cache: whether moments are kept in, and taken from, the user's cache folder.
+        max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
+        device: device of the pass over the weights: "cpu" or "cuda".
+        workers: workers for its tasks instead of this process's threads, such as a cluster.
+        cache: read and write moments in the user's cache folder.
         progress: called as progress(stage, done, total).
 
     Returns:
-        A frozen record; `.verdict.code`, `.verdict.text`, `.to_dict()`.
+        A frozen record with `.verdict.code`, `.verdict.text` and `.to_dict()`.
 
-    Cost: one pass over the weights (none for a bundle), then about forty N × N eigendecompositions a layer, layers side by side on
-    as many threads as torch has. Memory: the layers' Grams.
+    Cost: one pass over the weights (none for a bundle), then about forty N × N eigendecompositions per layer, with layers in
+    parallel on as many threads as torch has. Memory: the layers' Grams.
     """
     started = time.perf_counter()
     sides = check_axes(axes) if (axes := (axes,) if isinstance(axes, str) else tuple(axes)) else ()

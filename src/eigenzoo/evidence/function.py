@@ -116,7 +116,7 @@ class FunctionEvidence:
 
     def _repr_html_(self) -> str:
         rows = [(name, *("–" if each is None else f"{each:.4g}" for each in values)) for name, *values in self.averages]
-        columns = ("in a model's place", "average", "± standard error")
+        columns = ("variant", "average", "± standard error")
         return html_table(f"{self.metric} of {counted(self.num_models, 'model')}", columns, rows, note=self.sentence)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,45 +137,45 @@ def evaluate(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> FunctionEvidence:
-    """Measure what held-out models can still do when they are rebuilt, beside parent, mean, head alone and random directions.
+    """Measure held-out models with your own metric: rebuilt, and beside parent, mean, head alone and random directions.
 
     Args:
         space: a fitted subspace.
-        metric: called as metric(path) with one saved model at a time; returns a finite number. A folder's name is the
-            model's name. Originals are given where they lie; they are never copied or changed.
-        models: models that the subspace was not fitted to, as `open_zoo` takes them. Without it, one fold of five (by a
-            seeded permutation) of the subspace's own models is held out and the subspace is fitted again to the rest
-            with the same options: their files must still be there.
-        ranks: numbers of coefficients to rebuild from, per layer at most what it has; by default powers of two. All
-            coefficients are always measured too.
-        parent: view `weight`: the checkpoint that the models started from. View `delta` knows it, the base; the parent
-            of adapters is the base model alone.
-        seed: of the fold and of the random directions.
-        device, max_memory, workers: where the second fit runs, as of `fit`. With `models` nothing is fitted: they are checked
+        metric: function that takes the path of one saved model and returns a finite number. The folder's name is the
+            model's name. Originals are measured at their own paths and are never copied or changed.
+        models: models that the subspace was not fitted to, as for `open_zoo`. By default one fold of five (by a
+            seeded permutation) of the subspace's own models is held out, and the subspace is fitted again to the others
+            with the same options. Their files must still exist.
+        ranks: numbers of coefficients to rebuild from, at most what each layer has. Default: powers of two. The full rank is
+            always measured too.
+        parent: checkpoint from which the models were fine-tuned (view `weight` only). For view `delta` it is the base; for
+            adapters it is the base model alone.
+        seed: seed of the fold and of the random directions.
+        device, max_memory, workers: where the second fit runs, as for `fit`. With `models` nothing is fitted: they are checked
             and not used.
         progress: called as progress(stage, done, total).
 
-    Everything but the replaced weights is the model's own: names, dtypes, configs, metadata, and what it carries. Exact, to
-    the rounding of the files: original, parent and the head of `head_only`. From float32 coefficients: the rest. Of cores
-    (axes `outputs`, `inputs`) a rank is the leading corner of that many truncated rows and columns. With a center other than
-    the models' mean, `mean` is the mean as the subspace holds it.
+    Everything but the replaced weights is the model's own: names, dtypes, configs, metadata and carried files. The original, the
+    parent and the head of `head_only` are exact, to the rounding of the files. All other variants come from float32
+    coefficients. For cores (axes `outputs`, `inputs`) a rank is the leading corner with that many truncated rows and columns. With
+    a center other than the models' mean, `mean` is the mean in the subspace.
 
-    `parent` is None where it is not known whole: a head of another shape, adapters that carry tensors of their own. `head_only`
-    is None where all models share one head.
+    `parent` is None if it is not known completely: its head has another shape, or adapters carry tensors of their own.
+    `head_only` is None if all models share one head.
 
     Cost: 6 + log2(rank) calls of the metric per model. Disk: one model at a time, in a temporary folder. Memory: one layer and
     a block, with adapters a layer's factors. Random directions of full weights: two draws of rank · values numbers per model.
 
     Raises:
-        UsageError: the metric raises or returns no number; the models' files are gone and none are named.
-        DataError: the metric returns NaN or Inf. Both name the model and the variant.
-        MismatchError: models or parent of other layers.
+        UsageError: the metric raises or does not return a number, or the models' files no longer exist and `models` is not given.
+        DataError: the metric returns NaN or Inf. Both errors name the model and the variant.
+        MismatchError: models or parent have other layers.
     """
     checked, seed = _checked_ranks(ranks), check_seed(seed)
     if not callable(metric):
         raise UsageError(
             f"the metric {metric!r} is not callable",
-            rule="a metric takes the path of one saved model and returns a number",
+            rule="a metric takes the path of a saved model and returns a number",
         )
     check_place(workers, max_memory, device)
     ancestor = _open_parent(space, parent)
@@ -201,7 +201,7 @@ def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
         return None
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise UsageError(f"rank {rank!r}", rule="ranks to rebuild at are whole numbers from 1")
+            raise UsageError(f"rank {rank!r} is not valid", rule="ranks to rebuild at are whole numbers from 1")
     return list(ranks)
 
 
@@ -213,11 +213,11 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
     if known is not None and os.path.realpath(parent) == os.path.realpath(known.path):
         return known
     if space.view != "weight":
-        whose = "the base" if space.view == "delta" else "the base model alone, their updates zero"
+        whose = "the base" if space.view == "delta" else "the base model alone, with zero updates"
         raise UsageError(
-            f"a parent is given with view {space.view!r}",
+            f"view {space.view!r} takes no parent",
             where=str(parent),
-            rule=f"there the models' parent is {whose}",
+            rule=f"the models' parent is {whose}",
             next_step="leave the parent out",
         )
     found = split_model(open_model(Path(parent)), space.manifest.split)
@@ -284,7 +284,7 @@ def _value(metric: Metric, path: Path, where: str) -> float:
         raise UsageError(
             f"the metric failed with {type(error).__name__}: {error}",
             where=where,
-            rule="a metric takes the path of one saved model and returns a number",
+            rule="a metric takes the path of a saved model and returns a number",
         ) from error
     if not abs(value) <= LARGEST:
         raise DataError(f"the metric returned {value}", where=where, rule="a metric is a finite number")
@@ -344,19 +344,18 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
     gaps = [statistics.fmean(originals) - statistics.fmean(figures) for figures in controls.values()]
     better = math.copysign(1, max(gaps, key=abs))
     as_well = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
-    first = f"{_listed(as_well)} {'does' if len(as_well) == 1 else 'do'} as well as rebuilt models: " if as_well else ""
+    first = f"{_listed(as_well)} {'does' if len(as_well) == 1 else 'do'} as well as rebuilt models. " if as_well else ""
     shown = [
-        f"{_some(mean.original):.3g} as they are",
+        f"{_some(mean.original):.3g} for the originals",
         f"{_some(mean.rebuilt[rank]):.3g} rebuilt at rank {rank}",
         *(f"{statistics.fmean(figures):.3g} with {name}" for name, figures in controls.items()),
     ]
-    last = "the mean alone leaves nothing to recover"
+    last = "The mean alone leaves no gap to recover"
     if _is_better(originals, controls["the mean alone"], better):
         of_mean = statistics.fmean(controls["the mean alone"])
         share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
-        last = f"rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
-    text = f"{first}on {known} the average of {metric} is {_listed(shown)}; {last}."
-    return text[0].upper() + text[1:]
+        last = f"Rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
+    return f"{first[:1].upper()}{first[1:]}On {known}, the average of {metric} is {_listed(shown)}. {last}."
 
 
 def _is_better(figures: Sequence[float], others: Sequence[float], better: float) -> bool:

@@ -30,7 +30,7 @@ def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> 
     """Fit the subspace again to four folds of five of its own models, and open the fifth; `running` is how, as of `fit_as`."""
     if len(space.names) < 3:
         raise UsageError(
-            f"{len(space.names)} models leave none to hold out",
+            f"{len(space.names)} models are too few to hold any out",
             where=str(space.path),
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
@@ -39,7 +39,7 @@ def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> 
         raise UsageError(
             f"{zoo.statement} ({zoo.detail})",
             where=str(space.path),
-            rule="to hold models out, the subspace is fitted again to the rest",
+            rule="to hold models out, the subspace must be fitted again to the others",
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
     fold = set(deal(len(zoo), NUM_FOLDS, seed)[0].tolist())

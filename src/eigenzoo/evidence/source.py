@@ -230,21 +230,23 @@ def open_source(
     if isinstance(source, Subspace):
         if suitability and source.view != "update":
             raise UsageError(
-                "every model's own spectra (suitability) of a bundle",
-                rule="a bundle keeps them of LoRA updates alone",
+                "suitability needs every model's own spectra, which this bundle does not have",
+                rule="a bundle stores them for LoRA updates only",
                 next_step="name the zoo instead",
             )
         if axes or chosen or center != "models":
             raise UsageError(
-                "axes, center, view, base, include or exclude of a bundle",
-                rule="a bundle keeps the models' Gram of its own layers, about their mean",
+                "axes, center, view, base, include and exclude do not apply to a bundle",
+                rule="a bundle stores the models' Gram of its own layers, about their mean",
                 next_step="name the zoo instead",
             )
         return BundleMoments(source)
     check_workers(workers, max_memory, device)
     if isinstance(source, Zoo):
         if chosen:
-            raise UsageError("view, base, include or exclude of an opened zoo", next_step="give them to open_zoo")
+            raise UsageError(
+                "view, base, include and exclude do not apply to an opened zoo", next_step="pass them to open_zoo"
+            )
         zoo = source
     else:
         zoo = open_zoo(source, view=view, base=base, include=include, exclude=exclude, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eigenzoo.display import in_percent
+from eigenzoo.display import counted, in_percent
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.lineage import Lineage
@@ -230,45 +230,46 @@ def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
     if largest is None or measures is None:
         return ""
     return (
-        f"Not all layers together, but most alone; the largest of these is {largest.layer.name}. {why_shared(measures)}"
+        "The layers do not share directions when tested together, but most do when tested alone. The largest of these is "
+        f"{largest.layer.name}. {why_shared(measures)}"
     )
 
 
 def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     if decided_by == "variance":
-        return f"The {num_models} models are copies of one: no analysed layer differs between them."
+        return f"The {num_models} models are copies of one model: no analysed layer differs between them."
     found = _held(summary.dealt)
     if code == rule.SHARED_SUBSPACE:
         within = _within(summary, lineage, num_models, view)
         strength = (
-            "" if summary.directions.material else " It is there beyond chance, and too little to store models in."
+            "" if summary.directions.material else " This is more than chance, but too little to store models in."
         )
-        return f"Shared subspace{within}: {found}; {_mean(summary)}.{strength}"
+        return f"Shared subspace{within}: {found}. {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
         places = shown_places(summary.contrasts, summary.across)
-        rest = ", and there are too few origins to tell whether it is more than that"
+        rest = " There are too few origins to test for more than that."
         if summary.across is not None and places is not None:
             dealt, across = places
             rest = (
-                f" and is gone across origins: the top {summary.across.rank[across]} directions hold "
-                f"{in_percent(summary.contrasts.captured[dealt])} of the variance of left-out models, but "
-                f"{in_percent(summary.across.captured[across])} of left-out lineages "
-                f"(chance {in_percent(summary.across.null[across])})"
+                f" Models of different origin do not share it: the top {summary.across.rank[across]} directions explain "
+                f"{in_percent(summary.contrasts.captured[dealt])} of the variance of held-out models, but "
+                f"{in_percent(summary.across.captured[across])} of held-out lineages "
+                f"(chance {in_percent(summary.across.null[across])})."
             )
         return (
-            f"Shared lineage: what is shared comes from models of common origin ({groups_of(len(lineage.groups))}, the largest of "
-            f"{largest} of the {num_models} models){rest}."
+            f"Shared lineage: the shared part comes from a common origin of the models ({groups_of(len(lineage.groups))}, the "
+            f"largest with {largest} of the {num_models} models).{rest}"
         )
     if code == rule.SHARED_MEAN:
-        return f"Shared mean, and no subspace beyond it: {_mean(summary)}; around it {found}."
+        return f"Shared mean, without a subspace beyond it. {_mean(summary)}. Around it, {found}."
     if num_models < MIN_MODELS:
-        return f"No shared structure can be shown: {num_models} models are too few to hold any out; {_mean(summary)}."
-    return f"No shared structure: {found}; {_mean(summary)}."
+        return f"No shared structure can be shown: {num_models} models are too few to hold any out. {_mean(summary)}."
+    return f"No shared structure: {found}. {_mean(summary)}."
 
 
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
-    """Say so where the zoo has one lineage: one base, or a group that holds nearly all models."""
+    """Say whether the zoo has one lineage: one base, or a group with nearly all models."""
     largest = len(lineage.groups[0]) if lineage.groups else 0
     if view in ("delta", "update") or largest == num_models:
         return ", within one lineage"
@@ -292,16 +293,16 @@ def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None
 def _held(pooled: Pooled) -> str:
     place = shown_place(pooled)
     if place is None:
-        return "too few models to hold any out"
+        return "there are too few models to hold any out"
     return (
-        f"the top {pooled.rank[place]} directions of each layer hold {in_percent(pooled.captured[place])} of the variance "
-        f"of models left out of the fit (in-sample {in_percent(pooled.in_sample[place])}, chance {in_percent(pooled.null[place])})"
+        f"the top {pooled.rank[place]} directions of each layer explain {in_percent(pooled.captured[place])} of the variance "
+        f"of held-out models (in-sample {in_percent(pooled.in_sample[place])}, chance {in_percent(pooled.null[place])})"
     )
 
 
 def _mean(summary: Summary) -> str:
     return (
-        f"the mean alone removes {in_percent(summary.mean_heldout)} of a left-out model's energy "
+        f"The mean alone removes {in_percent(summary.mean_heldout)} of a held-out model's energy "
         f"(chance {in_percent(summary.mean_null)})"
     )
 
@@ -309,10 +310,12 @@ def _mean(summary: Summary) -> str:
 def _denominator(code: str, counts: Mapping[str, int], values: Mapping[str, float]) -> str:
     still = counts[rule.NO_VARIANCE]
     varying = sum(counts.values()) - still
-    equal = f"; {still} more are equal in all models and do not count" if still else ""
+    equal = (
+        f" {counted(still, 'more layer')} without variance {'does' if still == 1 else 'do'} not count." if still else ""
+    )
     return (
-        f"{counts[code]} of {varying} layers with variance have this verdict alone, "
-        f"with {in_percent(values[code])} of their values{equal}."
+        f"Tested alone, {counts[code]} of {varying} layers with variance have this verdict, "
+        f"with {in_percent(values[code])} of their values.{equal}"
         if varying
         else ""
     ).strip()

@@ -301,26 +301,25 @@ DECIDED_BY = {
 
 
 def why_shared(measures: Measures) -> str:
-    """Name the condition by which models share directions: leading ones (distinct), or ones that hold enough (material)."""
+    """Name the condition that was met: leading directions (distinct), or directions that explain enough (material)."""
     if measures.distinct:
         return _sentence(
-            f"{_leading(measures)} (at least {DISTINCT:g} is needed; p {p_text(measures.p_cloud)}, and "
-            f"below {SIGNIFICANCE:g} is needed), and the models spread over {_directions(measures)} (at most "
-            f"{_few(measures)} count as few)."
+            f"{_leading(measures)} (needed: at least {DISTINCT:g}; p {p_text(measures.p_cloud)}, needed: "
+            f"below {SIGNIFICANCE:g}). The models spread over {_directions(measures)} (needed: at most {_few(measures)})."
         )
     return _sentence(
-        f"{_holding(measures)} (at least {_limit(MATERIAL_SHARE)} and {MATERIAL_RATIO:g} times are needed; "
-        f"p {p_text(measures.p_chance)}, and below {SIGNIFICANCE:g} is needed), and the models spread over "
-        f"{_directions(measures)} (at most {measures.num_models}, one for each model, are allowed)."
+        f"{_holding(measures)} (needed: at least {_limit(MATERIAL_SHARE)} and {MATERIAL_RATIO:g} times chance; "
+        f"p {p_text(measures.p_chance)}, needed: below {SIGNIFICANCE:g}). The models spread over "
+        f"{_directions(measures)} (needed: at most {measures.num_models}, one per model)."
     )
 
 
 def why_not_shared(measures: Measures) -> str:
-    """Name the conditions that are missed: those of directions that hold enough, then those of leading directions."""
+    """Name the conditions that were missed: first those of `material`, then those of `distinct`."""
     return _sentence(_why_not(measures))
 
 
-def _sentence(text: str, start: str = "with all models scaled to one norm, ") -> str:
+def _sentence(text: str, start: str = "with all models scaled to the same norm, ") -> str:
     return _capital(start + text)
 
 
@@ -329,14 +328,15 @@ def _capital(text: str) -> str:
 
 
 def _why_not(measures: Measures) -> str:
-    limit = f"below {SIGNIFICANCE:g} is needed"
     if measures.p_chance >= SIGNIFICANCE and measures.p_cloud >= SIGNIFICANCE:
         best = min(measures.p_chance, measures.p_cloud)
-        return f"{_holding(measures)}, and unrelated models reach as much (p {p_text(best)}, and {limit})."
+        return (
+            f"{_holding(measures)}. Unrelated models reach as much (p {p_text(best)}, needed: below {SIGNIFICANCE:g})."
+        )
     if measures.held:
         return (
-            f"{_holding(measures)}, but spread over {_directions(measures)}: at most {measures.num_models}, one for each model, "
-            "are allowed. More models can tell."
+            f"{_holding(measures)}. But the models spread over {_directions(measures)} (needed: at most {measures.num_models}, "
+            "one per model). Add models to decide."
         )
     missed = []
     if measures.p_chance >= SIGNIFICANCE:
@@ -349,16 +349,16 @@ def _why_not(measures: Measures) -> str:
 
 
 def why_gone(measures: Measures) -> str:
-    """Name what is missed with whole lineages held out."""
-    return _sentence(_why_not(measures), "with whole lineages held out and all models scaled to one norm, ")
+    """Name the conditions that are missed with whole lineages held out."""
+    return _sentence(_why_not(measures), "with whole lineages held out and all models scaled to the same norm, ")
 
 
 def why_mean(common: float, *, shared: bool) -> str:
-    """Name the condition by which the mean counts or does not, from what two models have in common."""
-    said = f"Two models have {in_percent(common)} of a model's energy in common"
+    """Name the condition by which the mean counts or does not, from the energy that two models share."""
+    said = f"Two models share {in_percent(common)} of a model's energy on average"
     if shared or common < MEAN_SHARE:
-        return f"{said} (at least {_limit(MEAN_SHARE)} is needed)."
-    return f"{said}, which is less than {MEAN_DEVIATIONS:g} standard deviations from none in most layers."
+        return f"{said} (needed: at least {_limit(MEAN_SHARE)})."
+    return f"{said}, which is less than {MEAN_DEVIATIONS:g} standard deviations from zero in most layers."
 
 
 def _why_not_distinct(measures: Measures) -> str:
@@ -368,26 +368,26 @@ def _why_not_distinct(measures: Measures) -> str:
     if measures.p_cloud >= SIGNIFICANCE:
         missed.append(f"an even cloud reaches that too (p {p_text(measures.p_cloud)})")
     if not measures.is_few(FEW):
-        missed.append(f"the models spread over {_directions(measures)}, and at most {_few(measures)} count as few")
+        missed.append(f"the models spread over {_directions(measures)} (needed: at most {_few(measures)})")
     return f"{_leading(measures)}, but {_listed(missed)}."
 
 
 def _holding(measures: Measures) -> str:
     return (
-        f"the top {_counted(measures.rank)} {in_percent(measures.share)} of left-out models about their "
+        f"the top {_counted(measures.rank)} {in_percent(measures.share)} of the variance of held-out models about their "
         f"own mean, {_times(measures.over_chance)} chance"
     )
 
 
 def _leading(measures: Measures) -> str:
     return (
-        f"the top {_counted(measures.rank)} {_times(measures.ratio)} as much of left-out models as average "
+        f"the top {_counted(measures.rank)} {_times(measures.ratio)} as much of held-out models as average "
         "directions do"
     )
 
 
 def _counted(rank: int) -> str:
-    return "direction holds" if rank == 1 else f"{rank} directions hold"
+    return "direction explains" if rank == 1 else f"{rank} directions explain"
 
 
 def _times(ratio: float) -> str:
@@ -395,15 +395,15 @@ def _times(ratio: float) -> str:
 
 
 def _few(measures: Measures) -> str:
-    return f"{FEW * measures.num_models:.3g}, half of the {measures.num_models} models,"
+    return f"{FEW * measures.num_models:.3g}, half of the {measures.num_models} models"
 
 
 def _directions(measures: Measures) -> str:
     """Write the effective number of directions."""
     number = measures.effective
     if number is None:
-        return "a number of directions that is not measured"
-    return "directions of which none leads" if isinf(number) else f"an effective number of {number:.3g} directions"
+        return "an unmeasured number of directions"
+    return "directions of which none leads" if isinf(number) else f"{number:.3g} effective directions"
 
 
 def _limit(share: float) -> str:

@@ -140,8 +140,8 @@ def adapt_classifier(
     """
     if (output is None) is not random_basis:
         raise UsageError(
-            "an output for a random basis" if random_basis else "no output",
-            rule="the control is measured and not kept: its directions are in no bundle; everything else has a file",
+            "a random basis has no output file" if random_basis else "no output file is named",
+            rule="the control writes no file, because no bundle has its directions; everything else does",
         )
     seed = check_options(steps, batch_size, learning_rate, seed)
     check_device(device)
@@ -149,7 +149,7 @@ def adapt_classifier(
         check_free_file(output, force=force, own=adapter_file.is_adapter_file)
         if checkpoint is not None and checkpoint.absolute() == output.absolute():
             raise UsageError(
-                "is both the output and the checkpoint", where=str(output), rule="the checkpoint is another file"
+                "output and checkpoint are the same file", where=str(output), rule="they must be different files"
             )
         checkpoint = output.parent / f".{output.name}.checkpoint" if checkpoint is None else checkpoint
     space = load(bundle)
@@ -256,7 +256,9 @@ def _read_task(data: str, model: Path, besides: Sequence[str], test_share: float
         about = {} if known == labelled.classes else {"classes": json.dumps(labelled.classes)}
         return _Task(labelled.train, labelled.test, labelled.classes, classifier, about, labelled.notes)
     if test_share is not None:
-        raise UsageError("a test share for a task of the nursery", where=data, rule="500 of its images are held out")
+        raise UsageError(
+            "a test share does not apply to a task of the nursery", where=data, rule="500 of its images are held out"
+        )
     require("sklearn", *([] if model.is_file() else ["transformers"]))
     from eigenzoo.nursery import digits
 

@@ -132,7 +132,9 @@ def read_labelled(path: Path, model: Path, test_share: float | None = None) -> L
     """
     share = TEST_SHARE if test_share is None else test_share
     if not 0 < share < 1:
-        raise UsageError(f"test share {share}", rule="a share of the data that is held out lies between 0 and 1")
+        raise UsageError(
+            f"test share {share} is out of range", rule="the held-out share of the data lies between 0 and 1"
+        )
     kind, found = _find(path)
     require("datasets", "transformers", *(["PIL"] if kind == IMAGE else []))
     config = read_config(model)
@@ -141,11 +143,13 @@ def read_labelled(path: Path, model: Path, test_share: float | None = None) -> L
     if test is None:
         train, test = _held_out(train, share, path)
     elif test_share is not None:
-        raise UsageError("a test share is given beside a test part", where=str(path), next_step="leave one of them out")
+        raise UsageError(
+            "the data has a test part and --test-share is given too", where=str(path), next_step="leave one of them out"
+        )
     classes, numbers = _number(train.labels, config, path)
     unknown = sorted({str(label) for label in test.labels if label not in numbers})
     if unknown:
-        raise DataError(f"test labels that nothing is trained on: {', '.join(unknown[:5])}", where=str(path))
+        raise DataError(f"the training data lacks these test labels: {', '.join(unknown[:5])}", where=str(path))
     labels = [torch.tensor([numbers[label] for label in rows.labels]) for rows in (train, test)]
     if kind == IMAGE:
         prepare = _prepare_images(model, config)
@@ -161,7 +165,7 @@ def _find(path: Path) -> tuple[str, tuple[Path, Path | None]]:
     """Tell by names alone what data are and where they lie: the training part, and the test part if there is one."""
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            raise DataError(f"a file with the ending {path.suffix!r}", where=str(path), rule=FORMS)
+            raise DataError(f"files with suffix {path.suffix!r} are not supported", where=str(path), rule=FORMS)
         return TEXT, (path, None)
     if not path.is_dir():
         raise DataError("there is no such file or folder", where=str(path), rule=FORMS)
@@ -187,7 +191,7 @@ def _read_table(path: Path) -> Rows:
         names = list(table.column_names)
         if not {"text", "label"} <= set(names):
             raise DataError(
-                f"has the columns {', '.join(map(repr, names[:8])) or 'none'}",
+                f"the table has the columns {', '.join(map(repr, names[:8])) or 'none'}",
                 where=str(path),
                 rule="a table of texts has columns 'text' and 'label'",
             )
@@ -201,7 +205,7 @@ def _read_table(path: Path) -> Rows:
             raise DataError(f"row {number} has no text ({str(text)[:40]!r})", where=str(path))
         if not isinstance(label, int | str) or (isinstance(label, str) and not label.strip()):
             raise DataError(
-                f"row {number} has the label {str(label)[:40]!r}",
+                f"row {number} has an invalid label {str(label)[:40]!r}",
                 where=str(path),
                 rule="a label is a word or a whole number",
             )
@@ -223,17 +227,17 @@ def _read_images(folder: Path) -> Rows:
         odd = [file.name for file in files if file.suffix.lower() not in IMAGES or not file.is_file()]
         if odd or not files:
             raise DataError(
-                f"holds {odd[0]!r}, which is no image" if odd else "is an empty class", where=str(place), rule=FORMS
+                f"{odd[0]!r} is not an image" if odd else "this class is empty", where=str(place), rule=FORMS
             )
         items += files
         labels += [place.name] * len(files)
     if not classes:
-        raise DataError("holds no folder", where=str(folder), rule=FORMS)
+        raise DataError("this folder has no subfolders", where=str(folder), rule=FORMS)
     for file in items:
         with warnings.catch_warnings():
             # Pillow only warns of an image that takes more than some hundred megabytes; here it is refused.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            told("is no image that can be read", file, lambda file=file: _decode(file))  # type: ignore[misc]
+            told("this image cannot be read", file, lambda file=file: _decode(file))  # type: ignore[misc]
     return Rows(items, labels)
 
 
@@ -244,7 +248,7 @@ def _decode(file: Path) -> None:
         width, height = image.size
         if width * height > MOST_POINTS:
             raise DataError(
-                f"an image of {width} × {height}",
+                f"an image of {width} × {height} is too large",
                 where=str(file),
                 rule=f"at most {MOST_POINTS} points",
                 next_step="make it smaller",
@@ -270,7 +274,7 @@ def _held_out(rows: Rows, share: float, path: Path) -> tuple[Rows, Rows]:
         number = min(len(order) - 1, max(1, round(share * len(order))))
         test |= {places[label][place] for place in order[:number]}
     if not test:
-        raise DataError("no class has two items, one of which could be held out", where=str(path))
+        raise DataError("no class has two items, so none can be held out", where=str(path))
     return rows.part([place for place in range(len(rows.labels)) if place not in test]), rows.part(sorted(test))
 
 
@@ -279,7 +283,7 @@ def _number(labels: Sequence[Any], config: Any, path: Path) -> tuple[tuple[str, 
     found = set(labels)
     if len(found) < 2:
         raise DataError(
-            f"{len(found)} class{'es' * (not found)} to tell apart", where=str(path), rule="there are at least 2"
+            f"the data has {len(found)} class{'es' * (not found)}", where=str(path), rule="a task has at least 2"
         )
     known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     names = tuple(str(config.id2label.get(number, number)) for number in range(config.num_labels))
@@ -309,7 +313,7 @@ def _encode(tokenizer: Any, texts: Sequence[str], labels: Tensor, longest: int) 
         encoded = tokenizer(list(texts), truncation=True, max_length=longest)
     empty = [place for place, ids in enumerate(encoded["input_ids"]) if not len(ids)]
     if empty:
-        raise DataError(f"a text has no token: {texts[empty[0]][:40]!r}", rule="every text has one at least")
+        raise DataError(f"a text has no tokens: {texts[empty[0]][:40]!r}", rule="every text needs at least one")
     kept = {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in encoded}
     return Texts(kept, labels, pad_token(tokenizer)[1]), sum(len(ids) > longest for ids in whole)
 

@@ -78,9 +78,9 @@ def local_gpus(num_workers: int | None, device: str) -> int:
     count = torch.cuda.device_count() if device == "cuda" else 1
     if num_workers is not None and num_workers > count:
         raise UsageError(
-            f"{num_workers} local workers on {count} GPU{'s' if count > 1 else ''}",
-            rule="each process has a GPU of its own",
-            next_step="ask for fewer, or leave the cluster out: threads of one process share a GPU",
+            f"{num_workers} local workers are too many for {count} GPU{'s' if count > 1 else ''}",
+            rule="each process has its own GPU",
+            next_step="use fewer workers, or no cluster: threads of one process share a GPU",
         )
     return num_workers or count
 
@@ -107,13 +107,15 @@ def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
     except ImportError as error:
         raise UsageError(
             "dask.distributed is not installed",
-            rule="a cluster is reached through it",
+            rule="a cluster needs it",
             next_step=install("cluster"),
         ) from error
     if isinstance(cluster, Client):
         return cluster, []
     if isinstance(cluster, str) and cluster != LOCAL and "://" not in cluster:
-        raise UsageError(f"cluster {cluster!r}", rule="a cluster is 'local' or an address such as tcp://scheduler:8786")
+        raise UsageError(
+            f"unknown cluster {cluster!r}", rule="a cluster is 'local' or an address such as tcp://scheduler:8786"
+        )
     ours = []
     try:
         if cluster == LOCAL:

@@ -77,7 +77,7 @@ def _load(base: Model, adapter: Adapter) -> Loading:
     if high is not None:
         raise UnsupportedError(
             f"{high[:100]!r} has a number above {MOST_LAYERS:,}",
-            rule="diffusers goes through all blocks up to the highest number in a LoRA's names",
+            rule="diffusers loops over all blocks up to the highest number in a LoRA's names",
         )
     pipeline, modules = _pipeline_of(base)
 
@@ -143,7 +143,7 @@ def _tried(
     except FormatError as error:
         if isinstance(error.__cause__, AttributeError) and "'NoneType'" in str(error.__cause__):
             raise UnsupportedError(
-                f"diffusers needs components that are not there besides {', '.join(modules)}",
+                f"diffusers needs more components than {', '.join(modules)}, and they are missing",
                 where=str(base.folder),
                 next_step="name the folder of the whole pipeline",
             ) from error

@@ -44,7 +44,7 @@ def check_counts(config: Mapping[str, Any], most: int, folder: Path) -> None:
                 raise FormatError(
                     f"{key[:60]} is {shown}",
                     where=f"{folder}/{CONFIG}",
-                    rule=f"at most {limit} are built of these files",
+                    rule=f"these files allow at most {limit}",
                 )
 
 
@@ -63,7 +63,7 @@ def no_larger_than(model: Model, folder: Path) -> Iterator[None]:
             raise FormatError(
                 "its config describes a model many times larger than its weights",
                 where=str(folder),
-                rule=f"the files hold {len(model.tensors)} tensors of {num_values} values",
+                rule=f"the files have {len(model.tensors)} tensors of {num_values} values",
             )
 
     hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))

@@ -65,10 +65,10 @@ def read_config(folder: Path) -> Any:
     """Read the config of a local transformers checkpoint; raises UsageError or FormatError for anything else."""
     if not (folder / CONFIG).is_file():
         raise UsageError(
-            f"is no folder with a {CONFIG}",
+            f"this is not a folder with a {CONFIG}",
             where=str(folder),
-            rule="the model is a local checkpoint of transformers",
-            next_step="save it with save_pretrained, and name that folder",
+            rule="the model must be a local transformers checkpoint",
+            next_step="save it with save_pretrained and name that folder",
         )
     check_counts(read_json(folder / CONFIG, where=str(folder / CONFIG)), MOST_COUNTED, folder)
     require("transformers")
@@ -97,7 +97,9 @@ def read_classifier(
     files = open_model(folder)
     if files.format != "checkpoint":
         # An adapter's config sends transformers to whatever folder it names.
-        raise UsageError(f"holds a {files.format}", where=str(folder), rule="the model is a checkpoint of transformers")
+        raise UsageError(
+            f"this is a {files.format}", where=str(folder), rule="the model must be a transformers checkpoint"
+        )
     reader: Any = AutoModelForImageClassification if kind == IMAGE else AutoModelForSequenceClassification
     if config.num_labels != num_classes:
         config.num_labels = num_classes
@@ -107,7 +109,7 @@ def read_classifier(
     with quietly(), kept_draws(), no_larger_than(files, folder):
         seed_draws(seed)
         module, found = told(
-            f"is no classifier of {kind}s",
+            f"is not a classifier of {kind}s",
             folder,
             lambda: reader.from_pretrained(
                 folder,
@@ -137,7 +139,7 @@ def pad_token(tokenizer: Any) -> tuple[str, int]:
     for name in ("pad_token", "eos_token", "sep_token"):
         if getattr(tokenizer, name, None) is not None:
             return getattr(tokenizer, name), int(getattr(tokenizer, f"{name}_id"))
-    raise UsageError("the tokenizer has no token that texts can be filled up with", next_step="give it a pad_token")
+    raise UsageError("the tokenizer has no padding token", next_step="set its pad_token")
 
 
 def read_nursery(path: Path) -> Classifier:
@@ -151,7 +153,9 @@ def read_nursery(path: Path) -> Classifier:
     expected = {name: tuple(values.shape) for name, values in net.state_dict().items()}
     if {name: info.shape for name, info in model.tensors.items()} != expected:
         raise MismatchError(
-            "not the weights of a digits-cnn", where=str(path), rule="such a file is one of the nursery's"
+            "these are not the weights of a digits-cnn",
+            where=str(path),
+            rule="a bare file must be a model of the nursery",
         )
     net.load_state_dict({name: model.read(name) for name in expected})
     return Classifier(net.eval(), {}, 2, model.nbytes)
@@ -176,8 +180,8 @@ def _check_drawn(folder: Path, found: Mapping[str, Any], besides: Sequence[str])
     left = [name for name in drawn if not any(fnmatch.fnmatch(name, pattern) for pattern in besides)]
     if left:
         raise UsageError(
-            f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}: in the checkpoint they are missing, or of another size",
+            f"{', '.join(left[:4])}{', …' if len(left) > 4 else ''}: missing in the checkpoint, or of another size",
             where=str(folder),
-            rule="a head that fits the data is drawn anew, and has to be trained then",
+            rule="a head that does not fit the data is initialised at random and must be trained",
             next_step=f"add --besides '{glob_of(left[0].rpartition('.')[0])}.*'",
         )

@@ -78,7 +78,7 @@ def truncated(
     q_right, r_right = torch.linalg.qr(right_PI.T)
     core_PP = r_left @ r_right.T
     if not bool(torch.isfinite(core_PP).all()):
-        raise DataError("factors with NaN or Inf, or whose product overflows", rule="an update is of finite values")
+        raise DataError("factors contain NaN or Inf, or their product overflows", rule="an update has finite values")
     u_PP, values_P, vt_PP = torch.linalg.svd(core_PP, full_matrices=False)
     energies_P = values_P.square()
     total = float(energies_P.sum())

@@ -39,7 +39,7 @@ def check_rule(rule: RankRule) -> RankRule:
     elif isinstance(rule, Real) and not isinstance(rule, bool):
         rule = float(rule)
     elif rule != AUTO:
-        raise RankError(f"rank {rule!r} is not a rule", rule="a rank is a number, a share in (0, 1], or 'auto'")
+        raise RankError(f"{rule!r} is not a rank", rule="a rank is a number, a share in (0, 1], or 'auto'")
     if isinstance(rule, float) and not 0 < rule <= 1:
         raise RankError(f"rank {rule} is not a share", rule="a float rank is a share of the variance in (0, 1]")
     if isinstance(rule, int) and rule < 0:

@@ -87,9 +87,9 @@ class Eigenvectors:
             if self.factor_SP.shape[1] < self.outside.columns:
                 return
             raise RankError(
-                f"rank {rank}, but the sketch holds {held} directions",
-                rule="a sketch is made for a rank, with some directions to spare",
-                next_step=f"sketch again for rank {rank}, ask for rank <= {held}, or use solver 'exact'",
+                f"rank {rank}, but the sketch has only {held} directions",
+                rule="a sketch is made for a rank, with some spare directions",
+                next_step=f"sketch again for rank {rank}, use rank <= {held}, or use solver 'exact'",
             )
 
     def most(self, rank: int) -> float:

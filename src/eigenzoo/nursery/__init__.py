@@ -116,10 +116,10 @@ def metric(zoo: str | os.PathLike[str]) -> Callable[[str | os.PathLike[str]], fl
     folder = Path(zoo).absolute()
     if not (folder / RECIPE).is_file():
         raise UsageError(
-            "is no zoo of the nursery",
+            "this is not a zoo of the nursery",
             where=str(zoo),
-            rule=f"such a zoo is a folder that holds {RECIPE}",
-            next_step="pass the folder that `eigenzoo nursery make` wrote",
+            rule=f"such a zoo is a folder with {RECIPE}",
+            next_step="pass a folder that `eigenzoo nursery make` wrote",
         )
     base = folder / PARENT
     return partial(accuracy, base=base if base.is_dir() else None)

@@ -45,7 +45,10 @@ class Task:
     def __post_init__(self) -> None:
         digits = self.digits
         if len(digits) != 5 or list(digits) != sorted(set(digits) & set(range(10))) or 0 not in digits:
-            raise UsageError(f"digits {digits} are no task", rule="a task is five different digits, rising, 0 first")
+            raise UsageError(
+                f"digits {digits} are not a task",
+                rule="a task is five different digits in rising order, beginning with 0",
+            )
 
     @property
     def name(self) -> str:
@@ -65,7 +68,7 @@ class Task:
         except ValueError:
             task = None
         if task is None or str(task) != text:
-            raise UsageError(f"{text!r} is no task", rule="a task is written like '5-against-5:0,1,2,3,4'")
+            raise UsageError(f"{text!r} is not a task", rule="a task is written like '5-against-5:0,1,2,3,4'")
         return task
 
     def label(self, digits: Tensor) -> Tensor:

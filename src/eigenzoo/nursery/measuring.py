@@ -32,7 +32,7 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
     recorded = _recorded_task(weights)
     asked = task if task is not None else recorded
     if asked is None:
-        raise UsageError("no task in the file's metadata", where=str(weights), next_step="pass task='5-against-5:...'")
+        raise UsageError("the file's metadata has no task", where=str(weights), next_step="pass task='5-against-5:...'")
     data, wanted = digits.load(), Task.parse(asked)
     images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
     # Models are built with random weights before they are loaded; the caller's random state is not ours to move.
@@ -48,9 +48,9 @@ def _weight_file(path: Path) -> Path:
     found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise FormatError(
-            f"{len(found)} safetensors files where one model should be",
+            f"{len(found)} safetensors files instead of one model",
             where=str(path),
-            rule="a model is one .safetensors file, or a folder that holds one",
+            rule="a model is one .safetensors file, or a folder with one",
         )
     return found[0]
 
@@ -60,7 +60,7 @@ def _recorded_task(weights: Path) -> str | None:
         with safe_open(weights, framework="pt") as file:
             recorded: str | None = (file.metadata() or {}).get("task")
     except SafetensorError as error:
-        raise FormatError(f"not a safetensors file ({error})", where=str(weights)) from error
+        raise FormatError(f"this is not a safetensors file ({error})", where=str(weights)) from error
     return recorded
 
 
@@ -74,7 +74,7 @@ def _load(weights: Path, base: Path | None) -> Any:
     try:
         net.load_state_dict(load_file(weights))
     except RuntimeError as error:
-        raise MismatchError("not the weights of a digits-cnn", where=str(weights), rule=str(error)) from error
+        raise MismatchError("these are not the weights of a digits-cnn", where=str(weights), rule=str(error)) from error
     return net.eval()
 
 
@@ -87,7 +87,7 @@ def _load_checkpoint(folder: Path) -> Any:
         )
     wrong = {problem: sorted(map(str, names)) for problem, names in found.items() if names}
     if wrong:
-        raise MismatchError(f"not a complete digits-vit: {wrong}", where=str(folder))
+        raise MismatchError(f"this digits-vit is incomplete: {wrong}", where=str(folder))
     return model.eval()
 
 
@@ -111,7 +111,7 @@ def _recorded_base(folder: Path) -> Path:
     base = folder / str(named)
     if not named or not base.is_dir():
         raise UsageError(
-            f"its parent {named!r} is not there",
+            f"its parent {named!r} does not exist",
             where=str(folder),
             rule="the parent is a folder, named relative to the adapter's",
             next_step="pass base=, or measure with eigenzoo.nursery.metric(zoo), zoo being the folder that holds it; on the "

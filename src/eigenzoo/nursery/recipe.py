@@ -146,26 +146,26 @@ def plan_zoo(
 ) -> Plan:
     """Resolve the defaults and refuse, with `UsageError`, what the kind cannot do."""
     if kind not in DEFAULTS:
-        raise UsageError(f"no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")
+        raise UsageError(f"there is no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")
     defaults = DEFAULTS[kind]
     if num_models is None:
         num_models = defaults.num_shuffled_models if random_labels else defaults.num_models
     if not 1 <= num_models <= NUM_TASKS:
         raise UsageError(
-            f"{num_models} models asked for",
+            f"{num_models} models are not possible",
             where=kind,
-            rule=f"a zoo has {NUM_TASKS} seeds of its own for its models"
+            rule=f"a zoo has {NUM_TASKS} seeds for its models"
             if same_task
-            else f"ten digits split into five against five in {NUM_TASKS} ways, one model each",
+            else f"ten digits can be split into five against five in {NUM_TASKS} ways, one model each",
             next_step=f"ask for 1 to {NUM_TASKS} models, or make a second zoo with another seed",
         )
     seed = check_seed(seed, MOST_ZOOS, where=kind)
     _refuse_options(kind, {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted})
     if same_task and random_labels:
         raise UsageError(
-            "same_task and random_labels are both asked for",
+            "same_task and random_labels exclude each other",
             where=kind,
-            rule="shuffled labels are each model's own, and so would be the task",
+            rule="shuffled labels give each model its own task",
             next_step="leave one of them out",
         )
     return Plan(

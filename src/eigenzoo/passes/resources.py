@@ -75,7 +75,9 @@ def most_workers(num_workers: int, device: str) -> int:
 def check_memory(max_memory: int | None) -> None:
     """Raise UsageError for less than `LEAST_MEMORY`."""
     if max_memory is not None and max_memory < LEAST_MEMORY:
-        raise UsageError(f"{max_memory:,} bytes of memory", rule=f"blocks take at least {LEAST_MEMORY:,} bytes")
+        raise UsageError(
+            f"{max_memory:,} bytes of memory are too few", rule=f"blocks need at least {LEAST_MEMORY:,} bytes"
+        )
 
 
 def check_agrees(resources: Resources, max_memory: int | None, device: str) -> None:
@@ -83,23 +85,23 @@ def check_agrees(resources: Resources, max_memory: int | None, device: str) -> N
     check_name(device)
     if max_memory is not None:
         raise UsageError(
-            f"max_memory {max_memory:,} beside workers",
-            rule="workers have bounds of their own",
-            next_step="give max_memory to local_workers or cluster_workers",
+            f"max_memory {max_memory:,} does not apply to open workers",
+            rule="workers have their own memory limits",
+            next_step="pass max_memory to local_workers or cluster_workers",
         )
     # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any GPU.
     if device not in ("cpu", resources.device, resources.device.partition(":")[0]):
         raise UsageError(
-            f"device {device!r} beside workers on {resources.device!r}",
-            rule="products run where the workers were opened",
-            next_step="give the device to local_workers or cluster_workers",
+            f"device {device!r} does not apply to workers on {resources.device!r}",
+            rule="products run on the device of the workers",
+            next_step="pass the device to local_workers or cluster_workers",
         )
 
 
 def check_name(device: str) -> None:
     """Raise UsageError for what is not the name of a device."""
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", str(device)):
-        raise UsageError(f"device {device!r}", rule="devices are cpu, cuda and cuda:<number>")
+        raise UsageError(f"unknown device {device!r}", rule="devices are cpu, cuda and cuda:<number>")
 
 
 def check_device(device: str) -> None:
@@ -109,7 +111,7 @@ def check_device(device: str) -> None:
     if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
         raise UsageError(
             f"device {device!r}, but torch sees {count or 'no'} GPU{'s' if count > 1 else ''}",
-            rule="cuda needs a GPU and a torch build that knows it",
+            rule="cuda needs a GPU and a torch build with CUDA",
             next_step="use --device cpu",
         )
 
@@ -130,8 +132,8 @@ def enough_memory(where: str, device: str) -> Iterator[None]:
         asked = _ASKED.search(str(error))
         on_gpu = device != "cpu"
         raise ResourceError(
-            f"out of memory on device {device!r}" + (f": {asked[1]} were asked for" if asked else ""),
+            f"out of memory on device {device!r}" + (f": {asked[1]} were requested" if asked else ""),
             where=where,
-            rule="blocks of weights, and what is made of them, fit into memory",
+            rule="blocks of weights and their products must fit into memory",
             next_step=f"use a smaller --max-memory, or {'--device cpu' if on_gpu else '--exclude the layer'}",
         ) from error

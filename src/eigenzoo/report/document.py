@@ -181,7 +181,7 @@ def read_document(document: Mapping[str, Any]) -> Report:
         raise UsageError(
             "no evidence with layers in the document",
             where="report",
-            rule="a report shows what `evidence` found",
+            rule="a report shows the results of `evidence`",
             next_step="put Evidence.to_dict() under the key 'evidence'",
         )
     cleaned = clean(document)

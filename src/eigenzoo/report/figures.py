@@ -45,14 +45,14 @@ def scree(report: Report) -> Figure | None:
     if not len(found["rank"]):
         return None
     first = in_percent(float(found["spectrum"][0]))
-    null = f"; unrelated models of the same norms would give {in_percent(float(found['norm_matched'][0]))}" \
+    null = f"; unrelated models with the same norms would give {in_percent(float(found['norm_matched'][0]))}" \
         if "norm_matched" in found else ""  # fmt: skip
     return Figure(
         "scree",
         "Scree: variance by direction",
         "Share of the layer's whole variance about the mean in each direction, largest first; both axes are logarithmic. The "
-        "grey band holds 90 % of what unrelated models with the same norms would give.",
-        f"On average over layers the first direction holds {first} of the variance of all models{null}.",
+        "grey band contains 90 % of the draws for unrelated models with the same norms.",
+        f"On average over layers, the first direction explains {first} of the variance of all models{null}.",
         "spectrum",
         by_layer=True,
     )
@@ -68,15 +68,13 @@ def cumulative(report: Report) -> Figure | None:
     held = in_percent(at_rank(summary["rank"], summary["captured"], report.rank))
     null = ""
     if "norm_matched_sum" in found:
-        null = (
-            f"; of as many unrelated models, their own would hold {in_percent(float(found['norm_matched_sum'][place]))}"
-        )
+        null = f"; for as many unrelated models it is {in_percent(float(found['norm_matched_sum'][place]))}"
     return Figure(
         "cumulative",
         "Cumulative explained variance",
-        "Share of the layer's whole variance about the mean in the first k directions: of all models, fitted together; of models "
-        "held out of a fit to the others; and of unrelated models, fitted together.",
-        f"The first {counted(place + 1, 'direction')} hold {in_percent(float(found['spectrum_sum'][place]))} of the variance of "
+        "Share of the layer's whole variance about the mean in the first k directions: for all models (fitted together), models "
+        "held out of a fit to the others, and unrelated models (fitted together).",
+        f"The first {counted(place + 1, 'direction')} explain {in_percent(float(found['spectrum_sum'][place]))} of the variance of "
         f"all {report.evidence['num_models']:,} models and {held} of held-out models'{null}.",
         "spectrum",
         by_layer=True,
@@ -93,7 +91,7 @@ def axes(report: Report) -> Figure | None:
         "axes",
         "Spectra of the layer's sides",
         "Share of the stack's energy in each direction of its outputs or inputs, with the same of unrelated noise; LoRA "
-        "updates are taken with their mean, all else about it.",
+        "updates include their mean; everything else is taken about it.",
         f"{counted(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
         "axes",
         by_layer=True,
@@ -112,7 +110,7 @@ def heldout(report: Report) -> Figure | None:
         "heldout",
         "Variance kept: fitted, held-out and unrelated models",
         "Share of the models' variance about the mean that k directions keep. Held out: the models of a fold, with mean and "
-        "directions from the others. In-sample: those others. Chance: unrelated models with the same norms, held out likewise.",
+        "directions from the others. In-sample: those others. Chance: unrelated models with the same norms, held out too.",
         f"At rank {report.rank} the models of a fold's fit keep {shares[0]}, held-out models {shares[1]}, unrelated held-out "
         f"models {shares[2]}.",
         "heldout",
@@ -129,9 +127,9 @@ def mean(report: Report) -> Figure | None:
     return Figure(
         "mean",
         "The mean alone",
-        "Share of the models' energy that their mean holds, without any direction; of a held-out model, what the others' mean "
-        "removes. The mean of unrelated models removes nothing and adds its own small energy, so that its share is below zero.",
-        f"In the average layer the mean holds {in_percent(summary['mean_energy'])} of the energy; of a held-out model it removes "
+        "Share of the models' energy in their mean, without any direction. For a held-out model: the share that the others' mean "
+        "removes. The mean of unrelated models removes nothing and adds its own small energy, so its share is below zero.",
+        f"In the average layer the mean has {in_percent(summary['mean_energy'])} of the energy. From a held-out model it removes "
         f"{in_percent(summary['mean_heldout'])}, and {in_percent(summary['mean_null'])} if the models were unrelated.",
         "mean",
         by_layer=True,
@@ -197,8 +195,8 @@ def similarity(report: Report) -> Figure | None:
     return Figure(
         "similarity",
         "Similarity of the models",
-        f"Cosine between each two models, of their {found['measure'] or 'weights'}, similar ones side by side; lineage groups "
-        f"(told apart at a cosine of {in_number(level)}) are outlined. Colours run from {in_number(shown.low)} "
+        f"Cosine between each pair of models, from their {found['measure'] or 'weights'}, similar models side by side. "
+        f"Lineage groups (told apart at a cosine of {in_number(level)}) are outlined. Colours run from {in_number(shown.low)} "
         f"to {in_number(shown.high)}, the range between different models.",
         f"{counted(len(found['groups']), 'lineage group')}, the largest with {counted(largest, 'model')}; "
         f"{counted(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
@@ -212,12 +210,12 @@ def model_map(report: Report) -> Figure | None:
     if not report.evidence["map"]:
         return None
     shares = [in_percent(share) for share in report.evidence["map_shares"]]
-    held = f" They hold {', '.join(shares)} of all variance about the mean." if shares else ""
+    held = f" These have {', '.join(shares)} of all variance about the mean." if shares else ""
     return Figure(
         "map",
         "Map of the models",
-        "Each model in two of the zoo's first coefficients, over all layers; colour and sign: lineage group. A map of few "
-        "directions shows only what they hold.",
+        "Each model in two of the zoo's first coefficients, over all layers; colour and sign: lineage group. The map "
+        "shows only these directions.",
         f"{counted(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
         "map",
         choices=(("0,1", "first and second"), ("0,2", "first and third"), ("1,2", "second and third")),
@@ -233,8 +231,8 @@ def growth_rank(report: Report) -> Figure | None:
     return Figure(
         "growthrank",
         "Rank for 90 % of the variance",
-        "Directions that hold 90 % of the fitted models' variance, by number of models; the dotted line is the most that so "
-        "many models can span (N − 1). A subspace that is shared levels off.",
+        "Directions that explain 90 % of the fitted models' variance, by number of models. The dotted line is the largest number "
+        "that N models can span (N − 1). For a shared subspace the curve levels off.",
         f"{in_number(found['var90_rank'][0])} directions for {in_number(found['num_models'][0])} models, "
         f"{in_number(found['var90_rank'][-1])} for {in_number(found['num_models'][-1])}.",
         "growth",
@@ -252,7 +250,7 @@ def growth_captured(report: Report) -> Figure | None:
     return Figure(
         "growthcaptured",
         f"Variance kept{at}",
-        "Share of variance about the mean that is kept, by number of fitted models: of models held out (± spread over draws), "
+        "Share of variance about the mean that is kept, by number of fitted models: for held-out models (± spread over draws), "
         "in-sample, and by chance.",
         f"Held-out models keep {in_percent(known[0])} with the fewest models and {in_percent(known[-1])} with all.",
         "growth",
@@ -270,8 +268,8 @@ def halves(report: Report) -> Figure | None:
         "halves",
         "Do two halves of the zoo find the same subspace?",
         "Cosines of the principal angles between the subspaces of two disjoint halves, largest first (1: the same direction); "
-        "the band holds 90 % of the splits; dotted: unrelated subspaces of the same rank.",
-        f"On average over layers the closest pair of directions has a cosine of {cosine}; of unrelated subspaces, {null}.",
+        "the band contains 90 % of the splits; dotted: unrelated subspaces of the same rank.",
+        f"On average over layers, the closest pair of directions has a cosine of {cosine}. For unrelated subspaces it is {null}.",
         "halves",
         by_layer=True,
     )
@@ -312,7 +310,7 @@ def suitability(report: Report) -> Figure | None:
         "suitability",
         "Power-law exponent of each layer's spectrum",
         "One mark per layer, by role and depth: mean over random halves of the zoo, with their spread (standard deviation); the "
-        "band holds the exponents that count as suitable.",
+        "band contains the exponents that count as suitable.",
         f"{len(means)} of {counted(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
         f"{in_three_digits(max(means))}.",
         "suitability",
@@ -327,7 +325,7 @@ def secondary(report: Report) -> Figure | None:
     middle = [in_percent(quantile((record[key] for record in known), 0.5)) for key in ("in_sample", "captured", "null")]
     return Figure(
         "secondary",
-        "What the next directions hold",
+        "The next directions",
         "The directions that follow those above chance, about as many again in each layer: share of the layer's variance about the "
         "mean.",
         f"In the median layer they keep {middle[0]} in-sample, {middle[1]} of held-out models, {middle[2]} by chance.",

@@ -110,21 +110,21 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
 
 
 _SPECTRUM = (
-    "How quickly the variance falls off from direction to direction, beside what chance alone would give. Spectra are of all "
-    "models, fitted together: they do not describe new models."
+    "The spectra show how fast the variance decreases from direction to direction, compared with chance. All models are fitted "
+    "together, so the spectra do not describe new models."
 )
 _HELDOUT = (
-    "A subspace that is shared must also hold models that it was not fitted to. The mean alone is the control: what it "
+    "A shared subspace must also explain models that it was not fitted to. The mean alone is the control: what it "
     "explains needs no subspace."
 )
-_MAP = "Models that lie together here are alike in the zoo's largest directions."
-_GROWTH = "With more models a shared subspace levels off; without one, every model brings a direction of its own."
-_HALVES = "A subspace that belongs to all models is found again in each half of them."
+_MAP = "Models that are close together here are similar in the zoo's largest directions."
+_GROWTH = "With more models, the dimension of a shared subspace levels off. Without one, every model adds a direction of its own."
+_HALVES = "If all models share a subspace, each half of them gives the same one."
 _SIZES = (
-    "What a bundle of any rank weighs and loses. Geometry is not function: a small error of weights can be a large error "
-    "of a model, and the other way round."
+    "Size and error of a bundle at any rank. Geometry is not function: a small error in the weights can be a large error "
+    "of the model, and the other way round."
 )
-_NO_SIZES = "The document holds no sizes of files, so that nothing can be said about bytes."
+_NO_SIZES = "The document has no file sizes, so bytes cannot be shown."
 _SUITABILITY = (
     "After a rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that "
     "trained layers have, and random halves of the zoo agree on it. The table gives the authors' own rule, the alpha score of "
@@ -132,20 +132,18 @@ _SUITABILITY = (
     "layers for a fit: leave out those that it rejects (`eigenzoo fit --exclude`), and keep the choice only if `eigenzoo evaluate` "
     "shows no loss."
 )
-_SECONDARY = (
-    "If all that is shared lies in the first directions, the next ones keep no more of held-out models than chance."
-)
+_SECONDARY = "If models share only the first directions, the next ones explain no more of held-out models than chance."
 
 
 def _layers_lead(report: Report) -> str:
     found = counted(len(report.layers), "layer")
-    return f"{found}, each with a finding of its own. Ranks are counted above chance (parallel analysis)."
+    return f"{found}, each with its own result. Ranks are counted above chance (parallel analysis)."
 
 
 def _lineage_lead(report: Report) -> str:
     said = {control["name"]: control["sentence"] for control in report.evidence["controls"]}
     found = report.evidence["lineage"]["sentence"] or said.get("lineage")
-    return str(found or "Which models share an origin, and what that explains.")
+    return str(found or "Groups of models with a common origin, and the variance that they explain.")
 
 
 def _function_lead(report: Report) -> str:
@@ -154,12 +152,15 @@ def _function_lead(report: Report) -> str:
             "No metric was run: this report is about weights only. `eigenzoo report BUNDLE --metric module:function` adds what "
             "rebuilt models can do."
         )
-    return report.function["sentence"] or "What the models do, measured by a metric, beside controls of the same size."
+    return (
+        report.function["sentence"]
+        or "The models' function, measured with a metric, compared with controls of the same size."
+    )
 
 
 def _residual_lead(figures: Mapping[str, Figure]) -> str:
     if "residuals" not in figures:
-        return "No subspace was fitted for this report, so that no model has a residual."
+        return "No subspace was fitted for this report, so models have no residuals."
     return (
-        "What the fitted subspace leaves out of each model's own weights. These models were fitted: new ones lose more."
+        "The share of each model's weights outside the fitted subspace. These models were fitted; new models lose more."
     )

@@ -13,8 +13,8 @@ from eigenzoo.report.tables import in_words, statistic_text
 
 HEADLINES = {
     "no-shared-structure": "These models share no subspace beyond chance.",
-    "shared-mean": "What these models share is their mean.",
-    "shared-lineage": "What is shared follows from lineage.",
+    "shared-mean": "These models share only their mean.",
+    "shared-lineage": "These models share what their lineages share.",
     "shared-subspace": "These models share a low-dimensional subspace.",
     "no-variance": "These models do not differ.",
 }
@@ -28,7 +28,7 @@ DECIDERS = {
     "lineage": "whole lineages held out",
     "secondary": "the directions after the first",
     "suitability": "the shape of the spectra",
-    "variance": "there is no variance to look at",
+    "variance": "there is no variance",
 }
 
 VIEWS = {
@@ -91,12 +91,12 @@ def keys(report: Report) -> list[Key]:
     summary, rank = report.evidence["summary"], report.rank
     shares = [at_rank(summary["rank"], summary[key], rank) for key in ("in_sample", "captured", "null")]
     return [
-        Key("held out", in_percent(shares[1]), f"of left-out models' variance about the mean, rank {rank}", "heldout"),
+        Key("held out", in_percent(shares[1]), f"of held-out models' variance about the mean, rank {rank}", "heldout"),
         Key(
             "in-sample", in_percent(shares[0]), f"of the variance of each fold's fitted models, rank {rank}", "insample"
         ),
-        Key("chance", in_percent(shares[2]), f"of unrelated left-out models' variance, rank {rank}", "null"),
-        Key("mean alone", in_percent(summary["mean_heldout"]), "of a left-out model's energy, rank 0", "mean"),
+        Key("chance", in_percent(shares[2]), f"of unrelated held-out models' variance, rank {rank}", "null"),
+        Key("mean alone", in_percent(summary["mean_heldout"]), "of a held-out model's energy, rank 0", "mean"),
         *_function_key(report),
     ]
 
@@ -159,10 +159,10 @@ def facts(report: Report) -> list[Fact]:
         ),
         Fact("layers", f"{evidence['num_layers']:,}", f"{counted(still, 'layer')} without variance" if still else ""),
         Fact("view", evidence["view"] or "–", VIEWS.get(evidence["view"], "")),
-        Fact("centred on", evidence["center"] or "–", "what is removed before directions are sought"),
+        Fact("centred on", evidence["center"] or "–", "subtracted before the fit"),
         Fact("values per model", f"{values:,}", "in the analysed layers"),
         Fact("energy Σ‖X‖²", in_number(energy), "of all models, all analysed layers"),
-        Fact("variance", in_percent(variance / energy if energy else None), "of that energy, about what is removed"),
+        Fact("variance", in_percent(variance / energy if energy else None), "of that energy, about the center"),
     ]
     if evidence["folds"]:
         found.append(Fact("held-out folds", in_number(evidence["folds"]), f"drawn with seed {evidence['seed']}"))

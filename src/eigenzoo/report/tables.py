@@ -120,8 +120,8 @@ def layer_table(report: Report) -> Table | None:
     note = (
         f"In-sample, held out and chance: share of the layer's variance about the mean that {rank} directions keep (the largest "
         "evaluated rank up to it). Mean alone: share of a held-out model's energy that the others' mean removes. Over an "
-        "average direction: what leading directions hold of held-out models, over what an average one holds; p: of chance, at "
-        "the rank where it is clearest."
+        "average direction: the share of held-out models in leading directions, divided by that in an average one. p: p-value "
+        "against chance, at the rank with the clearest result."
     )
     return table("All layers", columns, rows, words=2, note=note, prose=True)
 
@@ -258,7 +258,7 @@ def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
     grown = report.evidence["growth"]
     if grown["rank"] == rank and any(value is not None for value in grown["captured"]):
         last = [value for value in grown["captured"] if value is not None][-1]
-        rows.append(("held out, growth", last, "the same left-out models at every size", "up to all others", by_values))
+        rows.append(("held out, growth", last, "the same held-out models at every size", "up to all others", by_values))
     if sizes is not None and rank < len(sizes.by_rank):
         row = sizes.by_rank[rank]
         rows.append(("all models, by size", row.in_sample, f"all {num:,} models", "the same models", by_variance))
@@ -266,10 +266,10 @@ def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
     cells = [(name, in_percent(share), *rest) for name, share, *rest in rows if share is not None]
     columns = ("share", f"kept at rank {rank}", "of the variance of", "directions fitted to", "a layer counts by")
     note = (
-        "Fewer models are easier to fit: a fold's fit keeps more of its own models than one fit keeps of all. Unrelated models "
-        "have the same norms; their own directions hold much of them in-sample, and little of models left out."
+        "Fewer models are easier to fit: a fold's fit keeps more of its own models than one fit of all models does. "
+        "Unrelated models have the same norms. Their own directions keep much of them in-sample, and little of held-out models."
     )
-    made = table("Why shares of like names differ", columns, cells, note=note)
+    made = table("Why shares with similar names differ", columns, cells, note=note)
     return None if made is None else replace(made, kinds=("words", "number", "words", "words", "words"))
 
 
@@ -309,10 +309,10 @@ def size_row_table(sizes: SizeTable) -> Table | None:
         "smaller from",
     )
     note = (
-        f"Files: {in_bytes(sizes.whole_zoo)} of {sizes.num_models:,} models. Bundle: all its files, basis, mean and what is "
-        "carried included. Variance lost: of all layers together, so that a layer counts by its variance and not by its number of "
-        "values. Energy lost: of all models, the mean included. Held out and chance are linear between evaluated ranks. Smaller "
-        "from: the number of models from which the bundle is smaller than their files."
+        f"Files: {in_bytes(sizes.whole_zoo)} of {sizes.num_models:,} models. Bundle: all its files, with basis, mean and "
+        "carried files. Variance lost: for all layers together, so that each layer counts by its variance and not by its number of "
+        "values. Energy lost: for all models, including the mean. Held out and chance are interpolated linearly between evaluated "
+        "ranks. Smaller from: the number of models from which the bundle is smaller than their files."
     )
     return table("Sizes and errors", columns, rows, note=note)
 
@@ -389,8 +389,8 @@ def _alpha_cells(found: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def _alpha_note(score: Mapping[str, Any] | None) -> str:
     rule = (
-        "The authors' alpha score is of every model's own spectrum: q = (1 − e^(−N/20)) · mean φ(α) · e^(−σ) with "
-        "φ(α) = e^(−(α − 2)/2) for α from 2 to 6, else 0; a layer is retained at a mean α from 2 to 6, σ at most 1, half of the "
+        "The authors' alpha score uses every model's own spectrum: q = (1 − e^(−N/20)) · mean φ(α) · e^(−σ) with "
+        "φ(α) = e^(−(α − 2)/2) for α from 2 to 6, else 0. A layer is retained at a mean α from 2 to 6, σ at most 1, half of the "
         "models in range, and q at least 0.2"
     )
     if score is None:

@@ -26,11 +26,11 @@ class Coefficients:
     Attributes:
         name: the model's name.
         values: per layer, (K,) numbers or a (P, Q) core, float32.
-        residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy that is outside the subspace; above 1 for a small
-            update in a zoo of a large mean, and infinite for a layer that is zero and is rebuilt as something else.
-        residual: the same over all layers; the layers' plain mean where a bundle was saved without its moments.
-        energies, outside: per layer ‖X‖², center included, and ‖X − X̂‖²; empty where a bundle was saved without its moments.
-        template: what a rebuilt model needs besides.
+        residuals: per layer ‖X − X̂‖² / ‖X‖², the share of its energy outside the subspace. Above 1 for a small update in a
+            zoo with a large mean. Infinite for a zero layer that is rebuilt as nonzero.
+        residual: the same over all layers; the unweighted mean over layers if the bundle was saved without moments.
+        energies, outside: per layer ‖X‖², center included, and ‖X − X̂‖²; empty if the bundle was saved without moments.
+        template: everything else that a rebuilt model needs.
     """
 
     name: str

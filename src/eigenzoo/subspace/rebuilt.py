@@ -38,7 +38,7 @@ OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
 
 
 class RebuiltModel:
-    """A model made of coefficients; values are computed when they are asked for.
+    """A model rebuilt from coefficients. Its values are computed on demand.
 
     Attributes:
         name: the model's name.
@@ -201,7 +201,7 @@ class RebuiltModel:
             raise BundleError(
                 f"was excluded from the fit, and stays at {shown_url(self._template.left_at)}",
                 where=f"tensor '{name}' of {self.name}",
-                rule="a bundle is no permission to connect to what it names",
+                rule="a bundle does not give permission to connect to the URLs that it names",
                 next_step="rebuild with fetch=True (--fetch) if you trust it",
             )
         return self._template.read_carried(name)

@@ -86,12 +86,12 @@ class StoredSubspace:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the models whose coefficients are kept."""
+        """Names of the models with stored coefficients."""
         return tuple(model.name for model in self.manifest.models)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What the fit reported, as plain JSON values."""
+        """Report of the fit, as plain JSON values."""
         return self.manifest.report
 
     @cached_property
@@ -109,7 +109,7 @@ class StoredSubspace:
 
     @own_settings()
     def coefficients(self, name: str) -> Coefficients:
-        """Return a kept model's coefficients, read from its own small file, which is compared with its checksum."""
+        """Return the stored coefficients of a model. Its file is compared with its checksum."""
         record = self._record(name)
         stored = self.stored(record)
         known = self.manifest.files.get(record.coefficients)
@@ -176,12 +176,12 @@ class StoredSubspace:
 
     @property
     def has_moments(self) -> bool:
-        """Whether the models' Grams are kept too."""
+        """Whether the models' Grams are stored."""
         return (self.path / MOMENTS).is_file()
 
     @own_settings()
     def moments(self, layer: str) -> LayerMoments:
-        """Return a layer's moments; raises BundleError where the bundle was saved without them."""
+        """Return a layer's moments. Raises BundleError if the bundle was saved without them."""
         if not self.has_moments:
             raise BundleError(
                 "the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them"
@@ -269,9 +269,9 @@ class StoredSubspace:
 
     @own_settings()
     def open(self, source: Source | Zoo, *, allow_pickle: bool = False) -> Zoo:
-        """Open models under this subspace's view; raises MismatchError unless they have its layers in their shapes.
+        """Open models under this subspace's view. Raises MismatchError unless they have its layers in the same shapes.
 
-        What the models have besides is carried unchanged.
+        Everything else in the models is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
@@ -283,9 +283,9 @@ class StoredSubspace:
 
     @own_settings()
     def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
-        """Project one model, in the zoo or not, onto the subspace.
+        """Project one model onto the subspace, whether it was in the fit or not.
 
-        The residual says what share of its energy ‖X‖² (center included) the subspace leaves out. Cost: one read of the
+        The residual is the share of the model's energy ‖X‖² (center included) outside the subspace. Cost: one read of the
         model and two of the basis.
         """
         zoo = self.open(source)
@@ -295,7 +295,7 @@ class StoredSubspace:
 
     @own_settings()
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
-        """Project every model of a source onto the subspace, layer after layer."""
+        """Project every model of a source onto the subspace, one layer after the other."""
         return self._projected(self.open(source), progress)
 
     def _projected(self, zoo: Zoo, progress: Progress) -> dict[str, Coefficients]:
@@ -310,11 +310,11 @@ class StoredSubspace:
         fetch: bool = False,
         max_lora_rank: int | None = None,
     ) -> RebuiltModel:
-        """Rebuild a model from its coefficients, or by its name; with `mean_only` the zoo's mean in its place (the control).
+        """Rebuild a model from its coefficients or by name.
 
-        With `fetch`, tensors that were left in the store that the model came from are read from there. With `max_lora_rank`
-        each update of an adapter, also one that no layer holds, is the best approximation of at most that rank;
-        `RebuiltModel.ranks` says what that costs.
+        `mean_only` gives the zoo's mean instead, as a control. `fetch` reads excluded tensors from the URL that the model
+        came from. `max_lora_rank` cuts each update of an adapter, also of excluded modules, to its best approximation of at
+        most that rank; `RebuiltModel.ranks` gives the loss.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)

@@ -18,13 +18,13 @@ from eigenzoo.zoo.zoo import Zoo
 class Subspace(StoredSubspace):
     """The shared subspace of a zoo, with every model's coefficients in it; made by `fit`, `load` or `add`.
 
-    It lies in a folder (a temporary one until `save`) and reads bases, coefficients and moments on demand.
+    Bases, coefficients and moments are read on demand from its folder, a temporary one until `save`.
 
     Attributes:
         path: the folder.
-        manifest: everything about it but the values.
-        checksums: of a saved subspace's files, and of those that another took over from it.
-        snapshot: of the bundle that it was loaded or grown from, which others may replace at any time.
+        manifest: everything except the values.
+        checksums: checksums of the files of a saved subspace, and of files taken over from it.
+        snapshot: identity of the bundle that it was loaded or grown from, because another process can replace that bundle.
     """
 
     def add(
@@ -37,8 +37,8 @@ class Subspace(StoredSubspace):
         workspace: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Subspace:
-        """Return a new Subspace with more models; see `eigenzoo.subspace.growth.add`."""
-        # Imported where it is needed, as `push` and `verify` are: most who load a bundle need none of them.
+        """Return a new Subspace with more models. See `eigenzoo.subspace.growth.add`."""
+        # Imported here, as in `push` and `verify`, because loading a bundle needs none of them.
         from eigenzoo.subspace.growth import add
 
         return add(
@@ -47,9 +47,9 @@ class Subspace(StoredSubspace):
 
     @own_settings()
     def save(self, folder: str | os.PathLike[str], *, force: bool = False, moments: bool = True) -> Path:
-        """Save as a bundle in a new folder, which appears whole or not at all; returns the folder.
+        """Save as a bundle in a new folder and return the folder. It appears complete or not at all.
 
-        Checksums of everything, and of the models' files that are still there, are taken now. `moments=False` leaves out
+        Checksums of all files, and of the models' files that still exist, are computed now. `moments=False` leaves out
         the Grams, which evidence, plan and exact growth need.
         """
         return save(self, Path(folder), force=force, moments=moments)
@@ -65,11 +65,11 @@ class Subspace(StoredSubspace):
         moments: bool = False,
         message: str | None = None,
     ) -> str:
-        """Push as a bundle to a model repository of the Hugging Face hub, in one commit; returns `org/name@commit`.
+        """Push as a bundle to a model repository on the Hugging Face hub, in one commit. Returns `org/name@commit`.
 
-        It is verified before. A repository that is not there is made (`private` or not), and so is the branch `revision`;
-        another bundle there is replaced with `force` only, anything else never. `moments` (large; evidence, plan and exact
-        growth need them) are pushed where they are asked for. Of paths of this machine only the last part is told.
+        The bundle is verified first. A missing repository is created (`private` or not), and so is the branch `revision`.
+        `force` replaces another bundle there; other content is never replaced. `moments=True` also pushes the moments (large;
+        evidence, plan and exact growth need them). Local paths are reduced to their last part.
         """
         from eigenzoo.subspace.bundles.pushing import push
 
@@ -83,11 +83,11 @@ class Subspace(StoredSubspace):
         loader: Loader | None = None,
         progress: Progress = no_progress,
     ) -> Verification:
-        """Check all that a bundle promises: checksums, finite values, orthonormal bases, coefficients that match layers.
+        """Check the bundle: checksums, finite values, orthonormal bases, coefficients that match layers.
 
-        With a base in `against`, whether the adapters that it rebuilds take effect there, which `loader` decides and is undecided
-        without it (see `eigenzoo.verify_adapter`); of full weights, whether the base has the layers, and how far the mean is from
-        it. Cost: all files and the base's weights are read once, and each adapter is rebuilt once.
+        With a base in `against`, also check whether rebuilt adapters take effect on it. `loader` decides that; without it the
+        result is undecided (see `eigenzoo.verify_adapter`). For full weights, check whether the base has the layers, and how far
+        the mean is from it. Cost: all files and the base's weights are read once, and each adapter is rebuilt once.
         """
         from eigenzoo.subspace.bundles.verifying import verify
 

@@ -65,7 +65,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     2.0
     """
     if rank < 1:
-        raise FormatError(f"rank {rank}", rule="a rank is a positive integer")
+        raise FormatError(f"rank {rank} is not valid", rule="a rank is a positive integer")
     rslora = config.get("use_rslora", False)
     if rslora is not None and not isinstance(rslora, bool):
         raise FormatError(f"use_rslora is {_shown(rslora)}", rule="it is true or false")
@@ -106,7 +106,7 @@ def _compiled(key: str) -> tuple[re.Pattern[str], int]:
     try:
         return re.compile(rf"(.*\.)?({key})$"), len(re.findall(r"[*+]|\{\d*,", plain))
     except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"the pattern {key[:100]!r} is no regular expression ({error})") from error
+        raise FormatError(f"the pattern {key[:100]!r} is not a regular expression ({error})") from error
 
 
 def check_pattern(key: str) -> str:

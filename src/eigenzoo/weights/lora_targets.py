@@ -86,7 +86,7 @@ def _in_layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
         return lambda module: True
     listed = [layers] if isinstance(layers, int) else layers
     if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
-        raise FormatError("layers_to_transform is no list of numbers")
+        raise FormatError("layers_to_transform is not a list of numbers")
     wanted = frozenset(listed)
     patterns = config.get("layers_pattern")
     patterns = [patterns] if isinstance(patterns, str) and patterns else _names(config, "layers_pattern")
@@ -107,7 +107,7 @@ def _in_layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
 def _names(config: Mapping[str, Any], key: str) -> Sequence[str]:
     names = config.get(key) or ()
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise FormatError(f"{key} is no list of names")
+        raise FormatError(f"{key} is not a list of names")
     if key in _OF_PATTERNS and len(names) > _MAX_PATTERNS:
         raise UnsupportedError(
             f"{key} has {len(names)} entries",
@@ -139,4 +139,4 @@ def _compiled(pattern: str, own: str) -> tuple[re.Pattern[str], int]:
     try:
         return re.compile(pattern), repetitions
     except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(f"the pattern {own[:100]!r} is no regular expression ({error})") from error
+        raise FormatError(f"the pattern {own[:100]!r} is not a regular expression ({error})") from error

@@ -50,7 +50,7 @@ class SplitRule:
         total = sum(share for _, share in self.parts)
         if rows == 0 or rows % total:
             raise UsageError(
-                f"{rows} outputs are not {total} equal parts",
+                f"{rows} outputs cannot be split into {total} equal parts",
                 where=f"tensor {name[:200]!r}",
                 rule=f"the split is {self.shown}",
                 next_step="correct the number of parts, or narrow the glob",
@@ -73,5 +73,7 @@ def parse_split(text: str) -> SplitRule:
         names = [(match["name"], int(match["share"] or 1)) for match in found if match]
         names = names if len(names) == len(found) else []
     if not glob or not 2 <= len(names) <= MAX_PARTS or len({name for name, _ in names}) < len(names):
-        raise UsageError(f"the split {text[:200]!r} is no rule", rule=_FORM, next_step="write '*.attn.qkv.*=q,k,v'")
+        raise UsageError(
+            f"{text[:200]!r} is not a rule for --split", rule=_FORM, next_step="write '*.attn.qkv.*=q,k,v'"
+        )
     return SplitRule(glob, tuple(names), text[:500])

@@ -49,14 +49,14 @@ def verify_adapter(
     allow_pickle: bool = False,
     progress: Progress = no_progress,
 ) -> Verification:
-    """Check whether a LoRA adapter takes effect on a base, which adapters that load without a word often do not.
+    """Check whether a LoRA adapter takes effect on a base. Adapters that load without an error often do not.
 
     Args:
-        path: the adapter: a folder of PEFT's, or its URL.
-        base: the model that it changes: a checkpoint's folder, file or URL. Without it the adapter alone is checked.
-        loader: a library that tries to load it, `eigenzoo.integrations.dry_loading.load_dry`. Without it nothing decides whether
-            the adapter takes effect on the base, and `ok` is None unless something else is wrong.
-        allow_pickle: whether the base may be a pickle.
+        path: the adapter: a PEFT folder, or its URL.
+        base: the model that it changes: a checkpoint's folder, file or URL. Without it only the adapter is checked.
+        loader: function that tries to load the adapter, such as `eigenzoo.integrations.dry_loading.load_dry`. Without it the
+            result is undecided, and `ok` is None unless another check fails.
+        allow_pickle: allow the base to be a pickle.
         progress: called as progress(stage, done, total).
 
     Raises UsageError for what is no adapter, UnsupportedError for kinds of adapters that are not read, FormatError for a base that

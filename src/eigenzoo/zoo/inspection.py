@@ -123,10 +123,10 @@ class Inspection:
 
 @own_settings()
 def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
-    """Read a zoo once and say what it holds; each worker holds 16 MiB of weights at a time.
+    """Read a zoo once and list its models, layers, duplicates, NaN and Inf. Each worker has 16 MiB of weights in memory at a time.
 
-    Models whose tensors have the same shapes and sums are read again, to compare their SHA-256. Two adapters are the same in
-    function when their scaled updates answer random inputs alike; their factors may differ.
+    Models whose tensors have equal shapes and sums are read a second time to compare their SHA-256. Two adapters have the same
+    function if their scaled updates give equal outputs for random inputs; their factors can differ.
     """
     models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
     with local_workers() as workers:

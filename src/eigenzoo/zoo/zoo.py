@@ -50,15 +50,15 @@ class Zoo:
 
     Attributes:
         models: the opened models.
-        names: what they are called, unique.
+        names: their names, unique.
         view: how a layer becomes a matrix: `weight`, `delta`, `update` or `factors`.
         base: the model that view `delta` subtracts.
         layers: every layer by name.
-        left_out: the tensors that are no layer, and why.
+        left_out: the tensors that are not layers, with reasons.
         skipped: the models that could not be read, with `allow_missing`.
-        hidden: paths of models that were passed over, since their names begin with `.` or `_`.
-        zeros: the modules that count as updates of zero, by model, with `missing` = `zero`.
-        warnings: what a reader of any result must know.
+        hidden: paths of models that were skipped because their names begin with `.` or `_`.
+        zeros: the modules that count as zero updates, by model, with `missing` = `zero`.
+        warnings: warnings that apply to all results.
     """
 
     def __init__(
@@ -305,19 +305,19 @@ def open_zoo(
     """Open many models as one zoo; reads headers and configs, no values.
 
     Args:
-        source: a folder of models, a glob, a list of paths, or a .txt file with a path a line; or URLs in the place of
-            paths (`s3://…`, `hf://…`, whatever fsspec opens), of which only the parts that are needed are read; or ids of
-            the hub (`org/name@revision`), which are downloaded into its cache.
-        view: `weight`, `delta` (minus `base`), `update` (scaled ΔW of LoRA adapters) or `factors`; by default `update`
-            for adapters, `delta` where a base is given, else `weight`.
-        base: the checkpoint that view `delta` subtracts.
-        include, exclude: globs of layer names or roles; what is excluded is carried unchanged.
-        split: rules that cut fused weights into layers of their own, such as `"*.attn.qkv.*=q,k,v"` (docs/formats.md); a
+        source: a folder of models, a glob, a list of paths, or a .txt file with one path per line. A path can also be a URL
+            (`s3://…`, `hf://…`, anything that fsspec opens), of which only the required parts are read, or a hub id
+            (`org/name@revision`), which is downloaded into the hub's cache.
+        view: `weight`, `delta` (weight minus `base`), `update` (scaled ΔW of LoRA adapters) or `factors`. Default: `update`
+            for adapters, `delta` with a base, otherwise `weight`.
+        base: checkpoint to subtract from every model (view `delta`).
+        include, exclude: globs of layer names or roles. Excluded layers are carried unchanged.
+        split: rules that split fused weights into separate layers, such as `"*.attn.qkv.*=q,k,v"` (docs/formats.md). A
             rule that matches nothing, or does not divide the outputs, is an error.
         allow_missing: skip models that cannot be read and layers that some models lack, and count them.
-        missing: `zero` counts a module that some LoRA adapters do not train as an update of zero in these, which is what it
-            is; their number is in `warnings` and `zeros`. `error` (the default) refuses such a zoo.
-        allow_pickle: read torch's .pt and .bin files too (only tensors are unpickled).
+        missing: `zero` treats a module that some LoRA adapters do not train as a zero update in these adapters, which is exact;
+            `warnings` and `zeros` list them. `error` (the default) refuses such a zoo.
+        allow_pickle: also read torch's .pt and .bin files (only tensors are unpickled).
 
     Raises:
         FormatError, ZooError: with the model, the layer, the rule and the next step.

@@ -77,7 +77,9 @@ def open_bundle(config: EigenzooConfig) -> Subspace:
     Raises BundleError for a bundle of another basis than the adapter's, naming both, and where there is none.
     """
     if config.bundle is None:
-        raise UsageError("no bundle is named", rule="an adapter lies in a basis", next_step="EigenzooConfig(bundle=…)")
+        raise UsageError(
+            "no bundle is named", rule="an adapter needs the basis of a bundle", next_step="EigenzooConfig(bundle=…)"
+        )
     path: str | Path = config.bundle
     if config.basis is not None and find_id(path) is None and not is_bundle(Path(path)):
         path = _moved(Path(path), config.basis)
@@ -85,10 +87,10 @@ def open_bundle(config: EigenzooConfig) -> Subspace:
     found = space.manifest.basis_id
     if config.basis not in (None, found):
         raise BundleError(
-            f"its basis is {found}",
+            f"the bundle has basis {found}",
             where=str(path),
             rule=f"the adapter was trained in basis {config.basis}",
-            next_step=f"name the bundle that it was trained in: bundle=…, or {BUNDLES}",
+            next_step=f"name the bundle of the training: bundle=…, or {BUNDLES}",
         )
     config.basis = found
     return space
@@ -113,8 +115,8 @@ def _moved(path: Path, basis: str) -> Path:
             return candidate
     places = f"nor any of {BUNDLES}={os.environ[BUNDLES]}" if found else f"and {BUNDLES} is not set"
     raise BundleError(
-        "there is no bundle",
+        "there is no bundle at this path",
         where=str(path),
-        rule=f"the adapter lies in basis {basis}, {places}",
-        next_step=f"say where the bundle is now: bundle=…, or {BUNDLES}",
+        rule=f"the adapter needs basis {basis}, {places}",
+        next_step=f"give the current path of the bundle: bundle=…, or {BUNDLES}",
     )

@@ -86,12 +86,14 @@ def _of_files(config: EigenzooConfig, state: Mapping[str, Tensor], folder: Path)
     space = open_bundle(config)
     if space.view == "weight" and config.start != ZERO:
         raise UsageError(
-            "its weights are the zoo's and not a change of a base",
+            "the weights are the zoo's, not a change of a base",
             where=str(folder),
             next_step="export it from the model",
         )
     if config.random_basis:
-        raise UsageError("an adapter in a random basis is a control", where=str(folder), next_step="export the model's")
+        raise UsageError(
+            "an adapter in a random basis is only a control", where=str(folder), next_step="export it from the model"
+        )
     if config.modules is None:
         raise FormatError("the config names no modules", where=str(folder), rule="EigenzooModel fills them in")
     parts = parts_of(space)
@@ -149,7 +151,7 @@ def _laid_out(module: str, kind: str, factors: Factors) -> LoraUpdate:
         keys = [f"{MODEL}{module}.lora_embedding_{side}" for side in "AB"]
     elif name == OTHER_CONV:
         raise UnsupportedError(
-            "a convolution with groups, dilation or padding other than zeros",
+            "convolutions with groups, dilation or padding other than zeros cannot be exported",
             where=f"module '{module}'",
             rule="PEFT's LoRA computes something else for such layers",
             next_step="merge_and_unload() the model, or leave the layer out with exclude_modules",
@@ -160,7 +162,7 @@ def _laid_out(module: str, kind: str, factors: Factors) -> LoraUpdate:
             raise FormatError(f"kernel {sizes} for {a_RI.shape[1]} inputs", where=f"module '{module}'")
         shape_a, shape_b = (shape_a[0], *kernel), (*shape_b, *(1 for _ in kernel[1:]))
     elif name not in (LINEAR, CONV1D):
-        raise FormatError(f"a module of kind {kind[:40]!r}", where=f"module '{module}'")
+        raise FormatError(f"modules of kind {kind[:40]!r} are not supported", where=f"module '{module}'")
     return LoraUpdate(module, keys[0], keys[1], (b_OR.shape[0], a_RI.shape[1]), a_RI.shape[0], 1.0, (shape_a, shape_b))
 
 

@@ -58,7 +58,7 @@ def parts_of(space: Subspace) -> dict[str, dict[str, str]]:
     for name, parts in found.items():
         if len(parts) < 2:
             raise BundleError(
-                "one factor of two is in the bundle", where=f"layer '{name}'", rule="view 'factors' takes both"
+                "the bundle has only one of the two factors", where=f"layer '{name}'", rule="view 'factors' needs both"
             )
     return found
 
@@ -89,7 +89,9 @@ def find_places(
         kind = kind_of(base)
         if kind is None:
             if space.view in UPDATES:
-                raise UnsupportedError(f"a module of type {type(base).__name__}", where=f"layer '{name}'")
+                raise UnsupportedError(
+                    f"modules of type {type(base).__name__} are not supported", where=f"layer '{name}'"
+                )
             left_out.append(name)
             continue
         places[module_name] = Place(kind, name, parts)
@@ -104,8 +106,8 @@ def find_places(
 def _missing(names: list[str]) -> MismatchError:
     return MismatchError(
         f"{len(names)} of the bundle's layers are not in the model: {', '.join(names[:3])}",
-        rule="a model has all of them, under their names",
-        next_step="load the zoo's base, with the same head, or name them in exclude_modules",
+        rule="the model must have all of them, with the same names",
+        next_step="load the zoo's base with the same head, or name these layers in exclude_modules",
     )
 
 
@@ -190,6 +192,6 @@ def _check_untied(model: nn.Module, module_name: str, base: nn.Module) -> None:
         raise UnsupportedError(
             f"its weight is tied to {others[0]}",
             where=f"module '{module_name}'",
-            rule="a tied weight cannot be adapted in one place",
+            rule="a tied weight cannot be adapted in one place only",
             next_step=f"load the model untied, or leave the layer out of the fit or with exclude_modules=[{module_name!r}]",
         )

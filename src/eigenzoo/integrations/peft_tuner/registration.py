@@ -47,7 +47,7 @@ try:
     )
     from peft.utils.peft_types import PeftType, register_peft_method
 except ImportError as error:
-    raise UnsupportedError(f"PEFT {peft.__version__} is built otherwise ({error})", rule=_RULE) from error
+    raise UnsupportedError(f"PEFT {peft.__version__} has a different structure ({error})", rule=_RULE) from error
 
 __all__ = [
     "BaseTuner",

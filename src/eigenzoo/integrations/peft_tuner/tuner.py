@@ -70,11 +70,11 @@ class _Attaching:
             return mean_OI
         weight: Any = base_of(module).weight
         if isinstance(module, BaseTunerLayer) and module.merged:
-            raise UsageError("another adapter is merged", where=f"layer '{layer}'", next_step="unmerge_adapter() first")
-        if weight.dtype not in FLOATS:
-            raise UnsupportedError(
-                "a quantised layer has no weight to start from the zoo's mean", where=f"layer '{layer}'"
+            raise UsageError(
+                "another adapter is merged", where=f"layer '{layer}'", next_step="call unmerge_adapter() first"
             )
+        if weight.dtype not in FLOATS:
+            raise UnsupportedError("a quantised layer cannot start from the zoo's mean", where=f"layer '{layer}'")
         weight_OI: Tensor = weight.detach().cpu().double().reshape(mean_OI.shape)
         return mean_OI - weight_OI
 
@@ -116,18 +116,18 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
         for name in places:
             if parametrize.is_parametrized(base_of(model.get_submodule(name)), "weight"):
                 raise UsageError(
-                    "its weight is held by a parametrization",
+                    "its weight already has a parametrization",
                     where=f"module '{name}'",
-                    rule="adapters lie beside plain weights, which they can be merged into",
-                    next_step="take it off first: eigenzoo.adapt.detach, or torch.nn.utils.parametrize.remove_parametrizations",
+                    rule="adapters need plain weights, into which they can be merged",
+                    next_step="remove it first: eigenzoo.adapt.detach, or torch.nn.utils.parametrize.remove_parametrizations",
                 )
         found = {name: [place.kind, place.name] for name, place in places.items()}
         if peft_config.modules is not None and peft_config.modules != found:
             changed = sorted(set(found) ^ set(peft_config.modules)) or ["kinds"]
             raise MismatchError(
-                f"the adapter has {len(peft_config.modules)} modules, here are {len(found)} ({', '.join(changed[:3])})",
-                rule="an adapter belongs to one kind of model",
-                next_step="load it into the model that it was trained in, or make a new config",
+                f"the adapter has {len(peft_config.modules)} modules, but the model has {len(found)} ({', '.join(changed[:3])})",
+                rule="an adapter fits only the kind of model that it was trained with",
+                next_step="load it into that model, or make a new config",
             )
         if left_out and peft_config.start != ZERO:
             warnings.warn(

@@ -4,7 +4,7 @@ const SHARE = "share of variance";
 
 figures.scree = (c) => {
   const found = perLayer(DATA.spectra);
-  if (!found.rank.length) return nothing(c, "This layer has no variance: no spectrum.");
+  if (!found.rank.length) return nothing(c, "This layer has no variance, so it has no spectrum.");
   const kind = kinds(c);
   const data = [];
   if (has(found.layers_low)) data.push(...band("eight of ten layers", c.orange, found.rank, found.layers_low, found.layers_high));
@@ -19,7 +19,7 @@ figures.scree = (c) => {
 
 figures.cumulative = (c) => {
   const found = perLayer(DATA.spectra);
-  if (!found.rank.length) return nothing(c, "This layer has no variance: no spectrum.");
+  if (!found.rank.length) return nothing(c, "This layer has no variance, so it has no spectrum.");
   const kind = kinds(c);
   const data = [];
   for (const name of ["norm_matched", "iid", "permuted", "spectrum_matched"]) {

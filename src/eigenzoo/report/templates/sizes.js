@@ -81,7 +81,7 @@ function showSize() {
   byId("size-panel").dataset.by = sizeNow.by;
   byId("size-chosen").textContent = sizeNow.by === "by_rank"
     ? (now.at ? `Rank ${now.at} in every layer` : "The mean alone, rank 0")
-    : `In each layer the least rank that keeps ${percent(now.at)} of its variance`;
+    : `In each layer the smallest rank that keeps ${percent(now.at)} of its variance`;
 }
 
 function startSizes() {

@@ -19,11 +19,11 @@ from eigenzoo.subspace.subspace import Subspace
 
 @own_settings()
 def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> Subspace:
-    """Load a bundle; reads its manifest and headers, values on demand.
+    """Load a bundle. Reads its manifest and headers now, and values on demand.
 
-    `folder` is a path, or an id of the hub (`org/name@revision`), whose files are downloaded into its cache and compared with
-    the manifest's checksums. Raises BundleError for what does not follow docs/bundle-format.md. `base` is where the base of
-    view `delta` lies now.
+    `folder` is a path or a hub id (`org/name@revision`). Files on the hub are downloaded into its cache and compared with
+    the manifest's checksums. `base` is the current path of the base (view `delta`). Raises BundleError if the bundle does not
+    follow docs/bundle-format.md.
     """
     # What is wrong with a base of this machine is told before a bundle is downloaded; a base is downloaded after that.
     opened = open_model(base) if base is not None and find_id(base) is None else base

@@ -36,7 +36,7 @@ def push(
             raise BundleError(
                 fault,
                 where=str(space.path),
-                rule="what is damaged is not pushed",
+                rule="a damaged bundle is not pushed",
                 next_step="run verify, and fit it again",
             )
         there = {name: record.sha256 for name, record in saved.manifest.files.items()}

@@ -52,44 +52,45 @@ def fit(
     progress: Progress = no_progress,
     workspace: str | os.PathLike[str] | None = None,
 ) -> Subspace:
-    """Fit the truncated zero-centred higher-order SVD of a zoo, layer by layer.
+    """Fit a shared subspace to a zoo: the truncated zero-centred higher-order SVD of each layer.
 
     Args:
-        zoo: an opened zoo, or what `open_zoo` takes.
-        rank: directions per truncated axis: a number, a share of the variance in (0, 1] (1.0 is everything), "auto"
+        zoo: an opened zoo, or anything that `open_zoo` accepts.
+        rank: directions per truncated axis: a number, a share of the variance in (0, 1] (1.0 keeps all), "auto"
             (parallel analysis against the norm-matched null; the default), or a mapping of axes to these. A number
-            above what a layer has means all of it.
-        axes: any of `models`, `outputs`, `inputs`; by default the axes that `rank` names, else `models`.
-        center: what is removed first: the models' mean, its `columns` means, `none`, or one `global` scalar.
-        dtype: what bases are stored in.
-        budget: bytes that the whole bundle may have; spent over all layers where it lowers the error most.
-        max_error: the share of the analysed energy that may be lost, in bases as they are stored; met with as few bytes as the
-            same rule finds.
-        seed: of the null's draws and the folds.
-        view, base, include, exclude: as in `open_zoo`; given here they choose anew.
-        solver: how bases of `outputs` and `inputs` are found: "exact", from their moments, or "sketch", from a randomised range
-            finder with a stated bound, which forms no outputs × outputs matrix.
-        precision: of products: "high" (float64), "default" (float32 about the models' mean, summed in float64; small layers
-            float64) or "fast" (bfloat16 products with float32 sums).
-        device: where products run: "cpu", "cuda" or "cuda:<number>".
-        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
-        workers: where tasks run instead of this process's threads, such as a cluster (`integrations.cluster`).
-        cache: whether moments are kept in, and taken from, the user's cache folder.
+            larger than a layer's dimension keeps all of the layer.
+        axes: any of `models`, `outputs`, `inputs`. Default: the axes in `rank`, else `models`.
+        center: what to subtract first: the models' mean, its `columns` means, `none`, or one `global` scalar.
+        dtype: dtype of the stored bases.
+        budget: largest size of the whole bundle in bytes. The ranks of all layers are chosen for the smallest error.
+        max_error: largest share of the analysed energy to lose, with the bases as stored. The ranks are chosen by the same rule
+            for the fewest bytes.
+        seed: seed of the null's draws and of the folds.
+        view, base, include, exclude: as in `open_zoo`. Values given here replace those of an opened zoo.
+        solver: solver for the bases of `outputs` and `inputs`: "exact", from their moments, or "sketch", a randomised range
+            finder with a stated bound that does not form an outputs × outputs matrix.
+        precision: precision of products: "high" (float64), "default" (float32 about the models' mean, summed in float64; small
+            layers in float64) or "fast" (bfloat16 products with float32 sums).
+        device: device of products: "cpu", "cuda" or "cuda:<number>".
+        max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
+        workers: workers for the tasks instead of this process's threads, such as a cluster (`integrations.cluster`).
+        cache: read and write moments in the user's cache folder.
         progress: called as progress(stage, done, total).
-        workspace: a folder on the disk where the bundle will be saved; bases are written there first, and a fit that was
-            interrupted goes on from what it has left there.
+        workspace: a folder on the disk where the bundle will be saved. Bases are written there first, and an interrupted fit
+            resumes from the finished layers there.
 
     Returns:
-        A Subspace. Its basis lies in a temporary folder that goes with it; `save` keeps it.
+        A Subspace. Its basis is in a temporary folder that is deleted with it; `save` keeps it.
 
     Raises:
-        RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step. BudgetError before any weight is
-            read where means and headers alone exceed the budget, and at the end where half precision alone exceeds the error bound.
+        RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step. BudgetError is raised before any
+            weight is read if means and headers alone exceed the budget, and at the end if half precision alone exceeds the error
+            bound.
 
-    Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis, for which a layer larger than
-    `resources.MOST_KEPT` is read again, and every layer where a budget or an error bound chooses the ranks; memory a few blocks,
-    the moments, and one layer's cores. Error in-sample is optimal for one axis (Eckart–Young), within √(number of axes) of the best
-    for more.
+    Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis. Layers larger than
+    `resources.MOST_KEPT` are read a second time, and so are all layers with a budget or an error bound. Memory: a few blocks, the
+    moments, and one layer's cores. The in-sample error is optimal for one axis (Eckart–Young) and within √(number of axes) of the
+    optimum for several.
     """
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
     check_place(workers, max_memory, device, workspace)

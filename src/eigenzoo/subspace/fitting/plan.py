@@ -152,21 +152,21 @@ def plan(
     cache: bool = True,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Print-ready table of error against bytes; one pass over the weights, no basis.
+    """Compare axes and ranks by error and bytes, with one pass over the weights and without a basis.
 
-    All choices of axes and ranks are made from one pass, and for axis `models` from none where its moments are kept. What
-    rounding of bases to half precision loses comes on top.
+    One pass serves all choices of axes and ranks. Axis `models` alone needs no pass if its moments are in the cache. The error
+    of rounding bases to half precision is not included.
 
     Args:
-        zoo: an opened zoo, or what `open_zoo` takes.
-        axes: one choice of axes to look at; by default all the useful ones. The outputs' and inputs' moments of large
-            layers cost N·D·(O + I) products and an O³ eigendecomposition: name `models` alone to be spared them.
-        center: what is removed first.
-        dtype: what bases would be stored in.
-        device: where products run: "cpu" or "cuda".
-        max_memory: bytes that blocks of weights may take in all; by default a quarter of the machine's memory.
-        workers: where tasks run instead of this process's threads.
-        cache: whether moments are kept in, and taken from, the user's cache folder.
+        zoo: an opened zoo, or anything that `open_zoo` accepts.
+        axes: one choice of axes. Default: all useful ones. The outputs' and inputs' moments of large layers cost N·D·(O + I)
+            products and an O³ eigendecomposition; pass `models` alone to avoid them.
+        center: what to subtract first.
+        dtype: dtype of the stored bases.
+        device: device of products: "cpu" or "cuda".
+        max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
+        workers: workers for the tasks instead of this process's threads.
+        cache: read and write moments in the user's cache folder.
         progress: called as progress(stage, done, total).
     """
     choices = check_choices(axes, center, dtype)

@@ -58,19 +58,20 @@ def import_subspace(
     workspace: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> Subspace:
-    """Import another tool's subspace of LoRA adapters: what `rebuild` gives of a model is what that tool rebuilds of it.
+    """Convert another tool's subspace of LoRA adapters. `rebuild` then gives the same adapters as that tool.
 
     Args:
-        source: a folder that vLoRA saved; or adapters of components and loadings: one, several, or a folder of them.
-        like: an adapter of the zoo, or its adapter_config.json: gives the scale, the keys, and what is no factor.
-        alpha: in the place of `like`, the adapters' alpha: alpha = rank is a scale of 1. The tools keep neither.
-        components: of adapters that hold loadings alone: the file of the components.
-        allow_pickle: read adapter_model.bin and pickled components too (only tensors are unpickled).
-        workspace: a folder on the disk where the bundle will be saved; it is put together there.
+        source: a folder saved by vLoRA; or adapters with components and loadings: one, several, or a folder of them.
+        like: one of the original adapters, or its adapter_config.json. It provides the scale, the keys, and all tensors that are
+            not factors.
+        alpha: the adapters' alpha, instead of `like`. alpha = rank gives a scale of 1. The tools store neither.
+        components: file with the components, for adapters that have only loadings.
+        allow_pickle: also read adapter_model.bin and pickled components (only tensors are unpickled).
+        workspace: a folder on the disk where the bundle will be saved; the bundle is built there.
         progress: called as progress(stage, done, total).
 
     Returns:
-        A Subspace of view `factors` without moments. Its files lie in a temporary folder that goes with it; `save` keeps it.
+        A Subspace of view `factors` without moments. Its files are in a temporary folder that is deleted with it; `save` keeps it.
 
     Raises:
         FormatError, MismatchError, DataError: with the file, the tensor, the rule and the next step.
