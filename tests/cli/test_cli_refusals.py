@@ -158,12 +158,12 @@ def test_names_cannot_move_the_terminal(run: Run, tmp_path: Path, name: str) -> 
 
 SLOW = """
 import sys, time
-from eigenzoo.subspace.fitting import fit
-step = fit.write_moments
+from eigenzoo.subspace.fitting import writing
+step = writing.write_moments
 def slow(*args, **kwargs):
     print("now", file=sys.stderr, flush=True)
     time.sleep(600)
-fit.write_moments = slow
+writing.write_moments = slow
 sys.argv = ["eigenzoo", *sys.argv[1:]]
 from eigenzoo.cli.app import main
 main()

@@ -25,13 +25,13 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 WAITING = f"""
 import sys, time
-from eigenzoo.subspace.fitting import fit
+from eigenzoo.subspace.fitting import writing
 def wait(*args, **kwargs):
     print("now", file=sys.stderr, flush=True)
     deadline = time.monotonic() + {HANG}
     while time.monotonic() < deadline:
         time.sleep(0.01)
-fit.write_moments = wait
+writing.write_moments = wait
 sys.argv = ["eigenzoo", *sys.argv[1:]]
 from eigenzoo.cli.app import main
 main()

@@ -12,6 +12,7 @@ from eigenzoo.errors import BudgetError
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import no_progress
 from eigenzoo.subspace.fitting import allocation
+from eigenzoo.subspace.fitting import bytes as counting
 from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
 
@@ -72,8 +73,8 @@ def test_a_bound_that_rounding_alone_exceeds_is_refused(zoo, axes, dtype):
 
 def test_the_budget_holds_of_what_is_written_though_headers_take_more_than_was_counted(zoo, tmp_path, monkeypatch):
     budget = bytes_on_disk(ez.fit(zoo, axes=("outputs", "inputs"), rank=6).save(tmp_path / "six"))
-    monkeypatch.setattr(allocation, "MANIFEST_PER_MODEL", 0)
-    monkeypatch.setattr(allocation, "MANIFEST_PER_LAYER", 100)
+    monkeypatch.setattr(counting, "MANIFEST_PER_MODEL", 0)
+    monkeypatch.setattr(counting, "MANIFEST_PER_LAYER", 100)
     for place, dtype in enumerate(DTYPES):
         bundle = ez.fit(zoo, axes=("outputs", "inputs"), budget=budget, dtype=dtype, workspace=tmp_path).save(
             tmp_path / f"b{place}"
