@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from eigenzoo.errors import EigenzooError, FormatError, ZooError
 from eigenzoo.formats.bundle.folder import is_bundle
-from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
+from eigenzoo.formats.kinds import FILE_SUFFIXES, USE_OF_BUNDLE, weights_stem
 from eigenzoo.formats.opening import is_model, whole_model
 from eigenzoo.formats.paths import did_you_mean, list_folder, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
@@ -203,7 +203,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=str(path),
-            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
+            next_step=USE_OF_BUNDLE,
         )
     if is_folder:
         return (

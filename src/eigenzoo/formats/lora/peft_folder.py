@@ -25,7 +25,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
+from eigenzoo.formats.lora.config import AS_FLOATS, CONFIG_FILE, MERGE, check_config
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside
@@ -206,7 +206,7 @@ def _refuse_other_lora(key: str) -> None:
         raise UnsupportedError(
             f"{key[:200]!r} is a DoRA magnitude",
             rule="only updates of the form s·B·A are read",
-            next_step="merge it into its base model (merge_and_unload) and open that as a checkpoint",
+            next_step=MERGE,
         )
     if _ANY_LORA.search(key):
         raise UnsupportedError(f"{key[:200]!r} is no factor of an update", rule="only s·B·A is read")
@@ -250,7 +250,7 @@ def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     a, b = factor_a.shape, factor_b.shape
     shapes = f"A of shape {a} and B of shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step="dequantise the adapter")
+        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if ("lora_embedding_" in factor_a.name) != ("lora_embedding_" in factor_b.name):
         raise FormatError(f"{factor_a.name!r} beside {factor_b.name!r}", rule="both are factors of one kind of layer")
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):

@@ -15,6 +15,7 @@ from eigenzoo.formats.kinds import (
     PICKLE_FILE,
     PICKLE_INDEX,
     PICKLE_SUFFIXES,
+    USE_OF_BUNDLE,
     WEIGHTS,
     kind_of_file,
     kind_of_folder,
@@ -77,7 +78,7 @@ def find_in_tree(
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=where,
-            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
+            next_step=USE_OF_BUNDLE,
         )
     return _visit(top, root, max_depth, order, sizes)
 
