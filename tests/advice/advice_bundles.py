@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import fsspec
-import pytest
 import torch
 from advice_case import Case
 from advice_zoos import SHAPES, assert_rebuilt, assert_updates, assert_values, values, write_models
@@ -186,14 +185,14 @@ def move_it_away(root: Path) -> None:
 
 def report_into_a_link(root: Path) -> None:
     write_models(root)
-    (root / "report.html").symlink_to(root / "elsewhere")
-    run("report", root / "zoo", "-o", root / "report.html")
+    (root / "report.md").symlink_to(root / "elsewhere")
+    run("report", root / "zoo", "-o", root / "report.md")
 
 
 def choose_another_name(root: Path) -> None:
     """The test chose another name; the page is there, and nothing was written through the link."""
-    run("report", root / "zoo", "-o", root / "page.html")
-    assert (root / "page.html").read_text().startswith("<!doctype html>")
+    run("report", root / "zoo", "-o", root / "page.md")
+    assert (root / "page.md").read_text().startswith("# ")
     assert not (root / "elsewhere").exists()
 
 
@@ -203,22 +202,33 @@ def verify_a_checkpoint(root: Path) -> None:
 
 
 def verify_an_adapter(root: Path) -> None:
-    """The test named an adapter and a bundle; both are sound, and a damaged one is not."""
+    """The test named an adapter and a bundle; nothing is wrong with either."""
     write_adapter(root / "a0", random_factors(SHAPES, 2, 0))
     assert not ez.verify_adapter(root / "a0").faults
     assert list(ez.load(ez.fit(root / "zoo", rank=1.0).save(root / "bundle")).verify()) == []
-    with pytest.raises(ez.BundleError, match="is missing"):
-        (root / "bundle" / "coefficients" / "m1.safetensors").unlink()
-        ez.load(root / "bundle")
 
 
 CASES = [
-    Case("A bundle without one of its files", load_part_of_it, ("is missing", "opy the bundle again, whole"), copy_it_again),
-    Case("A bundle with a changed file", load_changed, ("not what its name says", "opy the bundle again"), copy_it_again),
+    Case(
+        "A bundle without one of its files",
+        load_part_of_it,
+        ("is missing", "opy the bundle again, whole"),
+        copy_it_again,
+    ),
+    Case(
+        "A bundle with a changed file", load_changed, ("not what its name says", "opy the bundle again"), copy_it_again
+    ),
     Case("A zoo where a bundle is asked for", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
-    Case("A bundle's name that is not there", load_wrong_name, ("id you mean '…/bundle'?",), load_the_name_that_was_meant),
+    Case(
+        "A bundle's name that is not there", load_wrong_name, ("id you mean '…/bundle'?",), load_the_name_that_was_meant
+    ),
     Case("A bundle that is replaced while it is open", replace_it_meanwhile, ("pen it again",), load_it_again),
-    Case("A bundle where a model is asked for", take_a_bundle_as_base, ("ame the folder or file of a model",), name_the_base),
+    Case(
+        "A bundle where a model is asked for",
+        take_a_bundle_as_base,
+        ("ame the folder or file of a model",),
+        name_the_base,
+    ),
     Case(
         "A model of another architecture than the bundle's",
         project_another_kind,
@@ -249,6 +259,13 @@ CASES = [
         ("notes.txt", "hoose another name, or move it away"),
         move_it_away,
     ),
-    Case("An output file that is a link", report_into_a_link, ("is no plain file", "hoose another name"), choose_another_name),
-    Case("What is verified is no adapter", verify_a_checkpoint, ("is no adapter", "ame a bundle, or"), verify_an_adapter),
+    Case(
+        "An output file that is a link",
+        report_into_a_link,
+        ("is no plain file", "hoose another name"),
+        choose_another_name,
+    ),
+    Case(
+        "What is verified is no adapter", verify_a_checkpoint, ("is no adapter", "ame a bundle, or"), verify_an_adapter
+    ),
 ]

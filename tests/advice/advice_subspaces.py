@@ -58,7 +58,9 @@ def assert_imported(space: ez.Subspace, scale: float = ALPHA / RANK, *, first: i
             product = components @ loadings
             expected = product.T if side == "A" else scale * product
             found = space.rebuild(name).layer(f"{module}.lora_{side}")
-            assert (found - expected).abs().max() <= tolerance(100, dtype=torch.float32, scale=float(expected.abs().max()))
+            assert (found - expected).abs().max() <= tolerance(
+                100, dtype=torch.float32, scale=float(expected.abs().max())
+            )
 
 
 def import_components_alone(root: Path) -> None:
@@ -172,7 +174,13 @@ def import_mixed_ranks(root: Path) -> None:
 
 def name_a_config(root: Path) -> None:
     """The test named a config with both ranks; B is components times loadings times each module's α over rank."""
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [*SHAPES], "rank_pattern": {"block.v": 1}}
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [*SHAPES],
+        "rank_pattern": {"block.v": 1},
+    }
     (root / CONFIG).write_text(json.dumps(config))
     space = ez.import_subspace(root / "theirs", like=root / CONFIG)
     for module, rank in (("block.q", 2), ("block.v", 1)):
@@ -244,8 +252,18 @@ CASES = [
         ("no file has components", "ame the file of the components"),
         name_the_components,
     ),
-    Case("Components of two runs", import_two_runs, ("that differ", "mport adapters of one run at a time"), import_one_run),
-    Case("Two adapters of components in one file", import_two_in_one, ("two tensors", "ave adapters one by one"), save_one_by_one),
+    Case(
+        "Components of two runs",
+        import_two_runs,
+        ("that differ", "mport adapters of one run at a time"),
+        import_one_run,
+    ),
+    Case(
+        "Two adapters of components in one file",
+        import_two_in_one,
+        ("two tensors", "ave adapters one by one"),
+        save_one_by_one,
+    ),
     Case("NaN in a subspace", import_nan, ("NaN or Inf", "rite the subspace again without it"), write_it_without),
     Case(
         "A subspace like a config of another rank",
@@ -265,7 +283,12 @@ CASES = [
         ("factors of shapes", OF_THE_ZOO),
         take_one_of_the_zoo,
     ),
-    Case("A subspace like the folder of a zoo", like("zoo", lambda path: None), ("no adapter", OF_THE_ZOO), take_one_of_the_zoo),
+    Case(
+        "A subspace like the folder of a zoo",
+        like("zoo", lambda path: None),
+        ("no adapter", OF_THE_ZOO),
+        take_one_of_the_zoo,
+    ),
     Case(
         "A subspace of several ranks with one alpha",
         import_mixed_ranks,
@@ -278,5 +301,10 @@ CASES = [
         ("are one file", "ave them again under names of letters"),
         save_under_plain_names,
     ),
-    Case("A subspace without a model", import_no_task, ("there is no task", "ame the folder of a subspace"), name_one_with_tasks),
+    Case(
+        "A subspace without a model",
+        import_no_task,
+        ("there is no task", "ame the folder of a subspace"),
+        name_one_with_tasks,
+    ),
 ]

@@ -61,7 +61,9 @@ def assert_updates(space: ez.Subspace, originals: Path) -> None:
         for module in space.layers:
             expected = read_update(originals / name, module)
             found = space.rebuild(name).layer(module)
-            assert (found - expected).abs().max() <= tolerance(100, dtype=torch.float32, scale=float(expected.abs().max()))
+            assert (found - expected).abs().max() <= tolerance(
+                100, dtype=torch.float32, scale=float(expected.abs().max())
+            )
 
 
 def opening(write: Callable[[Path], object], **choices: object) -> Callable[[Path], object]:
@@ -106,7 +108,9 @@ def use_view_update(root: Path) -> None:
     """The test used both; the rebuilt adapters have the files' updates, and s·B is B times α over r."""
     assert_updates(ez.fit(ez.open_zoo(root / "zoo", view="update"), rank=1.0), root / "zoo")
     space = ez.fit(ez.open_zoo(root / "zoo", view="factors"), rank=1.0)
-    expected = 3 * load_file(root / "zoo" / "a1" / "adapter_model.safetensors")["base_model.model.block.q.lora_B.weight"]
+    expected = (
+        3 * load_file(root / "zoo" / "a1" / "adapter_model.safetensors")["base_model.model.block.q.lora_B.weight"]
+    )
     found = space.rebuild("a1").layer("block.q.lora_B")
     assert (found - expected).abs().max() <= tolerance(100, dtype=torch.float32, scale=float(expected.abs().max()))
 
@@ -148,7 +152,7 @@ def write_without_prefix(root: Path) -> None:
 
 def run_the_line(root: Path) -> None:
     """The test ran the line of code of the message on the file; the rebuilt models hold the files' values."""
-    with pytest.raises(ez.MismatchError, match="lack 'block.'") as caught:
+    with pytest.raises(ez.MismatchError, match=r"lack 'block\.'") as caught:
         ez.open_zoo(root / "zoo")
     line = re.search(r"save_file\(.*\)(?= of safetensors\.torch)", str(caught.value))
     assert line is not None
@@ -358,8 +362,18 @@ def save_it_as_safetensors(root: Path) -> None:
 
 
 CASES = [
-    Case("A choice that leaves no layer", opening(write_models, include=["attention*"]), ("iden --include",), choose_a_layer),
-    Case("View `delta` without a base", opening(write_models, view="delta"), ("ame the parent checkpoint",), name_the_base),
+    Case(
+        "A choice that leaves no layer",
+        opening(write_models, include=["attention*"]),
+        ("iden --include",),
+        choose_a_layer,
+    ),
+    Case(
+        "View `delta` without a base",
+        opening(write_models, view="delta"),
+        ("ame the parent checkpoint",),
+        name_the_base,
+    ),
     Case(
         "`--missing zero` with checkpoints",
         opening(write_models, missing="zero"),
@@ -416,7 +430,12 @@ CASES = [
         ("more than 3 modules that adapters lack", "eave out with --exclude", "open adapters alone that train"),
         leave_out_what_few_have,
     ),
-    Case("A split that matches nothing", open_split("attention*=q,k,v"), ("`eigenzoo inspect --json`",), look_at_the_names),
+    Case(
+        "A split that matches nothing",
+        open_split("attention*=q,k,v"),
+        ("`eigenzoo inspect --json`",),
+        look_at_the_names,
+    ),
     Case(
         "A split that matches what is no weight",
         open_split("attn.*=q,k,v", attn__steps=torch.arange(6)),
@@ -430,9 +449,15 @@ CASES = [
         narrow_the_glob,
     ),
     Case("A split of adapters", split_adapters, ("eave it out: PEFT gives",), leave_the_split_out),
-    Case("A file that changes while it is read", change_while_open, ("changed since", "pen the zoo again"), open_it_again),
-    Case("An answer of the hub under a file's name", open_an_answer, ("'Entry not found'", "hf download"), get_it_again),
-    Case("Weights of half a byte", opening(write_four_bits), ("dtype 'F4'", "ave them in one of these"), save_as_floats),
+    Case(
+        "A file that changes while it is read", change_while_open, ("changed since", "pen the zoo again"), open_it_again
+    ),
+    Case(
+        "An answer of the hub under a file's name", open_an_answer, ("'Entry not found'", "hf download"), get_it_again
+    ),
+    Case(
+        "Weights of half a byte", opening(write_four_bits), ("dtype 'F4'", "ave them in one of these"), save_as_floats
+    ),
     Case(
         "Weights of Keras, Flax or ONNX",
         opening(write_foreign),

@@ -74,7 +74,10 @@ def verify_adapter(
         return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
         raise UsageError(
-            "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name a bundle, or the folder of an adapter"
+            "is no adapter",
+            where=text,
+            rule="what is verified is a bundle or a LoRA adapter",
+            next_step="name a bundle, or the folder of an adapter",
         )
     opened = None if base is None else open_base(base, allow_pickle=allow_pickle)
     adapter = adapter_of(model)

@@ -221,7 +221,9 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
         rank = _rank(factor_a, factor_b)
         pattern_name = module.removesuffix(ATTENTION_OUT)
         if "base_layer" in pattern_name.split("."):
-            raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
+            raise UnsupportedError(
+                "an adapter within an adapter", next_step="merge the inner one, and save the outer one again"
+            )
         stated = lora_rank(config, pattern_name)
         if stated != rank and "r" not in config and lora_rank({**config, "r": rank}, pattern_name) == rank:
             raise FormatError(

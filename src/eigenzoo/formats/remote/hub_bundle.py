@@ -15,6 +15,8 @@ from eigenzoo.formats.remote.address import is_url, local_path, shown_url
 from eigenzoo.formats.remote.hub import Commit, download, find_commit, stored_sha256
 from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
 
+_WHOLE = "push the bundle again, whole, with --force"
+
 
 def bundle_path(source: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle: a path as it is; an id of the hub, or its URL, once its files are in the cache.
@@ -84,7 +86,7 @@ def fetch_bundle(place: HubId) -> Path:
             continue
         if size != record.bytes:
             found = "is missing" if size is None else f"has {size} bytes, but the manifest says {record.bytes}"
-            raise BundleError(f"the file {name!r} {found}", where=str(place), next_step="push the bundle again, whole")
+            raise BundleError(f"the file {name!r} {found}", where=str(place), next_step=_WHOLE)
         wanted.append(name)
     card = [_below(commit, CARD)] if _below(commit, CARD) in commit.sizes else []
     download(commit, [*(_below(commit, name) for name in wanted), *card])
@@ -94,6 +96,6 @@ def fetch_bundle(place: HubId) -> Path:
             raise BundleError(
                 f"{name}: the checksum differs from the manifest's",
                 where=str(place),
-                next_step="push the bundle again, whole",
+                next_step=_WHOLE,
             )
     return folder

@@ -61,9 +61,7 @@ def read_like(path: Path) -> AdapterLike:
         return AdapterLike(model.config, model)
     file = inside(path, CONFIG_FILE) if path.is_dir() else path
     if path.is_dir() and not file.exists():
-        raise FormatError(
-            f"no adapter, since there is no {CONFIG_FILE}", where=str(path), next_step=_ONE_OF_THEM
-        )
+        raise FormatError(f"no adapter, since there is no {CONFIG_FILE}", where=str(path), next_step=_ONE_OF_THEM)
     config = read_json(file, where=str(file))
     try:
         check_config(config)
