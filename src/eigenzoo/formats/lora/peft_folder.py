@@ -26,6 +26,7 @@ from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.lora.config import AS_FLOATS, CONFIG_FILE, MERGE, check_config
+from eigenzoo.formats.lora.diffusion_keys import name_pattern
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside
@@ -47,12 +48,12 @@ MAX_LOOKED_AT = 10_000
 
 _WEIGHTS = frozenset({WEIGHTS_FILE, CONFIG_FILE})
 
-_FACTOR = re.compile(
+_FACTOR = name_pattern(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
     r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
 )
 # What `lora_bias` adds to s·B·A: it is s times this, and carried like any other bias that was trained.
-_BIAS = re.compile(r".+\.lora_B(\.[^.]+)?\.bias")
+_BIAS = name_pattern(r".+\.lora_B(\.[^.]+)?\.bias")
 _ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
 # Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
 ATTENTION_OUT = ".base_layer.out_proj"
