@@ -105,6 +105,11 @@ def project_another_kind(root: Path) -> None:
     space.project(root / "others" / "m0")
 
 
+def project_an_adapter(root: Path) -> None:
+    space = ez.load(write_bundle(root))
+    space.project(write_adapter(root / "a0", random_factors(SHAPES, 2, 0)))
+
+
 def project_lacking(root: Path) -> None:
     for n in range(3):
         write_adapter(root / "zoo" / f"a{n}", random_factors(SHAPES, 2, n))
@@ -233,6 +238,12 @@ CASES = [
         "A model of another architecture than the bundle's",
         project_another_kind,
         ("has none of the bundle's layers", "ame a model of the bundle's architecture"),
+        project_a_model,
+    ),
+    Case(
+        "An adapter where a bundle has full weights",
+        project_an_adapter,
+        ("these are LoRA adapters", "ame full weights of its zoo's base"),
         project_a_model,
     ),
     Case(

@@ -194,7 +194,10 @@ ATTACKS = [
     ),
     *(
         Attack(f"factors: 50,000 names like {name}", many_keys(name, 50_000), EITHER)
-        for name in ("unet:{}:up", "x{}.lora_a", "x{}.lora_A", "base_model.model.x{}.lora_A.weight", "x{}.lora_x.y", "x{}.lora.base_layer.weight")
+        for name in (
+            *("x{}.lora_a", "x{}.lora_A", "base_model.model.x{}.lora_A.weight", "x{}.lora_x.y", "x{}.lora.base_layer.weight"),
+            "unet:{}:up",
+        )
     ),
     Attack("factors, Flux: sound, as the control", flux(as_is), SAFE),
     *(

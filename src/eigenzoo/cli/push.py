@@ -26,11 +26,17 @@ def command(
         bool, typer.Option("--moments", help="Push the moments too: evidence, plan and exact growth need them.")
     ] = False,
     message: Annotated[str | None, typer.Option(help="The commit's first line.", show_default=False)] = None,
-    force: options.Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace the bundle, or the page alone, that the repository holds. One with other files is never replaced.",
+        ),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Verify a bundle and push it to the hub in one commit; what another commit holds is replaced with --force only."""
+    """Verify a bundle and push it to the hub in one commit; another bundle there is replaced with --force only."""
     import eigenzoo as ez
     from eigenzoo.formats.remote.hub_calls import endpoint
     from eigenzoo.subspace.bundles.pushing import check_push

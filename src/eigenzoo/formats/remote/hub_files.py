@@ -27,7 +27,7 @@ from eigenzoo.formats.lora.mlx_folder import MLX_FILE
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
-from eigenzoo.formats.side_files import MODULE_WEIGHTS, is_carried_from, is_side_file
+from eigenzoo.formats.side_files import is_carried_from, is_side_file, is_too_large
 
 README = "README.md"
 MAX_README_BYTES = 2**20
@@ -123,7 +123,7 @@ def _visit(
 def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> HubModel:
     prefix = f"{path}/" if path else ""
     listed = {*folder.files, *(f"{inner}/{name}" for inner, found in folder.folders.items() for name in found.files)}
-    names = {name for name in listed if is_carried_from(name, listed) and not _is_too_large(name, sizes[prefix + name])}
+    names = {name for name in listed if is_carried_from(name, listed) and not is_too_large(name, sizes[prefix + name])}
     index = ""
     try:
         refuse_unreadable(kind, folder.files, "")
@@ -164,11 +164,6 @@ def _model(kind: str, folder: _Folder, path: str, sizes: Mapping[str, int]) -> H
     names |= {name for name in folder.files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
     files = frozenset(prefix + name for name in names)
     return HubModel(path, kind, files, index, left=frozenset(listed - names))
-
-
-def _is_too_large(name: str, size: int) -> bool:
-    """Tell whether these are a module's weights and too large to carry; other files of that size are an error."""
-    return name.endswith(f"/{MODULE_WEIGHTS}") and size > MAX_SIDE_BYTES
 
 
 def needed_files(model: HubModel, folder: Path, sizes: Mapping[str, int]) -> set[str]:
