@@ -79,4 +79,4 @@ def test_project_and_add_name_the_modules_that_count_as_zero(tmp_path: Path, run
 def test_one_model_is_told_that_a_subspace_needs_two(tmp_path: Path, run: Run) -> None:
     write_stacks(tmp_path / "zoo", {"w": random_stack(1, (7, 6))})
     said = run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle").out
-    assert "one model has no variance: a subspace needs two or more" in " ".join(said.split())
+    assert "note: 1 of 1 layers: no variance in one model: a subspace needs two or more" in " ".join(said.split())

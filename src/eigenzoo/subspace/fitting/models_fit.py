@@ -126,8 +126,6 @@ def describe_fit(
 
 
 def _note(moments: LayerMoments, ranks: dict[str, int], total: float) -> str:
-    if moments.num_models == 1:
-        return "one model has no variance: a subspace needs two or more"
     if total == 0:
         return "no variance"
     if ranks.get("models", 0) >= moments.num_models - 1 > 0:
