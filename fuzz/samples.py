@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,11 +70,12 @@ def write_shards(folder: Path) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, place: int = 0) -> Path:
-    """Write one LoRA adapter."""
+def write_adapter(folder: Path, place: int = 0, modules: Sequence[str] = tuple(MODULES)) -> Path:
+    """Write one LoRA adapter of these modules."""
     draw = torch.Generator().manual_seed(place)
     factors = {}
-    for module, (outputs, inputs) in MODULES.items():
+    for module in modules:
+        outputs, inputs = MODULES[module]
         factors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, inputs, generator=draw)
         factors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outputs, 2, generator=draw)
     write_file(folder / "adapter_model.safetensors", factors)
@@ -167,10 +168,11 @@ def kohya_factors() -> dict[str, Tensor]:
     return factors | {f"{stem}.alpha": torch.tensor(1.0) for stem in (convolution, *list(stems)[:2])}
 
 
-def write_diffusers_lora(path: Path) -> Path:
-    """Write a LoRA by diffusers' keys, with the config that its header holds."""
+def write_diffusers_lora(path: Path, num_layers: int = 2) -> Path:
+    """Write a LoRA by diffusers' keys, of one layer or two, with the config that its header holds."""
     factors = {}
-    for module in ("unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"):
+    modules = ("unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    for module in modules[:num_layers]:
         factors |= {f"{module}.lora_A.weight": torch.ones(2, 4), f"{module}.lora_B.weight": torch.ones(5, 2)}
     config = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"proj_in": 2}, "unet.use_rslora": True}
     return write_file(path, factors, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})

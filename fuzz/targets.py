@@ -211,6 +211,40 @@ def fused_lora(folder: Path) -> Parser:
     return of_file(SAFETENSORS, path, use)
 
 
+def _with_zeros(folder: Path) -> Callable[[], object]:
+    """Read adapters of which one lacks a module: it gets an update of zero."""
+
+    def use() -> None:
+        for model in ez.open_zoo(folder, missing="zero", allow_missing=True).models:
+            samples.read_all(model)
+
+    return use
+
+
+@target
+def lacking_config(folder: Path) -> Parser:
+    """The config of an adapter that lacks a module: it is written anew with that module among its targets."""
+    samples.write_adapter(folder / "m0")
+    path = samples.write_adapter(folder / "m1", modules=("block.q",))
+    return of_file(JSON, path / "adapter_config.json", _with_zeros(folder))
+
+
+@target
+def lacking_weights(folder: Path) -> Parser:
+    """The weights of such an adapter: a module may be trained in another way, or be there by half."""
+    samples.write_adapter(folder / "m0")
+    path = samples.write_adapter(folder / "m1", modules=("block.q",))
+    return of_file(SAFETENSORS, path / "adapter_model.safetensors", _with_zeros(folder))
+
+
+@target
+def lacking_lora(folder: Path) -> Parser:
+    """A LoRA of a diffusion model that lacks a layer, whose header has configs of its components."""
+    samples.write_diffusers_lora(folder / "m0.safetensors")
+    path = samples.write_diffusers_lora(folder / "m1.safetensors", num_layers=1)
+    return of_file(SAFETENSORS, path, _with_zeros(folder))
+
+
 @target
 def vlora_record(folder: Path) -> Parser:
     path = samples.write_vlora(folder / "m")

@@ -113,8 +113,8 @@ class UpdateRank:
 
     @property
     def loss(self) -> float:
-        """‖M − M̂‖ / ‖M‖; zero for an update that is zero."""
-        return math.sqrt(self.lost / self.energy) if self.energy > 0 else 0.0
+        """‖M − M̂‖² / ‖M‖², a share of its energy; zero for an update that is zero."""
+        return self.lost / self.energy if self.energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,14 @@ class UpdateRanks:
 
     @property
     def loss(self) -> float:
-        """‖M − M̂‖ / ‖M‖ over all layers together."""
+        """‖M − M̂‖² / ‖M‖² over all layers together, a share of the energy."""
         energy = sum(layer.energy for layer in self.layers.values())
-        return math.sqrt(sum(layer.lost for layer in self.layers.values()) / energy) if energy > 0 else 0.0
+        return self.lost / energy if energy > 0 else 0.0
+
+    @property
+    def lost(self) -> float:
+        """‖M − M̂‖² over all layers together."""
+        return sum(layer.lost for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""

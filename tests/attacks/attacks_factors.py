@@ -118,6 +118,8 @@ NAMES = {
     "50,000 dots": "a" + ".a" * 50_000,
     "50,000 levels": "a" + ".lora_a" * 10_000,
     "embeddings": "embed_" * 20_000 + "x",
+    "two lines": "a\nb",
+    "adapters": "a" + ".adapter" * 12_000 + "adapter" * 2_000,
     "processors": "a" + ".processor.qkv_lora" * 5_000,
 }
 
@@ -183,13 +185,19 @@ ATTACKS = [
             "torchtune": ("NAME__lora_a__weight", "NAME__lora_b__weight"),
             "loralib": ("NAME__lora_A", "NAME__lora_B"),
             "XLabs": ("NAME__processor__qkv_lora__down__weight", "NAME__processor__qkv_lora__up__weight"),
+            "NeMo": ("NAME__adapter__linear_in__weight", "NAME__adapter__linear_out__weight"),
+            "DeepSpeed-Chat": ("NAME__lora_right_weight", "NAME__lora_left_weight"),
+            "Keras": ("NAME__lora_kernel_a", "NAME__lora_kernel_b"),
             "a whole model": ("NAME__lora_A__weight", "NAME__lora_B__weight", "NAME__base_layer__weight"),
         }.items()
         for what, name in NAMES.items()
     ),
     *(
         Attack(f"factors: 50,000 names like {name}", many_keys(name, 50_000), EITHER)
-        for name in ("x{}.lora_a", "x{}.lora_A", "base_model.model.x{}.lora_A.weight", "x{}.lora_x.y", "x{}.lora.base_layer.weight")
+        for name in (
+            *("x{}.lora_a", "x{}.lora_A", "base_model.model.x{}.lora_A.weight", "x{}.lora_x.y", "x{}.lora.base_layer.weight"),
+            "unet:{}:up",
+        )
     ),
     Attack("factors, Flux: sound, as the control", flux(as_is), SAFE),
     *(

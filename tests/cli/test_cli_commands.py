@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def test_fit_keeps_the_contract(run: Run, zoo: Path, tmp_path: Path) -> None:
 
 def test_project_keeps_the_contract(run: Run, zoo: Path, bundle: Path) -> None:
     document = run("project", bundle, zoo / "m5", zoo / "m0", "--json").json
-    assert set(document) == {"models", "not_in_subspace"}
+    assert set(document) == {"models", "not_in_subspace", "zero_updates"}
     assert document["not_in_subspace"] == []
     assert list(document["models"]) == ["m5", "m0"]
     space = ez.load(bundle)
@@ -113,7 +114,15 @@ def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., s
         assert f"rank 3, {in_bytes(size)} (the original: rank 3, {in_bytes(originals)})" in said
         expected = ez.load(tmp_path / "bundle").rebuild("a1", max_lora_rank=3).ranks()
         assert expected is not None
-        assert f"cut from rank 30: loses {in_percent(expected.loss)} of the rebuilt updates' norm" in said
+        share = expected.lost / sum(ez.load(tmp_path / "bundle").coefficients("a1").energies.values())
+        assert f"outside the subspace, {in_percent(share)} by the cut from rank 30" in said
+        stated = float(re.search(r"at most (\S+) % of its energy is lost", said)[1]) / 100  # type: ignore[index]
+        lost, energy = 0.0, 0.0
+        folders = (tmp_path / f"cut-{len(str(name))}", tmp_path / "zoo" / "a1")
+        for module in modules:
+            found, original = (read_update(folder, module) for folder in folders)
+            lost, energy = lost + float((found - original).square().sum()), energy + float(original.square().sum())
+        assert 0 < lost / energy <= stated * (1 + 1e-3)
         assert "--max-lora-rank" not in said
         assert document["lora"]["loss"] == pytest.approx(expected.loss)
         assert set(document["lora"]["layers"]) == set(modules)

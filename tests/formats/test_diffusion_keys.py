@@ -14,6 +14,7 @@ from eigenzoo.formats.lora.factor_names import DIFFUSION, MLX, PEFT, factor_kind
 from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+NEMO = [f"decoder.layers.0.mlp.linear_fc{n}.adapter.linear_{side}.weight" for n in (1, 2) for side in ("in", "out")]
 ALIKE = {
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1_to_q": [
         f"unet.{ATTENTION}.to_q.lora_A.weight",
@@ -184,11 +185,53 @@ def test_a_whole_model_with_its_lora_beside_the_weights_is_refused(names: list[s
         (["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"], "torchtune"),
         (factors("transformer.h.0.attn.qkv", style=".lora_{}"), "LitGPT"),
         (factors("decoder.layers.0.self_attn.q_proj", style=".lora_{}"), "loralib"),
+        (["unet:0:up", "unet:0:down", "text_encoder:11:up", "text_encoder:11:down", "<token>"], "cloneofsimo"),
+        (NEMO, "NeMo"),
+        (
+            [f"model.layers.0.{name}_adapter.linear_{side}.weight" for name in ("q", "v") for side in ("in", "out")],
+            "NeMo",
+        ),
+        (["model.layers.0.q_proj.lora_right_weight", "model.layers.0.q_proj.lora_left_weight"], "DeepSpeed-Chat"),
+        (["layers/dense/lora_kernel_a", "layers/dense/lora_kernel_b"], "Keras"),
+        (["layers.embedding.lora_embeddings_a", "layers.embedding.lora_embeddings_b"], "Keras"),
     ],
 )
 def test_factors_of_other_tools_are_refused_by_the_tools_name(names: list[str], tool: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"m: LoRA factors as {tool}.* writes them.*never as weights"):
         factor_kind(names, "m")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(
+            ["base_model.model.§.lora_A.weight"],
+            ["base_model.model.§.lora_embedding_A"],
+            ["base_model.model.§.hada_w1_a"],
+        ),
+        *(["unet.mid_block.§.lora_A.weight"], ["lora_unet_mid_block_§.lora_down.weight"], ["lora_unet_§.hada_w1_a"]),
+        *(["§.lora_a"], ["§.lora_a.weight"], ["§.lora_A"], ["§.adapter.linear_in.weight"], ["§.lora_left_weight"]),
+        *(["§.processor.qkv_lora1.down.weight"], ["§/lora_kernel_a"], ["§.lora_A.weight", "§.base_layer.weight"]),
+    ],
+)
+def test_a_newline_in_a_name_changes_nothing(names: list[str]) -> None:
+    """Else factors would be read as weights without a word."""
+
+    def kind(module: str) -> str | None:
+        try:
+            return factor_kind([name.replace("§", module) for name in names], "m")
+        except UnsupportedError as error:
+            return error.what
+
+    assert kind("xy") is not None
+    assert kind("x\ny") == kind("xy")
+
+
+def test_modules_that_are_called_like_nemos_factors_are_weights() -> None:
+    names = [f"vision.adapter.linear_{side}.weight" for side in ("in", "out")]
+    assert factor_kind([*names, "vision.norm.weight", "text.weight"], "m") is None
+    with pytest.raises(UnsupportedError, match="a whole model whose LoRA is not merged"):
+        factor_kind([*names, "vision.to_wrap.weight"], "m")
 
 
 @pytest.mark.parametrize(

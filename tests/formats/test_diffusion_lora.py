@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from remote_servers import FileServer, running
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from eigenzoo.formats.lora.diffusion_file import MAX_TEXT
 from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import OUTPUT_RECORD
+from remote_servers import FileServer, running
 
 LINEAR, CONV = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_conv_in"
 MODULES = ("unet.mid_block_attentions.0.proj_in", "unet.conv_in")

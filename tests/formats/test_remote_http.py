@@ -18,7 +18,6 @@ import pytest
 import tenacity
 import torch
 from fsspec.registry import known_implementations
-from remote_servers import FileServer, HubServer, Proxy, running
 from safetensors.torch import save
 
 import eigenzoo as ez
@@ -30,6 +29,7 @@ from eigenzoo.formats.remote.retrying import MAX_JOBS
 from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.header import MAX_HEADER_BYTES
 from guard import HANG
+from remote_servers import FileServer, HubServer, Proxy, running
 
 HEADER = 2**15  # bytes that are read of a file at first
 
@@ -303,7 +303,7 @@ def test_a_mirror_by_secrets_is_not_read_without_them(server: FileServer) -> Non
     model = open_model(f"{server.url}/zoo/m0/model.safetensors?token=abc")
     code = "import sys; from eigenzoo.formats.opening import open_model; open_model(sys.argv[1]).read('w')"
     done = subprocess.run([sys.executable, "-c", code, str(model.path)], capture_output=True, text=True, check=False)
-    assert "held credentials, which are not kept. Open the zoo again by its URL" in done.stderr
+    assert "held credentials, which are not kept. Open the model by its URL" in done.stderr
 
 
 def test_a_missing_driver_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

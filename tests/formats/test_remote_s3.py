@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from model_builders import add_adapter, make_llama, save_adapter, save_model
-from remote_servers import Proxy, running
 from safetensors.torch import load_file
 
 import eigenzoo as ez
@@ -18,6 +17,7 @@ from eigenzoo.errors import BundleError, FormatError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import remote_url
 from eigenzoo.formats.rows import RowReader
+from remote_servers import Proxy, running
 
 
 def bundle_numbers(space: ez.Subspace) -> dict[str, Any]:

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hub_server import Hub
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 
-from eigenzoo.formats.remote import retrying
+from hub_server import Hub, never_slept, reached_hub
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the hub's own storage, which this one has not
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield server
-    close_session()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with reached_hub(tmp_path, monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
@@ -55,13 +34,4 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What was waited for, without waiting."""
-    waited: list[float] = []
-    real = time.sleep
-
-    def sleep(seconds: float) -> Any:
-        waited.append(seconds)
-        real(min(seconds, 0.001))
-
-    monkeypatch.setattr(time, "sleep", sleep)  # huggingface_hub's own attempts
-    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: sleep(seconds))
-    return waited
+    return never_slept(monkeypatch)

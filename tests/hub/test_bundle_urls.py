@@ -9,7 +9,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from hub_server import Hub, Repository
 from typer.testing import CliRunner
 
 import eigenzoo as ez
@@ -18,6 +17,7 @@ from eigenzoo.cli.app import app
 from eigenzoo.errors import BundleError, EigenzooError, FormatError, UsageError, ZooError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import address
+from hub_server import Hub, Repository
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

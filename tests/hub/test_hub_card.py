@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from huggingface_hub import ModelCard, metadata_load
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.subspace.bundles.provenance import MAX_README_BYTES
+from hub_server import Hub, Repository
 
 
 def write_zoo(root: Path, heads: list[str]) -> list[Path]:

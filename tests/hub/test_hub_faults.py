@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from huggingface_hub import constants
 from safetensors.torch import save
 
@@ -20,6 +19,7 @@ import eigenzoo as ez
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import retrying
+from hub_server import Hub, Repository
 
 VALUES = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
 WEIGHTS = save({"w": VALUES}, {"format": "pt"})

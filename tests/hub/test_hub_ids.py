@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from safetensors.torch import load_file, save
 
 import eigenzoo as ez
@@ -17,6 +16,7 @@ from eigenzoo.errors import FormatError, UnsupportedError, ZooError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import source_url
 from eigenzoo.formats.remote.hub_id import HubId, parse_id
+from hub_server import Hub, Repository
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

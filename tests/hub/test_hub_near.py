@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from typer.testing import CliRunner
 
 import eigenzoo as ez
@@ -19,6 +18,7 @@ from eigenzoo.errors import EigenzooError, FormatError, ZooError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import nearest_path
 from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+from hub_server import Hub, Repository
 
 
 @pytest.fixture

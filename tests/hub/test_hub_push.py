@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, Repository
 from huggingface_hub import constants, metadata_load
 from safetensors.torch import save
 
@@ -22,6 +21,7 @@ import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.cli.app import main
 from eigenzoo.errors import BundleError, FormatError, OutputError, UsageError
+from hub_server import Hub, Repository
 
 # huggingface_hub gives its HTTP library a file in the older one of two ways.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -191,7 +191,8 @@ def test_who_may_not_write_is_told(
     assert hub.repos["org/space"].messages == ["first"]
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        FormatError, match=r"org/space: the hub at .* cannot be reached \(ConnectError\)\. Check the connection\.$"
+        FormatError,
+        match=r"org/space: the hub at .* cannot be reached \(ConnectError\)\. Check the connection and run it again\.$",
     ):
         ez.load(bundle).push("org/space")
     offline()

@@ -122,8 +122,13 @@ def test_what_lies_beside_an_adapter_is_named_all_the_same(zoos: tuple[Path, Pat
     (zoos[0] / "a0" / "value_head.safetensors").touch()
     write_adapter(zoos[0] / "a0" / "second", random_factors(SHAPES, 2, 0))
     zoo = ez.open_zoo(zoos[0], missing="zero")
-    assert "weights beside these models are neither read nor carried: a0/value_head.safetensors" in zoo.warnings
-    assert "folders below these models hold models of their own, which are not read: a0/second" in zoo.warnings
+    (weights, below) = zoo.warnings[:2]
+    assert weights.startswith(
+        "weights beside these models are neither read nor carried: a0/value_head.safetensors; copy"
+    )
+    assert below.startswith(
+        "folders below these models hold models of their own, which are not read: a0/second; name them"
+    )
     found = [(left.file, left.kind) for left in ez.inspect(zoo).not_carried]
     assert found == [("value_head.safetensors", "weights"), ("second", "models")]
     space = ez.load(ez.fit(zoo, rank=1.0).save(tmp_path / "bundle"))

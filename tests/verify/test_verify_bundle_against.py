@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from verify_cases import broken, change_of, make, quietly, write_adapter
 
 import eigenzoo as ez
-from builders import edit_model
+from builders import edit_model, random_factors, write_model
+from builders import write_adapter as write_plain
+from eigenzoo.formats.model import Model
 from eigenzoo.integrations.dry_loading import load_dry
-from eigenzoo.zoo.verification import Check, Verification
+from eigenzoo.zoo.adapter import Adapter
+from eigenzoo.zoo.adapter_verifying import MOST_TRIES
+from eigenzoo.zoo.verification import Check, Loading, Verification
 
 Made = Callable[[str], Path]
 
@@ -200,3 +204,21 @@ def test_a_task_head_of_another_size_is_no_fault(tuned: list[Path], base: Made, 
     assert any("lm_head.weight: a task head" in note for note in found.notes)
     assert os.path.exists(other)
     assert json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_changes_that_are_tried_are_bounded_over_all_adapters(tmp_path: Path) -> None:
+    """Sixty adapters, each with a config of its own, none of which any change helps."""
+    shapes = {"a.q": (6, 4), "a.v": (4, 6)}
+    write_model(tmp_path / "base", {f"model.{name}.weight": torch.ones(shape) for name, shape in shapes.items()})
+    for n in range(60):
+        write_plain(tmp_path / "zoo" / f"m{n}", random_factors(shapes, 1, n), revision=f"v{n}")
+    space = ez.fit(tmp_path / "zoo", 2)
+    loads: list[str] = []
+
+    def load(base: Model, adapter: Adapter) -> Loading:
+        loads.append(adapter.name)
+        return Loading("the library", {}, dropped=tuple(adapter.shapes))
+
+    found = space.verify(against=tmp_path / "base", loader=load)
+    assert 60 < len(loads) <= 60 + MOST_TRIES
+    assert any(f"No more than {MOST_TRIES} changes were tried" in fault for fault in found)

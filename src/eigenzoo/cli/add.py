@@ -10,7 +10,7 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.fit import render_bytes
-from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace
+from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace, say_zero_updates
 from eigenzoo.display import counted, in_percent
 from eigenzoo.errors import UsageError
 
@@ -74,6 +74,7 @@ def command(
     say(f"added {', '.join(growth['added'])}: {counted(report['num_models'], 'model')} in {target}")
     say(f"{growth['statement']} · {_lost(saved)}")
     say_not_in_subspace(not_in_subspace(space, new), new.names)
+    say_zero_updates(new.zeros)
     if missing is not None and "imported" not in report:
         say(f"{missing.detail}. {missing.next_step}")
     render_bytes(report["bytes"])

@@ -121,7 +121,10 @@ def render(report: Mapping[str, Any], most: int = 100) -> None:
     )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())
-        say(f"note: {count} of {report['num_layers']} layers: {note}")
+        alone = (
+            " in one model: a subspace needs two or more" if note == "no variance" and report["num_models"] == 1 else ""
+        )
+        say(f"note: {count} of {report['num_layers']} layers: {note}{alone}")
     _render_rest(report)
 
 

@@ -9,6 +9,7 @@ from eigenzoo.cli.console import say
 from eigenzoo.display import counted
 
 if TYPE_CHECKING:
+    from eigenzoo.records import ZeroUpdates
     from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.left_files import LeftFile
     from eigenzoo.zoo.zoo import Zoo
@@ -64,6 +65,14 @@ def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
         say(
             f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}; they are not counted here and are carried "
             f"unchanged: {_listed(layers)}"
+        )
+
+
+def say_zero_updates(zeros: Sequence[ZeroUpdates]) -> None:
+    """Name the modules that new adapters lack, each of which counts as an update of zero."""
+    for zero in zeros:
+        say(
+            f"note: {zero.model} lacks {counted(len(zero.modules), 'module')}, counted as updates of zero: {_listed(zero.modules)}"
         )
 
 

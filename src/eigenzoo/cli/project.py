@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar
-from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace
+from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace, say_zero_updates
 from eigenzoo.display import in_percent
 
 
@@ -26,7 +26,8 @@ def command(
     besides = not_in_subspace(space, opened)
     if json:
         found = {name: coefficients.to_dict() for name, coefficients in projected.items()}
-        print_json({"models": found, "not_in_subspace": besides})
+        zeros = {zero.model: list(zero.modules) for zero in opened.zeros}
+        print_json({"models": found, "not_in_subspace": besides, "zero_updates": zeros})
         return
     print_table(
         "share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²",
@@ -42,3 +43,4 @@ def command(
         ],
     )
     say_not_in_subspace(besides, opened.names)
+    say_zero_updates(opened.zeros)

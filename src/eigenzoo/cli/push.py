@@ -27,7 +27,14 @@ def command(
         bool, typer.Option("--moments", help="Also push the moments, which evidence, plan and exact growth need.")
     ] = False,
     message: Annotated[str | None, typer.Option(help="First line of the commit message.", show_default=False)] = None,
-    force: options.Force = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace the bundle or the model card that the repository contains. A repository with other files is never "
+            "replaced.",
+        ),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

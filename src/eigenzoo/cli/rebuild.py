@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,7 +128,7 @@ def command(
         return
     say(
         f"{'the mean, instead of ' if mean_only else ''}{coefficients.name} → {output}"
-        + ("" if mean_only else f" · {_lost(space, coefficients)}")
+        + (_cut(ranks) if mean_only else f" · {_lost(space, coefficients, ranks)}")
     )
     say_not_in_subspace(besides, [coefficients.name])
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
@@ -155,19 +156,13 @@ def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dic
 
 
 def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_lora_rank: int | None) -> None:
-    """Print the bytes, of an adapter its rank too, what the cut costs, and how to cut a rank that has grown."""
+    """Print the bytes, of an adapter its rank too, and how to cut a rank that has grown."""
     if ranks is None:
         say(in_bytes(written) + ("" if original is None else f" (the original: {in_bytes(original)})"))
         return
     before = f"rank {ranks.original}" + ("" if original is None else f", {in_bytes(original)}")
     say(f"rank {ranks.rank}, {in_bytes(written)} (the original: {before})")
-    if ranks.rank < ranks.whole:
-        worst, layer = max(ranks.layers.items(), key=lambda item: item[1].loss)
-        say(
-            f"cut from rank {ranks.whole}: loses {in_percent(ranks.loss)} of the rebuilt updates' norm; "
-            f"the worst layer, {worst}, loses {in_percent(layer.loss)}"
-        )
-    elif max_lora_rank is None and ranks.rank > ranks.original:
+    if max_lora_rank is None and ranks.rank > ranks.original:
         say(f"to cut the rank, add --max-lora-rank {ranks.original}; it also prints the loss")
 
 
@@ -177,11 +172,28 @@ def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
     return "imported" in space.report and coefficients.name in sources and not sources[coefficients.name].files
 
 
-def _lost(space: Subspace, coefficients: Coefficients) -> str:
-    """What the rebuilt model lacks; of an imported one, what is known of that."""
+def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None) -> str:
+    """What the rebuilt model lacks, the cut of its updates included; of an imported one, what is known of that."""
     if _is_imported(space, coefficients):
-        return f"as {space.report['imported']['tool']} rebuilds it; the error against the original is unknown"
-    return f"{in_percent(coefficients.residual)} of its energy is lost"
+        return (
+            f"as {space.report['imported']['tool']} rebuilds it; the error against the original is unknown{_cut(ranks)}"
+        )
+    outside, energy = coefficients.residual, sum(coefficients.energies.values())
+    if not _cut(ranks) or ranks is None or space.view != "update" or not 0 < energy < math.inf:
+        return f"{in_percent(outside)} of its energy is lost{_cut(ranks)}"
+    # What lies outside the subspace and what the cut takes need not be orthogonal: the triangle inequality bounds both together.
+    both = (math.sqrt(max(outside, 0.0)) + math.sqrt(ranks.lost / energy)) ** 2
+    return (
+        f"at most {in_percent(min(both, 1.0))} of its energy is lost: {in_percent(outside)} outside the subspace, "
+        f"{in_percent(ranks.lost / energy)} by the cut from rank {ranks.whole}"
+    )
+
+
+def _cut(ranks: UpdateRanks | None) -> str:
+    """Say how much cutting the updates loses, or nothing if none was cut."""
+    if ranks is None or ranks.rank == ranks.whole:
+        return ""
+    return f" · cutting from rank {ranks.whole} loses {in_percent(ranks.loss)} of the updates' energy"
 
 
 def _rebuild_adapter(
@@ -213,5 +225,5 @@ def _rebuild_adapter(
         document = {"name": rebuilt.name, "output": str(output), "mean_only": False, "residual": None}
         print_json({**document, **_sizes(ranks, written, None)})
         return
-    say(f"{name} → {output}")
+    say(f"{name} → {output}{_cut(ranks)}")
     _say_sizes(ranks, written, None, max_lora_rank)

@@ -26,6 +26,8 @@ PICKLE_INDEX = f"{PICKLE_FILE}.index.json"
 BUNDLE_FILES = ("manifest.json", "basis.safetensors")
 """What every bundle has, and no model."""
 
+USE_OF_BUNDLE = "use evidence, report, verify, project, rebuild or add on it, or name the models it was made from"
+
 READABLE = (
     f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights) or one of mlx-lm, a checkpoint ({', '.join(WEIGHTS)}, or its "
     f"index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from eigenzoo.errors import FormatError
 
+OPEN_AGAIN = "open the zoo again"
+
 Identity = tuple[int, int]
 """Size and time of change: by them a file is known to be the one whose header was read."""
 
@@ -66,7 +68,7 @@ def check_identity(file: FileIO, identity: Identity, path: Path) -> None:
             "the file changed since its header was read",
             where=str(path),
             rule="models are not written to while they are read",
-            next_step="open the zoo again",
+            next_step=OPEN_AGAIN,
         )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "is_carried_from",
     "is_module",
     "is_side_file",
+    "is_too_large",
     "list_side_files",
     "listed_first",
     "refuse_quantised",
@@ -251,7 +252,7 @@ class _Sorted:
         # Known names first: beside a module's weights that are carried a pickle of them is a copy.
         for name in sorted(names, key=lambda name: name not in known):
             place = f"{inner}/{name}"
-            if name not in known or _is_too_large(self.folder, place, name):
+            if name not in known or (name == MODULE_WEIGHTS and is_too_large(place, _num_bytes(self.folder, place))):
                 self.ignore(place)
             else:
                 self.take(place)
@@ -291,12 +292,18 @@ def _some_names(folder: Path) -> list[str]:
         return []  # what cannot be listed holds nothing that is known
 
 
-def _is_too_large(folder: Path, place: str, name: str) -> bool:
-    """Tell whether these are a module's weights and too large to carry; other files of that size are an error."""
-    if name != MODULE_WEIGHTS:
-        return False
-    target = inside(folder, place)
-    return is_regular(target) and target.stat().st_size > MAX_SIDE_BYTES
+def is_too_large(name: str, size: int) -> bool:
+    """Tell of a known name whether it is a module's weights and too large to carry; other files of that size are an error.
+
+    >>> is_too_large("2_Dense/model.safetensors", 2**30), is_too_large("tokenizer.json", 2**30)
+    (True, False)
+    """
+    return name.endswith(f"/{MODULE_WEIGHTS}") and size > MAX_SIDE_BYTES
+
+
+def _num_bytes(folder: Path, name: str) -> int:
+    target = inside(folder, name)
+    return target.stat().st_size if is_regular(target) else 0
 
 
 def _holds_values(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import BundleError, DataError, EigenzooError, UsageError
+from eigenzoo.errors import BundleError, DataError, EigenzooError, MismatchError, UsageError
 from eigenzoo.formats.bundle.contents import StoredTemplate
 from eigenzoo.formats.bundle.folder import (
     MOMENTS,
@@ -46,7 +46,7 @@ from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
 from eigenzoo.weights.renames import nearest
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
-from eigenzoo.zoo.zoo import Zoo, open_models
+from eigenzoo.zoo.zoo import OpenedModels, Zoo, open_models
 
 T = TypeVar("T")
 
@@ -277,6 +277,7 @@ class StoredSubspace:
         found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
         if base is not None and isinstance(found, Zoo) and found.base is not None:
             self.check_base(found.base)
+        _check_kinds(found, self.view)
         zoo = Zoo(found.models, found.names, self.selection, base, found.skipped)
         zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
         return zoo
@@ -378,3 +379,18 @@ class StoredSubspace:
                 what, meant = f"{what}, and there is no such file or folder", did_you_mean(name) or meant
             raise UsageError(what, where=str(self.path), rule=there, next_step=meant)
         return self._records[name]
+
+
+def _check_kinds(found: Zoo | OpenedModels, view: str) -> None:
+    """Refuse full weights for a subspace of adapters, and the other way round: a bundle has one view."""
+    needed, other = (
+        ("LoRA adapters", "full weights") if view in ("update", "factors") else ("full weights", "LoRA adapters")
+    )
+    for model, name in zip(found.models, found.names, strict=True):
+        if bool(model.updates) != (needed == "LoRA adapters"):
+            raise MismatchError(
+                f"these are {other}",
+                where=name,
+                rule=f"the subspace is one of {needed}",
+                next_step=f"name {needed} of its zoo's base",
+            )

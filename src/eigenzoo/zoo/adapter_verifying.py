@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,9 @@ from eigenzoo.zoo.verification import Check, Loader, Loading, Verification
 
 TRIED = 2_000
 """Modules of an adapter for which changes are tried: each is one more load."""
+
+MOST_TRIES = 32
+"""Changes that are tried in one verification, over all adapters of a bundle: a single adapter has up to seventeen."""
 
 NO_LIBRARY = "no library was asked to"
 """Why nothing decides, where the caller gives no loader."""
@@ -74,7 +77,10 @@ def verify_adapter(
         return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
         raise UsageError(
-            "is no adapter", where=text, rule="what is verified is a bundle or a LoRA adapter", next_step="name one"
+            "is no adapter",
+            where=text,
+            rule="what is verified is a bundle or a LoRA adapter",
+            next_step="name a bundle, or the folder of an adapter",
         )
     opened = None if base is None else open_base(base, allow_pickle=allow_pickle)
     adapter = adapter_of(model)
@@ -102,11 +108,13 @@ def structure_checks(
     base: Model | None,
     loader: Loader | None,
     norms: dict[tuple[str, bool], float] | None = None,
+    tries: Iterator[object] | None = None,
 ) -> tuple[list[Check], BaseModules | None]:
     """Run the checks that read no values; gives the base's modules, under a library's names where it was asked.
 
     What a library does decides; names and shapes say why it drops a factor. Where it was not asked they decide nothing, and what
-    they say against the adapter are notes. `norms` are what was found of the base already.
+    they say against the adapter are notes. `norms` are what was found of the base already, and of `tries` one is taken for each
+    change that is loaded.
     """
     everything = tuple(adapter.updates)
     if base is None:
@@ -118,7 +126,7 @@ def structure_checks(
         return [*(_undecided(check) for check in checks), loading_check(loading, adapter)], modules
     lost = lost_modules(adapter, loading)
     modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _places_of(adapter, base, loading))
-    advice = "" if loading.is_whole or loader is None else _advice(adapter, base, modules, lost, loading, loader)
+    advice = "" if loading.is_whole or loader is None else _advice(adapter, base, modules, lost, loading, loader, tries)
     return [
         *name_checks(adapter, lost),
         *base_checks(adapter, modules, lost, loading),
@@ -157,12 +165,21 @@ def _places_of(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str
 
 
 def _advice(
-    adapter: Adapter, base: Model, modules: BaseModules, lost: Sequence[str], loading: Loading, loader: Loader
+    adapter: Adapter,
+    base: Model,
+    modules: BaseModules,
+    lost: Sequence[str],
+    loading: Loading,
+    loader: Loader,
+    tries: Iterator[object] | None,
 ) -> str:
     """Say by which change the library takes up everything; each is tried before it is said."""
     if len(adapter.updates) > TRIED:
         return ""
+    tries = iter(range(MOST_TRIES)) if tries is None else tries
     for change in chain(key_changes(adapter, modules, lost), config_changes(adapter, lost)):
+        if next(tries, None) is None:
+            return f"No more than {MOST_TRIES} changes were tried: rebuild this adapter and verify it by itself"
         tried = loader(base, change.adapter)
         if isinstance(tried, Loading) and tried.is_whole and not tried.missing:
             return f"{change.words}. Then {tried.what} takes up all of them"

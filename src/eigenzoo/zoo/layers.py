@@ -9,6 +9,7 @@ import torch
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.checkpoint import SafetensorsModel
+from eigenzoo.formats.lora.config import AS_FLOATS
 from eigenzoo.formats.model import Model
 from eigenzoo.records import Layer
 from eigenzoo.weights.unfolding import unfolded_shape, unfolding
@@ -86,7 +87,7 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
                     f"a factor of {dtype_name(info.dtype)}",
                     where=f"layer '{module}' of {model.name}",
                     rule=f"factors are {', '.join(map(dtype_name, FLOATS))}",
-                    next_step="convert the adapter",
+                    next_step=AS_FLOATS,
                 )
         dtype = widest(info_a.dtype, info_b.dtype)
         num_bytes = info_a.nbytes + info_b.nbytes

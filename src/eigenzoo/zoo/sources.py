@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from eigenzoo.display import natural_order
 from eigenzoo.errors import EigenzooError, FormatError, UnsupportedError, ZooError
-from eigenzoo.formats.kinds import FILE_SUFFIXES, weights_stem
+from eigenzoo.formats.kinds import FILE_SUFFIXES, USE_OF_BUNDLE, weights_stem
 from eigenzoo.formats.opening import whole_model
 from eigenzoo.formats.paths import did_you_mean, read_bounded
 from eigenzoo.formats.remote import is_url, source_url
@@ -199,7 +199,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
             raise ZooError(
                 "this is a bundle, not a zoo or a model",
                 where=str(path),
-                next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
+                next_step=USE_OF_BUNDLE,
             )
         models = models_at(folder, MAX_DEPTH, partial(_pass_over, lists.hidden))
         return [*_some(list(map(_path, models)), str(source), lists.hidden)]

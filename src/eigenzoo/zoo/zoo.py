@@ -407,16 +407,22 @@ def _open_all(
 def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
     """Name the weights beside models, and the models below them, which nobody reads."""
     texts = []
-    for what, kind in (
-        ("weights beside these models are neither read nor carried", "weights"),
-        ("folders below these models hold models of their own, which are not read", "models"),
+    for what, kind, next_step in (
+        (
+            "weights beside these models are neither read nor carried",
+            "weights",
+            "copy them yourself if a rebuilt model needs them",
+        ),
+        ("folders below these models hold models of their own, which are not read", "models", "name them to read them"),
     ):
         found = [
             f"{name}/{file}" for model, name in zip(models, names, strict=True) for file in getattr(model.beside, kind)
         ]
         if found:
             more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}")
+            first = next(model.path for model in models if getattr(model.beside, kind))
+            where = f", such as by the glob '{first}/*'" if kind == "models" else ""
+            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}; {next_step}{where}")
     return texts
 
 

@@ -170,17 +170,27 @@ class StoredTemplate(Template):
         """Open the model in its store again, and make sure that it is the one that was fitted."""
         assert self._source is not None
         model = _open_again(self._source.path)
+        if not self._is_fitted(model):
+            _open_again.cache_clear()  # it may have changed since this process opened it
+            model = _open_again(self._source.path)
+        if not self._is_fitted(model):
+            raise BundleError(
+                "the model there is not the one that was fitted",
+                where=self._source.path,
+                rule="what was excluded stays in the store, and is read from there",
+                next_step="fit again, or without --include and --exclude, which carries everything",
+            )
+        return model
+
+    def _is_fitted(self, model: Model) -> bool:
+        """Tell by sizes and times whether a model's files are those that were fitted."""
+        assert self._source is not None
         for path in model.weight_files():
             name = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
             status, known = path.stat(), self._source.files.get(name)
             if known is None or (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
-                raise BundleError(
-                    "the model there is not the one that was fitted",
-                    where=self._source.path,
-                    rule="what was excluded stays in the store, and is read from there",
-                    next_step="fit again, or without --include and --exclude, which carries everything",
-                )
-        return model
+                return False
+        return True
 
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""

@@ -15,25 +15,27 @@ CONFIG_FILE = "adapter_config.json"
 MAX_PATTERNS = 10_000
 """Entries of a rank or alpha pattern: each is a regular expression that is tried on every module."""
 
-_MERGE = "merge it into its base model (merge_and_unload) and open that as a checkpoint"
+MERGE = "merge it into its base model (merge_and_unload) and open that as a checkpoint"
+AS_FLOATS = "save its factors as float32, bfloat16 or float16, dequantised where they are codes"
+KEEP_FORMAT = "rebuild it in the format that it came in: without format= (--format)"
 _RETRAIN = "train the adapter without it"
 _REFUSED = {
-    "use_dora": ("DoRA: a magnitude per output rescales the whole weight", _MERGE),
-    "target_parameters": ("LoRA on bare parameters (mixture-of-experts weights of three axes)", _MERGE),
-    "trainable_token_indices": ("trained rows of the embedding", _MERGE),
+    "use_dora": ("DoRA: a magnitude per output rescales the whole weight", MERGE),
+    "target_parameters": ("LoRA on bare parameters (mixture-of-experts weights of three axes)", MERGE),
+    "trainable_token_indices": ("trained rows of the embedding", MERGE),
     "layer_replication": ("layers of the base that are replicated", _RETRAIN),
-    "megatron_config": ("Megatron's parallel layers", f"where Megatron is installed, {_MERGE}"),
+    "megatron_config": ("Megatron's parallel layers", f"where Megatron is installed, {MERGE}"),
     "use_qalora": ("QALoRA, which pools its inputs", _RETRAIN),
     "alora_invocation_tokens": ("activated LoRA, which changes the weights for some tokens only", _RETRAIN),
     "arrow_config": (
         "an Arrow router, which chooses between other adapters for each token",
         "open the adapters that it chooses between (saved beside it as task_0, task_1, …) and leave the router out",
     ),
-    "monteclora_config": ("Monte Carlo LoRA, which samples around its factors in training", _MERGE),
-    "kasa_config": ("KaSA, which truncates the base weights", _MERGE),
-    "use_bdlora": ("block-diagonal LoRA", _MERGE),
-    "enable_lora": ("LoRA on some parts of a fused weight", f"with the PEFT that wrote it, 0.2 or older, {_MERGE}"),
-    "velora_config": ("VeLoRA, which keeps projections beside its factors", _MERGE),
+    "monteclora_config": ("Monte Carlo LoRA, which samples around its factors in training", MERGE),
+    "kasa_config": ("KaSA, which truncates the base weights", MERGE),
+    "use_bdlora": ("block-diagonal LoRA", MERGE),
+    "enable_lora": ("LoRA on some parts of a fused weight", f"with the PEFT that wrote it, 0.2 or older, {MERGE}"),
+    "velora_config": ("VeLoRA, which keeps projections beside its factors", MERGE),
 }
 _NO_UPDATE = frozenset(
     {
@@ -129,7 +131,7 @@ def _merging(peft_type: object) -> str:
     """What to do with an adapter of another type."""
     if isinstance(peft_type, str) and peft_type in _NO_UPDATE:
         return "leave it out: it changes no weight of its base model"
-    return _MERGE
+    return MERGE
 
 
 def _check_init(init: Any) -> None:
@@ -148,7 +150,7 @@ def _check_init(init: Any) -> None:
                 f"init_lora_weights is {_shown(init)}, which quantised the base weights",
                 where=CONFIG_FILE,
                 rule="updates of one zoo are relative to one base",
-                next_step=f"with the quantised base that it was trained on, {_MERGE}",
+                next_step=f"with the quantised base that it was trained on, {MERGE}",
             )
         if lowered in _KEPT_BASE:
             return

@@ -20,7 +20,7 @@ import torch
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel, StateDict
 from eigenzoo.formats.json_file import parse_json
-from eigenzoo.formats.lora.config import check_config
+from eigenzoo.formats.lora.config import AS_FLOATS, check_config
 from eigenzoo.formats.lora.diffusion_keys import FactorPair, pair_factors
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.safetensors.header import HeaderContents
@@ -189,7 +189,7 @@ def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     a, b = factor_a.shape, factor_b.shape
     shapes = f"A (down) of shape {a} and B (up) of shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step="dequantise the file")
+        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):
         raise FormatError(shapes, rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
     if b[1] != a[0]:

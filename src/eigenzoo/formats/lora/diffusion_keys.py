@@ -29,13 +29,23 @@ from eigenzoo.formats.lora.sgm_blocks import to_diffusers
 
 ALPHA = ".alpha"
 
-_FACTOR = re.compile(
+
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern of tensors' names, in which a newline is a character like any other.
+
+    >>> bool(name_pattern(".+[.]weight").fullmatch("a" + chr(10) + "b.weight"))
+    True
+    """
+    return re.compile(pattern, re.DOTALL)
+
+
+_FACTOR = name_pattern(
     r"(?P<stem>.+?)"
     r"(?:\.lora_(?P<ab>[AB])(?:\.(?P<adapter>[^.]+))?|\.lora_(?P<kohya>down|up)|\.(?:lora|lora_linear_layer)\.(?P<way>down|up)"
     r"|(?<=\.to_[qkv])_lora\.(?P<old>down|up)|(?<=\.to_out)_lora\.(?P<out>down|up))\.weight"
 )
 _SIDES = {"A": "A", "B": "B", "down": "A", "up": "B"}
-_KOHYA = re.compile(r"lora_(?P<part>unet|transformer|te[123]?)_(?P<name>.+)")
+_KOHYA = name_pattern(r"lora_(?P<part>unet|transformer|te[123]?)_(?P<name>.+)")
 _KOHYA_COMPONENTS = {
     "unet": "unet",
     "transformer": "transformer",
@@ -64,17 +74,17 @@ _MERGE = "merge it into its base model, save that with save_pretrained, and open
 # Of a file without a plain factor these names alone say that it is some LoRA; `diff` or `scale` may be anybody's.
 _HINT = re.compile(r"^lora_|^lycoris_|\.lora_|\.hada_w|\.lokr_w|\.dora_scale$|\.on_input$")
 _VARIANTS = (
-    (re.compile(r".+\.hada_[wt]\d(_[ab])?"), "LoHa, a product of two low-rank matrices entry by entry"),
-    (re.compile(r".+\.lokr_[wt]\d(_[ab])?"), "LoKr, a Kronecker product"),
-    (re.compile(r".+\.lora_mid\.weight"), "a convolution in Tucker form, with a core between the factors"),
-    (re.compile(r".+\.(dora_scale|lora_magnitude_vector(\..+)?)"), "DoRA: a magnitude per output rescales the whole weight"),
-    (re.compile(r".+\.(b?oft_[A-Za-z]+\d?(\..+)?|rescale)"), "OFT, a rotation of the base weights"),
-    (re.compile(r"(lora|lycoris)_.+\.(a1|a2|b1|b2|bm)\.weight"), "GLoRA, whose update depends on the base weights"),
-    (re.compile(r".+\.on_input"), "IA3, which scales the base weights"),
-    (re.compile(r".+\.(diff|diff_b|set_weight)"), "a whole weight's difference"),
-    (re.compile(r".+\.[wb]_norm"), "a norm's difference"),
-    (re.compile(r".+\.(lora_up|lora_down|lora_[AB])\.bias"), "a bias of its own on a factor"),
-    (re.compile(r"(lora|lycoris)_.+\.(scalar|scale)"), "a trained scale beside α"),
+    (name_pattern(r".+\.hada_[wt]\d(_[ab])?"), "LoHa, a product of two low-rank matrices entry by entry"),
+    (name_pattern(r".+\.lokr_[wt]\d(_[ab])?"), "LoKr, a Kronecker product"),
+    (name_pattern(r".+\.lora_mid\.weight"), "a convolution in Tucker form, with a core between the factors"),
+    (name_pattern(r".+\.(dora_scale|lora_magnitude_vector(\..+)?)"), "DoRA: a magnitude per output rescales the whole weight"),
+    (name_pattern(r".+\.(b?oft_[A-Za-z]+\d?(\..+)?|rescale)"), "OFT, a rotation of the base weights"),
+    (name_pattern(r"(lora|lycoris)_.+\.(a1|a2|b1|b2|bm)\.weight"), "GLoRA, whose update depends on the base weights"),
+    (name_pattern(r".+\.on_input"), "IA3, which scales the base weights"),
+    (name_pattern(r".+\.(diff|diff_b|set_weight)"), "a whole weight's difference"),
+    (name_pattern(r".+\.[wb]_norm"), "a norm's difference"),
+    (name_pattern(r".+\.(lora_up|lora_down|lora_[AB])\.bias"), "a bias of its own on a factor"),
+    (name_pattern(r"(lora|lycoris)_.+\.(scalar|scale)"), "a trained scale beside α"),
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
+from eigenzoo.formats.lora.config import KEEP_FORMAT
 from eigenzoo.formats.lora.diffusion_file import METADATA_KEY
 from eigenzoo.formats.lora.diffusion_keys import FactorKey, split_key
 from eigenzoo.formats.lora.sgm_blocks import to_diffusers
@@ -134,5 +135,5 @@ def _uncertain(module: str, rule: str) -> UnsupportedError:
         "has no certain name in that format",
         where=f"module {module[:200]!r}",
         rule=rule,
-        next_step="rebuild it in the format that it came in: without format= (--format)",
+        next_step=KEEP_FORMAT,
     )

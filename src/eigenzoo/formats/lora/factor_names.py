@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from eigenzoo.errors import UnsupportedError
 from eigenzoo.formats.lora import dit_blocks
 from eigenzoo.formats.lora.config import CONFIG_FILE
-from eigenzoo.formats.lora.diffusion_keys import ALPHA, FactorKey, is_refused_kind, split_key
+from eigenzoo.formats.lora.diffusion_keys import ALPHA, FactorKey, is_refused_kind, name_pattern, split_key
 
 PEFT, DIFFUSION, MLX = "PEFT", "diffusion", "mlx-lm"
 """The kinds that are read."""
 
 _PEFT = "base_model."
-_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_[AB](\.[^.]+)?")
-_MLX = re.compile(r"(?P<module>.+)\.lora_[ab]")
+# What every factor's name has in it, and few weights' names: a look at each name of a zoo has to be cheap.
+_MARK = re.compile(r"lora|adapter\w{0,40}\.linear_|:\d+:", re.IGNORECASE)
+_EMBEDDING = name_pattern(r"(?P<module>.+)\.lora_embedding_[AB](\.[^.]+)?")
+_MLX = name_pattern(r"(?P<module>.+)\.lora_[ab]")
 # PEFT's other kinds, whose config says which.
-_TUNER = re.compile(
+_TUNER = name_pattern(
     r".+\.(hada|lokr|ia3|b?oft|vera|randlora|vblora|fourierft|hra|c3a|miss|bone|road|waveft|shira|delora|trainable_tokens)_.+"
 )
 # Places in diffusion transformers alone: vision transformers have `attn.qkv`, `attn.proj` and `mlp` in `blocks`.
@@ -35,7 +37,7 @@ _LANGUAGE = re.compile(
     re.ASCII,
 )
 # PEFT saves these weights whole beside the factors of an adapter that trains them.
-_SAVED_WHOLE = re.compile(r"(.+\.)?(lm_head|wte|embed_\w+|\w*embeddings?)")
+_SAVED_WHOLE = name_pattern(r"(.+\.)?(lm_head|wte|embed_\w+|\w*embeddings?)")
 
 _PARAMETRIZED = ".parametrizations.weight.original"
 _WHOLE_NEXT = (
@@ -46,36 +48,65 @@ _WHOLE_NEXT = (
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool whose factors are refused by name."""
+    """A tool whose factors are refused by name.
+
+    Attributes:
+        name: the tool's.
+        pattern: of a factor's name, with the group `module`.
+        next_step: what to do with such a file.
+        alone: whether whole models may have modules of such names too, so that they are factors where nothing else is beside them.
+    """
 
     name: str
     pattern: re.Pattern[str]
     next_step: str
+    alone: bool = False
 
 
 TOOLS = (
     Tool(
         "XLabs's trainer for Flux",
-        re.compile(r"(?P<module>.+\.processor\.(qkv|proj)_lora\d?)\.(down|up)\.weight"),
+        name_pattern(r"(?P<module>.+\.processor\.(qkv|proj)_lora\d?)\.(down|up)\.weight"),
         "convert it with diffusers: state = FluxPipeline.lora_state_dict(file); "
         "save_file({key: values.clone() for key, values in state.items()}, new_file); and open that",
     ),
     Tool(
         "torchtune",
-        re.compile(r"(?P<module>.+)\.lora_[ab]\.weight"),
+        name_pattern(r"(?P<module>.+)\.lora_[ab]\.weight"),
         f"open the folder with adapter_model.safetensors and {CONFIG_FILE}, which torchtune's FullModelHFCheckpointer saves too",
     ),
     Tool(
         "LitGPT",
-        re.compile(r"(?P<module>(transformer\.h\.\d+\..+|lm_head))\.lora_[AB]"),
+        name_pattern(r"(?P<module>(transformer\.h\.\d+\..+|lm_head))\.lora_[AB]"),
         "run litgpt merge_lora and litgpt convert_from_litgpt on its folder, and open the result as a checkpoint",
     ),
     Tool(
         "loralib",
-        re.compile(r"(?P<module>.+)\.lora_[AB]"),
+        name_pattern(r"(?P<module>.+)\.lora_[AB]"),
         "write it as PEFT's: put base_model.model. before these names, add .weight, save it as adapter_model.safetensors, "
         f'and beside it an {CONFIG_FILE} with {{"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]}} as '
         "it was trained",
+    ),
+    Tool(
+        "cloneofsimo's trainer",
+        name_pattern(r"(?P<module>(unet|text_encoder):\d+):(up|down)"),
+        "merge it with the tool that wrote it, whose files name no layers: lora_add BASE FILE OUT 1.0 --mode upl; and open OUT",
+    ),
+    Tool(
+        "NeMo",
+        name_pattern(r"(?P<module>.+)\.\w{0,40}adapter\w{0,40}\.linear_(in|out)(\.weight)?"),
+        "export it to PEFT with NeMo (llm.export_ckpt with target='hf-peft'), and open the folder that it writes",
+        alone=True,
+    ),
+    Tool(
+        "DeepSpeed-Chat",
+        name_pattern(r"(?P<module>.+)\.lora_(right|left)_weight"),
+        "fuse it with DeepSpeed-Chat's convert_lora_to_linear_layer, save the model with save_pretrained, and open that",
+    ),
+    Tool(
+        "Keras",
+        name_pattern(r"(?P<module>.+)[./]lora_(kernel|embeddings)_[ab]"),
+        "add each product a·b to its weight, as Keras does, and open the whole model, saved as safetensors",
     ),
 )  # fmt: skip
 
@@ -85,17 +116,19 @@ def factor_kind(names: Collection[str], where: str) -> str | None:
 
     Raises UnsupportedError for a whole model with a LoRA that is not merged, and for factors of a tool that are not read.
     """
-    marked = [name for name in names if "lora" in name.lower()]
+    marked = [name for name in names if _MARK.search(name)]
     keys = [key for name in marked if (key := split_key(name)) is not None]
     if keys and not any(name.startswith(_PEFT) for name in marked) and _is_diffusion(keys, names):
         _refuse_whole(names, {key.module_stem for key in keys}, where)
         return DIFFUSION
     for kind, module_of in _OTHERS:
-        stems = {stem for name in marked if (stem := module_of(name)) is not None}
+        stems = [stem for name in marked if (stem := module_of(name)) is not None]
         if not stems:
             continue
         _refuse_whole(names, {stem for stem in stems if not _SAVED_WHOLE.fullmatch(stem)}, where)
         if isinstance(kind, Tool):
+            if kind.alone and len(stems) < len(names):
+                continue
             raise UnsupportedError(
                 f"LoRA factors as {kind.name} writes them",
                 where=where,
@@ -160,4 +193,6 @@ def is_weight_of(name: str, stems: Collection[str]) -> bool:
     if name.endswith(_PARAMETRIZED):
         return f"{name.removesuffix('original')}0" in stems
     module = name.removesuffix(".weight")
-    return module in stems or (module.endswith((".base_layer", ".linear")) and module.rpartition(".")[0] in stems)
+    return module in stems or (
+        module.endswith((".base_layer", ".linear", ".to_wrap")) and module.rpartition(".")[0] in stems
+    )

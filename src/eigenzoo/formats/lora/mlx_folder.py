@@ -10,7 +10,6 @@ versions multiplied by and later ones ignore, is refused unless both readings ag
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +20,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.diffusion_keys import name_pattern
 from eigenzoo.formats.lora.peft_folder import PREFIX, WEIGHTS_FILE, find_updates
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
 from eigenzoo.formats.paths import final_name, inside
@@ -33,8 +33,8 @@ MLX_FILE = "adapters.safetensors"
 MAX_RANK = 2**20
 """A rank beyond this is a mistake in the config: the factors of a file have it as one of their sizes."""
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[ab])")
-_EMBEDDING = re.compile(r"(.+\.)?(wte|embed_tokens|embed_in|tok_embeddings|word_embeddings|embeddings)")
+_FACTOR = name_pattern(r"(?P<module>.+)\.lora_(?P<side>[ab])")
+_EMBEDDING = name_pattern(r"(.+\.)?(wte|embed_tokens|embed_in|tok_embeddings|word_embeddings|embeddings)")
 _KINDS = {"dora": ": DoRA, a magnitude per output rescales the whole weight", "full": ": full weights of some layers"}
 _FUSE = "fuse it with its base model (mlx_lm.fuse) and open that as a checkpoint"
 

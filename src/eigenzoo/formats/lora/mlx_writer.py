@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
-from eigenzoo.formats.lora.config import CONFIG_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE, KEEP_FORMAT
 from eigenzoo.formats.lora.mlx_folder import MLX_FILE
 from eigenzoo.formats.writers import write_bytes, write_tensors
 
@@ -45,7 +45,7 @@ def write_mlx_adapter(
         raise UnsupportedError(
             f"{len(others)} tensors are no LoRA factors, such as {next(iter(others))[:100]!r}",
             rule="an adapter of mlx-lm holds factors alone",
-            next_step="rebuild it in the format that it came in: without format= (--format)",
+            next_step=KEEP_FORMAT,
         )
     rank = max([1, *(a_RI.shape[0] for _, a_RI in factors.values())])
     values: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ def write_mlx_adapter(
                 "is a convolution",
                 where=f"module {module[:200]!r}",
                 rule="mlx-lm has LoRA on linear layers and embeddings",
-                next_step="rebuild it in the format that it came in: without format= (--format)",
+                next_step=KEEP_FORMAT,
             )
         for key, like, factor in ((f"{module}.lora_a", update.key_a, a_RI), (f"{module}.lora_b", update.key_b, b_OR.T)):
             padded = pad(factor, (0, 0, 0, rank - factor.shape[0]))

@@ -25,7 +25,8 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UnsupportedError
 from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.json_file import read_json
-from eigenzoo.formats.lora.config import CONFIG_FILE, check_config
+from eigenzoo.formats.lora.config import AS_FLOATS, CONFIG_FILE, MERGE, check_config
+from eigenzoo.formats.lora.diffusion_keys import name_pattern
 from eigenzoo.formats.model import LoraUpdate, TensorInfo
 from eigenzoo.formats.partitioned import refuse_partitioned
 from eigenzoo.formats.paths import final_name, inside
@@ -47,12 +48,12 @@ MAX_LOOKED_AT = 10_000
 
 _WEIGHTS = frozenset({WEIGHTS_FILE, CONFIG_FILE})
 
-_FACTOR = re.compile(
+_FACTOR = name_pattern(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
     r"|lora_embedding_(?P<embedding>[AB])(?:\.(?P<name>[^.]+))?)"
 )
 # What `lora_bias` adds to s·B·A: it is s times this, and carried like any other bias that was trained.
-_BIAS = re.compile(r".+\.lora_B(\.[^.]+)?\.bias")
+_BIAS = name_pattern(r".+\.lora_B(\.[^.]+)?\.bias")
 _ANY_LORA = re.compile(r"(?:^|\.)(?:lora_|trainable_tokens)")
 # Inside PEFT's wrapper of nn.MultiheadAttention, whose own name is what the patterns are matched against.
 ATTENTION_OUT = ".base_layer.out_proj"
@@ -206,7 +207,7 @@ def _refuse_other_lora(key: str) -> None:
         raise UnsupportedError(
             f"{key[:200]!r} is a DoRA magnitude",
             rule="only updates of the form s·B·A are read",
-            next_step="merge it into its base model (merge_and_unload) and open that as a checkpoint",
+            next_step=MERGE,
         )
     if _ANY_LORA.search(key):
         raise UnsupportedError(f"{key[:200]!r} is no factor of an update", rule="only s·B·A is read")
@@ -221,7 +222,9 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
         rank = _rank(factor_a, factor_b)
         pattern_name = module.removesuffix(ATTENTION_OUT)
         if "base_layer" in pattern_name.split("."):
-            raise UnsupportedError("an adapter within an adapter", next_step="merge the inner one")
+            raise UnsupportedError(
+                "an adapter within an adapter", next_step="merge the inner one, and save the outer one again"
+            )
         stated = lora_rank(config, pattern_name)
         if stated != rank and "r" not in config and lora_rank({**config, "r": rank}, pattern_name) == rank:
             raise FormatError(
@@ -250,7 +253,7 @@ def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     a, b = factor_a.shape, factor_b.shape
     shapes = f"A of shape {a} and B of shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step="dequantise the adapter")
+        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if ("lora_embedding_" in factor_a.name) != ("lora_embedding_" in factor_b.name):
         raise FormatError(f"{factor_a.name!r} beside {factor_b.name!r}", rule="both are factors of one kind of layer")
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):

@@ -17,6 +17,8 @@ from eigenzoo.formats.remote.hub_files import tree_of
 from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
 from eigenzoo.formats.tree import is_bundle as is_bundle_folder
 
+_WHOLE = "push the bundle again, whole, with --force"
+
 
 def bundle_path(source: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle: a path as it is; an id of the hub, or its URL, once its files are in the cache.
@@ -86,7 +88,7 @@ def fetch_bundle(place: HubId) -> Path:
             continue
         if size != record.bytes:
             found = "is missing" if size is None else f"has {size} bytes, but the manifest says {record.bytes}"
-            raise BundleError(f"the file {name!r} {found}", where=str(place), next_step="push the bundle again, whole")
+            raise BundleError(f"the file {name!r} {found}", where=str(place), next_step=_WHOLE)
         wanted.append(name)
     card = [_below(commit, CARD)] if _below(commit, CARD) in commit.sizes else []
     download(commit, [*(_below(commit, name) for name in wanted), *card])
@@ -96,6 +98,6 @@ def fetch_bundle(place: HubId) -> Path:
             raise BundleError(
                 f"{name}: the checksum differs from the manifest's",
                 where=str(place),
-                next_step="push the bundle again, whole",
+                next_step=_WHOLE,
             )
     return folder

@@ -24,6 +24,9 @@ ATTEMPTS, UNREACHED = 4, 2
 
 FIRST_DELAY = 1.0
 
+_CONNECT, _CACHED = "check the connection and run it again", "; what is in the cache is read without one"
+_LATER = "run it again later"
+
 _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
 """What Python and the hub's own storage call a way that is broken."""
 
@@ -172,11 +175,10 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         return FormatError(
             "the hub answers no more requests for now (status 429)",
             where=where,
-            next_step=(f"run it again in {wait:.0f} s" if wait else "run it again later")
-            + "; `hf auth login` raises the limit",
+            next_step=(f"run it again in {wait:.0f} s" if wait else _LATER) + "; `hf auth login` raises the limit",
         )
     if status is not None:
-        return FormatError(f"the hub fails (status {status})", where=where, next_step="run it again later")
+        return FormatError(f"the hub fails (status {status})", where=where, next_step=_LATER)
     if isinstance(error, FileMetadataError):
         return FormatError(
             f"what answers at {endpoint()} is no hub", where=where, next_step="check HF_ENDPOINT and the proxy"
@@ -192,12 +194,12 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
             f"what the hub sends is not what it says that it has ({type(error).__name__}: {scrubbed(str(error))})",
             where=where,
             rule="nothing of it is kept",
-            next_step="run it again later",
+            next_step=_LATER,
         )
     return FormatError(
         f"{here}the hub at {endpoint()} cannot be reached ({type(error).__name__})",
         where=where,
-        next_step="check the connection" + ("" if writing else "; what is in the cache is read without one"),
+        next_step=_CONNECT + ("" if writing else _CACHED),
     )
 
 
@@ -210,7 +212,7 @@ def _not_cached(place: HubId, here: str) -> FormatError:
         f"{here}{why}, and the hub's cache has not all of it",
         where=str(place),
         rule=f"the cache is the folder {str(constants.HF_HUB_CACHE)!r}",
-        next_step="run it once without HF_HUB_OFFLINE" if offline else "check the connection and run it again",
+        next_step="run it once without HF_HUB_OFFLINE" if offline else _CONNECT + _CACHED,
     )
 
 

@@ -13,6 +13,7 @@ from eigenzoo.formats.kinds import (
     PICKLE_FILE,
     PICKLE_INDEX,
     PICKLE_SUFFIXES,
+    USE_OF_BUNDLE,
     WEIGHTS,
     kind_of_file,
     kind_of_folder,
@@ -24,7 +25,7 @@ from eigenzoo.formats.lora.mlx_folder import MLX_FILE
 from eigenzoo.formats.lora.peft_folder import PICKLE_FILE as PICKLED_ADAPTER
 from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
 from eigenzoo.formats.paths import MAX_SIDE_BYTES, inside, relative_name
-from eigenzoo.formats.side_files import MODULE_WEIGHTS, is_carried_from, is_side_file
+from eigenzoo.formats.side_files import is_carried_from, is_side_file, is_too_large
 from eigenzoo.formats.tree import Listed, file_names, is_bundle, is_folder, models_at
 
 README = "README.md"
@@ -74,7 +75,7 @@ def find_in_tree(sizes: Mapping[str, int], root: str, max_depth: int, where: str
         raise ZooError(
             "this is a bundle, not a zoo or a model",
             where=where,
-            next_step="use evidence, report, verify, project, rebuild or add on it, or name the models it was made from",
+            next_step=USE_OF_BUNDLE,
         )
     found = models_at(top, max_depth)
     return [_model(entry, sizes) if isinstance(entry, Listed) else _single(entry) for entry in found]
@@ -89,7 +90,7 @@ def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
     kind, prefix = kind_of_folder(files) or "", f"{path}/" if path else ""
     inner = {name: entry for name, entry in folder.entries.items() if is_folder(entry)}
     listed = {*files, *(f"{above}/{name}" for above, entry in inner.items() for name in file_names(entry))}
-    names = {name for name in listed if is_carried_from(name, listed) and not _is_too_large(name, sizes[prefix + name])}
+    names = {name for name in listed if is_carried_from(name, listed) and not is_too_large(name, sizes[prefix + name])}
     index = ""
     try:
         refuse_unreadable(kind, files, "")
@@ -130,11 +131,6 @@ def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
     names |= {name for name in files & {README} if sizes[prefix + name] <= MAX_README_BYTES}
     wanted = frozenset(prefix + name for name in names)
     return HubModel(path, kind, wanted, index, left=frozenset(listed - names))
-
-
-def _is_too_large(name: str, size: int) -> bool:
-    """Tell whether these are a module's weights and too large to carry; other files of that size are an error."""
-    return name.endswith(f"/{MODULE_WEIGHTS}") and size > MAX_SIDE_BYTES
 
 
 def needed_files(model: HubModel, folder: Path, sizes: Mapping[str, int]) -> set[str]:

@@ -23,6 +23,8 @@ from eigenzoo.formats.remote.source import RemoteFile
 
 VERSION = 1
 
+_BY_URL = "open the model by its URL"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -80,7 +82,7 @@ def read_record(folder: Path) -> tuple[str, dict[str, Entry]] | None:
         return document["url"], {name: _entry(item) for name, item in document["files"].items()}
     except (LookupError, TypeError, AttributeError) as error:
         raise FormatError(
-            "the record of a mirror is damaged", where=str(path), next_step="remove its folder"
+            "the record of a mirror is damaged", where=str(path), next_step=f"remove its folder, and {_BY_URL}"
         ) from error
 
 
@@ -107,19 +109,19 @@ def remote_file(path: Path) -> RemoteFile | None:
             "this is a mirror of a remote model, without its values",
             where=str(path),
             rule=f"a mirror is read in the cache folder, here {str(cache_folder())!r}, only",
-            next_step=f"open the model by its URL, or set {VARIABLE} to the cache folder that this lies in",
+            next_step=f"{_BY_URL}, or set {VARIABLE} to the cache folder that this lies in",
         )
     record = read_record(folder)
     entry = record[1].get(Path(real).name) if record else None
     if entry is None:
-        raise FormatError("no file of this mirror", where=str(path), next_step="open the model by its URL")
+        raise FormatError("no file of this mirror", where=str(path), next_step=_BY_URL)
     if entry.held == entry.file.size:
         return None
     if not entry.file.source:
         raise FormatError(
             "the URL of this mirror held credentials, which are not kept",
             where=entry.file.url,
-            next_step="open the zoo again by its URL",
+            next_step=_BY_URL,
         )
     return entry.file
 

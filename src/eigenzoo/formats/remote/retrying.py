@@ -33,6 +33,7 @@ from tenacity import (
 from tenacity.stop import stop_base
 
 from eigenzoo.errors import EigenzooError, FormatError
+from eigenzoo.formats.open_files import OPEN_AGAIN
 from eigenzoo.formats.remote.address import scrubbed
 
 T = TypeVar("T")
@@ -308,7 +309,7 @@ def _as_error(job: Job, error: Exception) -> FormatError:
             "the file changed since it was listed",
             where=job.url,
             rule="models are not written to while they are read",
-            next_step="open the zoo again",
+            next_step=OPEN_AGAIN,
         )
     return FormatError(f"cannot be read ({_told(error)})", where=job.url)
 

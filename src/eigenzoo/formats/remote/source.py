@@ -21,6 +21,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import sync
 
 from eigenzoo.errors import FormatError
+from eigenzoo.formats.open_files import OPEN_AGAIN
 from eigenzoo.formats.remote.address import connect
 
 CHUNK_BYTES = 2**20
@@ -73,7 +74,7 @@ def changed(file: RemoteFile) -> FormatError:
         "the file changed since its header was read",
         where=file.url,
         rule="models are not written to while they are read",
-        next_step="open the zoo again",
+        next_step=OPEN_AGAIN,
     )
 
 

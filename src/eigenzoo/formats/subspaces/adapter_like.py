@@ -26,6 +26,8 @@ from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.subspaces.factors import ForeignSubspace
 from eigenzoo.weights.lora_scale import lora_rank, lora_scale
 
+_ONE_OF_THEM = "name an adapter of the zoo that the subspace was made from"
+
 
 @dataclass(frozen=True)
 class AdapterLike:
@@ -48,7 +50,7 @@ class AdapterLike:
             raise MismatchError(
                 f"rank {rank}, and {stated} in the adapter to be like",
                 where=f"module {module[:200]!r}",
-                next_step="name an adapter of the zoo that the subspace was made from",
+                next_step=_ONE_OF_THEM,
             )
         return lora_scale(self.config, module, rank)
 
@@ -60,9 +62,7 @@ def read_like(path: Path) -> AdapterLike:
         return AdapterLike(model.config, model)
     file = inside(path, CONFIG_FILE) if path.is_dir() else path
     if path.is_dir() and not file.exists():
-        raise FormatError(
-            f"no adapter, since there is no {CONFIG_FILE}", where=str(path), next_step="name one adapter of the zoo"
-        )
+        raise FormatError(f"no adapter, since there is no {CONFIG_FILE}", where=str(path), next_step=_ONE_OF_THEM)
     config = read_json(file, where=str(file))
     try:
         check_config(config)
@@ -128,14 +128,14 @@ def _keys(module: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], model: L
             "has no such module",
             where=f"{model.path}, module {module[:200]!r}",
             rule="the adapter to be like has the modules of the subspace",
-            next_step="name an adapter of the zoo that the subspace was made from",
+            next_step=_ONE_OF_THEM,
         )
     if update.factor_shapes != shapes:
         raise MismatchError(
             f"factors of shapes {update.factor_shapes}",
             where=f"{model.path}, module {module[:200]!r}",
             rule=f"the subspace has {shapes}",
-            next_step="name an adapter of the zoo that the subspace was made from",
+            next_step=_ONE_OF_THEM,
         )
     return update.key_a, update.key_b
 

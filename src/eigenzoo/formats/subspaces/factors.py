@@ -106,7 +106,9 @@ def check_names(names: Sequence[object], what: str, where: str) -> tuple[str, ..
     if len(set(checked)) != len(checked):
         raise FormatError(f"a {what} is listed twice", where=where)
     if not checked:
-        raise FormatError(f"there is no {what}", where=where, next_step="there is nothing to import")
+        raise FormatError(
+            f"there is no {what}", where=where, next_step="name the folder of a subspace with models in it"
+        )
     return checked
 
 

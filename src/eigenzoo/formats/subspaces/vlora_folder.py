@@ -157,7 +157,7 @@ def _task_files(names: tuple[str, ...], meta: Mapping[str, Any], where: str) -> 
             raise FormatError(
                 f"tasks {files[file][:100]!r} and {name[:100]!r} are one file, {file[:200]!r}",
                 where=where,
-                rule="vLoRA wrote the second over the first, whose loadings are lost",
+                rule="the second was written over the first, whose loadings are lost",
                 next_step="save them again under names of letters, digits, '-', '_' and '.'",
             )
         files[file] = name

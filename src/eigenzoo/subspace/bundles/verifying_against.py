@@ -24,7 +24,7 @@ from eigenzoo.weights.roles import is_task_head
 from eigenzoo.zoo.adapter import Adapter
 from eigenzoo.zoo.adapter_effect import effect_checks
 from eigenzoo.zoo.adapter_names import HINTED, by_role, grouped
-from eigenzoo.zoo.adapter_verifying import structure_checks
+from eigenzoo.zoo.adapter_verifying import MOST_TRIES, structure_checks
 from eigenzoo.zoo.base_modules import BaseModules
 from eigenzoo.zoo.verification import LOADING, Check, LayerChange, Loader, checked
 
@@ -57,6 +57,7 @@ def _adapters(
     changes: Changes = {}
     known: dict[str, BaseModules | None] = {}
     norms: dict[tuple[str, bool], float] = {}
+    tries = iter(range(MOST_TRIES))
     for record in telling(progress, "checking adapters", space.manifest.models):
         try:
             adapter, left = _rebuilt(space, record.name)
@@ -65,7 +66,7 @@ def _adapters(
             continue
         key = json.dumps([record.layout, {name: _sorted(value) for name, value in (adapter.config or {}).items()}])
         if key not in known:
-            structure, known[key] = structure_checks(adapter, base, loader, norms)
+            structure, known[key] = structure_checks(adapter, base, loader, norms, tries)
             found += structure
             if left:
                 note = f"{left} modules were excluded, and stay in the store: not checked"

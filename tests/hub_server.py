@@ -8,11 +8,17 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+from eigenzoo.formats.remote import retrying
 from guard import HANG
 
 Files = dict[str, bytes]
@@ -289,3 +295,43 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+
+
+@contextmanager
+def reached_hub(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub's client reaches, with its cache below a folder, and without a token."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    server = Hub()
+    patch.setattr(constants, "ENDPOINT", server.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub-cache"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the hub's own storage, which this one has not
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        patch.delenv(name, raising=False)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        close_session()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def never_slept(patch: pytest.MonkeyPatch) -> list[float]:
+    """Wait nowhere; what would have been waited for is in the list."""
+    waited: list[float] = []
+    real = time.sleep
+
+    def sleep(seconds: float) -> Any:
+        waited.append(seconds)
+        real(min(seconds, 0.001))
+
+    patch.setattr(time, "sleep", sleep)  # huggingface_hub's own attempts
+    patch.setattr(retrying, "pause", lambda seconds, stopped: sleep(seconds))
+    return waited
