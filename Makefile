@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+# Processes that tests start use the files that those before them compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Apart and without what it asks for: torchvision as PyPI has it wants CUDA's torch, and beside a CPU one it breaks transformers.

@@ -106,7 +106,7 @@ def test_a_hostile_name_is_text_for_each_reader(name: str) -> None:
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(f"| {markdown_text(name)} |\n|---|")
     table = Tags(markdown)
     assert table.tags == ["table", "thead", "tr", "th"]
-    assert table.text.replace("\u200b", "").strip() == shown.strip()
+    assert table.text.strip() == shown.strip()
     assert json.loads(as_json({name: name})) == {name: name}
     assert all(char.isprintable() or char == "\n" for char in as_json({name: name}))
     assert json.loads(json_text({name: name})) == {name: name}
@@ -132,7 +132,7 @@ def test_a_notebook_shows_a_table_without_the_files_own_markup(records: dict[str
 
 def test_ranks_of_a_rebuilt_adapter_are_shown_in_one_line() -> None:
     ranks = UpdateRanks({f"layer {place}": UpdateRank(4, 8, 2, 1.0, 0.25) for place in range(100)})
-    assert repr(ranks) == "UpdateRanks(100 layers, rank=4, whole=8, original=2, loss=0.5)"
+    assert repr(ranks) == "UpdateRanks(100 layers, rank=4, whole=8, original=2, loss=0.25)"
 
 
 def test_a_failed_verification_shows_its_faults(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def markdown_text(text: object) -> str:
     '&lt;b&gt;\\\\*a\\\\*\\\\|\\\\_b\\\\_'
     """
     inert = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", escape(one_line(text), quote=False))
-    return inert.replace("://", ":\u200b//").replace("www.", "www\u200b.")
+    # A web address alone would become a link.
+    return inert.replace("://", "\\://").replace("www.", "www\\.")
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

@@ -186,6 +186,7 @@ OWN = {
     "rank": "fit keeps directions, evidence asks controls about them, the demo takes one number",
     "axes": "evidence adds the spectra of sides and truncates nothing",
     "like": "import takes an adapter's path, rebuild a name in the bundle",
+    "force": "push replaces what a repository holds, the others an output",
     "model": "adapt takes a path, rebuild whatever opens as a model",
 }
 """Options whose name is shared and whose meaning is the command's own."""

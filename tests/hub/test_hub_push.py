@@ -20,6 +20,7 @@ from safetensors.torch import save
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.cli.app import main
+from eigenzoo.display import markdown_text
 from eigenzoo.errors import BundleError, FormatError, OutputError, UsageError
 from hub_server import Hub, Repository
 
@@ -329,4 +330,4 @@ def test_the_card_on_the_hub_names_sources_by_their_commits(hub: Hub, logged_in:
     commits = {repo: hub.repos[repo].branches["main"] for repo in ids}
     assert f"eigenzoo fit {' '.join(f'{repo}@{commit}' for repo, commit in commits.items())} --view weight" in card
     for repo, commit in commits.items():
-        assert f"| hf://{repo}@{commit} |" in card
+        assert f"| {markdown_text(f'hf://{repo}@{commit}')} |" in card

@@ -45,7 +45,7 @@ def test_a_task_is_read_as_written(task: Task) -> None:
      "5-against-5:0,1,2,3,10", "5-against-5:0,1,1,3,4", "5-against-5:0,1,2,3,4;shuffled=", "5-against-5:0,1,2,3,4;"],
 )  # fmt: skip
 def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"no task.*A task is"):
+    with pytest.raises(UsageError, match=r"not a task\. A task is"):
         Task.parse(text)
 
 

@@ -48,7 +48,7 @@ def test_patterns_that_are_slow_or_broken_are_refused(pattern: str) -> None:
 
 def test_entries_of_a_wrong_type_are_refused() -> None:
     for config in ({"target_modules": [1]}, {"target_modules": ["a"], "layers_to_transform": ["0"]}):
-        with pytest.raises(ez.FormatError, match="no list of"):
+        with pytest.raises(ez.FormatError, match="is not a list of"):
             is_target(config, "layers.0.a")
 
 
