@@ -114,7 +114,7 @@ def test_every_expected_error_says_what_it_expects():
 def test_no_test_has_a_limit_of_time_but_the_guard():
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if re.search(r"timeout\s*=\s*\d", line):
+            if re.search(r"timeout\s*=\s*\d|\.(wait|join|result)\(\d", line):
                 raise AssertionError(
                     f"{path.relative_to(ROOT)}:{number}: a time of its own; take HANG of tests/guard.py"
                 )

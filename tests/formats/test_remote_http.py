@@ -129,7 +129,7 @@ def test_a_slow_file_holds_up_no_retry_of_another(server: FileServer) -> None:
 
     def fault(path: str, start: int, number: int) -> str | None:
         if path == "slow.bin":
-            in_time.append(retried.wait(20))  # answers once the other file was asked for again
+            in_time.append(retried.wait(HANG))  # answers once the other file was asked for again
             return None
         if start == 0:
             return "drop"
@@ -147,7 +147,7 @@ def test_files_that_wait_for_their_next_attempt_hold_up_no_other(
     broken, good = [f"{number}.bin" for number in range(MAX_JOBS + 8)], "good.bin"
     server.files |= {name: bytes(100) for name in (*broken, good)}
     served, in_time = threading.Event(), []
-    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: in_time.append(served.wait(20)))
+    monkeypatch.setattr(retrying, "pause", lambda seconds, stopped: in_time.append(served.wait(HANG)))
 
     def fault(path: str, start: int, number: int) -> str | None:
         if path == good:

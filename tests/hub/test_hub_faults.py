@@ -19,6 +19,7 @@ import eigenzoo as ez
 from eigenzoo.errors import FormatError
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.remote import retrying
+from guard import HANG
 from hub_server import Hub, Repository
 
 VALUES = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
@@ -268,7 +269,7 @@ def test_what_fails_for_good_does_not_wait_for_what_may_pass(hub: Hub, monkeypat
 
     def pause(seconds: float, stopped: threading.Event) -> None:
         waits.set()
-        ended.append(stopped.wait(20))
+        ended.append(stopped.wait(HANG))
 
     monkeypatch.setattr(retrying, "pause", pause)
 
@@ -277,7 +278,7 @@ def test_what_fails_for_good_does_not_wait_for_what_may_pass(hub: Hub, monkeypat
             return 503  # huggingface_hub gives it up after some attempts of its own
         if "/objects/" in path and method == "GET":
             hub.lock.release()
-            waits.wait(20)
+            waits.wait(HANG)
             hub.lock.acquire()
             return 404
         return None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
+import eigenzoo.cli
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.formats.model import Piece
 from eigenzoo.formats.safetensors.file import SafetensorsFile
@@ -40,6 +44,23 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[int, ...]]]:
 
     monkeypatch.setattr(SafetensorsFile, "read_flat", spied)
     monkeypatch.setattr(SafetensorsFile, "read_bytes", spied_bytes)
+    return seen
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What each command's progress bar is told."""
+    seen: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def recorded(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+        assert not quiet
+        yield lambda stage, done, total: seen.append((stage, done, total))
+
+    for path in sorted(Path(eigenzoo.cli.__file__).parent.glob("*.py")):
+        module = importlib.import_module(f"eigenzoo.cli.{path.stem}")
+        if path.stem != "console" and hasattr(module, "progress_bar"):
+            monkeypatch.setattr(module, "progress_bar", recorded)
     return seen
 
 
@@ -77,13 +98,14 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_weights_are_read_on_threads_of_their_own(
-    command, zoo, tmp_path, reads, call: Callable[..., tuple[int, str, str]]
+    command, zoo, tmp_path, reads, steps, call: Callable[..., tuple[int, str, str]]
 ):
     usual = torch.get_num_threads()
     bundle = tmp_path / "bundle"
     if "BUNDLE" in COMMANDS[command]:
         assert call("fit", *(zoo / f"m{place}" for place in range(6)), "-o", bundle, "--rank", 2)[0] == 0
         reads.clear()
+        steps.clear()
     words = [
         str(word).replace("ZOO", str(zoo)).replace("BUNDLE", str(bundle)).replace("OUT", str(tmp_path / "out"))
         for word in COMMANDS[command]
@@ -96,3 +118,28 @@ def test_weights_are_read_on_threads_of_their_own(
     assert code == 0, err
     assert reads, "nothing large was read: the test looks at the wrong place"
     assert {threads for found in reads.values() for threads in found} == {(1, 1)}, dict(reads)
+    assert steps, "no progress is shown"
+
+
+def test_import_reads_on_threads_of_their_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reads: dict[str, set[tuple[int, ...]]],
+    steps: list[tuple[str, int, int]],
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    pytest.importorskip("vlora")
+    from tests.formats.vlora_cases import fitted
+
+    monkeypatch.setattr(sys.modules[__name__], "NUM_VALUES", 16)  # vLoRA's bases here are small
+    fitted(tmp_path, num_components=3).save(tmp_path / "vlora")
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        code, _, err = call("import", tmp_path / "vlora", "--like", tmp_path / "zoo" / "a1", "-o", tmp_path / "out")
+    finally:
+        torch.set_num_threads(usual)
+    assert code == 0, err
+    assert reads
+    assert {threads for found in reads.values() for threads in found} == {(1, 1)}, dict(reads)
+    assert steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ import eigenzoo as ez
 from builders import random_stack, write_stacks
 from eigenzoo import adapt
 from eigenzoo.cli.app import main
+from eigenzoo.formats.output import whole
 from eigenzoo.subspace.bundles import card
 from sampling import slow_but
 
@@ -115,6 +117,29 @@ def test_a_folder_of_somebodys_is_never_replaced(root: Path, name: str, folder: 
     _stays(root, words(root, root / folder), "exists already")
     said = OTHER_KIND if name in ("fit", "add", "demo") else NO_RECORD
     _stays(root, [*words(root, root / folder), "--force"], said)
+
+
+@pytest.mark.parametrize("name", ["fit", "nursery"])
+def test_the_old_output_comes_back_where_the_new_one_cannot_take_its_name(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two folders cannot be exchanged at once, the old one is moved aside first."""
+    before, rename = digest(root / name), Path.rename
+    failed: list[Path] = []
+
+    def refuse(path: Path, target: str | os.PathLike[str]) -> Path:
+        if Path(target) == root / name and ".old-" not in path.name:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(whole, "exchange", lambda *paths: False)
+    monkeypatch.setattr(Path, "rename", refuse)
+    _, error = _run(*FOLDERS[name](root, root / name), "--force")
+    assert failed
+    assert "Input/output error" in error
+    assert digest(root / name) == before
+    assert not list(root.glob(f".{name}*old-*"))
 
 
 def test_pictures_and_models_alone_are_no_outputs(root: Path) -> None:

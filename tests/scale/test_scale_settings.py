@@ -17,6 +17,7 @@ import eigenzoo as ez
 from builders import random_factors, write_adapter, write_model, write_stacks
 from eigenzoo.linalg import kernels
 from eigenzoo.passes.settings import own_settings
+from guard import HANG
 
 NUM_MODELS, SHAPE = 12, (120, 96)
 
@@ -223,7 +224,7 @@ def test_the_last_of_several_threads_restores_the_setting(setting: str) -> None:
     def overlapping() -> None:
         with own_settings():
             inside.set()
-            leave.wait(60)
+            leave.wait(HANG)
         left.append(products())
 
     with PRODUCTS[setting]():
@@ -231,10 +232,10 @@ def test_the_last_of_several_threads_restores_the_setting(setting: str) -> None:
         with own_settings():
             other = threading.Thread(target=overlapping)
             other.start()
-            assert inside.wait(60)
+            assert inside.wait(HANG)
         assert products()[:2] == ["highest", False]
         leave.set()
-        other.join(60)
+        other.join(HANG)
         assert left == [before]
 
 
