@@ -158,6 +158,16 @@ def test_a_pattern_that_looks_at_too_many_names_is_named(place: Place, monkeypat
             find_models(pattern)
 
 
+def test_a_model_below_another_is_named_where_it_can_be_opened(place: Place) -> None:
+    for name in ("a0", "a1", "a0/second"):
+        write_adapter(place.disk / name, random_factors({"q": (6, 5)}, 2, len(name)))
+    for source in (place.upload(), str(place.disk)):
+        (warning,) = ez.open_zoo(source).warnings
+        named = warning.partition("; name them to read them, such as ")[2]
+        assert named == f"'{source}/a0/second'"
+        assert ez.open_zoo(named.strip("'")).names == ("second",)
+
+
 def test_a_stub_is_known_as_one_in_a_later_process_and_in_no_other_folder(place: Place, tmp_path: Path) -> None:
     # Through a chained file system, which another process can open too: its memory:// would be empty.
     write_model(place.disk / "zoo" / "m0", {"w": torch.arange(12.0) + 1})
