@@ -148,7 +148,6 @@ def test_the_loss_of_a_cut_counts_excluded_modules_too(run: Run, tmp_path: Path)
     assert sum(lost.values()) / whole <= bound * (1 + 1e-2) <= 1
 
 
-
 def test_rebuild_writes_a_model_of_the_bundle_or_any_other(
     run: Run, refused: Callable[..., str], zoo: Path, bundle: Path, tmp_path: Path
 ) -> None:

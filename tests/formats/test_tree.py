@@ -17,7 +17,21 @@ from eigenzoo.zoo.sources import find_models
 
 NAMES = ("a", "b", "ab", "run-1", "run-10", "run-9", ".hidden", "_base")
 WEIGHTS = "model.safetensors"
-PATTERNS = ("*", "a*", "**", "**/a", "*/*", "a/**", "**/run-[19]/*", "**/b/**", "r*/**/ab", "**/**/a", "*/*/**", ".*", "*/.h*")
+PATTERNS = (
+    "*",
+    "a*",
+    "**",
+    "**/a",
+    "*/*",
+    "a/**",
+    "**/run-[19]/*",
+    "**/b/**",
+    "r*/**/ab",
+    "**/**/a",
+    "*/*/**",
+    ".*",
+    "*/.h*",
+)
 
 
 def make_tree(root: Path, seed: int) -> list[str]:
