@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ NAMES = (
     "`rm -rf` *x* _y_ ~~z~~",
     "&lt;script&gt;",
     "www.evil.example <https://evil.example>",
+    "WWW.evil.example HTTPS://evil.example",
     "safe\u202egnp.exe",
     "</td></table><script>alert('x')</script>",
     "$x^2$ @someone",
@@ -103,6 +105,8 @@ def test_a_hostile_name_is_text_for_each_reader(name: str) -> None:
     assert shown.isprintable()
     page = Tags(f"<i>{html_text(name)}</i>")
     assert (page.tags, page.text) == (["i"], shown)
+    # Sites make links of these wherever they stand; what renders here does not.
+    assert not re.search(r"(?<!\\)://|www\.", markdown_text(name), re.IGNORECASE)
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(f"| {markdown_text(name)} |\n|---|")
     table = Tags(markdown)
     assert table.tags == ["table", "thead", "tr", "th"]

@@ -44,7 +44,7 @@ def markdown_text(text: object) -> str:
     """
     inert = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", escape(one_line(text), quote=False))
     # A web address alone would become a link.
-    return inert.replace("://", "\\://").replace("www.", "www\\.")
+    return re.sub(r"(?i)://|(?<=www)\.", r"\\\g<0>", inert)
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

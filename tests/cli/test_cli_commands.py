@@ -129,6 +129,25 @@ def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., s
     assert "max-lora-rank" in refused("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "no", "--max-lora-rank", 0)
 
 
+def test_the_loss_of_a_cut_counts_excluded_modules_too(run: Run, tmp_path: Path) -> None:
+    for place in range(4):
+        b_OR, a_RI = random_factors({"m": (24, 20)}, 4, 10 + place)["m"]
+        factors = {**random_factors({"q": (24, 20)}, 4, place), "k": (30 * b_OR, a_RI)}
+        write_adapter(tmp_path / "zoo" / f"a{place}", factors)
+    assert run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle", "--exclude", "k").code == 0
+    said = " ".join(run("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "cut", "--max-lora-rank", 2).out.split())
+    stated = re.search(r"at most (\S+) % of its energy is lost: (\S+) % outside the subspace, (\S+) % by the cut", said)
+    assert stated is not None
+    bound, outside, cut = (float(number) / 100 for number in stated.groups())
+    pairs = {name: [read_update(tmp_path / at, name) for at in ("cut", "zoo/a1")] for name in ("q", "k")}
+    lost = {name: float((found - original).square().sum()) for name, (found, original) in pairs.items()}
+    energy = {name: float(original.square().sum()) for name, (_, original) in pairs.items()}
+    whole = sum(energy.values())
+    assert lost["k"] / whole - 1e-3 <= cut <= sum(lost.values()) / whole + 1e-3
+    assert outside <= energy["q"] / whole * (1 + 1e-2)
+    assert sum(lost.values()) / whole <= bound * (1 + 1e-2) <= 1
+
+
 def test_rebuild_writes_a_model_of_the_bundle_or_any_other(
     run: Run, refused: Callable[..., str], zoo: Path, bundle: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_model, write_stacks
 from eigenzoo.errors import FormatError, OutputError, UnsafePathError, UnsupportedError, ZooError
+from eigenzoo.formats import tree
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import RECORD_FILE
 from eigenzoo.formats.remote import remote_file, remote_url
@@ -146,6 +148,24 @@ def test_names_that_agree_are_told_apart_by_their_urls(place: Place) -> None:
     place.upload()
     zoo = ez.open_zoo([f"{place.url}/a/last", f"{place.url}/b/last"])
     assert zoo.names == ("a/last", "b/last")
+
+
+def test_a_pattern_that_looks_at_too_many_names_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(place.disk)
+    monkeypatch.setattr(tree, "MAX_LOOKED_AT", 5)
+    for pattern in (f"{place.upload()}/**", f"{place.disk}/**"):
+        with pytest.raises(ZooError, match=f"{re.escape(pattern)}: more than 5 names lie below"):
+            find_models(pattern)
+
+
+def test_a_model_below_another_is_named_where_it_can_be_opened(place: Place) -> None:
+    for name in ("a0", "a1", "a0/second"):
+        write_adapter(place.disk / name, random_factors({"q": (6, 5)}, 2, len(name)))
+    for source in (place.upload(), str(place.disk)):
+        (warning,) = ez.open_zoo(source).warnings
+        named = warning.partition("; name them to read them, such as ")[2]
+        assert named == f"'{source}/a0/second'"
+        assert ez.open_zoo(named.strip("'")).names == ("second",)
 
 
 def test_a_stub_is_known_as_one_in_a_later_process_and_in_no_other_folder(place: Place, tmp_path: Path) -> None:

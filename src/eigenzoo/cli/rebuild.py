@@ -181,11 +181,14 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
     outside, energy = coefficients.residual, sum(coefficients.energies.values())
     if not _cut(ranks) or ranks is None or space.view != "update" or not 0 < energy < math.inf:
         return f"{in_percent(outside)} of its energy is lost{_cut(ranks)}"
+    # Excluded modules are cut too, so their energy counts here.
+    whole = energy + sum(update.energy for name, update in ranks.layers.items() if name not in coefficients.energies)
+    outside, cut = max(outside, 0.0) * energy / whole, ranks.lost / whole
     # What lies outside the subspace and what the cut takes need not be orthogonal: the triangle inequality bounds both together.
-    both = (math.sqrt(max(outside, 0.0)) + math.sqrt(ranks.lost / energy)) ** 2
+    both = (math.sqrt(outside) + math.sqrt(cut)) ** 2
     return (
         f"at most {in_percent(min(both, 1.0))} of its energy is lost: {in_percent(outside)} outside the subspace, "
-        f"{in_percent(ranks.lost / energy)} by the cut from rank {ranks.whole}"
+        f"{in_percent(cut)} by the cut from rank {ranks.whole}"
     )
 
 

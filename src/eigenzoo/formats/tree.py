@@ -168,8 +168,13 @@ def _matching(folder: Folder, parts: Sequence[str], follow: bool) -> Iterator[tu
             if bounded and looked_at > MAX_LOOKED_AT:
                 raise ZooError(f"more than {MAX_LOOKED_AT} names lie below", next_step="name a smaller folder")
             stepped = {place + 1 for place in places if place < len(parts) and _fits(name, parts[place])}
-            inside = set() if name.startswith(".") else {place for place in places if parts[place:][:1] == ["**"]}
-            reached = _after(stepped | inside, parts)
+            inside = (
+                set()
+                if name.startswith(".")
+                else {place for place in places if place < len(parts) and parts[place] == "**"}
+            )
+            # A `**` that is no folder at all still stands behind one: `*/**` names no file beside the folders.
+            reached = _after(inside, parts) | (_after(stepped, parts) if is_folder(entry) else stepped)
             if len(parts) in reached:
                 yield name, entry
             if is_folder(entry) and entry.is_link:

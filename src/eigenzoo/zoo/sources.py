@@ -271,7 +271,10 @@ def _at_url(entry: Entry, parts: Sequence[str], url: str) -> list[Entry]:
     if not isinstance(entry, Folder):
         return [entry]
     if parts:
-        return sorted(models_matching(entry, parts), key=lambda found: natural_order(found.url))
+        try:
+            return sorted(models_matching(entry, parts), key=lambda found: natural_order(found.url))
+        except ZooError as error:
+            raise error.at(url) from error
     if not entry.entries:
         raise ZooError("there is no such file or folder, or no model in it", where=url)
     if is_bundle(entry):

@@ -21,7 +21,8 @@ from eigenzoo.formats.lora.zero_updates import unfilled, zero_modules
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.pickles.file import PickleModel
-from eigenzoo.formats.remote import remote_url
+from eigenzoo.formats.remote import remote_url, source_url
+from eigenzoo.formats.remote.address import below
 from eigenzoo.formats.remote.hub_id import find_id
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.process import seldom_collecting
@@ -413,17 +414,28 @@ def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]
             "weights",
             "copy them yourself if a rebuilt model needs them",
         ),
-        ("folders below these models hold models of their own, which are not read", "models", "name them to read them"),
+        (
+            "folders below these models hold models of their own, which are not read",
+            "models",
+            f"name them to read them, such as '{_first_below(models)}'",
+        ),
     ):
         found = [
             f"{name}/{file}" for model, name in zip(models, names, strict=True) for file in getattr(model.beside, kind)
         ]
         if found:
             more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-            first = next(model.path for model in models if getattr(model.beside, kind))
-            where = f", such as by the glob '{first}/*'" if kind == "models" else ""
-            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}; {next_step}{where}")
+            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}; {next_step}")
     return texts
+
+
+def _first_below(models: Sequence[Model]) -> str:
+    """Return the path or URL of the first model below another; nothing where there is none."""
+    for model in models:
+        for folder in model.beside.models[:1]:
+            url = source_url(model.path)
+            return str(model.path / folder) if url is None else below(url, folder)
+    return ""
 
 
 def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[ZeroUpdates]) -> list[str]:
