@@ -71,7 +71,7 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
     assert code == 0, err
     lines = [line for line in out.splitlines() if not line.startswith(("imported", "measuring"))]
     assert lines[0] == "norm of 2 held-out models; the subspace was fitted to 5 models"
-    first_words = [line.split("  ")[0] for line in lines[2:-2]]
+    first_words = [line.split("  ")[0] for line in lines[2:-3]]
     assert first_words == [
         "original",
         "parent",
@@ -86,6 +86,7 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
     row = next(line for line in lines if line.startswith("original"))
     assert row.split()[1:] == [f"{found.mean.original:.4g}", f"{found.spread.original:.4g}"]
     assert next(line for line in lines if line.startswith("parent")).split()[1:] == ["–", "–"]
+    assert lines[-3].startswith("parent: the model before fine-tuning (of adapters: the base without an update).")
     assert lines[-1] == found.sentence
 
 

@@ -77,6 +77,11 @@ def render(found: FunctionEvidence) -> None:
         ("variant", "average", "± standard error"),
         [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
     )
+    say(
+        "parent: the model before fine-tuning (of adapters: the base without an update). mean only: the zoo's mean. head only: the "
+        "parent, or the mean, with the model's own head. random basis: as many random directions about the mean. without the "
+        "first: rebuilt from the other directions. –: not measured (no parent is known, or all heads agree)."
+    )
     say(f"\n{found.sentence}")
 
 
