@@ -184,10 +184,24 @@ def test_add_grows_the_bundle_in_place_or_beside(run: Run, zoo: Path, bundle: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["beside", "bundle", "zoo"]
 
 
+def test_a_rebuilt_adapter_that_is_worse_than_none_says_so(run: Run, tmp_path: Path) -> None:
+    """The mean of ten large updates is no part of a small one that has nothing in common with them."""
+    for place in range(10):
+        factors = random_factors({"q": (48, 40)}, 3, place)
+        write_adapter(tmp_path / "zoo" / f"a{place}", factors, lora_alpha=3 if place else 0.3)
+    run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle", "--rank", 0)
+    space = ez.load(tmp_path / "bundle")
+    assert space.coefficients("a0").residual > 1 > space.coefficients("a1").residual
+    note = "note: the base without an adapter is closer to this model: it loses 100 %. Fit with more directions"
+    assert note in run("rebuild", tmp_path / "bundle", "a0", "-o", tmp_path / "small").out
+    assert note in run("rebuild", tmp_path / "bundle", tmp_path / "zoo" / "a0", "-o", tmp_path / "projected").out
+    assert note not in run("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "large").out
+
+
 def test_a_fit_that_keeps_nothing_and_a_larger_bundle_say_so(run: Run, zoo: Path, tmp_path: Path) -> None:
     out = run("fit", zoo, "-o", tmp_path / "bundle", "--rank", "auto").out
     assert "no direction is beyond chance in 3 of 3 layers: rebuilt models are the mean there" in out
-    assert "note: this bundle is larger than the models' files" in out
+    assert "note: this bundle is larger than the models' files. `eigenzoo plan ZOO` lists" in out
     assert "beyond chance" not in run("fit", zoo, "-o", tmp_path / "other", "--rank", 1).out
 
 

@@ -54,6 +54,24 @@ def test_no_table_breaks_a_cell_or_is_wider_than_the_terminal(terminal: Any, wid
     assert all(word in headings for column in COLUMNS for word in column.split())
 
 
+def test_names_are_shortened_only_where_that_saves_a_table(terminal: Any) -> None:
+    name = "model.layers.*.self_attn.q_proj"  # 31 columns
+    numbers = [
+        "n" * 10
+    ] * 6  # a table with 16 columns of name takes 88, one with 31 takes 103, two with 31 take 67 each
+
+    def printed(width: int) -> list[str]:
+        written = terminal(width)
+        console.print_table("", ("role", *"abcdef"), [(name, *numbers)])
+        return [line.split()[0] for line in written.getvalue().splitlines() if "n" * 10 in line]
+
+    assert printed(103) == [name]
+    assert printed(88) == ["model.la….q_proj"]
+    assert printed(87) == [name, name]
+    assert printed(67) == [name, name]
+    assert printed(66)[0] == "model.layers.*.…lf_attn.q_proj"
+
+
 def test_a_pipe_gets_whole_names() -> None:
     written = io.StringIO()
     shown = Console(file=written, width=console.PIPE)

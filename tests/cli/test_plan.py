@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from safetensors.torch import save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
+from eigenzoo.cli.plan import render
+from eigenzoo.display import in_bytes, in_percent
+from eigenzoo.subspace.fitting.plan import AloneRow
+from tolerance import tolerance
 
 MODULES = {"block.0.q": (96, 80), "block.1.q": (64, 112)}
 
@@ -181,6 +186,60 @@ def test_planted_directions_are_recommended_and_noise_is_not(run: Run, tmp_path:
     noise = write_stacks(tmp_path / "noise", {"w": random_stack(40, (48, 64), 1)})
     assert ez.plan(noise).recommended is None
     assert "No choice is recommended" in run("plan", tmp_path / "noise").out
+
+
+def test_adapters_cut_alone_are_the_control_of_sharing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unrelated adapters are best cut one by one; adapters of one U and V are best stored together."""
+    root, written = write_zoo(tmp_path / "zoo", "adapters"), tmp_path / "cut"
+    plan = ez.plan(root)
+    assert [row.rank for row in plan.alone] == [1, 2, 4]
+    for row in plan.alone:
+        lost = energy = 0.0
+        for place in range(9):
+            cut = {}
+            for module, (b_OR, a_RI) in random_factors(MODULES, [4, 8, 6][place % 3], place).items():
+                scale = (3 + place) / [4, 8, 6][place % 3]
+                left, values, right = torch.linalg.svd(scale * b_OR.double() @ a_RI.double(), full_matrices=False)
+                own = min(row.rank, [4, 8, 6][place % 3])
+                cut[module] = ((left[:, :own] * values[:own]).float(), right[:own].float())
+                lost, energy = lost + float(values[row.rank :].square().sum()), energy + float(values.square().sum())
+            write_adapter(written / str(row.rank) / f"a{place}", cut)
+        assert row.residual == pytest.approx(lost / energy, abs=tolerance(9 * 96, dtype=torch.float32))
+        # Headers give offsets in fewer digits: a byte or two for each of four tensors.
+        sizes = [path.stat().st_size for path in (written / str(row.rank)).rglob("*.safetensors")]
+        assert row.bytes == pytest.approx(sum(sizes), abs=9 * 4 * 4)
+    text = run("plan", root).out
+    assert f"rank 4: {in_bytes(plan.alone[2].bytes)}, {in_percent(plan.alone[2].residual)} lost." in text
+    assert plan.better_alone is not None
+    assert f"Cut to rank {plan.better_alone.rank}, the adapters alone keep more for their bytes than any bundle" in text
+
+    draw = torch.Generator().manual_seed(0)
+    left, right = torch.randn(256, 8, generator=draw), torch.randn(8, 256, generator=draw)
+    for place in range(12):
+        write_adapter(
+            tmp_path / "shared" / f"a{place}", {"q": (left @ torch.randn(8, 8, generator=draw), right)}, lora_alpha=8
+        )
+    plan = ez.plan(tmp_path / "shared")
+    assert plan.better_alone is None
+    text = run("plan", tmp_path / "shared").out
+    assert "Without a bundle, each adapter cut" in text
+    assert "→ Try this first: `--axes" in text
+    assert "sharing does not save bytes here" not in text
+    render(replace(plan, alone=(AloneRow(1, 0.0, 1),)))
+    text = capsys.readouterr().out
+    assert "→ The best bundle for its bytes: `--axes" in text
+    assert "Cut to rank 1, the adapters alone keep more for their bytes than any bundle" in text
+    assert "Without a bundle" not in run("plan", write_zoo(tmp_path / "weights", "weights")).out
+
+
+def test_the_budget_of_the_advice_is_one_that_fit_takes(run: Run, tmp_path: Path) -> None:
+    write_stacks(tmp_path / "planted", {"w": random_stack(40, (48, 64), 0, rank=4)})
+    advice = re.search(r"or `--axes models --budget (\d+kB)`", run("plan", tmp_path / "planted").out)
+    assert advice is not None
+    run("fit", tmp_path / "planted", "-o", tmp_path / "bundle", "--budget", advice[1])
+    assert ez.load(tmp_path / "bundle").report["residual"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["weights", "adapters"])

@@ -71,7 +71,7 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
     assert code == 0, err
     lines = [line for line in out.splitlines() if not line.startswith(("imported", "measuring"))]
     assert lines[0] == "norm of 2 held-out models; the subspace was fitted to 5 models"
-    first_words = [line.split("  ")[0] for line in lines[2:-2]]
+    first_words = [line.split("  ")[0] for line in lines[2:-3]]
     assert first_words == [
         "original",
         "parent",
@@ -86,6 +86,7 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
     row = next(line for line in lines if line.startswith("original"))
     assert row.split()[1:] == [f"{found.mean.original:.4g}", f"{found.spread.original:.4g}"]
     assert next(line for line in lines if line.startswith("parent")).split()[1:] == ["–", "–"]
+    assert lines[-3].startswith("parent: the model before fine-tuning (of adapters: the base without an update).")
     assert lines[-1] == found.sentence
 
 
@@ -139,15 +140,20 @@ def test_the_base_of_deltas_is_the_parent_wherever_it_lies_now(here: Path, run: 
         (("--metric", "own_metrics"), "'own_metrics' does not name a function. Write module:function"),
         (("--metric", ":norm"), "does not name a function"),
         (("--metric", "not_there:norm"), "module 'not_there' cannot be imported (ModuleNotFoundError: No module named"),
+        (("--metric", "not_there:norm"), "Run the command in the folder with not_there.py."),
         (("--metric", "half_metrics:norm"), "No module named 'not_a_module_at_all'"),
-        (("--metric", "own_metrics:nothing"), "module 'own_metrics' has no 'nothing'"),
+        (("--metric", "own_metrics:nothing"), "module 'own_metrics' has no 'nothing'. Name a function of "),
         (("--metric", "own_metrics:number"), "own_metrics:number is not a function"),
         (("--metric", "own_metrics:power", "--metric-arg", "two"), "own_metrics:power failed for 'two' (ValueError"),
         (("--metric", "own_metrics:number", "--metric-arg", "two"), "TypeError: 'int' object is not callable"),
         (("--metric", "own_metrics:norm", "--ranks", "1,x"), "'1,x' is not a list of ranks. Write 1,4,16"),
         (("--metric", "own_metrics:norm", "--ranks", "0"), "rank 0"),
         (("--metric", "own_metrics:norm", "--models", "nowhere"), "nowhere: there is no such file or folder"),
-        (("--metric", "own_metrics:broken"), "original: the metric failed with RuntimeError: no data"),
+        (
+            ("--metric", "own_metrics:broken"),
+            "original: the metric failed with RuntimeError: no data. A metric takes the path",
+        ),
+        (("--metric", "own_metrics:broken"), "rebuilt models have the original's name, not its other files."),
         (("--metric", "own_metrics:power", "--models", "zoo/m5"), "original: the metric failed with TypeError"),
     ],
 )

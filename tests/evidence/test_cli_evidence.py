@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from evidence_zoos import assert_alike, families, layers, noise, normal, planted
 import eigenzoo as ez
 from builders import write_model, write_stacks
 from eigenzoo.cli.app import main
+from eigenzoo.evidence.controls import controls
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -65,10 +67,20 @@ def test_people_read_the_verdict_first(run: Run, zoo: Path) -> None:
     for name, sentence in controls.items():
         assert any(line.split(None, 1) == [name, sentence] for line in lines if line.strip()), name
     assert "13 models, 3 layers, view weight, center models" in out
+    assert lines[-3].endswith("A shared subspace need not save bytes: run `eigenzoo plan` to compare sizes.")
     assert "common origin: m0, m1, m2, m3, m4, m5, … (7 models)" in out
     rows = [line.split() for line in lines]
     assert any(row[:3] == ["block.*.weight", "2", "shared-lineage"] for row in rows)
     assert any(row[:3] == ["still.weight", "1", "no-variance"] for row in rows)
+
+
+def test_one_direction_is_not_called_directions(tmp_path: Path) -> None:
+    write_stacks(tmp_path / "zoo", {"w": planted(40, 1, 3.0)})
+    found = ez.evidence(tmp_path / "zoo")
+    for rank, words in ((1, " at 1 direction, all layers together"), (4, " at 4 directions, all layers together")):
+        summary = replace(found.summary, directions=replace(found.summary.directions, rank=rank))
+        unseen = next(control for control in controls(replace(found, summary=summary)) if control.name == "unseen")
+        assert unseen.uncertainty.endswith(words)
 
 
 def test_sides_are_shown_where_they_are_asked_for(run: Run, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def test_leading_directions_are_said_with_their_limits() -> None:
     assert "the top 8 directions explain 1.8 times as much of held-out models as average directions do" in text
     assert "(needed: at least 1.1; p = 1e-06, needed: below 0.001)" in text
     assert "5.25 effective directions (needed: at most 30, half of the 60 models)" in text
+    text = why_shared(replace(SHARED, effective=0.461))
+    assert "The models spread over a single effective direction (needed: at most 30, half of the 60 models)" in text
 
 
 def test_directions_that_explain_enough_are_said_with_their_limits() -> None:

@@ -84,7 +84,10 @@ def test_a_base_and_a_view_are_looked_at_before_a_zoo_is_downloaded(hub: Hub, he
         ({"base": "memory://nothing"}, "memory://nothing: no model here"),
         ({"view": "wieght"}, "wieght"),
         ({"view": "delta"}, "view 'delta' needs a base"),
-        ({"view": "weight", "base": "adapters/zoo/m0"}, "a base is given with view 'weight'"),
+        (
+            {"view": "weight", "base": "adapters/zoo/m0"},
+            "a base is given with view 'weight'. Only view 'delta' subtracts a base. Leave --base out",
+        ),
     ):
         with pytest.raises(EigenzooError, match=message):
             ez.open_zoo("org/model", **options)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def test_an_adapter_against_its_base(run: Run, base: Made, sound: Made, tmp_path
     for name in ("file", "names", "target modules", "modules", "shapes", "completeness", "loading", "values", "change"):
         assert f"ok  {name}" in out
     assert "takes up 8 of 8 tensors" in out
+    assert re.search(r"updates answer [\d.]+ times as much as their base layers \(median\), from [\d.]+ to [\d.]+", out)
     code, out, _ = run("verify", sound("llama"), "--against", base("llama"), "--json")
     document: Any = json.loads(out)
     assert (code, document["ok"], document["bundle"], document["faults"]) == (0, True, None, [])

@@ -83,7 +83,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train coefficients for a new task. After an interruption, the same command resumes from its checkpoint."""
+    """Train coefficients for a new classification task. After an interruption, the same command resumes from its checkpoint."""
     if output is None and not random_basis:
         raise UsageError(
             "--output is missing",

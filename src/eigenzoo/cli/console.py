@@ -94,7 +94,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     """Print a table; the first `left` columns are words, the others numbers.
 
     Where it is wider than the terminal, words are shortened in their middle; where that is not enough, the numbers go on in
-    further tables below, each with the words again. No cell is broken.
+    further tables below, each with the words again, which are then no shorter than saves a table. No cell is broken.
     """
     console = output()
     cells = [[one_line(cell) for cell in row] for row in rows]
@@ -120,14 +120,18 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def _shorten(widths: list[int], left: int, room: int) -> None:
-    """Take from the widest columns of words what the whole table is too wide by."""
-    excess = sum(widths) + GAP * (len(widths) - 1) - room
-    while excess > 0:
-        widest = max(range(left), key=lambda column: widths[column], default=None)
-        if widest is None or widths[widest] <= SHORTEST:
-            return
-        widths[widest] -= 1
-        excess -= 1
+    """Narrow the widest columns of words until no narrower ones would save a table."""
+
+    def tables() -> tuple[int, bool]:
+        groups = _side_by_side(widths, left, room)
+        return len(groups), any(sum(widths[column] + GAP for column in group) - GAP > room for group in groups)
+
+    whole = widths[:left]
+    widths[:left] = [min(width, SHORTEST) for width in whole]
+    fewest = tables()
+    widths[:left] = whole
+    while tables() > fewest:
+        widths[max(range(left), key=lambda column: widths[column])] -= 1
 
 
 def _side_by_side(widths: Sequence[int], left: int, room: int) -> list[list[int]]:

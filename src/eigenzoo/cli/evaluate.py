@@ -77,6 +77,11 @@ def render(found: FunctionEvidence) -> None:
         ("variant", "average", "± standard error"),
         [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
     )
+    say(
+        "parent: the model before fine-tuning (of adapters: the base without an update). mean only: the zoo's mean. head only: the "
+        "parent, or the mean, with the model's own head. random basis: as many random directions about the mean. without the "
+        "first: rebuilt from the other directions. –: not measured (no parent is known, or all heads agree)."
+    )
     say(f"\n{found.sentence}")
 
 
@@ -101,10 +106,19 @@ def load_metric(text: str, argument: str | None) -> Metric:
         raise UsageError(f"{text!r} does not name a function", where="--metric", rule="write module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    found = _called(f"module {module_name!r} cannot be imported", importlib.import_module, module_name)
+    found = _called(
+        f"module {module_name!r} cannot be imported",
+        importlib.import_module,
+        module_name,
+        f"run the command in the folder with {module_name.replace('.', '/')}.py",
+    )
     for part in function_name.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"module {module_name!r} has no {function_name!r}", where="--metric")
+            raise UsageError(
+                f"module {module_name!r} has no {function_name!r}",
+                where="--metric",
+                next_step=f"name a function of {getattr(found, '__file__', None) or 'it'}",
+            )
         found = getattr(found, part)
     if argument is not None:
         found = _called(f"{text} failed for {argument!r}", found, argument)
@@ -116,14 +130,18 @@ def load_metric(text: str, argument: str | None) -> Metric:
     return measure
 
 
-def _called(what: str, function: Any, argument: str) -> Any:
+def _called(what: str, function: Any, argument: str, absent: str = "") -> Any:
     """Call the user's code; whatever it raises is told as what it is."""
     try:
         return function(argument)
     except EigenzooError:
         raise
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{what} ({type(error).__name__}: {error})", where="--metric") from error
+        # A module that the user's module imports is not the one that was asked for.
+        missing = isinstance(error, ModuleNotFoundError) and error.name == argument
+        raise UsageError(
+            f"{what} ({type(error).__name__}: {error})", where="--metric", next_step=absent if missing else ""
+        ) from error
 
 
 def _number(value: float | None) -> str:

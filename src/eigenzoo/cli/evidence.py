@@ -138,7 +138,8 @@ def _render_roles(found: Evidence, most: int) -> None:
         "mean's energy: share of all energy in the mean. beyond chance: number of directions above the norm-matched null. "
         "variance kept: share of the variance about the mean in the top k directions, in-sample; held out: for models left out of "
         "the fit; chance: for unrelated models with the same norms. Values are averages over layers with variance. Geometry is not "
-        "function: run `eigenzoo evaluate` to measure what models can do."
+        "function: run `eigenzoo evaluate` to measure what models can do. A shared subspace need not save "
+        "bytes: run `eigenzoo plan` to compare sizes."
     )
 
 

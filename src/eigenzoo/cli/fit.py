@@ -170,7 +170,9 @@ def render_bytes(sizes: Mapping[str, Any]) -> None:
         ],
     )
     if sizes["whole_bundle"] > sizes["whole_zoo"]:
-        say("note: this bundle is larger than the models' files")
+        say(
+            "note: this bundle is larger than the models' files. `eigenzoo plan ZOO` lists axes and ranks with their bytes."
+        )
     even = sizes["break_even_models"]
     say(
         f"one more model: {in_bytes(sizes['per_model'])} · "

@@ -88,7 +88,8 @@ Base = Annotated[
 Axes = Annotated[
     str | None,
     typer.Option(
-        help="Axes to truncate, comma-separated: models, outputs, inputs. Default: models for fit, all useful choices for plan.",
+        help="Axes to truncate, comma-separated: models, outputs, inputs. Default: models for fit, all useful choices for plan. "
+        "To store LoRA adapters in fewer bytes: outputs,inputs.",
         show_default=False,
     ),
 ]

@@ -47,6 +47,11 @@ def command(
         render(made)
 
 
+def _budget(size: int) -> str:
+    """Bytes as `--budget` reads them, rounded up."""
+    return f"{-(-size // 1000)}kB"
+
+
 def render(made: Plan) -> None:
     """Print a plan as one table."""
     say(
@@ -55,7 +60,7 @@ def render(made: Plan) -> None:
         f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
     )
     adapters = any(row.lora_rank is not None for row in made.rows)
-    best, shown = made.recommended, made.shortlist()
+    best, alone, shown = made.recommended, made.better_alone, made.shortlist()
     columns = (
         "",
         "axes",
@@ -90,10 +95,25 @@ def render(made: Plan) -> None:
         left=3,
     )
     if best is not None:
-        say(f"→ Try this first: `--axes {','.join(best.axes)} --rank {best.rank}`, or a `--budget` of the same size.")
+        axes = ",".join(best.axes)
+        start = "Try this first" if alone is None else "The best bundle for its bytes"
+        say(
+            f"→ {start}: `--axes {axes} --rank {best.rank}`, or `--axes {axes} --budget {_budget(best.bytes)}`, which "
+            "chooses a rank for each layer."
+        )
     else:
         say(
             "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."
+        )
+    if made.alone:
+        cuts = "; ".join(
+            f"rank {row.rank}: {in_bytes(row.bytes)}, {in_percent(row.residual)} lost" for row in made.alone
+        )
+        say(f"Without a bundle, each adapter cut to a lower rank by its own SVD: {cuts}.")
+    if alone is not None:
+        say(
+            f"Cut to rank {alone.rank}, the adapters alone keep more for their bytes than any bundle in the table: "
+            "sharing does not save bytes here."
         )
     if len(shown) < len(made.rows):
         say(

@@ -130,6 +130,11 @@ def command(
         f"{'the mean, instead of ' if mean_only else ''}{coefficients.name} → {output}"
         + (_cut(ranks) if mean_only else f" · {_lost(space, coefficients, ranks)}")
     )
+    if space.view == "update" and not mean_only and coefficients.residual > 1:
+        say(
+            "note: the base without an adapter is closer to this model: it loses 100 %. Fit with more directions, or with "
+            "--axes outputs,inputs."
+        )
     say_not_in_subspace(besides, [coefficients.name])
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
     _say_sizes(ranks, written, original, max_lora_rank)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from eigenzoo.display import in_percent
+from eigenzoo.display import counted, in_percent
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.record import EvidenceRecord
@@ -107,7 +107,7 @@ def _unseen(record: EvidenceRecord) -> Control | None:
         captured,
         "unrelated models with the same norms",
         null,
-        f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {test.rank} directions, all layers together",
+        f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {counted(test.rank, 'direction')}, all layers together",
         f"The top {pooled.rank[place]} directions explain {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}. Leading directions explain "
         f"{test.ratio:.2f} times as much as an average one. {len(record.names) - 1} "

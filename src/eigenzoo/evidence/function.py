@@ -285,6 +285,7 @@ def _value(metric: Metric, path: Path, where: str) -> float:
             f"the metric failed with {type(error).__name__}: {error}",
             where=where,
             rule="a metric takes the path of a saved model and returns a number",
+            next_step="read only the model there: rebuilt models have the original's name, not its other files",
         ) from error
     if not abs(value) <= LARGEST:
         raise DataError(f"the metric returned {value}", where=where, rule="a metric is a finite number")

@@ -403,7 +403,10 @@ def _directions(measures: Measures) -> str:
     number = measures.effective
     if number is None:
         return "an unmeasured number of directions"
-    return "directions of which none leads" if isinf(number) else f"{number:.3g} effective directions"
+    if isinf(number):
+        return "directions of which none leads"
+    # The estimate of two unbiased traces can fall below the one direction that there must be.
+    return f"{number:.3g} effective directions" if number >= 1 else "a single effective direction"
 
 
 def _limit(share: float) -> str:

@@ -131,7 +131,12 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with quietly():
-        return told("has no tokenizer", folder, lambda: AutoTokenizer.from_pretrained(folder, **LOCAL))
+        return told(
+            "has no tokenizer",
+            folder,
+            lambda: AutoTokenizer.from_pretrained(folder, **LOCAL),
+            next_step=f"save it there: tokenizer.save_pretrained({str(folder)!r})",
+        )
 
 
 def pad_token(tokenizer: Any) -> tuple[str, int]:
@@ -161,7 +166,7 @@ def read_nursery(path: Path) -> Classifier:
     return Classifier(net.eval(), {}, 2, model.nbytes)
 
 
-def told(what: str, where: Path, call: Callable[[], Made]) -> Made:
+def told(what: str, where: Path, call: Callable[[], Made], *, next_step: str = "") -> Made:
     """Call another library on the user's files; whatever it raises is told in one line."""
     try:
         return call()
@@ -170,7 +175,9 @@ def told(what: str, where: Path, call: Callable[[], Made]) -> Made:
     # These libraries raise whatever they run into in a broken file: KeyError, TypeError, errors of their own.
     except Exception as error:
         said = " ".join(str(error).split())
-        raise FormatError(f"{what} ({type(error).__name__}: {said[:300]})", where=str(where)) from error
+        raise FormatError(
+            f"{what} ({type(error).__name__}: {said[:300]})", where=str(where), next_step=next_step
+        ) from error
 
 
 def _check_drawn(folder: Path, found: Mapping[str, Any], besides: Sequence[str]) -> None:

@@ -87,8 +87,8 @@ def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Ada
         return []
     if len(none) == len(changes):
         return [Check("change", "not looked for, as there is none", done=False)]
-    detail = f"of the base's answers: {median(known.values()):.2g} as a rule, "
-    detail += f"{min(known.values()):.2g} to {max(known.values()):.2g}"
+    detail = f"updates answer {median(known.values()):.2g} times as much as their base layers (median), "
+    detail += f"from {min(known.values()):.2g} to {max(known.values()):.2g}"
     little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
     absurd = [module for module, change in known.items() if not change <= ABSURD]
     much = [module for module, change in known.items() if MUCH < change <= ABSURD]

@@ -352,7 +352,11 @@ def _check_missing(missing: str, view: str) -> None:
 
 def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
     if view != "delta" and base is not None:
-        raise UsageError(f"a base is given with view {view!r}", rule="only view 'delta' subtracts a base")
+        raise UsageError(
+            f"a base is given with view {view!r}",
+            rule="only view 'delta' subtracts a base",
+            next_step="leave --base out (base=), or choose view delta for full weights",
+        )
     if view == "delta" and base is None:
         raise _without_base()
 

@@ -68,8 +68,26 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class AloneRow:
+    """The control without sharing: every LoRA update cut by its own SVD.
+
+    Attributes:
+        rank: the rank to which updates of a larger one are cut.
+        residual: share of the analysed energy that is lost, exact.
+        bytes: of all models' files then; other tensors and headers stay as they are.
+    """
+
+    rank: int
+    residual: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The zoo's size, the control (the mean alone), and the choices."""
+    """The zoo's size, the controls (the mean alone, adapters cut alone), and the choices.
+
+    `alone` is empty for full weights and for updates of rank 1.
+    """
 
     num_models: int
     num_layers: int
@@ -77,6 +95,15 @@ class Plan:
     whole_zoo: int
     mean_only_residual: float
     rows: tuple[PlanRow, ...]
+    alone: tuple[AloneRow, ...] = ()
+
+    @property
+    def better_alone(self) -> AloneRow | None:
+        """The control that keeps more for its bytes than every choice, by the measure of `recommended`; None without one."""
+        best = max(self.alone, key=self._gain, default=None)
+        if best is None or self._gain(best) <= max((self._gain(row) for row in self.rows), default=0.0):
+            return None
+        return best if self._gain(best) > 0 else None
 
     @property
     def recommended(self) -> PlanRow | None:
@@ -88,7 +115,7 @@ class Plan:
         kept, row = max(((self._gain(row), row) for row in self.rows), key=lambda pair: pair[0], default=(0.0, None))
         return row if kept > 0 else None
 
-    def _gain(self, row: PlanRow) -> float:
+    def _gain(self, row: PlanRow | AloneRow) -> float:
         lost = row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
         return 1 - lost - row.bytes / self.whole_zoo
 
@@ -194,7 +221,9 @@ def plan(
         for rank in _ranks(spectra, choice)
     ]
     mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
-    return Plan(len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows))
+    return Plan(
+        len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows), _alone(layers, source, energy)
+    )
 
 
 def check_choices(axes: Sequence[str] | None, center: str, dtype: str) -> tuple[tuple[str, ...], ...]:
@@ -252,6 +281,25 @@ def _update_ranks(zoo: Zoo) -> dict[str, tuple[int, ...]]:
     """The ranks of all models' LoRA updates, by layer."""
     stacks = {name: zoo.stack(name) for name, layer in zoo.layers.items() if layer.kind == "update"}
     return {name: stack.ranks for name, stack in stacks.items() if isinstance(stack, UpdateStack)}
+
+
+def _alone(layers: Mapping[str, Collected], zoo: Zoo, energy: float) -> tuple[AloneRow, ...]:
+    """The control at powers of two below the largest rank, from the singular values in the moments."""
+    known = [
+        (layer.spectra.layer, layer.moments.singular_NR)
+        for layer in layers.values()
+        if layer.moments is not None and layer.moments.singular_NR is not None
+    ]
+    own = _update_ranks(zoo)
+    if len(known) < len(layers) or energy <= 0:
+        return ()
+    values = sum(sum(layer.shape) * sum(own[layer.name]) for layer, _ in known)
+    rows = []
+    for rank in (2**power for power in range(32) if 2**power < max(max(ranks) for ranks in own.values())):
+        lost = sum(float(singular_NR[:, rank:].square().sum()) for _, singular_NR in known)
+        kept = sum(sum(layer.shape) * sum(min(rank, each) for each in own[layer.name]) for layer, _ in known)
+        rows.append(AloneRow(rank, lost / energy, zoo.num_bytes - round(zoo.layer_bytes * (1 - kept / values))))
+    return tuple(rows)
 
 
 def _captures(
