@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,14 @@ class Tags(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+@pytest.mark.parametrize("name", ["a@b.com", "mailto:a@b.com", "xmpp:a_b@c_d.org/x", "x@www.a.com", "a@b.c@d.e"])
+def test_a_mail_address_in_markdown_is_no_link(name: str) -> None:
+    # GitHub's renderer joins what escapes and entities stand for to one text, and looks for addresses in that.
+    texts = re.sub(r"\\(.)", r"\1", markdown_text(name)).split("<!-- -->")
+    assert "".join(texts) == name
+    assert not any(re.search(r"[\w.+-]@[\w-]+\.\w", text) for text in texts)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
