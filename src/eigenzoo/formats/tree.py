@@ -89,7 +89,7 @@ class Budget:
                 "the list looks at too many names",
                 where=where,
                 rule=f"all its folders and globs together look at {MAX_IN_LISTS:,}",
-                next_step="name each model in it",
+                next_step="name a smaller folder",
             )
 
 
