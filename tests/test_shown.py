@@ -99,6 +99,14 @@ class Tags(HTMLParser):
         self.text += data
 
 
+@pytest.mark.parametrize("name", ["a@b.com", "mailto:a@b.com", "xmpp:a_b@c_d.org/x", "x@www.a.com", "a@b.c@d.e"])
+def test_a_mail_address_in_markdown_is_no_link(name: str) -> None:
+    # GitHub's renderer joins what escapes and entities stand for to one text, and looks for addresses in that.
+    texts = re.sub(r"\\(.)", r"\1", markdown_text(name)).split("<!-- -->")
+    assert "".join(texts) == name
+    assert not any(re.search(r"[\w.+-]@[\w-]+\.\w", text) for text in texts)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_a_hostile_name_is_text_for_each_reader(name: str) -> None:
     shown = one_line(name)

@@ -43,7 +43,8 @@ def markdown_text(text: object) -> str:
     '&lt;b&gt;\\\\*a\\\\*\\\\|\\\\_b\\\\_'
     """
     inert = re.sub(r"([\\`*_{}\[\]#!|~$@])", r"\\\1", escape(one_line(text), quote=False))
-    # A web address alone would become a link.
+    # A web address alone would become a link. So would a mail address, which GitHub looks for when escapes are gone.
+    inert = re.sub(r"\\@(?=[\w\\-]+\.)", r"<!-- -->\\@", inert)
     return re.sub(r"(?i)://|(?<=www)\.", r"\\\g<0>", inert)
 
 

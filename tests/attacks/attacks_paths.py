@@ -167,6 +167,20 @@ def device_zoo(name: str) -> Callable[[Sandbox], Sequence[Words]]:
     return lambda sandbox: use_zoo(sandbox, name)[: None if name == "/dev/zero" else 1]
 
 
+def one_folder_by_many_names(line: str) -> Callable[[Sandbox], Sequence[Words]]:
+    """A list whose every line looks at one large folder again, under another name."""
+
+    def build(sandbox: Sandbox) -> Sequence[Words]:
+        zoo = sandbox.copy("zoo")
+        for number in range(10_000):
+            (zoo / f"{number}.md").touch()
+        names = ("".join("//."[int(bit) :][:2] for bit in f"{number:016b}") for number in range(20_000))
+        (sandbox.files / "list.txt").write_text("".join(f"zoo{name}/{line}\n" for name in names))
+        return [("inspect", sandbox.files / "list.txt")]
+
+    return build
+
+
 ATTACKS = [
     *(
         Attack(f"in the place of {file}: {what}", in_place(kind, file, put), REFUSED)
@@ -220,6 +234,11 @@ ATTACKS = [
         EITHER,
     ),
     Attack("glob: in a list, a maze of links", lambda box: (link_maze(box), lists("zoo/**\n")(box))[1], EITHER),
+    Attack("glob: in a list, ** four thousand times", lists("../**/" + "**/" * 4000 + "m?\n"), EITHER),
+    Attack("glob: in a list, **/* four thousand times", lists("**/*/" * 4000 + "m?\n"), says="glob is too long"),
+    Attack("glob: in a list, a million of *a", lists("zoo/" + "*a" * 10**6 + "\n"), says="glob is too long"),
+    Attack("list: a folder by many names", one_folder_by_many_names(""), says="too many names"),
+    Attack("list: a glob by many names", one_folder_by_many_names("m[0-3]"), says="too many names"),
     Attack("folders: two hundred levels", deep_folders, EITHER),
     Attack("paths: sound, as the control", lists("zoo/m0\nzoo/m1\nzoo/m2\nzoo/m3\n"), SAFE),
 ]

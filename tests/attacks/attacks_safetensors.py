@@ -141,6 +141,26 @@ def adapter(write: Write) -> Callable[[Sandbox], Sequence[Words]]:
     return build
 
 
+def long_updates(outputs: int, inputs: int, rank: int) -> Callable[[Sandbox], Sequence[Words]]:
+    """An adapter of one layer whose sparse file takes no room, and whose answers to random inputs would take gigabytes."""
+
+    def build(sandbox: Sandbox) -> Sequence[Words]:
+        folder = sandbox.files / "evil"
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        middle, end = 4 * rank * inputs, 4 * rank * (inputs + outputs)
+        factors = {
+            "base_model.model.q.lora_A.weight": {**ENTRY, "shape": [rank, inputs], "data_offsets": [0, middle]},
+            "base_model.model.q.lora_B.weight": {**ENTRY, "shape": [outputs, rank], "data_offsets": [middle, end]},
+        }
+        header = json.dumps(factors).encode()
+        sparse(header, 8 + len(header) + end)(folder / "adapter_model.safetensors")
+        return [("inspect", folder)]
+
+    return build
+
+
 def sharded(
     change: Callable[[dict[str, str], Path, Sandbox], object], thorough: bool | None = None
 ) -> Callable[[Sandbox], Sequence[Words]]:
@@ -231,5 +251,8 @@ ATTACKS = [
         )
         for what, change in INDEXES.items()
     ),
+    Attack("updates: of 2^26 outputs", long_updates(2**26, 1, 1), SAFE),
+    Attack("updates: of 2^27 inputs", long_updates(1, 2**27, 1), SAFE),
+    Attack("updates: of rank 2^25", long_updates(1, 1, 2**25), SAFE),
     Attack("index: sound, as the control", sharded(lambda shards, folder, sandbox: None, False), SAFE),
 ]

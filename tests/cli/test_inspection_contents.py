@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eigenzoo as ez
-from builders import random_factors, seeded, write_adapter, write_model
+from builders import random_factors, regauge, seeded, write_adapter, write_model
 from eigenzoo.formats.model import Model
-from eigenzoo.zoo import contents
+from eigenzoo.zoo import answers, contents
 from eigenzoo.zoo.answers import Probe, make_probe
 from eigenzoo.zoo.contents import LEAST_ROWS, MOST_BYTES, Contents, ContentsReader
 from tolerance import tolerance
@@ -68,6 +68,22 @@ def test_tensors_of_every_dtype_and_length_are_summed_and_counted(tmp_path: Path
     found = ContentsReader(probe, num_bytes).read(model)
     assert found.digest[1] == sum_of_words(tensors)
     assert found.non_finite == bad
+
+
+def test_updates_that_are_too_large_are_read_and_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = random_factors(MODULES, 3, 0)
+    write_adapter(tmp_path / "zoo" / "m0", factors)
+    write_adapter(tmp_path / "zoo" / "m1", regauge(factors, 1))
+    zoo = ez.open_zoo(tmp_path / "zoo")
+    assert ez.inspect(zoo).same_function == (("m0", "m1"),)
+    monkeypatch.setattr(answers, "MOST_PROBED", 40)
+    assert ez.inspect(zoo).same_function == (("m0", "m1"),)
+    monkeypatch.setattr(answers, "MOST_PROBED", 39)  # one layer has 40 inputs
+    found = ez.inspect(zoo)
+    assert found.same_function == ()
+    assert [warning[:34] for warning in found.warnings] == [
+        f"{name}: not compared by function: more"[:34] for name in zoo.names
+    ]
 
 
 @pytest.mark.parametrize("num_bytes", SIZES)

@@ -148,6 +148,15 @@ def test_a_file_that_changes_while_it_is_opened_is_refused(mixed: Path, monkeypa
         SafetensorsFile(mixed)
 
 
+def test_a_file_that_memory_does_not_suffice_to_map_is_refused(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, framework: str) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(safetensors_header, "safe_open", fail)
+    with pytest.raises(FormatError, match=r"refused by safetensors \(Cannot allocate memory"):
+        SafetensorsFile(mixed)
+
+
 def test_nothing_stays_open_or_mapped(mixed: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     files = [SafetensorsFile(mixed) for _ in range(20)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from builders import Factors, random_factors, regauge, seeded
+from eigenzoo.errors import DataError
 from eigenzoo.linalg.lora import (
     TRUNCATION,
     energy,
@@ -139,3 +142,10 @@ def test_singular_values_are_those_of_the_product(rank):
         assert np.abs(found[:count] - expected[:count]).max() <= tolerance(INPUTS * rank, scale=expected[0])
         assert np.abs(expected[count:]).max(initial=0) <= tolerance(INPUTS * rank, scale=expected[0])
         assert np.abs(found[count:]).max(initial=0) <= tolerance(INPUTS * rank, scale=expected[0])
+
+
+@pytest.mark.parametrize("size", [1e100, 1e160, math.inf, math.nan])
+def test_a_product_whose_energy_overflows_is_refused(size: float) -> None:
+    factors = random_factors({"m": (7, 6)}, 3, 0)["m"]
+    with pytest.raises(DataError, match="NaN or Inf, or their product overflows"):
+        truncated(*(factor.double() * size for factor in factors))

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from killed import answer_of, command, digest, hidden, side_by_side
 from operations import write_start
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from eigenzoo.errors import OutputError
+from eigenzoo.formats.output.whole import new_folder
 from sampling import slow_but
 
 ROOM = 2**20
@@ -159,6 +164,23 @@ def test_a_folder_of_a_zoo_that_nobody_else_may_look_into(start: Path) -> None:
         assert answer.code == 2, answer
         assert "FormatError" in answer.said
         assert "cannot be listed (Permission denied)" in answer.said
+
+
+def test_what_the_library_of_safetensors_says_of_a_full_disk(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            save_file({"w": torch.zeros(1000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    with pytest.raises(OutputError, match=r"out: cannot be written \(File too"), new_folder(tmp_path / "out") as folder:
+        write(folder / "w.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SafetensorError, match="os error 2"), new_folder(tmp_path / "out") as folder:
+        save_file({"w": torch.zeros(4)}, folder / "none" / "w.safetensors")
 
 
 def become_nobody() -> None:

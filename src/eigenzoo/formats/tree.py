@@ -22,6 +22,12 @@ from eigenzoo.formats.side_files import MODULES, is_module
 MAX_LOOKED_AT = 200_000
 """Names that a glob looks at where it has `**`, or is a line of a list."""
 
+MAX_IN_LISTS = 1_000_000
+"""Names that all lines of lists look at together: a model in each of 100,000 lines may have ten files."""
+
+MAX_PARTS, MAX_PART = 16, 1000
+"""Parts of a glob, and characters of each: time and memory go with their product, and a line of a list may have megabytes."""
+
 HIDDEN = (".", "_")
 """What a name begins with that is passed over in folders and globs."""
 
@@ -69,27 +75,50 @@ class Listed:
         return folder
 
 
+@dataclass
+class Budget:
+    """How many names may yet be looked at."""
+
+    left: int
+
+    def take(self, num_names: int, where: str) -> None:
+        """Take some; raises ZooError where there are not so many."""
+        self.left -= num_names
+        if self.left < 0:
+            raise ZooError(
+                "the list looks at too many names",
+                where=where,
+                rule=f"all its folders and globs together look at {MAX_IN_LISTS:,}",
+                next_step="name a smaller folder",
+            )
+
+
 @dataclass(frozen=True)
 class Disk:
-    """A folder of this machine; its files are paths."""
+    """A folder of this machine; its files are paths. With a budget, its names are taken from that."""
 
     path: str
     is_link: bool = False
+    budget: Budget | None = None
 
     @cached_property
     def entries(self) -> dict[str, Disk | str]:
         """Its names, listed once; raises FormatError where it cannot be listed."""
         try:
             with os.scandir(self.path) as entries:
-                return {entry.name: _on_disk(entry) for entry in entries}
+                found = {entry.name: _on_disk(entry, self.budget) for entry in entries}
         except OSError as error:
             raise FormatError(f"cannot be listed ({error.strerror})", where=self.path) from error
+        if self.budget is not None:
+            self.budget.take(len(found), self.path)
+        return found
 
 
-def _on_disk(entry: os.DirEntry[str]) -> Disk | str:
+def _on_disk(entry: os.DirEntry[str], budget: Budget | None) -> Disk | str:
     # Of a link that leads round in a circle an entry's own is_dir raises.
     is_link = entry.is_symlink()
-    return Disk(entry.path, is_link) if (os.path.isdir(entry.path) if is_link else entry.is_dir()) else entry.path
+    is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+    return Disk(entry.path, is_link, budget) if is_folder else entry.path
 
 
 def is_folder(entry: Entry) -> TypeGuard[Folder]:
@@ -147,8 +176,15 @@ def models_matching(
     """Give the models whose names from a folder match the parts of a glob, in no order.
 
     `**` is any number of folders and goes through no link: two links to their own folder hold 2^40 paths. With `follow`, a part
-    before it does. Raises ZooError where `**`, or any glob without `follow`, looks at more than MAX_LOOKED_AT names.
+    before it does. Raises ZooError where `**`, or any glob without `follow`, looks at more than MAX_LOOKED_AT names, and
+    for globs of more than MAX_PARTS parts or MAX_PART characters in one.
     """
+    # `**` behind `**` adds nothing, but one more place of the pattern at every name.
+    parts = [part for part, before in zip(parts, ["", *parts], strict=False) if (part, before) != ("**", "**")]
+    if len(parts) > MAX_PARTS or max(map(len, parts), default=0) > MAX_PART:
+        raise ZooError(
+            "the glob is too long", rule=f"globs have up to {MAX_PARTS} parts of up to {MAX_PART} characters each"
+        )
     for name, entry in _matching(folder, parts, follow):
         if name.startswith(HIDDEN):
             passed(entry)
@@ -163,18 +199,16 @@ def _matching(folder: Folder, parts: Sequence[str], follow: bool) -> Iterator[tu
     ahead = [(folder, _after({0}, parts))]
     while ahead:
         above, places = ahead.pop()
+        inside = {place for place in places if place < len(parts) and parts[place] == "**"}
+        steps = [(place, parts[place]) for place in places - inside if place < len(parts)]
         for name, entry in _names(above):
             looked_at += 1
             if bounded and looked_at > MAX_LOOKED_AT:
                 raise ZooError(f"more than {MAX_LOOKED_AT} names lie below", next_step="name a smaller folder")
-            stepped = {place + 1 for place in places if place < len(parts) and _fits(name, parts[place])}
-            inside = (
-                set()
-                if name.startswith(".")
-                else {place for place in places if place < len(parts) and parts[place] == "**"}
-            )
-            # A `**` that is no folder at all still stands behind one: `*/**` names no file beside the folders.
-            reached = _after(inside, parts) | (_after(stepped, parts) if is_folder(entry) else stepped)
+            stepped = {place + 1 for place, part in steps if _fits(name, part)}
+            deeper = set() if name.startswith(".") else inside
+            # `**` also matches no folder at all, but only behind a folder: `*/**` names no file beside the folders.
+            reached = _after(deeper, parts) | (_after(stepped, parts) if is_folder(entry) else stepped)
             if len(parts) in reached:
                 yield name, entry
             if is_folder(entry) and entry.is_link:
@@ -192,17 +226,12 @@ def _names(folder: Folder) -> list[tuple[str, Entry]]:
 
 
 def _fits(name: str, part: str) -> bool:
-    return part != "**" and (part.startswith(".") or not name.startswith(".")) and fnmatchcase(name, part)
+    return (part.startswith(".") or not name.startswith(".")) and fnmatchcase(name, part)
 
 
 def _after(places: set[int], parts: Sequence[str]) -> set[int]:
     """Add the places behind each `**`, which may be no folder at all."""
-    reached = set(places)
-    for place in sorted(places):
-        while place < len(parts) and parts[place] == "**":
-            place += 1
-            reached.add(place)
-    return reached
+    return places | {place + 1 for place in places if place < len(parts) and parts[place] == "**"}
 
 
 def split_pattern(pattern: str) -> tuple[str, list[str]]:

@@ -77,7 +77,8 @@ def truncated(
     q_left, r_left = torch.linalg.qr(left_OP)
     q_right, r_right = torch.linalg.qr(right_PI.T)
     core_PP = r_left @ r_right.T
-    if not bool(torch.isfinite(core_PP).all()):
+    # The energy as well as the values: where their squares overflow, no rank could be told from another.
+    if not bool(core_PP.square().sum().isfinite()):
         raise DataError("factors contain NaN or Inf, or their product overflows", rule="an update has finite values")
     u_PP, values_P, vt_PP = torch.linalg.svd(core_PP, full_matrices=False)
     energies_P = values_P.square()

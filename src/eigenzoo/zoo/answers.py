@@ -18,6 +18,10 @@ NUM_LISTENERS = 8
 SAME_FUNCTION = 1e-5
 """Relative difference of two adapters' answers to random inputs below which they are the same update, factored twice."""
 
+MOST_PROBED = 2**21
+"""Inputs or outputs of one update, or ranks of all updates of an adapter: with more, its answers would take more memory than a
+read does. The largest vocabularies are an eighth of that."""
+
 # M updates of one adapter, L listeners, N models, T tensors of one shape, R rank, O outputs, I inputs.
 
 
@@ -67,9 +71,16 @@ class Answers:
         return bool(self.modules) and not self.answers_ML.any()
 
 
+def probed_updates(model: Model) -> Mapping[str, LoraUpdate]:
+    """Return a model's updates, or none where they exceed `MOST_PROBED`: a sparse file of any size takes no room on disk."""
+    updates = model.updates.values()
+    longest = max((size for update in updates for size in update.shape), default=0)
+    return model.updates if max(longest, sum(update.rank for update in updates)) <= MOST_PROBED else {}
+
+
 def make_probe(models: Sequence[Model]) -> Probe:
-    """Draw an input and listeners that are long enough for every update of some models."""
-    shapes = [update.shape for model in models for update in model.updates.values()]
+    """Draw an input and listeners that are long enough for every probed update of some models."""
+    shapes = [update.shape for model in models for update in probed_updates(model).values()]
     outputs, inputs = (max((shape[side] for shape in shapes), default=0) for side in (0, 1))
     draw = torch.Generator().manual_seed(0)  # numpy's random numbers would have to be imported
     input_I = torch.randn(inputs, generator=draw, dtype=torch.float32).numpy()

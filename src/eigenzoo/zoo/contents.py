@@ -23,7 +23,7 @@ from eigenzoo.formats.checkpoint import SafetensorsModel
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.safetensors.tensor_bytes import as_bytes
 from eigenzoo.passes.buffers import borrow
-from eigenzoo.zoo.answers import NUM_LISTENERS, Answers, Probe, join_halves
+from eigenzoo.zoo.answers import NUM_LISTENERS, Answers, Probe, join_halves, probed_updates
 
 MOST_BYTES = 16 * 2**20
 """Bytes that are read at once, at most: a small adapter whole. A quarter of that costs a fifth more time."""
@@ -41,7 +41,7 @@ class Contents:
     Attributes:
         digest: names, dtypes and shapes of all tensors, and the sum of their bytes: models of other digests differ.
         non_finite: by tensor, how many values are NaN or Inf, where some are.
-        answers: each update's.
+        answers: each update's; none where updates are too large to be probed.
     """
 
     digest: tuple[object, ...]
@@ -138,8 +138,9 @@ class ContentsReader:
     def _read(self, model: Model) -> Contents:
         total = 0
         bad = Counter[str]()
-        halves = {update.key_a: np.zeros(update.rank) for update in model.updates.values()}
-        halves |= {update.key_b: np.zeros((NUM_LISTENERS, update.rank)) for update in model.updates.values()}
+        updates = probed_updates(model)
+        halves = {update.key_a: np.zeros(update.rank) for update in updates.values()}
+        halves |= {update.key_b: np.zeros((NUM_LISTENERS, update.rank)) for update in updates.values()}
         plan = self._plan(model)
         for run in plan.runs:
             with borrow(1, run.num_words, torch.int64) as rows:
@@ -149,13 +150,14 @@ class ContentsReader:
                 total += int(np.add.reduce(words_W.numpy()))
                 for block in run.blocks:
                     bad.update(_take_block(block, words_W, self._probe, halves))
-        return Contents((plan.tensors, total % 2**64), bad, join_halves(model.updates, halves))
+        return Contents((plan.tensors, total % 2**64), bad, join_halves(updates, halves))
 
 
 def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
     """Cut a model, in the order of its files, into what is read at once: tensors by kind."""
-    sides = {update.key_a: ("a", update.rank, update.shape[1]) for update in model.updates.values()}
-    sides |= {update.key_b: ("b", update.shape[0], update.rank) for update in model.updates.values()}
+    updates = probed_updates(model).values()
+    sides = {update.key_a: ("a", update.rank, update.shape[1]) for update in updates}
+    sides |= {update.key_b: ("b", update.shape[0], update.rank) for update in updates}
     run: dict[_Kind, list[str]] = {}
     held = 0
     for key, info in model.tensors.items():

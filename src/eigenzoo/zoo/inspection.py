@@ -16,7 +16,7 @@ from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Layer, LeftOut, Progress, SkippedModel, no_progress, plain
 from eigenzoo.weights.roles import role
-from eigenzoo.zoo.answers import make_probe, same_function
+from eigenzoo.zoo.answers import MOST_PROBED, make_probe, probed_updates, same_function
 from eigenzoo.zoo.contents import Contents, ContentsReader
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.left_files import LeftFile, left_files
@@ -126,7 +126,8 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
     """Read a zoo once and list its models, layers, duplicates, NaN and Inf. Each worker has 16 MiB of weights in memory at a time.
 
     Models whose tensors have equal shapes and sums are read a second time to compare their SHA-256. Two adapters have the same
-    function if their scaled updates give equal outputs for random inputs; their factors can differ.
+    function if their scaled updates give equal outputs for random inputs; their factors can differ. Adapters with larger
+    updates than `MOST_PROBED` are not compared like that, which a warning says.
     """
     models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
     with local_workers() as workers:
@@ -145,7 +146,15 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
         _roles(zoo),
         zoo.left_out,
         zoo.skipped,
-        (*zoo.warnings, *say_zero([name for name, found in read.items() if found.answers.are_zero], zoo.view)),
+        (
+            *zoo.warnings,
+            *say_zero([name for name, found in read.items() if found.answers.are_zero], zoo.view),
+            *(
+                f"{name}: not compared by function: more than {MOST_PROBED:,} inputs or outputs of a layer, or ranks of all"
+                for name, model in models.items()
+                if model.updates and not probed_updates(model)
+            ),
+        ),
         _groups((content, name) for name, content in hashed.items()),
         tuple(
             tuple(zoo.names[number] for number in group)

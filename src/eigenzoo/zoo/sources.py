@@ -26,7 +26,17 @@ from eigenzoo.formats.remote.hub_id import HubId, find_id, hub_name, parse_id, u
 from eigenzoo.formats.remote.listing import Entry, Folder, list_urls
 from eigenzoo.formats.remote.mirror import MODEL_DEPTH, mirror_models
 from eigenzoo.formats.remote.retrying import Stopped, side_by_side
-from eigenzoo.formats.tree import Disk, is_bundle, is_folder, is_model, models_at, models_matching, split_pattern
+from eigenzoo.formats.tree import (
+    MAX_IN_LISTS,
+    Budget,
+    Disk,
+    is_bundle,
+    is_folder,
+    is_model,
+    models_at,
+    models_matching,
+    split_pattern,
+)
 from eigenzoo.records import Progress, no_progress
 
 M = TypeVar("M")
@@ -174,11 +184,18 @@ def _mirrored(
 
 @dataclass
 class _Lists:
-    """The text files that are being read, one within another, all that have been, and the models that were passed over."""
+    """The text files that are being read, one within another, all that have been, the models that were passed over, and how many
+    names lists may yet look at."""
 
     within: tuple[Path, ...] = ()
     read: set[Path] = field(default_factory=set)
     hidden: list[Path] = field(default_factory=list)
+    names: Budget = field(default_factory=lambda: Budget(MAX_IN_LISTS))
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the line of a list takes names from; what a user names has no limit."""
+        return self.names if self.within else None
 
 
 def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
@@ -194,7 +211,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
         source = local_path(source)
     path = Path(source)
     if os.path.isdir(path):
-        folder = Disk(str(path))
+        folder = Disk(str(path), budget=lists.budget)
         if is_bundle(folder):
             raise ZooError(
                 "this is a bundle, not a zoo or a model",
@@ -207,7 +224,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
     if os.path.isfile(path):
         return _in_list(path, lists) if path.suffix == ".txt" else [path]
     if glob.has_magic(str(source)) and "\0" not in str(source):
-        return [*_some(_in_glob(str(source), lists.hidden, follow=not lists.within), str(source), lists.hidden)]
+        return [*_some(_in_glob(str(source), lists), str(source), lists.hidden)]
     raise ZooError("there is no such file or folder", where=str(source), next_step=_meant(path))
 
 
@@ -218,9 +235,10 @@ def _meant(path: Path) -> str:
     return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
 
 
-def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
+def _in_glob(pattern: str, lists: _Lists) -> list[Path]:
     root, parts = split_pattern(pattern)
-    matching = models_matching(Disk(root), parts, partial(_pass_over, hidden), follow=follow)
+    folder = Disk(root, budget=lists.budget)
+    matching = models_matching(folder, parts, partial(_pass_over, lists.hidden), follow=not lists.within)
     try:
         found = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
     except ZooError as error:
@@ -305,7 +323,7 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
         lines.setdefault(line.strip(), number)
     if len(lines) > MAX_LINES:
         raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
-    within = _Lists((*lists.within, resolved), lists.read, lists.hidden)
+    within = _Lists((*lists.within, resolved), lists.read, lists.hidden, lists.names)
     found: list[Path | str | HubId] = []
     for line, number in lines.items():
         if line and not line.startswith("#"):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from eigenzoo.errors import OutputError
 from eigenzoo.formats.output.held_folder import HeldFolder, locked, sweep
 from eigenzoo.formats.output.own import Foreign, everything
@@ -81,6 +83,12 @@ def clear_errors(target: Path | None) -> Iterator[None]:
             raise
         where = str(target) if target is not None else str(error.filename or "")
         raise OutputError(f"cannot be written ({error.strerror})", where=where) from error
+    except SafetensorError as error:  # as the library's own writer says it, by which the nursery's models are saved
+        number = int(found[1]) if (found := re.search(r"os error (\d{1,4})", str(error))) else 0
+        if number not in _NO_ROOM:
+            raise
+        where = str(target) if target is not None else ""
+        raise OutputError(f"cannot be written ({os.strerror(number)})", where=where) from error
 
 
 def check_free(target: Path, *, force: bool = False, foreign: Foreign = everything) -> None:

@@ -197,7 +197,13 @@ def _validate_by_library(path: Path, file: str) -> None:
     try:
         with safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # torch: a file larger than can be mapped
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # a file larger than can be mapped
         raise FormatError(
             f"refused by safetensors ({str(error)[:300]})", where=file, next_step="download or save the file again"
         ) from error
