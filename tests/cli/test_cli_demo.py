@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from cli_runner import Run
 
 import eigenzoo as ez
+from eigenzoo.cli import demo
 from eigenzoo.cli import fit as fit_command
 from eigenzoo.cli.demo import foreign_to_a_demo
 
@@ -81,3 +83,27 @@ def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
         assert result.code == 2, (words, result)
         assert message in result.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "started_as", "command"),
+    [
+        (True, "/home/me/.local/bin/eigenzoo", "eigenzoo"),
+        (False, ".venv/bin/eigenzoo", ".venv/bin/eigenzoo"),
+        (False, "/work/src/eigenzoo/__main__.py", "'/my python/python3' -m eigenzoo"),
+    ],
+)
+def test_the_commands_to_try_next_start_as_the_demo_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    installed: bool,
+    started_as: str,
+    command: str,
+) -> None:
+    monkeypatch.setattr(demo, "which", lambda name: started_as if installed else None)
+    monkeypatch.setattr(sys, "argv", [started_as, "demo"])
+    monkeypatch.setattr(sys, "executable", "/my python/python3")
+    demo._what_next(Path("demo"), "task-1")
+    lines = capsys.readouterr().out.split("Try next:\n")[1].splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"  {command} ") for line in lines)

@@ -212,7 +212,12 @@ def _render(rows: list[dict[str, Any]]) -> None:
 
 
 def _what_next(folder: Path, name: str) -> None:
-    here = "eigenzoo" if which("eigenzoo") else sys.argv[0]
+    if which("eigenzoo"):
+        here = "eigenzoo"
+    elif Path(sys.argv[0]).name == "__main__.py":  # started as python -m eigenzoo
+        here = f"{shlex.quote(sys.executable)} -m eigenzoo"
+    else:
+        here = sys.argv[0]
     commands = {
         f"plan {folder}/zoo": "compare axes and ranks by error and bytes",
         f"project {folder}/bundle {folder}/zoo/{name}": "print one model's residual; per layer with --json",
