@@ -68,6 +68,14 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     assert (folder / "zoo" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
+def test_the_demo_prints_no_temporary_path(run: Run, tmp_path: Path) -> None:
+    found = run("demo", "-o", tmp_path / "demo", "--num-models", 6, "--rank", 1, "--quiet")
+    assert found.code == 0
+    assert "2. what is in it" in found.out
+    assert ".tmp-" not in found.out
+
+
 def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

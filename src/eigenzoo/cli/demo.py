@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from shutil import which
@@ -71,7 +72,8 @@ def command(
             found = ez.inspect(zoo, progress=progress)
         if not json:
             tell("\n2. what is in it")
-            inspect_command.render(found, most=4, most_roles=8)
+            # The parent is left out on purpose, and the folder still has its temporary name.
+            inspect_command.render(replace(found, not_read=()), most=4, most_roles=8)
         held_out = zoo.names[HELD_OUT - 1 :: HELD_OUT]
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
         tell(f"\n3. fitting the shared subspace of {len(fitted)} of them; {len(held_out)} are held out")
