@@ -24,8 +24,8 @@ message says what the test did and what it compared. `…` stands for a path. Th
 `python tests/advice/write_page.py` writes this page.
 
 A command that is refused prints its message to standard error, as `KIND: message`, and leaves with exit code 2. Standard output
-stays empty, with `--json` too: there is a JSON document where the exit code is 0 or 1, and none otherwise. Warnings are no refusal:
-they are in the document (`warnings`), or on standard output without `--json`. Python raises the same message as
+stays empty, with `--json` too: there is a JSON document where the exit code is 0 or 1, and none otherwise. Warnings are
+not refusals: they are in the document (`warnings`), or on standard output without `--json`. Python raises the same message as
 `eigenzoo.errors.KIND`, whose `what`, `where`, `rule` and `next_step` are its parts.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from cli_runner import Run
 
 import eigenzoo as ez
+from eigenzoo.cli import demo
 from eigenzoo.cli import fit as fit_command
 from eigenzoo.cli.demo import foreign_to_a_demo
 
@@ -66,6 +68,14 @@ def test_the_demo_shows_what_it_claims(run: Run, tmp_path: Path) -> None:
     assert (folder / "zoo" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
+def test_the_demo_prints_no_temporary_path(run: Run, tmp_path: Path) -> None:
+    found = run("demo", "-o", tmp_path / "demo", "--num-models", 6, "--rank", 1, "--quiet")
+    assert found.code == 0
+    assert "2. what is in it" in found.out
+    assert ".tmp-" not in found.out
+
+
 def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
@@ -81,3 +91,27 @@ def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
         assert result.code == 2, (words, result)
         assert message in result.err
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "started_as", "command"),
+    [
+        (True, "/home/me/.local/bin/eigenzoo", "eigenzoo"),
+        (False, ".venv/bin/eigenzoo", ".venv/bin/eigenzoo"),
+        (False, "/work/src/eigenzoo/__main__.py", "'/my python/python3' -m eigenzoo"),
+    ],
+)
+def test_the_commands_to_try_next_start_as_the_demo_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    installed: bool,
+    started_as: str,
+    command: str,
+) -> None:
+    monkeypatch.setattr(demo, "which", lambda name: started_as if installed else None)
+    monkeypatch.setattr(sys, "argv", [started_as, "demo"])
+    monkeypatch.setattr(sys, "executable", "/my python/python3")
+    demo._what_next(Path("demo"), "task-1")
+    lines = capsys.readouterr().out.split("Try next:\n")[1].splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(f"  {command} ") for line in lines)

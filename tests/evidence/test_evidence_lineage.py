@@ -133,6 +133,12 @@ def test_a_parent_is_no_lineage_where_the_base_is_taken_away(tmp_path: Path) -> 
         assert found.verdict.code == "shared-subspace"
         assert found.verdict.text.startswith("Shared subspace, within one lineage: ")
         assert found.to_dict()["lineage"]["across"] is None
+    sentences = [
+        next(control["sentence"] for control in found.to_dict()["controls"] if control["name"] == "lineage")
+        for found in (as_weights, as_differences)
+    ]
+    assert "All models have one origin, so no lineage can be held out." in sentences[0]
+    assert "held out" not in sentences[1]
 
 
 def test_copies_are_named_by_the_first_of_them(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_the_verdict_and_every_sentence_stand_in_the_page(page):
             *([document["function"]["sentence"]] if document["function"] else []),
         ):
             assert sentence in shown
+        assert kind == "hostile" or "`" not in shown, "a page shows the marks of Markdown as they are"
 
 
 def test_what_was_not_measured_is_said(page):

@@ -57,7 +57,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find the weight subspace that many models of one architecture share, and use it.",
     epilog="Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, 130 interrupted.\n\n"
-    "Start with: eigenzoo inspect ZOO, then eigenzoo evidence ZOO.",
+    "Start with: eigenzoo inspect ZOO, then eigenzoo evidence ZOO.\n\n"
+    "Words such as zoo, rank and bundle: docs/glossary.md",
 )
 
 

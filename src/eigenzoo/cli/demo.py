@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from shutil import which
@@ -71,7 +72,8 @@ def command(
             found = ez.inspect(zoo, progress=progress)
         if not json:
             tell("\n2. what is in it")
-            inspect_command.render(found, most=4, most_roles=8)
+            # The parent is left out on purpose, and the folder still has its temporary name.
+            inspect_command.render(replace(found, not_read=()), most=4, most_roles=8)
         held_out = zoo.names[HELD_OUT - 1 :: HELD_OUT]
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
         tell(f"\n3. fitting the shared subspace of {len(fitted)} of them; {len(held_out)} are held out")
@@ -212,7 +214,12 @@ def _render(rows: list[dict[str, Any]]) -> None:
 
 
 def _what_next(folder: Path, name: str) -> None:
-    here = "eigenzoo" if which("eigenzoo") else sys.argv[0]
+    if which("eigenzoo"):
+        here = "eigenzoo"
+    elif Path(sys.argv[0]).name == "__main__.py":  # started as python -m eigenzoo
+        here = f"{shlex.quote(sys.executable)} -m eigenzoo"
+    else:
+        here = sys.argv[0]
     commands = {
         f"plan {folder}/zoo": "compare axes and ranks by error and bytes",
         f"project {folder}/bundle {folder}/zoo/{name}": "print one model's residual; per layer with --json",

@@ -25,7 +25,7 @@ Axes = Annotated[
 Rank = Annotated[
     str | None,
     typer.Option(
-        help="Rank for the controls halves and secondary subspace: a number, a share of the variance such as 0.95, or auto. "
+        help="Rank for two controls, halves and secondary subspace: a number, a share of the variance such as 0.95, or auto. "
         "Default: auto.",
         show_default=False,
     ),

@@ -117,7 +117,8 @@ def render(report: Mapping[str, Any], most: int = 100) -> None:
     )
     say(
         "mean's energy and lost: shares of all energy. variance kept: share of the variance about the mean, in-sample; "
-        "held out: for models left out of the fit; null: for unrelated models with the same norms, in-sample."
+        "held out: for models left out of the fit; null: for unrelated models with the same norms, in-sample: "
+        "compare it with variance kept."
     )
     for note in sorted({layer["note"] for layer in report["layers"].values() if layer["note"]}):
         count = sum(layer["note"] == note for layer in report["layers"].values())

@@ -102,7 +102,11 @@ Rank = Annotated[
     ),
 ]
 Center = Annotated[
-    str, typer.Option(help="Center to subtract before the fit: models (their mean), columns, global or none.")
+    str,
+    typer.Option(
+        help="Center to subtract before the fit: models (their mean), columns (one mean per input), global (one mean of all "
+        "values) or none."
+    ),
 ]
 Include = Annotated[
     list[str] | None,

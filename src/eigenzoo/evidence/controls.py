@@ -110,8 +110,7 @@ def _unseen(record: EvidenceRecord) -> Control | None:
         f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {counted(test.rank, 'direction')}, all layers together",
         f"The top {pooled.rank[place]} directions explain {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
         f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}. Leading directions explain "
-        f"{test.ratio:.2f} times as much as an average one. {len(record.names) - 1} "
-        f"directions always explain all {len(record.names)} models.",
+        f"{test.ratio:.2f} times as much as an average one. In-sample, k directions always explain all of k + 1 models.",
     )
 
 
@@ -169,6 +168,8 @@ def _lineage(record: EvidenceRecord) -> Control:
             f" The top {across.rank[place]} directions explain {in_percent(value)} of the variance of models held out at random "
             f"and {in_percent(control)} of the variance of whole lineages held out (chance {in_percent(across.null[place])})."
         )
+    elif len(origin.groups) == 1 and grouped == len(record.names):
+        held = " All models have one origin, so no lineage can be held out."
     groups = "No groups with a common origin"
     if origin.groups:
         count = groups_of(len(origin.groups))

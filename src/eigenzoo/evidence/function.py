@@ -329,10 +329,11 @@ def _standard_error(figures: Sequence[float]) -> float | None:
 
 
 def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, known: str) -> str:
-    """Say what rebuilt models can do beside the originals, and first which simpler things do as well.
+    """Say what rebuilt models can do beside the originals, and first which controls they do not clearly beat.
 
-    A control does as well where rebuilt models are not better by twice the standard error of the paired difference. Which
-    side is better is read off the control that is farthest from the originals.
+    Rebuilt models are clearly better than a control if the paired difference is more than twice its standard error. With
+    few models a large difference can miss this, so the sentence does not call the control as good. Which side is better is
+    read off the control that is farthest from the originals.
     """
     originals, rebuilt = [_some(model.original) for model in models], [_some(model.rebuilt[rank]) for model in models]
     found = {
@@ -344,8 +345,12 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
     controls = {name: [_some(figure) for figure in figures] for name, figures in found.items() if None not in figures}
     gaps = [statistics.fmean(originals) - statistics.fmean(figures) for figures in controls.values()]
     better = math.copysign(1, max(gaps, key=abs))
-    as_well = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
-    first = f"{_listed(as_well)} {'does' if len(as_well) == 1 else 'do'} as well as rebuilt models. " if as_well else ""
+    not_beaten = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
+    first = (
+        f"Rebuilt models are not clearly better than {_listed(not_beaten, 'or')} (by two standard errors). "
+        if not_beaten
+        else ""
+    )
     shown = [
         f"{_some(mean.original):.3g} for the originals",
         f"{_some(mean.rebuilt[rank]):.3g} rebuilt at rank {rank}",
@@ -356,7 +361,7 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
         of_mean = statistics.fmean(controls["the mean alone"])
         share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
         last = f"Rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
-    return f"{first[:1].upper()}{first[1:]}On {known}, the average of {metric} is {_listed(shown)}. {last}."
+    return f"{first}On {known}, the average of {metric} is {_listed(shown)}. {last}."
 
 
 def _is_better(figures: Sequence[float], others: Sequence[float], better: float) -> bool:
@@ -369,5 +374,5 @@ def _some(figure: float | None) -> float:
     return figure
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))

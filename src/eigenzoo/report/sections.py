@@ -130,8 +130,8 @@ _SUITABILITY = (
     "After a rule from the literature: a layer suits a shared subspace where its spectrum is a power law with an exponent that "
     "trained layers have, and random halves of the zoo agree on it. The table gives the authors' own rule, the alpha score of "
     "every single model, beside it. The thresholds are conventions: move them to see what depends on them. Use the rule to choose "
-    "layers for a fit: leave out those that it rejects (`eigenzoo fit --exclude`), and keep the choice only if `eigenzoo evaluate` "
-    "shows no loss."
+    "layers for a fit: leave out those that it rejects (eigenzoo fit --exclude). Keep the choice only if eigenzoo evaluate shows "
+    "no loss."
 )
 _SECONDARY = "If models share only the first directions, the next ones explain no more of held-out models than chance."
 
@@ -150,8 +150,8 @@ def _lineage_lead(report: Report) -> str:
 def _function_lead(report: Report) -> str:
     if report.function is None:
         return (
-            "No metric was run: this report is about weights only. `eigenzoo report BUNDLE --metric module:function` adds what "
-            "rebuilt models can do."
+            "No metric was run: this report is about weights only. The command eigenzoo report BUNDLE --metric module:function "
+            "adds what rebuilt models can do."
         )
     return (
         report.function["sentence"]
