@@ -59,7 +59,7 @@ def command(
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the evidence as one page: the verdict, its controls, interactive figures, and all numbers."""
+    """Write the evidence as one page, as tables (csv, json, md) or as figures for a paper (png, svg)."""
     import eigenzoo as ez
     from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
