@@ -52,6 +52,12 @@ def test_json_is_the_document_of_the_evidence(run: Run, zoo: Path, tmp_path: Pat
     found = document["evidence"]
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert document["made_by"]["command"].startswith("eigenzoo ")
+    more = ("--axes", "outputs", "--suitability", "--rank", "2", "--seed", "1")
+    assert run("report", zoo, "-o", tmp_path / "more.json", *more).code == 0
+    asked = ez.evidence(zoo, axes="outputs", suitability=True, rank=2, seed=1).to_dict()
+    found = json.loads((tmp_path / "more.json").read_text(encoding="utf-8"))["evidence"]
+    assert {**found, "seconds": 0} == {**asked, "seconds": 0}
+    assert asked["suitability"]["alpha_score"]
     plan = ez.plan(zoo, axes=["models"])
     sizes = document["sizes"]
     for row in plan.rows:

@@ -253,10 +253,7 @@ def measured_scores(record: EvidenceRecord) -> dict[str, AlphaScore]:
 def _alpha_score(record: EvidenceRecord) -> str:
     scores = measured_scores(record)
     if all(layer.alpha_score is None for layer in record.layers.values()):
-        return (
-            "The authors' alpha score of every model's own spectrum was not measured "
-            "(option --suitability of eigenzoo evidence)."
-        )
+        return "The authors' alpha score of every model's own spectrum was not measured (option --suitability)."
     if not scores:
         return "The authors' alpha score needs longer spectra than these models have."
     retained = sum(score.is_retained for score in scores.values())
