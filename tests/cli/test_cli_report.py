@@ -52,6 +52,22 @@ def test_json_is_the_document_of_the_evidence(run: Run, zoo: Path, tmp_path: Pat
     found = document["evidence"]
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert document["made_by"]["command"].startswith("eigenzoo ")
+    more = ("--axes", "outputs", "--suitability", "--rank", "2", "--seed", "1")
+    assert run("report", zoo, "-o", tmp_path / "more.json", *more).code == 0
+    asked = ez.evidence(zoo, axes="outputs", suitability=True, rank=2, seed=1).to_dict()
+    found = json.loads((tmp_path / "more.json").read_text(encoding="utf-8"))["evidence"]
+    assert {**found, "seconds": 0} == {**asked, "seconds": 0}
+    assert run("report", zoo, "-o", tmp_path / "more.csv", *more).code == 0
+    rows = list(csv.DictReader((tmp_path / "more.csv").read_text(encoding="utf-8").splitlines()))
+    for name, layer in asked["layers"].items():
+        score = layer["suitability"]["alpha_score"]
+        said = {(row["model"], row["series"]): row["y"] for row in rows if row["layer"] == name}
+        known = dict(zip(asked["names"], score["exponents"], strict=True))
+        assert any(known.values())
+        assert {model: said.get((model, "alpha")) for model in known} == {
+            model: None if value is None else str(value) for model, value in known.items()
+        }
+        assert said["", "alpha_q"] == str(score["q"])
     plan = ez.plan(zoo, axes=["models"])
     sizes = document["sizes"]
     for row in plan.rows:

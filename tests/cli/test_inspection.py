@@ -48,6 +48,8 @@ def test_models_and_roles_are_counted_from_the_files(tmp_path: Path) -> None:
     assert {(role.shape, role.unfolding) for role in found.roles} == {((8, 6), "matrix"), ((4, 12), "kernel")}
     assert [(item.tensor, item.num_models) for item in found.left_out] == [("steps", 3)]
     assert "int64" in found.left_out[0].reason
+    for source in (paths, tmp_path / "zoo", str(tmp_path / "zoo")):
+        assert ez.inspect(source) == found
 
 
 def test_duplicates_are_found_by_content_not_by_name_or_header(tmp_path: Path) -> None:

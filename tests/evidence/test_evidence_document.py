@@ -147,9 +147,17 @@ def test_every_key_stands_in_the_docs_and_the_docs_name_no_other(documents: dict
             *(value for value in layer.values() if isinstance(value, dict) and value is not layer["axes"]),
         ]
         parts += [layer["heldout"]["leave_one_out"], document["summary"], document["growth"], document["lineage"]]
+        parts += [document["summary"]["test"] or {}, document["summary"]["test_across"] or {}]
         parts += [document["verdict"], document["suitability"], document["controls"][0], *layer["axes"].values()]
         shown |= {key for part in parts for key in part}
     assert shown - named == set(), "keys that docs/evidence.md does not name"
+
+
+def test_the_pages_numpy_reproduces_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    write_stacks(tmp_path / "zoo", {"w": planted(14, 3, 0.3) + 1, "v": noise(14, (9, 7))})
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, PAGE.name, "exec"), {})
 
 
 @pytest.mark.parametrize("form", ["flat", "stacked"])
@@ -203,6 +211,10 @@ def test_a_bundle_without_moments_and_options_of_an_open_zoo_are_refused(tmp_pat
         ez.evidence(paths, axes=["rows"])
     with pytest.raises(ez.UsageError, match="center 'median' is unknown"):
         ez.evidence(paths, center="median")
+    with pytest.raises(
+        ez.UsageError, match=r"thresholds \(2, 6\) are not Thresholds\. Pass eigenzoo.*Thresholds\(low=2"
+    ):
+        ez.evidence(paths, thresholds=(2, 6))  # type: ignore[arg-type]
 
 
 CENTERS = ("models", "columns", "none", "global")

@@ -25,7 +25,9 @@ from evidence_zoos import (
 )
 from torch import Tensor
 
+from eigenzoo.display import in_percent
 from eigenzoo.evidence.lineage import as_lineages
+from eigenzoo.evidence.verdict import p_text
 from eigenzoo.linalg.gram import center_gram, scale_models
 from eigenzoo.linalg.heldout import deal_whole
 from tolerance import tolerance
@@ -86,6 +88,42 @@ def test_the_controls_quote_the_figures_of_the_document(zoo: Measured) -> None:
         assert controls[name]["control_value"] == pytest.approx(control, rel=1e-12), name
     assert f"top {shown} directions" in controls["unseen"]["sentence"]
     assert all(control["sentence"].endswith(".") for control in controls.values())
+
+
+@pytest.mark.parametrize("kind", ["noise", "planted", "families"])
+def test_the_figures_of_the_verdicts_text_are_in_the_document(tmp_path: Path, kind: str) -> None:
+    make = {
+        "noise": lambda seed: noise(40, seed=seed),
+        "planted": lambda seed: planted(40, 4, 0.3, seed=seed),
+        "families": lambda seed: families((10, 10, 10), seed=seed),
+    }[kind]
+    found = find(tmp_path, layers(make))
+    document = found.to_dict()
+    test, across = document["summary"]["test"], document["summary"]["test_across"]
+    assert (across is not None) == (kind == "families")
+    quoted = across or test
+    directions = "direction explains" if quoted["rank"] == 1 else f"{quoted['rank']} directions explain"
+    figures = (f"{in_percent(quoted['share'])} of the variance", f"{quoted['over_chance']:.3g} times chance")
+    if test["distinct"]:
+        figures = (f"{quoted['ratio']:.3g} times as much", f"{quoted['effective']:.3g} effective directions")
+    for figure in (f"the top {directions}", *figures):
+        assert figure in document["verdict"]["text"]
+    assert (test["distinct"] or test["material"]) == (kind != "noise")
+    # The ratio beside the control means little without its p-value: in noise it exceeds one too.
+    unseen = next(control["sentence"] for control in document["controls"] if control["name"] == "unseen")
+    assert f"explain{'s' * (test['rank'] == 1)} {test['ratio']:.3g} times as much" in unseen
+    assert f"(p {p_text(test['p_cloud'])})" in unseen
+
+
+def test_controls_name_the_ranks_that_they_are_measured_at(tmp_path: Path) -> None:
+    same = find(tmp_path / "same", layers(lambda seed: planted(40, 3, 0.3, seed=seed)))
+    mixed = find(tmp_path / "mixed", {"a": planted(40, 3, 0.3), "b": noise(40, seed=1)})
+    for found, auto, halves, kept in ((same, "3", "3", "2"), (mixed, "0 to 3", "1 to 3", "1 to 2")):
+        said = {control["name"]: control["sentence"] for control in found.to_dict()["controls"]}
+        assert f" {auto} directions exceed the null in each layer" in said["chance"]
+        assert ("on average" in said["chance"]) == ("to" in auto)
+        assert f"Subspaces of rank {halves} from disjoint halves" in said["universality"]
+        assert f"The next directions, after the top {kept}, explain" in said["secondary"]
 
 
 def contrasts(rows_ND: Tensor, folds: list[Tensor], rank: int) -> float:

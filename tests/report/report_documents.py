@@ -346,6 +346,8 @@ def make_document(
         "mean_null": 0.01,
         "variance": variance,
         "energy": energy,
+        "test": {"distinct": False, "material": True, "rank": 4, "share": 0.25, "p_chance": 0.0, "effective": None},
+        "test_across": None,
     }
     centres = draw.normal(0, 3, (3, 3)) if regime == "shared-lineage" else np.zeros((3, 3))
     found_lineage = lineage(names, regime, draw)

@@ -72,6 +72,9 @@ def test_csv_of_models_growth_function_and_sizes(document, rows):
     assert len(select(rows, section="sizes", series="bytes_by_rank")) == 14
     (code,) = select(rows, section="verdict", series="code")
     assert code["y"] == evidence["verdict"]["code"]
+    test = {row["series"]: row["y"] for row in select(rows, section="verdict") if row["series"].startswith("test_")}
+    known = {f"test_{key}": str(value) for key, value in evidence["summary"]["test"].items() if value is not None}
+    assert test == known
 
 
 def test_csv_leaves_out_what_is_not_known(rows):

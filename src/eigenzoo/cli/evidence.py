@@ -25,9 +25,18 @@ Axes = Annotated[
 Rank = Annotated[
     str | None,
     typer.Option(
-        help="Rank for two controls, halves and secondary subspace: a number, a share of the variance such as 0.95, or auto. "
+        help="Rank for the controls universality and secondary: a number, a share of the variance such as 0.95, or auto. "
         "Default: auto.",
         show_default=False,
+    ),
+]
+
+Suitability = Annotated[
+    bool,
+    typer.Option(
+        "--suitability",
+        help="Also compute the authors' alpha score of full weights, with an SVD of every model's layers. For LoRA updates "
+        "it is always computed.",
     ),
 ]
 
@@ -39,14 +48,7 @@ def command(
     axes: Axes = None,
     rank: Rank = None,
     center: options.Center = "models",
-    suitability: Annotated[
-        bool,
-        typer.Option(
-            "--suitability",
-            help="Also compute the authors' alpha score of full weights, with an SVD of every model's layers. For LoRA updates "
-            "it is always computed.",
-        ),
-    ] = False,
+    suitability: Suitability = False,
     seed: options.Seed = 0,
     json: options.Json = False,
     quiet: options.Quiet = False,

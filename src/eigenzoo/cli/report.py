@@ -15,6 +15,7 @@ import typer
 from eigenzoo.cli import options
 from eigenzoo.cli.console import as_json, progress_bar, say
 from eigenzoo.cli.evaluate import load_metric
+from eigenzoo.cli.evidence import Axes, Rank, Suitability
 from eigenzoo.errors import UsageError
 
 FIGURES = ("png", "svg")
@@ -54,12 +55,15 @@ def command(
     metric_arg: options.MetricArg = None,
     models: options.HeldOutModels = None,
     parent: options.Parent = None,
+    axes: Axes = None,
+    rank: Rank = None,
     center: options.Center = "models",
+    suitability: Suitability = False,
     seed: options.Seed = 0,
     force: options.Force = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the evidence as one page: the verdict, its controls, interactive figures, and all numbers."""
+    """Write the evidence as one page, as tables (csv, json, md) or as figures for a paper (png, svg)."""
     import eigenzoo as ez
     from eigenzoo import report as pages
     from eigenzoo.evidence.presentation import present
@@ -69,6 +73,7 @@ def command(
     check_width(width, chosen)
     check_output(output, chosen, force)
     pages.require(chosen)
+    asked, sides = options.parse_rule(rank), options.parse_axes(axes) or ()
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress, running.workers() as workers:
         source = opening.zoo_or_bundle(zoo, progress)
@@ -78,7 +83,17 @@ def command(
                 rule="models are rebuilt from a bundle",
                 next_step="run `eigenzoo fit` and name the bundle",
             )
-        found = ez.evidence(source, center=center, seed=seed, workers=workers, cache=running.cache, progress=progress)
+        found = ez.evidence(
+            source,
+            axes=sides,
+            rank=asked,
+            center=center,
+            seed=seed,
+            suitability=suitability,
+            workers=workers,
+            cache=running.cache,
+            progress=progress,
+        )
         function = None
         if measure is not None and isinstance(source, ez.Subspace):
             held_out = source.open(models, allow_pickle=opening.allow_pickle) if models else None

@@ -12,7 +12,7 @@ from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.record import EvidenceRecord
 from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
 from eigenzoo.evidence.unseen import num_folds
-from eigenzoo.evidence.verdict import p_text
+from eigenzoo.evidence.verdict import lead, p_text
 from eigenzoo.linalg.heldout import NUM_FOLDS
 
 
@@ -56,12 +56,23 @@ def _average(layers: Sequence[LayerEvidence], values: Sequence[float]) -> float:
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
+def _ranks(ranks: Sequence[int]) -> str:
+    """Write the ranks of all layers.
+
+    >>> _ranks([4, 4]), _ranks([4, 1, 2])
+    ('4', '1 to 4')
+    """
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+
+
 def _chance(layers: Sequence[LayerEvidence]) -> Control:
     top = _average(layers, [layer.chance.explained_variance_ratio[0] for layer in layers])
     null, iid = (
         _average(layers, [getattr(layer.chance, kind)[0] for layer in layers]) for kind in ("norm_matched", "iid")
     )
     ranks = [layer.chance.auto for layer in layers]
+    above = f"{_ranks(ranks)} direction{'s exceed' if max(ranks) != 1 else ' exceeds'} the null in each layer"
+    average = f" ({fmean(ranks):.1f} on average over {len(layers)} layers)" if min(ranks) < max(ranks) else ""
     fooled = (
         f" (a null with equal norms, which uneven norms mislead, gives {in_percent(iid)})" if null > 1.2 * iid else ""
     )
@@ -74,8 +85,7 @@ def _chance(layers: Sequence[LayerEvidence]) -> Control:
         null,
         "parallel analysis against the 95th percentile of the null's draws",
         f"The first direction explains {in_percent(top)} of the variance. Unrelated models with the same norms give "
-        f"{in_percent(null)}{fooled}. {min(ranks)} to {max(ranks)} directions of a layer exceed the null ({fmean(ranks):.1f} on "
-        f"average over {len(layers)} layers).",
+        f"{in_percent(null)}{fooled}. {above}{average}.",
     )
 
 
@@ -95,11 +105,12 @@ def _mean(record: EvidenceRecord) -> Control:
 
 
 def _unseen(record: EvidenceRecord) -> Control | None:
-    pooled, test = record.summary.dealt, record.summary.directions
+    pooled, test, measures = record.summary.dealt, record.summary.directions, record.summary.measures
     place = shown_place(pooled)
     if place is None:
         return None
     captured, null = pooled.captured[place], pooled.null[place]
+    leading = "" if measures is None else f" {lead(measures)}"
     return Control(
         "unseen",
         "Do directions found on some models explain the others?",
@@ -109,8 +120,8 @@ def _unseen(record: EvidenceRecord) -> Control | None:
         null,
         f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {counted(test.rank, 'direction')}, all layers together",
         f"The top {pooled.rank[place]} directions explain {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
-        f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}. Leading directions explain "
-        f"{test.ratio:.2f} times as much as an average one. In-sample, k directions always explain all of k + 1 models.",
+        f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}.{leading} In-sample, {len(record.names) - 1} "
+        f"directions always explain all {len(record.names)} models.",
     )
 
 
@@ -131,7 +142,8 @@ def _universality(layers: Sequence[LayerEvidence]) -> Control | None:
         "unrelated subspaces of the same rank",
         null,
         f"{splits} random splits",
-        f"Subspaces from disjoint halves agree with a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average "
+        f"Subspaces of rank {_ranks([half.rank for _, half in known])} from disjoint halves "
+        f"agree with a cosine of {first:.2f} in their nearest direction and {whole:.2f} on average "
         f"over directions. Unrelated subspaces of the same rank reach {null:.2f}.",
     )
 
@@ -203,7 +215,8 @@ def _secondary(record: EvidenceRecord, layers: Sequence[LayerEvidence]) -> Contr
         "unrelated models with the same norms",
         null,
         f"{num_folds(len(record.names))} folds",
-        f"The directions after the kept ones explain {in_percent(inside)} of the fitted models' variance and "
+        f"The next directions, after the top {_ranks([second.rank for _, second in known])}, explain "
+        f"{in_percent(inside)} of the fitted models' variance and "
         f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}.",
     )
 

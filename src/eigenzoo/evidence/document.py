@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isinf
 from typing import Any
 
 from eigenzoo.evidence.alpha_score import AlphaScore, families
@@ -12,8 +13,11 @@ from eigenzoo.evidence.source import AxisSpectrum
 from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import Pooled
 from eigenzoo.evidence.unseen import num_folds
+from eigenzoo.evidence.verdict import Measures
 from eigenzoo.records import plain
 from eigenzoo.weights.roles import depth, role
+
+TESTED = ("distinct", "material", "rank", "share", "over_chance", "p_chance", "ratio", "p_cloud")
 
 
 def document(record: EvidenceRecord) -> dict[str, Any]:
@@ -44,6 +48,8 @@ def document(record: EvidenceRecord) -> dict[str, Any]:
             "mean_null": summary.mean_null,
             "variance": summary.variance,
             "energy": summary.energy,
+            "test": _test(summary.measures),
+            "test_across": _test(summary.across_measures),
         },
         "controls": [plain(control) for control in controls(record)],
         "runs": [list(group) for group in record.runs],
@@ -94,6 +100,14 @@ def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
         "verdict": layer.code,
         "decided_by": layer.decided_by,
     }
+
+
+def _test(measures: Measures | None) -> dict[str, Any] | None:
+    """The rule's test on all layers together, with the figures that the verdict's text quotes; None where none are held out."""
+    if measures is None:
+        return None
+    found = {key: getattr(measures, key) for key in TESTED}
+    return {**found, "effective": None if isinf(measures.effective or 0.0) else measures.effective}
 
 
 def _pooled(pooled: Pooled) -> dict[str, Any]:

@@ -58,14 +58,14 @@ class Evidence(EvidenceRecord):
     """Results of all controls on a zoo, with its verdict. Frozen.
 
     Attributes:
-        names: names of the models.
+        names: names of the N models.
         view, center: how layers become matrices, and what is subtracted before the spectra.
-        layers: the controls of each layer.
-        axes: spectra of the requested axes.
-        lineage: groups with a common origin, duplicates, cosines.
+        layers: the controls of each layer, by its name.
+        axes: spectra of the requested axes, by layer and axis.
+        lineage: groups with a common origin, duplicates, N × N cosines.
         growth: results for growing numbers of models; None for fewer than five models.
-        summary: averages over all layers.
-        map: the models' first coefficients, for all layers together; `map_shares`: their shares of all variance.
+        summary: averages over all layers, weighted by their number of values, and the rule's test on all layers together.
+        map: N × 3, the models' first coefficients, for all layers together; `map_shares`: their three shares of all variance.
         thresholds: thresholds of layer suitability.
         verdict: the verdict on the zoo.
         warnings: warnings that apply to all figures.
@@ -120,11 +120,12 @@ def evidence(
         source: an opened zoo, anything that `open_zoo` accepts, a subspace, or the folder of a bundle. For a bundle only its
             moments are read.
         axes: also compute spectra of these axes: `outputs`, `inputs` or both (zoos only; an O³ or I³ eigendecomposition each).
-        rank: rank for the controls halves and secondary subspace: a number, a share of the variance, or "auto" (directions above
-            the null).
+        rank: rank for the controls universality and secondary: a number, a share of the variance, or "auto" (directions above
+            the null). At least one direction is taken. The verdict and the other controls do not depend on it.
         center: what is subtracted before the spectra. Held-out figures are always about the models' mean.
         seed: seed of draws, folds and halves.
-        thresholds: thresholds of layer suitability.
+        thresholds: thresholds of layer suitability, an `eigenzoo.evidence.suitability.Thresholds(low=2, high=6, spread=1,
+            share=0.5, q=0.2)`; these are the defaults.
         suitability: also compute every model's own spectrum for the authors' alpha score (`alpha_score`). For full weights this
             takes one more read of the zoo and an SVD per model and layer, N·min(O, I)²·max(O, I) operations. LoRA updates always
             have it.
@@ -136,7 +137,8 @@ def evidence(
         progress: called as progress(stage, done, total).
 
     Returns:
-        A frozen record with `.verdict.code`, `.verdict.text` and `.to_dict()`.
+        A frozen record with `.verdict.code`, `.verdict.text` and `.to_dict()`, which holds every number of the text.
+        docs/evidence.md defines them and reproduces some with numpy.
 
     Cost: one pass over the weights (none for a bundle), then about forty N × N eigendecompositions per layer, with layers in
     parallel on as many threads as torch has. Memory: the layers' Grams.
@@ -146,6 +148,11 @@ def evidence(
     if "models" in sides:
         sides = tuple(axis for axis in sides if axis != "models")
     check_choice(center, CENTERS, "center")
+    if not isinstance(thresholds, Thresholds | None):
+        raise UsageError(
+            f"thresholds {thresholds!r} are not Thresholds",
+            next_step="pass eigenzoo.evidence.suitability.Thresholds(low=2, high=6, spread=1, share=0.5, q=0.2)",
+        )
     rule, seed = check_rule(rank), check_seed(seed)
     measured = open_source(
         source,

@@ -25,10 +25,13 @@ class LayerEvidence:
     """One layer's controls, and what adds up over layers.
 
     Attributes:
-        layer: what it is.
+        layer: its name and shape.
         energy, variance: Σ‖X‖² and Σ‖X − mean‖² over the models, the denominators.
-        dealt, across: findings on models held out at random, and on whole lineages held out.
-        weighed, across_weighed: the figures behind them; within: findings and figures of each large group alone.
+        chance, mean, unseen, halves, secondary, suitability, alpha_score, growth: the controls, each a record; None where there
+            are too few models, or where `alpha_score` was not measured. `Evidence.to_dict()` has them under the names of
+            docs/evidence.md: `unseen` as `heldout`, `halves` as `split_half`.
+        dealt, across: the rule's test with models held out at random (`test`), and with whole lineages held out (`test_across`).
+        weighed, across_weighed: the sums over folds behind them; within: test and sums of each large group alone.
         code, decided_by: the verdict on the layer and the control that decided.
     """
 

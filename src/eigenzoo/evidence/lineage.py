@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted
 from eigenzoo.records import Layer
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
@@ -25,6 +26,9 @@ SMALL_GAP, STANDS_OUT, ENOUGH_GAPS = 0.08, 5.0, 8
 """A smaller gap will do where it is many times the next of many: origins that hold a tenth of the energy are origins."""
 
 FACTOR_A = ".lora_A"
+
+MOST_SHOWN = 10
+"""Groups whose sizes `repr` shows."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Lineage:
     cosines: tuple[tuple[float, ...], ...]
     order: tuple[int, ...]
     level: float | None
+
+    def __repr__(self) -> str:
+        sizes = [str(len(group)) for group in self.groups[:MOST_SHOWN]] + ["…"] * (len(self.groups) > MOST_SHOWN)
+        groups = f"groups of {', '.join(sizes)} models" if sizes else "no groups"
+        copies = counted(len(self.duplicates), "duplicate")
+        return f"Lineage({counted(len(self.order), 'model')}, cosines of {self.measure}): {groups}; {copies}"
 
 
 class Cosines:

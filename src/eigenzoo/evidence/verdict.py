@@ -314,6 +314,11 @@ def why_shared(measures: Measures) -> str:
     )
 
 
+def lead(measures: Measures) -> str:
+    """Say how far the leading directions are above average ones, and how often a cloud without directions has as much."""
+    return _sentence(f"{_leading(measures)} (p {p_text(measures.p_cloud)}).")
+
+
 def why_not_shared(measures: Measures) -> str:
     """Name the conditions that were missed: first those of `material`, then those of `distinct`."""
     return _sentence(_why_not(measures))

@@ -34,6 +34,8 @@ def all_rows(report: Report) -> Iterator[Row]:
     verdict = report.evidence["verdict"]
     for series in ("code", "decided_by", "text"):
         yield "verdict", "", "", series, "", verdict[series]
+    for series, value in (report.evidence["summary"]["test"] or {}).items():
+        yield "verdict", "", "", f"test_{series}", "", value
     for control in report.evidence["controls"]:
         yield "controls", "", "", control["name"], "value", control["value"]
         yield "controls", "", "", control["name"], "control_value", control["control_value"]

@@ -103,6 +103,7 @@ _EVIDENCE: dict[str, Any] = {
         "mean_null": None,
         "variance": 0.0,
         "energy": 0.0,
+        "test": None,
     },
     "controls": [],
     "warnings": [],

@@ -150,6 +150,11 @@ def suitability(report: Report, thin: bool = False) -> Iterator[Row]:
             yield "suitability", name, "", series, "", layer["suitability"][series]
         for number, value in enumerate(layer["suitability"]["exponents"], 1):
             yield "suitability", name, "", "exponent_of_half", number, value
+        score = layer["suitability"]["alpha_score"] or {"exponents": ()}
+        for series in ("mean", "spread", "share", "q"):
+            yield "suitability", name, "", f"alpha_{series}", "", score.get(series)
+        for model, value in zip(report.evidence["names"], score["exponents"], strict=False):
+            yield "suitability", name, model, "alpha", "", value
 
 
 def secondary(report: Report, thin: bool = False) -> Iterator[Row]:

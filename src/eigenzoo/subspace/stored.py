@@ -91,7 +91,14 @@ class StoredSubspace:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Report of the fit, as plain JSON values."""
+        """Report of the fit, as plain JSON values.
+
+        `layers.<name>` has `rank` and its `reason` by axis, and `energy` Σ‖X‖² and `variance` Σ‖X − mean‖² of all models. Shares
+        of the variance in the kept directions: `captured` (in-sample, of all models), `heldout` (of models left out of five folds)
+        and `null` (in-sample, of unrelated models with the same norms; for axis `models` only). Shares of the energy:
+        `mean_energy` (in the mean) and `residual` (lost by the rebuilt models). In `Evidence.to_dict()`, `captured` is the share
+        of held-out models.
+        """
         return self.manifest.report
 
     @cached_property
@@ -286,8 +293,9 @@ class StoredSubspace:
     def project(self, source: Source | Zoo, *, progress: Progress = no_progress) -> Coefficients:
         """Project one model onto the subspace, whether it was in the fit or not.
 
-        The residual is the share of the model's energy ‖X‖² (center included) outside the subspace. Cost: one read of the
-        model and two of the basis.
+        With axis `models` the coefficients of a layer are c = V(x − mean), with V its directions (K, D) and x the model (D). With
+        axes `outputs` and `inputs` they are the core Uᵀ(X − mean)W (P, Q), with bases U (O, P) and W (I, Q). The residual is the
+        share of the model's energy ‖X‖² (center included) outside the subspace. Cost: one read of the model and two of the basis.
         """
         zoo = self.open(source)
         if len(zoo) != 1:
@@ -296,7 +304,10 @@ class StoredSubspace:
 
     @own_settings()
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
-        """Project every model of a source onto the subspace, one layer after the other."""
+        """Project every model of a source onto the subspace, one layer after the other; by model name.
+
+        Cost: one read of each model, and two of the basis for all models together.
+        """
         return self._projected(self.open(source), progress)
 
     def _projected(self, zoo: Zoo, progress: Progress) -> dict[str, Coefficients]:

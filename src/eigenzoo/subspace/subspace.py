@@ -37,7 +37,15 @@ class Subspace(StoredSubspace):
         workspace: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Subspace:
-        """Return a new Subspace with more models. See `eigenzoo.subspace.growth.add`."""
+        """Return a new Subspace with more models; this one stays as it is.
+
+        `refresh` fits the basis anew to all models; otherwise the basis stays and only coefficients are added. `old` is where
+        the old models' files are now, by default where they were read. `allow_pickle` lets old pickles be read again.
+        `workspace` is a folder on the disk where the bundle will be saved.
+
+        Exact where the old files are at hand: one read of all weights and M·(N + M)·D products for M new models. Where they
+        are gone, a refresh takes the old models as rebuilt, and their new loss ‖X̂ − X̂'‖ adds to the old one ‖X − X̂‖.
+        """
         # Imported here, as in `push` and `verify`, because loading a bundle needs none of them.
         from eigenzoo.subspace.growth import add
 

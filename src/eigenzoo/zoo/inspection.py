@@ -21,8 +21,9 @@ from eigenzoo.zoo.contents import Contents, ContentsReader
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.left_files import LeftFile, left_files
 from eigenzoo.zoo.runs import places_of, training_runs
+from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zero_models import say_zero
-from eigenzoo.zoo.zoo import Zoo
+from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,16 @@ class Inspection:
 
 
 @own_settings()
-def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
+def inspect(zoo: Zoo | Source, *, progress: Progress = no_progress) -> Inspection:
     """Read a zoo once and list its models, layers, duplicates, NaN and Inf. Each worker has 16 MiB of weights in memory at a time.
+
+    `zoo` is an opened zoo, or anything that `open_zoo` accepts.
 
     Models whose tensors have equal shapes and sums are read a second time to compare their SHA-256. Two adapters have the same
     function if their scaled updates give equal outputs for random inputs; their factors can differ. Adapters with larger
     updates than `MOST_PROBED` are not compared like that, which a warning says.
     """
+    zoo = zoo if isinstance(zoo, Zoo) else open_zoo(zoo)
     models = dict(zip(zoo.names, map(unfilled, zoo.models), strict=True))
     with local_workers() as workers:
         reader = ContentsReader(make_probe(zoo.models), workers.resources.block_bytes)

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from eigenzoo.display import counted
 from eigenzoo.linalg.block_sums import FAST, sample
 from eigenzoo.linalg.gram import center_gram, shift_gram, split_gram
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
@@ -64,6 +65,9 @@ class LayerMoments:
     sums_N: Tensor | None = None
     singular_NR: Tensor | None = None
     starts_NN: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"LayerMoments({counted(self.num_models, 'model')}, {counted(self.num_values, 'value')})"
 
     @property
     def num_models(self) -> int:
