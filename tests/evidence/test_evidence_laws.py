@@ -146,7 +146,8 @@ def test_other_factors_of_the_same_updates_change_nothing_but_the_lineage(tmp_pa
         # Gauges of condition nine, twice; figures are divided by eigenvalues.
         assert_alike(*layers, 1e-8)
     assert_alike(own["growth"], turned["growth"], 1e-8)
-    assert_alike(own["summary"], turned["summary"], 1e-8)
+    # With whole lineages held out, as the layers above.
+    assert_alike(*({**document["summary"], "test_across": None} for document in (own, turned)), 1e-8)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -121,8 +121,8 @@ _MAP = "Models that are close together here are similar in the zoo's largest dir
 _GROWTH = "With more models, the dimension of a shared subspace levels off. Without one, every model adds a direction of its own."
 _HALVES = "If all models share a subspace, each half of them gives the same one."
 _SIZES = (
-    "Size and error of a bundle with axis models, at any rank. For adapters, other axes need fewer bytes: `eigenzoo plan` compares "
-    "them. Geometry is not function: a small error in the weights can be a large error "
+    "Size and error of a bundle with axis models, at any rank. For adapters, other axes need fewer bytes: "
+    "the command plan compares them. Geometry is not function: a small error in the weights can be a large error "
     "of the model, and the other way round."
 )
 _NO_SIZES = "The document has no file sizes, so bytes cannot be shown."
