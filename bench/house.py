@@ -114,7 +114,7 @@ def _write_adapters(folder: Path, num_models: int) -> Path:
 def watch(step: str) -> dict[str, int]:
     """Run one step on a small random zoo, and count."""
     os.environ["EIGENZOO_CACHE"] = "off"
-    for room in ROOMS:  # what an import calls is no part of a step
+    for room in ROOMS:  # calls made by an import do not belong to a step
         package = importlib.import_module(f"eigenzoo.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)

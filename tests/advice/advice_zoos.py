@@ -437,7 +437,7 @@ CASES = [
         look_at_the_names,
     ),
     Case(
-        "A split that matches what is no weight",
+        "A split that matches a tensor that is not a weight",
         open_split("attn.*=q,k,v", attn__steps=torch.arange(6)),
         ("is not split", "arrow the glob"),
         narrow_the_glob,

@@ -98,7 +98,7 @@ def test_the_demo_refuses_before_it_trains(run: Run, tmp_path: Path) -> None:
     [
         (True, "/home/me/.local/bin/eigenzoo", "eigenzoo"),
         (False, ".venv/bin/eigenzoo", ".venv/bin/eigenzoo"),
-        (False, "/work/src/eigenzoo/__main__.py", "'/my python/python3' -m eigenzoo"),
+        (False, "/home/me/eigenzoo/src/eigenzoo/__main__.py", "'/my python/python3' -m eigenzoo"),
     ],
 )
 def test_the_commands_to_try_next_start_as_the_demo_was_started(

@@ -2,7 +2,7 @@
 
     flat      L(c) = Σ c_k V_k                      one dense matrix of k whole-layer directions
     tucker    L(c) = U · C · Vᵀ                     x ↦ Vᵀx, then C, then U: as cheap as a LoRA of that rank; C = c, or Σ c_k D_k
-    stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: as dear as a LoRA of all the zoo's ranks
+    stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: costs as much as a LoRA whose rank is the sum of the zoo's ranks
 
 Only the middle depends on what is trained, so a backward pass keeps what lies between the sides, and never the layer's inputs.
 
@@ -175,7 +175,7 @@ def freeze(
 
 
 def dense_mean(basis: LayerBasis, *, is_random: bool) -> Tensor | None:
-    """Return the zoo's mean (O, I) in float64 where it is no part of the middle."""
+    """Return the zoo's mean (O, I) in float64 if the middle does not include it."""
     if basis.layer.kind != "update":
         return basis.removed().expand(basis.layer.shape)
     return map_of(basis, torch.float64).mean() if is_random else None
@@ -250,7 +250,7 @@ class AdaptedWeight(KeepsDtype):
 
     Attributes:
         layer, trained: the map L, and c.
-        besides: what the same attach trains besides, which no other attach may freeze.
+        besides: other parameters that the same attach trains. No other attach may freeze them.
     """
 
     def __init__(

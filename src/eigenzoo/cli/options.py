@@ -69,7 +69,7 @@ ModelsArgument = Annotated[
 
 
 def output(help: str) -> Any:
-    """Declare `--output`: what it is, each command says itself."""
+    """Declare `--output` with the help text of one command."""
     return typer.Option("--output", "-o", help=help, show_default=False)
 
 

@@ -122,7 +122,7 @@ def evidence(
         axes: also compute spectra of these axes: `outputs`, `inputs` or both (zoos only; an O³ or I³ eigendecomposition each).
         rank: rank for the controls universality and secondary: a number, a share of the variance, or "auto" (directions above
             the null). At least one direction is taken. The verdict and the other controls do not depend on it.
-        center: what is subtracted before the spectra. Held-out figures are always about the models' mean.
+        center: the center to subtract before the spectra. Held-out figures are always about the models' mean.
         seed: seed of draws, folds and halves.
         thresholds: thresholds of layer suitability, an `eigenzoo.evidence.suitability.Thresholds(low=2, high=6, spread=1,
             share=0.5, q=0.2)`; these are the defaults.
