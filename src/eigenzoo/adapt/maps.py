@@ -2,7 +2,7 @@
 
     flat      L(c) = Σ c_k V_k                      one dense matrix of k whole-layer directions
     tucker    L(c) = U · C · Vᵀ                     x ↦ Vᵀx, then C, then U: as cheap as a LoRA of that rank; C = c, or Σ c_k D_k
-    stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: costs as much as a LoRA whose rank is the sum of the zoo's ranks
+    stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: costs a LoRA with the sum of the zoo's ranks
 
 Only the middle depends on what is trained, so a backward pass keeps what lies between the sides, and never the layer's inputs.
 
