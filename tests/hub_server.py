@@ -6,12 +6,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from eigenzoo.formats.remote import retrying
-from guard import HANG
+from remote_servers import Quiet
 
 Files = dict[str, bytes]
 LARGE = (".safetensors", ".bin", ".pt")
@@ -102,13 +101,8 @@ class _Refused(Exception):
         self.status, self.code, self.message = status, code, message
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = HANG
+class _Handler(Quiet):
     server: Hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed."""
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -129,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["Retry-After"] = self.server.wait
             if refusal.message:
                 headers["X-Error-Message"] = refusal.message
-            self._answer(refusal.status, b"{}", headers)
+            self.answer(refusal.status, b"{}", headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
 
@@ -225,18 +219,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"X-Linked-Size": str(size), "X-Linked-ETag": f'"{sha256(data)}"'}
         # Another host than the hub's own, as with its own stores: that is where clients stop to ask for metadata.
         headers["Location"] = f"{self.server.url.replace('127.0.0.1', 'localhost')}/objects/{sha256(data)}"
-        self._answer(302, b"", headers)
+        self.answer(302, b"", headers)
 
     def _object(self, oid: str, data: bytes, fault: Any) -> None:
         if self.command == "PUT":
             self.server.objects[sha256(data)] = data
-            self._answer(200, b"")
+            self.answer(200, b"")
         else:
             self._body(self.server.objects[oid], {"ETag": f'"{oid}"'}, fault)
 
     def _body(self, data: bytes, headers: dict[str, str], fault: Any, size: int | None = None) -> None:
         if self.command == "HEAD":
-            self._answer(200, data, headers | ({"Content-Length": str(size)} if size is not None else {}))
+            self.answer(200, data, headers | ({"Content-Length": str(size)} if size is not None else {}))
             return
         status, asked = 200, self.headers.get("Range")
         if asked:
@@ -247,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
         changed = {"short": data[: len(data) // 2], "long": data + b"more", "other": bytes(len(data))}.get(fault, data)
         with self.server.lock:
             self.server.body_bytes += len(changed)
-        self._answer(status, changed, headers, len(changed) // 2 if fault == "drop" else None)
+        self.answer(status, changed, headers, len(changed) // 2 if fault == "drop" else None)
 
     def _create(self, asked: dict[str, Any]) -> None:
         self._writable()
@@ -280,21 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"commitUrl": f"{self.server.url}/{repo_id}/commit/{commit}", "commitOid": commit})
 
     def _json(self, document: Any) -> None:
-        self._answer(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
-
-    def _answer(
-        self, status: int, body: bytes, headers: Mapping[str, str] | None = None, send: int | None = None
-    ) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body if send is None else body[:send])
-        if send is not None:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+        self.answer(200, json.dumps(document).encode(), {"Content-Type": "application/json"})
 
 
 @contextmanager

@@ -335,9 +335,9 @@ CASES = [
         save_as_floats,
     ),
     Case(
-        "A tensor that is no factor",
+        "A tensor that is not a factor",
         open_a_spare_alpha,
-        ("is no factor", "ave it again without this tensor"),
+        ("is not a factor", "ave it again without this tensor"),
         save_without_it,
     ),
     Case(
@@ -349,7 +349,7 @@ CASES = [
     Case(
         "Blocks that Stable Diffusion has not",
         open_deep_blocks,
-        ("is no place of a UNet", "save_lora_weights"),
+        ("is not a block of a UNet", "save_lora_weights"),
         save_by_diffusers,
     ),
     Case("Adapters of two formats", open_two_formats, ("of one format", "ave them all with diffusers"), save_all_alike),

@@ -108,7 +108,7 @@ def test_sgm_numbers_its_blocks_through(sgm: str, expected: str) -> None:
     "name", ["input_blocks_13_0_op", "input_blocks_3_1_proj_in", "middle_block_3_proj_in", "output_blocks_4_3_x"]
 )
 def test_places_that_no_such_network_has_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"is no place of a UNet of Stable Diffusion.*save_lora_weights"):
+    with pytest.raises(UnsupportedError, match=r"is not a block of a UNet of Stable Diffusion.*save_lora_weights"):
         to_diffusers(name)
 
 
@@ -272,10 +272,10 @@ def test_other_adapters_are_refused_by_name(name: str, meaning: str) -> None:
         (KOHYA[:1], r"the factor B \(up\) is missing"),
         (DIFFUSERS[1:], r"the factor A \(down\) is missing"),
         ([*KOHYA, *DIFFUSERS], r"two factors A of module 'unet.mid_block_x'"),
-        ([*KOHYA, "lora_unet_y.alpha"], r"'lora_unet_y.alpha' is no factor"),
-        ([*KOHYA, "lora_unet_y.something"], r"'lora_unet_y.something' is no factor"),
+        ([*KOHYA, "lora_unet_y.alpha"], r"'lora_unet_y.alpha' is not a factor"),
+        ([*KOHYA, "lora_unet_y.something"], r"'lora_unet_y.something' is not a factor"),
         ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"factors of several adapters in one file: '', 'other'"),
-        (factors("unet.x", style=".lora_{}.weight.other"), r"'unet.x.lora_A.weight.other' is no factor"),
+        (factors("unet.x", style=".lora_{}.weight.other"), r"'unet.x.lora_A.weight.other' is not a factor"),
     ],
 )
 def test_incomplete_and_unknown_parts_are_refused(names: list[str], message: str) -> None:

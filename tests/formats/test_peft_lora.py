@@ -258,12 +258,12 @@ BROKEN_KEYS: dict[str, tuple[Any, type[FormatError], str]] = {
     "a bias of B": (
         lambda key: f"{Q}.lora_B.bias" if key == f"{Q}.lora_B.weight" else key,
         UnsupportedError,
-        r"lora_B\.bias' is no factor",
+        r"lora_B\.bias' is not a factor",
     ),
     "tokens": (
         lambda key: "x.token_adapter.trainable_tokens_delta" if key == f"{Q}.lora_B.weight" else key,
         UnsupportedError,
-        "trainable_tokens_delta' is no factor",
+        "trainable_tokens_delta' is not a factor",
     ),
     "two adapters": (
         lambda key: key.replace(".weight", ".other.weight") if "layers.0" in key else key,

@@ -383,7 +383,7 @@ def test_an_alpha_of_mlx_lm_that_is_the_rank_says_the_same_either_way(tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x.m": torch.ones(3)}, r"'x.m' is no factor of an update.*mlx_lm.fuse"),
+        ({"x.m": torch.ones(3)}, r"'x.m' is not a factor of an update.*mlx_lm.fuse"),
         ({"x.lora_a": torch.ones(4, 2, 3)}, r"module 'x'.*mixture-of-experts"),
         ({"x.lora_a": torch.ones(4, 3)}, r"module 'x'.*the factor B is missing"),
         ({"x.lora_a": torch.ones(4, 3), "x.lora_b": torch.ones(2, 4)}, r"module 'x'"),

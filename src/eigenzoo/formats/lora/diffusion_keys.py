@@ -257,7 +257,7 @@ def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems:
             pairs[stems[stem]].alpha = name
         elif stem != name or "lora" in name.lower() or name.startswith("lycoris_"):
             raise UnsupportedError(
-                f"{name[:200]!r} is no factor of an update",
+                f"{name[:200]!r} is not a factor of an update",
                 rule="only s·B·A is read",
                 next_step="save it again without this tensor if it does nothing, or merge it into its base model",
             )

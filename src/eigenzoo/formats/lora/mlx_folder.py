@@ -144,7 +144,9 @@ def _renamed(key: str, info: TensorInfo) -> str:
     """Return PEFT's name of a factor of mlx-lm."""
     match = _FACTOR.fullmatch(key)
     if match is None:
-        raise UnsupportedError(f"{key[:200]!r} is no factor of an update", rule="only s·B·A is read", next_step=_FUSE)
+        raise UnsupportedError(
+            f"{key[:200]!r} is not a factor of an update", rule="only s·B·A is read", next_step=_FUSE
+        )
     module, side = match["module"], match["side"].upper()
     if len(info.shape) != 2:
         raise UnsupportedError(

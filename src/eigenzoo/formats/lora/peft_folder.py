@@ -210,7 +210,7 @@ def _refuse_other_lora(key: str) -> None:
             next_step=MERGE,
         )
     if _ANY_LORA.search(key):
-        raise UnsupportedError(f"{key[:200]!r} is no factor of an update", rule="only s·B·A is read")
+        raise UnsupportedError(f"{key[:200]!r} is not a factor of an update", rule="only s·B·A is read")
 
 
 def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LoraUpdate:
