@@ -138,7 +138,7 @@ def is_bundle(entry: Entry) -> bool:
 
 def is_model(entry: Entry, name: str) -> bool:
     """Tell by names alone whether a folder, or a file of this name, is meant to be one model, readable or not."""
-    return kind_of_folder(file_names(entry)) is not None if is_folder(entry) else name.endswith(FILE_SUFFIXES)
+    return kind_of_folder(set(entry.entries)) is not None if is_folder(entry) else name.endswith(FILE_SUFFIXES)
 
 
 def _ignore(entry: Entry) -> None:

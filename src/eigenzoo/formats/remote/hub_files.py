@@ -87,7 +87,7 @@ def _single(name: str) -> HubModel:
 
 def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
     path, files = folder.name, file_names(folder)
-    kind, prefix = kind_of_folder(files) or "", f"{path}/" if path else ""
+    kind, prefix = kind_of_folder(set(folder.entries)) or "", f"{path}/" if path else ""
     inner = {name: entry for name, entry in folder.entries.items() if is_folder(entry)}
     listed = {*files, *(f"{above}/{name}" for above, entry in inner.items() for name in file_names(entry))}
     names = {name for name in listed if is_carried_from(name, listed) and not is_too_large(name, sizes[prefix + name])}
