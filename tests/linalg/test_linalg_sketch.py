@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builders import seeded
@@ -82,6 +82,7 @@ def test_no_directions_hold_more_than_is_stated(values, passes):
             assert found.most(rank) >= best - tolerance(SIZE)
 
 
+@example([0.8838093336562427, 1.0, 0.0, 1.0, 0.9970567208715919, 0.03125, 1.0], 3, 2, 0)
 @settings(max_examples=40)
 @given(
     st.lists(st.floats(0, 1) | st.floats(0, 1e-6) | st.just(1.0), min_size=1, max_size=60),
@@ -93,7 +94,9 @@ def test_no_directions_hold_more_than_is_stated_whatever_the_spectrum(spectrum, 
     values = torch.tensor(spectrum, dtype=torch.float64).sort(descending=True).values
     found = sketched(moment_of(values), columns, passes=passes, seed=seed).eigenvectors()
     for rank in range(found.values_K.numel() + 1):
-        assert found.most(rank) >= float(values[:rank].sum()) - tolerance(values.numel(), scale=float(values[0]))
+        # Round-off moves each eigenvalue by as much as the largest one's (Weyl), and their sum by that of all its terms.
+        moved = max(rank, 1) * tolerance(values.numel(), scale=float(values[0]))
+        assert found.most(rank) >= float(values[:rank].sum()) - moved
 
 
 @pytest.mark.parametrize(("name", "share"), [("decaying", 1e-3), ("exponential", 1e-3), ("planted", 1e-3)])
