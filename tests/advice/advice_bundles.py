@@ -223,7 +223,7 @@ CASES = [
     Case(
         "A bundle with a changed file", load_changed, ("not what its name says", "opy the bundle again"), copy_it_again
     ),
-    Case("A zoo where a bundle is asked for", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
+    Case("A zoo where a bundle is expected", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
     Case(
         "A bundle's name that is not there", load_wrong_name, ("id you mean '…/bundle'?",), load_the_name_that_was_meant
     ),
@@ -273,10 +273,13 @@ CASES = [
     Case(
         "An output file that is a link",
         report_into_a_link,
-        ("is no plain file", "hoose another name"),
+        ("is not a regular file", "hoose another name"),
         choose_another_name,
     ),
     Case(
-        "What is verified is no adapter", verify_a_checkpoint, ("is no adapter", "ame a bundle, or"), verify_an_adapter
+        "What is verified is not an adapter",
+        verify_a_checkpoint,
+        ("is not an adapter", "ame a bundle, or"),
+        verify_an_adapter,
     ),
 ]

@@ -368,7 +368,7 @@ CASES = [
     Case(
         "A whole model whose LoRA is not merged",
         open_unmerged,
-        ("a whole model whose LoRA is not merged", "merge_and_unload()", "save the adapter alone"),
+        ("the LoRA of this whole model is not merged", "merge_and_unload()", "save the adapter alone"),
         merge_or_save_the_adapter,
     ),
     Case(

@@ -431,7 +431,7 @@ CASES = [
     case("The hub's cache without all of a model", at_the_hub(open_offline), ("un it once without",), run_once_online),
     case("A pickle on the hub", at_the_hub(open_pickled), ("--allow-pickle",), allow_the_pickle),
     case(
-        "A model of the hub where a bundle is asked for",
+        "A model of the hub where a bundle is expected",
         at_the_hub(load_a_model),
         ("ame a model or a zoo",),
         open_a_model,

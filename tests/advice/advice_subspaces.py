@@ -243,7 +243,7 @@ CASES = [
     Case(
         "Components without loadings",
         import_components_alone,
-        ("components without loadings", "ame the folders whose files hold loadings too"),
+        ("the files have components, but no loadings", "ame the folders whose files hold loadings too"),
         name_the_loadings,
     ),
     Case(
@@ -280,7 +280,7 @@ CASES = [
     Case(
         "A subspace like an adapter of other shapes",
         like("other", of_other_shapes),
-        ("factors of shapes", OF_THE_ZOO),
+        ("factors have shapes", OF_THE_ZOO),
         take_one_of_the_zoo,
     ),
     Case(

@@ -427,7 +427,7 @@ CASES = [
     Case(
         "More lacking modules than `--missing zero` fills",
         open_many_modules("MAX_ZEROS", 3),
-        ("more than 3 modules that adapters lack", "eave out with --exclude", "open adapters alone that train"),
+        ("adapters lack more than 3 modules", "-exclude the modules", "open only adapters that train"),
         leave_out_what_few_have,
     ),
     Case(

@@ -122,7 +122,7 @@ def test_models_that_are_passed_over_are_named_and_can_be_named(tmp_path: Path, 
 
 def test_a_folder_of_nothing_but_a_hidden_model_says_so(tmp_path: Path, refused, run: Run) -> None:
     (path,) = adapters(tmp_path / "zoo", ["_parent"])
-    assert "no model is found but '_parent', whose name begins with '_'. Such names" in refused(
+    assert "the only model there is '_parent', whose name begins with '_'. Such names" in refused(
         "inspect", tmp_path / "zoo"
     )
     assert f"Name it itself: {path}" in refused("inspect", tmp_path / "zoo")

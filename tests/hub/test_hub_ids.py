@@ -255,7 +255,7 @@ def test_a_bundle_in_the_place_of_a_zoo(hub: Hub) -> None:
     with pytest.raises(ZooError, match="org/bundle: this is a bundle, not a zoo or a model"):
         ez.open_zoo("org/bundle")
     hub.repos["org/empty"] = Repository({"README.md": b"nothing"})
-    with pytest.raises(ZooError, match="'org/empty': no model is found"):
+    with pytest.raises(ZooError, match="'org/empty': no model was found"):
         ez.open_zoo("org/empty")
     with pytest.raises(FormatError, match="org/empty/runs: the repository has no folder 'runs'"):
         ez.open_zoo("org/empty/runs")

@@ -112,9 +112,9 @@ def test_force_refuses_what_is_not_its_own(zoo: Path, tmp_path: Path) -> None:
     for save, said in saves:
         with pytest.raises(ez.OutputError, match=f"thesis: {said}"):
             save(tmp_path / "thesis", force=True)
-        with pytest.raises(ez.OutputError, match="file: is no folder"):
+        with pytest.raises(ez.OutputError, match="file: is not a folder"):
             save(tmp_path / "file", force=True)
-        with pytest.raises(ez.OutputError, match="link: is no folder"):
+        with pytest.raises(ez.OutputError, match="link: is not a folder"):
             save(tmp_path / "link", force=True)
     with pytest.raises(ez.OutputError, match="m0: is a folder of another kind"):
         space.save(zoo / "m0", force=True)

@@ -71,7 +71,7 @@ class SafetensorsModel(Model):
         """Return the file that holds a tensor."""
         info = self.tensors.get(name)
         if info is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return self.files[info.file]
 
 
@@ -118,7 +118,11 @@ class StateDict(SafetensorsModel):
             self.name = final_name(self.path)
             found = sorted(entry.name for entry in self.path.glob("*.safetensors"))
             if len(found) != 1:
-                raise FormatError(f"{len(found)} .safetensors files", where=str(self.path), rule="exactly one is read")
+                raise FormatError(
+                    f"the folder has {len(found)} .safetensors files",
+                    where=str(self.path),
+                    rule="exactly one is expected",
+                )
             file, root = found[0], self.path
         else:
             self.name = self.path.stem
@@ -153,7 +157,7 @@ def read_index(folder: Path, index: str) -> dict[str, str]:
         raise FormatError("weight_map is empty", where=index)
     shards = sorted(set(entries.values()))
     if len(shards) > MAX_SHARDS:
-        raise FormatError(f"{len(shards)} shards", where=index, rule=f"at most {MAX_SHARDS} are read")
+        raise FormatError(f"the index names {len(shards)} shards", where=index, rule=f"at most {MAX_SHARDS} are read")
     for shard in shards:
         try:
             relative_name(shard)

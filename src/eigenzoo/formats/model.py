@@ -143,7 +143,7 @@ class Model(ABC):
     def read_side_file(self, file: str) -> bytes:
         """Read one of `side_files` whole."""
         if file not in self.side_files:
-            raise FormatError(f"no side file {file[:100]!r}", where=str(self.path))
+            raise FormatError(f"there is no side file {file[:100]!r}", where=str(self.path))
         path = inside(self.folder, file)
         remote = remote_file(path)
         return fetch_whole(remote) if remote else read_bounded(path, MAX_SIDE_BYTES, where=f"{self.path}, {file}")

@@ -67,7 +67,7 @@ def check_identity(file: FileIO, identity: Identity, path: Path) -> None:
         raise FormatError(
             "the file changed since its header was read",
             where=str(path),
-            rule="models are not written to while they are read",
+            rule="a model must not change while it is read",
             next_step=OPEN_AGAIN,
         )
 

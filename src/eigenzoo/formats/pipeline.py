@@ -80,11 +80,15 @@ def _listed_components(folder: Path) -> list[str]:
     # A component is [library, class], or [null, null] where the pipeline goes without it.
     named = [name for name, value in entries.items() if isinstance(value, list) and value and value[0] is not None]
     if len(named) > MAX_COMPONENTS:
-        raise FormatError(f"{len(named)} components", where=MODEL_INDEX, rule=f"at most {MAX_COMPONENTS} are read")
+        raise FormatError(
+            f"the pipeline has {len(named)} components", where=MODEL_INDEX, rule=f"at most {MAX_COMPONENTS} are read"
+        )
     for name in named:
         relative_name(name)
         if not name.isidentifier():
-            raise FormatError(f"a component called {name[:100]!r}", where=MODEL_INDEX, rule="it is a name of Python")
+            raise FormatError(
+                f"a component is called {name[:100]!r}", where=MODEL_INDEX, rule="the name must be a Python identifier"
+            )
     return [name for name in named if inside(folder, name).is_dir()]
 
 
@@ -93,14 +97,14 @@ def _refuse_component(kind: str | None) -> None:
     if kind in ("pickle", "pickle-shards"):
         raise UnsupportedError(
             "the weights are a Python pickle",
-            rule="the components of a pipeline are read from safetensors",
-            next_step="load the pipeline with diffusers and save_pretrained it, which writes safetensors",
+            rule="the components of a pipeline are read only from safetensors",
+            next_step="load the pipeline with diffusers and save it with save_pretrained, which writes safetensors",
         )
     if kind not in ("checkpoint", "state-dict"):
         raise UnsupportedError(
-            "the weights are none that can be read" if kind != "shards" else "the weights are shards of a variant",
+            "there are no weights in a readable format" if kind != "shards" else "the weights are shards of a variant",
             rule=f"a component has {' or '.join(WEIGHTS)}, its index with the shards, or one .safetensors file of a variant",
-            next_step="load the pipeline with diffusers, with variant=… if it has one, and save_pretrained it without",
+            next_step="load the pipeline with diffusers, with variant=… if it has one, and save it without by save_pretrained",
         )
 
 

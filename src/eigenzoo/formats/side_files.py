@@ -345,7 +345,7 @@ def _checked(folder: Path, name: str) -> FormatError | None:
     """Raise for a known name that cannot be carried; return what a file is that stands for another."""
     target = inside(folder, name)
     if not is_regular(target):
-        raise FormatError(f"{name!r} is no plain file", where=str(folder))
+        raise FormatError(f"{name!r} is not a regular file", where=str(folder))
     size = target.stat().st_size
     if size > MAX_SIDE_BYTES:
         raise FormatError(
@@ -367,6 +367,6 @@ def refuse_quantised(folder: Path, side_files: tuple[str, ...]) -> None:
         raise UnsupportedError(
             f"the weights are quantised ({str(method)[:40]})",
             where=CONFIG,
-            rule="quantised weights are codes, and their differences mean nothing",
+            rule="quantised weights are codes, whose differences have no meaning",
             next_step="dequantise the model (model.dequantize() in transformers), save it, and open that",
         )

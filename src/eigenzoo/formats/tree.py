@@ -166,7 +166,9 @@ def _matching(folder: Folder, parts: Sequence[str], follow: bool) -> Iterator[tu
         for name, entry in _names(above):
             looked_at += 1
             if bounded and looked_at > MAX_LOOKED_AT:
-                raise ZooError(f"more than {MAX_LOOKED_AT} names lie below", next_step="name a smaller folder")
+                raise ZooError(
+                    f"the folder contains more than {MAX_LOOKED_AT} names", next_step="name a smaller folder"
+                )
             stepped = {place + 1 for place in places if place < len(parts) and _fits(name, parts[place])}
             inside = set() if name.startswith(".") else {place for place in places if parts[place:][:1] == ["**"]}
             reached = _after(stepped | inside, parts)

@@ -68,7 +68,7 @@ def _finite(spoilt: Sequence[str], adapter: Adapter) -> Check:
 
 def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -> Check:
     if len(spoilt) == len(adapter.updates):
-        return Check("effect", "not looked for", done=False)
+        return Check("effect", "not checked", done=False)
     some = len(adapter.updates) - len(none) - len(spoilt)
     name, detail = "effect", f"{some} of {len(adapter.updates)} modules change something"
     if not none:
@@ -86,22 +86,22 @@ def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Ada
     if not known:
         return []
     if len(none) == len(changes):
-        return [Check("change", "not looked for, as there is none", done=False)]
-    detail = f"of the base's answers: {median(known.values()):.2g} as a rule, "
+        return [Check("change", "not checked, as there is none", done=False)]
+    detail = f"of the base's outputs: {median(known.values()):.2g} as a rule, "
     detail += f"{min(known.values()):.2g} to {max(known.values()):.2g}"
     little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
     absurd = [module for module, change in known.items() if not change <= ABSURD]
     much = [module for module, change in known.items() if MUCH < change <= ABSURD]
     faults = [
-        f"{_changing(group, known)}, and above {ABSURD:g} nothing of that is left: damaged values, "
+        f"{_changing(group, known)}, and above {ABSURD:g} none of the base's output remains: damaged values, "
         f"{_scaled(adapter, group)}or another base"
         for group in by_role(absurd)
     ]
     notes = [f"{_changing(group, known)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
     if little and len(little) + len(none) == len(changes):
-        faults.append(f"every change is below {NEGLIGIBLE:g} of what the base answers: as good as none")
+        faults.append(f"every change is below {NEGLIGIBLE:g} of the base's outputs: practically none")
     else:
-        notes += [f"{_changing(group, known)}: as good as nothing" for group in by_role(little)]
+        notes += [f"{_changing(group, known)}: practically nothing" for group in by_role(little)]
     return [Check("change", detail, tuple(faults), tuple(notes))]
 
 
@@ -114,4 +114,4 @@ def _scaled(adapter: Adapter, modules: Sequence[str]) -> str:
 def _changing(modules: Sequence[str], known: Mapping[str, float]) -> str:
     low, high = min(known[module] for module in modules), max(known[module] for module in modules)
     amount = f"{low:.3g}" if len(modules) == 1 else f"{low:.3g} to {high:.3g}"
-    return f"{grouped(modules)}: changes {amount} times what the base's layer answers"
+    return f"{grouped(modules)}: changes {amount} times the output of the base's layer"

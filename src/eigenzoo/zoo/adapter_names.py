@@ -34,7 +34,7 @@ def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
 def name_checks(adapter: Adapter, modules: Collection[str]) -> list[Check]:
     """Check of these modules what needs no base: the names of the factors, and whether the config has PEFT load them."""
     if adapter.config is None:
-        return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",), done=False)]
+        return [Check("target modules", "not checked", notes=("the format has no config of PEFT's",), done=False)]
     asked = frozenset(modules)
     bare = [update.key_a for module, update in adapter.updates.items() if module in asked and _is_bare(update.key_a)]
     faults: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ def base_checks(adapter: Adapter, base: BaseModules, lost: Collection[str], load
     )
     fitting = len(found) - len(absent) - len(misshapen)
     shapes = (
-        Check("shapes", "not looked for", done=False)
+        Check("shapes", "not checked", done=False)
         if len(absent) == len(found)
         else Check("shapes", f"{fitting} fit", tuple(_misshapen(misshapen, adapter, base)))
     )
@@ -128,7 +128,7 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
     later = beyond(lost, base.weights)
     if later:
         faults.append(
-            f"{len(later)} of {len(adapter.updates)} modules ({some(later)}) are of layers that the base has not: "
+            f"{len(later)} of {len(adapter.updates)} modules ({some(later)}) are of layers that the base lacks: "
             "it has fewer layers, so it is another base than the adapter's"
         )
     rest = set(lost) - set(later)

@@ -32,12 +32,10 @@ TRIED = 2_000
 MOST_TRIES = 32
 """Changes that are tried in one verification, over all adapters of a bundle: a single adapter has up to seventeen."""
 
-NO_LIBRARY = "no library was asked to"
+NO_LIBRARY = "no library was selected"
 """Why nothing decides, where the caller gives no loader."""
 
-ONLY_MLX = (
-    "only mlx-lm loads such files, and it is not asked; rebuild writes them as PEFT's, which PEFT can be asked about"
-)
+ONLY_MLX = "only mlx-lm loads such files, and verify does not run it; rebuild can write them as a PEFT adapter, which PEFT can load"
 """Why nothing decides of an adapter of mlx-lm."""
 
 AS_PEFTS = "the files are mlx-lm's: names and config are those of the PEFT adapter that they equal"
@@ -77,9 +75,9 @@ def verify_adapter(
         return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
     if not model.updates:
         raise UsageError(
-            "is no adapter",
+            "is not an adapter",
             where=text,
-            rule="what is verified is a bundle or a LoRA adapter",
+            rule="verify checks a bundle or a LoRA adapter",
             next_step="name a bundle, or the folder of an adapter",
         )
     opened = None if base is None else open_base(base, allow_pickle=allow_pickle)

@@ -84,7 +84,7 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
         for info in (info_a, info_b):
             if info.dtype not in FLOATS:
                 raise UnsupportedError(
-                    f"a factor of {dtype_name(info.dtype)}",
+                    f"a factor has dtype {dtype_name(info.dtype)}",
                     where=f"layer '{module}' of {model.name}",
                     rule=f"factors are {', '.join(map(dtype_name, FLOATS))}",
                     next_step=AS_FLOATS,

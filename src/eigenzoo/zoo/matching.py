@@ -77,9 +77,9 @@ def fill_models(
             known.setdefault((module.family, module.update.module), module)
     if len(known) > MAX_MODULES:
         raise ZooError(
-            f"{len(known):,} different modules in all adapters together",
-            rule=f"at most {MAX_MODULES:,} are counted as zero where they are missing",
-            next_step="open adapters of one base alone",
+            f"all adapters together have {len(known):,} different modules",
+            rule=f"at most {MAX_MODULES:,} are allowed where missing ones count as zero",
+            next_step="open only adapters of one base",
         )
     modules = tuple(module for module in known.values() if not selection.excludes(module.update.module))
     filled: list[Model] = []
@@ -89,10 +89,10 @@ def fill_models(
         num_zeros += len(zero_modules(filled[-1]))
         if num_zeros > MAX_ZEROS:
             raise ZooError(
-                f"more than {MAX_ZEROS:,} modules that adapters lack",
+                f"the adapters lack more than {MAX_ZEROS:,} modules",
                 where=name,
-                rule="so many are counted as zero in one zoo",
-                next_step="leave out with --exclude what few adapters have, or open adapters alone that train the same modules",
+                rule="at most so many are counted as zero in one zoo",
+                next_step="--exclude the modules that few adapters have, or open only adapters that train the same modules",
             )
     return tuple(filled), replace(selection, modules=modules)
 
@@ -152,7 +152,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     if not layers:
         raise ZooError(
             "no layer is left to analyse",
-            rule="a layer is a floating tensor that all models have in one shape",
+            rule="a layer is a floating-point tensor with the same shape in all models",
             next_step=_in_common(selection.view) if apart else "widen --include or narrow --exclude",
         )
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
@@ -205,7 +205,7 @@ def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     raise MismatchError(
         f"{few[0]} is {what}, but {len(models) - len(few)} of {len(models)} models are {others}",
         rule="the models of one zoo are all adapters or all full weights",
-        next_step=f"leave out {shown}: name the other models, or let its folder's name begin with '_', which passes it over",
+        next_step=f"leave out {shown}: name the other models, or begin its folder's name with '_', so that it is skipped",
     )
 
 
@@ -219,7 +219,7 @@ def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> Non
         found = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
         raise MismatchError(
             found,
-            rule="adapters of one zoo are of one format",
+            rule="all adapters of a zoo have the same format",
             next_step="save them all with diffusers (save_lora_weights), or all with PEFT (save_pretrained)",
         )
 
@@ -263,7 +263,7 @@ class _Found:
             num = len(self.sources) - count
             lack = "1 model lacks" if num == 1 else f"{num} models lack"
             return _mismatch(
-                f"{names[missing]} has no such layer, {names[first]} has ({lack} it)",
+                f"{names[missing]} has no such layer, but {names[first]} has it ({lack} it)",
                 layer,
                 as_zero=self.sources[first][layer].layer.kind == "update",
             )
@@ -318,15 +318,18 @@ def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
     if as_zero:
         next_step = f"{_AS_ZERO}; {next_step}"
     if layer.endswith((".lora_A", ".lora_B")):
-        next_step += "; view 'update' takes mixed ranks"
+        next_step += "; view 'update' accepts mixed ranks"
     return MismatchError(
-        what, where=f"layer '{layer}'", rule="every model of a zoo has every layer in one shape", next_step=next_step
+        what,
+        where=f"layer '{layer}'",
+        rule="each layer must have the same shape in all models of a zoo",
+        next_step=next_step,
     )
 
 
 def _in_common(view: str) -> str:
     """What to do where models have no layer in common."""
-    other = "adapters of different bases do not make a zoo: name those of one base"
+    other = "adapters of different bases are not one zoo: name adapters of one base"
     if view == "update":
         return f"{_AS_ZERO}; {other}"
     if view == "factors":

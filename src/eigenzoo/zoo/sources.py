@@ -100,17 +100,17 @@ def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[
     """Raise ZooError where a source names no model: beside others it would be missed by nobody."""
     if not models and hidden:
         raise ZooError(
-            f"no model is found but {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
+            f"the only model there is {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
             where=shown_source(source),
-            rule="such names are passed over in folders and globs: a zoo's parent is kept by one",
-            next_step=f"name it itself: {hidden[0]}",
+            rule="folders and globs skip such names, so that a zoo's parent can be stored there",
+            next_step=f"name it directly: {hidden[0]}",
         )
     if not models:
         raise ZooError(
-            "no model is found",
+            "no model was found",
             where=shown_source(source),
-            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of such, or ids of the hub",
-            next_step="a folder is searched three folders deep: where models lie deeper, name the folder that holds them",
+            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of these, or ids of the hub",
+            next_step="a folder is searched three folders deep; if the models are deeper, name the folder that contains them",
         )
     return models
 
@@ -214,8 +214,8 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
 def _meant(path: Path) -> str:
     """Say what a path that names nothing may have been meant to be."""
     if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
-        return "a URL is given as text, since a path has no double slash"
-    return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
+        return "give a URL as text, because a path object merges its double slash"
+    return did_you_mean(path) or ("give an id of the hub as text, not as a path object" if parse_id(str(path)) else "")
 
 
 def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
@@ -252,9 +252,9 @@ def _listed(urls: Sequence[str]) -> dict[str, list[Entry]]:
     for url in urls:
         if url.endswith(".txt"):
             raise UnsupportedError(
-                "a list of models at a remote place",
+                "a list of models at a URL is not read",
                 where=shown_url(url),
-                rule="lists are read from this machine; they may hold URLs",
+                rule="lists are read only from this machine, but may contain URLs",
                 next_step="download it",
             )
     depths = [(len(parts) if "**" not in parts else MAX_DEPTH + len(parts)) or MAX_DEPTH for _, parts in splits]
@@ -301,7 +301,9 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
     for number, line in enumerate(text.split("\n"), 1):
         lines.setdefault(line.strip(), number)
     if len(lines) > MAX_LINES:
-        raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
+        raise ZooError(
+            f"the list has {len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}"
+        )
     within = _Lists((*lists.within, resolved), lists.read, lists.hidden)
     found: list[Path | str | HubId] = []
     for line, number in lines.items():

@@ -234,6 +234,6 @@ def _not_finite(model: str, layer: str, bad: int) -> DataError:
     return DataError(
         f"{bad} values are NaN or Inf",
         where=f"layer '{layer}' of {model}",
-        rule="a subspace is fitted to finite weights only",
+        rule="a subspace is fitted only to finite weights",
         next_step="leave the model out, or --exclude the layer so that it is carried unchanged",
     )

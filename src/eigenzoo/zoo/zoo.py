@@ -83,7 +83,7 @@ class Zoo:
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             raise ZooError(
-                f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique"
+                f"the name {repeated[0]!r} is used by more than one model", rule="names of models must be unique"
             )
         self._match: Match = match_models(self.models, self.names, selection, self.base)
         self.zeros = tuple(
@@ -222,7 +222,7 @@ class Zoo:
                 )
             if self.layers[name].tensor_shape != layer.tensor_shape:
                 raise MismatchError(
-                    f"shape {list(self.layers[name].tensor_shape)} in {self.names[0]}",
+                    f"has shape {list(self.layers[name].tensor_shape)} in {self.names[0]}",
                     where=f"layer '{name}'",
                     rule=f"{what} has {list(layer.tensor_shape)}",
                 )
@@ -343,15 +343,15 @@ def open_zoo(
 def _check_missing(missing: str, view: str) -> None:
     if missing == "zero" and view != "update":
         raise UsageError(
-            f"missing 'zero' with view {view!r}",
-            rule="only an update can be zero: what an adapter does not train stays as it is in the base",
+            f"missing='zero' does not work with view {view!r}",
+            rule="only an update can be zero, because an adapter leaves untrained modules of the base unchanged",
             next_step="leave out missing='zero' (--missing zero); --allow-missing leaves out layers that some models lack",
         )
 
 
 def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
     if view != "delta" and base is not None:
-        raise UsageError(f"a base is given with view {view!r}", rule="only view 'delta' subtracts a base")
+        raise UsageError(f"a base does not work with view {view!r}", rule="only view 'delta' subtracts a base")
     if view == "delta" and base is None:
         raise _without_base()
 

@@ -175,10 +175,10 @@ class StoredTemplate(Template):
             model = _open_again(self._source.path)
         if not self._is_fitted(model):
             raise BundleError(
-                "the model there is not the one that was fitted",
+                "the model at this path is not the one that was fitted",
                 where=self._source.path,
-                rule="what was excluded stays in the store, and is read from there",
-                next_step="fit again, or without --include and --exclude, which carries everything",
+                rule="excluded tensors stay in the store and are read from there",
+                next_step="fit the zoo again; without --include and --exclude the bundle carries all tensors",
             )
         return model
 
@@ -224,5 +224,5 @@ def _bytes(root: Path, file: str) -> bytes:
 
 def _changed(path: Path) -> NoReturn:
     raise BundleError(
-        "the content is not what its name says", where=str(path), next_step="copy the bundle again, whole"
+        "the content does not match the hash in its name", where=str(path), next_step="copy the whole bundle again"
     )

@@ -44,7 +44,7 @@ def foreign_files(folder: Path) -> str:
     try:
         files = read_json(folder / MANIFEST, where=MANIFEST, max_bytes=MAX_MANIFEST_BYTES).get("files")
     except FormatError as error:
-        return f"cannot be told from a folder of another kind ({error.where}: {error.what})"
+        return f"may be a folder of another kind ({error.where}: {error.what})"
     return find_stranger(folder, {*files, MANIFEST, CARD, HUB_FILE}) if isinstance(files, dict) else OTHER_KIND
 
 
@@ -55,19 +55,17 @@ def read_manifest(path: Path) -> Manifest:
             f"there is no {MANIFEST}" if path.exists() else "there is no such folder",
             where=str(path),
             rule="a bundle is a folder that eigenzoo fit wrote",
-            next_step="make one with eigenzoo fit ZOO -o BUNDLE" if path.exists() else did_you_mean(path),
+            next_step="write one with eigenzoo fit ZOO -o BUNDLE" if path.exists() else did_you_mean(path),
         )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))
     plain = file_sizes(path)
     for name in manifest.files:
         if name != MOMENTS and name not in plain and not inside(path, name).is_file():
-            raise BundleError(
-                f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole"
-            )
+            raise BundleError(f"the file {name!r} is missing", where=str(path), next_step="copy the whole bundle again")
     unlisted = [model.coefficients for model in manifest.models if model.coefficients not in manifest.files]
     if unlisted:
-        raise BundleError(f"{unlisted[0]!r} is not among the manifest's files", where=str(path))
+        raise BundleError(f"{unlisted[0]!r} is not listed in the manifest", where=str(path))
     return manifest
 
 
@@ -103,7 +101,9 @@ def read_coefficients(
     expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
     found = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
     if found != expected and found != expected | {"energy": ("F64", (num_layers,))}:
-        raise BundleError(f"holds {found}", where=where, rule=f"tensors {expected} match the layers of this bundle")
+        raise BundleError(
+            f"holds {found}", where=where, rule=f"tensors {expected} are the ones that this bundle's layers need"
+        )
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
     if opened.metadata.get("model") != model:
@@ -150,7 +150,7 @@ def unknown_files(path: Path, manifest: Manifest) -> Iterator[str]:
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
         if (file.is_symlink() or not file.is_dir()) and name not in known:
-            yield f"{name}: no such file is in the manifest"
+            yield f"{name}: the manifest does not list it"
 
 
 def model_faults(path: Path, manifest: Manifest) -> Iterator[str]:
@@ -168,7 +168,7 @@ def model_faults(path: Path, manifest: Manifest) -> Iterator[str]:
         contents += [f"rest/{content}.safetensors" for content in model.carried.values()]
         for content in contents:
             if content not in manifest.files:
-                yield f"{content}: model {model.name!r} needs it, and it is not in the manifest"
+                yield f"{content}: model {model.name!r} needs it, but the manifest does not list it"
 
 
 def coefficient_file(model: str) -> str:
@@ -223,7 +223,7 @@ def file_record(path: Path) -> FileRecord:
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     if not is_regular(path):
-        raise FormatError("is no plain file", where=str(path))
+        raise FormatError("is not a regular file", where=str(path))
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -230,7 +230,7 @@ def parse_manifest(document: dict[str, Any], where: str) -> Manifest:
         raise BundleError(
             f"the bundle has schema version {version}",
             where=where,
-            rule=f"this eigenzoo reads up to {SCHEMA_VERSION}",
+            rule=f"this version of eigenzoo reads schema versions up to {SCHEMA_VERSION}",
             next_step="upgrade eigenzoo",
         )
     try:

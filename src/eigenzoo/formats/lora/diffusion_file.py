@@ -122,9 +122,9 @@ def find_updates(
     configs, warnings = component_configs(metadata, {pair.component for pair in pairs.values()})
     if configs and alphas:
         raise FormatError(
-            f"tensors of α beside {METADATA_KEY} in the header",
-            rule="the scale is said once",
-            next_step="remove one of them; diffusers refuses both together, too",
+            f"the file has both tensors of α and {METADATA_KEY} in its header",
+            rule="a file states its scale once",
+            next_step="remove one of them; diffusers also refuses a file with both",
         )
     updates = {}
     for module, pair in pairs.items():
@@ -140,7 +140,7 @@ def find_updates(
     num_zeros = sum(alpha == 0 for alpha in alphas.values())
     if num_zeros:
         warnings += (
-            f"{num_zeros} layers have α = 0 and change nothing, as diffusers reads it (kohya's trainer takes 0 for α = rank)",
+            f"{num_zeros} layers have α = 0, which diffusers reads as no change (kohya's trainer reads it as α = rank)",
         )
     return updates, warnings
 
@@ -180,25 +180,25 @@ def _scale(pair: FactorPair, rank: int, config: Mapping[str, Any] | None, alphas
         return 1.0
     stated = lora_rank(config, pair.name)
     if stated != rank:
-        raise FormatError(f"rank {rank} in the file and {stated} in {METADATA_KEY}", rule="they are the same number")
+        raise FormatError(f"the rank is {rank} in the file but {stated} in {METADATA_KEY}", rule="both must be equal")
     return lora_scale(config, pair.name, rank)
 
 
 def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     """Give the rank that the shapes of both factors agree on."""
     a, b = factor_a.shape, factor_b.shape
-    shapes = f"A (down) of shape {a} and B (up) of shape {b}"
+    shapes = f"A (down) has shape {a} and B (up) has shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
+        raise UnsupportedError(f"the factors have dtypes {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):
-        raise FormatError(shapes, rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
+        raise FormatError(shapes, rule="A must have shape (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
     if b[1] != a[0]:
-        raise FormatError(shapes, rule="B's second size is A's first, the rank")
+        raise FormatError(shapes, rule="the second size of B must equal the first size of A, the rank")
     return a[0]
 
 
 def _check_alpha(info: TensorInfo) -> None:
     if prod(info.shape) != 1 or len(info.shape) > 1 or info.dtype not in ALPHA_DTYPES:
         raise FormatError(
-            f"α of shape {info.shape} and {info.dtype}", where=info.name[:200], rule="α is one number for each layer"
+            f"α has shape {info.shape} and dtype {info.dtype}", where=info.name[:200], rule="α is one number per layer"
         )

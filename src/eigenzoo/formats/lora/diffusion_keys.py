@@ -200,8 +200,8 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
     adapters = sorted({key.adapter for key in found.values()})
     if len(adapters) > 1:
         raise UnsupportedError(
-            f"factors of several adapters in one file: {', '.join(map(repr, adapters[:5]))}",
-            next_step="save them one by one",
+            f"the file has factors of several adapters: {', '.join(map(repr, adapters[:5]))}",
+            next_step="save each adapter to its own file",
         )
     network = _network_of(found.values())
     pairs: dict[str, FactorPair] = {}
@@ -210,14 +210,16 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
         module = key.module(network)
         pair = pairs.setdefault(module, FactorPair(key.component, key.name))
         if key.side in pair.keys:
-            raise FormatError(f"two factors {key.side} of module {module!r}: {pair.keys[key.side]!r} and {name!r}")
+            raise FormatError(f"module {module!r} has two factors {key.side}: {pair.keys[key.side]!r} and {name!r}")
         pair.keys[key.side] = name
         stems[key.stem] = module
     for module, pair in pairs.items():
         if len(pair.keys) < 2:
             missing = "A (down)" if "B" in pair.keys else "B (up)"
             raise FormatError(
-                f"the factor {missing} is missing", where=f"module {module[:200]!r}", rule="an update has both factors"
+                f"the factor {missing} is missing",
+                where=f"module {module[:200]!r}",
+                rule="an update needs both factors",
             )
     _place_alphas([name for name in names if name not in found], pairs, stems)
     return pairs
@@ -257,9 +259,9 @@ def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems:
             pairs[stems[stem]].alpha = name
         elif stem != name or "lora" in name.lower() or name.startswith("lycoris_"):
             raise UnsupportedError(
-                f"{name[:200]!r} is no factor of an update",
-                rule="only s·B·A is read",
-                next_step="save it again without this tensor if it does nothing, or merge it into its base model",
+                f"{name[:200]!r} is not a factor of an update",
+                rule="only updates of the form s·B·A are read",
+                next_step="save it again without this tensor if the tensor has no effect; otherwise merge it into its base model",
             )
 
 

@@ -130,9 +130,9 @@ def factor_kind(names: Collection[str], where: str) -> str | None:
             if kind.alone and len(stems) < len(names):
                 continue
             raise UnsupportedError(
-                f"LoRA factors as {kind.name} writes them",
+                f"the file has LoRA factors as {kind.name} writes them",
                 where=where,
-                rule="factors are read as updates where their scale and their layers are known, and never as weights",
+                rule="factors are read only as updates, if their scale and layers are known, and never as weights",
                 next_step=kind.next_step,
             )
         return kind
@@ -181,7 +181,7 @@ def _refuse_whole(names: Collection[str], stems: Collection[str], where: str) ->
     for name in names:
         if name.endswith((".weight", _PARAMETRIZED)) and is_weight_of(name, stems):
             raise UnsupportedError(
-                "a whole model whose LoRA is not merged into its weights",
+                "the LoRA of this whole model is not merged into its weights",
                 where=where,
                 rule=f"weights and LoRA factors in one file, such as {name[:100]!r}, are neither a checkpoint nor an adapter",
                 next_step=_WHOLE_NEXT,

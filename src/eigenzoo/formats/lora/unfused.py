@@ -80,9 +80,9 @@ def _unfused(model: DiffusionLora) -> DiffusionLora:
             found = _views[known] = _view(known)
         except UnsupportedError as error:
             raise UnsupportedError(
-                "q, k and v are one layer here, and layers of their own in other files of the zoo",
+                "q, k and v are one layer in this file, but three layers in other files of the zoo",
                 where=str(model.path),
-                rule=f"it is read as theirs where each of its layers has a name of diffusers' ({error.where})",
+                rule=f"the layer is split only if diffusers has a name for each layer of the file ({error.where})",
                 next_step="convert it with diffusers: state = FluxPipeline.lora_state_dict(file); "
                 "save_file({key: values.clone() for key, values in state.items()}, new_file)",
             ) from error
@@ -105,7 +105,7 @@ def _view(known: KnownUpdates) -> KnownUpdates:
         start, outputs = 0, update.shape[0]
         for module, rows in parts_of(update) or ((update.module, outputs),):
             if module in updates or (module != update.module and module in known.updates):
-                raise UnsupportedError("is in the file fused and apart", where=f"module {module[:200]!r}")
+                raise UnsupportedError("the file has it both fused and split", where=f"module {module[:200]!r}")
             stem = diffusers_stem(module)
             key_a, key_b = (f"{stem}.lora_{side}.weight" for side in "AB")
             shape_a, shape_b = update.factor_shapes

@@ -86,9 +86,9 @@ def fill_adapter(model: Model, modules: Iterable[KnownModule], name: str) -> Mod
         _check_untrained(others, module, name)
         if module not in found:
             raise MismatchError(
-                f"{name} has no such layer, and no file of its kind of keys has it",
+                f"{name} has no such layer, and no file with keys of the same kind has it",
                 where=f"layer '{module}'",
-                rule="an update of zero gets a key of the file's own kind",
+                rule="a zero update gets a key of the same kind as the file's other keys",
                 next_step="load the files with diffusers and save them again with save_lora_weights, so that they agree; "
                 "or leave the layer out with --exclude",
             )
@@ -103,7 +103,7 @@ def _check_untrained(others: Collection[str], module: str, name: str) -> None:
             raise MismatchError(
                 f"{name} holds the whole weight of this module, {key!r}",
                 where=f"layer '{module}'",
-                rule="only a module that an adapter leaves as it is counts as an update of zero",
+                rule="only a module that an adapter does not change counts as a zero update",
                 next_step=f"--exclude '{glob_of(module)}' carries it unchanged",
             )
 

@@ -66,7 +66,7 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
             try:
                 super().__init__(prefix=f"{PREFIX}{system_mark()}", dir=parent)
             except OSError as error:
-                raise OutputError(f"no folder can be made there ({error.strerror})", where=place) from error
+                raise OutputError(f"a folder cannot be created there ({error.strerror})", where=place) from error
             lock = _hold(Path(self.name))
             if lock is None:
                 super().cleanup()

@@ -18,7 +18,7 @@ from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.paths import OUTPUT_RECORD
 
 OTHER_KIND = "is a folder of another kind"
-NO_RECORD = f"has no record ({OUTPUT_RECORD}) of what eigenzoo wrote in it"
+NO_RECORD = f"has no record ({OUTPUT_RECORD}) of the files that eigenzoo wrote"
 
 Foreign = Callable[[Path], str]
 """Called with a folder that is to be replaced; says what about it eigenzoo did not write, or nothing: ""."""
@@ -93,7 +93,7 @@ def _holds(path: Path, recorded_hash: object) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    """Return the hash of a file; of anything that is no plain file, what no file has."""
+    """Return the hash of a file; of anything that is not a regular file, what no file has."""
     if path.is_symlink() or not path.is_file():
         return ""
     status = path.stat()

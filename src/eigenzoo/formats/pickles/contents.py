@@ -59,7 +59,7 @@ def check_tensors(found: Any) -> None:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise FormatError(
                 f"the entry {str(name)[:100]!r} is {type(value).__name__}",
-                rule=f"every entry of a state dict is a tensor; it is looked for under {', '.join(WRAPPERS)}, or at the top",
+                rule=f"every entry of a state dict is a tensor; one is expected under {', '.join(WRAPPERS)} or at the top level",
                 next_step="save the state dict alone, as safetensors",
             )
 

@@ -134,7 +134,9 @@ def fetch_model(place: HubId, *, allow_pickle: bool = False) -> Path:
     """Download the one model that an id names; returns the path that opens it."""
     found = find_hub_models(place, 0, allow_pickle=allow_pickle)
     if not found:
-        raise FormatError("no model here", where=str(place), rule="a model is a repository, or a folder of one")
+        raise FormatError(
+            "there is no model here", where=str(place), rule="a model is a repository or a folder of a repository"
+        )
     path, error = found[0]
     if error is not None:
         raise error
@@ -149,7 +151,7 @@ def _refused(model: HubModel, commit: Commit, allow_pickle: bool) -> EigenzooErr
         return UnsupportedError(
             "the weights are a Python pickle",
             where=where,
-            rule="pickles can run code, and are downloaded with permission only",
+            rule="pickles can run code and are downloaded only with permission",
             next_step="pass --allow-pickle (allow_pickle=True), or ask its author for safetensors",
         )
     return None
@@ -228,7 +230,7 @@ def _hash_fault(path: Path, name: str) -> str:
             data = file.read()
             # Some stores in the hub's place answer with the SHA-1 of the bytes alone.
             found = {hashlib.sha1(head + data).hexdigest() for head in (b"blob %d\0" % len(data), b"")}
-    return "" if expected in found else f"{name} has not the hash that the hub says"
+    return "" if expected in found else f"{name} does not have the hash that the hub states"
 
 
 def stored_sha256(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from eigenzoo.formats.remote.hub_files import tree_of
 from eigenzoo.formats.remote.hub_id import HubId, find_id, parse_url
 from eigenzoo.formats.tree import is_bundle as is_bundle_folder
 
-_WHOLE = "push the bundle again, whole, with --force"
+_WHOLE = "push the whole bundle again, with --force"
 
 
 def bundle_path(source: str | os.PathLike[str]) -> Path:
@@ -49,9 +49,9 @@ def hub_place(source: str | os.PathLike[str]) -> HubId | None:
     place = parse_url(source)
     if place is None:
         raise BundleError(
-            "a bundle at a URL",
+            "the bundle is at a URL",
             where=shown_url(source),
-            rule="bundles are read from this machine, and from model repositories of the hub",
+            rule="bundles are read only from this machine and from model repositories of the hub",
             next_step="download it",
         )
     return place
@@ -70,10 +70,10 @@ def fetch_bundle(place: HubId) -> Path:
     commit = find_commit(place)
     if not _is_bundle(commit):
         raise BundleError(
-            "is no bundle",
+            "is not a bundle",
             where=str(place),
             rule=f"a bundle has {' and '.join(BUNDLE_FILES)}",
-            next_step="name a model or a zoo where one is asked for",
+            next_step="name a model or a zoo only where one is expected",
         )
     folder, named = commit.folder / commit.place.folder, _below(commit, MANIFEST)
     if commit.sizes[named] > MAX_MANIFEST_BYTES:

@@ -24,7 +24,7 @@ ATTEMPTS, UNREACHED = 4, 2
 
 FIRST_DELAY = 1.0
 
-_CONNECT, _CACHED = "check the connection and run it again", "; what is in the cache is read without one"
+_CONNECT, _CACHED = "check the connection and run it again", "; models in the cache need no connection"
 _LATER = "run it again later"
 
 _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
@@ -129,28 +129,28 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
     )
 
     where, status = str(place), status_of(error)
-    here = "no file or folder of this name is here, and " if local_too else ""
+    here = "there is no file or folder of this name here, and " if local_too else ""
     page = f"{endpoint()}/{place.repo}"
     if isinstance(error, GatedRepoError):
         return FormatError(
             "the repository is gated, and this account may not read it",
             where=where,
             rule="reading it requires a login and accepted terms",
-            next_step=f"accept the terms at {page}, then `hf auth login`",
+            next_step=f"accept the terms at {page}, then run `hf auth login`",
         )
     if isinstance(error, RepositoryNotFoundError):
         return FormatError(
             f"{here}the hub shows no such repository",
             where=where,
-            rule="an id is org/name or org/name@revision; a repository that is private is shown only to those who may read it",
-            next_step="check the name; of a private repository `hf auth login` first",
+            rule="an id is org/name or org/name@revision; the hub shows a private repository only to accounts with access",
+            next_step="check the name; for a private repository run `hf auth login` first",
         )
     if isinstance(error, RevisionNotFoundError):
         return FormatError(
             f"{here}the repository has no revision {place.revision or 'main'!r}",
             where=where,
             rule="a revision is a branch, a tag or a commit",
-            next_step=f"see {page}/tree/main for those that there are",
+            next_step=f"see {page}/tree/main for the revisions",
         )
     if isinstance(error, RemoteEntryNotFoundError) or status == 404:
         return FormatError("the repository has no such file", where=where, next_step=f"see {page}/tree/main")
@@ -159,21 +159,21 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
             f"the hub refuses the request (status {status})",
             where=where,
             rule="a token must be valid and have the right for this repository",
-            next_step="`hf auth login` with such a token, or ask the owner for access",
+            next_step="run `hf auth login` with such a token, or ask the owner for access",
         )
     missing = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled, _resolution_error())
     if isinstance(error, missing) and not writing:
         return _not_cached(place, here)
     if isinstance(error, HFValidationError):
-        return FormatError(f"{here}this is no id of the hub: {scrubbed(str(error))}", where=where)
+        return FormatError(f"{here}this is not a hub id: {scrubbed(str(error))}", where=where)
     if status in (409, 412):
         return FormatError(
-            f"the repository changed while it was written to (status {status})", where=where, next_step="run it again"
+            f"the repository changed during the push (status {status})", where=where, next_step="run it again"
         )
     if status == 429:
         wait = asked_to_wait(error)
         return FormatError(
-            "the hub answers no more requests for now (status 429)",
+            "the hub refuses further requests for now (status 429)",
             where=where,
             next_step=(f"run it again in {wait:.0f} s" if wait else _LATER) + "; `hf auth login` raises the limit",
         )
@@ -181,19 +181,19 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         return FormatError(f"the hub fails (status {status})", where=where, next_step=_LATER)
     if isinstance(error, FileMetadataError):
         return FormatError(
-            f"what answers at {endpoint()} is no hub", where=where, next_step="check HF_ENDPOINT and the proxy"
+            f"the server at {endpoint()} is not a hub", where=where, next_step="check HF_ENDPOINT and the proxy"
         )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _BROKEN):
         return FormatError(
-            f"cannot be kept in the hub's cache ({error.strerror})",
+            f"cannot be stored in the hub's cache ({error.strerror})",
             where=where,
             next_step="free some space, or set HF_HUB_CACHE to another folder",
         )
     if isinstance(error, OSError | ValueError) and not isinstance(error, _BROKEN):
         return FormatError(
-            f"what the hub sends is not what it says that it has ({type(error).__name__}: {scrubbed(str(error))})",
+            f"the hub's answer does not match its own listing ({type(error).__name__}: {scrubbed(str(error))})",
             where=where,
-            rule="nothing of it is kept",
+            rule="the answer was discarded",
             next_step=_LATER,
         )
     return FormatError(
@@ -209,7 +209,7 @@ def _not_cached(place: HubId, here: str) -> FormatError:
     offline = constants.is_offline_mode()
     why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     return FormatError(
-        f"{here}{why}, and the hub's cache has not all of it",
+        f"{here}{why}, and the hub's cache does not have all of it",
         where=str(place),
         rule=f"the cache is the folder {str(constants.HF_HUB_CACHE)!r}",
         next_step="run it once without HF_HUB_OFFLINE" if offline else _CONNECT + _CACHED,

@@ -96,9 +96,9 @@ def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
         refuse_unreadable(kind, files, "")
         if kind == "pipeline":
             raise UnsupportedError(
-                "a diffusers pipeline on the hub",
-                rule="of pipelines, single components are read from there",
-                next_step="name the folder of one (org/name/unet), or download the pipeline",
+                "this is a diffusers pipeline on the hub",
+                rule="only single components of a pipeline are read from the hub",
+                next_step="name the folder of a component (org/name/unet), or download the pipeline",
             )
         if kind == "adapter":
             weights = [name for name in (WEIGHTS_FILE, PICKLED_ADAPTER, MLX_FILE) if name in files]

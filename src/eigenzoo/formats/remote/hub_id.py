@@ -95,7 +95,7 @@ def find_id(text: object, folder: Path = Path()) -> HubId | None:
         where=str(text),
         rule=f"{Path(near).parts[0]!r} is a folder here, so the hub is not asked for it",
         next_step=f"{did_you_mean(str(text), folder) or 'check the name.'} "
-        f"A repository of the hub is named {place}@main or {place.url}",
+        f"To name a repository of the hub, write {place}@main or {place.url}",
     )
 
 
@@ -112,7 +112,7 @@ def parse_url(url: str) -> HubId | None:
 def use_of_bundle(url: str) -> str:
     """Say how a bundle at a URL is used: the hub's by its id."""
     place = parse_url(url)
-    return f"name it by its id, {place}, where a bundle is asked for" if place else "download it to use it"
+    return f"name it by its id, {place}, where a bundle is expected" if place else "download it to use it"
 
 
 _KINDS = ("datasets", "spaces", "models", "buckets", "kernels")

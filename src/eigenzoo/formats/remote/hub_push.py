@@ -76,7 +76,9 @@ def push_bundle(
     pushed = replace(place, revision=commit)
     if not _same(_list(api, pushed), folder, files):
         raise BundleError(
-            "the hub does not hold what was pushed", where=str(pushed), next_step="push it again, with --force"
+            "the hub's files differ from those that were pushed",
+            where=str(pushed),
+            next_step="push it again, with --force",
         )
     return pushed
 
@@ -91,11 +93,11 @@ def _find_or_make(api: Any, place: HubId, private: bool) -> str:
         raise OutputError(
             "the repository is public",
             where=place.repo,
-            rule="--private is for a repository that the push makes",
+            rule="--private applies only to a repository that the push creates",
             next_step="make it private in its settings first",
         )
     if found is None or not found.sha:
-        raise BundleError("the hub does not show the repository that it has made", where=place.repo)
+        raise BundleError("the hub does not show the repository that it created", where=place.repo)
     return str(found.sha)
 
 
@@ -157,12 +159,12 @@ def _check_replaceable(place: HubId, there: Mapping[str, str], force: bool) -> N
         raise OutputError(
             f"the repository holds other files ({', '.join(sorted(others)[:3])}{', …' if len(others) > 3 else ''})",
             where=str(place),
-            rule="a bundle has a repository of its own, and --force replaces bundles only",
+            rule="a bundle needs its own repository, and --force replaces only bundles",
             next_step="choose another name",
         )
     if beside and not force:
         raise OutputError(
-            "the repository holds other content already",
+            "the repository already holds other content",
             where=str(place),
             next_step="choose another name or --revision, or --force to replace it",
         )

@@ -98,7 +98,7 @@ def mirror_url(url: str) -> Path:
     if isinstance(found, EigenzooError):
         raise found
     if isinstance(found, Folder) and not found.entries:
-        raise FormatError("no model here: nothing of this name exists", where=shown_url(url))
+        raise FormatError("there is no model here: nothing of this name exists", where=shown_url(url))
     if is_bundle(found):
         raise FormatError(
             "this is a bundle, not a zoo or a model",
@@ -171,20 +171,22 @@ def _refuse(plan: _Plan) -> None:
     refuse_unreadable(plan.kind, names, plan.url)
     if plan.kind == "pickle" or (plan.kind == "adapter" and WEIGHTS_FILE not in names and PICKLED_ADAPTER in names):
         raise UnsupportedError(
-            "the weights are a Python pickle at a remote place",
+            "the weights are a Python pickle at a URL",
             where=plan.url,
-            rule="pickles can run code and are read from this machine only, with permission",
+            rule="pickles can run code and are read only from this machine, with permission",
             next_step="download it and pass --allow-pickle (allow_pickle=True), or convert it to safetensors",
         )
     if plan.kind == "pipeline":
         raise UnsupportedError(
-            "a diffusers pipeline at a remote place",
+            "this is a diffusers pipeline at a URL",
             where=plan.url,
-            rule="of pipelines, single components are read from URLs",
-            next_step=f"name the folder of one ({plan.url}/unet), or download the pipeline",
+            rule="only single components of a pipeline are read from URLs",
+            next_step=f"name the folder of a component ({plan.url}/unet), or download the pipeline",
         )
     if plan.kind is None:
-        raise FormatError("no model here", where=plan.url, rule="read from URLs are safetensors models and adapters")
+        raise FormatError(
+            "there is no model here", where=plan.url, rule="only safetensors models and adapters are read from URLs"
+        )
 
 
 def _learn_sizes(plans: Sequence[_Plan]) -> None:
@@ -194,7 +196,7 @@ def _learn_sizes(plans: Sequence[_Plan]) -> None:
     for (plan, name), call, error in zip(asked, calls, run_jobs(calls), strict=True):
         size = call.value.get("size") if call.value else None
         if size is None:
-            plan.error = plan.error or error or FormatError("its store does not tell its size", where=call.url)
+            plan.error = plan.error or error or FormatError("its store does not state its size", where=call.url)
         else:
             plan.files[name] = replace(plan.files[name], size=int(size), tag=tag_of(call.value))
     for plan in plans:

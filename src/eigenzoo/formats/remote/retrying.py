@@ -275,9 +275,9 @@ def _told_of(job: Job, error: BaseException | None) -> EigenzooError | None:
         f"cannot be read ({_told(last)}), in {num} attempt{'' if num == 1 else 's'}"
         + (f", and {error.waited:.0f} s of waiting as its store asked" if error.waited else ""),
         where=job.url,
-        next_step=f"run it again in {asked:.0f} s, as its store asks for"
+        next_step=f"run it again in {asked:.0f} s, as its store requests"
         if error.waited + asked > LONGEST_WAIT
-        else "check the connection and run it again: what was read of headers is kept",
+        else "check the connection and run it again: headers that were read are kept",
     )
 
 
@@ -302,13 +302,13 @@ def _as_error(job: Job, error: Exception) -> FormatError:
         return FormatError(
             f"may not be read ({_told(error)})",
             where=job.url,
-            next_step="give the driver credentials by its own settings or environment",
+            next_step="set the driver's credentials in its own settings or environment",
         )
     if status in (412, 416):
         return FormatError(
             "the file changed since it was listed",
             where=job.url,
-            rule="models are not written to while they are read",
+            rule="a model must not change while it is read",
             next_step=OPEN_AGAIN,
         )
     return FormatError(f"cannot be read ({_told(error)})", where=job.url)

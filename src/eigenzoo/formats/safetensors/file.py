@@ -128,7 +128,7 @@ class SafetensorsFile:
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return info
 
     def _where(self, name: str) -> str:

@@ -95,9 +95,9 @@ class SubspaceAdapters(ForeignSubspace):
         modules = list(dict.fromkeys(module for module, _, part in first.parts if part == LOADINGS))
         if not modules:
             raise FormatError(
-                "components without loadings",
+                "the files have components, but no loadings",
                 where=first.where,
-                rule="an adapter is its loadings; components alone are no model",
+                rule="an adapter consists of loadings; components alone are not a model",
                 next_step="name the folders whose files hold loadings too",
             )
         self._owners = {(module, side): self._owner(module, side) for module in modules for side in "AB"}
@@ -107,7 +107,7 @@ class SubspaceAdapters(ForeignSubspace):
         found = [info.dtype for owner in self._owners.values() for info in owner.parts.values()]
         self.dtype = torch.float64 if torch.float64 in found else torch.float32
         self.files = tuple(dict.fromkeys(adapter.path for adapter in (*self._adapters, *self._owners.values())))
-        self.notes = ("it has no mean: what its components were centred by is lost",)
+        self.notes = ("it has no mean: the mean that was removed from its components is lost",)
 
     def factor(self, module: str, factor: str) -> ForeignFactor:
         """Read one factor: directions (K, S) along the inputs of A or the outputs of B, and all loadings (N, K, R)."""
@@ -117,7 +117,7 @@ class SubspaceAdapters(ForeignSubspace):
         for adapter in self._adapters:
             if adapter is not owner and key in adapter.parts and not torch.equal(adapter.read(key), components_SK):
                 raise DataError(
-                    f"components of {module[:200]!r}, side {side}, that differ from those of {owner.where}",
+                    f"the components of {module[:200]!r}, side {side}, differ from those of {owner.where}",
                     where=adapter.where,
                     rule="models of one subspace have the same components",
                     next_step="import adapters of one run at a time",
@@ -158,7 +158,8 @@ class SubspaceAdapters(ForeignSubspace):
             num_used, rank = require_shape(loadings, name, (None, None), first.where).shape
             if num_used > num_kept or (num_used < num_kept and owner is not self._given):
                 raise FormatError(
-                    f"{num_used} loadings for {num_kept} components of {module[:200]!r}, side {side}", where=first.where
+                    f"there are {num_used} loadings for {num_kept} components of {module[:200]!r}, side {side}",
+                    where=first.where,
                 )
             sizes.append((num_values, rank))
         (inputs, rank_a), (outputs, rank_b) = sizes
@@ -170,7 +171,7 @@ class SubspaceAdapters(ForeignSubspace):
         extra = sorted({module for module, _, _ in adapter.parts} - set(self.shapes))
         if extra:
             raise FormatError(
-                f"module {extra[0][:200]!r}, which the first adapter lacks",
+                f"it has module {extra[0][:200]!r}, which the first adapter lacks",
                 where=adapter.where,
                 rule="adapters of one subspace have the same modules",
             )
@@ -220,7 +221,9 @@ def _open_components(path: Path, allow_pickle: bool) -> _Adapter:
             _add(parts, (match["module"].removeprefix(PREFIX), match["side"], COMPONENTS), info, str(path))
     if not parts:
         raise FormatError(
-            "no components in the file", where=str(path), rule="they are called as the factors: <module>.lora_A.weight"
+            "the file has no components",
+            where=str(path),
+            rule="components are named like the factors: <module>.lora_A.weight",
         )
     return _Adapter(str(path), path, file, parts, ())
 
@@ -236,6 +239,6 @@ def _add(parts: dict[Key, TensorInfo], key: Key, info: TensorInfo, where: str) -
         raise FormatError(
             f"two tensors are the {key[2]} of {key[0][:200]!r}, side {key[1]}: {parts[key].name!r} and {info.name!r}",
             where=where,
-            next_step="save adapters one by one",
+            next_step="save each adapter to its own file",
         )
     parts[key] = info
