@@ -69,7 +69,7 @@ def worker_resources(max_memory: int | None, device: str) -> Resources:
     if max_memory is None:
         return Resources(device=device)
     bounds = resources_for(1, max_memory)
-    return Resources(bounds.block_bytes, bounds.kept_bytes, device)
+    return Resources(bounds.block_bytes, bounds.layer_bytes, device)
 
 
 def local_gpus(num_workers: int | None, device: str) -> int:

@@ -77,8 +77,8 @@ def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
         least = max(LEAST_SQUARE * usual, torch.finfo(torch.float64).tiny)
         # ‖x_n − mean of the others‖² = s_n² + the others' own noise in their mean, which the first round does not know.
         noise_N = weights_NN.square() @ squares_N if number else 0.0
-        known_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)
-        if float((squares_N / known_N - 1).abs().max()) < SETTLED:
+        previous_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)
+        if float((squares_N / previous_N - 1).abs().max()) < SETTLED:
             break
     level_N = squares_N.rsqrt()
     return level_N[:, None] * gram_NN * level_N, level_N

@@ -18,7 +18,7 @@ from torch import Tensor
 PRODUCT_COLUMNS = 8192
 """Columns of one symmetric product: its float32 sums are short, and their sum over blocks is float64. Longer ones are no faster."""
 
-GIL_HELD = 500
+SMALL_PRODUCT = 500
 """Symmetric products of so few values keep numpy's other threads waiting: it lets them run beside larger ones only."""
 
 ENERGY_RUN = 512
@@ -35,7 +35,7 @@ _quiet = np.errstate(invalid="ignore", over="ignore")
 @_quiet
 def gram(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
     """Return rows · rowsᵀ (N, N) in the dtype of the rows; half the products of a general one. Cost N²·D."""
-    if rows_ND.device.type != "cpu" or rows_ND.shape[0] ** 2 <= GIL_HELD:
+    if rows_ND.device.type != "cpu" or rows_ND.shape[0] ** 2 <= SMALL_PRODUCT:
         return torch.mm(rows_ND, rows_ND.T)
     rows = rows_ND.numpy()
     return torch.from_numpy(np.matmul(rows, rows.T, out=None if out is None else out.numpy()))

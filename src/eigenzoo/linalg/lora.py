@@ -98,5 +98,5 @@ def cut(factors: Factors, max_rank: int) -> tuple[Factors, float]:
     """
     if factors[1].shape[0] <= max_rank:
         return factors, 0.0
-    kept, share = truncated(*factors, max_rank)
-    return kept, share * energy(factors)
+    factors_cut, share = truncated(*factors, max_rank)
+    return factors_cut, share * energy(factors)

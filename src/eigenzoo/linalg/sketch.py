@@ -133,8 +133,8 @@ class Krylov:
 
     def _outside(self, columns: Tensor) -> Tensor:
         """Remove from columns what lies in the test blocks."""
-        for known_SL in self._blocks:
-            columns = columns - known_SL @ (known_SL.T @ columns)
+        for earlier_SL in self._blocks:
+            columns = columns - earlier_SL @ (earlier_SL.T @ columns)
         return columns
 
     def _rounded(self, block: Tensor) -> Tensor:

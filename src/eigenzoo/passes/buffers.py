@@ -61,9 +61,9 @@ def _take(num_bytes: int) -> Tensor:
         while not _returned.empty():
             _free.append(_returned.get())
         _free.sort(key=len)
-        for place, memory in enumerate(_free):
+        for index, memory in enumerate(_free):
             if num_bytes <= len(memory) <= TOO_LARGE * num_bytes + 2**20:
-                return _free.pop(place)
+                return _free.pop(index)
         if _free:
             _free.pop()
     # By numpy, which asks for large pages: they are cleared and found in a fraction of the time.

@@ -25,14 +25,14 @@ ROOT = Path("/")
 
 def machine_memory() -> int:
     """Return the bytes of memory that this process may use at most, whatever others use of it now."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
-        found.append(soft)
+        limits.append(soft)
     for folder in _groups("memory"):
         for file in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            found += [int(word) for word in _words(folder / file) if _is_number(word)]
-    return min(found)
+            limits += [int(word) for word in _words(folder / file) if _is_number(word)]
+    return min(limits)
 
 
 def num_cores() -> int:

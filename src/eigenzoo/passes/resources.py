@@ -28,7 +28,7 @@ SHARE_OF_GPU = 2
 MOST_ON_A_GPU = 8
 """Tasks that share a GPU: enough to read for it, and few enough that each has a useful part of its memory."""
 
-MOST_KEPT = 3 * SPAN_BYTES
+MAX_LAYER_BYTES = 3 * SPAN_BYTES
 """A layer whose rows take more is read again for its basis, from the page cache as a rule, and not kept: so memory stays flat."""
 
 
@@ -38,12 +38,12 @@ class Resources:
 
     Attributes:
         block_bytes: of one block of weights.
-        kept_bytes: of a layer that stays in memory from its moments to its basis.
+        layer_bytes: of a layer that stays in memory from its moments to its basis.
         device: where products run: `cpu`, `cuda`, `cuda:1`.
     """
 
     block_bytes: int = SPAN_BYTES
-    kept_bytes: int = MOST_KEPT
+    layer_bytes: int = MAX_LAYER_BYTES
     device: str = "cpu"
 
 
@@ -64,7 +64,7 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
         max_memory = min(max_memory, 1 << max(free.bit_length() - 1, 0))
     # A task holds its rows and, for a moment, what it makes of them.
     share = max(2**20, max_memory // (2 * max(num_workers, 1)))
-    return Resources(min(SPAN_BYTES, share), min(MOST_KEPT, share), device)
+    return Resources(min(SPAN_BYTES, share), min(MAX_LAYER_BYTES, share), device)
 
 
 def most_workers(num_workers: int, device: str) -> int:

@@ -39,7 +39,7 @@ Weight = Callable[[Any], int]
 WAITING = 2
 """Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
 
-HELD_BYTES = 192 * 2**20
+MAX_PENDING_BYTES = 192 * 2**20
 """What results that wait for their turn may weigh, for each worker."""
 
 MOST_PENDING = 8
@@ -69,7 +69,7 @@ class Workers:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
         So many calls are handed out that no worker waits, but no more than that; not while `MOST_PENDING` jobs a worker wait for
-        their turn, and not while their results may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may
+        their turn, and not while their results may weigh more than `MAX_PENDING_BYTES` a worker: `weight` says what a job's results may
         weigh, in bytes. An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
         memory, that is a ResourceError; `what` says there what a job's key, or the first part of it, names.
         """
@@ -87,7 +87,7 @@ class Workers:
                     return
                 if all(future.done() for future in pending[0][1]):
                     key, futures = pending.popleft()
-                    with enough_memory(_place(what, key), self.resources.device):
+                    with enough_memory(_location(what, key), self.resources.device):
                         results = [future.result() for future in futures]
                     yield key, results
                 else:
@@ -119,7 +119,7 @@ class Workers:
         if len(_unfinished(pending)) >= self.num + WAITING:
             return False
         weights = [weight(key) for key, _ in pending]
-        light = len(weights) <= MOST_PENDING * self.num and sum(weights) <= HELD_BYTES * self.num
+        light = len(weights) <= MOST_PENDING * self.num and sum(weights) <= MAX_PENDING_BYTES * self.num
         return len(weights) <= self.num or light
 
 
@@ -127,7 +127,7 @@ def _unfinished(pending: Iterable[tuple[Any, list[Future[Any]]]]) -> list[Future
     return [future for _, futures in pending for future in futures if not future.done()]
 
 
-def _place(what: str, key: Any) -> str:
+def _location(what: str, key: Any) -> str:
     name = key[0] if isinstance(key, tuple) and key else key
     return f"{what} '{name}'" if isinstance(name, str) else ""
 

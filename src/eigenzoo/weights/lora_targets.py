@@ -94,11 +94,11 @@ def _in_layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
 
     def is_in_layers(module: str) -> bool:
         for pattern, name in tried or [(r".*?\.[^.]*\.(?P<place>\d+)\..*", "")]:
-            found = _match(pattern, module, name)
-            if found is not None:
+            match = _match(pattern, module, name)
+            if match is not None:
                 # A pattern may name a group of its own so; then the number is that one's.
-                place = found["place"]
-                return place is not None and place.isdigit() and int(place[:9]) in wanted
+                number = match["place"]
+                return number is not None and number.isdigit() and int(number[:9]) in wanted
         return False
 
     return is_in_layers

@@ -56,7 +56,7 @@ class Rename:
 
 
 def find_rename(
-    names: Sequence[str], base: Collection[str], accepts: Accepts, held: Collection[str] = ()
+    names: Sequence[str], base: Collection[str], accepts: Accepts, taken: Collection[str] = ()
 ) -> Rename | None:
     """Find one change of prefix, or of wrappers' parts, that makes every name one of the base that it may be.
 
@@ -74,9 +74,9 @@ def find_rename(
     for change in candidates:
         if not all(name.startswith(change.old) for name in names):
             continue
-        found = {change(name): name for name in names}
-        apart = len(found) == len(set(names)) and found.keys().isdisjoint(held)
-        if apart and all(new in base and accepts(name, new) for new, name in found.items()):
+        renamed = {change(name): name for name in names}
+        apart = len(renamed) == len(set(names)) and renamed.keys().isdisjoint(taken)
+        if apart and all(new in base and accepts(name, new) for new, name in renamed.items()):
             return change
     return None
 
@@ -89,10 +89,10 @@ def beyond(names: Sequence[str], base: Collection[str]) -> list[str]:
     """
     last: dict[str, int] = {}
     for name in base:
-        place = depth(name)
-        if place is not None:
-            last[role(name)] = max(place, last.get(role(name), 0))
-    return [name for name in names if (place := depth(name)) is not None and place > last.get(role(name), place)]
+        number = depth(name)
+        if number is not None:
+            last[role(name)] = max(number, last.get(role(name), 0))
+    return [name for name in names if (number := depth(name)) is not None and number > last.get(role(name), number)]
 
 
 def _wrappers_of(names: Sequence[str]) -> tuple[str, ...]:
@@ -124,5 +124,5 @@ def nearest(name: str, base: Iterable[str], cutoff: float = 0.5) -> str | None:
     'layers.0.attn.q_proj'
     """
     name = name[:LONGEST_NAME]
-    found = difflib.get_close_matches(name, islice(base, MOST_PAIRS // max(len(name), 1) ** 2), 1, cutoff)
-    return found[0] if found else None
+    close = difflib.get_close_matches(name, islice(base, MOST_PAIRS // max(len(name), 1) ** 2), 1, cutoff)
+    return close[0] if close else None

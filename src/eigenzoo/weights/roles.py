@@ -40,8 +40,8 @@ def depth(layer: str) -> int | None:
     >>> depth("vit.encoder.layer.11.attention.query.weight")
     11
     """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+    return int(match[1]) if match else None
 
 
 def is_task_head(layer: str) -> bool:

@@ -43,8 +43,8 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
     is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
     tried: list[Renames] = [((Rename(), lost),)] if is_bare else []
     for names in (frozenset(base.own_names), base.weights):
-        found = _renames(adapter, base, names, lost)
-        tried += [found] if found and found not in tried else []
+        candidate = _renames(adapter, base, names, lost)
+        tried += [candidate] if candidate and candidate not in tried else []
     for renames in tried:
         change = _of_keys(adapter, renames)
         # Never two tensors under one key.
@@ -70,9 +70,9 @@ def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: 
         towers.setdefault(module.partition(".")[0], []).append(module)
     if len(towers) > MOST_TOWERS:
         return ()
-    found = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
-    renames = tuple((rename, modules) for rename, modules in found if rename is not None)
-    return renames if len(renames) == len(found) else ()
+    by_tower = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
+    renames = tuple((rename, modules) for rename, modules in by_tower if rename is not None)
+    return renames if len(renames) == len(by_tower) else ()
 
 
 def _of_keys(adapter: Adapter, renames: Renames) -> Change | None:

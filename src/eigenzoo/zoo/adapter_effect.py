@@ -82,26 +82,26 @@ def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -
 
 def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Adapter) -> list[Check]:
     """Compare changes with the base's answers; nothing where none are known."""
-    known = {module: layer.change for module, layer in changes.items() if layer.change is not None}
-    if not known:
+    sizes = {module: layer.change for module, layer in changes.items() if layer.change is not None}
+    if not sizes:
         return []
     if len(none) == len(changes):
         return [Check("change", "not checked, as there is none", done=False)]
-    detail = f"of the base's outputs: {median(known.values()):.2g} as a rule, "
-    detail += f"{min(known.values()):.2g} to {max(known.values()):.2g}"
-    little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
-    absurd = [module for module, change in known.items() if not change <= ABSURD]
-    much = [module for module, change in known.items() if MUCH < change <= ABSURD]
+    detail = f"of the base's outputs: {median(sizes.values()):.2g} as a rule, "
+    detail += f"{min(sizes.values()):.2g} to {max(sizes.values()):.2g}"
+    little = [module for module, change in sizes.items() if change < NEGLIGIBLE and module not in none]
+    absurd = [module for module, change in sizes.items() if not change <= ABSURD]
+    much = [module for module, change in sizes.items() if MUCH < change <= ABSURD]
     faults = [
-        f"{_changing(group, known)}, and above {ABSURD:g} none of the base's output remains: damaged values, "
+        f"{_changing(group, sizes)}, and above {ABSURD:g} none of the base's output remains: damaged values, "
         f"{_scaled(adapter, group)}or another base"
         for group in by_role(absurd)
     ]
-    notes = [f"{_changing(group, known)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
+    notes = [f"{_changing(group, sizes)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
     if little and len(little) + len(none) == len(changes):
         faults.append(f"every change is below {NEGLIGIBLE:g} of the base's outputs: practically none")
     else:
-        notes += [f"{_changing(group, known)}: practically nothing" for group in by_role(little)]
+        notes += [f"{_changing(group, sizes)}: practically nothing" for group in by_role(little)]
     return [Check("change", detail, tuple(faults), tuple(notes))]
 
 
@@ -111,7 +111,7 @@ def _scaled(adapter: Adapter, modules: Sequence[str]) -> str:
     return f"a scale of {scale:g} (lora_alpha), " if scale != 1.0 else ""
 
 
-def _changing(modules: Sequence[str], known: Mapping[str, float]) -> str:
-    low, high = min(known[module] for module in modules), max(known[module] for module in modules)
+def _changing(modules: Sequence[str], sizes: Mapping[str, float]) -> str:
+    low, high = min(sizes[module] for module in modules), max(sizes[module] for module in modules)
     amount = f"{low:.3g}" if len(modules) == 1 else f"{low:.3g} to {high:.3g}"
     return f"{grouped(modules)}: changes {amount} times the output of the base's layer"

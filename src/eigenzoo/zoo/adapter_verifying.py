@@ -71,8 +71,8 @@ def verify_adapter(
     except FormatError as error:
         if is_url(text) or not (whole_model(Path(text)) / CONFIG_FILE).is_file():
             raise
-        found = Check("file", "cannot be read", (str(error),))
-        return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
+        fault = Check("file", "cannot be read", (str(error),))
+        return Verification(text, "adapter", None if base is None else shown_base(base), (fault,))
     if not model.updates:
         raise UsageError(
             "is not an adapter",
@@ -123,7 +123,7 @@ def structure_checks(
         checks = [*name_checks(adapter, everything), *base_checks(adapter, modules, everything, None)]
         return [*(_undecided(check) for check in checks), loading_check(loading, adapter)], modules
     lost = lost_modules(adapter, loading)
-    modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _places_of(adapter, base, loading))
+    modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _loaded_modules(adapter, base, loading))
     advice = "" if loading.is_whole or loader is None else _advice(adapter, base, modules, lost, loading, loader, tries)
     return [
         *name_checks(adapter, lost),
@@ -150,16 +150,16 @@ def _names_of(adapter: Adapter, base: Model, names: Mapping[str, str]) -> Mappin
     return weights_as_layers(base.tensors) if adapter.config is None else names or None
 
 
-def _places_of(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
+def _loaded_modules(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
     """Return the module of the base's files that each module of the adapter is put on, where it is one."""
     files = {name.removesuffix(WEIGHT).removesuffix(ATTENTION): file for file, name in loading.names.items()}
-    places = {}
+    modules = {}
     for module, update in adapter.updates.items():
-        taken = loading.places.get(update.key_a, ())
+        taken = loading.modules.get(update.key_a, ())
         if len(taken) == 1:
             file = files.get(taken[0]) or files.get(taken[0].replace(".base_layer.", "."))
-            places[module] = taken[0] if file is None else file.removesuffix(WEIGHT).removesuffix(ATTENTION)
-    return places
+            modules[module] = taken[0] if file is None else file.removesuffix(WEIGHT).removesuffix(ATTENTION)
+    return modules
 
 
 def _advice(

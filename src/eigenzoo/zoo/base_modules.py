@@ -73,20 +73,20 @@ class BaseModules:
         model: Model,
         names: Mapping[str, str] | None = None,
         norms: dict[tuple[str, bool], float] | None = None,
-        places: Mapping[str, str] | None = None,
+        loaded: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
-        self._places = places or {}
-        found = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
+        self._loaded = loaded or {}
+        weights = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
         # Who asks by a name of the files may mean that: libraries translate it.
         renamed = {
             _module(name): model.tensors[file]
             for file, name in (names or {}).items()
             if file in model.tensors and _is_weight(model.tensors[file])
         }
-        self.own_names = tuple(renamed or found)
-        found.update(renamed)
-        self.weights: Mapping[str, TensorInfo] = found
+        self.own_names = tuple(renamed or weights)
+        weights.update(renamed)
+        self.weights: Mapping[str, TensorInfo] = weights
         self._renamed = {name: file for file, name in (names or {}).items()}
         self._norms = {} if norms is None else norms
 
@@ -99,7 +99,7 @@ class BaseModules:
 
     def find(self, module: str) -> TensorInfo | None:
         """Return the weight of a module by its place or name; within PEFT's wrapper of an attention, by the wrapped one's."""
-        name = self._places.get(module, module)
+        name = self._loaded.get(module, module)
         return self.weights.get(name) or self.weights.get(name.replace(".base_layer.", "."))
 
     def tensor(self, name: str) -> TensorInfo | None:
@@ -121,14 +121,14 @@ class BaseModules:
     def tied(self, update: LoraUpdate) -> TensorInfo | None:
         """Return the weight that a module shares with another one, where the files hold it once, under the other's name."""
         if (
-            self._places.get(update.module, update.module).rpartition(".")[2] not in TIED
+            self._loaded.get(update.module, update.module).rpartition(".")[2] not in TIED
             or self.find(update.module) is not None
         ):
             return None
         if self.config.get("tie_word_embeddings") is False:
             return None
-        held = [info for name, info in self.weights.items() if name.rpartition(".")[2] in TIED]
-        fitting = {info.name: info for info in held if fits(update, info)}
+        shared = [info for name, info in self.weights.items() if name.rpartition(".")[2] in TIED]
+        fitting = {info.name: info for info in shared if fits(update, info)}
         return next(iter(fitting.values())) if len(fitting) == 1 else None
 
     def answer(self, weight: BaseWeight) -> float:

@@ -82,7 +82,7 @@ class _Block:
 class _Run:
     """What is read at once: by tensor the first value and the bytes in memory that it is read into, and what then lies where."""
 
-    places: tuple[tuple[str, int, slice], ...]
+    ranges: tuple[tuple[str, int, slice], ...]
     blocks: tuple[_Block, ...]
     num_words: int
 
@@ -105,7 +105,7 @@ class ContentsReader:
 
     def __init__(self, probe: Probe, num_bytes: int) -> None:
         self._probe, self._num_bytes = probe, min(num_bytes, MOST_BYTES)
-        self._known: WeakKeyDictionary[object, _Plan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[object, _Plan] = WeakKeyDictionary()
 
     def read(self, model: Model) -> Contents:
         """Read one model; threads may do so side by side."""
@@ -128,12 +128,12 @@ class ContentsReader:
         """Return how a model is read; found once for all models that are the same but for their values."""
         likeness = model.likeness if isinstance(model, SafetensorsModel) else None
         key = model if likeness is None else likeness
-        known = self._known.get(key)
-        if known is None:
+        plan = self._plans.get(key)
+        if plan is None:
             tensors = sorted((name, str(info.dtype), info.shape) for name, info in model.tensors.items())
-            known = _Plan(tuple(tensors), tuple(map(_make_run, _cut(model, self._num_bytes))))
-            self._known[key] = known
-        return known
+            plan = _Plan(tuple(tensors), tuple(map(_make_run, _cut(model, self._num_bytes))))
+            self._plans[key] = plan
+        return plan
 
     def _read(self, model: Model) -> Contents:
         total = 0
@@ -157,7 +157,7 @@ def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
     sides = {update.key_a: ("a", update.rank, update.shape[1]) for update in model.updates.values()}
     sides |= {update.key_b: ("b", update.shape[0], update.rank) for update in model.updates.values()}
     run: dict[_Kind, list[str]] = {}
-    held = 0
+    size = 0
     for key, info in model.tensors.items():
         side, rows, columns = sides.get(key) or ("", prod(info.shape), 1)
         width = max(columns, 1) * info.dtype.itemsize
@@ -165,18 +165,18 @@ def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
         for first in range(0, rows, step):
             kind = _Kind(info.dtype, first, min(step, rows - first), columns, side)
             taken = kind.rows * width + WORD
-            if run and held + taken > num_bytes:
+            if run and size + taken > num_bytes:
                 yield run
-                run, held = {}, 0
+                run, size = {}, 0
             run.setdefault(kind, []).append(key)
-            held += taken
+            size += taken
     if run:
         yield run
 
 
 def _make_run(tensors: Mapping[_Kind, Sequence[str]]) -> _Run:
     """Say where tensors go: those of one kind beside each other, each padded to whole words."""
-    places: list[tuple[str, int, slice]] = []
+    ranges: list[tuple[str, int, slice]] = []
     blocks: list[_Block] = []
     word = 0
     # Wide dtypes first: then each kind begins where its values may.
@@ -184,10 +184,10 @@ def _make_run(tensors: Mapping[_Kind, Sequence[str]]) -> _Run:
         num_bytes = kind.rows * kind.columns * kind.dtype.itemsize
         block = _Block(kind, tuple(keys), word, -(-num_bytes // WORD))
         for key in keys:
-            places.append((key, kind.first * kind.columns, slice(word * WORD, word * WORD + num_bytes)))
+            ranges.append((key, kind.first * kind.columns, slice(word * WORD, word * WORD + num_bytes)))
             word += block.num_words
         blocks.append(block)
-    return _Run(tuple(places), tuple(blocks), word)
+    return _Run(tuple(ranges), tuple(blocks), word)
 
 
 def _read_run(model: Model, run: _Run, words_W: Tensor) -> None:
@@ -196,7 +196,7 @@ def _read_run(model: Model, run: _Run, words_W: Tensor) -> None:
         if block.kind.rows * block.kind.columns * block.kind.dtype.itemsize % WORD:
             block.words(words_W)[:, -1] = 0
     raw = as_bytes(words_W)
-    model.read_bytes([(key, start, raw[place]) for key, start, place in run.places])
+    model.read_bytes([(key, start, raw[part]) for key, start, part in run.ranges])
 
 
 def _take_block(block: _Block, words_W: Tensor, probe: Probe, halves: dict[str, NDArray[np.float64]]) -> dict[str, int]:

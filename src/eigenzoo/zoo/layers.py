@@ -34,7 +34,7 @@ def default_view(model: Model, has_base: bool) -> str:
     return "delta" if has_base else "weight"
 
 
-_known: WeakKeyDictionary[object, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
+_sources_of: WeakKeyDictionary[object, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
 
 
 def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
@@ -43,10 +43,10 @@ def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
     It is found once for all models that are the same but for their values, which have one dictionary; nobody may change it.
     """
     likeness = model.likeness if isinstance(model, SafetensorsModel) else None
-    known = _known.setdefault(model if likeness is None else likeness, {})
-    if view not in known:
-        known[view] = _find_sources(model, view)
-    return known[view]
+    by_view = _sources_of.setdefault(model if likeness is None else likeness, {})
+    if view not in by_view:
+        by_view[view] = _find_sources(model, view)
+    return by_view[view]
 
 
 def _find_sources(model: Model, view: str) -> dict[str, LayerSource]:

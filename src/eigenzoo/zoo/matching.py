@@ -71,17 +71,17 @@ def fill_models(
     """Return adapters with updates of zero for the modules that they lack, and the selection with all modules of the zoo."""
     if selection.missing != "zero":
         return tuple(models), selection
-    known = {(module.family, module.update.module): module for module in selection.modules}
+    by_name = {(module.family, module.update.module): module for module in selection.modules}
     for model in models:
         for module in known_modules(model.format, unfilled(model).updates.values()):
-            known.setdefault((module.family, module.update.module), module)
-    if len(known) > MAX_MODULES:
+            by_name.setdefault((module.family, module.update.module), module)
+    if len(by_name) > MAX_MODULES:
         raise ZooError(
-            f"all adapters together have {len(known):,} different modules",
+            f"all adapters together have {len(by_name):,} different modules",
             rule=f"at most {MAX_MODULES:,} are allowed where missing ones count as zero",
             next_step="open only adapters of one base",
         )
-    modules = tuple(module for module in known.values() if not selection.excludes(module.update.module))
+    modules = tuple(module for module in by_name.values() if not selection.excludes(module.update.module))
     filled: list[Model] = []
     num_zeros = 0
     for model, name in zip(models, names, strict=True):
@@ -111,9 +111,9 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
     _refuse_mixed_kinds(models, names)
     _refuse_mixed_adapters(models, names)
-    found = _Found(models, selection.view)
+    every_source = _SourcesOfAll(models, selection.view)
     base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
-    every = found.count_names()
+    every = every_source.count_names()
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
     problems: list[MismatchError] = []
@@ -122,9 +122,9 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             reasons[layer_name] = EXCLUDED
             continue
         _check_name(layer_name)
-        problem = found.difference(layer_name, count, names, base_sources)
+        problem = every_source.difference(layer_name, count, names, base_sources)
         if problem is None:
-            layers[layer_name] = found.merged(layer_name)
+            layers[layer_name] = every_source.merged(layer_name)
         elif selection.allow_missing or (is_task_head(layer_name) and count == len(models)):
             reasons[layer_name] = problem.what
         else:
@@ -158,8 +158,8 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
     return Match(
         layers,
-        found.sources_of(layers),
-        tuple(left_out + found.unread()),
+        every_source.sources_of(layers),
+        tuple(left_out + every_source.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
 
@@ -172,8 +172,8 @@ def _with_tools(problem: MismatchError, models: Sequence[Model], names: Sequence
             tools.setdefault(tool, name)
     if len(tools) < 2:
         return problem
-    said = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
-    what = f"{problem.what} ({said})"
+    tools_of_models = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
+    what = f"{problem.what} ({tools_of_models})"
     return MismatchError(what, where=problem.where, rule=problem.rule, next_step=problem.next_step)
 
 
@@ -216,15 +216,15 @@ def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> Non
         if model.format in ADAPTERS:
             first.setdefault(model.format, name)
     if len(first) > 1:
-        found = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
+        formats = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
         raise MismatchError(
-            found,
+            formats,
             rule="all adapters of a zoo have the same format",
             next_step="save them all with diffusers (save_lora_weights), or all with PEFT (save_pretrained)",
         )
 
 
-class _Found:
+class _SourcesOfAll:
     """What can be a layer in each model; models that are the same but for their values are looked at once.
 
     Attributes:
@@ -236,30 +236,30 @@ class _Found:
     def __init__(self, models: Sequence[Model], view: str) -> None:
         self.models = models
         self.sources = [layer_sources(model, view) for model in models]
-        places: dict[int, int] = {}
-        for place, sources in enumerate(self.sources):
-            places.setdefault(id(sources), place)
-        self.kinds = list(places.values())
+        first_of: dict[int, int] = {}
+        for index, sources in enumerate(self.sources):
+            first_of.setdefault(id(sources), index)
+        self.kinds = list(first_of.values())
         self._counts = Counter(id(sources) for sources in self.sources)
 
-    def _count(self, place: int) -> int:
+    def _count(self, index: int) -> int:
         """Return how many models are like this one."""
-        return self._counts[id(self.sources[place])]
+        return self._counts[id(self.sources[index])]
 
     def count_names(self) -> Counter[str]:
         """Return how many models have a layer of each name."""
         every: Counter[str] = Counter()
-        for place in self.kinds:
-            every.update(dict.fromkeys(self.sources[place], self._count(place)))
+        for index in self.kinds:
+            every.update(dict.fromkeys(self.sources[index], self._count(index)))
         return every
 
     def difference(
         self, layer: str, count: int, names: Sequence[str], base: dict[str, LayerSource] | None
     ) -> MismatchError | None:
         """Return the first way in which a layer differs between models, or between them and their base."""
-        first = next(place for place in self.kinds if layer in self.sources[place])
+        first = next(index for index in self.kinds if layer in self.sources[index])
         if count < len(self.sources):
-            missing = next(place for place in self.kinds if layer not in self.sources[place])
+            missing = next(index for index in self.kinds if layer not in self.sources[index])
             num = len(self.sources) - count
             lack = "1 model lacks" if num == 1 else f"{num} models lack"
             return _mismatch(
@@ -268,10 +268,10 @@ class _Found:
                 as_zero=self.sources[first][layer].layer.kind == "update",
             )
         shape = self.sources[first][layer].layer.tensor_shape
-        for place in self.kinds:
-            other = self.sources[place][layer].layer.tensor_shape
+        for index in self.kinds:
+            other = self.sources[index][layer].layer.tensor_shape
             if other != shape:
-                return _mismatch(f"shape {list(other)} in {names[place]} but {list(shape)} in {names[first]}", layer)
+                return _mismatch(f"shape {list(other)} in {names[index]} but {list(shape)} in {names[first]}", layer)
         if base is not None and (layer not in base or base[layer].layer.tensor_shape != shape):
             there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
             return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
@@ -280,7 +280,7 @@ class _Found:
     def merged(self, layer: str) -> Layer:
         """Return the layer as the first model has it, with the widest dtype of all models."""
         merged = self.sources[0][layer].layer
-        dtypes = {self.sources[place][layer].layer.dtype for place in self.kinds}
+        dtypes = {self.sources[index][layer].layer.dtype for index in self.kinds}
         if len(dtypes) > 1:
             merged = replace(merged, dtype=dtype_name(widest(*(getattr(torch, dtype) for dtype in sorted(dtypes)))))
         return merged
@@ -289,8 +289,8 @@ class _Found:
         """Return where each model keeps these layers."""
         names = tuple(layers)
         chosen = {}
-        for place in self.kinds:
-            sources = self.sources[place]
+        for index in self.kinds:
+            sources = self.sources[index]
             chosen[id(sources)] = {name: sources[name] for name in names}
         return tuple(chosen[id(sources)] for sources in self.sources)
 
@@ -298,15 +298,15 @@ class _Found:
         """Tensors that no view reads: integers and buffers of checkpoints, heads and biases beside LoRA factors."""
         reasons: dict[str, str] = {}
         counts: Counter[str] = Counter()
-        for place in self.kinds:
-            model = self.models[place]
-            keys = {source.key for source in self.sources[place].values()}
+        for index in self.kinds:
+            model = self.models[index]
+            keys = {source.key for source in self.sources[index].values()}
             for name in model.other_tensors:
                 if name not in keys:
                     dtype = dtype_name(model.tensors[name].dtype)
                     reason = "not a LoRA factor" if model.updates else "not a floating weight"
                     reasons[name] = f"{reason} ({dtype})"
-                    counts[name] += self._count(place)
+                    counts[name] += self._count(index)
         return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]
 
 

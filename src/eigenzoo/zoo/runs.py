@@ -11,11 +11,11 @@ from eigenzoo.formats.side_files import RUN_STATE
 
 _CHECKPOINT = re.compile(r"(?P<run>.*?)/?checkpoint-\d{1,12}", re.ASCII)
 
-Place = tuple[str, str, Collection[str]]
+RunPath = tuple[str, str, Collection[str]]
 """A model's name, the path or URL of its folder, and what lies beside its weights."""
 
 
-def places_of(models: Iterable[Model], names: Iterable[str]) -> list[Place]:
+def run_paths(models: Iterable[Model], names: Iterable[str]) -> list[RunPath]:
     """Say where opened models lie."""
     return [
         (name, source_url(model.path) or str(model.path.absolute()), model.ignored_files)
@@ -23,14 +23,14 @@ def places_of(models: Iterable[Model], names: Iterable[str]) -> list[Place]:
     ]
 
 
-def training_runs(places: Iterable[Place]) -> tuple[tuple[str, ...], ...]:
+def training_runs(paths: Iterable[RunPath]) -> tuple[tuple[str, ...], ...]:
     """Group the models whose folders are `checkpoint-N` of one folder and hold the state of transformers' Trainer; two or more.
 
     >>> training_runs([(f"m{n}", f"run/checkpoint-{n}", ["trainer_state.json"]) for n in (10, 20)])
     (('m10', 'm20'),)
     """
     runs: dict[str, list[str]] = {}
-    for name, path, beside in places:
+    for name, path, beside in paths:
         match = _CHECKPOINT.fullmatch(path.rstrip("/"))
         if match is not None and RUN_STATE in beside:
             runs.setdefault(match["run"], []).append(name)

@@ -66,7 +66,7 @@ def find_models(
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundModels:
     """The models that a source names.
 
     Attributes:
@@ -80,7 +80,7 @@ class Found:
 
 def look_for_models(
     source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False, allow_missing: bool = False
-) -> Found:
+) -> FoundModels:
     """Find the models that a source names, and those that were passed over; see `find_models`."""
     lists = _Lists()
     try:
@@ -88,12 +88,12 @@ def look_for_models(
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     # The weights of an adapter with their config beside them are the adapter: named by folder or by file, it is one model.
-    found = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
+    sources = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
     # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
-    urls = [item for item in found if isinstance(item, str)]
+    urls = [item for item in sources if isinstance(item, str)]
     listed = _listed(urls)
-    models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress)
-    return Found(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
+    models = _mirrored(_downloaded(sources, allow_pickle, allow_missing, progress), listed, progress)
+    return FoundModels(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
 
 
 def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[M]:
@@ -123,12 +123,12 @@ def shown_source(source: Source) -> str:
 
 
 def _downloaded(
-    found: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
+    sources: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
 ) -> list[Path | str | Unreadable]:
     """Put the models that ids of the hub name in the ids' places."""
-    places = list(dict.fromkeys(item for item in found if isinstance(item, HubId)))
-    if not places:
-        return [item for item in found if not isinstance(item, HubId)]
+    hub_ids = list(dict.fromkeys(item for item in sources if isinstance(item, HubId)))
+    if not hub_ids:
+        return [item for item in sources if not isinstance(item, HubId)]
     stopped = Event()
 
     def telling(stage: str, done: int, total: int) -> None:
@@ -144,10 +144,10 @@ def _downloaded(
         progress=telling,
         stopped=stopped,
     )
-    listed = side_by_side([partial(find, place) for place in places], MAX_REPOSITORIES, stopped)
-    models = dict(zip(places, listed, strict=True))
+    listed = side_by_side([partial(find, hub_id) for hub_id in hub_ids], MAX_REPOSITORIES, stopped)
+    models = dict(zip(hub_ids, listed, strict=True))
     items: list[Path | str | Unreadable] = []
-    for item in found:
+    for item in sources:
         if not isinstance(item, HubId):
             items.append(item)
             continue
@@ -157,12 +157,12 @@ def _downloaded(
 
 
 def _mirrored(
-    found: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
+    sources: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
 ) -> list[Path | Unreadable]:
     """Put the mirrors of the models that were listed at URLs in the URLs' places."""
     paths = iter(mirror_models([model for models in listed.values() for model in models], progress))
     models: list[Path | Unreadable] = []
-    for item in found:
+    for item in sources:
         if not isinstance(item, str):
             models.append(item)
             continue
@@ -189,8 +189,8 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
     if isinstance(source, str):
         if is_url(source):
             return [source]
-        if (place := find_id(source)) is not None:
-            return [place]
+        if (hub_id := find_id(source)) is not None:
+            return [hub_id]
         source = local_path(source)
     path = Path(source)
     if os.path.isdir(path):
@@ -222,10 +222,10 @@ def _in_glob(pattern: str, hidden: list[Path], *, follow: bool) -> list[Path]:
     root, parts = split_pattern(pattern)
     matching = models_matching(Disk(root), parts, partial(_pass_over, hidden), follow=follow)
     try:
-        found = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
+        paths = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
     except ZooError as error:
         raise error.at(pattern) from error
-    return sorted(found, key=lambda path: natural_order(str(path)))
+    return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
 def _path(entry: Disk | str) -> Path:
@@ -258,20 +258,20 @@ def _listed(urls: Sequence[str]) -> dict[str, list[Entry]]:
                 next_step="download it",
             )
     depths = [(len(parts) if "**" not in parts else MAX_DEPTH + len(parts)) or MAX_DEPTH for _, parts in splits]
-    found: dict[str, list[Entry]] = {}
+    by_url: dict[str, list[Entry]] = {}
     listed = list_urls([root for root, _ in splits], [depth + MODEL_DEPTH for depth in depths])
     for url, (_, parts), entry in zip(urls, splits, listed, strict=True):
         if isinstance(entry, EigenzooError):
             raise entry
-        found[url] = _at_url(entry, parts, shown_url(url))
-    return found
+        by_url[url] = _at_url(entry, parts, shown_url(url))
+    return by_url
 
 
 def _at_url(entry: Entry, parts: Sequence[str], url: str) -> list[Entry]:
     if not isinstance(entry, Folder):
         return [entry]
     if parts:
-        return sorted(models_matching(entry, parts), key=lambda found: natural_order(found.url))
+        return sorted(models_matching(entry, parts), key=lambda entry_found: natural_order(entry_found.url))
     if not entry.entries:
         raise ZooError("there is no such file or folder, or no model in it", where=url)
     if is_bundle(entry):
@@ -305,14 +305,14 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
             f"the list has {len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}"
         )
     within = _Lists((*lists.within, resolved), lists.read, lists.hidden)
-    found: list[Path | str | HubId] = []
+    models: list[Path | str | HubId] = []
     for line, number in lines.items():
         if line and not line.startswith("#"):
             try:
-                found += _expand(_line(line, file.parent), within)
+                models += _expand(_line(line, file.parent), within)
             except EigenzooError as error:
                 raise error.at(f"{file}, line {number}") from error
-    return found
+    return models
 
 
 def _line(line: str, folder: Path) -> Path | str | HubId:

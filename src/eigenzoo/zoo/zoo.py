@@ -189,10 +189,10 @@ class Zoo:
             self.selection.parts,
         )
         _check_missing(chosen.missing, chosen.view)
-        places = range(len(self)) if names is None else [self.place(name) for name in names]
+        indices = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(
-            [self.models[place] for place in places],
-            [self.names[place] for place in places],
+            [self.models[index] for index in indices],
+            [self.names[index] for index in indices],
             chosen,
             self.base,
             self.skipped,
@@ -227,36 +227,36 @@ class Zoo:
                     rule=f"{what} has {list(layer.tensor_shape)}",
                 )
 
-    def carried(self, place: int) -> tuple[str, ...]:
+    def carried(self, index: int) -> tuple[str, ...]:
         """Names of the tensors of one model that no layer holds."""
-        stays = set(self.left_at_source(place))
-        return tuple(name for name in self._unheld(place) if name not in stays)
+        stays = set(self.left_at_source(index))
+        return tuple(name for name in self._outside_layers(index) if name not in stays)
 
-    def left_at_source(self, place: int) -> tuple[str, ...]:
+    def left_at_source(self, index: int) -> tuple[str, ...]:
         """Names of the tensors of a model in a store that were excluded: they stay there, and are read from there to rebuild it."""
-        model = self.models[place]
+        model = self.models[index]
         if remote_url(model.path) is None:
             return ()
-        found = layer_sources(model, self.view)
-        excluded = [found[name].key for name in self._match.excluded if name in found]
+        sources = layer_sources(model, self.view)
+        excluded = [sources[name].key for name in self._match.excluded if name in sources]
         for key in list(excluded):
             if key in model.updates:
                 excluded += [model.updates[key].key_a, model.updates[key].key_b]
-        return tuple(name for name in self._unheld(place) if name in set(excluded))
+        return tuple(name for name in self._outside_layers(index) if name in set(excluded))
 
-    def _unheld(self, place: int) -> list[str]:
-        model, sources = self.models[place], self._match.sources[place]
-        held = {source.key for source in sources.values()}
+    def _outside_layers(self, index: int) -> list[str]:
+        model, sources = self.models[index], self._match.sources[index]
+        in_layers = {source.key for source in sources.values()}
         for module, update in model.updates.items():
-            if module in held:
-                held |= update.keys
+            if module in in_layers:
+                in_layers |= update.keys
             if update.key_alpha is not None:
-                held.add(update.key_alpha)  # a layout says the scale
-        return [name for name in model.tensors if name not in held]
+                in_layers.add(update.key_alpha)  # a layout says the scale
+        return [name for name in model.tensors if name not in in_layers]
 
-    def read_carried(self, place: int, name: str) -> Tensor:
+    def read_carried(self, index: int, name: str) -> Tensor:
         """Read a carried tensor; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
-        return carried_values(self.models[place], name)
+        return carried_values(self.models[index], name)
 
 
 @dataclass(frozen=True)
@@ -377,21 +377,21 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 
 
 def _open_named(source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress) -> OpenedModels:
-    found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
-    models, skipped = _open_all(found.models, allow_missing, allow_pickle, progress)
+    models_found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
+    models, skipped = _open_all(models_found.models, allow_missing, allow_pickle, progress)
     if not models:
         first = f"the first: {skipped[0].reason}" if skipped else ""
         raise ZooError("no model can be read", where=shown_source(source), rule=first)
     names = name_models([model.path for model in models])
-    return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, found.hidden)))
+    return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, models_found.hidden)))
 
 
 def _open_all(
-    found: Sequence[Path | Unreadable], allow_missing: bool, allow_pickle: bool, progress: Progress
+    paths: Sequence[Path | Unreadable], allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[SkippedModel]]:
     models: list[Model] = []
     skipped: list[SkippedModel] = []
-    for number, path in enumerate(found):
+    for number, path in enumerate(paths):
         try:
             if isinstance(path, Unreadable):
                 raise path.error
@@ -400,7 +400,7 @@ def _open_all(
             if not allow_missing:
                 raise
             skipped.append(SkippedModel(path.name, str(error)))
-        progress("opening models", number + 1, len(found))
+        progress("opening models", number + 1, len(paths))
     return models, skipped
 
 
@@ -415,25 +415,25 @@ def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]
         ),
         ("folders below these models hold models of their own, which are not read", "models", "name them to read them"),
     ):
-        found = [
+        folders = [
             f"{name}/{file}" for model, name in zip(models, names, strict=True) for file in getattr(model.beside, kind)
         ]
-        if found:
-            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        if folders:
+            more = f" and {len(folders) - MOST_NAMED} more" if len(folders) > MOST_NAMED else ""
             first = next(model.path for model in models if getattr(model.beside, kind))
             where = f", such as by the glob '{first}/*'" if kind == "models" else ""
-            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}; {next_step}{where}")
+            texts.append(f"{what}: {', '.join(folders[:MOST_NAMED])}{more}; {next_step}{where}")
     return texts
 
 
 def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[ZeroUpdates]) -> list[str]:
     """Warn of what each file says, of adapters that name different base models, and of updates that count as zero."""
-    said: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for model, name in zip(models, names, strict=True):
         for text in model.warnings:
-            said.setdefault(text, []).append(name)
+            names_of.setdefault(text, []).append(name)
     texts = _beside_warnings(models, names)
-    texts += [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in said.items()]
+    texts += [f"{naming[0]}{f' and {len(naming) - 1} more' if len(naming) > 1 else ''}: {text}" for text, naming in names_of.items()]
     bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if model.config is not None})
     if len(bases) > 1:
         texts.append(
