@@ -38,7 +38,7 @@ class SafetensorsModel(Model):
             refuse_partitioned(file.tensors, str(self.path))
         self.files = files
         for file in files.values():
-            file.kept_open = True
+            file.stays_open = True
         if len(files) == 1:
             (only,) = files.values()
             self.tensors, self.likeness = only.tensors, only.contents
@@ -116,14 +116,14 @@ class StateDict(SafetensorsModel):
         self.path = Path(path)
         if self.path.is_dir():
             self.name = final_name(self.path)
-            found = sorted(entry.name for entry in self.path.glob("*.safetensors"))
-            if len(found) != 1:
+            names = sorted(entry.name for entry in self.path.glob("*.safetensors"))
+            if len(names) != 1:
                 raise FormatError(
-                    f"the folder has {len(found)} .safetensors files",
+                    f"the folder has {len(names)} .safetensors files",
                     where=str(self.path),
                     rule="exactly one is expected",
                 )
-            file, root = found[0], self.path
+            file, root = names[0], self.path
         else:
             self.name = self.path.stem
             file, root = self.path.name, self.path.parent
@@ -143,8 +143,8 @@ def _weights_of(folder: Path) -> tuple[str, str | None]:
     singles = [name for name in WEIGHTS if (folder / name).exists()]
     indexes = [name for name in INDEXES if (folder / name).exists()]
     if len(singles) + len(indexes) != 1:
-        found = ", ".join(singles + indexes) or "none of them"
-        raise FormatError(f"found {found}", rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}")
+        listed = ", ".join(singles + indexes) or "none of them"
+        raise FormatError(f"found {listed}", rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}")
     return (singles[0], None) if singles else ("", indexes[0])
 
 

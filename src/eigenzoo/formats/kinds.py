@@ -65,9 +65,9 @@ def kind_of_folder(names: Collection[str]) -> str | None:
         return "pipeline"
     if any(_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
         return "shards"
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found:
-        return "state-dict" if len(found) == 1 else None
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if weights:
+        return "state-dict" if len(weights) == 1 else None
     if PICKLE_FILE in names or PICKLE_INDEX in names:
         return "pickle"
     if any(_SHARD.fullmatch(name) for name in names):

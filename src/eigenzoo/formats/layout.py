@@ -74,13 +74,13 @@ class ModelLayout:
     @property
     def pieces(self) -> dict[str, TensorLayout]:
         """Every tensor by its name, those that are cut as their parts."""
-        found = self.tensors
+        tensors = self.tensors
         for name, parts in self.splits.items():
-            whole = found.pop(name)
+            whole = tensors.pop(name)
             for part, rows in parts:
                 piece = part_name(name, part)
-                found[piece] = TensorLayout(piece, whole.dtype, (rows, *whole.shape[1:]))
-        return found
+                tensors[piece] = TensorLayout(piece, whole.dtype, (rows, *whole.shape[1:]))
+        return tensors
 
     @property
     def tensors(self) -> dict[str, TensorLayout]:
@@ -157,13 +157,13 @@ def layout_of(model: Model) -> ModelLayout:
 def _written(model: Model, infos: Iterable[TensorInfo]) -> tuple[TensorLayout, ...]:
     """The tensors of one file as they are written, parts joined."""
     whole = {part_name(name, part): name for name, parts in model.splits.items() for part, _ in parts}
-    found: dict[str, TensorLayout] = {}
+    tensors: dict[str, TensorLayout] = {}
     for info in infos:
         name, shape = whole.get(info.name, info.name), info.shape
         if name != info.name:
             shape = (sum(rows for _, rows in model.splits[name]), *shape[1:])
-        found[name] = TensorLayout(name, dtype_name(info.dtype), shape)
-    return tuple(found.values())
+        tensors[name] = TensorLayout(name, dtype_name(info.dtype), shape)
+    return tuple(tensors.values())
 
 
 def _files(value: Any) -> dict[str, tuple[TensorLayout, ...]]:
@@ -252,8 +252,8 @@ def _update(module: str, entry: Any, tensors: Mapping[str, TensorLayout]) -> Lor
             "this is not an object with exactly key_a, key_b, rank and scale, and optionally key_alpha", where=where
         )
     rank, scale = entry["rank"], entry["scale"]
-    found = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
-    factor_a, factor_b = found
+    factors = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
+    factor_a, factor_b = factors
     if factor_a is None or factor_b is None:
         raise FormatError("a factor is not a tensor of the files", where=where)
     if type(rank) is not int or type(scale) not in (int, float) or not -1e300 < scale < 1e300:

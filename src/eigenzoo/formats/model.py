@@ -125,10 +125,10 @@ class Model(ABC):
         """The folder that side files lie in."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def take_beside(self, found: Beside) -> None:
+    def take_beside(self, beside: Beside) -> None:
         """Take what lies beside the weights, and say what a user must do to have a file carried."""
-        self.beside = found
-        self.warnings += found.notes
+        self.beside = beside
+        self.warnings += beside.notes
 
     @property
     def side_files(self) -> tuple[str, ...]:

@@ -43,8 +43,8 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> M
     `allow_pickle`.
     """
     if isinstance(path, str):
-        place = None if is_url(path) else find_id(path)
-        path = fetch_model(place, allow_pickle=allow_pickle) if place else mirror_url(path) if is_url(path) else path
+        hub_id = None if is_url(path) else find_id(path)
+        path = fetch_model(hub_id, allow_pickle=allow_pickle) if hub_id else mirror_url(path) if is_url(path) else path
     path = whole_model(Path(path))
     try:
         return _open(path, allow_pickle)
@@ -72,7 +72,7 @@ def _open(path: Path, allow_pickle: bool) -> Model:
         refuse_foreign(read_start(path, 4), str(path))
     if not os.path.lexists(path) and (near := did_you_mean(path)):
         raise FormatError("there is no such file or folder", where=str(path), next_step=near)
-    raise FormatError(f"there is no model here: {_found(path)}", where=str(path), rule=READABLE)
+    raise FormatError(f"there is no model here: {_contents_shown(path)}", where=str(path), rule=READABLE)
 
 
 def whole_model(path: Path) -> Path:
@@ -153,7 +153,7 @@ def _kind(path: Path) -> str | None:
     return kind_of_file(path.name) if os.path.isfile(path) else None
 
 
-def _found(path: Path) -> str:
+def _contents_shown(path: Path) -> str:
     """Describe what lies at a path that is no model."""
     if not path.exists():
         return "nothing of this name exists"

@@ -142,16 +142,16 @@ def nearest_path(path: str, folder: Path) -> str | None:
     It ends at the first part that is like nothing; None where that is the first of all. Only folders hold further parts; hidden
     names are not looked at. Cost: one listing of each folder in which a part is missing.
     """
-    found: list[str] = []
+    near_parts: list[str] = []
     parts = Path(path).parts
     for number, part in enumerate(parts):
-        place, inner = Path(folder, *found), number + 1 < len(parts)
-        is_there = os.path.isdir(place / part) if inner else os.path.lexists(place / part)
-        near = part if is_there else nearest(part, _names(place, inner), NEAR)
+        folder_so_far, inner = Path(folder, *near_parts), number + 1 < len(parts)
+        is_there = os.path.isdir(folder_so_far / part) if inner else os.path.lexists(folder_so_far / part)
+        near = part if is_there else nearest(part, _names(folder_so_far, inner), NEAR)
         if near is None:
             break
-        found.append(near)
-    return str(Path(*found)) if found else None
+        near_parts.append(near)
+    return str(Path(*near_parts)) if near_parts else None
 
 
 def did_you_mean(path: str | os.PathLike[str], folder: Path = Path()) -> str:

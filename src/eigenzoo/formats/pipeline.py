@@ -41,9 +41,9 @@ class Pipeline(SafetensorsModel):
         files: dict[str, SafetensorsFile] = {}
         try:
             listed = _listed_components(self.path)
-            found = list_side_files(self.path, frozenset(listed))
+            beside = list_side_files(self.path, frozenset(listed))
             for component in listed:
-                found += self._open_component(component, files).below(component)
+                beside += self._open_component(component, files).below(component)
             if not files:
                 raise FormatError(
                     "no component has weights",
@@ -52,7 +52,7 @@ class Pipeline(SafetensorsModel):
                 )
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self.take_beside(found)
+        self.take_beside(beside)
         self.components = tuple(dict.fromkeys(file.partition("/")[0] for file in files))
         self.take_files(files)
 
@@ -69,8 +69,8 @@ class Pipeline(SafetensorsModel):
         except FormatError as error:
             raise error.at(f"component {component!r}") from error.__cause__
         for name, file in model.files.items():
-            place = f"{component}/{name}"
-            files[place] = file.seen_as(_named_contents(file.contents, component, place))
+            path = f"{component}/{name}"
+            files[path] = file.seen_as(_named_contents(file.contents, component, path))
         return model.beside
 
 
@@ -109,18 +109,20 @@ def _refuse_component(kind: str | None) -> None:
 
 
 # One object for all files that agree, as their headers are; each holds the header that it was made of.
-_known: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
 
 
 def _named_contents(contents: HeaderContents, component: str, file: str) -> HeaderContents:
     """The same contents with the component's name before the tensors' own."""
-    known = _known.get((id(contents), file))
-    if known is None:
+    named_contents = _cached.get((id(contents), file))
+    if named_contents is None:
         infos = {
             f"{component}.{name}": replace(info, name=f"{component}.{name}", file=file)
             for name, info in contents.tensors.items()
         }
-        places = {f"{component}.{name}": place for name, place in contents.places.items()}
-        known = HeaderContents(MappingProxyType(infos), MappingProxyType(places), contents.metadata, made_of=contents)
-        _known[id(contents), file] = known
-    return known
+        positions = {f"{component}.{name}": position for name, position in contents.positions.items()}
+        named_contents = HeaderContents(
+            MappingProxyType(infos), MappingProxyType(positions), contents.metadata, made_of=contents
+        )
+        _cached[id(contents), file] = named_contents
+    return named_contents

@@ -28,8 +28,8 @@ def split_model(model: Model, rules: Sequence[SplitRule]) -> Model:
     """
     if model.splits:
         whole = {name: sum(rows for _, rows in parts) for name, parts in model.splits.items()}
-        known = {name: rule.cut(name, rows) for name, rows in whole.items() for rule in rules if rule.matches(name)}
-        if known != dict(model.splits):
+        splits = {name: rule.cut(name, rows) for name, rows in whole.items() for rule in rules if rule.matches(name)}
+        if splits != dict(model.splits):
             raise UsageError("is already split by other rules", where=model.name, next_step="open the model again")
         return model
     return cut_model(model, _find_splits(model, rules)) if rules else model
@@ -110,26 +110,28 @@ def cut_model(model: Model, splits: Mapping[str, Parts]) -> Model:
 
 
 # One object for all files that agree, as their headers are; each holds the header that it was made of.
-_known: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
 
 
 def _cut_contents(contents: HeaderContents, splits: Mapping[str, Parts]) -> HeaderContents:
     key = id(contents), repr(sorted(splits.items()))
-    known = _known.get(key)
-    if known is None:
+    cut_contents = _cached.get(key)
+    if cut_contents is None:
         tensors: dict[str, TensorInfo] = {}
-        places: dict[str, tuple[int, int]] = {}
+        positions: dict[str, tuple[int, int]] = {}
         for name, info in contents.tensors.items():
-            position, count = contents.places[name]
+            position, count = contents.positions[name]
             for part, rows in splits.get(name, ()):
                 size = rows * prod(info.shape[1:])
                 tensors[part_name(name, part)] = replace(
                     info, name=part_name(name, part), shape=(rows, *info.shape[1:])
                 )
-                places[part_name(name, part)] = position, size
+                positions[part_name(name, part)] = position, size
                 position += size * info.dtype.itemsize
             if name not in splits:
-                tensors[name], places[name] = info, (position, count)
-        known = HeaderContents(MappingProxyType(tensors), MappingProxyType(places), contents.metadata, made_of=contents)
-        _known[key] = known
-    return known
+                tensors[name], positions[name] = info, (position, count)
+        cut_contents = HeaderContents(
+            MappingProxyType(tensors), MappingProxyType(positions), contents.metadata, made_of=contents
+        )
+        _cached[key] = cut_contents
+    return cut_contents

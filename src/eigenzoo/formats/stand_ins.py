@@ -58,6 +58,6 @@ def stand_in(start: bytes) -> FormatError | None:
 
 def refuse_stand_in(start: bytes, where: str) -> None:
     """Raise FormatError where a file's first bytes say that it stands for another."""
-    found = stand_in(start)
-    if found is not None:
-        raise FormatError(f"this is {found.what}", where=where, rule=found.rule, next_step=found.next_step)
+    kind = stand_in(start)
+    if kind is not None:
+        raise FormatError(f"this is {kind.what}", where=where, rule=kind.rule, next_step=kind.next_step)

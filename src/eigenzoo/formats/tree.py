@@ -162,20 +162,24 @@ def _matching(folder: Folder, parts: Sequence[str], follow: bool) -> Iterator[tu
     bounded, looked_at = deep < len(parts) or not follow, 0
     ahead = [(folder, _after({0}, parts))]
     while ahead:
-        above, places = ahead.pop()
+        above, positions = ahead.pop()
         for name, entry in _names(above):
             looked_at += 1
             if bounded and looked_at > MAX_LOOKED_AT:
                 raise ZooError(
                     f"the folder contains more than {MAX_LOOKED_AT} names", next_step="name a smaller folder"
                 )
-            stepped = {place + 1 for place in places if place < len(parts) and _fits(name, parts[place])}
-            inside = set() if name.startswith(".") else {place for place in places if parts[place:][:1] == ["**"]}
+            stepped = {position + 1 for position in positions if position < len(parts) and _fits(name, parts[position])}
+            inside = (
+                set()
+                if name.startswith(".")
+                else {position for position in positions if parts[position:][:1] == ["**"]}
+            )
             reached = _after(stepped | inside, parts)
             if len(parts) in reached:
                 yield name, entry
             if is_folder(entry) and entry.is_link:
-                reached = _after({place for place in stepped if place <= deep and follow}, parts)
+                reached = _after({position for position in stepped if position <= deep and follow}, parts)
             if is_folder(entry) and reached - {len(parts)}:
                 ahead.append((entry, reached))
 
@@ -192,13 +196,13 @@ def _fits(name: str, part: str) -> bool:
     return part != "**" and (part.startswith(".") or not name.startswith(".")) and fnmatchcase(name, part)
 
 
-def _after(places: set[int], parts: Sequence[str]) -> set[int]:
+def _after(positions: set[int], parts: Sequence[str]) -> set[int]:
     """Add the places behind each `**`, which may be no folder at all."""
-    reached = set(places)
-    for place in sorted(places):
-        while place < len(parts) and parts[place] == "**":
-            place += 1
-            reached.add(place)
+    reached = set(positions)
+    for position in sorted(positions):
+        while position < len(parts) and parts[position] == "**":
+            position += 1
+            reached.add(position)
     return reached
 
 
@@ -209,6 +213,6 @@ def split_pattern(pattern: str) -> tuple[str, list[str]]:
     (('zoo', ['run-*', 'adapter']), ('/', ['*']))
     """
     parts = pattern.split("/")
-    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root = "/".join(parts[:first]) or ("/" if first else ".")
     return root, [part for part in parts[first:] if part]

@@ -208,12 +208,12 @@ def write_side_files(folder: Path, side_files: Mapping[str, bytes], layout: Mode
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
     """Only known names are written: a bundle that others made must not place files of its choice."""
     for name, data in side_files.items():
-        component, place = _place(name, layout)
-        if place == layout.index or (component and place in INDEXES):
+        component, inner_name = _split_component(name, layout)
+        if inner_name == layout.index or (component and inner_name in INDEXES):
             entries = parse_json(data, where=name).get("weight_map")
             if entries != _weight_map(layout, component):
                 raise FormatError("its weight_map does not match the files that are written", where=name[:100])
-        elif not is_side_file(place):
+        elif not is_side_file(inner_name):
             rule = "only a pipeline has folders (one per component), and a sentence-transformers model (one per module)"
             raise FormatError(
                 f"{name[:100]!r} is not a known side file",
@@ -224,7 +224,7 @@ def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) ->
     return side_files
 
 
-def _place(name: str, layout: ModelLayout) -> tuple[str, str]:
+def _split_component(name: str, layout: ModelLayout) -> tuple[str, str]:
     """Cut a pipeline's component off a side file's name; of any other name there is none."""
     component, slash, rest = name.partition("/")
     if slash and layout.format == "pipeline" and component.isidentifier() and not is_side_file(name):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from eigenzoo.formats.open_files import kept_open
+from eigenzoo.formats.open_files import keep_files_open
 from eigenzoo.passes.buffers import release
 from eigenzoo.passes.machine import num_cores
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
@@ -145,7 +145,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     """
     num = num or most_workers(min(num_threads(), num_cores()), device)
     resources = resources_for(num, max_memory, device)
-    with single_threaded(), switching_often(), seldom_collecting(), kept_open():
+    with single_threaded(), switching_often(), seldom_collecting(), keep_files_open():
         pool = ThreadPoolExecutor(num, "eigenzoo", enter_worker)
         try:
             yield Workers(pool, num, resources)

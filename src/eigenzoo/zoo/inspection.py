@@ -132,7 +132,9 @@ def inspect(zoo: Zoo, *, progress: Progress = no_progress) -> Inspection:
     with local_workers() as workers:
         reader = ContentsReader(make_probe(zoo.models), workers.resources.block_bytes)
         read = dict(workers.each("reading models", lambda name: reader.read(models[name]), zoo.names, progress))
-        alike = [name for group in _groups((contents.digest, name) for name, contents in read.items()) for name in group]
+        alike = [
+            name for group in _groups((contents.digest, name) for name, contents in read.items()) for name in group
+        ]
         hashed = dict(workers.each("comparing models", lambda name: reader.hash(models[name]), alike, progress))
     return Inspection(
         len(zoo),

@@ -16,7 +16,7 @@ import torch
 
 from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.layout import ADAPTERS, FORMATS
-from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled, zero_modules
+from eigenzoo.formats.lora.zero_updates import ZooModule, fill_adapter, modules_of, unfilled, zero_modules
 from eigenzoo.formats.model import MAX_NAME, Model
 from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
@@ -52,7 +52,7 @@ class Selection:
     only: frozenset[str] | None = None
     split: tuple[SplitRule, ...] = ()
     missing: str = "error"
-    modules: tuple[KnownModule, ...] = ()
+    modules: tuple[ZooModule, ...] = ()
     parts: frozenset[str] = frozenset()
 
     def excludes(self, layer: str) -> bool:
@@ -73,7 +73,7 @@ def fill_models(
         return tuple(models), selection
     by_name = {(module.family, module.update.module): module for module in selection.modules}
     for model in models:
-        for module in known_modules(model.format, unfilled(model).updates.values()):
+        for module in modules_of(model.format, unfilled(model).updates.values()):
             by_name.setdefault((module.family, module.update.module), module)
     if len(by_name) > MAX_MODULES:
         raise ZooError(

@@ -42,7 +42,9 @@ def extra_of(longer: Collection[str], shorter: Collection[str]) -> Extra | None:
     only = list(islice((name for name in longer if name not in there), MOST_NAMES))
     extras = [Extra(text, True, _num_cut(only, there, text)) for text in _beginnings(only, there)]
     usual_parts = {part for name in shorter for part in name.split(".")}
-    new = dict.fromkeys(part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in usual_parts)
+    new = dict.fromkeys(
+        part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in usual_parts
+    )
     for part in islice(new, MOST_PARTS):
         extras.append(Extra(f"{part}.", False, sum(_without(name, part) in there for name in only)))
     best = max(extras, key=lambda extra: extra.num, default=None)

@@ -433,7 +433,10 @@ def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[Zer
         for text in model.warnings:
             names_of.setdefault(text, []).append(name)
     texts = _beside_warnings(models, names)
-    texts += [f"{naming[0]}{f' and {len(naming) - 1} more' if len(naming) > 1 else ''}: {text}" for text, naming in names_of.items()]
+    texts += [
+        f"{naming[0]}{f' and {len(naming) - 1} more' if len(naming) > 1 else ''}: {text}"
+        for text, naming in names_of.items()
+    ]
     bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if model.config is not None})
     if len(bases) > 1:
         texts.append(

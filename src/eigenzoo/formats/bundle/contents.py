@@ -187,8 +187,8 @@ class StoredTemplate(Template):
         assert self._source is not None
         for path in model.weight_files():
             name = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
-            status, known = path.stat(), self._source.files.get(name)
-            if known is None or (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+            status, record = path.stat(), self._source.files.get(name)
+            if record is None or (status.st_size, status.st_mtime_ns) != (record.bytes, record.mtime_ns):
                 return False
         return True
 

@@ -99,10 +99,10 @@ def read_coefficients(
     except FormatError as error:
         raise BundleError(error.what, where=where, rule=error.rule, next_step=error.next_step) from error
     expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
-    found = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
-    if found != expected and found != expected | {"energy": ("F64", (num_layers,))}:
+    tensors = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
+    if tensors != expected and tensors != expected | {"energy": ("F64", (num_layers,))}:
         raise BundleError(
-            f"holds {found}", where=where, rule=f"tensors {expected} are the ones that this bundle's layers need"
+            f"holds {tensors}", where=where, rule=f"tensors {expected} are the ones that this bundle's layers need"
         )
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
@@ -112,7 +112,9 @@ def read_coefficients(
             where=where,
             rule=f"the manifest says {model!r}",
         )
-    return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
+    return StoredCoefficients(
+        *(opened.read(name) for name in ("coefficients", "residual", "energy") if name in tensors)
+    )
 
 
 def file_fault(path: Path, manifest: Manifest, name: str) -> str | None:
@@ -136,20 +138,20 @@ def content_faults(path: Path, manifest: Manifest) -> Iterator[str]:
             continue
         try:
             file = SafetensorsFile(path / name, path)
-            found = tensor_id(file.read(VALUE))
+            actual_id = tensor_id(file.read(VALUE))
         except FormatError as error:
             yield f"{name}: {error}"
             continue
-        if found != Path(name).stem:
+        if actual_id != Path(name).stem:
             yield f"{name}: the name is not the hash of the content"
 
 
 def unknown_files(path: Path, manifest: Manifest) -> Iterator[str]:
     """Find the files that nobody names."""
-    known = {*manifest.files, MANIFEST, CARD, HUB_FILE}
+    listed = {*manifest.files, MANIFEST, CARD, HUB_FILE}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if (file.is_symlink() or not file.is_dir()) and name not in known:
+        if (file.is_symlink() or not file.is_dir()) and name not in listed:
             yield f"{name}: the manifest does not list it"
 
 
@@ -202,17 +204,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+def record_files(folder: Path, records: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
     """Return bytes and checksums of every file of a folder but the manifest and the card, those that are known unread."""
     names = (name for name in file_sizes(folder) if name not in (MANIFEST, CARD))
-    known = known or {}
-    return {name: known.get(name) or file_record(folder / name) for name in names}
+    records = records or {}
+    return {name: records.get(name) or file_record(folder / name) for name in names}
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the bytes of every plain file below a folder, by its name relative to it; links are left out."""
-    known = {name: os.lstat(folder / name) for name in list_files(folder)}
-    return {name: status.st_size for name, status in known.items() if stat.S_ISREG(status.st_mode)}
+    statuses = {name: os.lstat(folder / name) for name in list_files(folder)}
+    return {name: status.st_size for name, status in statuses.items() if stat.S_ISREG(status.st_mode)}
 
 
 def file_record(path: Path) -> FileRecord:

@@ -54,7 +54,7 @@ _NO_UPDATE = frozenset(
 # These start from factors taken out of the base weights, so that the update is relative to a changed base.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
 _QUANTISED_BASE = "loftq"
-_KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 _PLAIN = frozenset(
     {
@@ -152,14 +152,14 @@ def _check_init(init: Any) -> None:
                 rule="all updates of a zoo refer to the same base weights",
                 next_step=f"with the quantised base that it was trained on, {MERGE}",
             )
-        if lowered in _KEPT_BASE:
+        if lowered in _UNCHANGED_BASE:
             return
     elif init is None or isinstance(init, bool):
         return
     raise UnsupportedError(
         f"init_lora_weights is {_shown(init)}",
         where=CONFIG_FILE,
-        rule=f"the values that leave the base weights unchanged are true, false, {', '.join(_KEPT_BASE)}",
+        rule=f"the values that leave the base weights unchanged are true, false, {', '.join(_UNCHANGED_BASE)}",
     )
 
 

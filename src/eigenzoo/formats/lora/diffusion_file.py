@@ -56,32 +56,32 @@ class DiffusionLora(SafetensorsModel):
         self.take_beside(opened.beside)
         self.take_files(opened.files)
         (only,) = opened.files.values()
-        kept = {key: text for key, text in only.metadata.items() if len(text) <= MAX_TEXT or key == METADATA_KEY}
-        self.metadata = MappingProxyType({only.file: kept})
+        texts = {key: text for key, text in only.metadata.items() if len(text) <= MAX_TEXT or key == METADATA_KEY}
+        self.metadata = MappingProxyType({only.file: texts})
         try:
             pairs = pair_factors(only.tensors)
             keys = [pair.alpha for pair in pairs.values() if pair.alpha is not None]
             for key in keys:
                 _check_alpha(only.tensors[key])
             alphas = dict(zip(keys, only.read_scalars(keys), strict=True))
-            found = _known_updates(only.contents, pairs, alphas)
+            parsed = _parsed_updates(only.contents, pairs, alphas)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self.take_updates(found)
+        self.take_updates(parsed)
 
-    def take_updates(self, known: KnownUpdates) -> None:
+    def take_updates(self, parsed: ParsedUpdates) -> None:
         """Take the updates of the file, or those that another view of its header has."""
-        self.known = self.likeness = known
-        self.warnings = (*self.beside.notes, *known.warnings)
+        self.parsed = self.likeness = parsed
+        self.warnings = (*self.beside.notes, *parsed.warnings)
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
         """The updates by module, in the order of the file."""
-        return self.known.updates
+        return self.parsed.updates
 
 
 @dataclass(frozen=True, eq=False)
-class KnownUpdates:
+class ParsedUpdates:
     """The updates of all files whose headers and α agree."""
 
     updates: Mapping[str, LoraUpdate]
@@ -89,20 +89,20 @@ class KnownUpdates:
     warnings: tuple[str, ...]
 
 
-_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, KnownUpdates]] = WeakKeyDictionary()
+_parsed: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, ParsedUpdates]] = WeakKeyDictionary()
 
 
-def _known_updates(
+def _parsed_updates(
     contents: HeaderContents, pairs: Mapping[str, FactorPair], alphas: Mapping[str, float]
-) -> KnownUpdates:
+) -> ParsedUpdates:
     """Find the updates of a file, or give those that an open file of the same header and α has."""
-    known = _known.setdefault(contents, WeakValueDictionary())
+    by_text = _parsed.setdefault(contents, WeakValueDictionary())
     text = json.dumps(alphas)
-    found = known.get(text)
-    if found is None:
+    parsed = by_text.get(text)
+    if parsed is None:
         updates, warnings = find_updates(contents.tensors, contents.metadata, pairs, alphas)
-        found = known[text] = KnownUpdates(MappingProxyType(updates), contents, warnings)
-    return found
+        parsed = by_text[text] = ParsedUpdates(MappingProxyType(updates), contents, warnings)
+    return parsed
 
 
 def find_updates(

@@ -80,8 +80,8 @@ def renamed(
     parts = {name for update in layout.updates.values() for name in update.keys}
     ((file, listed),) = layout.files.items()
     tensors += [tensor for tensor in listed if tensor.name not in parts]
-    kept = {name: value for name, value in metadata.items() if name != METADATA_KEY}
-    return replace(layout, files={file: tuple(tensors)}, updates=updates), kept
+    other_metadata = {name: value for name, value in metadata.items() if name != METADATA_KEY}
+    return replace(layout, files={file: tuple(tensors)}, updates=updates), other_metadata
 
 
 def _named(layout: ModelLayout, old: str, new: str) -> TensorLayout:

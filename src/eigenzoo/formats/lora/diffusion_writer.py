@@ -115,23 +115,23 @@ def _alpha(update: LoraUpdate, stated: TensorLayout, rank: int) -> Tensor:
 
 def _metadata(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """Give the header's strings for factors of these ranks, by the keys of A, whose scale is 1."""
-    kept = {key: value for key, value in metadata.items() if key not in HASHES}
-    if METADATA_KEY not in kept:
-        return kept
+    texts = {key: value for key, value in metadata.items() if key not in HASHES}
+    if METADATA_KEY not in texts:
+        return texts
     components: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
-        found = split_key(key)
-        if found is not None:
-            components.setdefault(found.component, {})[_pattern(found)] = rank
-    configs, _ = component_configs(kept, set(components))
-    document: dict[str, Any] = json.loads(kept[METADATA_KEY])
+        split = split_key(key)
+        if split is not None:
+            components.setdefault(split.component, {})[_pattern(split)] = rank
+    configs, _ = component_configs(texts, set(components))
+    document: dict[str, Any] = json.loads(texts[METADATA_KEY])
     for component, config in configs.items():
-        found_ranks = components[component]
-        rank = Counter(found_ranks.values()).most_common(1)[0][0]
-        others = {name: other for name, other in found_ranks.items() if other != rank}
+        component_ranks = components[component]
+        rank = Counter(component_ranks.values()).most_common(1)[0][0]
+        others = {name: other for name, other in component_ranks.items() if other != rank}
         written = {**merged_config(config, rank), "rank_pattern": others, "alpha_pattern": others}
         document |= {f"{component}.{key}" if component else key: value for key, value in written.items()}
-    return {**kept, METADATA_KEY: json.dumps(document, indent=2, sort_keys=True)}
+    return {**texts, METADATA_KEY: json.dumps(document, indent=2, sort_keys=True)}
 
 
 def _pattern(key: FactorKey) -> str:

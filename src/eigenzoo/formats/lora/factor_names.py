@@ -143,17 +143,17 @@ def factor_kind(names: Collection[str], where: str) -> str | None:
 
 def _peft_module(name: str) -> str | None:
     """The module of a factor by PEFT's names, with or without its prefix."""
-    found = _EMBEDDING.fullmatch(name)
-    if found is not None:
-        return found["module"]
+    match = _EMBEDDING.fullmatch(name)
+    if match is not None:
+        return match["module"]
     key = split_key(name.removeprefix(_PEFT))
     return None if key is None else name[: len(name) - len(name.removeprefix(_PEFT))] + key.module_stem
 
 
 def _matched(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     def module_of(name: str) -> str | None:
-        found = pattern.fullmatch(name)
-        return None if found is None else found["module"]
+        match = pattern.fullmatch(name)
+        return None if match is None else match["module"]
 
     return module_of
 

@@ -87,12 +87,12 @@ class LoraAdapter(SafetensorsModel):
                 self.take_beside(list_side_files(self.path, _WEIGHTS))
             file = SafetensorsFile(self.folder / weights, self.folder if is_folder else None)
             refuse_partitioned(file.tensors)
-            found = _known_updates(file.contents, self.config)
+            parsed = _parsed_updates(file.contents, self.config)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._updates = found.updates
+        self._updates = parsed.updates
         self.take_files({weights: file})
-        self.likeness = found
+        self.likeness = parsed
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
@@ -163,19 +163,19 @@ class _Updates:
     contents: HeaderContents
 
 
-_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
+_parsed: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
 
 
-def _known_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
+def _parsed_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
     """Find the updates of a file, or give those that an open adapter of the same header and scales has."""
     # Nothing else of the config is handed on, so that nothing else can matter.
     chosen = {key: config[key] for key in READ_ENTRIES if key in config}
-    known = _known.setdefault(contents, WeakValueDictionary())
+    by_text = _parsed.setdefault(contents, WeakValueDictionary())
     text = json.dumps(chosen)
-    found = known.get(text)
-    if found is None:
-        found = known[text] = _Updates(MappingProxyType(find_updates(contents.tensors, chosen)), contents)
-    return found
+    parsed = by_text.get(text)
+    if parsed is None:
+        parsed = by_text[text] = _Updates(MappingProxyType(find_updates(contents.tensors, chosen)), contents)
+    return parsed
 
 
 def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LoraUpdate]:

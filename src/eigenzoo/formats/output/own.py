@@ -64,32 +64,32 @@ def recorded(kind: str) -> Foreign:
     return foreign
 
 
-def find_stranger(folder: Path, known: Collection[str]) -> str:
+def find_stranger(folder: Path, own_files: Collection[str]) -> str:
     """Say which file of a folder is not among those that are known by their paths in it; "" where none is."""
     for name in list_files(folder):
-        if name not in known:
+        if name not in own_files:
             return f"holds {name!r}, which eigenzoo did not write"
     return ""
 
 
 def list_files(folder: Path) -> list[str]:
     """List the paths in a folder of everything below it but folders, sorted; what cannot be listed is an OSError."""
-    found: list[str] = []
+    names: list[str] = []
     above = [""]
     while above:
-        place = above.pop()
-        with os.scandir(folder / place) as entries:
+        folder_name = above.pop()
+        with os.scandir(folder / folder_name) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    above.append(f"{place}{entry.name}/")
+                    above.append(f"{folder_name}{entry.name}/")
                 else:
-                    found.append(f"{place}{entry.name}")
-    return sorted(found)
+                    names.append(f"{folder_name}{entry.name}")
+    return sorted(names)
 
 
 def _holds(path: Path, recorded_hash: object) -> bool:
     """Tell whether a plain file has this hash; nothing else has one, whatever a record says."""
-    return bool(found := _sha256(path)) and found == recorded_hash
+    return bool(actual_hash := _sha256(path)) and actual_hash == recorded_hash
 
 
 def _sha256(path: Path) -> str:

@@ -63,10 +63,10 @@ def new_folder(
         with clear_errors(target):
             yield staging.path
             _sync(staging.path)
-            with _held(target):
+            with _locked(target):
                 check_free(target, force=force, foreign=foreign)
                 check()
-                _put_in_place(staging.path, target)
+                _rename_to_target(staging.path, target)
     finally:
         staging.remove()
 
@@ -96,11 +96,11 @@ def check_free(target: Path, *, force: bool = False, foreign: Foreign = everythi
     if target.is_symlink() or not target.is_dir():
         raise OutputError("is not a folder", where=str(target), rule=RULE)
     try:
-        found = foreign(target) if any(target.iterdir()) else ""
+        stranger = foreign(target) if any(target.iterdir()) else ""
     except OSError as error:
-        found = f"cannot be listed ({error.strerror})"
-    if found:
-        raise OutputError(found, where=str(target), rule=RULE, next_step=NEXT_STEP)
+        stranger = f"cannot be listed ({error.strerror})"
+    if stranger:
+        raise OutputError(stranger, where=str(target), rule=RULE, next_step=NEXT_STEP)
 
 
 def check_free_file(target: Path, *, force: bool = False, own: Own = nothing) -> None:
@@ -180,7 +180,7 @@ def _name_file(staging: Path, target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def _held(target: Path) -> Iterator[None]:
+def _locked(target: Path) -> Iterator[None]:
     """Keep other processes from replacing an existing folder meanwhile; where folders cannot be locked, nothing does."""
     lock = _lock_target(target)
     try:
@@ -201,7 +201,7 @@ def _lock_target(target: Path) -> int | None:
     return None
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
+def _rename_to_target(staging: Path, target: Path) -> None:
     """Give the folder its name; what had it before is in `staging` then, or gone."""
     if not os.path.lexists(target):
         try:

@@ -151,10 +151,10 @@ def find_pickle(folder: Path) -> str:
     for name in (PICKLE_FILE, PICKLE_INDEX):
         if (folder / name).exists():
             return name
-    found = pickles_of(folder)
-    if len(found) != 1:
-        raise FormatError(f"there are {len(found)} pickles: {', '.join(found[:5])}", rule="exactly one is expected")
-    return found[0]
+    pickles = pickles_of(folder)
+    if len(pickles) != 1:
+        raise FormatError(f"there are {len(pickles)} pickles: {', '.join(pickles[:5])}", rule="exactly one is expected")
+    return pickles[0]
 
 
 def pickles_of(folder: Path) -> list[str]:

@@ -105,12 +105,12 @@ def _check_legacy(stream: BinaryIO) -> None:
         raise FormatError(
             "is not a pickle", rule="torch's files begin with a zip file's signature or a pickle's protocol"
         )
-    found = [_check_program(programs) for _ in range(_LEGACY_PROGRAMS)]
-    keys = found[-1]
+    scanned = [_check_program(programs) for _ in range(_LEGACY_PROGRAMS)]
+    keys = scanned[-1]
     if not keys.instructions <= _LIST_OF_TEXTS:
         raise FormatError("the keys of the storages are not a list of strings")
     # A storage that is not listed is memory that torch takes and never fills: whatever was there before is then a tensor.
-    unfilled = {key for program in found for key in program.storages} - keys.texts
+    unfilled = {key for program in scanned for key in program.storages} - keys.texts
     if unfilled:
         raise FormatError(
             f"{len(unfilled)} storages have no values in the file", rule="the file lists all storages' keys"

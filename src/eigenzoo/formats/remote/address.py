@@ -39,7 +39,7 @@ DRIVERS = {
 _MAGIC = re.compile(r"[*?\[]")
 _WEB_MAGIC = re.compile(r"[*\[]")  # a question mark begins a query there
 # A colon that no port follows, before the first slash, and an @ behind it; or a name and an @ before the first slash.
-_SECRET_PLACE = re.compile(r"^(?:[^/@:]*:(?!\d*(?:/|$))[^@]*|[^/@]*)@")
+_SECRET = re.compile(r"^(?:[^/@:]*:(?!\d*(?:/|$))[^@]*|[^/@]*)@")
 _connected: dict[tuple[int, str], tuple[Any, str]] = {}
 
 
@@ -83,7 +83,7 @@ def _shown(part: str) -> str:
     web = protocol in ("http", "https")
     rest = re.split(r"[?#]", rest, maxsplit=1)[0] if web else re.sub(r"\?[\w.-]+=.*$", "", rest)
     # On the hub an @ stands before a revision.
-    return protocol + mark + (rest if protocol == "hf" else _SECRET_PLACE.sub("", rest))
+    return protocol + mark + (rest if protocol == "hf" else _SECRET.sub("", rest))
 
 
 def scrubbed(text: str) -> str:
@@ -207,10 +207,10 @@ def _pinned(system: Any, path: str) -> tuple[str, str] | None:
         return None
     from huggingface_hub import HfApi
 
-    found = HfApi(endpoint=system.endpoint, token=system.token).repo_info(
+    info = HfApi(endpoint=system.endpoint, token=system.token).repo_info(
         resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision
     )
     root, inner = resolved.root.partition("@")[0], resolved.path_in_repo
     if not inner:
-        return f"{root}@{found.sha}", root.rpartition("/")[2]
-    return f"{root}@{found.sha}/{inner}", inner.rpartition("/")[2]
+        return f"{root}@{info.sha}", root.rpartition("/")[2]
+    return f"{root}@{info.sha}/{inner}", inner.rpartition("/")[2]

@@ -35,7 +35,7 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 def persist(
     call: Callable[[], Answer],
-    place: HubId,
+    hub_id: HubId,
     *,
     local_too: bool = False,
     writing: bool = False,
@@ -63,7 +63,7 @@ def persist(
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise
         cause = _cause(error)
-    raise told(cause, place, local_too=local_too, writing=writing)
+    raise hub_error(cause, hub_id, local_too=local_too, writing=writing)
 
 
 def _gives_up(state: RetryCallState) -> bool:
@@ -114,7 +114,7 @@ def _lasts(error: BaseException) -> bool:
     return not isinstance(error, OSError) or error.errno is not None
 
 
-def told(error: BaseException, place: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
+def hub_error(error: BaseException, hub_id: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
     """Say a fault in our own words: what, where, the rule and the next step."""
     from huggingface_hub.errors import (
         FileMetadataError,
@@ -128,9 +128,9 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         RevisionNotFoundError,
     )
 
-    where, status = str(place), status_of(error)
+    where, status = str(hub_id), status_of(error)
     here = "there is no file or folder of this name here, and " if local_too else ""
-    page = f"{endpoint()}/{place.repo}"
+    page = f"{endpoint()}/{hub_id.repo}"
     if isinstance(error, GatedRepoError):
         return FormatError(
             "the repository is gated, and this account may not read it",
@@ -147,7 +147,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         )
     if isinstance(error, RevisionNotFoundError):
         return FormatError(
-            f"{here}the repository has no revision {place.revision or 'main'!r}",
+            f"{here}the repository has no revision {hub_id.revision or 'main'!r}",
             where=where,
             rule="a revision is a branch, a tag or a commit",
             next_step=f"see {page}/tree/main for the revisions",
@@ -163,7 +163,7 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         )
     missing = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled, _resolution_error())
     if isinstance(error, missing) and not writing:
-        return _not_cached(place, here)
+        return _not_cached(hub_id, here)
     if isinstance(error, HFValidationError):
         return FormatError(f"{here}this is not a hub id: {scrubbed(str(error))}", where=where)
     if status in (409, 412):
@@ -203,14 +203,14 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
     )
 
 
-def _not_cached(place: HubId, here: str) -> FormatError:
+def _not_cached(hub_id: HubId, here: str) -> FormatError:
     from huggingface_hub import constants
 
     offline = constants.is_offline_mode()
     why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     return FormatError(
         f"{here}{why}, and the hub's cache does not have all of it",
-        where=str(place),
+        where=str(hub_id),
         rule=f"the cache is the folder {str(constants.HF_HUB_CACHE)!r}",
         next_step="run it once without HF_HUB_OFFLINE" if offline else _CONNECT + _CACHED,
     )

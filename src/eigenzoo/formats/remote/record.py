@@ -31,7 +31,7 @@ class Entry:
     """A file of a mirror: what it mirrors, how many of its first bytes are held, and their hash."""
 
     file: RemoteFile
-    held: int
+    stored: int
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Entry:
             "bytes": file.size,
             "tag": file.tag,
             "secret": shown_url(file.source) != file.source,
-            "held": self.held,
+            "held": self.stored,
             "sha256": self.sha256,
         }
 
@@ -115,7 +115,7 @@ def remote_file(path: Path) -> RemoteFile | None:
     entry = record[1].get(Path(real).name) if record else None
     if entry is None:
         raise FormatError("is not a file of this mirror", where=str(path), next_step=_BY_URL)
-    if entry.held == entry.file.size:
+    if entry.stored == entry.file.size:
         return None
     if not entry.file.source:
         raise FormatError(

@@ -49,7 +49,7 @@ class HeaderContents:
     """
 
     tensors: Mapping[str, TensorInfo]
-    places: Mapping[str, tuple[int, int]]
+    positions: Mapping[str, tuple[int, int]]
     metadata: Mapping[str, str]
     made_of: HeaderContents | None = None
 
@@ -63,7 +63,7 @@ class SafetensorsHeader:
     mtime_ns: int
 
 
-_known: WeakValueDictionary[tuple[str, int, bytes], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[str, int, bytes], HeaderContents] = WeakValueDictionary()
 
 
 def read_header(path: Path, file: str) -> SafetensorsHeader:
@@ -74,10 +74,10 @@ def read_header(path: Path, file: str) -> SafetensorsHeader:
     status = _regular_status(path, file)
     data = _header_bytes(path, file, status)
     key = file, status.st_size, hashlib.sha256(data).digest()
-    contents = _known.get(key)
+    contents = _cached.get(key)
     if contents is None:
         contents = _checked_contents(path, file, data, status)
-        _known[key] = contents
+        _cached[key] = contents
     return SafetensorsHeader(contents, status.st_size, status.st_mtime_ns)
 
 
@@ -92,7 +92,7 @@ def _checked_contents(path: Path, file: str, data: bytes, status: os.stat_result
     _require_contiguous(entries, status.st_size - start, file)
     return HeaderContents(
         tensors=MappingProxyType({info.name: info for info, _, _ in entries}),
-        places=MappingProxyType({info.name: (start + begin, prod(info.shape)) for info, begin, _ in entries}),
+        positions=MappingProxyType({info.name: (start + begin, prod(info.shape)) for info, begin, _ in entries}),
         metadata=metadata,
     )
 

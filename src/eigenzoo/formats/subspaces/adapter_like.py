@@ -170,8 +170,8 @@ class ForeignTemplate(Template):
 
     side_files = ()
 
-    def __init__(self, foreign: ForeignSubspace, place: int, like: AdapterLike, layout: ModelLayout) -> None:
-        self._foreign, self._place, self._like = foreign, place, like
+    def __init__(self, foreign: ForeignSubspace, index: int, like: AdapterLike, layout: ModelLayout) -> None:
+        self._foreign, self._index, self._like = foreign, index, like
         self.layout, self.config, self.metadata = layout, like.config, {}
         factors = {key for update in layout.updates.values() for key in (update.key_a, update.key_b)}
         self.carried = tuple(name for name in layout.tensors if name not in factors)
@@ -179,7 +179,7 @@ class ForeignTemplate(Template):
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged."""
         if self._foreign.keeps_others or self._like.model is None:
-            return self._foreign.read_other(self._place, name)
+            return self._foreign.read_other(self._index, name)
         return carried_values(self._like.model, name)
 
     def read_side_file(self, name: str) -> bytes:
@@ -193,8 +193,8 @@ def templates(
     """Return every model's template, every module's scale, and what is to be said of where things come from."""
     spare, notes = spare_tensors(like, foreign)
     scales: dict[str, float] = {}
-    found = []
-    for place in range(len(foreign.names)):
-        layout, scales = adapter_layout(foreign, like, [*spare, *foreign.others(place)])
-        found.append(ForeignTemplate(foreign, place, like, layout))
-    return found, scales, notes
+    made = []
+    for index in range(len(foreign.names)):
+        layout, scales = adapter_layout(foreign, like, [*spare, *foreign.others(index)])
+        made.append(ForeignTemplate(foreign, index, like, layout))
+    return made, scales, notes

@@ -75,13 +75,13 @@ class ForeignSubspace(ABC):
     def factor(self, module: str, factor: str) -> ForeignFactor:
         """Read one factor, `lora_A` or `lora_B`, of all models; NaN and Inf are refused."""
 
-    def others(self, place: int) -> tuple[TensorInfo, ...]:
+    def others(self, index: int) -> tuple[TensorInfo, ...]:
         """The tensors of one model that are no factors, where the tool keeps any."""
         return ()
 
-    def read_other(self, place: int, name: str) -> Tensor:
+    def read_other(self, index: int, name: str) -> Tensor:
         """Read one of these."""
-        raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.sources[place]))
+        raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.sources[index]))
 
 
 def open_tensors(path: Path, root: Path) -> SafetensorsFile:
@@ -134,7 +134,7 @@ def require_shape(info: TensorInfo | None, name: str, shape: tuple[int | None, .
     if info is None:
         raise FormatError(f"there is no tensor {name[:200]!r}", where=where, rule=f"floating values of shape {shown}")
     fits = len(info.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, info.shape, strict=True)
+        size in (None, actual) for size, actual in zip(shape, info.shape, strict=True)
     )
     if not fits or not info.dtype.is_floating_point:
         raise FormatError(

@@ -104,8 +104,8 @@ class SubspaceAdapters(ForeignSubspace):
         self.shapes = {module: self._shapes(module) for module in modules}
         for adapter in self._adapters:
             self._check(adapter)
-        found = [info.dtype for owner in self._owners.values() for info in owner.parts.values()]
-        self.dtype = torch.float64 if torch.float64 in found else torch.float32
+        dtypes = [info.dtype for owner in self._owners.values() for info in owner.parts.values()]
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.files = tuple(dict.fromkeys(adapter.path for adapter in (*self._adapters, *self._owners.values())))
         self.notes = ("it has no mean: the mean that was removed from its components is lost",)
 
@@ -126,25 +126,25 @@ class SubspaceAdapters(ForeignSubspace):
         num_used = loadings[0].shape[0]  # a file of components may hold more than were used
         return ForeignFactor(None, components_SK[:, :num_used].T.contiguous(), torch.stack(loadings))
 
-    def others(self, place: int) -> tuple[TensorInfo, ...]:
+    def others(self, index: int) -> tuple[TensorInfo, ...]:
         """The tensors of one adapter that are no part of a factor."""
-        return self._adapters[place].others
+        return self._adapters[index].others
 
-    def read_other(self, place: int, name: str) -> Tensor:
+    def read_other(self, index: int, name: str) -> Tensor:
         """Read one of these."""
-        return self._adapters[place].file.read(name)
+        return self._adapters[index].file.read(name)
 
     def _owner(self, module: str, side: str) -> _Adapter:
         """The first file that has a factor's components."""
         key = (module, side, COMPONENTS)
-        found = [adapter for adapter in (self._given, *self._adapters) if adapter is not None and key in adapter.parts]
-        if not found:
+        owners = [adapter for adapter in (self._given, *self._adapters) if adapter is not None and key in adapter.parts]
+        if not owners:
             raise FormatError(
                 f"no file has components of {module[:200]!r}, side {side}",
                 where=self._adapters[0].where,
                 next_step="name the file of the components (components=, --components)",
             )
-        return found[0]
+        return owners[0]
 
     def _shapes(self, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(rank, inputs) and (outputs, rank)."""
@@ -152,13 +152,13 @@ class SubspaceAdapters(ForeignSubspace):
         for side in "AB":
             owner, first = self._owners[module, side], self._adapters[0]
             info = owner.parts[module, side, COMPONENTS]
-            num_values, num_kept = require_shape(info, info.name, (None, None), owner.where).shape
+            num_values, num_components = require_shape(info, info.name, (None, None), owner.where).shape
             loadings = first.parts.get((module, side, LOADINGS))
             name = f"{module}, side {side}: loadings"
             num_used, rank = require_shape(loadings, name, (None, None), first.where).shape
-            if num_used > num_kept or (num_used < num_kept and owner is not self._given):
+            if num_used > num_components or (num_used < num_components and owner is not self._given):
                 raise FormatError(
-                    f"there are {num_used} loadings for {num_kept} components of {module[:200]!r}, side {side}",
+                    f"there are {num_used} loadings for {num_components} components of {module[:200]!r}, side {side}",
                     where=first.where,
                 )
             sizes.append((num_values, rank))
@@ -178,10 +178,10 @@ class SubspaceAdapters(ForeignSubspace):
         first = self._adapters[0].parts
         for module, side in self._owners:
             for part, pattern in ((COMPONENTS, self._owners[module, side].parts), (LOADINGS, first)):
-                found = adapter.parts.get((module, side, part))
-                if part == LOADINGS or (found is not None and self._given is None):
+                info = adapter.parts.get((module, side, part))
+                if part == LOADINGS or (info is not None and self._given is None):
                     shape = pattern[module, side, part].shape
-                    require_shape(found, f"{module}, side {side}: {part}", shape, adapter.where)
+                    require_shape(info, f"{module}, side {side}: {part}", shape, adapter.where)
 
 
 def is_subspace_adapter(folder: Path) -> bool:

@@ -95,7 +95,7 @@ class VloraFolder(ForeignSubspace):
 
     def _shapes(self, module: str, meta: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B: as they are written down, or, by early versions, from the rank and the length of the mean."""
-        found = []
+        shapes = []
         for letter in "ab":
             listed = meta.get(f"shapes_{letter}")
             if listed is None:
@@ -103,13 +103,13 @@ class VloraFolder(ForeignSubspace):
                 (size,) = require_shape(self._values.tensors.get(name), name, (None,), self._values.file).shape
                 if type(rank) is not int or rank < 1 or size % rank:
                     raise FormatError(f"the rank is {str(rank)[:40]} for {size} values of {name[:200]!r}", where=where)
-                found.append((rank, size // rank) if letter == "a" else (size // rank, rank))
+                shapes.append((rank, size // rank) if letter == "a" else (size // rank, rank))
             elif not isinstance(listed, dict) or not isinstance(listed.get(module), list):
                 raise FormatError(f"shapes_{letter} has no shape of layer {module[:200]!r}", where=where)
             else:
-                found.append(tuple(listed[module]))
-        check_shapes(found[0], found[1], f"{where}, layer {module[:200]!r}")
-        return found[0], found[1]
+                shapes.append(tuple(listed[module]))
+        check_shapes(shapes[0], shapes[1], f"{where}, layer {module[:200]!r}")
+        return shapes[0], shapes[1]
 
     def _num_directions(self, module: str, side: int, meta: Mapping[str, Any]) -> int:
         """Check a factor's tensors against its shape; returns K."""
@@ -139,10 +139,10 @@ def is_vlora(folder: Path) -> bool:
 
 
 def _a_list(meta: Mapping[str, Any], key: str, where: str) -> list[object]:
-    found = meta.get(key)
-    if not isinstance(found, list):
+    entries = meta.get(key)
+    if not isinstance(entries, list):
         raise FormatError(f"{key} is not a list", where=where, rule="a folder of vLoRA lists its layers and tasks")
-    return found
+    return entries
 
 
 def _task_files(names: tuple[str, ...], meta: Mapping[str, Any], where: str) -> list[str]:
