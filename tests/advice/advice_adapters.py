@@ -265,7 +265,7 @@ CASES = [
     Case(
         "An adapter's config without a rank",
         open_without_rank,
-        ("has no r", "dd it to adapter_config.json"),
+        ("has no r", "dd r to adapter_config.json"),
         add_the_rank,
     ),
     Case(

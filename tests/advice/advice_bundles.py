@@ -217,11 +217,14 @@ CASES = [
     Case(
         "A bundle without one of its files",
         load_part_of_it,
-        ("is missing", "opy the bundle again, whole"),
+        ("is missing", "opy the whole bundle again"),
         copy_it_again,
     ),
     Case(
-        "A bundle with a changed file", load_changed, ("not what its name says", "opy the bundle again"), copy_it_again
+        "A bundle with a changed file",
+        load_changed,
+        ("does not match the hash in its name", "opy the whole bundle again"),
+        copy_it_again,
     ),
     Case("A zoo where a bundle is expected", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
     Case(
@@ -255,7 +258,7 @@ CASES = [
     Case(
         "A model in a store that is not the one that was fitted",
         rebuild_from_another_source,
-        ("not the one that was fitted", "it again, or without --include and --exclude"),
+        ("not the one that was fitted", "without --include and --exclude"),
         fit_again,
     ),
     Case(

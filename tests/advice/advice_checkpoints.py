@@ -291,7 +291,7 @@ CASES = [
         convert_gguf,
     ),
     Case("A shard that is missing", shard_missing, ("is missing", "ownload it"), get_the_shard),
-    Case("Shards without their index", index_missing, ("without their index", "ownload the index too"), get_the_index),
+    Case("Shards without their index", index_missing, ("but no index", "ownload the index too"), get_the_index),
     Case(
         "A file that was cut off",
         cut_off,
@@ -301,7 +301,7 @@ CASES = [
     Case(
         "A link that leads out of a model's folder",
         linked_out,
-        ("leads out of the folder", "eplace the link by the file itself"),
+        ("leads out of the folder", "eplace the link with the file itself"),
         replace_the_link,
     ),
     Case(

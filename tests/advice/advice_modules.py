@@ -183,7 +183,7 @@ CASES = [
     Case(
         "Factors of whole numbers",
         open_cast(torch.int8),
-        ("factors of torch.int8", "ave its factors as float32", "dequantised where they are codes"),
+        ("factors have dtypes torch.int8", "ave its factors as float32", "dequantise them first"),
         save_as_floats,
     ),
     Case(
@@ -195,7 +195,7 @@ CASES = [
     Case(
         "An adapter within an adapter",
         open_nested,
-        ("the file has an adapter within an adapter", "erge the inner one, and save the outer one again"),
+        ("the file has an adapter within an adapter", "erge the inner adapter and save the outer one again"),
         merge_the_inner_one,
     ),
     Case(
@@ -217,7 +217,7 @@ CASES = [
     Case(
         "A format that cannot hold an adapter",
         rebuild_as,
-        ("are no LoRA factors", "ebuild it in the format"),
+        ("are not LoRA factors", "ebuild it in its original format"),
         rebuild_as_it_came,
     ),
 ]

@@ -209,4 +209,4 @@ def test_a_bundle_in_the_place_of_a_zoo_is_told_what_it_is_for(refused: Refused,
 
 
 def test_a_model_in_the_place_of_a_bundle_is_told_how_one_is_made(refused: Refused, zoo: Path, tmp_path: Path) -> None:
-    assert "Mrite one with eigenzoo fit ZOO -o BUNDLE" in refused("project", zoo, zoo / "m1")
+    assert "Write one with eigenzoo fit ZOO -o BUNDLE" in refused("project", zoo, zoo / "m1")

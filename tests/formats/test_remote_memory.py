@@ -325,7 +325,7 @@ def test_what_is_not_read_from_urls_is_refused_with_a_way_out(place: Place) -> N
         ez.open_zoo(f"{place.url}/nothing*")
     with pytest.raises(UnsupportedError, match="the bucket or host is a wildcard"):
         ez.open_zoo("memory://*/m9")
-    with pytest.raises(ZooError, match=r"no such file or folder.*A URL is given as text"):
+    with pytest.raises(ZooError, match=r"no such file or folder.*Give a URL as text"):
         ez.open_zoo(Path(f"{place.url}/m9"))
 
 

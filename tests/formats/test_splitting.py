@@ -88,12 +88,12 @@ def test_a_layout_joins_the_parts_and_comes_back(path: Path) -> None:
     ("splits", "message"),
     [
         ([], "not a mapping"),
-        ({"blocks.0.attn.qkv.weight": 3}, "no list of parts"),
-        ({"blocks.0.attn.qkv.weight": [["q", 12]]}, "no list of parts"),
+        ({"blocks.0.attn.qkv.weight": 3}, "not a list of parts"),
+        ({"blocks.0.attn.qkv.weight": [["q", 12]]}, "not a list of parts"),
         ({"blocks.0.attn.qkv.weight": [["q", 6], ["k", 5]]}, "do not cover the rows"),
         ({"blocks.0.attn.qkv.weight": [["q", 12], ["k", 0]]}, "no rows"),
         ({"blocks.0.attn.qkv.weight": [["q", 6.0], ["k", 6]]}, r"not \[name, rows\]"),
-        ({"blocks.0.attn.qkv.weight": [["q", 6], ["q", 6]]}, "that of another"),
+        ({"blocks.0.attn.qkv.weight": [["q", 6], ["q", 6]]}, "the name of another part"),
         ({"gone": [["q", 6], ["k", 6]]}, "do not cover the rows"),
         ({"counter": [["q", 1], ["k", 1]]}, "do not cover the rows"),
     ],
@@ -128,7 +128,7 @@ def test_rules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             ez.open_zoo(tmp_path / "m.safetensors", split=rules)
     model = cut(tmp_path / "m.safetensors", "*.qkv.bias=q,k,v")
-    with pytest.raises(UsageError, match="split by other rules already"):
+    with pytest.raises(UsageError, match="already split by other rules"):
         split_model(model, [parse_split("*.qkv.bias=2")])
 
 

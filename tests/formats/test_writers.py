@@ -219,16 +219,16 @@ def test_layouts_of_other_people_are_checked(adapter: Path, sharded: Path, tmp_p
         ({**full, "files": {"x.safetensors": [["w", "F4", [2]]]}}, FormatError, "dtype 'F4'"),
         ({**full, "files": {"x.safetensors": [["w", "F32", [-2]]]}}, FormatError, "shape of 'w'"),
         ({**full, "files": {"x.safetensors": [["w", "F32", [2**70]]]}}, FormatError, "shape of 'w'"),
-        ({**full, "files": {"x.safetensors": [[3, "F32", [2]]]}}, FormatError, "no string"),
-        ({**full, "updates": lora["updates"]}, FormatError, "is no tensor of the files"),
-        ({**lora, "updates": {}}, FormatError, "a lora has some"),
+        ({**full, "files": {"x.safetensors": [[3, "F32", [2]]]}}, FormatError, "not a string"),
+        ({**full, "updates": lora["updates"]}, FormatError, "is not a tensor of the files"),
+        ({**lora, "updates": {}}, FormatError, "a lora has one file"),
         ({**lora, "updates": []}, FormatError, "updates is not a mapping"),
         ({**lora, "updates": {module: {}}}, FormatError, "exactly key_a"),
         ({**lora, "updates": {module: other, "x": other}}, FormatError, "is used twice"),
-        ({**lora, "updates": {module: {**other, "key_a": "none"}}}, FormatError, "no tensor of the files"),
-        ({**lora, "updates": {module: {**other, "rank": 3}}}, FormatError, "for rank 3"),
-        ({**lora, "updates": {module: {**other, "rank": True}}}, FormatError, "no finite number"),
-        ({**lora, "updates": {module: {**other, "scale": float("nan")}}}, FormatError, "no finite number"),
+        ({**lora, "updates": {module: {**other, "key_a": "none"}}}, FormatError, "not a tensor of the files"),
+        ({**lora, "updates": {module: {**other, "rank": 3}}}, FormatError, "but the rank is 3"),
+        ({**lora, "updates": {module: {**other, "rank": True}}}, FormatError, "not a finite number"),
+        ({**lora, "updates": {module: {**other, "scale": float("nan")}}}, FormatError, "not a finite number"),
     ]
     for value, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -107,7 +107,8 @@ def test_a_body_that_stays_wrong_is_an_error_and_not_in_the_cache(
 ) -> None:
     hub.fault = on("GET", "/objects/", fault, times=10**6)
     with pytest.raises(
-        FormatError, match=r"org/model@[0-9a-f]{40}: what the hub sends is not what it says.*Nothing of it is kept"
+        FormatError,
+        match=r"org/model@[0-9a-f]{40}: the hub's answer does not match its own listing.*The answer was discarded",
     ):
         open_model("org/model")
     check_cache()
@@ -123,7 +124,7 @@ def test_a_hub_that_lies_about_sizes(
 ) -> None:
     repo.files["config.json"] = b'{"a": 1234567890}'
     getattr(hub, sizes)[name] = len(repo.files[name]) + by
-    with pytest.raises(FormatError, match=r"what the hub sends is not what it says"):
+    with pytest.raises(FormatError, match=r"the hub's answer does not match its own listing"):
         open_model("org/model")
     check_cache()
     assert not list(Path(constants.HF_HUB_CACHE).rglob(name))
@@ -177,7 +178,10 @@ def test_private_and_gated_repositories(hub: Hub, logged_in: str, monkeypatch: p
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "wrong" * 6)
     texts = []
     for name, message in (
-        ("private", r"org/private: .*the hub shows no such repository.*of a private repository `hf auth login` first"),
+        (
+            "private",
+            r"org/private: .*the hub shows no such repository.*for a private repository run `hf auth login` first",
+        ),
         ("gated", rf"org/gated.*is gated.*Accept the terms at {hub.url}/org/gated, then run `hf auth login`"),
     ):
         with pytest.raises(FormatError, match=message) as caught:
@@ -213,7 +217,7 @@ def test_without_a_network(hub: Hub, repo: Repository, slept: list[float], monke
     assert torch.equal(open_model("org/model").read("w"), VALUES)
     with pytest.raises(
         FormatError,
-        match=r"org/other: no file or folder .*the hub at http://127.0.0.1:9 cannot be reached .*Check the",
+        match=r"org/other: there is no file or folder .*the hub at http://127.0.0.1:9 cannot be reached .*Check the",
     ):
         open_model("org/other")
 
@@ -227,10 +231,10 @@ def test_offline_without_all_of_it(
     offline()
     hub.forget()
     with pytest.raises(
-        FormatError, match=r"org/model@[0-9a-f]{40}: HF_HUB_OFFLINE is set, and the hub's cache has not all"
+        FormatError, match=r"org/model@[0-9a-f]{40}: HF_HUB_OFFLINE is set, and the hub's cache does not have all"
     ):
         open_model("org/model")
-    with pytest.raises(FormatError, match=r"org/other: no file .* HF_HUB_OFFLINE is set.*Run it once without"):
+    with pytest.raises(FormatError, match=r"org/other: there is no file .* HF_HUB_OFFLINE is set.*Run it once without"):
         open_model("org/other")
     assert hub.requests == []
 

@@ -246,7 +246,7 @@ def test_a_path_that_exists_wins(hub: Hub, zoo: list[Path], tmp_path: Path, monk
     write_checkpoints(tmp_path / "org" / "zoo", 2, seed=5)
     assert ez.open_zoo("org/zoo").names == ("m0", "m1")
     assert hub.requests == []
-    with pytest.raises(ZooError, match=r"org/m0: there is no such file or folder. An id of the hub is given as text"):
+    with pytest.raises(ZooError, match=r"org/m0: there is no such file or folder. Give an id of the hub as text"):
         ez.open_zoo(Path("org/m0"))
 
 

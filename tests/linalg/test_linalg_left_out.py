@@ -9,7 +9,7 @@ from torch import Tensor
 
 from builders import random_stack, seeded
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.linalg.heldout import make_grouped_folds, leave_one_out
+from eigenzoo.linalg.heldout import leave_one_out, make_grouped_folds
 from eigenzoo.linalg.spectrum import eigenpairs
 from tolerance import tolerance
 

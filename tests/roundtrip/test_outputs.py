@@ -156,6 +156,6 @@ def test_force_refuses_what_is_no_plain_file_whatever_the_record_says(zoo: Path,
     else:
         record.write_text(json.dumps({**text, "files": {**text["files"], what: ""}}))
     os.mkfifo(entry) if what == "pipe" else entry.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ez.OutputError, match="replaces only what eigenzoo wrote"):
+    with pytest.raises(ez.OutputError, match="replaces only an output of the same kind"):
         model.save(out, force=True)
     assert os.path.lexists(entry)

@@ -178,7 +178,7 @@ def test_single_modules_without_effect_are_named_and_no_fault(base: Made, sound:
     [
         (float("nan"), "NaN or Inf"),
         (float("inf"), "NaN or Inf"),
-        (1e5, "above 100 nothing of that is left"),
+        (1e5, "above 100 none of the base's output remains"),
         (1e-8, "none"),
     ],
 )

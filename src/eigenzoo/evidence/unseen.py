@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import scale_models
-from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, make_folds, hold_out, leave_one_out, others, up_to
+from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, hold_out, leave_one_out, make_folds, others, up_to
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 MIN_MODELS = 4

@@ -1,4 +1,4 @@
-"""What directions found on some models capture of others, from the Gram alone.
+"""Measure from the Gram how much the directions of some models capture of other models.
 
 Legend: N models, T fitted ones, H held-out ones, K directions.
 """
@@ -59,7 +59,7 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held_out: Tensor, num: int | None 
     u, λ are of the fitted models' centred Gram; with `num`, the leading so many, of many models in float32. Exact otherwise; no
     weight is read. Cost T³.
     """
-    # In numpy: this is called for each fold of each layer, and torch takes longer to begin than the small sums to be made.
+    # In numpy: this runs for each fold of each layer, and starting a torch call takes longer than these small sums.
     gram, rows, columns = gram_NN.numpy(), fitted.numpy(), held_out.numpy()
     seen = gram.take(rows, 0)
     block, cross = seen.take(rows, 1), seen.take(columns, 1)
@@ -70,7 +70,7 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held_out: Tensor, num: int | None 
     centered_TT = _above_round_off(torch.from_numpy(block - means - (means - mean)[:, None]), torch.from_numpy(block))
     floor = FLOOR
     if num is not None and len(fitted) > FLOAT32_FROM:
-        # Half the time, for shares of which the first digits are looked at.
+        # float32 takes half the time, and only the first digits of these shares are used.
         centered_TT, cross_TH, floor = centered_TT.float(), cross_TH.float(), FLOAT32_FLOOR
     values_K, vectors_TK = eigenpairs(centered_TT, floor, num)
     return HeldOut(
@@ -116,7 +116,7 @@ def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held_out: Tenso
     total = float(block_TT.diagonal().sum())
     floor = FLOOR
     if len(fitted) > FLOAT32_FROM:
-        # Half the time, for leading directions that are compared with chance, whose spread is thousands of times the error.
+        # float32 takes half the time. The directions are compared with chance, whose spread is thousands of times the error.
         block_TT, cross_TH, floor = block_TT.float(), cross_TH.float(), FLOAT32_FLOOR
     values_K, vectors_TK = eigenpairs(block_TT, floor)
     return Contrast(
@@ -128,7 +128,7 @@ def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held_out: Tenso
 
 
 def _above_round_off(part_TT: Tensor, whole_TT: Tensor) -> Tensor:
-    """What is left of a Gram, or zero where that is round-off: copies of one model have no directions."""
+    """Return the remainder of a Gram, or zero if it is round-off: copies of one model have no directions."""
     return part_TT if float(part_TT.trace()) > NO_VARIANCE * float(whole_TT.trace()) else 0 * part_TT
 
 
@@ -171,7 +171,7 @@ def cross_validated_capture(
     if num_models < 3:
         return None
     most = max(ranks, default=0)
-    # Shares do not depend on the unit, and squares of energies may not be finite; a power of two rounds nothing.
+    # Shares do not depend on the unit, and squares of energies may overflow. A power of two causes no rounding.
     gram_NN = gram_NN * 2.0 ** -math.frexp(float(gram_NN.diagonal().max()))[1]
     results = [hold_out(gram_NN, fitted, held_out, most) for fitted, held_out in _folds_used(num_models, folds, seed)]
     total = sum(fold.energy for fold in results)
@@ -180,7 +180,7 @@ def cross_validated_capture(
 
 @lru_cache(maxsize=64)
 def _folds_used(num_models: int, folds: int, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The fitted and the held-out models of each fold that is held out, the same for every layer."""
+    """Return the fitted and the held-out models of each fold in use. They are the same for every layer."""
     folds_made = make_folds(num_models, folds, seed)
     enough = -(-MIN_HELD_OUT // (num_models // len(folds_made)))
     return tuple((others(num_models, held_out), held_out) for held_out in folds_made[:enough])
@@ -209,7 +209,7 @@ def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tens
 
 
 def _distinct(values_R: Tensor) -> Tensor:
-    """Eigenvalues that each lie at least round-off below the one before: equal ones would leave no bracket for a root."""
+    """Lower each eigenvalue to at least round-off below the one before. Equal eigenvalues would leave no bracket for a root."""
     values = values_R.tolist()
     for index in range(1, len(values)):
         values[index] = min(values[index], values[index - 1] * (1 - DISTINCT))
@@ -219,9 +219,9 @@ def _distinct(values_R: Tensor) -> Tensor:
 def _secular_gaps(squares_NR: Tensor, values_R: Tensor, pole: int, level: float) -> Tensor:
     """λ_j − μ for the roots μ between λ_pole+1 and λ_pole of Σ a²/(λ − μ) = level, of all models at once.
 
-    What lies above and what lies below is each replaced by one pole of the same value and slope ("the middle way", Li 1993):
-    quadratic convergence, kept inside the bracket that the signs so far leave. Roots are told from the nearer of the two
-    poles: that of a model near the mean, a merged one say, lies closer to it than float64 can write beside λ.
+    The poles above and the poles below are each replaced by one pole of the same value and slope ("the middle way", Li 1993).
+    Convergence is quadratic, within the bracket that the signs leave. Roots are measured from the nearer of the two poles:
+    for a model near the mean (a merged one, for example) the distance is smaller than the spacing of float64 at λ.
     """
     upper, lower = values_R[pole], values_R[pole + 1]
     width = upper - lower

@@ -107,6 +107,6 @@ class Eigenvectors:
         vectors = self.vectors[:, :rank]
         if self.factor_SP is None:
             return vectors.contiguous()
-        # Small eigenvalues leave F·w short of orthogonal by eps · largest / own; QR mends it and keeps the order.
+        # For small eigenvalues F·w is not orthogonal, by eps · largest / own. QR corrects this and keeps the order.
         basis: Tensor = torch.linalg.qr(self.factor_SP @ (vectors / self.values_K[:rank].sqrt()))[0]
         return basis.contiguous()

@@ -1,4 +1,4 @@
-"""Spectra of symmetric second moments.
+"""Compute spectra of symmetric second moments.
 
 Legend: N rows of the moment, K kept directions.
 """
@@ -35,7 +35,7 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
     """
     size = moment_NN.shape[0]
     if num is not None and size >= LEADING_FROM and 0 < num <= size // 4:
-        # Here, since importing it takes a third as long as all of eigenzoo does, and smaller zoos never need it.
+        # Imported here, because its import takes a third of the time of all of eigenzoo, and smaller zoos never need it.
         import scipy.linalg
 
         values, vectors = scipy.linalg.eigh(

@@ -1,4 +1,4 @@
-"""Grams of low-rank updates X_n = B_n A_n, tile by tile of models: ⟨X_i, X_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), no B·A ever formed.
+"""Compute Grams of low-rank updates X_n = B_n A_n by tiles of models: ⟨X_i, X_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), without B·A.
 
 Legend: n models of a tile, O outputs, I inputs, R one update's rank, P ranks of a tile's updates stacked. The scale is in B.
 """

@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may use: those of the machine, or fewer where a container limits them.
+"""Memory and cores that this process may use: those of the machine, or fewer if a container limits them.
 
 Limits are those of control groups, version 1 and 2 (Docker, Kubernetes, Slurm and systemd set them), of `ulimit -v`, and of
 `taskset`. A limit of an outer group holds for its inner groups too, so all groups up to the root are read.

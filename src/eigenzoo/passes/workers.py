@@ -1,8 +1,8 @@
-"""Workers: where the tasks of a pass run, and in which order their results come back.
+"""Workers: where the tasks of a pass run, and in which order their results arrive.
 
-One task reads and multiplies on one thread; as many run at once as there are cores. So reading one layer goes on while another's
-products run, and no thread waits for another inside a product. Results come in the order of the tasks, a few at a time: what
-is made of them does not depend on who was first, and memory does not grow with their number.
+Each task reads and multiplies on one thread. As many tasks run at once as there are cores. So one layer is read while another
+is multiplied, and no thread waits for another inside a product. Results arrive in the order of the tasks, a few at a time.
+Outputs therefore do not depend on which task finished first, and memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Done = tuple[Key, list[Any]]
 Weight = Callable[[Any], int]
 
 WAITING = 2
-"""Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
+"""Tasks that are queued beside those that run, so that no worker waits while results are collected."""
 
 MAX_PENDING_BYTES = 192 * 2**20
-"""What results that wait for their turn may weigh, for each worker."""
+"""Bytes that results may take while they wait for their turn, per worker."""
 
 MOST_PENDING = 8
 """Jobs for each worker that are handed out and not collected yet, at most: results without a weight take memory too."""
@@ -68,9 +68,10 @@ class Workers:
     ) -> Iterator[Done[Key]]:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
-        So many calls are handed out that no worker waits, but no more than that; not while `MOST_PENDING` jobs a worker wait for
-        their turn, and not while their results may weigh more than `MAX_PENDING_BYTES` a worker: `weight` says what a job's results may
-        weigh, in bytes. An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
+        Enough calls are submitted that no worker waits, and no more. None is submitted while `MOST_PENDING` jobs per worker
+        wait for their turn, or while their results may take more than `MAX_PENDING_BYTES` per worker. `weight` returns the bytes
+        that a job's results may take.
+        An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
         memory, that is a ResourceError; `what` says there what a job's key, or the first part of it, names.
         """
         pending: deque[tuple[Key, list[Future[Any]]]] = deque()

@@ -1,4 +1,4 @@
-"""Roles: what the same weight is called in every block of a network."""
+"""Roles: the name that a weight has in every block of a network."""
 
 from __future__ import annotations
 

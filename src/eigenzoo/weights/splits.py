@@ -1,10 +1,10 @@
-"""Rules that cut a fused weight into parts along its outputs: declared by a user, never guessed.
+"""Rules that split a fused weight into parts along its outputs. Users declare them; nothing is guessed.
 
     blocks.*.attn.qkv.*=3               three equal parts, called part0, part1, part2
     blocks.*.attn.qkv.*=q,k,v           three equal parts by name
     layers.*.attn.qkv_proj.*=q:4,k:1,v:1    sizes in proportion: as many rows of q as 4 of 6
 
-A part is a run of whole rows, outputs first. The part `q` of the tensor `blocks.0.attn.qkv.weight` is the layer
+A part is a range of whole rows, which are outputs. The part `q` of the tensor `blocks.0.attn.qkv.weight` is the layer
 `blocks.0.attn.qkv.weight.q`.
 """
 

@@ -1,4 +1,4 @@
-"""Whether an adapter changes what a base answers: by its factors, and one read of each weight that it changes.
+"""Check whether an adapter changes the outputs of a base, from its factors and one read of each weight that it changes.
 
 For random x with independent normal entries, ‖s·B·A·x‖ / ‖W·x‖ is ‖s·B·A‖ / ‖W‖ up to the spread of a few draws.
 """
@@ -42,7 +42,7 @@ def effect_checks(
 def _effect(
     adapter: Adapter, base: BaseModules | None, transposed: bool, module: str
 ) -> tuple[float | None, LayerChange]:
-    """Return ‖s·B·A·x‖ of one module, None where its factors are not finite, and its change of the base's layer."""
+    """Return ‖s·B·A·x‖ of one module (None if its factors are not finite) and its change relative to the base's layer."""
     update, factors = adapter.updates[module], adapter.factors(module)
     weight = None if base is None else base.weight_of(update, transposed=transposed)
     name = None if weight is None else weight.tensor.name
@@ -81,7 +81,7 @@ def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -
 
 
 def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Adapter) -> list[Check]:
-    """Compare changes with the base's answers; nothing where none are known."""
+    """Compare changes with the outputs of the base. Without known changes there is no check."""
     sizes = {module: layer.change for module, layer in changes.items() if layer.change is not None}
     if not sizes:
         return []
@@ -106,7 +106,7 @@ def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Ada
 
 
 def _scaled(adapter: Adapter, modules: Sequence[str]) -> str:
-    """Name the scale among the causes, where there is one."""
+    """Name the scale as a possible cause, if there is one."""
     scale = max(abs(adapter.updates[module].scale) for module in modules)
     return f"a scale of {scale:g} (lora_alpha), " if scale != 1.0 else ""
 

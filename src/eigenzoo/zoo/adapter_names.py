@@ -1,4 +1,4 @@
-"""Whether an adapter's factors find their places: by what its file, its config and the headers of a base say."""
+"""Check from an adapter's file, its config and the headers of a base whether each factor belongs to a module of the base."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def base_checks(adapter: Adapter, base: BaseModules, lost: Collection[str], load
     modules = Check(
         "modules",
         f"{len(weights) - len(absent)} of {len(weights)} are in the base",
-        # A library that converts a diffusion model's names has its own for them: ours say nothing of why it drops one.
+        # A library that converts the names of a diffusion model uses its own. Our names do not explain why it drops a tensor.
         tuple(_absent(absent, adapter, base) if absent and not (loading and adapter.config is None) else ()),
     )
     fitting = len(weights) - len(absent) - len(misshapen)
@@ -101,12 +101,12 @@ def base_checks(adapter: Adapter, base: BaseModules, lost: Collection[str], load
 
 
 def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[str]:
-    """Say which modules the base has not; one sentence where one change of names finds them all."""
+    """List the modules that the base lacks, in one sentence if one change of names finds them all."""
 
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
 
-    # As the library calls them, where it was asked.
+    # By the library's names, if a library was run.
     present = adapter.updates.keys() - set(lost)
     renames = (find_rename(lost, names, accepts, present) for names in (frozenset(base.own_names), base.weights))
     rename = next(filter(None, renames), None)
@@ -139,7 +139,7 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
 
 
 def _of_other_components(lost: Sequence[str], base: BaseModules) -> list[str]:
-    """Of the layers of a diffusion model's LoRA, those of components that the base has nothing of."""
+    """Return the layers of a diffusion LoRA that belong to components which the base lacks."""
     have = {name.partition(".")[0] for name in base.weights}
     return [module for module in lost if module.partition(".")[0] not in have]
 
@@ -161,7 +161,7 @@ def _wanted(update: LoraUpdate) -> tuple[int, ...]:
 
 
 def _layout_checks(adapter: Adapter, base: BaseModules, weights: Mapping[str, BaseWeight | None]) -> list[Check]:
-    """Say which weights are another module's, and whether the config knows how they lie."""
+    """List weights that are shared with another module, and check the config's fan_in_fan_out."""
     notes = [
         f"{module}: shares the weight {weight.tensor.name!r}, which the base's files hold once; PEFT changes this one's use alone"
         for module, weight in weights.items()
@@ -183,7 +183,7 @@ def _layout_checks(adapter: Adapter, base: BaseModules, weights: Mapping[str, Ba
 
 
 def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
-    """Check that every module of the base that the config's list names has factors; by the library where it was asked."""
+    """Check that every base module in the config's list has factors. Use the library's result if a library was run."""
     config = adapter.config or {}
     targets = config.get("target_modules")
     if targets is None or targets == ALL_LINEAR or (loading is not None and loading.error):
@@ -214,7 +214,7 @@ def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> li
 
 
 def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
-    """Look at the tensors that are no factors: trained whole, with the module that they replace."""
+    """Check the tensors that are not factors: modules that were trained whole."""
     factors = {key for update in adapter.updates.values() for key in update.keys}
     others = {name: shape for name, shape in adapter.shapes.items() if name not in factors}
     if not others:
@@ -245,7 +245,7 @@ def loading_check(loading: Loading | str, adapter: Adapter, advice: str = "") ->
 
 
 def _asked(module: str) -> str:
-    """What PEFT asks the config for: of an attention's output projection, the attention."""
+    """Return the name that PEFT looks up in the config. For an attention's output projection it is the attention."""
     return module.partition(".base_layer.")[0]
 
 

@@ -1,4 +1,4 @@
-"""`verify_adapter`: whether a LoRA adapter will take effect on a base."""
+"""Verify that a LoRA adapter takes effect on a base (`verify_adapter`)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def verify_adapter(
 
 
 def _only_mlx(base: Model, adapter: Adapter) -> str:
-    """A `Loader` that asks nobody: PEFT answers for files of its own."""
+    """A `Loader` that runs no library, because PEFT reads only its own files."""
     return ONLY_MLX
 
 
@@ -141,17 +141,17 @@ def lost_modules(adapter: Adapter, loading: Loading) -> tuple[str, ...]:
 
 
 def _undecided(check: Check) -> Check:
-    """Take what names and shapes say against an adapter as a note: a library may translate them."""
+    """Turn faults of names and shapes into notes, because a library may translate them."""
     return replace(check, faults=(), notes=(*check.faults, *check.notes), done=False) if check.faults else check
 
 
 def _names_of(adapter: Adapter, base: Model, names: Mapping[str, str]) -> Mapping[str, str] | None:
-    """Return what the base's tensors are called where the adapter's modules are looked for."""
+    """Return the names of the base's tensors under which the adapter's modules are searched."""
     return weights_as_layers(base.tensors) if adapter.config is None else names or None
 
 
 def _loaded_modules(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
-    """Return the module of the base's files that each module of the adapter is put on, where it is one."""
+    """Return for each module of the adapter the one module of the base's files that it is loaded into."""
     files = {name.removesuffix(WEIGHT).removesuffix(ATTENTION): file for file, name in loading.names.items()}
     modules = {}
     for module, update in adapter.updates.items():
@@ -171,7 +171,7 @@ def _advice(
     loader: Loader,
     tries: Iterator[object] | None,
 ) -> str:
-    """Say by which change the library takes up everything; each is tried before it is said."""
+    """Name the change with which the library loads all tensors. Each change is tried first."""
     if len(adapter.updates) > TRIED:
         return ""
     tries = iter(range(MOST_TRIES)) if tries is None else tries

@@ -1,4 +1,4 @@
-"""What adapters' updates answer to random inputs: updates of the same answers are the same, however they are factored."""
+"""Compute the outputs of adapters' updates for random inputs. Updates with equal outputs are equal, whatever their factors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def same_function(answers: Sequence[Answers]) -> list[list[int]]:
 def _same_answers(numbers: Sequence[int], answers: Sequence[Answers]) -> list[list[int]]:
     """Group models of the same modules."""
     groups: list[list[int]] = []
-    # The first module tells nearly all pairs apart: it is compared with those of all groups at once.
+    # The first module distinguishes nearly all pairs. It is compared with the first modules of all groups at once.
     firsts_NL, sizes_N = np.empty((len(numbers), NUM_LISTENERS)), np.empty(len(numbers))
     with np.errstate(all="ignore"):
         for number in numbers:

@@ -1,6 +1,6 @@
-"""The modules of a base, as an adapter sees them: which weight each has, and how large its answer to a random input is.
+"""The modules of a base that an adapter refers to: the weight of each, and the size of its output for a random input.
 
-Values are read span by span; each weight at most once. Legend: O outputs, I inputs, T random inputs.
+Values are read in spans, and each weight at most once. Legend: O outputs, I inputs, T random inputs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BaseModules:
         model: the base.
         names: what a library calls the tensors of its files in memory, where that differs.
         norms: of answers, where several look at one base.
-        places: of modules of the adapter, the one in memory that a library puts each on, where that is known.
+        loaded: the module in memory that a library puts each module of the adapter on, if that is known.
 
     Attributes:
         weights: the weight of each module, by the module's name; in the files and, where known, in memory.
@@ -78,7 +78,7 @@ class BaseModules:
         self.model = model
         self._loaded = loaded or {}
         weights = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
-        # Who asks by a name of the files may mean that: libraries translate it.
+        # A name may be one of the files: libraries translate it.
         renamed = {
             _module(name): model.tensors[file]
             for file, name in (names or {}).items()

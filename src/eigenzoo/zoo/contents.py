@@ -1,7 +1,7 @@
-"""One read of a model: a sum of its bytes, its values that are NaN or Inf, and what its updates answer to random inputs.
+"""Read a model once: the sum of its bytes, its NaN and Inf values, and the outputs of its updates for random inputs.
 
-Many tensors are read at once, those of one shape beside each other: so a few operations on all of them do, where some on each
-would cost as much in Python as in reading, and threads would wait for each other's Python.
+Many tensors are read at once, with equal shapes side by side, so that a few operations handle all of them. Operations on each
+tensor would cost as much time in Python as the reading, and threads would wait for the GIL.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Contents:
 
 
 class _Kind(NamedTuple):
-    """Rows of tensors, seen as matrices: of a factor A (rank, inputs) or B (outputs, rank), of anything else one column."""
+    """Rows of tensors as matrices: (rank, inputs) for a factor A, (outputs, rank) for B, and one column for all others."""
 
     dtype: torch.dtype
     first: int
@@ -61,7 +61,7 @@ class _Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class _Block:
-    """Where rows of tensors of one kind lie in memory: each takes `num_words` words, from word `begin` on; zeros fill the last."""
+    """The memory of rows of one kind: each takes `num_words` words, from word `begin` on. Zeros fill the last word."""
 
     kind: _Kind
     keys: tuple[str, ...]
@@ -89,7 +89,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How models that are the same but for their values are read; `tensors` are their names, dtypes and shapes, sorted."""
+    """How to read models that differ only in values. `tensors` are their sorted names, dtypes and shapes."""
 
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     runs: tuple[_Run, ...]
@@ -125,7 +125,7 @@ class ContentsReader:
         return content.hexdigest()
 
     def _plan(self, model: Model) -> _Plan:
-        """Return how a model is read; found once for all models that are the same but for their values."""
+        """Return how to read a model. Models that differ only in values share one plan."""
         likeness = model.likeness if isinstance(model, SafetensorsModel) else None
         key = model if likeness is None else likeness
         plan = self._plans.get(key)
@@ -145,7 +145,7 @@ class ContentsReader:
             with borrow(1, run.num_words, torch.int64) as rows:
                 words_W = rows[0]
                 _read_run(model, run, words_W)
-                # Its overflow wraps around, which is as good a sum as any.
+                # Overflow wraps around, which is fine for a checksum.
                 total += int(np.add.reduce(words_W.numpy()))
                 for block in run.blocks:
                     bad.update(_take_block(block, words_W, self._probe, halves))
@@ -153,7 +153,7 @@ class ContentsReader:
 
 
 def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
-    """Cut a model, in the order of its files, into what is read at once: tensors by kind."""
+    """Divide a model, in the order of its files, into groups of tensors that are read at once, by kind."""
     sides = {update.key_a: ("a", update.rank, update.shape[1]) for update in model.updates.values()}
     sides |= {update.key_b: ("b", update.shape[0], update.rank) for update in model.updates.values()}
     run: dict[_Kind, list[str]] = {}
@@ -200,7 +200,7 @@ def _read_run(model: Model, run: _Run, words_W: Tensor) -> None:
 
 
 def _take_block(block: _Block, words_W: Tensor, probe: Probe, halves: dict[str, NDArray[np.float64]]) -> dict[str, int]:
-    """Add a block's part to the half answers of its factors; returns how many values are NaN or Inf, where some are."""
+    """Add a block's part to the half outputs of its factors. Return the number of NaN and Inf values by tensor."""
     kind = block.kind
     if not (kind.dtype.is_floating_point or kind.dtype.is_complex):
         return {}
@@ -235,5 +235,5 @@ def _num_non_finite(values: Tensor) -> int:
 def _summable(values: Tensor) -> Tensor:
     if values.is_complex():
         return torch.view_as_real(values)
-    # Eight-bit floats have no sums of their own.
+    # torch cannot sum eight-bit floats.
     return values.to(torch.float32) if values.dtype.itemsize == 1 else values

@@ -1,4 +1,4 @@
-"""Inspect: what a zoo holds, before anything is fitted to it."""
+"""Inspect the contents of a zoo before a fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of one model under a view: what each is called, its shape, and which tensors it is read from."""
+"""The layers of one model under a view: their names, shapes and source tensors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
 
 
 def _factor_sources(model: Model) -> dict[str, LayerSource]:
-    """A and s·B as two layers; the scale rides on B, so that it survives and A stays as the paper has it."""
+    """Return A and s·B as two layers. The scale is in B, so that A is the same as in the paper."""
     sources = {}
     for module, update in model.updates.items():
         for factor, key, scale in (("lora_A", update.key_a, 1.0), ("lora_B", update.key_b, update.scale)):

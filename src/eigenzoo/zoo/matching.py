@@ -1,8 +1,8 @@
-"""Which weights of a zoo are layers, and what becomes of everything else.
+"""Decide which weights of a zoo are layers, and what happens to the others.
 
-A layer is a floating tensor (or LoRA update) that every model has in one shape. What differs is an error that names the
-model, unless it is a task head of another shape, is excluded, or `allow_missing` lets it pass; then it is left out with
-its reason, and carried unchanged.
+A layer is a floating-point tensor (or LoRA update) with the same shape in every model. A difference is an error that names the
+model. The exceptions are task heads of other shapes, excluded tensors, and differences that `allow_missing` accepts. These are
+left out with a reason, and carried unchanged.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
 
 
 def _with_tools(problem: MismatchError, models: Sequence[Model], names: Sequence[str]) -> MismatchError:
-    """Say which tools wrote models that differ, where their files name several."""
+    """Name the tools that wrote the differing models, if their files name several."""
     tools: dict[str, str] = {}
     for model, name in zip(models, names, strict=True):
         if tool := written_by(model).partition(" ")[0]:
@@ -191,7 +191,7 @@ def _check_name(layer: str) -> None:
 def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     """Refuse adapters beside full weights, and name the few that are of the other kind."""
     adapters = [name for model, name in zip(models, names, strict=True) if model.format in ADAPTERS]
-    # What a bundle recalls of its old models is of a format of its own.
+    # Old models that a bundle recalls have their own format.
     whole = {*FORMATS, "pickle"} - set(ADAPTERS)
     weights = [name for model, name in zip(models, names, strict=True) if model.format in whole]
     if not adapters or not weights:
@@ -210,7 +210,7 @@ def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
 
 
 def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:
-    """Refuse adapters of several formats: one names its modules as the base does, the other flattened."""
+    """Refuse adapters of several formats, because their module names differ."""
     first: dict[str, str] = {}
     for model, name in zip(models, names, strict=True):
         if model.format in ADAPTERS:
@@ -225,12 +225,12 @@ def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> Non
 
 
 class _SourcesOfAll:
-    """What can be a layer in each model; models that are the same but for their values are looked at once.
+    """The possible layers of each model. Models that differ only in values are examined once.
 
     Attributes:
         models: all of them.
-        sources: of each model; those of like models are one dictionary.
-        kinds: the place of the first model of each kind, in the order of the models.
+        sources: of each model; models that differ only in values share one dictionary.
+        kinds: the index of the first model of each kind, in the order of the models.
     """
 
     def __init__(self, models: Sequence[Model], view: str) -> None:
@@ -328,7 +328,7 @@ def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
 
 
 def _in_common(view: str) -> str:
-    """What to do where models have no layer in common."""
+    """Return the next step for models without a common layer."""
     other = "adapters of different bases are not one zoo: name adapters of one base"
     if view == "update":
         return f"{_AS_ZERO}; {other}"
@@ -338,7 +338,7 @@ def _in_common(view: str) -> str:
 
 
 def _all_in_one(problems: list[MismatchError], next_step: str | None) -> MismatchError:
-    """Return the first error with the next few named; `next_step` takes the place of its own."""
+    """Return the first error and name the next few. `next_step` replaces its own."""
     first = problems[0]
     others = ", ".join(f"{problem.where} ({problem.what})" for problem in problems[1:6])
     if len(problems) > 6:

@@ -1,4 +1,4 @@
-"""The one prefix, or wrapper's part, by which a model's names differ from the others'."""
+"""Find the one prefix, or part from a wrapper, by which the names of one model differ from the others'."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def extra_of(longer: Collection[str], shorter: Collection[str]) -> Extra | None:
 
 
 def _beginnings(names: Sequence[str], there: Collection[str]) -> list[str]:
-    """What some of the names have before a name that is there."""
+    """Return the beginnings that some names have before an existing name."""
     beginnings: dict[str, None] = {}
     for name in islice(names, PROBES):
         parts = name.split(".")
@@ -92,7 +92,7 @@ def layers_error(own: Collection[str], layers: Collection[str], name: str) -> Mi
     extra = longer or extra_of(sorted(layers), own)
     if extra is None:
         return None
-    # Of an adapter's names PEFT's own prefix was cut off where it stood first.
+    # PEFT's own prefix was cut off the adapter's names that began with it.
     text = extra.text if extra.text == PREFIX else extra.text.removesuffix(PREFIX)
     return _error(name, "the bundle", 1, replace(extra, text=text), longer is not None)
 

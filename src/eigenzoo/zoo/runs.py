@@ -1,4 +1,4 @@
-"""Checkpoints of one training run, known by their folders: steps of one path, and not models of their own."""
+"""Recognise checkpoints of one training run by their folders. They are steps of one path, not independent models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from eigenzoo.formats.side_files import RUN_STATE
 _CHECKPOINT = re.compile(r"(?P<run>.*?)/?checkpoint-\d{1,12}", re.ASCII)
 
 RunPath = tuple[str, str, Collection[str]]
-"""A model's name, the path or URL of its folder, and what lies beside its weights."""
+"""A model's name, the path or URL of its folder, and the files beside its weights."""
 
 
 def run_paths(models: Iterable[Model], names: Iterable[str]) -> list[RunPath]:
-    """Say where opened models lie."""
+    """Return the name, path and side files of opened models."""
     return [
         (name, source_url(model.path) or str(model.path.absolute()), model.ignored_files)
         for model, name in zip(models, names, strict=True)

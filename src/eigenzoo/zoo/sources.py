@@ -1,4 +1,4 @@
-"""From what a user writes (folder, glob, list, text file, URL) to the paths of models."""
+"""Resolve a user's source (folder, glob, list, text file, URL) to the paths of models."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def look_for_models(
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     # The weights of an adapter with their config beside them are the adapter: named by folder or by file, it is one model.
     sources = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
-    # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
+    # An invalid URL is reported before gigabytes are downloaded for the ids beside it.
     urls = [item for item in sources if isinstance(item, str)]
     listed = _listed(urls)
     models = _mirrored(_downloaded(sources, allow_pickle, allow_missing, progress), listed, progress)
@@ -97,7 +97,7 @@ def look_for_models(
 
 
 def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[M]:
-    """Raise ZooError where a source names no model: beside others it would be missed by nobody."""
+    """Raise ZooError if a source names no model. Beside other sources this would go unnoticed."""
     if not models and hidden:
         raise ZooError(
             f"the only model there is {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
@@ -125,7 +125,7 @@ def shown_source(source: Source) -> str:
 def _downloaded(
     sources: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
 ) -> list[Path | str | Unreadable]:
-    """Put the models that ids of the hub name in the ids' places."""
+    """Replace hub ids by their models."""
     hub_ids = list(dict.fromkeys(item for item in sources if isinstance(item, HubId)))
     if not hub_ids:
         return [item for item in sources if not isinstance(item, HubId)]
@@ -159,7 +159,7 @@ def _downloaded(
 def _mirrored(
     sources: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
 ) -> list[Path | Unreadable]:
-    """Put the mirrors of the models that were listed at URLs in the URLs' places."""
+    """Replace URLs by the mirrors of their models."""
     paths = iter(mirror_models([model for models in listed.values() for model in models], progress))
     models: list[Path | Unreadable] = []
     for item in sources:
@@ -174,7 +174,7 @@ def _mirrored(
 
 @dataclass
 class _Lists:
-    """The text files that are being read, one within another, all that have been, and the models that were passed over."""
+    """The text files that are being read (one within another), those already read, and the skipped models."""
 
     within: tuple[Path, ...] = ()
     read: set[Path] = field(default_factory=set)
@@ -212,7 +212,7 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
 
 
 def _meant(path: Path) -> str:
-    """Say what a path that names nothing may have been meant to be."""
+    """Suggest a source for a path that does not exist."""
     if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
         return "give a URL as text, because a path object merges its double slash"
     return did_you_mean(path) or ("give an id of the hub as text, not as a path object" if parse_id(str(path)) else "")
@@ -233,9 +233,9 @@ def _path(entry: Disk | str) -> Path:
 
 
 def _pass_over(hidden: list[Path], entry: Disk | str) -> None:
-    """Note a model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into.
+    """Record a model that is skipped for its name, or the models in such a folder. Folders that begin with a dot are not searched.
 
-    What cannot be listed (a file system's snapshots, another user's files) holds none: it is passed over anyway.
+    A folder that cannot be listed (snapshots of a file system, another user's files) counts as empty, because it is skipped anyway.
     """
     path = _path(entry)
     with suppress(FormatError):
@@ -247,7 +247,7 @@ def _pass_over(hidden: list[Path], entry: Disk | str) -> None:
 
 
 def _listed(urls: Sequence[str]) -> dict[str, list[Entry]]:
-    """Return the models that each of the URLs names, listed several URLs at once; raises for the first that has none."""
+    """Return the models of each URL. Several URLs are listed at once. Raise for the first URL without a model."""
     splits = [split_glob(url) for url in urls]
     for url in urls:
         if url.endswith(".txt"):
@@ -335,7 +335,7 @@ def name_models(paths: list[Path]) -> list[str]:
 
 
 def _whole_path(path: Path) -> Path:
-    """The absolute path, or for a mirror the URL as if it were one; a commit of the hub says nothing in a name."""
+    """Return the absolute path; for a mirror, the URL as a path. A hub commit is left out of names."""
     url = source_url(path)
     if url is None:
         return Path(os.path.abspath(path))
@@ -343,5 +343,5 @@ def _whole_path(path: Path) -> Path:
 
 
 def _folder_name(path: Path) -> str:
-    """The name that the user wrote, a link's own; where it says nothing (`.`), the folder's."""
+    """Return the name that the user wrote (for a link, its own). For `.` it is the folder's name."""
     return hub_name(path) or (path.name if path.name not in ("", "..") else path.resolve().name)

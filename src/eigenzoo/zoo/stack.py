@@ -68,7 +68,7 @@ class DenseStack:
 
     @cached_property
     def _scales(self) -> Tensor | None:
-        """What rows are multiplied by (N, 1), or None where that is one."""
+        """Return the factors of rows (N, 1), or None if all are one."""
         scales = [source.scale for source in self._sources]
         if scales.count(1.0) == len(scales):
             return None

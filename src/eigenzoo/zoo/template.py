@@ -1,4 +1,4 @@
-"""The template of a model that lies in a zoo."""
+"""The template of a model in a zoo."""
 
 from __future__ import annotations
 

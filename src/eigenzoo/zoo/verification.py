@@ -1,4 +1,4 @@
-"""What was checked of a bundle or an adapter, and what was found: frozen records that read as a sequence of faults."""
+"""Results of checks of a bundle or an adapter: frozen records that read as a sequence of faults."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Check:
 
 
 def checked(name: str, passed: str, faults: Iterable[str], failed: str = "", notes: Iterable[str] = ()) -> Check:
-    """Make a check whose detail is `held` where it has no faults, else `failed`, or how many they are."""
+    """Make a check. Its detail is `passed` if there are no faults; otherwise `failed`, or the number of faults."""
     listed = tuple(faults)
     detail = passed if not listed else failed or f"faults: {len(listed)}"
     return Check(name, detail, listed, tuple(notes))
@@ -75,7 +75,7 @@ class Loading:
     Attributes:
         what: which library, and into what.
         names: what it calls the tensors of the base's files in memory.
-        places: of each tensor of the adapter that it takes up, the modules in memory that it ends up in.
+        modules: the modules in memory that each loaded tensor of the adapter goes to.
         dropped: the adapter's tensors that it does not take up.
         missing: the tensors that it looks for in vain.
         error: why it refuses the adapter altogether; empty where it does not.

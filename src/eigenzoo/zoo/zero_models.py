@@ -1,4 +1,4 @@
-"""Models that hold nothing: adapters whose updates are all zero, and models that equal their base."""
+"""Find models without content: adapters whose updates are all zero, and models that equal their base."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def say_zero(names: Sequence[str], view: str) -> list[str]:
 
 
 def _counts(zoo: Zoo, layer: str) -> bool:
-    """Of factors A alone is a random start, which is no update."""
+    """Tell whether a layer counts. A factor A alone is a random initial value, not an update."""
     return zoo.view != "factors" or not layer.endswith(".lora_A")
 
 

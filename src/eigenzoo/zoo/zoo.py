@@ -71,7 +71,7 @@ class Zoo:
         hidden: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
-        # A part of a zoo, in another process too, sees its models as the whole zoo does.
+        # A part of a zoo, also in another process, reads its models in the same way as the whole zoo.
         models, parts = unfuse(models, selection.parts | (selection.only or frozenset()))
         selection = replace(selection, parts=selection.parts | parts)
         cut = [split_model(model, selection.split) for model in models]
@@ -94,7 +94,7 @@ class Zoo:
         self.warnings = tuple(_warnings(self.models, self.names, self.zeros))
 
     def __reduce__(self) -> tuple[Callable[[ZooSource], Zoo], tuple[ZooSource]]:
-        """Travel to another process as paths and choices: there the files are opened anew, once for all tasks."""
+        """Pickle as paths and choices. The other process opens the files again, once for all tasks."""
         return reopen, (self.source(),)
 
     def source(self) -> ZooSource:
@@ -327,7 +327,7 @@ def open_zoo(
     if view is not None:
         _check_missing(missing, view)
         _check_base(check_choice(view, VIEWS, "view"), base)
-    # A base that is not downloaded whole is opened first: what is wrong with it is told before a zoo is downloaded.
+    # A base that is not downloaded completely is opened first, so that its errors are raised before a zoo is downloaded.
     base_model = open_model(base, allow_pickle=allow_pickle) if base is not None and find_id(base) is None else None
     with seldom_collecting():
         opened = _open_named(source, allow_missing, allow_pickle, progress)
@@ -405,7 +405,7 @@ def _open_all(
 
 
 def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
-    """Name the weights beside models, and the models below them, which nobody reads."""
+    """Warn of weights beside models, and of models below them, which are not read."""
     texts = []
     for what, kind, next_step in (
         (
@@ -427,7 +427,7 @@ def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]
 
 
 def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[ZeroUpdates]) -> list[str]:
-    """Warn of what each file says, of adapters that name different base models, and of updates that count as zero."""
+    """Collect warnings: of the files, of adapters that name different base models, and of updates that count as zero."""
     names_of: dict[str, list[str]] = {}
     for model, name in zip(models, names, strict=True):
         for text in model.warnings:

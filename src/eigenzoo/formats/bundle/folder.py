@@ -101,9 +101,7 @@ def read_coefficients(
     expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
     tensors = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
     if tensors != expected and tensors != expected | {"energy": ("F64", (num_layers,))}:
-        raise BundleError(
-            f"holds {tensors}", where=where, rule=f"tensors {expected} are the ones that this bundle's layers need"
-        )
+        raise BundleError(f"holds {tensors}", where=where, rule=f"the layers of this bundle need tensors {expected}")
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
     if opened.metadata.get("model") != model:

@@ -91,7 +91,7 @@ def find_hub_models(
     """Download the models that an id names, by the rules for folders; returns their paths, and why one cannot be read.
 
     Args:
-        place: a repository, or a folder in it, that is a model or holds models.
+        hub_id: a repository, or a folder in it, that is a model or contains models.
         max_depth: how many folders deep models are looked for.
         allow_pickle: download pickles too.
         allow_missing: go on where a file cannot be had, which is then its model's error; else it is raised at once.

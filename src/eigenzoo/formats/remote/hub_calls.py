@@ -45,7 +45,7 @@ def persist(
 
     Args:
         call: a request to the hub by huggingface_hub.
-        place: what it is about.
+        hub_id: the repository or folder that the error is about.
         local_too: whether the id could have been meant as a path of this machine, which the error then says.
         writing: whether it is part of a push, which no cache can stand in for.
         stopped: ends all attempts, in Stopped, when it is set.

@@ -52,7 +52,7 @@ def push_bundle(
 
     Args:
         folder: the bundle.
-        place: the repository; its revision is a branch, which is made where there is none.
+        hub_id: the repository. Its revision is a branch, which is created if there is none.
         files: SHA-256 of every file that is pushed, by name.
         message: the first line of the commit.
         private: make the repository private where it is new.

@@ -38,7 +38,7 @@ class SafetensorsFile:
         tensors: what the header says, in the order of the bytes.
         metadata: the header's string metadata.
         contents: what the header says, one object for all files with the same header and size.
-        kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
+        stays_open: whether a pass keeps the file open between reads (`open_files`). This holds for models, but not for outputs.
         target: the file itself, its links followed.
         identity: its size and time when its header was read.
         remote: what the file is a stub of; its values are read from there, and never from the stub.

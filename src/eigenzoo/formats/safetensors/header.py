@@ -43,7 +43,7 @@ class HeaderContents:
 
     Attributes:
         tensors: in the order of their bytes.
-        places: of each tensor its first byte in the file, and its number of values.
+        positions: the first byte in the file and the number of values of each tensor.
         metadata: the strings besides.
         made_of: what these contents are another view of: a view is known for as long as what it shows.
     """
