@@ -88,7 +88,7 @@ def test_a_bias_that_the_config_does_not_name_is_refused(tmp_path: Path) -> None
     write_zoo(tmp_path / "zoo", lambda: make("llama"), target_modules=["q_proj"], lora_bias=True)
     path = tmp_path / "zoo" / "a0" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_bias": False}))
-    with pytest.raises(UnsupportedError, match=r"lora_B\.bias' is no factor of an update"):
+    with pytest.raises(UnsupportedError, match=r"lora_B\.bias' is not a factor of an update"):
         LoraAdapter(tmp_path / "zoo" / "a0")
 
 
