@@ -233,7 +233,7 @@ CASES = [
     Case(
         "An adapter's config without its weights",
         open_without_weights,
-        ("without adapter_model.safetensors", "ownload the weights"),
+        ("but no adapter_model.safetensors", "lso download the weights"),
         get_the_weights,
     ),
     Case(
@@ -245,7 +245,7 @@ CASES = [
     Case(
         "Adapters of other ranks in view `factors`",
         open_factors_of_mixed_ranks,
-        ("view 'update' takes mixed ranks",),
+        ("view 'update' accepts mixed ranks",),
         take_view_update,
     ),
     Case("A negative α", open_negative_alpha, ("Alpha is not negative", "egate the B factors"), negate_b),
@@ -258,14 +258,14 @@ CASES = [
     Case(
         "Several adapters in one file",
         open_two_in_one_file,
-        ("factors of several adapters in one file: first, second", "ave them one by one"),
+        ("the file has factors of several adapters: first, second", "ave each adapter to its own file"),
         save_one_by_one,
     ),
     Case("A pickled adapter", open_pickled, ("pass --allow-pickle (allow_pickle=True)",), allow_the_pickle),
     Case(
         "An adapter's config without a rank",
         open_without_rank,
-        ("has no r", "dd it to adapter_config.json"),
+        ("has no r", "dd r to adapter_config.json"),
         add_the_rank,
     ),
     Case(

@@ -217,13 +217,16 @@ CASES = [
     Case(
         "A bundle without one of its files",
         load_part_of_it,
-        ("is missing", "opy the bundle again, whole"),
+        ("is missing", "opy the whole bundle again"),
         copy_it_again,
     ),
     Case(
-        "A bundle with a changed file", load_changed, ("not what its name says", "opy the bundle again"), copy_it_again
+        "A bundle with a changed file",
+        load_changed,
+        ("does not match the hash in its name", "opy the whole bundle again"),
+        copy_it_again,
     ),
-    Case("A zoo where a bundle is asked for", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
+    Case("A zoo where a bundle is expected", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
     Case(
         "A bundle's name that is not there", load_wrong_name, ("id you mean '…/bundle'?",), load_the_name_that_was_meant
     ),
@@ -255,7 +258,7 @@ CASES = [
     Case(
         "A model in a store that is not the one that was fitted",
         rebuild_from_another_source,
-        ("not the one that was fitted", "it again, or without --include and --exclude"),
+        ("not the one that was fitted", "without --include and --exclude"),
         fit_again,
     ),
     Case(
@@ -273,10 +276,13 @@ CASES = [
     Case(
         "An output file that is a link",
         report_into_a_link,
-        ("is no plain file", "hoose another name"),
+        ("is not a regular file", "hoose another name"),
         choose_another_name,
     ),
     Case(
-        "What is verified is no adapter", verify_a_checkpoint, ("is no adapter", "ame a bundle, or"), verify_an_adapter
+        "What is verified is not an adapter",
+        verify_a_checkpoint,
+        ("is not an adapter", "ame a bundle, or"),
+        verify_an_adapter,
     ),
 ]

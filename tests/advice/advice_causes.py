@@ -160,7 +160,7 @@ CASES = [
     Case(
         "A base model among its adapters",
         open_with_the_base,
-        ("base is not a LoRA adapter", "2 of 3", "begin with '_'"),
+        ("base is not a LoRA adapter", "2 of 3", "begin its folder's name with '_'"),
         pass_over_the_base,
     ),
     Case(
@@ -196,7 +196,7 @@ CASES = [
     Case(
         "A model whose name begins with an underscore",
         open_hidden,
-        ("whose name begins with '_'", "ame it itself"),
+        ("whose name begins with '_'", "ame it directly"),
         name_it,
     ),
 ]

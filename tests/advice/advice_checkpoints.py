@@ -291,14 +291,17 @@ CASES = [
         convert_gguf,
     ),
     Case("A shard that is missing", shard_missing, ("is missing", "ownload it"), get_the_shard),
-    Case("Shards without their index", index_missing, ("without their index", "ownload the index too"), get_the_index),
+    Case("Shards without their index", index_missing, ("but no index", "ownload the index too"), get_the_index),
     Case(
-        "A file that was cut off", cut_off, ("refused by safetensors", "ownload or save the file again"), get_it_again
+        "A file that was cut off",
+        cut_off,
+        ("the safetensors library refuses it", "ownload or save the file again"),
+        get_it_again,
     ),
     Case(
         "A link that leads out of a model's folder",
         linked_out,
-        ("leads out of the folder", "eplace the link by the file itself"),
+        ("leads out of the folder", "eplace the link with the file itself"),
         replace_the_link,
     ),
     Case(
@@ -334,7 +337,7 @@ CASES = [
     Case(
         "Pickled shards without their index",
         pickled_shards_without_index,
-        ("pickled shards of a checkpoint without their index", "convert the model to safetensors"),
+        ("there are pickled shards of a checkpoint, but no index", "convert the model to safetensors"),
         convert_the_shards,
     ),
     Case(

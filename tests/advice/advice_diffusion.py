@@ -327,11 +327,13 @@ def download_them(root: Path) -> None:
 
 
 CASES = [
-    Case("α said twice", open_alpha_twice, ("beside lora_adapter_metadata", "emove one of them"), remove_one),
+    Case(
+        "α said twice", open_alpha_twice, ("and lora_adapter_metadata in its header", "emove one of them"), remove_one
+    ),
     Case(
         "A diffusion LoRA of whole numbers",
         open_codes,
-        ("factors of torch.int8", "ave its factors as float32"),
+        ("factors have dtypes torch.int8", "ave its factors as float32"),
         save_as_floats,
     ),
     Case(
@@ -349,26 +351,35 @@ CASES = [
     Case(
         "Blocks that Stable Diffusion has not",
         open_deep_blocks,
-        ("is not a block of a UNet", "save_lora_weights"),
+        ("is not a module of Stable Diffusion's UNet", "save_lora_weights"),
         save_by_diffusers,
     ),
-    Case("Adapters of two formats", open_two_formats, ("of one format", "ave them all with diffusers"), save_all_alike),
+    Case(
+        "Adapters of two formats",
+        open_two_formats,
+        ("have the same format", "ave them all with diffusers"),
+        save_all_alike,
+    ),
     Case(
         "A layer that files of one kind of keys lack",
         open_without_a_key,
-        ("no file of its kind of keys has it", "oad the files with diffusers", "leave the layer out with --exclude"),
+        (
+            "no file with keys of the same kind has it",
+            "oad the files with diffusers",
+            "leave the layer out with --exclude",
+        ),
         convert_or_exclude,
     ),
     Case(
         "Names without certain dots",
         rebuild_by_other_names,
-        ("has no certain name", "ebuild it in the format"),
+        ("has no unambiguous name", "ebuild it in its original format"),
         rebuild_as_it_came,
     ),
     Case(
         "A pipeline of pickles",
         open_pipelines(safe_serialization=False),
-        ("a Python pickle", "oad the pipeline with diffusers and save_pretrained it"),
+        ("a Python pickle", "oad the pipeline with diffusers and save it with save_pretrained"),
         save_as_safetensors,
     ),
     Case(

@@ -339,19 +339,19 @@ CASES = [
     Case(
         "A file of PEFT's factors without its config",
         open_bare_factors,
-        ("no adapter_config.json beside them", "as save_pretrained does", '"target_modules"'),
+        ("but no adapter_config.json", "as save_pretrained does", '"target_modules"'),
         put_them_beside_a_config,
     ),
     Case(
         "A file of mlx-lm's factors without its config",
         open_bare_mlx,
-        ("an mlx-lm adapter, and no adapter_config.json", "that mlx_lm.lora wrote"),
+        ("an mlx-lm adapter, but no adapter_config.json", "that mlx_lm.lora wrote"),
         put_mlx_beside_its_config,
     ),
     Case(
         "mlx-lm's config without adapters.safetensors",
         open_mlx_under_other_names,
-        ("mlx-lm's and not PEFT's", "ame a file of factors itself", "adapters.npz"),
+        ("belongs to mlx-lm, not to PEFT", "ame the file of factors", "adapters.npz"),
         name_the_file_and_save_the_arrays,
     ),
     Case(
@@ -368,13 +368,13 @@ CASES = [
     Case(
         "A whole model whose LoRA is not merged",
         open_unmerged,
-        ("a whole model whose LoRA is not merged", "merge_and_unload()", "save the adapter alone"),
+        ("the LoRA of this whole model is not merged", "merge_and_unload()", "save the adapter alone"),
         merge_or_save_the_adapter,
     ),
     Case(
         "Flux's q, k and v in one layer and apart",
         open_flux_of_two_kinds,
-        ("q, k and v are one layer here", "FluxPipeline.lora_state_dict"),
+        ("q, k and v are one layer in this file", "FluxPipeline.lora_state_dict"),
         convert_flux,
     ),
     Case(
@@ -383,13 +383,13 @@ CASES = [
     Case(
         "A LoRA of a diffusion model under a checkpoint's name",
         open_style_as_checkpoint,
-        ("under the name of whole weights", "ame its file and not the folder"),
+        ("with the name of whole weights", "ame the file instead of the folder"),
         name_its_file,
     ),
     Case(
         "Several LoRAs of a diffusion model in one file",
         open_two_in_one,
-        ("several adapters in one file", "one by one"),
+        ("factors of several adapters", "ave each adapter to its own file"),
         save_them_apart,
     ),
 ]

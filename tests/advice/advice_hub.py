@@ -410,7 +410,7 @@ def gone(method: str, path: str, number: int) -> int | None:
 CASES = [
     case("A gated repository", open_hidden(gated=True), ("ccept the terms at", "`hf auth login`"), accept_and_log_in),
     case("A repository that the hub does not show", opening(name="org/modell"), ("heck the name",), check_the_name),
-    case("A revision that is not there", opening(name="org/model@v9"), ("for those that there are",), take_main),
+    case("A revision that is not there", opening(name="org/model@v9"), ("for the revisions",), take_main),
     case("A file that has gone from the hub", opening(fault=gone), ("/tree/main",), open_what_is_there),
     case("A token that may not read", opening(fault=lambda *_: 403), ("`hf auth login` with such a token",), log_in),
     case("A hub that asks to wait", at_the_hub(busy), ("un it again in 40 s",), run_again),
@@ -425,19 +425,22 @@ CASES = [
     case(
         "A hub that cannot be reached",
         at_the_hub(open_unreached),
-        ("heck the connection", "is read without one"),
+        ("heck the connection", "in the cache need no connection"),
         connect,
     ),
     case("The hub's cache without all of a model", at_the_hub(open_offline), ("un it once without",), run_once_online),
     case("A pickle on the hub", at_the_hub(open_pickled), ("--allow-pickle",), allow_the_pickle),
     case(
-        "A model of the hub where a bundle is asked for",
+        "A model of the hub where a bundle is expected",
         at_the_hub(load_a_model),
         ("ame a model or a zoo",),
         open_a_model,
     ),
     case(
-        "A bundle of the hub without a file", at_the_hub(load_part_of_a_bundle), ("ush the bundle again",), push_again
+        "A bundle of the hub without a file",
+        at_the_hub(load_part_of_a_bundle),
+        ("ush the whole bundle again",),
+        push_again,
     ),
     case("A damaged bundle of the hub", at_the_hub(load_damaged_bundle), ("the checksum differs",), push_again),
     case(
@@ -447,8 +450,8 @@ CASES = [
         open_the_component,
     ),
     case("An id that is nearly a path", at_the_hub(open_near_a_folder), ("org/model@main or hf://",), say_the_revision),
-    case("An id given as a path", at_the_hub(open_id_as_path), ("is given as text",), give_text),
-    case("A page of the hub", at_the_hub(open_page), ("ive the id, org/model@main",), give_the_id),
+    case("An id given as a path", at_the_hub(open_id_as_path), ("as text, not as a path object",), give_text),
+    case("A page of the hub", at_the_hub(open_page), ("se the id org/model@main",), give_the_id),
     case("A push to a hub that cannot be reached", at_the_hub(push_unreached), ("heck the connection",), push_it),
     case("A push without a network", pushing(offline), ("un it without HF_HUB_OFFLINE",), push_it),
     case("A push without a token", pushing(logged_out), ("with a token that may write",), push_it),

@@ -183,25 +183,25 @@ CASES = [
     Case(
         "Factors of whole numbers",
         open_cast(torch.int8),
-        ("factors of torch.int8", "ave its factors as float32", "dequantised where they are codes"),
+        ("factors have dtypes torch.int8", "ave its factors as float32", "dequantise them first"),
         save_as_floats,
     ),
     Case(
         "Factors of eight-bit floats",
         open_cast(torch.float8_e4m3fn),
-        ("a factor of float8", "ave its factors"),
+        ("a factor has dtype float8", "ave its factors"),
         save_as_floats,
     ),
     Case(
         "An adapter within an adapter",
         open_nested,
-        ("an adapter within an adapter", "erge the inner one, and save the outer one again"),
+        ("the file has an adapter within an adapter", "erge the inner adapter and save the outer one again"),
         merge_the_inner_one,
     ),
     Case(
         "A convolution in groups",
         open_convolutions,
-        ("a convolution in groups", "eave such layers out of the LoRA"),
+        ("a grouped convolution", "eave such layers out of the LoRA"),
         leave_the_groups_out,
     ),
     Case(
@@ -211,13 +211,13 @@ CASES = [
     Case(
         "mlx-lm's factors with another config",
         open_mlx_by_another_config,
-        ("there is no lora_parameters", "hat mlx_lm.lora wrote beside"),
+        ("the config has no lora_parameters", "hat mlx_lm.lora wrote beside"),
         take_mlx_config,
     ),
     Case(
         "A format that cannot hold an adapter",
         rebuild_as,
-        ("are no LoRA factors", "ebuild it in the format"),
+        ("are not LoRA factors", "ebuild it in its original format"),
         rebuild_as_it_came,
     ),
 ]

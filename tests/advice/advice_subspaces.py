@@ -243,7 +243,7 @@ CASES = [
     Case(
         "Components without loadings",
         import_components_alone,
-        ("components without loadings", "ame the folders whose files hold loadings too"),
+        ("the files have components, but no loadings", "ame the folders whose files hold loadings too"),
         name_the_loadings,
     ),
     Case(
@@ -255,20 +255,20 @@ CASES = [
     Case(
         "Components of two runs",
         import_two_runs,
-        ("that differ", "mport adapters of one run at a time"),
+        ("differ from those of", "mport adapters of one run at a time"),
         import_one_run,
     ),
     Case(
         "Two adapters of components in one file",
         import_two_in_one,
-        ("two tensors", "ave adapters one by one"),
+        ("two tensors", "ave each adapter to its own file"),
         save_one_by_one,
     ),
     Case("NaN in a subspace", import_nan, ("NaN or Inf", "rite the subspace again without it"), write_it_without),
     Case(
         "A subspace like a config of another rank",
         like("other.json", as_config_of_other_rank),
-        ("rank 2, and 4", OF_THE_ZOO),
+        ("the rank is 2, but 4", OF_THE_ZOO),
         take_one_of_the_zoo,
     ),
     Case(
@@ -280,7 +280,7 @@ CASES = [
     Case(
         "A subspace like an adapter of other shapes",
         like("other", of_other_shapes),
-        ("factors of shapes", OF_THE_ZOO),
+        ("factors have shapes", OF_THE_ZOO),
         take_one_of_the_zoo,
     ),
     Case(
@@ -292,13 +292,13 @@ CASES = [
     Case(
         "A subspace of several ranks with one alpha",
         import_mixed_ranks,
-        ("modules of several ranks", "ame an adapter or its config"),
+        ("the modules have several ranks", "ame an adapter or its config"),
         name_a_config,
     ),
     Case(
         "Two tasks of vLoRA in one file",
         import_one_file_for_two,
-        ("are one file", "ave them again under names of letters"),
+        ("have one file", "ave them again under names of letters"),
         save_under_plain_names,
     ),
     Case(

@@ -319,7 +319,7 @@ def name_it_by_its_id(place: Place) -> None:
     assert_rebuilt(ez.load("org/space"), place.root / "originals")
 
 
-AGAIN = "heck the connection and run it again: what was read"
+AGAIN = "heck the connection and run it again: headers"
 PICKLED = {"m0/pytorch_model.bin": as_pickle()}
 PIPE = {f"pipe/{name}": data for name, data in PIPELINE.items()}
 BY_URL = "pen the model by its URL"
@@ -338,13 +338,13 @@ CASES = [
         ("heck the name",),
         at_server(check_the_name),
     ),
-    Case("A file that a server refuses", failing(403), ("ive the driver credentials",), at_server(give_credentials)),
+    Case("A file that a server refuses", failing(403), ("et the driver's credentials",), at_server(give_credentials)),
     Case(
         "A file that changes at its URL", at_server(read_what_changed), ("pen the zoo again",), at_server(open_it_again)
     ),
     Case("A server that knows no ranges", failing("whole"), ("ownload the file first",), at_server(download_it_first)),
     Case("A glob of buckets", in_store(open_any_bucket), ("ame the bucket",), in_store(name_the_bucket)),
-    Case("A URL given as a path", in_store(open_url_as_path), ("no double slash",), in_store(give_text)),
+    Case("A URL given as a path", in_store(open_url_as_path), ("merges its double slash",), in_store(give_text)),
     Case("A list at a URL", in_store(open_a_list), ("ownload it",), in_store(download_the_list)),
     Case(
         "A pickle at a URL",

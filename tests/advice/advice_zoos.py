@@ -421,13 +421,13 @@ CASES = [
     Case(
         "More modules than `--missing zero` counts",
         open_many_modules("MAX_MODULES", 3),
-        ("4 different modules", "pen adapters of one base alone"),
+        ("4 different modules", "pen only adapters of one base"),
         open_adapters_of_one_base,
     ),
     Case(
         "More lacking modules than `--missing zero` fills",
         open_many_modules("MAX_ZEROS", 3),
-        ("more than 3 modules that adapters lack", "eave out with --exclude", "open adapters alone that train"),
+        ("adapters lack more than 3 modules", "-exclude the modules", "open only adapters that train"),
         leave_out_what_few_have,
     ),
     Case(
@@ -439,7 +439,7 @@ CASES = [
     Case(
         "A split that matches a tensor that is not a weight",
         open_split("attn.*=q,k,v", attn__steps=torch.arange(6)),
-        ("is not split", "arrow the glob"),
+        ("cannot be split", "arrow the glob"),
         narrow_the_glob,
     ),
     Case(
@@ -448,7 +448,7 @@ CASES = [
         ("its bias has 9 outputs", "arrow the glob to leave it out"),
         narrow_the_glob,
     ),
-    Case("A split of adapters", split_adapters, ("eave it out: PEFT gives",), leave_the_split_out),
+    Case("A split of adapters", split_adapters, ("eave the split out: PEFT stores",), leave_the_split_out),
     Case(
         "A file that changes while it is read", change_while_open, ("changed since", "pen the zoo again"), open_it_again
     ),

@@ -39,7 +39,7 @@ EXCEPTIONS = {
     "upgrade eigenzoo": "needs a version that is not written yet",
     "pip install ": "tests install nothing",
     "reserve more bytes for the header": "no file leads there: a fit reserves what its own layers take",
-    "open it anew": "no public call leads there: a zoo keeps its rules",
+    "open the model again": "no public call leads there: a zoo keeps its rules",
 }
 """Next steps that no test follows, by their first words, and why."""
 

@@ -118,6 +118,6 @@ def test_saving_over_something_else_is_refused(tmp_path: Path) -> None:
     space.save(bundle, force=True)
     assert list(ez.load(bundle).verify()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(ez.OutputError, match="cannot be made"):
+    with pytest.raises(ez.OutputError, match="cannot be created"):
         space.save(tmp_path / "file" / "bundle")
     assert sorted(os.listdir(tmp_path)) == ["bundle", "diary", "file", "zoo"]

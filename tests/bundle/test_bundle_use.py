@@ -48,7 +48,7 @@ def test_contents_that_were_edited_are_not_written_out(zoo: Path, tmp_path: Path
     ez.fit(zoo, rank=2).save(tmp_path / "bundle")
     (side_file,) = (tmp_path / "bundle" / "rest").glob("*.bin")
     side_file.write_text('{"model_type": "other"}')
-    with pytest.raises(ez.BundleError, match="the content is not what its name says"):
+    with pytest.raises(ez.BundleError, match="the content does not match the hash in its name"):
         ez.load(tmp_path / "bundle").rebuild("m0").save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

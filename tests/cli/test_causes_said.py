@@ -122,10 +122,10 @@ def test_models_that_are_passed_over_are_named_and_can_be_named(tmp_path: Path, 
 
 def test_a_folder_of_nothing_but_a_hidden_model_says_so(tmp_path: Path, refused, run: Run) -> None:
     (path,) = adapters(tmp_path / "zoo", ["_parent"])
-    assert "no model is found but '_parent', whose name begins with '_'. Such names" in refused(
+    assert "the only model there is '_parent', whose name begins with '_'. Folders and globs" in refused(
         "inspect", tmp_path / "zoo"
     )
-    assert f"Name it itself: {path}" in refused("inspect", tmp_path / "zoo")
+    assert f"Name it directly: {path}" in refused("inspect", tmp_path / "zoo")
     assert run("inspect", path).code == 0
 
 

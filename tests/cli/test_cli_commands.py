@@ -231,10 +231,10 @@ def test_verify_says_whole_or_what_is_wrong(run: Run, bundle: Path) -> None:
     (bundle / "extra").write_text("")
     result = run("verify", bundle)
     assert result.code == 1
-    assert "fault: extra: no such file is in the manifest" in result.out
+    assert "fault: extra: the manifest does not list it" in result.out
     result = run("verify", bundle, "--json")
     assert result.code == 1
-    assert result.json["faults"] == ["extra: no such file is in the manifest"]
+    assert result.json["faults"] == ["extra: the manifest does not list it"]
     assert result.json["ok"] is False
     (bundle / "extra").unlink()
     (bundle / "coefficients" / "m0.safetensors").unlink()

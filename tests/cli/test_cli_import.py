@@ -80,7 +80,7 @@ def test_what_cannot_be_known_is_asked_for(
     said = refused("import", tmp_path / "vlora", "-o", tmp_path / "bundle")
     assert "the scale of the adapters is not known" in said
     assert "--like" in said
-    assert "no adapter, since there is no adapter_config.json. Name an adapter of the zoo" in refused(
+    assert "this is not an adapter, because there is no adapter_config.json. Name an adapter of the zoo" in refused(
         "import", tmp_path / "vlora", "-o", tmp_path / "bundle", "--like", tmp_path / "zoo"
     )
     assert "imported are a folder that vLoRA saved" in refused(

@@ -170,7 +170,7 @@ def test_an_error_about_an_entry_of_a_list_names_the_list_and_the_line(zoo: Path
     (tmp_path / "inner.txt").write_text("# further models\nnowhere\n")
     outer = tmp_path / "list.txt"
     outer.write_text(f"{zoo}/m0\n\n{zoo}/m0\nmissing*\n")
-    with pytest.raises(ez.ZooError, match=r"/list\.txt, line 4, .*/missing\*'?: no model is found"):
+    with pytest.raises(ez.ZooError, match=r"/list\.txt, line 4, .*/missing\*'?: no model was found"):
         ez.open_zoo(outer)
     outer.write_text(f"{zoo}/m0\ninner.txt\n")
     with pytest.raises(

@@ -63,16 +63,16 @@ def test_bad_input_is_one_message(refused: Refused, zoo: Path, bundle: Path, tmp
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.md").write_text("no model")
     out = tmp_path / "out"
-    assert "no model is found" in refused("inspect", tmp_path / "empty")
-    assert "no model is found" in refused("fit", tmp_path / "empty", "-o", out)
+    assert "no model was found" in refused("inspect", tmp_path / "empty")
+    assert "no model was found" in refused("fit", tmp_path / "empty", "-o", out)
     assert "there is no such file or folder" in refused("inspect", tmp_path / "nowhere")
-    assert "no model is found" in refused("inspect", f"{tmp_path}/nowhere/*")
+    assert "no model was found" in refused("inspect", f"{tmp_path}/nowhere/*")
     for nothing in (tmp_path / "empty", f"{tmp_path}/nowhere/*"):
-        assert "no model is found" in refused("fit", zoo, nothing, "-o", out), (
+        assert "no model was found" in refused("fit", zoo, nothing, "-o", out), (
             "beside others it would be missed by nobody"
         )
     assert "names axis 'models' twice" in refused("fit", zoo, "-o", out, "--rank", "models=1,models=2")
-    assert "no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
+    assert "there is no model here: a file with the ending '.md'" in refused("plan", tmp_path / "note.md")
     assert "three folders deep" in refused("inspect", tmp_path / "empty")
     assert "is neither a bundle nor an adapter" in refused("verify", tmp_path / "empty")
     assert "there is no manifest.json" in refused("project", zoo / "m0", zoo / "m1")
@@ -107,7 +107,7 @@ def test_existing_outputs_need_force(run: Run, refused: Refused, zoo: Path, bund
     assert run("rebuild", bundle, "m1", "-o", tmp_path / "m0", "--force").code == 0
     (tmp_path / "file").write_text("")
     assert refused("fit", zoo, "-o", tmp_path / "file" / "bundle", "--rank", 3)
-    assert "is no folder" in refused("fit", zoo, "-o", tmp_path / "file", "--rank", 3, "--force")
+    assert "is not a folder" in refused("fit", zoo, "-o", tmp_path / "file", "--rank", 3, "--force")
 
 
 def test_values_that_are_not_finite(run: Run, refused: Refused, zoo: Path, tmp_path: Path) -> None:
@@ -209,4 +209,4 @@ def test_a_bundle_in_the_place_of_a_zoo_is_told_what_it_is_for(refused: Refused,
 
 
 def test_a_model_in_the_place_of_a_bundle_is_told_how_one_is_made(refused: Refused, zoo: Path, tmp_path: Path) -> None:
-    assert "Make one with eigenzoo fit ZOO -o BUNDLE" in refused("project", zoo, zoo / "m1")
+    assert "Write one with eigenzoo fit ZOO -o BUNDLE" in refused("project", zoo, zoo / "m1")

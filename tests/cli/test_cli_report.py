@@ -127,7 +127,7 @@ def test_nothing_is_overwritten_and_formats_are_known(run: Run, zoo: Path, tmp_p
     for words, message in (
         (("-o", tmp_path / "thesis.html"), "exists already"),
         (("-o", tmp_path / "mine", "--format", "svg", "--force"), "has no record"),
-        (("-o", tmp_path / "mine", "--format", "html", "--force"), "is no plain file"),
+        (("-o", tmp_path / "mine", "--format", "html", "--force"), "is not a regular file"),
         (("-o", tmp_path / "report.docx"), "the formats are html, md"),
         (("-o", tmp_path / "report"), "report.html for a page, or add --format png for a folder of figures"),
         (("-o", tmp_path / "report.html", "--width", 8.5), "only png and svg figures have a width"),

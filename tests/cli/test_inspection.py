@@ -134,7 +134,7 @@ def test_what_is_left_out_says_why(tmp_path: Path) -> None:
     assert reasons["b"] == ("excluded", 4)
     assert reasons["mask"] == ("not a floating weight (bool)", 4)
     assert "shape [3] in m1 but [2] in m0" in reasons["odd"][0]
-    assert "m0 has no such layer, m3 has (3 models lack it)" in reasons["late"][0]
+    assert "m0 has no such layer, but m3 has it (3 models lack it)" in reasons["late"][0]
     assert reasons["late"][1] == 1
     assert found.num_layers == 1
 

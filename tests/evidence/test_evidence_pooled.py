@@ -29,7 +29,7 @@ from eigenzoo.display import in_percent
 from eigenzoo.evidence.lineage import as_lineages
 from eigenzoo.evidence.verdict import p_text
 from eigenzoo.linalg.gram import center_gram, scale_models
-from eigenzoo.linalg.heldout import deal_whole
+from eigenzoo.linalg.heldout import make_grouped_folds
 from tolerance import tolerance
 
 
@@ -163,7 +163,7 @@ def test_whole_lineages_are_held_out_as_on_the_weights(grouped: tuple[Any, dict[
     assert [len(group) for group in groups] == list(SIZES)
     across = document["lineage"]["across"]
     assert across["num_lineages"] == len(SIZES) + 2
-    folds = deal_whole(as_lineages(evidence.names, groups), 10)
+    folds = make_grouped_folds(as_lineages(evidence.names, groups), 10)
     assert sorted(map(len, folds)) == [1, 1, 2, 4, 12, 14]
     assert across["rank"] == [1, 2, 4, 8, 16, 19][: len(across["rank"])]
     sizes = {name: stack[0].numel() for name, stack in stacks.items()}

@@ -14,7 +14,7 @@ from eigenzoo.evidence.layer_evidence import findings
 from eigenzoo.evidence.summary import Pooled, shown_places
 from eigenzoo.evidence.unseen import MeanShare
 from eigenzoo.evidence.verdict import Directions, Findings, Weighed, directions, judge, judge_zoo
-from eigenzoo.linalg.heldout import deal
+from eigenzoo.linalg.heldout import make_folds
 from eigenzoo.subspace.moments.layer_moments import from_raw_gram
 
 NOTHING = MeanShare(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -153,7 +153,7 @@ def test_weights_that_vary_unevenly_or_together_are_no_subspace(tmp_path: Path) 
 def test_folds_of_copies_test_nothing(tmp_path: Path) -> None:
     """Every fold holds copies of one model: of their contrasts round-off is left, and it decides nothing."""
     pattern = [0] * 9
-    for number, fold in enumerate(deal(9, 4, seed=0)):
+    for number, fold in enumerate(make_folds(9, 4, seed=0)):
         for place in fold.tolist():
             pattern[place] = number
     found = find(tmp_path, layers(lambda seed: noise(4, (30, 20), seed)[pattern]))

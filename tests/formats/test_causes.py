@@ -38,8 +38,8 @@ def answer(data: bytes) -> bytes:
 
 STAND_INS = {
     "pointer": (pointer, r"a Git LFS pointer, not the file itself of [\d,]+ bytes.*git lfs pull"),
-    "page": (page, r"an HTML page under the name of a file.*hf download.*hf auth login"),
-    "xml": (answer, r"an HTML page under the name of a file.*hf download"),
+    "page": (page, r"an HTML page with the name of a model file.*hf download.*hf auth login"),
+    "xml": (answer, r"an HTML page with the name of a model file.*hf download"),
     "entry": (lambda data: b"Entry not found", r"an answer of the hub.*'Entry not found'.*hf download"),
 }
 

@@ -108,7 +108,7 @@ def test_sgm_numbers_its_blocks_through(sgm: str, expected: str) -> None:
     "name", ["input_blocks_13_0_op", "input_blocks_3_1_proj_in", "middle_block_3_proj_in", "output_blocks_4_3_x"]
 )
 def test_places_that_no_such_network_has_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"is not a block of a UNet of Stable Diffusion.*save_lora_weights"):
+    with pytest.raises(UnsupportedError, match=r"is not a module of Stable Diffusion's UNet.*save_lora_weights"):
         to_diffusers(name)
 
 
@@ -173,7 +173,7 @@ def test_a_file_is_known_by_its_keys(names: list[str], expected: str | None) -> 
     ],
 )  # fmt: skip
 def test_a_whole_model_with_its_lora_beside_the_weights_is_refused(names: list[str]) -> None:
-    with pytest.raises(UnsupportedError, match=r"m: a whole model whose LoRA is not merged.*merge_and_unload"):
+    with pytest.raises(UnsupportedError, match=r"m: the LoRA of this whole model is not merged.*merge_and_unload"):
         factor_kind(names, "m")
 
 
@@ -197,7 +197,9 @@ def test_a_whole_model_with_its_lora_beside_the_weights_is_refused(names: list[s
     ],
 )
 def test_factors_of_other_tools_are_refused_by_the_tools_name(names: list[str], tool: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"m: LoRA factors as {tool}.* writes them.*never as weights"):
+    with pytest.raises(
+        UnsupportedError, match=rf"m: the file has LoRA factors as {tool}.* writes them.*never as weights"
+    ):
         factor_kind(names, "m")
 
 
@@ -230,7 +232,7 @@ def test_a_newline_in_a_name_changes_nothing(names: list[str]) -> None:
 def test_modules_that_are_called_like_nemos_factors_are_weights() -> None:
     names = [f"vision.adapter.linear_{side}.weight" for side in ("in", "out")]
     assert factor_kind([*names, "vision.norm.weight", "text.weight"], "m") is None
-    with pytest.raises(UnsupportedError, match="a whole model whose LoRA is not merged"):
+    with pytest.raises(UnsupportedError, match="the LoRA of this whole model is not merged"):
         factor_kind([*names, "vision.to_wrap.weight"], "m")
 
 
@@ -271,10 +273,10 @@ def test_other_adapters_are_refused_by_name(name: str, meaning: str) -> None:
     [
         (KOHYA[:1], r"the factor B \(up\) is missing"),
         (DIFFUSERS[1:], r"the factor A \(down\) is missing"),
-        ([*KOHYA, *DIFFUSERS], r"two factors A of module 'unet.mid_block_x'"),
+        ([*KOHYA, *DIFFUSERS], r"has two factors A 'unet.mid_block_x'"),
         ([*KOHYA, "lora_unet_y.alpha"], r"'lora_unet_y.alpha' is not a factor"),
         ([*KOHYA, "lora_unet_y.something"], r"'lora_unet_y.something' is not a factor"),
-        ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"factors of several adapters in one file: '', 'other'"),
+        ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"the file has factors of several adapters: '', 'other'"),
         (factors("unet.x", style=".lora_{}.weight.other"), r"'unet.x.lora_A.weight.other' is not a factor"),
     ],
 )

@@ -111,10 +111,10 @@ def test_alpha_over_rank_is_the_scale_and_comes_back_to_the_bit(
     [
         (float("nan"), r"conv_in.*α is nan.*finite"),
         (float("-inf"), r"conv_in.*α is -inf.*finite"),
-        (torch.ones(2), r"α of shape \(2,\).*one number"),
-        (torch.ones(1, 1), r"α of shape \(1, 1\).*one number"),
-        (torch.tensor(True), r"α of shape \(\) and torch.bool"),
-        (torch.tensor(1j), r"α of shape \(\) and torch.complex64"),
+        (torch.ones(2), r"α has shape \(2,\).*one number"),
+        (torch.ones(1, 1), r"α has shape \(1, 1\).*one number"),
+        (torch.tensor(True), r"α has shape \(\) and dtype torch.bool"),
+        (torch.tensor(1j), r"α has shape \(\) and dtype torch.complex64"),
     ],
 )
 def test_an_alpha_that_is_no_finite_number_is_refused(tmp_path: Path, alpha: Any, message: str) -> None:
@@ -166,7 +166,7 @@ def test_the_headers_config_is_the_scale(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"r": 4, "lora_alpha": 4}, r"rank 3 in the file and 4 in lora_adapter_metadata"),
+        ({"r": 4, "lora_alpha": 4}, r"the rank is 3 in the file but 4 in lora_adapter_metadata"),
         ({"r": 3, "lora_alpha": 3, "use_dora": True}, r"use_dora is True: DoRA"),
         ({"r": 3, "lora_alpha": "3"}, r"lora_alpha is '3'.*finite number"),
         ({"r": 3, "lora_alpha": 3, "init_lora_weights": "pissa"}, r"changed the base weights"),
@@ -189,7 +189,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
 def test_a_scale_that_is_said_twice_is_refused(tmp_path: Path) -> None:
     tensors = {**diffusers(), "unet.conv_in.alpha": torch.tensor(3.0)}
     assert open_model(save(tmp_path / "m.safetensors", tensors)).updates[MODULES[1]].scale == 1.0
-    with pytest.raises(ez.FormatError, match=r"tensors of α beside lora_adapter_metadata"):
+    with pytest.raises(ez.FormatError, match=r"both tensors of α and lora_adapter_metadata"):
         open_model(save(tmp_path / "n.safetensors", tensors, described(r=3, lora_alpha=6)))
 
 
@@ -258,9 +258,9 @@ def test_files_that_are_alike_are_described_once(tmp_path: Path, view: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{LINEAR}.lora_up.weight": torch.ones(8, 2)}, r"proj_in.*B's second size is A's first"),
-        ({f"{LINEAR}.lora_up.weight": torch.ones(8, 3, 1, 1)}, r"proj_in.*A is \(rank, inputs, \*kernel\)"),
-        ({f"{CONV}.lora_up.weight": torch.ones(4, 3, 3, 3)}, r"conv_in.*A is \(rank, inputs, \*kernel\)"),
+        ({f"{LINEAR}.lora_up.weight": torch.ones(8, 2)}, r"proj_in.*the second size of B must equal"),
+        ({f"{LINEAR}.lora_up.weight": torch.ones(8, 3, 1, 1)}, r"proj_in.*A must have shape \(rank, inputs, \*kernel\)"),
+        ({f"{CONV}.lora_up.weight": torch.ones(4, 3, 3, 3)}, r"conv_in.*A must have shape \(rank, inputs, \*kernel\)"),
         ({f"{LINEAR}.lora_down.weight": torch.ones(3, 6, dtype=torch.int8)}, r"proj_in.*factors of torch.int8"),
         ({f"{LINEAR}.lora_down.weight": torch.ones(0, 6), f"{LINEAR}.lora_up.weight": torch.ones(8, 0)}, r"proj_in.*A is"),
         ({f"{LINEAR}.dora_scale": torch.ones(8)}, r"dora_scale' belongs to DoRA.*[Mm]erge it into its base model"),
@@ -273,7 +273,7 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path, change: Mapping[str
 
 def test_pickles_are_refused_with_permission_too(tmp_path: Path) -> None:
     torch.save(kohya(), tmp_path / "m.pt")
-    with pytest.raises(ez.FormatError, match=r"a LoRA of a diffusion model in a pickle.*save_file"):
+    with pytest.raises(ez.FormatError, match=r"the file is a pickle with a LoRA of a diffusion model.*save_file"):
         open_model(tmp_path / "m.pt", allow_pickle=True)
 
 
@@ -304,13 +304,13 @@ def test_values_of_alpha_at_a_url_are_asked_for_at_once(tmp_path: Path) -> None:
 
 
 LAYOUTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another format": (lambda d: d.update(format="lora"), "a tensor of α in an adapter whose config says it"),
+    "another format": (lambda d: d.update(format="lora"), "there is a tensor of α, but the adapter's config states α"),
     "no updates": (lambda d: d.update(updates={}), "a lora has some"),
-    "no such alpha": (lambda d: d["updates"][MODULES[0]].update(key_alpha="x"), "α is no tensor of one value"),
-    "no name": (lambda d: d["updates"][MODULES[0]].update(key_alpha=3), "α is no tensor of one value"),
+    "no such alpha": (lambda d: d["updates"][MODULES[0]].update(key_alpha="x"), "α is not a tensor of one value"),
+    "no name": (lambda d: d["updates"][MODULES[0]].update(key_alpha=3), "α is not a tensor of one value"),
     "a factor": (
         lambda d: d["updates"][MODULES[0]].update(key_alpha=f"{LINEAR}.lora_up.weight"),
-        "α is no tensor of one value",
+        "α is not a tensor of one value",
     ),
     "another's": (lambda d: d["updates"][MODULES[0]].update(key_alpha=f"{CONV}.alpha"), "used twice"),
     "more": (lambda d: d["updates"][MODULES[0]].update(key_beta="x"), "not an object with exactly"),
@@ -331,11 +331,11 @@ def test_hostile_layouts_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "scale", "message"),
     [
-        ("F16", 1e6, r"α of 3e\+06 has no place in torch.float16"),
-        ("F16", 1e-12, r"α of 3e-12 is zero in torch.float16"),
-        ("U8", -1.0, r"α of -3 has no place in torch.uint8"),
-        ("I64", 1e299, r"α of 3e\+299 has no place in torch.int64"),
-        ("BOOL", 1.0, r"α of torch.bool"),
+        ("F16", 1e6, r"α = 3e\+06 does not fit into torch.float16"),
+        ("F16", 1e-12, r"α = 3e-12 rounds to zero in torch.float16"),
+        ("U8", -1.0, r"α = -3 does not fit into torch.uint8"),
+        ("I64", 1e299, r"α = 3e\+299 does not fit into torch.int64"),
+        ("BOOL", 1.0, r"α has dtype torch.bool"),
     ],
 )
 def test_an_alpha_that_its_tensor_cannot_hold_is_refused(

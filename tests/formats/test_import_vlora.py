@@ -213,7 +213,7 @@ def test_without_a_model_adapter_the_config_is_made_up_and_peft_takes_it(tmp_pat
         )
     config = json.loads((tmp_path / "0" / "adapter_config.json").read_text())
     assert "model.layers.0.self_attn.q_proj" in config["target_modules"]
-    assert any("made up" in warning for warning in by_alpha.report["warnings"])
+    assert any("was made from their modules" in warning for warning in by_alpha.report["warnings"])
 
 
 def test_what_is_no_factor_comes_from_the_adapter_that_they_are_like(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_is_no_factor_comes_from_the_adapter_that_they_are_like(tmp_path: P
     shared = vlora.SharedSubspace.from_adapters([vlora.load_adapter(folder)] * 2, task_ids=["a", "b"], num_components=1)
     shared.save(tmp_path / "vlora")
     space = ez.import_subspace(tmp_path / "vlora", like=folder)
-    assert any("1 tensors that are no factors come from t0" in warning for warning in space.report["warnings"])
+    assert any("1 tensors other than factors come from t0" in warning for warning in space.report["warnings"])
     assert space.report["duplicates"] == [["a", "b"]]
     original, rebuilt = load_file(folder / "adapter_model.safetensors"), space.rebuild("b").save(tmp_path / "out")
     (head,) = [name for name in original if "lora_" not in name]

@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a character": (lambda at: edit_meta(at, task_ids=["\ud800"]), "a task whose name"),
     "no layers": (lambda at: edit_meta(at, layer_names=[]), "there is no layer"),
     "no tasks": (lambda at: edit_meta(at, task_ids=[]), "there is no task"),
-    "layers of text": (lambda at: edit_meta(at, layer_names="q"), "layer_names is no list"),
+    "layers of text": (lambda at: edit_meta(at, layer_names="q"), "layer_names is not a list"),
     "outside": (lambda at: edit_meta(at, task_filenames={"sql": "/../../sql"}), r"holds '\.\.'"),
     "file names": (lambda at: edit_meta(at, task_filenames=["sql"]), "task_filenames"),
     "one file": (
@@ -78,11 +78,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "tasks 'sql' and 'code' are one file",
     ),
     "huge shapes": (lambda at: edit_meta(at, shapes_a={m: [3, 2**60] for m in MODULES}), "has at most"),
-    "negative shapes": (lambda at: edit_meta(at, shapes_a={m: [-3, 16] for m in MODULES}), "A of shape"),
-    "other ranks": (lambda at: edit_meta(at, shapes_a={m: [4, 12] for m in MODULES}), "A of shape"),
-    "another format": (lambda at: edit_meta(at, format="int3"), "format 'int3'"),
+    "negative shapes": (lambda at: edit_meta(at, shapes_a={m: [-3, 16] for m in MODULES}), "A has shape"),
+    "other ranks": (lambda at: edit_meta(at, shapes_a={m: [4, 12] for m in MODULES}), "A has shape"),
+    "another format": (lambda at: edit_meta(at, format="int3"), "the format is 'int3'"),
     "packed without": (lambda at: edit_meta(at, format="nf4_packed"), r"subspace_nf4\.safetensors"),
-    "a huge rank": (lambda at: edit_meta(at, rank=10**30, shapes_a=None), "rank 1000"),
+    "a huge rank": (lambda at: edit_meta(at, rank=10**30, shapes_a=None), "the rank is 1000"),
 }
 
 
@@ -189,9 +189,9 @@ def test_adapters_to_be_like_that_are_not_of_the_zoo_are_refused(tmp_path: Path,
     with pytest.raises(ez.MismatchError, match="has no such module"):
         importing(like=other)
     wide = write_adapter(tmp_path / "wide", random_factors(dict.fromkeys(MODULES, (16, 17)), 3, 0))
-    with pytest.raises(ez.MismatchError, match="factors of shapes"):
+    with pytest.raises(ez.MismatchError, match="factors have shapes"):
         importing(like=wide)
-    with pytest.raises(ez.MismatchError, match="rank 3, and 8 in the adapter to be like"):
+    with pytest.raises(ez.MismatchError, match="the rank is 3, but 8 in the adapter given by like"):
         importing(like=edit_config(shutil.copytree(other, tmp_path / "eight"), r=8) / "adapter_config.json")
     with pytest.raises(ez.UnsupportedError, match="use_dora"):
         importing(like=edit_config(shutil.copytree(other, tmp_path / "dora"), use_dora=True) / "adapter_config.json")
@@ -199,7 +199,7 @@ def test_adapters_to_be_like_that_are_not_of_the_zoo_are_refused(tmp_path: Path,
         importing()
     with pytest.raises(ez.UsageError, match="both like and alpha are given"):
         importing(like=other, alpha=3)
-    with pytest.raises(ez.UsageError, match="alpha nan"):
+    with pytest.raises(ez.UsageError, match="alpha is nan"):
         importing(alpha=float("nan"))
     with pytest.raises(ez.FormatError, match="missing"):
         importing(like=tmp_path / "nothing")

@@ -49,14 +49,14 @@ def test_what_is_no_model_is_described(tmp_path: Path) -> None:
         "texts/notes.txt": r"a file with the ending '\.txt'",
     }.items():
         assert not is_model(tmp_path / name)
-        with pytest.raises(FormatError, match=rf"no model here: {message}.*Readable are a PEFT adapter"):
+        with pytest.raises(FormatError, match=rf"there is no model here: {message}.*Eigenzoo reads a PEFT adapter"):
             open_model(tmp_path / name)
 
 
 def test_shards_without_their_index_are_refused(sharded: Path, tmp_path: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
     assert is_model(sharded)
-    with pytest.raises(FormatError, match="shards of a checkpoint without their index"):
+    with pytest.raises(FormatError, match="there are shards of a checkpoint, but no index"):
         open_model(sharded)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "pytorch_model-00001-of-00002.bin").write_bytes(b"")

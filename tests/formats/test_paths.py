@@ -89,11 +89,11 @@ def test_the_hub_s_cache_layout_is_followed_and_nothing_else(tmp_path: Path) -> 
 def test_small_files_are_bounded(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b'{"a": 1}')
     assert read_json(tmp_path / "x.json", where="x") == {"a": 1}
-    with pytest.raises(FormatError, match=r"x: 8 bytes\. A file of this kind has at most 7"):
+    with pytest.raises(FormatError, match=r"x: the file has 8 bytes\. A file of this kind has at most 7"):
         read_bounded(tmp_path / "x.json", 7, where="x")
     with pytest.raises(FormatError, match="y: the file is missing"):
         read_bounded(tmp_path / "y.json", 7, where="y")
-    with pytest.raises(FormatError, match="z: no plain file"):
+    with pytest.raises(FormatError, match="z: not a regular file"):
         read_bounded(tmp_path, 7, where="z")
 
 

@@ -173,7 +173,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ia3": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     "no type": ({"peft_type": None}, "peft_type is None"),
     "type of another type": ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]"),
-    "unknown switch": ({"use_something": True}, "'use_something' is True, which no known version of PEFT explains"),
+    "unknown switch": (
+        {"use_something": True},
+        "'use_something' is True, but no known version of PEFT has such an entry",
+    ),
     "unknown settings": ({"some_config": {"a": 1}}, "'some_config' is"),
 }
 
@@ -194,10 +197,10 @@ def test_every_field_of_the_installed_peft_is_decided() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "rank": ({"r": 5}, r"module 'model\.layers\.0\..*': rank 4 in the file and 5 in adapter_config\.json"),
+    "rank": ({"r": 5}, r"module 'model\.layers\.0\..*': the rank is 4 in the file but 5 in adapter_config\.json"),
     "rank zero": ({"r": 0}, "r is 0"),
     "rank as text": ({"r": "4"}, "r is '4'"),
-    "rank pattern": ({"rank_pattern": {"q_proj": 3}}, r"rank 4 in the file and 3 in adapter_config"),
+    "rank pattern": ({"rank_pattern": {"q_proj": 3}}, r"the rank is 4 in the file but 3 in adapter_config"),
     "alpha not a number": ({"lora_alpha": math.nan}, "lora_alpha is nan"),
     "alpha infinite": ({"lora_alpha": math.inf}, "lora_alpha is inf"),
     "negative alpha": ({"lora_alpha": -1}, "lora_alpha is -1"),
@@ -216,7 +219,7 @@ def test_a_wrong_config_is_named(adapter: Path, case: str) -> None:
 
 def test_unknown_numbers_and_texts_are_warned_of(adapter: Path) -> None:
     opened = LoraAdapter(edit_config(adapter, new_number=3, new_nothing=None))
-    assert opened.warnings == ("adapter_config.json: unknown entry 'new_number' is ignored, as PEFT does",)
+    assert opened.warnings == ("adapter_config.json: unknown entry 'new_number' is ignored, as PEFT ignores it",)
 
 
 json_values = st.recursive(
@@ -268,17 +271,17 @@ BROKEN_KEYS: dict[str, tuple[Any, type[FormatError], str]] = {
     "two adapters": (
         lambda key: key.replace(".weight", ".other.weight") if "layers.0" in key else key,
         UnsupportedError,
-        "factors of several adapters in one file: None, other",
+        "the file has factors of several adapters: None, other",
     ),
     "embedding and linear": (
         lambda key: key.replace("lora_A.weight", "lora_embedding_A"),
         FormatError,
-        "Both are factors of one kind",
+        "Both factors must belong to the same kind",
     ),
     "an adapter within an adapter": (
         lambda key: key.replace("q_proj", "base_layer.q_proj"),
         UnsupportedError,
-        "an adapter within an adapter",
+        "the file has an adapter within an adapter",
     ),
 }
 
@@ -296,19 +299,19 @@ def test_the_same_module_twice_is_refused(adapter: Path) -> None:
     tensors = load_file(path)
     tensors[f"{Q}.lora_A.weight".removeprefix("base_model.model.")] = tensors[f"{Q}.lora_A.weight"].clone()
     save_file(tensors, path)
-    with pytest.raises(FormatError, match="two factors A of module"):
+    with pytest.raises(FormatError, match="has two factors A"):
         LoraAdapter(adapter)
 
 
 @pytest.mark.parametrize(
     ("shape_a", "shape_b", "message"),
     [
-        ((4, 16), (16, 3), "B's second size is A's first"),
-        ((4, 16, 1), (16, 4), r"A is \(rank, inputs"),
-        ((0, 16), (16, 0), r"A is \(rank, inputs"),
-        ((4,), (4,), r"A is \(rank, inputs"),
-        ((4, 4, 3, 3), (16, 4, 3, 3), r"A is \(rank, inputs"),
-        ((4, 8, 3, 3), (16, 2, 1, 1), "a convolution in groups"),
+        ((4, 16), (16, 3), "the second size of B must equal"),
+        ((4, 16, 1), (16, 4), r"A must have shape \(rank, inputs"),
+        ((0, 16), (16, 0), r"A must have shape \(rank, inputs"),
+        ((4,), (4,), r"A must have shape \(rank, inputs"),
+        ((4, 4, 3, 3), (16, 4, 3, 3), r"A must have shape \(rank, inputs"),
+        ((4, 8, 3, 3), (16, 2, 1, 1), "a grouped convolution"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(
@@ -325,25 +328,25 @@ def test_grouped_convolutions_of_peft_itself_are_refused(tmp_path: Path) -> None
     net = make_conv()
     net.second = torch.nn.Conv2d(6, 6, 3, groups=2)
     peft = add_adapter(net, r=4, target_modules=["second"])
-    with pytest.raises(UnsupportedError, match="a convolution in groups"):
+    with pytest.raises(UnsupportedError, match="a grouped convolution"):
         LoraAdapter(save_adapter(peft, tmp_path / "groups"))
 
 
 def test_integer_factors_are_refused(adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     save_file({key: value.to(torch.int8) for key, value in load_file(path).items()}, path)
-    with pytest.raises(UnsupportedError, match=r"factors of torch\.int8"):
+    with pytest.raises(UnsupportedError, match=r"factors have dtypes torch\.int8"):
         LoraAdapter(adapter)
 
 
 def test_missing_and_pickled_weights_are_told_apart(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(FormatError, match=r"adapter_config\.json without adapter_model\.safetensors"):
+    with pytest.raises(FormatError, match=r"adapter_config\.json, but no adapter_model\.safetensors"):
         LoraAdapter(adapter)
     (adapter / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(UnsupportedError, match=r"the weights are a Python pickle.*--allow-pickle"):
         open_model(adapter)
-    with pytest.raises(FormatError, match=r"is no pickle"):
+    with pytest.raises(FormatError, match=r"is not a pickle"):
         open_model(adapter, allow_pickle=True)
 
 
@@ -389,5 +392,5 @@ def test_equal_headers_share_their_updates_only_where_the_scales_agree(adapter: 
         other = opened(name, **changes)
         assert other.likeness is not first.likeness
         assert all(update.scale == pytest.approx(factor * scale) for update in other.updates.values())
-    with pytest.raises(FormatError, match=rf"rank {config['r']} in the file and {config['r'] + 1}"):
+    with pytest.raises(FormatError, match=rf"the rank is {config['r']} in the file but {config['r'] + 1}"):
         opened("rank", r=config["r"] + 1)

@@ -78,7 +78,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1).expand(2**40)}, tmp_path / "m.pt")
-    with pytest.raises(FormatError, match=r"tensor 'w': shape \(1099511627776,\) is larger than what is stored"):
+    with pytest.raises(FormatError, match=r"tensor 'w': shape \(1099511627776,\) is larger than the stored values"):
         PickleStateDict(tmp_path / "m.pt", allow_pickle=True)
     torch.save({"w": torch.eye(2).to_sparse()}, tmp_path / "m.pt")
     with pytest.raises(UnsupportedError, match=r"_rebuild_sparse_tensor"):

@@ -83,13 +83,13 @@ def test_a_pipeline_is_written_back_byte_for_byte(pipeline: Path, tmp_path: Path
 def test_side_files_are_written_into_components_alone(pipeline: Path, tmp_path: Path, name: str) -> None:
     model = open_model(pipeline)
     (tmp_path / "out").mkdir()
-    with pytest.raises(FormatError, match=r"is no known side file.*one per component"):
+    with pytest.raises(FormatError, match=r"is not a known side file.*one per component"):
         write_checkpoint(tmp_path / "out", layout_of(model), model.read, side_files={name: b'{"weight_map": {}}'})
     assert not list((tmp_path / "out").iterdir())
     index = {"unet/model.safetensors.index.json": b'{"weight_map": {}}'}
-    with pytest.raises(FormatError, match="weight_map does not fit"):
+    with pytest.raises(FormatError, match="weight_map does not match"):
         write_checkpoint(tmp_path / "out", layout_of(model), model.read, side_files=index)
-    with pytest.raises(FormatError, match=r"'unet/run\.py' is no known side file"):
+    with pytest.raises(FormatError, match=r"'unet/run\.py' is not a known side file"):
         write_checkpoint(tmp_path / "out", layout_of(model), model.read, side_files={"unet/run.py": b""})
 
 
@@ -129,7 +129,7 @@ def test_a_pipeline_at_a_url_is_refused_and_a_component_is_read(
         if path.is_file():
             system.pipe_file(f"/pipelines/p/{path.relative_to(pipeline).as_posix()}", path.read_bytes())
     for url in ("memory://pipelines/p", "memory://pipelines"):
-        with pytest.raises(UnsupportedError, match=r"a diffusers pipeline at a remote place.*pipelines/p/unet\)"):
+        with pytest.raises(UnsupportedError, match=r"this is a diffusers pipeline at a URL.*pipelines/p/unet\)"):
             ez.open_zoo(url)
     assert list(ez.open_zoo("memory://pipelines/p/text_encoder").layers) == ["b", "w"]
 
@@ -155,7 +155,7 @@ def test_quantised_components_are_refused(pipeline: Path) -> None:
 def test_other_kinds_at_urls_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setenv("EIGENZOO_CACHE", str(tmp_path / "cache"))
     files, message = {
-        "pickled adapter": (["adapter_config.json", "adapter_model.bin"], "a Python pickle at a remote place"),
+        "pickled adapter": (["adapter_config.json", "adapter_model.bin"], "a Python pickle at a URL"),
         "gguf": (["m.Q4_0.gguf", "README.md"], "a GGUF file.*gguf_file=name"),
         "sharded pickle": (
             ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"],

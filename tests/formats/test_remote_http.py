@@ -69,7 +69,7 @@ def test_only_what_is_needed_is_asked_for(server: FileServer) -> None:
 def test_a_header_beyond_reason_is_not_asked_for(server: FileServer) -> None:
     length = MAX_HEADER_BYTES + 1
     server.files["zoo/big/model.safetensors"] = length.to_bytes(8, "little") + b"{" + bytes(length)
-    with pytest.raises(FormatError, match=rf"{server.url}/zoo/big, .*a header of {length} bytes"):
+    with pytest.raises(FormatError, match=rf"{server.url}/zoo/big, .*the header has {length} bytes"):
         open_model(f"{server.url}/zoo/big")
     assert [(start, stop) for _, start, stop in server.ranges] == [(0, HEADER)]
 
@@ -91,9 +91,9 @@ def test_answers_that_are_cut_are_taken_up_where_they_broke(server: FileServer, 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("long", "with more bytes than were asked for"),
+        ("long", "with more bytes than were requested"),
         ("other", r"with the range 'bytes \d+-\d+/\d+' and not with bytes \d+-\d+"),
-        ("whole", "with the whole file and not with a range of it.*Download the file first"),
+        ("whole", "with the whole file instead of a range.*download the file first"),
     ],
 )
 def test_answers_to_another_question_are_errors_at_once(server: FileServer, fault: str, message: str) -> None:
@@ -303,7 +303,7 @@ def test_a_mirror_by_secrets_is_not_read_without_them(server: FileServer) -> Non
     model = open_model(f"{server.url}/zoo/m0/model.safetensors?token=abc")
     code = "import sys; from eigenzoo.formats.opening import open_model; open_model(sys.argv[1]).read('w')"
     done = subprocess.run([sys.executable, "-c", code, str(model.path)], capture_output=True, text=True, check=False)
-    assert "held credentials, which are not kept. Open the model by its URL" in done.stderr
+    assert "held credentials, which are not stored. Open the model by its URL" in done.stderr
 
 
 def test_a_missing_driver_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +316,9 @@ def test_a_missing_driver_is_named_with_its_package(monkeypatch: pytest.MonkeyPa
         ez.open_zoo("gs://bucket/zoo")
     with pytest.raises(UnsupportedError, match=r"the driver of odd:// is not installed. Install odd-fs"):
         ez.open_zoo("odd://bucket/zoo")
-    with pytest.raises(UnsupportedError, match=r"is a page of the hub, and no file\. Give the id, org/name@v1"):
+    with pytest.raises(UnsupportedError, match=r"is a page of the hub, not a file\. Use the id org/name@v1"):
         ez.open_zoo("https://huggingface.co/org/name/tree/v1")
-    with pytest.raises(UnsupportedError, match="no driver of fsspec is called 'nonsense'"):
+    with pytest.raises(UnsupportedError, match="fsspec has no driver called 'nonsense'"):
         ez.open_zoo("nonsense://bucket/zoo")
 
 

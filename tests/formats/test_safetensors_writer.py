@@ -95,7 +95,7 @@ def test_what_cannot_be_meant_is_refused_at_once(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="'a' has values that were never written"):
             writer.finish()
         writer.write_flat("a", 0, torch.zeros(1))
-        with pytest.raises(UsageError, match="of header and metadata in 120 reserved"):
+        with pytest.raises(UsageError, match="but 120 are reserved"):
             writer.finish({"note": "n" * 100})
         writer.finish()
     assert torch.equal(SafetensorsFile(tmp_path / "x.safetensors").read("a"), torch.zeros(2))

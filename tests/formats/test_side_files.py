@@ -161,7 +161,7 @@ def test_only_known_places_are_written(tmp_path: Path, name: str) -> None:
     model = open_model(folder)
     (tmp_path / "out").mkdir()
     assert not is_side_file(name)
-    with pytest.raises(FormatError, match=r"is no known side file"):
+    with pytest.raises(FormatError, match=r"is not a known side file"):
         write_checkpoint(tmp_path / "out", layout_of(model), model.read, side_files={name: b"{}"})
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -176,7 +176,7 @@ def test_a_side_file_is_not_also_a_file_of_weights(tmp_path: Path) -> None:
     model = open_model(folder)
     assert model.beside.carried == ("model.safetensors.index.json", "modules.json")
     (tmp_path / "out").mkdir()
-    with pytest.raises(FormatError, match=r"'2_Dense/model.safetensors' is both a side file and one of weights"):
+    with pytest.raises(FormatError, match=r"'2_Dense/model.safetensors' is both a side file and a weights file"):
         write_checkpoint(tmp_path / "out", layout_of(model), model.read, side_files={"2_Dense/model.safetensors": b""})
 
 

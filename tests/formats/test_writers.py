@@ -91,7 +91,7 @@ def test_values_are_cast_to_the_layout_and_counts_are_not(tmp_path: Path) -> Non
         cast_to(TensorLayout("w", "F8_E5M2", (1,)), torch.tensor([1e6]))
     with pytest.raises(FormatError, match=r"tensor 'n': torch\.float32 values.*Counts are never cast"):
         cast_to(count, torch.ones(1))
-    with pytest.raises(FormatError, match=r"tensor 'w': shape \(3,\) for a tensor of \(2,\)"):
+    with pytest.raises(FormatError, match=r"tensor 'w': the values have shape \(3,\), but the tensor has shape \(2,\)"):
         cast_to(half, torch.ones(3))
 
 
@@ -99,13 +99,13 @@ def test_only_known_side_files_are_written(sharded: Path, tmp_path: Path) -> Non
     opened = Checkpoint(sharded)
     layout = layout_of(opened)
     for name in ("../config.json", "modeling_evil.py", "model-00001-of-00003.safetensors", "/etc/x"):
-        with pytest.raises(FormatError, match="is no known side file"):
+        with pytest.raises(FormatError, match="is not a known side file"):
             write_checkpoint(tmp_path, layout, opened.read, side_files={name: b"x"})
-    with pytest.raises(FormatError, match="its weight_map does not fit the files"):
+    with pytest.raises(FormatError, match="its weight_map does not match the files"):
         write_checkpoint(tmp_path, layout, opened.read, side_files={str(layout.index): b'{"weight_map": {}}'})
-    with pytest.raises(UsageError, match="a layout of format 'state-dict'"):
+    with pytest.raises(UsageError, match="the layout has format 'state-dict'"):
         write_lora(tmp_path, ModelLayout("state-dict", {}), {}, {})
-    with pytest.raises(UsageError, match="a layout of format 'lora'"):
+    with pytest.raises(UsageError, match="the layout has format 'lora'"):
         write_checkpoint(tmp_path, ModelLayout("lora", {}), opened.read)
     write_checkpoint(sharded.parent, ModelLayout("state-dict", {"x.safetensors": ()}), opened.read)
     with pytest.raises(OutputError, match="File exists"):
@@ -187,11 +187,11 @@ def test_factors_that_do_not_fit_are_refused(adapter: Path, tmp_path: Path) -> N
     opened = LoraAdapter(adapter)
     layout, factors = layout_of(opened), {module: opened.read_factors(module) for module in opened.updates}
     module = next(iter(factors))
-    with pytest.raises(UsageError, match=f"factors missing or too many: {module}"):
+    with pytest.raises(UsageError, match=f"missing or extra factors: {module}"):
         write_lora(tmp_path, layout, opened.config, {name: pair for name, pair in factors.items() if name != module})
-    with pytest.raises(FormatError, match=f"module '{module}': B of shape"):
+    with pytest.raises(FormatError, match=f"module '{module}': B has shape"):
         write_lora(tmp_path, layout, opened.config, {**factors, module: (torch.zeros(3, 4), factors[module][1])})
-    with pytest.raises(UsageError, match="tensors missing or too many"):
+    with pytest.raises(UsageError, match="missing or extra tensors"):
         write_lora(tmp_path, layout, opened.config, factors, others={"more": torch.zeros(1)})
     with pytest.raises(FormatError, match="use_dora is True"):
         write_lora(tmp_path, layout, {**opened.config, "use_dora": True}, factors)
@@ -205,30 +205,30 @@ def test_layouts_of_other_people_are_checked(adapter: Path, sharded: Path, tmp_p
     cases: list[tuple[Any, type[EigenzooError], str]] = [
         ([], FormatError, "not an object with exactly"),
         ({**full, "more": 1}, FormatError, "not an object with exactly"),
-        ({**full, "format": "pickle"}, FormatError, "format 'pickle'"),
+        ({**full, "format": "pickle"}, FormatError, "the format is 'pickle'"),
         ({**full, "format": ["lora"]}, FormatError, "format"),
-        ({**full, "index": None}, FormatError, "several files without an index"),
-        ({**full, "index": "../model.safetensors.index.json"}, FormatError, "no name of an index"),
-        ({**full, "index": 3}, FormatError, "no name of an index"),
-        ({**full, "files": {}}, FormatError, "files is no mapping"),
+        ({**full, "index": None}, FormatError, "there are several files, but no index"),
+        ({**full, "index": "../model.safetensors.index.json"}, FormatError, "the index has an unknown name"),
+        ({**full, "index": 3}, FormatError, "the index has an unknown name"),
+        ({**full, "files": {}}, FormatError, "files is not a mapping"),
         ({**full, "files": {"../x.safetensors": [tensor]}}, UnsafePathError, r"holds '\.\.'"),
         ({**full, "files": {"/x.safetensors": [tensor]}}, UnsafePathError, "is absolute"),
-        ({**full, "files": {"x.py": [tensor]}}, FormatError, r"'x\.py' is no list of tensors"),
+        ({**full, "files": {"x.py": [tensor]}}, FormatError, r"'x\.py' is not a .safetensors file"),
         ({**full, "files": {"x.safetensors": [tensor, tensor]}}, FormatError, "tensor 'w' occurs twice"),
         ({**full, "files": {"x.safetensors": [["w", "F32"]]}}, FormatError, r"not \[name, dtype, shape\]"),
         ({**full, "files": {"x.safetensors": [["w", "F4", [2]]]}}, FormatError, "dtype 'F4'"),
         ({**full, "files": {"x.safetensors": [["w", "F32", [-2]]]}}, FormatError, "shape of 'w'"),
         ({**full, "files": {"x.safetensors": [["w", "F32", [2**70]]]}}, FormatError, "shape of 'w'"),
-        ({**full, "files": {"x.safetensors": [[3, "F32", [2]]]}}, FormatError, "no string"),
-        ({**full, "updates": lora["updates"]}, FormatError, "is no tensor of the files"),
-        ({**lora, "updates": {}}, FormatError, "a lora has some"),
-        ({**lora, "updates": []}, FormatError, "updates is no mapping"),
+        ({**full, "files": {"x.safetensors": [[3, "F32", [2]]]}}, FormatError, "not a string"),
+        ({**full, "updates": lora["updates"]}, FormatError, "is not a tensor of the files"),
+        ({**lora, "updates": {}}, FormatError, "a lora has one file"),
+        ({**lora, "updates": []}, FormatError, "updates is not a mapping"),
         ({**lora, "updates": {module: {}}}, FormatError, "exactly key_a"),
         ({**lora, "updates": {module: other, "x": other}}, FormatError, "is used twice"),
-        ({**lora, "updates": {module: {**other, "key_a": "none"}}}, FormatError, "no tensor of the files"),
-        ({**lora, "updates": {module: {**other, "rank": 3}}}, FormatError, "for rank 3"),
-        ({**lora, "updates": {module: {**other, "rank": True}}}, FormatError, "no finite number"),
-        ({**lora, "updates": {module: {**other, "scale": float("nan")}}}, FormatError, "no finite number"),
+        ({**lora, "updates": {module: {**other, "key_a": "none"}}}, FormatError, "not a tensor of the files"),
+        ({**lora, "updates": {module: {**other, "rank": 3}}}, FormatError, "but the rank is 3"),
+        ({**lora, "updates": {module: {**other, "rank": True}}}, FormatError, "not a finite number"),
+        ({**lora, "updates": {module: {**other, "scale": float("nan")}}}, FormatError, "not a finite number"),
     ]
     for value, kind, message in cases:
         with pytest.raises(kind, match=message):

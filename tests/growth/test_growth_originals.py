@@ -158,7 +158,7 @@ def test_duplicate_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ez.UsageError, match="a model called 'm3' is in the subspace already"):
         space.add([paths[5], paths[3]])
     twice = ez.open_zoo([paths[5]])
-    with pytest.raises(ez.ZooError, match="'m5' stands for more than one model"):
+    with pytest.raises(ez.ZooError, match="'m5' is used by more than one model"):
         space.add(ez.Zoo([*twice.models] * 2, ["m5", "m5"], twice.selection))
 
 

@@ -73,7 +73,9 @@ def test_a_bundle_at_a_url_is_refused_before_any_work(hub: Hub, here: Path, url:
     before = sorted(here.iterdir())
     error = invoke(commands(url)[place])
     assert isinstance(error, BundleError)
-    assert str(error).startswith(f"{url}: a bundle at a URL. Bundles are read from this machine, and from model")
+    assert str(error).startswith(
+        f"{url}: the bundle is at a URL. Bundles are read only from this machine and from model"
+    )
     assert sorted(here.iterdir()) == before
     assert hub.requests == []
 
@@ -141,7 +143,7 @@ def test_a_push_that_cannot_be_is_refused_before_its_bundle_is_downloaded(
 
 
 def test_a_base_of_this_machine_is_opened_before_a_bundle_is_downloaded(hub: Hub, here: Path) -> None:
-    with pytest.raises(FormatError, match="nothing: no model here"):
+    with pytest.raises(FormatError, match="nothing: there is no model here"):
         ez.load("org/space", base="./nothing")
     assert hub.requests == []
 

@@ -108,7 +108,8 @@ def test_a_body_that_stays_wrong_is_an_error_and_not_in_the_cache(
 ) -> None:
     hub.fault = on("GET", "/objects/", fault, times=10**6)
     with pytest.raises(
-        FormatError, match=r"org/model@[0-9a-f]{40}: what the hub sends is not what it says.*Nothing of it is kept"
+        FormatError,
+        match=r"org/model@[0-9a-f]{40}: the hub's answer does not match its own listing.*The answer was discarded",
     ):
         open_model("org/model")
     check_cache()
@@ -124,7 +125,7 @@ def test_a_hub_that_lies_about_sizes(
 ) -> None:
     repo.files["config.json"] = b'{"a": 1234567890}'
     getattr(hub, sizes)[name] = len(repo.files[name]) + by
-    with pytest.raises(FormatError, match=r"what the hub sends is not what it says"):
+    with pytest.raises(FormatError, match=r"the hub's answer does not match its own listing"):
         open_model("org/model")
     check_cache()
     assert not list(Path(constants.HF_HUB_CACHE).rglob(name))
@@ -133,7 +134,7 @@ def test_a_hub_that_lies_about_sizes(
 def test_a_hub_that_stays_busy_says_when(hub: Hub, repo: Repository, slept: list[float]) -> None:
     hub.wait, hub.fault = "40", lambda *_: 429
     with pytest.raises(
-        FormatError, match=r"org/model: the hub answers no more requests for now .*Run it again in 40 s"
+        FormatError, match=r"org/model: the hub refuses further requests for now .*Run it again in 40 s"
     ):
         open_model("org/model")
     assert len(hub.requests) == 4
@@ -151,12 +152,12 @@ def test_a_wrong_name_is_told_with_both_readings(hub: Hub, repo: Repository) -> 
     for source in ("org/modell", "runs/m0", "org/modell@main"):
         with pytest.raises(
             FormatError,
-            match=rf"{source}: no file or folder of this name is here, and the hub shows no such repository.*"
+            match=rf"{source}: there is no file or folder of this name here, and the hub shows no such repository.*"
             "An id is org/name or org/name@revision.*`hf auth login`",
         ):
             ez.open_zoo(source)
         with pytest.raises(
-            FormatError, match=rf"{source}: no file or folder of this name is here, and the hub shows no"
+            FormatError, match=rf"{source}: there is no file or folder of this name here, and the hub shows no"
         ):
             ez.load(source)
     with pytest.raises(
@@ -165,7 +166,7 @@ def test_a_wrong_name_is_told_with_both_readings(hub: Hub, repo: Repository) -> 
         open_model("org/model@v9")
     with pytest.raises(FormatError, match=r"org/model@0{40}: .*no (revision|such file)"):
         open_model("org/model@" + "0" * 40)
-    with pytest.raises(ez.BundleError, match=r"org/model: is no bundle\. A bundle has manifest\.json and basis"):
+    with pytest.raises(ez.BundleError, match=r"org/model: is not a bundle\. A bundle has manifest\.json and basis"):
         ez.load("org/model")
 
 
@@ -178,8 +179,11 @@ def test_private_and_gated_repositories(hub: Hub, logged_in: str, monkeypatch: p
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "wrong" * 6)
     texts = []
     for name, message in (
-        ("private", r"org/private: .*the hub shows no such repository.*of a private repository `hf auth login` first"),
-        ("gated", rf"org/gated.*is gated.*Accept the terms at {hub.url}/org/gated, then `hf auth login`"),
+        (
+            "private",
+            r"org/private: .*the hub shows no such repository.*for a private repository run `hf auth login` first",
+        ),
+        ("gated", rf"org/gated.*is gated.*Accept the terms at {hub.url}/org/gated, then run `hf auth login`"),
     ):
         with pytest.raises(FormatError, match=message) as caught:
             open_model(f"org/{name}")
@@ -214,7 +218,7 @@ def test_without_a_network(hub: Hub, repo: Repository, slept: list[float], monke
     assert torch.equal(open_model("org/model").read("w"), VALUES)
     with pytest.raises(
         FormatError,
-        match=r"org/other: no file or folder .*the hub at http://127.0.0.1:9 cannot be reached .*Check the",
+        match=r"org/other: there is no file or folder .*the hub at http://127.0.0.1:9 cannot be reached .*Check the",
     ):
         open_model("org/other")
 
@@ -228,10 +232,10 @@ def test_offline_without_all_of_it(
     offline()
     hub.forget()
     with pytest.raises(
-        FormatError, match=r"org/model@[0-9a-f]{40}: HF_HUB_OFFLINE is set, and the hub's cache has not all"
+        FormatError, match=r"org/model@[0-9a-f]{40}: HF_HUB_OFFLINE is set, and the hub's cache does not have all"
     ):
         open_model("org/model")
-    with pytest.raises(FormatError, match=r"org/other: no file .* HF_HUB_OFFLINE is set.*Run it once without"):
+    with pytest.raises(FormatError, match=r"org/other: there is no file .* HF_HUB_OFFLINE is set.*Run it once without"):
         open_model("org/other")
     assert hub.requests == []
 
@@ -239,7 +243,7 @@ def test_offline_without_all_of_it(
 def test_what_is_no_hub(hub: Hub, repo: Repository, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/objects/{repo_id}{revision}{filename}")
     hub.fault = lambda method, path, number: 200 if path.startswith("/objects") else None
-    with pytest.raises(FormatError, match=rf"what answers at {hub.url} is no hub. Check HF_ENDPOINT"):
+    with pytest.raises(FormatError, match=rf"the server at {hub.url} is not a hub. Check HF_ENDPOINT"):
         open_model("org/model")
 
 

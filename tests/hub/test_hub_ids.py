@@ -246,7 +246,7 @@ def test_a_path_that_exists_wins(hub: Hub, zoo: list[Path], tmp_path: Path, monk
     write_checkpoints(tmp_path / "org" / "zoo", 2, seed=5)
     assert ez.open_zoo("org/zoo").names == ("m0", "m1")
     assert hub.requests == []
-    with pytest.raises(ZooError, match=r"org/m0: there is no such file or folder. An id of the hub is given as text"):
+    with pytest.raises(ZooError, match=r"org/m0: there is no such file or folder. Give an id of the hub as text"):
         ez.open_zoo(Path("org/m0"))
 
 
@@ -255,7 +255,7 @@ def test_a_bundle_in_the_place_of_a_zoo(hub: Hub) -> None:
     with pytest.raises(ZooError, match="org/bundle: this is a bundle, not a zoo or a model"):
         ez.open_zoo("org/bundle")
     hub.repos["org/empty"] = Repository({"README.md": b"nothing"})
-    with pytest.raises(ZooError, match="'org/empty': no model is found"):
+    with pytest.raises(ZooError, match="'org/empty': no model was found"):
         ez.open_zoo("org/empty")
     with pytest.raises(FormatError, match="org/empty/runs: the repository has no folder 'runs'"):
         ez.open_zoo("org/empty/runs")

@@ -80,13 +80,13 @@ def test_a_path_object_is_no_id(hub: Hub, here: Path, use: str) -> None:
 def test_a_base_and_a_view_are_looked_at_before_a_zoo_is_downloaded(hub: Hub, here: Path) -> None:
     for options, message in (
         ({"base": "adapters/nothing"}, "adapters/nothing: there is no such file or folder"),
-        ({"base": "./nothing"}, "no model here: nothing of this name exists"),
-        ({"base": "memory://nothing"}, "memory://nothing: no model here"),
+        ({"base": "./nothing"}, "there is no model here: nothing of this name exists"),
+        ({"base": "memory://nothing"}, "memory://nothing: there is no model here"),
         ({"view": "wieght"}, "wieght"),
         ({"view": "delta"}, "view 'delta' needs a base"),
         (
             {"view": "weight", "base": "adapters/zoo/m0"},
-            "a base is given with view 'weight'. Only view 'delta' subtracts a base: leave --base out",
+            "a base does not work with view 'weight'. Only view 'delta' subtracts a base. Leave --base out",
         ),
     ):
         with pytest.raises(EigenzooError, match=message):

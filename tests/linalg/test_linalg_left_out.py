@@ -9,7 +9,7 @@ from torch import Tensor
 
 from builders import random_stack, seeded
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.linalg.heldout import deal_whole, leave_one_out
+from eigenzoo.linalg.heldout import leave_one_out, make_grouped_folds
 from eigenzoo.linalg.spectrum import eigenpairs
 from tolerance import tolerance
 
@@ -122,6 +122,6 @@ def test_too_few_models_and_directions_leave_nothing():
 
 def test_whole_groups_are_dealt_largest_first():
     groups = [[3], [0, 7, 8, 9], [1, 2], [4, 5, 6], [10]]
-    folds = [fold.tolist() for fold in deal_whole(groups, 3)]
+    folds = [fold.tolist() for fold in make_grouped_folds(groups, 3)]
     assert folds == [[0, 7, 8, 9], [4, 5, 6, 10], [1, 2, 3]]
-    assert [fold.tolist() for fold in deal_whole(groups, 9)] == [[0, 7, 8, 9], [4, 5, 6], [1, 2], [3], [10]]
+    assert [fold.tolist() for fold in make_grouped_folds(groups, 9)] == [[0, 7, 8, 9], [4, 5, 6], [1, 2], [3], [10]]

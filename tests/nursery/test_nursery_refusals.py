@@ -52,14 +52,16 @@ def test_an_existing_path_is_kept(tmp_path: Path) -> None:
     (tmp_path / "zoo").write_text("mine")
     with pytest.raises(OutputError, match=r"exists already.*--force"):
         make("digits-cnn", tmp_path / "zoo")
-    with pytest.raises(OutputError, match="is no folder"):
+    with pytest.raises(OutputError, match="is not a folder"):
         make("digits-cnn", tmp_path / "zoo", force=True)
     assert (tmp_path / "zoo").read_text() == "mine"
 
 
 def test_force_does_not_delete_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match=r"has no record \(\.eigenzoo-output\.json\) of what eigenzoo wrote in it"):
+    with pytest.raises(
+        OutputError, match=r"has no record \(\.eigenzoo-output\.json\) of the files that eigenzoo wrote"
+    ):
         make("digits-cnn", tmp_path, force=True)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 

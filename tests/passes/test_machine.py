@@ -87,7 +87,7 @@ def test_the_limit_of_the_address_space_holds_too(tmp_path: Path, monkeypatch: p
 def test_blocks_take_their_share_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree(monkeypatch, tmp_path, VERSION_2, {f"{JOB}/memory.max": f"{GIB // 2}\n"})
     found = resources_for(4)
-    assert found.block_bytes == found.kept_bytes == GIB // 2 // SHARE_OF_RAM // 2 // 4
+    assert found.block_bytes == found.layer_bytes == GIB // 2 // SHARE_OF_RAM // 2 // 4
 
 
 CORES: dict[str, tuple[str, dict[str, str], int]] = {

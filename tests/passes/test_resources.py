@@ -14,7 +14,7 @@ import eigenzoo as ez
 from builders import random_stack, write_stacks
 from eigenzoo.errors import ResourceError, UsageError
 from eigenzoo.passes.resources import (
-    MOST_KEPT,
+    MAX_LAYER_BYTES,
     MOST_ON_A_GPU,
     SHARE_OF_GPU,
     SPAN_BYTES,
@@ -53,10 +53,10 @@ def test_a_small_card_bounds_what_a_large_machine_would_allow(monkeypatch: pytes
     asked = gpu(monkeypatch, 2 * GIB)
     found = resources_for(4, device="cuda:1")
     share = 2 * GIB // SHARE_OF_GPU // 2 // 4
-    assert found == Resources(min(SPAN_BYTES, share), min(MOST_KEPT, share), "cuda:1")
+    assert found == Resources(min(SPAN_BYTES, share), min(MAX_LAYER_BYTES, share), "cuda:1")
     assert asked == ["cuda:1"]
     assert resources_for(4, 64 * GIB, "cuda:1") == found, "the card has no more, whatever is asked for"
-    assert resources_for(4) == Resources(SPAN_BYTES, MOST_KEPT)
+    assert resources_for(4) == Resources(SPAN_BYTES, MAX_LAYER_BYTES)
 
 
 def test_threads_run_on_the_card_that_the_caller_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_every_pass_tells_which_layer_was_too_large(
 
 def test_a_layer_of_many_spans_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write_stacks(tmp_path / "zoo", {"h.w": random_stack(6, (6, 5))})
-    monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
+    monkeypatch.setattr("eigenzoo.passes.resources.MAX_LAYER_BYTES", 0)
     monkeypatch.setattr("eigenzoo.subspace.fitting.fit_layers.span_basis", lambda *arguments: torch_short())
     with pytest.raises(ResourceError, match=r"layer 'h\.w': out of memory"):
         ez.fit(paths, 2, cache=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eigenzoo.passes.resources import Resources
-from eigenzoo.passes.workers import HELD_BYTES, MOST_PENDING, Workers, local_workers
+from eigenzoo.passes.workers import MAX_PENDING_BYTES, MOST_PENDING, Workers, local_workers
 
 NUM, KEYS = 3, range(500)
 
@@ -23,7 +23,9 @@ class AtOnce(Executor):
         return future
 
 
-@pytest.mark.parametrize(("weight", "most"), [(0, MOST_PENDING * NUM), (HELD_BYTES, NUM)], ids=["light", "heavy"])
+@pytest.mark.parametrize(
+    ("weight", "most"), [(0, MOST_PENDING * NUM), (MAX_PENDING_BYTES, NUM)], ids=["light", "heavy"]
+)
 def test_few_results_wait_for_one_who_collects_them_slowly(weight: int, most: int) -> None:
     made: list[int] = []
     workers = Workers(AtOnce(), NUM, Resources())

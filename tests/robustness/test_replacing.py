@@ -37,10 +37,10 @@ FOLDERS: dict[str, Words] = {
 }
 """Commands that write a folder."""
 
-OTHER_KIND = "is a folder of another kind. --force (force=True) replaces only what eigenzoo wrote"
+OTHER_KIND = "is a folder of another kind. --force (force=True) replaces only an output of the same kind"
 NO_RECORD = (
-    "has no record (.eigenzoo-output.json) of what eigenzoo wrote in it. --force (force=True) replaces only what eigenzoo wrote "
-    "as an output of the same kind. Choose another name, or move it away."
+    "has no record (.eigenzoo-output.json) of the files that eigenzoo wrote. --force (force=True) replaces only an output of the "
+    "same kind that eigenzoo wrote. Choose another name, or move it away."
 )
 
 FILES: dict[str, Words] = {

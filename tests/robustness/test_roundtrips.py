@@ -254,5 +254,5 @@ def test_lists_and_globs_of_models(chosen: list[str], comment: str) -> None:
 
 @pytest.mark.parametrize("name", ["m" * 5000, "a\0b", "m\0*", "*" + "b" * 400, "x" * 300 + ".txt"])
 def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ez.ZooError, match=r"there is no such file or folder|no model is found"):
+    with pytest.raises(ez.ZooError, match=r"there is no such file or folder|no model was found"):
         find_models(f"{tmp_path}/{name}")

@@ -322,7 +322,7 @@ def test_names_without_dots_that_no_grammar_has_are_refused(tmp_path: Path) -> N
         save_kohya(tensors, tmp_path / "zoo" / f"m{number}.safetensors")
     rebuilt = ez.fit(tmp_path / "zoo", rank=1.0).rebuild("m0")
     with pytest.raises(
-        ez.EigenzooError, match=r"transformer\.transformer_blocks\.0.*has no certain name.*without format="
+        ez.EigenzooError, match=r"transformer\.transformer_blocks\.0.*has no unambiguous name.*leave out format="
     ):
         rebuilt.save(tmp_path / "out", format="diffusers")
     with pytest.raises(ez.EigenzooError, match=r"format 'ckpt' for a diffusion-lora.*diffusers or kohya"):

@@ -467,7 +467,7 @@ def test_a_fused_file_whose_names_are_not_all_certain_is_refused_with_a_step_tha
     more = {f"{extra}.lora_down.weight": torch.ones(RANK, 4), f"{extra}.lora_up.weight": torch.ones(6, RANK)}
     save_file({**known, **more}, file)
     with pytest.raises(
-        ez.UnsupportedError, match=r"b.safetensors: q, k and v are one layer here.*FluxPipeline.lora_state"
+        ez.UnsupportedError, match=r"b.safetensors: q, k and v are one layer in this file.*FluxPipeline.lora_state"
     ):
         ez.open_zoo(tmp_path / "zoo")
     # diffusers knows the sizes of `linear1` by the published model's.

@@ -134,31 +134,31 @@ def test_evidence_is_the_same_by_folder_by_files_and_by_mixed_names(tmp_path: Pa
 RANK = 3
 FACTORS = random_factors(MODULES, RANK, 0)
 REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
-    "PEFT": (peft_tensors(FACTORS), r"factors of a PEFT adapter, and no adapter_config.json beside them.*save_pretrained"),
+    "PEFT": (peft_tensors(FACTORS), r"factors of a PEFT adapter, but no adapter_config.json.*save_pretrained"),
     "PEFT's names without their prefix": (
         {key.removeprefix(PREFIX): values for key, values in peft_tensors(FACTORS).items()},
-        r"factors of a PEFT adapter, and no adapter_config.json",
+        r"factors of a PEFT adapter, but no adapter_config.json",
     ),
-    "mlx-lm": (mlx_tensors(FACTORS), r"factors of an mlx-lm adapter, and no adapter_config.json beside them.*mlx_lm.lora"),
+    "mlx-lm": (mlx_tensors(FACTORS), r"factors of an mlx-lm adapter, but no adapter_config.json.*mlx_lm.lora"),
     "torchtune": (
         {f"layers.0.attn.q_proj.lora_{side}.weight": torch.ones(3, 3) for side in "ab"},
-        r"LoRA factors as torchtune writes them.*FullModelHFCheckpointer",
+        r"the file has LoRA factors as torchtune writes them.*FullModelHFCheckpointer",
     ),
     "LitGPT": (
         {f"transformer.h.0.attn.qkv.lora_{side}": torch.ones(3, 3) for side in "AB"},
-        r"LoRA factors as LitGPT writes them.*litgpt merge_lora",
+        r"the file has LoRA factors as LitGPT writes them.*litgpt merge_lora",
     ),
     "loralib, as fairseq uses it": (
         {f"decoder.layers.0.self_attn.q_proj.lora_{side}": torch.ones(3, 3) for side in "AB"},
-        r"LoRA factors as loralib writes them.*base_model.model. before these names",
+        r"the file has LoRA factors as loralib writes them.*base_model.model. before these names",
     ),
     "XLabs": (
         {f"double_blocks.0.processor.qkv_lora1.{side}.weight": torch.ones(3, 3) for side in ("down", "up")},
-        r"LoRA factors as XLabs's trainer for Flux writes them.*FluxPipeline.lora_state_dict",
+        r"the file has LoRA factors as XLabs's trainer for Flux writes them.*FluxPipeline.lora_state_dict",
     ),
     "a whole model": (
         {**peft_tensors(FACTORS), f"{PREFIX}{next(iter(MODULES))}.base_layer.weight": torch.ones(12, 10)},
-        r"a whole model whose LoRA is not merged.*merge_and_unload",
+        r"the LoRA of this whole model is not merged.*merge_and_unload",
     ),
 }  # fmt: skip
 
@@ -360,7 +360,7 @@ def test_checkpoints_of_one_mlx_run_are_read_with_the_config_beside_them(tmp_pat
         ({"lora_parameters": {"rank": "3"}}, r"lora_parameters.rank is '3'.*positive integer"),
         ({"lora_parameters": {"rank": True}}, r"lora_parameters.rank is True"),
         ({"lora_parameters": {"rank": 2**40}}, r"lora_parameters.rank is"),
-        ({"lora_parameters": {"rank": 4}}, r"rank 3 in the file and 4"),
+        ({"lora_parameters": {"rank": 4}}, r"the rank is 3 in the file but 4"),
         ({"lora_parameters": {"scale": None}}, r"lora_parameters.scale is None.*finite number"),
         ({"lora_parameters": {"scale": -1}}, r"lora_parameters.scale is -1"),
         ({"lora_parameters": {"scale": float("inf")}}, r"lora_parameters.scale is inf.*finite"),
@@ -397,7 +397,7 @@ def test_tensors_that_are_no_factors_of_mlx_lm_are_refused(
     with pytest.raises(ez.FormatError, match=message):
         open_model(folder)
     (folder / CONFIG).write_text("{}")
-    with pytest.raises(ez.FormatError, match=r"there is no lora_parameters.*mlx_lm.lora wrote"):
+    with pytest.raises(ez.FormatError, match=r"the config has no lora_parameters.*mlx_lm.lora wrote"):
         open_model(folder)
 
 
@@ -442,7 +442,7 @@ def test_adapters_are_written_as_mlx_lm_holds_them(tmp_path: Path) -> None:
         (
             (4, 3),
             {"base_model.model.head.weight": torch.ones(2, 2)},
-            r"1 tensors are no LoRA factors, such as 'base_model",
+            r"1 tensors are not LoRA factors, such as 'base_model",
         ),
     ],
 )

@@ -112,9 +112,9 @@ def test_force_refuses_what_is_not_its_own(zoo: Path, tmp_path: Path) -> None:
     for save, said in saves:
         with pytest.raises(ez.OutputError, match=f"thesis: {said}"):
             save(tmp_path / "thesis", force=True)
-        with pytest.raises(ez.OutputError, match="file: is no folder"):
+        with pytest.raises(ez.OutputError, match="file: is not a folder"):
             save(tmp_path / "file", force=True)
-        with pytest.raises(ez.OutputError, match="link: is no folder"):
+        with pytest.raises(ez.OutputError, match="link: is not a folder"):
             save(tmp_path / "link", force=True)
     with pytest.raises(ez.OutputError, match="m0: is a folder of another kind"):
         space.save(zoo / "m0", force=True)
@@ -156,6 +156,6 @@ def test_force_refuses_what_is_no_plain_file_whatever_the_record_says(zoo: Path,
     else:
         record.write_text(json.dumps({**text, "files": {**text["files"], what: ""}}))
     os.mkfifo(entry) if what == "pipe" else entry.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ez.OutputError, match="replaces only what eigenzoo wrote"):
+    with pytest.raises(ez.OutputError, match="replaces only an output of the same kind"):
         model.save(out, force=True)
     assert os.path.lexists(entry)

@@ -200,12 +200,12 @@ def named(name: str) -> Callable[[Path], None]:
     ("spoil", "message"),
     [
         (pickled, r"component 'vae': the weights are a Python pickle.*save_pretrained"),
-        (ambiguous, r"component 'vae': the weights are none that can be read.*with variant="),
+        (ambiguous, r"component 'vae': there are no weights in a readable format.*with variant="),
         (shards_of_a_variant, r"component 'vae': the weights are shards of a variant.*with variant="),
         (without_weights, r"no component has weights"),
         (link_out, r"'vae' is a link that leads out of the folder"),
         (named("../vae"), r"'\.\./vae' holds '\.\.'"),
-        (named("vae/inner"), r"a component called 'vae/inner'"),
+        (named("vae/inner"), r"a component is called 'vae/inner'"),
     ],
 )
 def test_what_is_no_whole_pipeline_is_refused(

@@ -75,7 +75,7 @@ def read_in_spans(monkeypatch: pytest.MonkeyPatch, num_bytes: int | None = None,
         monkeypatch.setattr("eigenzoo.zoo.stack.SPAN_BYTES", num_bytes)
         monkeypatch.setattr("eigenzoo.passes.resources.SPAN_BYTES", num_bytes)
     if not kept:
-        monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
+        monkeypatch.setattr("eigenzoo.passes.resources.MAX_LAYER_BYTES", 0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

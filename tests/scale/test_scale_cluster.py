@@ -110,7 +110,7 @@ def test_layers_in_blocks_are_those_of_threads_to_the_byte(
     with local_workers(memory, num=1) as workers:
         here = saved(ez.fit(zoos["weight"], 3, cache=False, workers=workers), tmp_path / "here")
     with cluster_workers(cluster, max_memory=memory) as workers:
-        assert workers.resources.kept_bytes < zoos["weight"].stack("large").num_bytes
+        assert workers.resources.layer_bytes < zoos["weight"].stack("large").num_bytes
         there = saved(ez.fit(zoos["weight"], 3, cache=False, workers=workers), tmp_path / "there")
     assert there == here
 

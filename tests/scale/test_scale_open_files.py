@@ -16,7 +16,7 @@ import eigenzoo as ez
 from builders import write_stacks
 from eigenzoo.errors import DataError, FormatError
 from eigenzoo.formats import open_files
-from eigenzoo.formats.open_files import kept_open
+from eigenzoo.formats.open_files import keep_files_open
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 
 NUM_MODELS, SHAPE = 6, (8, 7)
@@ -54,8 +54,8 @@ def read_all(zoo: ez.Zoo) -> None:
 def test_files_stay_open_for_as_long_as_the_outermost_pass(zoo: ez.Zoo, tmp_path: Path) -> None:
     read_all(zoo)
     assert open_now(tmp_path) == []
-    with kept_open():
-        with kept_open():
+    with keep_files_open():
+        with keep_files_open():
             read_all(zoo)
         assert len(open_now(tmp_path)) == NUM_MODELS
         read_all(zoo)
@@ -67,7 +67,7 @@ def test_half_of_the_files_that_the_system_allows_stay_open(
     zoo: ez.Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (9, 4096))
-    with kept_open():
+    with keep_files_open():
         read_all(zoo)
         assert len(open_now(tmp_path)) == 4
         first = ez.fit(zoo, 2, cache=False).moments("layer.2").gram_NN
@@ -90,14 +90,14 @@ def test_a_fit_opens_each_file_once(zoo: ez.Zoo, monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_written_itself_is_not_kept_open(zoo: ez.Zoo, tmp_path: Path) -> None:
     ez.fit(zoo, 2).save(tmp_path / "bundle")
-    with kept_open():
+    with keep_files_open():
         SafetensorsFile(tmp_path / "bundle" / "basis.safetensors").read("layer.0/mean")
         assert open_now(tmp_path) == []
 
 
 def test_an_error_closes_them_too(zoo: ez.Zoo, tmp_path: Path) -> None:
     def fail() -> None:
-        with kept_open():
+        with keep_files_open():
             read_all(zoo)
             raise DataError("of its own")
 
@@ -148,6 +148,6 @@ def test_threads_share_them(zoo: ez.Zoo, tmp_path: Path) -> None:
             for place in range(NUM_MODELS)
         )
 
-    with kept_open(), ThreadPoolExecutor(8) as pool:
+    with keep_files_open(), ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(8)))
         assert len(open_now(tmp_path)) == NUM_MODELS

@@ -92,7 +92,7 @@ def counted(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
 
 def small_workers(workers: Workers) -> Workers:
     """The same threads, with no memory to keep a layer's rows in."""
-    return Workers(workers._executor, workers.num, Resources(kept_bytes=0))
+    return Workers(workers._executor, workers.num, Resources(layer_bytes=0))
 
 
 def test_a_plan_reads_the_weights_once_and_a_second_one_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ def test_a_base_is_subtracted_span_by_span(tmp_path: Path, monkeypatch: pytest.M
 def test_memory_decides_on_blocks_and_spans_on_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are as large as there is memory; what they sum up to is decided by the spans."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, (400, 700))}))
-    monkeypatch.setattr("eigenzoo.passes.resources.MOST_KEPT", 0)
+    monkeypatch.setattr("eigenzoo.passes.resources.MAX_LAYER_BYTES", 0)
     found = []
     for max_memory in (None, LEAST_MEMORY):
         with local_workers(max_memory, num=8) as workers:
@@ -227,7 +227,7 @@ def test_results_do_not_pile_up_before_a_slow_disk(tmp_path: Path, monkeypatch: 
     """Spans of a basis wait for their turn to be written; workers wait too, when what waits weighs too much."""
     zoo = ez.open_zoo(write_stacks(tmp_path / "zoo", {"w": planted(NUM_MODELS, SHAPE)}))
     spans_of(monkeypatch, 2, kept=False)
-    monkeypatch.setattr("eigenzoo.passes.workers.HELD_BYTES", 0)
+    monkeypatch.setattr("eigenzoo.passes.workers.MAX_PENDING_BYTES", 0)
     made, written, ahead = [], [], []
     make, write = fit_layers.basis_task, BasisWriter.write_flat
 

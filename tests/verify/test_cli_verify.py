@@ -116,10 +116,10 @@ def test_a_bundle_against_a_base(run: Run, base: Made, tmp_path: Path) -> None:
 def test_bad_input(run: Run, base: Made, sound: Made, tmp_path: Path) -> None:
     alone = Path(shutil.copy(sound("llama") / WEIGHTS, tmp_path / "alone.safetensors"))
     for words, message in (
-        ((base("llama"),), "is no adapter"),
+        ((base("llama"),), "is not an adapter"),
         ((tmp_path / "nowhere",), "there is no such file or folder"),
         ((sound("llama").parent,), "Name one of them"),
-        ((alone,), "and no adapter_config.json beside them"),
+        ((alone,), "but no adapter_config.json"),
         ((sound("llama"), "--against", tmp_path / "nowhere"), "nothing of this name exists"),
         ((sound("llama"), "--against", sound("llama")), "A base is a model of full weights"),
         ((broken(sound("llama"), tmp_path / "dora", use_dora=True),), "DoRA"),

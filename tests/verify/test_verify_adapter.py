@@ -178,7 +178,7 @@ def test_single_modules_without_effect_are_named_and_no_fault(base: Made, sound:
     [
         (float("nan"), "NaN or Inf"),
         (float("inf"), "NaN or Inf"),
-        (1e5, "above 100 nothing of that is left"),
+        (1e5, "above 100 none of the base's output remains"),
         (1e-8, "none"),
     ],
 )
@@ -210,7 +210,7 @@ def change_of_on(adapter: str, kind: str, sound: Made) -> None:
 def test_ranks_that_disagree_are_a_fault_of_the_adapter(base: Made, sound: Made, tmp_path: Path) -> None:
     adapter = broken(sound("llama"), tmp_path / "broken", r=8)
     (fault,) = ez.verify_adapter(adapter, base("llama"))
-    assert "rank 4 in the file and 8 in adapter_config.json" in fault
+    assert "the rank is 4 in the file but 8 in adapter_config.json" in fault
     with pytest.raises(RuntimeError, match="size mismatch"):
         change_of("llama", adapter)
 
@@ -276,7 +276,7 @@ def test_a_base_may_be_a_file_in_half_precision_or_in_shards(base: Made, sound: 
 
 
 def test_what_is_no_adapter_or_no_base_is_refused(base: Made, sound: Made, tmp_path: Path) -> None:
-    with pytest.raises(ez.UsageError, match="is no adapter"):
+    with pytest.raises(ez.UsageError, match="is not an adapter"):
         ez.verify_adapter(base("llama"), base("llama"))
     with pytest.raises(ez.UsageError, match="A base is a model of full weights"):
         ez.verify_adapter(sound("llama"), sound("llama"))

@@ -80,7 +80,7 @@ def test_causes_that_the_config_has(base: Made, sound: Made, tmp_path: Path) -> 
     (bare / CONFIG).write_text(json.dumps({key: value for key, value in config.items() if key != "r"}))
     (fault,) = ez.verify_adapter(bare)
     assert "adapter_config.json has no r" in fault
-    assert "PEFT takes 8 where it is missing" in fault
+    assert "PEFT assumes 8 if r is missing" in fault
 
 
 def test_the_whole_reason_of_another_library_is_told() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.passes.draws import preserve_generators, seed_generators
 
 SAMPLED = 1024
 ITEMS = 16
@@ -46,8 +46,8 @@ def of_data(data: Any) -> str:
     if isinstance(said, str):
         return said
     chosen = torch.linspace(0, len(data) - 1, min(ITEMS, len(data)), dtype=torch.float64).round().long()
-    with kept_draws():
-        seed_draws(0)
+    with preserve_generators():
+        seed_generators(0)
         return of_tensors([(f"{len(data)}", chosen), *_tensors_of(data.take(chosen), "")])
 
 

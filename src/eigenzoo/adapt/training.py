@@ -24,7 +24,7 @@ from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.fingerprints import of_data, of_tensors, of_values
 from eigenzoo.adapt.trained import LEARNING_RATE
 from eigenzoo.errors import DataError, UsageError
-from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.passes.draws import preserve_generators, seed_generators
 from eigenzoo.passes.resources import check_device
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
@@ -142,9 +142,9 @@ def train(
     written = time.monotonic()
     taken_up_at, order = len(losses), Order(len(data), batch_size, seed)
     gpus = {parameter.device.index or 0 for parameter in parameters if parameter.device.type == "cuda"}
-    with _only_coefficients_change(adapted.module), kept_draws(gpus), torch.enable_grad():
+    with _only_coefficients_change(adapted.module), preserve_generators(gpus), torch.enable_grad():
         for step in range(taken_up_at, steps):
-            seed_draws(_seed(seed, "step", step), gpus)
+            seed_generators(_seed(seed, "step", step), gpus)
             found = _scalar(loss(adapted.module, moved(data.take(order.batch(step)), device)), step)
             optimizer.zero_grad()
             found.backward()  # type: ignore[no-untyped-call]

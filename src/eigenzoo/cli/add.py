@@ -38,11 +38,11 @@ def command(
     """
     import eigenzoo as ez
     from eigenzoo.formats.output.whole import check_free
-    from eigenzoo.formats.remote.hub_bundle import hub_place
+    from eigenzoo.formats.remote.hub_bundle import bundle_id
     from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
     from eigenzoo.subspace.bundles.originals import missing_originals
 
-    if output is None and hub_place(bundle) is not None:
+    if output is None and bundle_id(bundle) is not None:
         raise UsageError(
             "add cannot replace a bundle on the hub",
             where=bundle,

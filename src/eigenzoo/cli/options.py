@@ -39,9 +39,9 @@ ZooArgument = Annotated[
 
 def _not_at_a_url(bundle: str) -> str:
     """Refuse a bundle at a URL before a command does anything."""
-    from eigenzoo.formats.remote.hub_bundle import hub_place
+    from eigenzoo.formats.remote.hub_bundle import bundle_id
 
-    hub_place(bundle)
+    bundle_id(bundle)
     return bundle
 
 

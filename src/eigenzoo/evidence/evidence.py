@@ -23,7 +23,7 @@ from eigenzoo.evidence.source import MomentSource, open_source
 from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import decide, summarize
 from eigenzoo.linalg.gram import center_gram
-from eigenzoo.linalg.heldout import deal_whole
+from eigenzoo.linalg.heldout import make_grouped_folds
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.settings import own_settings
@@ -178,7 +178,7 @@ def evidence(
     large = [torch.tensor([places[name] for name in group]) for group in origin.groups if len(group) >= SMALLEST_GROUP]
     core = large[0] if large and len(large[0]) >= ONE_LINEAGE * len(places) else None
     several = core is None and origin.groups and len(lineages) > 1
-    folds = deal_whole(lineages, MAX_LINEAGE_FOLDS) if several else None
+    folds = make_grouped_folds(lineages, MAX_LINEAGE_FOLDS) if several else None
     # A group that is the whole zoo, or nearly, has been looked at already.
     groups = large[:MOST_GROUPS] if several else []
     layers = _measure_all(measured, folds, core, groups, rule, seed, progress)

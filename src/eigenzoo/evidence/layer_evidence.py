@@ -13,7 +13,7 @@ from eigenzoo.evidence.alpha_score import AlphaScore, OwnSpectra, alpha_score
 from eigenzoo.evidence.growth import Halves, LayerGrowth, halves, layer_growth
 from eigenzoo.evidence.unseen import MeanShare, Secondary, Unseen, capture, mean_share, secondary, unseen
 from eigenzoo.linalg.gram import excess_moments, scale_models
-from eigenzoo.linalg.heldout import NUM_FOLDS, deal
+from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
 from eigenzoo.linalg.rank import AUTO, RankRule, choose_rank
 from eigenzoo.linalg.spectrum import NO_VARIANCE, eigenpairs
 from eigenzoo.records import Layer
@@ -130,7 +130,7 @@ def findings(
             edges, cloud_edges = chance.edges(scaled, sums.rank, (sums.dimensions, min(1 / cloud, sums.dimensions)))
             excess = excess_moments(*scaled, moments.num_values)
         weighed = verdict.Weighed(sums, edges, cloud_edges, excess, num_values)
-    dealt = list(lineages) if lineages is not None else deal(moments.num_models, NUM_FOLDS, seed)
+    dealt = list(lineages) if lineages is not None else make_folds(moments.num_models, NUM_FOLDS, seed)
     share = mean_share(moments, dealt, cloud)
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigenzoo.errors import UsageError
 from eigenzoo.evidence.variants import mean_values
-from eigenzoo.linalg.heldout import NUM_FOLDS, deal
+from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress
 from eigenzoo.subspace.bundles.originals import Missing, find_originals
@@ -42,7 +42,7 @@ def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> 
             rule="to hold models out, the subspace must be fitted again to the others",
             next_step="name models that the subspace was not fitted to with models=… or --models",
         )
-    fold = set(deal(len(zoo), NUM_FOLDS, seed)[0].tolist())
+    fold = set(make_folds(len(zoo), NUM_FOLDS, seed)[0].tolist())
     rest = zoo.select(names=[name for index, name in enumerate(zoo.names) if index not in fold])
     fitted = _fit_again(space, rest, progress=progress, **running)
     return fitted, fitted.open(zoo.select(names=[name for index, name in enumerate(zoo.names) if index in fold]))

@@ -22,7 +22,7 @@ from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
 from eigenzoo.subspace.subspace import Subspace
-from eigenzoo.zoo.runs import places_of, training_runs
+from eigenzoo.zoo.runs import run_paths, training_runs
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -103,7 +103,7 @@ class ZooMoments:
     ) -> None:
         self.names, self.view, self.layers, self.warnings = zoo.names, zoo.view, zoo.layers, zoo.warnings
         self.center, self.zoo = center, zoo
-        self.runs = training_runs(places_of(zoo.models, zoo.names))
+        self.runs = training_runs(run_paths(zoo.models, zoo.names))
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
         self._spectra: dict[str, OwnSpectra] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg.gram import scale_models
-from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, deal, hold_out, leave_one_out, others, up_to
+from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, hold_out, leave_one_out, make_folds, others, up_to
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 MIN_MODELS = 4
@@ -136,7 +136,7 @@ def capture(
     num_models, gram_NN = moments.num_models, moments.gram_NN
     if num_models < MIN_MODELS or moments.variance == 0:
         return None
-    dealt = list(folds) if folds is not None else deal(num_models, num_folds(num_models), seed)
+    dealt = list(folds) if folds is not None else make_folds(num_models, num_folds(num_models), seed)
     scaled_NN, level_N = scale_models(gram_NN) if scaled is None else scaled
     found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
     contrasts = [contrast(scaled_NN, level_N, others(num_models, held), held) for held in dealt]

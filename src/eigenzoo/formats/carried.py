@@ -19,16 +19,16 @@ def carried_values(model: Model, name: str) -> Tensor:
     return values if scale == 1.0 else (values.double() * scale).to(torch.promote_types(values.dtype, torch.float32))
 
 
-_known_scales: WeakKeyDictionary[Model, tuple[Mapping[str, LoraUpdate], dict[str, float]]] = WeakKeyDictionary()
+_cached_scales: WeakKeyDictionary[Model, tuple[Mapping[str, LoraUpdate], dict[str, float]]] = WeakKeyDictionary()
 
 
 def _scales(model: Model) -> dict[str, float]:
     """Return the scales of a model's updates by the tensors that take them; found once for all tensors of a model."""
     updates = model.updates
-    known = _known_scales.get(model)
-    if known is None or known[0] is not updates:
+    cached = _cached_scales.get(model)
+    if cached is None or cached[0] is not updates:
         scales = {}
         for update in updates.values():
             scales[update.key_b] = scales[f"{update.key_b.removesuffix('weight')}bias"] = update.scale
-        known = _known_scales[model] = updates, scales
-    return known[1]
+        cached = _cached_scales[model] = updates, scales
+    return cached[1]

@@ -38,7 +38,7 @@ class SafetensorsModel(Model):
             refuse_partitioned(file.tensors, str(self.path))
         self.files = files
         for file in files.values():
-            file.kept_open = True
+            file.stays_open = True
         if len(files) == 1:
             (only,) = files.values()
             self.tensors, self.likeness = only.tensors, only.contents
@@ -71,7 +71,7 @@ class SafetensorsModel(Model):
         """Return the file that holds a tensor."""
         info = self.tensors.get(name)
         if info is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return self.files[info.file]
 
 
@@ -116,10 +116,14 @@ class StateDict(SafetensorsModel):
         self.path = Path(path)
         if self.path.is_dir():
             self.name = final_name(self.path)
-            found = sorted(entry.name for entry in self.path.glob("*.safetensors"))
-            if len(found) != 1:
-                raise FormatError(f"{len(found)} .safetensors files", where=str(self.path), rule="exactly one is read")
-            file, root = found[0], self.path
+            names = sorted(entry.name for entry in self.path.glob("*.safetensors"))
+            if len(names) != 1:
+                raise FormatError(
+                    f"the folder has {len(names)} .safetensors files",
+                    where=str(self.path),
+                    rule="exactly one is expected",
+                )
+            file, root = names[0], self.path
         else:
             self.name = self.path.stem
             file, root = self.path.name, self.path.parent
@@ -139,8 +143,8 @@ def _weights_of(folder: Path) -> tuple[str, str | None]:
     singles = [name for name in WEIGHTS if (folder / name).exists()]
     indexes = [name for name in INDEXES if (folder / name).exists()]
     if len(singles) + len(indexes) != 1:
-        found = ", ".join(singles + indexes) or "none of them"
-        raise FormatError(f"found {found}", rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}")
+        listed = ", ".join(singles + indexes) or "none of them"
+        raise FormatError(f"found {listed}", rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}")
     return (singles[0], None) if singles else ("", indexes[0])
 
 
@@ -153,7 +157,7 @@ def read_index(folder: Path, index: str) -> dict[str, str]:
         raise FormatError("weight_map is empty", where=index)
     shards = sorted(set(entries.values()))
     if len(shards) > MAX_SHARDS:
-        raise FormatError(f"{len(shards)} shards", where=index, rule=f"at most {MAX_SHARDS} are read")
+        raise FormatError(f"the index names {len(shards)} shards", where=index, rule=f"at most {MAX_SHARDS} are read")
     for shard in shards:
         try:
             relative_name(shard)

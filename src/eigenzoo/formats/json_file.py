@@ -28,27 +28,27 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     {'r': 8}
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise FormatError(f"JSON of more than {MAX_VALUES} values", where=where)
+        raise FormatError(f"the JSON has more than {MAX_VALUES} values", where=where)
     try:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError as error:
-        raise FormatError("JSON nested too deeply", where=where) from error
+        raise FormatError("the JSON is nested too deeply", where=where) from error
     except ValueError as error:
         refuse_stand_in(data[:START_BYTES], where)
         # UnicodeDecodeError and JSONDecodeError are ValueErrors too
-        raise FormatError(f"not valid JSON ({_short(str(error))})", where=where) from error
+        raise FormatError(f"this is not valid JSON ({_short(str(error))})", where=where) from error
     if not isinstance(document, dict):
-        raise FormatError(f"JSON {type(document).__name__}", where=where, rule="a JSON object is expected")
+        raise FormatError(f"this is a JSON {type(document).__name__}", where=where, rule="a JSON object is expected")
     return document
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in entries:
             raise ValueError(f"the key {_short(name)!r} occurs twice")
-        found[name] = value
-    return found
+        entries[name] = value
+    return entries
 
 
 def _short(text: str) -> str:

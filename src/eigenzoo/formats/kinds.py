@@ -29,8 +29,8 @@ BUNDLE_FILES = ("manifest.json", "basis.safetensors")
 USE_OF_BUNDLE = "use evidence, report, verify, project, rebuild or add on it, or name the models it was made from"
 
 READABLE = (
-    f"readable are a PEFT adapter ({CONFIG_FILE} beside its weights) or one of mlx-lm, a checkpoint ({', '.join(WEIGHTS)}, or its "
-    f"index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "
+    f"eigenzoo reads a PEFT adapter ({CONFIG_FILE} beside its weights), an mlx-lm adapter, a checkpoint ({', '.join(WEIGHTS)}, or "
+    f"its index with the shards), a diffusers pipeline ({MODEL_INDEX} and its components), a .safetensors file or a folder "
     f"with exactly one, and with --allow-pickle {', '.join(PICKLE_SUFFIXES)}"
 )
 
@@ -65,9 +65,9 @@ def kind_of_folder(names: Collection[str]) -> str | None:
         return "pipeline"
     if any(_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
         return "shards"
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found:
-        return "state-dict" if len(found) == 1 else None
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if weights:
+        return "state-dict" if len(weights) == 1 else None
     if PICKLE_FILE in names or PICKLE_INDEX in names:
         return "pickle"
     if any(_SHARD.fullmatch(name) for name in names):
@@ -89,15 +89,15 @@ def refuse_unreadable(kind: str | None, names: Collection[str], where: str) -> N
         refuse_foreign(next((name for name in sorted(names) if is_foreign(name)), next(iter(names))), where)
     if kind == "shards":
         raise FormatError(
-            "shards of a checkpoint without their index",
+            "there are shards of a checkpoint, but no index",
             where=where,
-            rule=f"an index is {' or '.join(INDEXES)}",
+            rule=f"the index is {' or '.join(INDEXES)}",
             next_step="download the index too",
         )
     if kind == "pickle-shards":
         raise UnsupportedError(
-            "pickled shards of a checkpoint without their index",
+            "there are pickled shards of a checkpoint, but no index",
             where=where,
-            rule=f"their index is {PICKLE_INDEX}",
+            rule=f"the index is {PICKLE_INDEX}",
             next_step="download the index too, or convert the model to safetensors",
         )

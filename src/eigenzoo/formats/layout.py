@@ -74,13 +74,13 @@ class ModelLayout:
     @property
     def pieces(self) -> dict[str, TensorLayout]:
         """Every tensor by its name, those that are cut as their parts."""
-        found = self.tensors
+        tensors = self.tensors
         for name, parts in self.splits.items():
-            whole = found.pop(name)
+            whole = tensors.pop(name)
             for part, rows in parts:
                 piece = part_name(name, part)
-                found[piece] = TensorLayout(piece, whole.dtype, (rows, *whole.shape[1:]))
-        return found
+                tensors[piece] = TensorLayout(piece, whole.dtype, (rows, *whole.shape[1:]))
+        return tensors
 
     @property
     def tensors(self) -> dict[str, TensorLayout]:
@@ -111,24 +111,30 @@ class ModelLayout:
     def from_json(cls, value: Any) -> ModelLayout:
         """Read a layout back, checking types, names and sizes; raises FormatError or UnsafePathError."""
         if not isinstance(value, dict) or set(value) - {"splits"} != {"format", "index", "files", "updates"}:
-            raise FormatError("not an object with exactly format, index, files, updates and splits", where="layout")
+            raise FormatError(
+                "this is not an object with exactly format, index, files, updates and splits", where="layout"
+            )
         if value["format"] not in FORMATS:
-            raise FormatError(f"format {str(value['format'])[:40]!r}", where="layout", rule=f"one of {FORMATS}")
+            raise FormatError(
+                f"the format is {str(value['format'])[:40]!r}", where="layout", rule=f"it is one of {FORMATS}"
+            )
         files = _files(value["files"])
         index = value["index"]
         if index is not None and index not in INDEXES:
-            raise FormatError("the index has no name of an index", where="layout", rule=f"it is one of {INDEXES}")
+            raise FormatError("the index has an unknown name", where="layout", rule=f"it is one of {INDEXES}")
         if value["format"] == "pipeline":
             _check_components(files, index)
         elif index is None and value["format"] not in ADAPTERS and len(files) > 1:
-            raise FormatError("several files without an index", where="layout")
+            raise FormatError("there are several files, but no index", where="layout")
         layout = cls(value["format"], files, index)
         updates = _updates(value["updates"], layout.tensors)
         adapter = layout.format in ADAPTERS
         if bool(updates) != adapter or (adapter and len(files) != 1):
-            raise FormatError("updates belong to a lora of one file, and a lora has some", where="layout")
+            raise FormatError(
+                "a lora has one file and at least one update, and other formats have no updates", where="layout"
+            )
         if layout.format == "lora" and any(update.key_alpha for update in updates.values()):
-            raise FormatError("a tensor of α in an adapter whose config says it", where="layout")
+            raise FormatError("there is a tensor of α, but the adapter's config states α", where="layout")
         return cls(layout.format, files, index, updates, _splits(value.get("splits", {}), layout))
 
 
@@ -151,31 +157,31 @@ def layout_of(model: Model) -> ModelLayout:
 def _written(model: Model, infos: Iterable[TensorInfo]) -> tuple[TensorLayout, ...]:
     """The tensors of one file as they are written, parts joined."""
     whole = {part_name(name, part): name for name, parts in model.splits.items() for part, _ in parts}
-    found: dict[str, TensorLayout] = {}
+    tensors: dict[str, TensorLayout] = {}
     for info in infos:
         name, shape = whole.get(info.name, info.name), info.shape
         if name != info.name:
             shape = (sum(rows for _, rows in model.splits[name]), *shape[1:])
-        found[name] = TensorLayout(name, dtype_name(info.dtype), shape)
-    return tuple(found.values())
+        tensors[name] = TensorLayout(name, dtype_name(info.dtype), shape)
+    return tuple(tensors.values())
 
 
 def _files(value: Any) -> dict[str, tuple[TensorLayout, ...]]:
     if not isinstance(value, dict) or not value:
-        raise FormatError("files is no mapping from file names to tensors", where="layout")
+        raise FormatError("files is not a mapping from file names to tensors", where="layout")
     names: set[str] = set()
     files = {}
     for file, tensors in value.items():
         relative_name(file)
         if not file.endswith(".safetensors") or not isinstance(tensors, list):
-            raise FormatError(f"{file[:100]!r} is no list of tensors in a .safetensors file", where="layout")
+            raise FormatError(f"{file[:100]!r} is not a .safetensors file with a list of tensors", where="layout")
         files[file] = tuple(_tensor(tensor) for tensor in tensors)
         for tensor in files[file]:
             if tensor.name in names:
                 raise FormatError(f"tensor {tensor.name[:200]!r} occurs twice", where="layout")
             names.add(tensor.name)
     if len(names) > MAX_TENSORS:
-        raise FormatError(f"{len(names)} tensors", where="layout", rule=f"at most {MAX_TENSORS}")
+        raise FormatError(f"there are {len(names)} tensors", where="layout", rule=f"at most {MAX_TENSORS}")
     return files
 
 
@@ -184,10 +190,12 @@ def _check_components(files: Mapping[str, tuple[TensorLayout, ...]], index: str 
     for file, tensors in files.items():
         component, _, name = file.partition("/")
         if index is not None or not component.isidentifier() or not name or "/" in name:
-            raise FormatError(f"{file[:100]!r} is no file of a component", where="layout")
+            raise FormatError(f"{file[:100]!r} is not a file of a component", where="layout")
         for tensor in tensors:
             if not tensor.name.startswith(f"{component}.") or tensor.name == f"{component}.":
-                raise FormatError(f"tensor {tensor.name[:200]!r} is in {file[:100]!r}", where="layout")
+                raise FormatError(
+                    f"tensor {tensor.name[:200]!r} is in {file[:100]!r}, the file of another component", where="layout"
+                )
 
 
 def _tensor(value: Any) -> TensorLayout:
@@ -195,9 +203,9 @@ def _tensor(value: Any) -> TensorLayout:
         raise FormatError("a tensor is not [name, dtype, shape]", where="layout")
     name, dtype, shape = value
     if not isinstance(name, str) or not name or not isinstance(dtype, str):
-        raise FormatError("a tensor's name or dtype is no string", where="layout")
+        raise FormatError("a tensor's name or dtype is not a string", where="layout")
     if not is_shape(shape):
-        raise FormatError(f"the shape of {name[:200]!r} is no list of sizes", where="layout")
+        raise FormatError(f"the shape of {name[:200]!r} is not a list of sizes", where="layout")
     dtype_of(dtype)
     return TensorLayout(name, dtype, tuple(shape))
 
@@ -205,27 +213,27 @@ def _tensor(value: Any) -> TensorLayout:
 def _splits(value: Any, layout: ModelLayout) -> dict[str, Parts]:
     """Read which tensors are cut; the parts are all of a tensor's rows, and no other tensor has their names."""
     if not isinstance(value, dict) or (value and layout.format in ADAPTERS):
-        raise FormatError("splits is no mapping from tensors of full weights", where="layout")
+        raise FormatError("splits is not a mapping from tensors of full weights", where="layout")
     tensors, splits, taken = layout.tensors, {}, set(layout.tensors)
     for name, parts in value.items():
         where = f"layout, split of {name[:200]!r}"
         if not isinstance(parts, list) or not 2 <= len(parts) <= MAX_PARTS:
-            raise FormatError("is no list of parts", where=where)
+            raise FormatError("this is not a list of parts", where=where)
         for part in parts:
             if not isinstance(part, list) or len(part) != 2 or not isinstance(part[0], str) or type(part[1]) is not int:
                 raise FormatError("a part is not [name, rows]", where=where)
             if part[1] < 1 or not part[0] or part_name(name, part[0]) in taken:
-                raise FormatError("a part has no rows, no name, or that of another", where=where)
+                raise FormatError("a part has no rows, no name, or the name of another part", where=where)
             taken.add(part_name(name, part[0]))
         if name not in tensors or tensors[name].shape[:1] != (sum(rows for _, rows in parts),):
-            raise FormatError("the parts are not the rows of a tensor", where=where)
+            raise FormatError("the parts do not cover the rows of a tensor", where=where)
         splits[name] = tuple((part, rows) for part, rows in parts)
     return splits
 
 
 def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraUpdate]:
     if not isinstance(value, dict):
-        raise FormatError("updates is no mapping from modules", where="layout")
+        raise FormatError("updates is not a mapping from modules", where="layout")
     updates: dict[str, LoraUpdate] = {}
     keys: set[str] = set()
     for module, entry in value.items():
@@ -240,23 +248,25 @@ def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraU
 def _update(module: str, entry: Any, tensors: Mapping[str, TensorLayout]) -> LoraUpdate:
     where = f"layout, module {module[:200]!r}"
     if not isinstance(entry, dict) or set(entry) - {"key_alpha"} != {"key_a", "key_b", "rank", "scale"}:
-        raise FormatError("not an object with exactly key_a, key_b, rank and scale, and perhaps key_alpha", where=where)
+        raise FormatError(
+            "this is not an object with exactly key_a, key_b, rank and scale, and optionally key_alpha", where=where
+        )
     rank, scale = entry["rank"], entry["scale"]
-    found = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
-    factor_a, factor_b = found
+    factors = [tensors.get(key) if isinstance(key, str) else None for key in (entry["key_a"], entry["key_b"])]
+    factor_a, factor_b = factors
     if factor_a is None or factor_b is None:
-        raise FormatError("a factor is no tensor of the files", where=where)
+        raise FormatError("a factor is not a tensor of the files", where=where)
     if type(rank) is not int or type(scale) not in (int, float) or not -1e300 < scale < 1e300:
-        raise FormatError("rank or scale is no finite number", where=where)
+        raise FormatError("rank or scale is not a finite number", where=where)
     a, b = factor_a.shape, factor_b.shape
     if not 2 <= len(a) <= 5 or len(a) != len(b) or a[0] != rank or b[1] != rank or rank < 1 or 0 in a + b:
-        raise FormatError(f"factors of shapes {a} and {b} for rank {rank}", where=where)
+        raise FormatError(f"the factors have shapes {a} and {b}, but the rank is {rank}", where=where)
     if any(size != 1 for size in b[2:]):
-        raise FormatError(f"B of shape {b}", where=where, rule="a convolution's B has a kernel of ones")
+        raise FormatError(f"B has shape {b}", where=where, rule="B of a convolution has kernel size 1")
     key_alpha = entry.get("key_alpha")
     if "key_alpha" in entry:
         alpha = tensors.get(key_alpha) if isinstance(key_alpha, str) else None
         if alpha is None or prod(alpha.shape) != 1:
-            raise FormatError("α is no tensor of one value in the files", where=where)
+            raise FormatError("α is not a tensor of one value in the files", where=where)
     shapes = (factor_a.shape, factor_b.shape)
     return LoraUpdate(module, factor_a.name, factor_b.name, (b[0], prod(a[1:])), rank, float(scale), shapes, key_alpha)

@@ -125,10 +125,10 @@ class Model(ABC):
         """The folder that side files lie in."""
         return self.path if self.path.is_dir() else self.path.parent
 
-    def take_beside(self, found: Beside) -> None:
+    def take_beside(self, beside: Beside) -> None:
         """Take what lies beside the weights, and say what a user must do to have a file carried."""
-        self.beside = found
-        self.warnings += found.notes
+        self.beside = beside
+        self.warnings += beside.notes
 
     @property
     def side_files(self) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ class Model(ABC):
     def read_side_file(self, file: str) -> bytes:
         """Read one of `side_files` whole."""
         if file not in self.side_files:
-            raise FormatError(f"no side file {file[:100]!r}", where=str(self.path))
+            raise FormatError(f"there is no side file {file[:100]!r}", where=str(self.path))
         path = inside(self.folder, file)
         remote = remote_file(path)
         return fetch_whole(remote) if remote else read_bounded(path, MAX_SIDE_BYTES, where=f"{self.path}, {file}")

@@ -23,7 +23,7 @@ _inside = set[object]()
 
 
 @contextmanager
-def kept_open() -> Iterator[None]:
+def keep_files_open() -> Iterator[None]:
     """Keep the files that are read while inside open, half as many as the system allows; any thread may read them.
 
     Raises FormatError at the end where a file was written to meanwhile.
@@ -55,8 +55,8 @@ def _leave(entry: object) -> None:
 def check_all() -> None:
     """Raise FormatError where a file that is kept open is no longer what it was; what has taken its name meanwhile is another."""
     with _lock:
-        known = list(_open.items())
-    for path, (file, identity) in known:
+        opened = list(_open.items())
+    for path, (file, identity) in opened:
         check_identity(file, identity, path)
 
 
@@ -67,15 +67,15 @@ def check_identity(file: FileIO, identity: Identity, path: Path) -> None:
         raise FormatError(
             "the file changed since its header was read",
             where=str(path),
-            rule="models are not written to while they are read",
+            rule="a model must not change while it is read",
             next_step=OPEN_AGAIN,
         )
 
 
 def find(path: Path, identity: Identity) -> FileIO | None:
     """Return a file that is kept open, if it is the one whose header was read."""
-    kept = _open.get(path)
-    return kept[0] if kept is not None and kept[1] == identity else None
+    entry = _open.get(path)
+    return entry[0] if entry is not None and entry[1] == identity else None
 
 
 def keep(path: Path, file: FileIO, identity: Identity) -> bool:

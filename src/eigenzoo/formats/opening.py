@@ -43,8 +43,8 @@ def open_model(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> M
     `allow_pickle`.
     """
     if isinstance(path, str):
-        place = None if is_url(path) else find_id(path)
-        path = fetch_model(place, allow_pickle=allow_pickle) if place else mirror_url(path) if is_url(path) else path
+        hub_id = None if is_url(path) else find_id(path)
+        path = fetch_model(hub_id, allow_pickle=allow_pickle) if hub_id else mirror_url(path) if is_url(path) else path
     path = whole_model(Path(path))
     try:
         return _open(path, allow_pickle)
@@ -72,7 +72,7 @@ def _open(path: Path, allow_pickle: bool) -> Model:
         refuse_foreign(read_start(path, 4), str(path))
     if not os.path.lexists(path) and (near := did_you_mean(path)):
         raise FormatError("there is no such file or folder", where=str(path), next_step=near)
-    raise FormatError(f"no model here: {_found(path)}", where=str(path), rule=READABLE)
+    raise FormatError(f"there is no model here: {_contents_shown(path)}", where=str(path), rule=READABLE)
 
 
 def whole_model(path: Path) -> Path:
@@ -115,27 +115,27 @@ def _refuse_factors(kind: str, opened: Model) -> NoReturn:
     what, rule, next_step = _REFUSED_FACTORS[kind]
     if kind == DIFFUSION and not isinstance(opened, PickleStateDict):
         what, next_step = (
-            "a LoRA of a diffusion model under the name of whole weights",
-            "name its file and not the folder",
+            "the file is a LoRA of a diffusion model with the name of whole weights",
+            "name the file instead of the folder",
         )
     raise UnsupportedError(what, where=str(opened.path), rule=rule, next_step=next_step)
 
 
 _REFUSED_FACTORS = {
     PEFT: (
-        f"the factors of a PEFT adapter, and no {CONFIG_FILE} beside them",
-        "their scale is in that file, and factors are never read as weights",
-        f"keep them as {WEIGHTS_FILE} in a folder with their {CONFIG_FILE}, as save_pretrained does; where it is lost, write one "
+        f"there are factors of a PEFT adapter, but no {CONFIG_FILE}",
+        "the scale is in that file, and factors are never read as weights",
+        f"put them as {WEIGHTS_FILE} into a folder with their {CONFIG_FILE}, as save_pretrained does; if it is lost, write one "
         'with {"peft_type": "LORA", "r": …, "lora_alpha": …, "target_modules": […]} as it was trained',
     ),
     MLX: (
-        f"the factors of an mlx-lm adapter, and no {CONFIG_FILE} beside them",
-        "their scale is in that file, and factors are never read as weights",
-        f"keep them as {MLX_FILE} in a folder with the {CONFIG_FILE} that mlx_lm.lora wrote",
+        f"there are factors of an mlx-lm adapter, but no {CONFIG_FILE}",
+        "the scale is in that file, and factors are never read as weights",
+        f"put them as {MLX_FILE} into a folder with the {CONFIG_FILE} that mlx_lm.lora wrote",
     ),
     DIFFUSION: (
-        "a LoRA of a diffusion model in a pickle",
-        "such LoRAs are read from .safetensors",
+        "the file is a pickle with a LoRA of a diffusion model",
+        "such LoRAs are read only from .safetensors",
         "save its tensors with safetensors.torch.save_file",
     ),
 }
@@ -153,7 +153,7 @@ def _kind(path: Path) -> str | None:
     return kind_of_file(path.name) if os.path.isfile(path) else None
 
 
-def _found(path: Path) -> str:
+def _contents_shown(path: Path) -> str:
     """Describe what lies at a path that is no model."""
     if not path.exists():
         return "nothing of this name exists"

@@ -23,7 +23,7 @@ def refuse_partitioned(tensors: Mapping[str, TensorInfo], where: str = "") -> No
         raise FormatError(
             f"{len(empty)} of {len(tensors)} tensors are empty (shape [0]), such as {empty[0][:200]!r}",
             where=where,
-            rule="DeepSpeed's ZeRO stage 3 leaves such tensors where weights were not gathered before they were saved",
+            rule="DeepSpeed's ZeRO stage 3 saves such tensors if weights were not gathered before",
             # What the script gathers of an adapter has names that PEFT does not load.
             next_step=again if any(".lora_" in name for name in empty) else whole,
         )

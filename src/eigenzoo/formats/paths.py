@@ -56,7 +56,7 @@ def _name_fault(file: str) -> str:
     if any(part in ("", ".", "..") for part in file.replace("\\", "/").split("/")):
         return "holds '..', '.' or an empty part"
     if any(len(os.fsencode(part)) > _MAX_PART for part in file.split("/")):
-        return f"holds a part of more than {_MAX_PART} bytes, which no file system takes"
+        return f"holds a part of more than {_MAX_PART} bytes, which no file system accepts"
     return "holds a backslash" if "\\" in file else ""
 
 
@@ -80,7 +80,7 @@ def inside(root: Path, file: str) -> Path:
         f"{file!r} is a link that leads out of the folder, to {target!r}",
         where=str(root),
         rule="a model's files lie in its own folder",
-        next_step="replace the link by the file itself if you trust it",
+        next_step="if you trust it, replace the link with the file itself",
     )
 
 
@@ -116,9 +116,9 @@ def is_regular(path: Path) -> bool:
 
 
 def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
-    """Read a small file whole, refusing what is no plain file or larger than `max_bytes` before any of it is read."""
+    """Read a small file whole, refusing what is not a regular file or larger than `max_bytes` before any of it is read."""
     if not is_regular(path):
-        raise FormatError("no plain file" if path.exists() else "the file is missing", where=where)
+        raise FormatError("not a regular file" if path.exists() else "the file is missing", where=where)
     try:
         with open(path, "rb", buffering=0) as file:
             # No more than there is, since Python takes the memory that is asked for; more than that only if the file grows.
@@ -129,7 +129,9 @@ def read_bounded(path: Path, max_bytes: int, *, where: str) -> bytes:
         raise FormatError(f"cannot be read ({error.strerror})", where=where) from error
     if len(data) > max_bytes:
         raise FormatError(
-            f"{path.stat().st_size} bytes", where=where, rule=f"a file of this kind has at most {max_bytes} bytes"
+            f"the file has {path.stat().st_size} bytes",
+            where=where,
+            rule=f"a file of this kind has at most {max_bytes} bytes",
         )
     return data
 
@@ -140,16 +142,16 @@ def nearest_path(path: str, folder: Path) -> str | None:
     It ends at the first part that is like nothing; None where that is the first of all. Only folders hold further parts; hidden
     names are not looked at. Cost: one listing of each folder in which a part is missing.
     """
-    found: list[str] = []
+    near_parts: list[str] = []
     parts = Path(path).parts
     for number, part in enumerate(parts):
-        place, inner = Path(folder, *found), number + 1 < len(parts)
-        is_there = os.path.isdir(place / part) if inner else os.path.lexists(place / part)
-        near = part if is_there else nearest(part, _names(place, inner), NEAR)
+        folder_so_far, inner = Path(folder, *near_parts), number + 1 < len(parts)
+        is_there = os.path.isdir(folder_so_far / part) if inner else os.path.lexists(folder_so_far / part)
+        near = part if is_there else nearest(part, _names(folder_so_far, inner), NEAR)
         if near is None:
             break
-        found.append(near)
-    return str(Path(*found)) if found else None
+        near_parts.append(near)
+    return str(Path(*near_parts)) if near_parts else None
 
 
 def did_you_mean(path: str | os.PathLike[str], folder: Path = Path()) -> str:

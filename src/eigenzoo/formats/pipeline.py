@@ -41,9 +41,9 @@ class Pipeline(SafetensorsModel):
         files: dict[str, SafetensorsFile] = {}
         try:
             listed = _listed_components(self.path)
-            found = list_side_files(self.path, frozenset(listed))
+            beside = list_side_files(self.path, frozenset(listed))
             for component in listed:
-                found += self._open_component(component, files).below(component)
+                beside += self._open_component(component, files).below(component)
             if not files:
                 raise FormatError(
                     "no component has weights",
@@ -52,7 +52,7 @@ class Pipeline(SafetensorsModel):
                 )
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self.take_beside(found)
+        self.take_beside(beside)
         self.components = tuple(dict.fromkeys(file.partition("/")[0] for file in files))
         self.take_files(files)
 
@@ -69,8 +69,8 @@ class Pipeline(SafetensorsModel):
         except FormatError as error:
             raise error.at(f"component {component!r}") from error.__cause__
         for name, file in model.files.items():
-            place = f"{component}/{name}"
-            files[place] = file.seen_as(_named_contents(file.contents, component, place))
+            path = f"{component}/{name}"
+            files[path] = file.seen_as(_named_contents(file.contents, component, path))
         return model.beside
 
 
@@ -80,11 +80,15 @@ def _listed_components(folder: Path) -> list[str]:
     # A component is [library, class], or [null, null] where the pipeline goes without it.
     named = [name for name, value in entries.items() if isinstance(value, list) and value and value[0] is not None]
     if len(named) > MAX_COMPONENTS:
-        raise FormatError(f"{len(named)} components", where=MODEL_INDEX, rule=f"at most {MAX_COMPONENTS} are read")
+        raise FormatError(
+            f"the pipeline has {len(named)} components", where=MODEL_INDEX, rule=f"at most {MAX_COMPONENTS} are read"
+        )
     for name in named:
         relative_name(name)
         if not name.isidentifier():
-            raise FormatError(f"a component called {name[:100]!r}", where=MODEL_INDEX, rule="it is a name of Python")
+            raise FormatError(
+                f"a component is called {name[:100]!r}", where=MODEL_INDEX, rule="the name must be a Python identifier"
+            )
     return [name for name in named if inside(folder, name).is_dir()]
 
 
@@ -93,30 +97,32 @@ def _refuse_component(kind: str | None) -> None:
     if kind in ("pickle", "pickle-shards"):
         raise UnsupportedError(
             "the weights are a Python pickle",
-            rule="the components of a pipeline are read from safetensors",
-            next_step="load the pipeline with diffusers and save_pretrained it, which writes safetensors",
+            rule="the components of a pipeline are read only from safetensors",
+            next_step="load the pipeline with diffusers and save it with save_pretrained, which writes safetensors",
         )
     if kind not in ("checkpoint", "state-dict"):
         raise UnsupportedError(
-            "the weights are none that can be read" if kind != "shards" else "the weights are shards of a variant",
+            "there are no weights in a readable format" if kind != "shards" else "the weights are shards of a variant",
             rule=f"a component has {' or '.join(WEIGHTS)}, its index with the shards, or one .safetensors file of a variant",
-            next_step="load the pipeline with diffusers, with variant=… if it has one, and save_pretrained it without",
+            next_step="load the pipeline with diffusers, with variant=… if it has one, and save it without by save_pretrained",
         )
 
 
 # One object for all files that agree, as their headers are; each holds the header that it was made of.
-_known: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
 
 
 def _named_contents(contents: HeaderContents, component: str, file: str) -> HeaderContents:
     """The same contents with the component's name before the tensors' own."""
-    known = _known.get((id(contents), file))
-    if known is None:
+    named_contents = _cached.get((id(contents), file))
+    if named_contents is None:
         infos = {
             f"{component}.{name}": replace(info, name=f"{component}.{name}", file=file)
             for name, info in contents.tensors.items()
         }
-        places = {f"{component}.{name}": place for name, place in contents.places.items()}
-        known = HeaderContents(MappingProxyType(infos), MappingProxyType(places), contents.metadata, made_of=contents)
-        _known[id(contents), file] = known
-    return known
+        positions = {f"{component}.{name}": position for name, position in contents.positions.items()}
+        named_contents = HeaderContents(
+            MappingProxyType(infos), MappingProxyType(positions), contents.metadata, made_of=contents
+        )
+        _cached[id(contents), file] = named_contents
+    return named_contents

@@ -28,11 +28,11 @@ class RowReader:
 
     def __init__(self, models: Sequence[Model], names: Sequence[str]) -> None:
         self._models, self._names = tuple(models), tuple(names)
-        self._places: list[tuple[SafetensorsFile | None, int, torch.dtype]] = []
+        self._locations: list[tuple[SafetensorsFile | None, int, torch.dtype]] = []
         shapes = set()
         for model, name in zip(models, names, strict=True):
             info, file = model.tensors[name], _file(model, name)
-            self._places.append((file, 0 if file is None else file.locate(name, 0, 0)[0], info.dtype))
+            self._locations.append((file, 0 if file is None else file.locate(name, 0, 0)[0], info.dtype))
             shapes.add(info.shape)
         self._size = min(map(prod, shapes), default=0)
 
@@ -43,16 +43,16 @@ class RowReader:
         dtype = rows.dtype
         view, width, offset = as_bytes(rows), (stop - start) * dtype.itemsize, start * dtype.itemsize
         elsewhere = []
-        for place, (file, position, own) in enumerate(self._places):
-            kept = None if file is None else open_files.find(file.target, file.identity)
+        for index, (file, position, own) in enumerate(self._locations):
+            file_open = None if file is None else open_files.find(file.target, file.identity)
             if file is not None and file.remote is not None:
-                elsewhere.append((file.remote, position + start * own.itemsize, own, rows[place]))
-            elif kept is not None and own == dtype:
-                part = view[place * width : (place + 1) * width]
-                if os.preadv(kept.fileno(), [part], position + offset) != width:
-                    self._models[place].read_flat(self._names[place], start, stop, out=rows[place])
+                elsewhere.append((file.remote, position + start * own.itemsize, own, rows[index]))
+            elif file_open is not None and own == dtype:
+                part = view[index * width : (index + 1) * width]
+                if os.preadv(file_open.fileno(), [part], position + offset) != width:
+                    self._models[index].read_flat(self._names[index], start, stop, out=rows[index])
             else:
-                self._models[place].read_flat(self._names[place], start, stop, out=rows[place])
+                self._models[index].read_flat(self._names[index], start, stop, out=rows[index])
         if elsewhere:
             fetch_values(elsewhere)
 
@@ -65,7 +65,7 @@ def read_factors(models: Sequence[Model], modules: Sequence[str]) -> Iterator[tu
     elsewhere = [_files_of(model, module) for model, module in zip(models, modules, strict=True)]
     fetched: dict[int, tuple[Tensor, Tensor]] = {}
     wanted = []
-    for place, (model, module, files) in enumerate(zip(models, modules, elsewhere, strict=True)):
+    for index, (model, module, files) in enumerate(zip(models, modules, elsewhere, strict=True)):
         if not files:
             continue
         update = model.updates[module]
@@ -77,11 +77,11 @@ def read_factors(models: Sequence[Model], modules: Sequence[str]) -> Iterator[tu
             wanted.append((file.remote, *file.locate(key, 0, out.numel()), out))
             values.append(out)
         outputs, inputs = update.shape
-        fetched[place] = values[0].view(outputs, update.rank), values[1].view(update.rank, inputs)
+        fetched[index] = values[0].view(outputs, update.rank), values[1].view(update.rank, inputs)
     if wanted:
         fetch_values(wanted)
-    for place, (model, module) in enumerate(zip(models, modules, strict=True)):
-        yield fetched.pop(place) if place in fetched else model.read_factors(module)
+    for index, (model, module) in enumerate(zip(models, modules, strict=True)):
+        yield fetched.pop(index) if index in fetched else model.read_factors(module)
 
 
 def _files_of(model: Model, module: str) -> list[SafetensorsFile]:
@@ -92,5 +92,5 @@ def _files_of(model: Model, module: str) -> list[SafetensorsFile]:
 
 
 def _file(model: Model, name: str) -> SafetensorsFile | None:
-    held = unfilled(model)
-    return held.file_of(name) if isinstance(held, SafetensorsModel) and name in held.tensors else None
+    original = unfilled(model)
+    return original.file_of(name) if isinstance(original, SafetensorsModel) and name in original.tensors else None

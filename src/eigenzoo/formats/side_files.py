@@ -190,7 +190,7 @@ def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] 
     A known name that is a link out of the folder, no plain file, or too large raises. Folders below are listed once and no deeper,
     and links to folders are not followed. Cost: a listing of each folder.
     """
-    found = _Sorted(folder, weights)
+    side_files = _Sorted(folder, weights)
     names = list_folder(folder)
     # What an index places in folders below is the model's own, and so are these folders.
     own = {*weights, *(file.partition("/")[0] for file in weights if "/" in file)}
@@ -198,18 +198,29 @@ def list_side_files(folder: Path, weights: frozenset[str], also: frozenset[str] 
         if name in own:
             continue
         if name in SIDE_FILES or name in also:
-            found.take(name)
+            side_files.take(name)
         elif os.path.isdir(folder / name):
-            found.look_into(name, is_module=MODULES in names and is_module(name))
+            side_files.look_into(name, is_module=MODULES in names and is_module(name))
         else:
-            found.ignore(name)
-    found.leave_at_source(_left_at_source.get(os.path.realpath(folder), ()) if _left_at_source else ())
+            side_files.ignore(name)
+    side_files.leave_at_source(_left_at_source.get(os.path.realpath(folder), ()) if _left_at_source else ())
     if is_module(folder.name) and os.path.isfile(folder.parent / MODULES):
-        found.notes.append(
+        side_files.notes.append(
             f"{folder.name} is one module of a sentence-transformers model, of whose folder nothing else is carried: put what "
             "is rebuilt into a copy of that folder, in this module's place"
         )
-    return Beside(*(tuple(part) for part in (found.carried, found.ignored, found.weights, found.models, found.notes)))
+    return Beside(
+        *(
+            tuple(part)
+            for part in (
+                side_files.carried,
+                side_files.ignored,
+                side_files.weights,
+                side_files.models,
+                side_files.notes,
+            )
+        )
+    )
 
 
 class _Sorted:
@@ -245,17 +256,19 @@ class _Sorted:
     def look_into(self, inner: str, *, is_module: bool) -> None:
         """Carry what is known in a folder below, and leave the rest of it behind."""
         names = [] if (self.folder / inner).is_symlink() else _some_names(self.folder / inner)
-        known = [name for name in names if is_side_file(f"{inner}/{name}")] if is_module or inner == _TEMPLATES else []
-        if not known:
+        carried = (
+            [name for name in names if is_side_file(f"{inner}/{name}")] if is_module or inner == _TEMPLATES else []
+        )
+        if not carried:
             self._ignore_folder(inner, names)
             return
         # Known names first: beside a module's weights that are carried a pickle of them is a copy.
-        for name in sorted(names, key=lambda name: name not in known):
-            place = f"{inner}/{name}"
-            if name not in known or (name == MODULE_WEIGHTS and is_too_large(place, _num_bytes(self.folder, place))):
-                self.ignore(place)
+        for name in sorted(names, key=lambda name: name not in carried):
+            path = f"{inner}/{name}"
+            if name not in carried or (name == MODULE_WEIGHTS and is_too_large(path, _num_bytes(self.folder, path))):
+                self.ignore(path)
             else:
-                self.take(place)
+                self.take(path)
 
     def leave_at_source(self, names: Iterable[str]) -> None:
         """Name what was not downloaded."""
@@ -314,11 +327,11 @@ def _holds_values(name: str) -> bool:
 
 def _stems(weights: Iterable[str]) -> dict[str, set[str]]:
     """Return the stems of weights' files by the folder that they lie in."""
-    found: dict[str, set[str]] = {}
+    stems: dict[str, set[str]] = {}
     for name in filter(_holds_values, weights):
         folder, _, last = name.rpartition("/")
-        found.setdefault(folder, set()).add(_stem(last))
-    return found
+        stems.setdefault(folder, set()).add(_stem(last))
+    return stems
 
 
 def _is_copy(name: str, own: Mapping[str, set[str]]) -> bool:
@@ -345,7 +358,7 @@ def _checked(folder: Path, name: str) -> FormatError | None:
     """Raise for a known name that cannot be carried; return what a file is that stands for another."""
     target = inside(folder, name)
     if not is_regular(target):
-        raise FormatError(f"{name!r} is no plain file", where=str(folder))
+        raise FormatError(f"{name!r} is not a regular file", where=str(folder))
     size = target.stat().st_size
     if size > MAX_SIDE_BYTES:
         raise FormatError(
@@ -367,6 +380,6 @@ def refuse_quantised(folder: Path, side_files: tuple[str, ...]) -> None:
         raise UnsupportedError(
             f"the weights are quantised ({str(method)[:40]})",
             where=CONFIG,
-            rule="quantised weights are codes, and their differences mean nothing",
+            rule="quantised weights are codes, whose differences have no meaning",
             next_step="dequantise the model (model.dequantize() in transformers), save it, and open that",
         )

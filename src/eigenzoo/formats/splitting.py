@@ -28,9 +28,9 @@ def split_model(model: Model, rules: Sequence[SplitRule]) -> Model:
     """
     if model.splits:
         whole = {name: sum(rows for _, rows in parts) for name, parts in model.splits.items()}
-        known = {name: rule.cut(name, rows) for name, rows in whole.items() for rule in rules if rule.matches(name)}
-        if known != dict(model.splits):
-            raise UsageError("is split by other rules already", where=model.name, next_step="open it anew")
+        splits = {name: rule.cut(name, rows) for name, rows in whole.items() for rule in rules if rule.matches(name)}
+        if splits != dict(model.splits):
+            raise UsageError("is already split by other rules", where=model.name, next_step="open the model again")
         return model
     return cut_model(model, _find_splits(model, rules)) if rules else model
 
@@ -39,10 +39,10 @@ def _find_splits(model: Model, rules: Sequence[SplitRule]) -> dict[str, Parts]:
     """Apply rules to a model's names and shapes."""
     if model.updates:
         raise UnsupportedError(
-            "a split of LoRA adapters",
+            "LoRA adapters cannot be split",
             where=model.name,
-            rule="a rule cuts full weights",
-            next_step="leave it out: PEFT gives an update of a fused weight as one",
+            rule="a rule splits only full weights",
+            next_step="leave the split out: PEFT stores one update for a fused weight",
         )
     splits: dict[str, Parts] = {}
     for rule in rules:
@@ -51,17 +51,17 @@ def _find_splits(model: Model, rules: Sequence[SplitRule]) -> dict[str, Parts]:
             raise UsageError(
                 f"the split {rule.shown} matches no tensor",
                 where=model.name,
-                rule="a rule is a glob of tensors' names and what they are cut into",
-                next_step="the names are in what `eigenzoo inspect --json` prints",
+                rule="a rule is a glob of tensor names and the parts to split them into",
+                next_step="`eigenzoo inspect --json` prints the names",
             )
         for name in matching:
             if name in splits:
-                raise UsageError("two splits match it", where=f"tensor {name[:200]!r} of {model.name}")
+                raise UsageError("two splits match this tensor", where=f"tensor {name[:200]!r} of {model.name}")
             splits[name] = _cut(model, name, rule)
     taken = [part_name(name, part) for name, parts in splits.items() for part, _ in parts]
     for name in taken:
         if name in model.tensors:
-            raise UsageError("is the name of a tensor already", where=f"part {name[:200]!r} of {model.name}")
+            raise UsageError("is already the name of a tensor", where=f"part {name[:200]!r} of {model.name}")
     return splits
 
 
@@ -69,9 +69,9 @@ def _cut(model: Model, name: str, rule: SplitRule) -> Parts:
     info = model.tensors[name]
     if not info.shape or not info.dtype.is_floating_point:
         raise UsageError(
-            f"a tensor of shape {list(info.shape)} and {info.dtype} is not split",
+            f"a tensor of shape {list(info.shape)} and dtype {info.dtype} cannot be split",
             where=f"tensor {name[:200]!r} of {model.name}",
-            rule="floating weights are cut along their first axis, the outputs",
+            rule="floating-point weights are split along their first axis, the outputs",
             next_step="narrow the glob",
         )
     bias = model.tensors.get(f"{name.removesuffix('weight')}bias") if name.endswith("weight") else None
@@ -79,7 +79,7 @@ def _cut(model: Model, name: str, rule: SplitRule) -> Parts:
         raise UnsupportedError(
             f"its bias has {bias.shape[0]} outputs, which are the columns of {list(info.shape)}",
             where=f"tensor {name[:200]!r} of {model.name}",
-            rule="a split cuts rows, which are outputs; GPT-2's Conv1D holds inputs × outputs",
+            rule="a split needs outputs as rows; GPT-2's Conv1D holds inputs × outputs",
             next_step="narrow the glob to leave it out",
         )
     return rule.cut(name, info.shape[0])
@@ -105,31 +105,33 @@ def cut_model(model: Model, splits: Mapping[str, Parts]) -> Model:
                 state[name], holders[name] = tensor, holder
         cut.take(state, holders, cut.folder)
     else:
-        raise UnsupportedError(f"a split of a model of kind {model.format!r}", where=model.name)
+        raise UnsupportedError(f"a model of kind {model.format!r} cannot be split", where=model.name)
     return cut
 
 
 # One object for all files that agree, as their headers are; each holds the header that it was made of.
-_known: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[int, str], HeaderContents] = WeakValueDictionary()
 
 
 def _cut_contents(contents: HeaderContents, splits: Mapping[str, Parts]) -> HeaderContents:
     key = id(contents), repr(sorted(splits.items()))
-    known = _known.get(key)
-    if known is None:
+    cut_contents = _cached.get(key)
+    if cut_contents is None:
         tensors: dict[str, TensorInfo] = {}
-        places: dict[str, tuple[int, int]] = {}
+        positions: dict[str, tuple[int, int]] = {}
         for name, info in contents.tensors.items():
-            position, count = contents.places[name]
+            position, count = contents.positions[name]
             for part, rows in splits.get(name, ()):
                 size = rows * prod(info.shape[1:])
                 tensors[part_name(name, part)] = replace(
                     info, name=part_name(name, part), shape=(rows, *info.shape[1:])
                 )
-                places[part_name(name, part)] = position, size
+                positions[part_name(name, part)] = position, size
                 position += size * info.dtype.itemsize
             if name not in splits:
-                tensors[name], places[name] = info, (position, count)
-        known = HeaderContents(MappingProxyType(tensors), MappingProxyType(places), contents.metadata, made_of=contents)
-        _known[key] = known
-    return known
+                tensors[name], positions[name] = info, (position, count)
+        cut_contents = HeaderContents(
+            MappingProxyType(tensors), MappingProxyType(positions), contents.metadata, made_of=contents
+        )
+        _cached[key] = cut_contents
+    return cut_contents

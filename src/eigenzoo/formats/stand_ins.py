@@ -31,25 +31,25 @@ def stand_in(start: bytes) -> FormatError | None:
     """Return what a file is that stands for another, by its first bytes and without its place; None for any other file.
 
     >>> stand_in(b"<!DOCTYPE html><html>").what
-    'an HTML page under the name of a file of a model'
+    'an HTML page with the name of a model file'
     """
     start = start.removeprefix(b"\xef\xbb\xbf")
     if start.startswith(_POINTER):
         size = _SIZE.search(start)
         return FormatError(
             "a Git LFS pointer, not the file itself" + (f" of {int(size[1]):,} bytes" if size else ""),
-            rule="git without git-lfs leaves such a pointer in the place of each large file",
+            rule="git without git-lfs leaves such a pointer instead of each large file",
             next_step="run `git lfs pull` in the repository, or download the file with `hf download`",
         )
     if _PAGE.match(start):
         return FormatError(
-            "an HTML page under the name of a file of a model",
-            rule="a server answers so where a file needs a login or is not there",
-            next_step="download the file itself: of the hub with `hf download`, after `hf auth login` if it is not public",
+            "an HTML page with the name of a model file",
+            rule="a server sends such a page if a file needs a login or does not exist",
+            next_step="download the file itself, from the hub with `hf download`, after `hf auth login` if it is not public",
         )
     if start.startswith(_ANSWERS):
         return FormatError(
-            "an answer of the hub in the place of a file",
+            "an answer of the hub instead of a file",
             rule=f"it says {start[:60].decode('ascii', 'replace').strip()!r}",
             next_step="download the file with `hf download`, after `hf auth login` if it is not public",
         )
@@ -58,6 +58,6 @@ def stand_in(start: bytes) -> FormatError | None:
 
 def refuse_stand_in(start: bytes, where: str) -> None:
     """Raise FormatError where a file's first bytes say that it stands for another."""
-    found = stand_in(start)
-    if found is not None:
-        raise FormatError(f"this is {found.what}", where=where, rule=found.rule, next_step=found.next_step)
+    kind = stand_in(start)
+    if kind is not None:
+        raise FormatError(f"this is {kind.what}", where=where, rule=kind.rule, next_step=kind.next_step)

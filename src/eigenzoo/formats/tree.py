@@ -198,21 +198,23 @@ def _matching(folder: Folder, parts: Sequence[str], follow: bool) -> Iterator[tu
     bounded, looked_at = deep < len(parts) or not follow, 0
     ahead = [(folder, _after({0}, parts))]
     while ahead:
-        above, places = ahead.pop()
-        inside = {place for place in places if place < len(parts) and parts[place] == "**"}
-        steps = [(place, parts[place]) for place in places - inside if place < len(parts)]
+        above, positions = ahead.pop()
+        inside = {position for position in positions if position < len(parts) and parts[position] == "**"}
+        steps = [(position, parts[position]) for position in positions - inside if position < len(parts)]
         for name, entry in _names(above):
             looked_at += 1
             if bounded and looked_at > MAX_LOOKED_AT:
-                raise ZooError(f"more than {MAX_LOOKED_AT} names lie below", next_step="name a smaller folder")
-            stepped = {place + 1 for place, part in steps if _fits(name, part)}
+                raise ZooError(
+                    f"the folder contains more than {MAX_LOOKED_AT} names", next_step="name a smaller folder"
+                )
+            stepped = {position + 1 for position, part in steps if _fits(name, part)}
             deeper = set() if name.startswith(".") else inside
             # `**` also matches no folder at all, but only behind a folder: `*/**` names no file beside the folders.
             reached = _after(deeper, parts) | (_after(stepped, parts) if is_folder(entry) else stepped)
             if len(parts) in reached:
                 yield name, entry
             if is_folder(entry) and entry.is_link:
-                reached = _after({place for place in stepped if place <= deep and follow}, parts)
+                reached = _after({position for position in stepped if position <= deep and follow}, parts)
             if is_folder(entry) and reached - {len(parts)}:
                 ahead.append((entry, reached))
 
@@ -229,9 +231,9 @@ def _fits(name: str, part: str) -> bool:
     return (part.startswith(".") or not name.startswith(".")) and fnmatchcase(name, part)
 
 
-def _after(places: set[int], parts: Sequence[str]) -> set[int]:
+def _after(positions: set[int], parts: Sequence[str]) -> set[int]:
     """Add the places behind each `**`, which may be no folder at all."""
-    return places | {place + 1 for place in places if place < len(parts) and parts[place] == "**"}
+    return positions | {position + 1 for position in positions if position < len(parts) and parts[position] == "**"}
 
 
 def split_pattern(pattern: str) -> tuple[str, list[str]]:
@@ -241,6 +243,6 @@ def split_pattern(pattern: str) -> tuple[str, list[str]]:
     (('zoo', ['run-*', 'adapter']), ('/', ['*']))
     """
     parts = pattern.split("/")
-    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root = "/".join(parts[:first]) or ("/" if first else ".")
     return root, [part for part in parts[first:] if part]

@@ -56,7 +56,7 @@ def write_checkpoint(
         side_files: contents by name, of known names only. The index is written anew unless it is among them.
     """
     if layout.format not in ("checkpoint", "state-dict", "pipeline"):
-        raise UsageError(f"a layout of format {layout.format!r}", rule="full weights are written")
+        raise UsageError(f"the layout has format {layout.format!r}", rule="only full weights can be written here")
     side_files = _checked_side_files(side_files or {}, layout)
     for file, tensors in layout.files.items():
         target = folder / relative_name(file)
@@ -109,12 +109,14 @@ def write_lora(
         side_files: contents by name, of known names only.
     """
     if layout.format != "lora":
-        raise UsageError(f"a layout of format {layout.format!r}", rule="an adapter is written")
+        raise UsageError(f"the layout has format {layout.format!r}", rule="only an adapter can be written here")
     check_config(config)
     side_files = _checked_side_files(side_files or {}, layout)
     if set(factors) != set(layout.updates):
         wrong = sorted(set(factors) ^ set(layout.updates))[:5]
-        raise UsageError(f"factors missing or too many: {', '.join(wrong)}", rule="one pair per module of the layout")
+        raise UsageError(
+            f"missing or extra factors: {', '.join(wrong)}", rule="each module of the layout needs one pair of factors"
+        )
     rank = max([1, *(factor_a.shape[0] for _, factor_a in factors.values())])
     padded: dict[str, Tensor] = {}
     for module, (factor_b, factor_a) in factors.items():
@@ -129,7 +131,7 @@ def write_lora(
     missing = [tensor.name for tensor in tensors if tensor.name not in values]
     if missing or len(values) != len(tensors):
         raise UsageError(
-            f"tensors missing or too many: {', '.join(missing[:5])}", rule="all of the layout's are needed"
+            f"missing or extra tensors: {', '.join(missing[:5])}", rule="the layout's tensors are needed, and no others"
         )
     write_tensors(folder / WEIGHTS_FILE, tensors, values.__getitem__, metadata or DEFAULT_METADATA)
     text = json.dumps(merged_config(config, rank), indent=2, sort_keys=True)
@@ -162,7 +164,9 @@ def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:
     """Cast values to the dtype of the layout; only floating values change, and none of them may overflow."""
     where = f"tensor {layout.name!r}"
     if tuple(values.shape) != layout.shape:
-        raise FormatError(f"shape {tuple(values.shape)} for a tensor of {layout.shape}", where=where)
+        raise FormatError(
+            f"the values have shape {tuple(values.shape)}, but the tensor has shape {layout.shape}", where=where
+        )
     dtype = layout.torch_dtype
     if values.dtype == dtype:
         return values
@@ -186,7 +190,7 @@ def _padded(update: LoraUpdate, factor_b: Tensor, factor_a: Tensor, rank: int) -
     own = factor_a.shape[0]
     if tuple(factor_a.shape) != (own, inputs) or tuple(factor_b.shape) != (outputs, own):
         raise FormatError(
-            f"B of shape {tuple(factor_b.shape)} and A of {tuple(factor_a.shape)} for an update of {update.shape}",
+            f"B has shape {tuple(factor_b.shape)} and A {tuple(factor_a.shape)}, but the update has shape {update.shape}",
             where=f"module {update.module!r}",
         )
     shape_a, shape_b = update.factor_shapes
@@ -204,23 +208,23 @@ def write_side_files(folder: Path, side_files: Mapping[str, bytes], layout: Mode
 def _checked_side_files(side_files: Mapping[str, bytes], layout: ModelLayout) -> Mapping[str, bytes]:
     """Only known names are written: a bundle that others made must not place files of its choice."""
     for name, data in side_files.items():
-        component, place = _place(name, layout)
-        if place == layout.index or (component and place in INDEXES):
+        component, inner_name = _split_component(name, layout)
+        if inner_name == layout.index or (component and inner_name in INDEXES):
             entries = parse_json(data, where=name).get("weight_map")
             if entries != _weight_map(layout, component):
-                raise FormatError("its weight_map does not fit the files that are written", where=name[:100])
-        elif not is_side_file(place):
-            rule = "only a pipeline has folders, one per component, and sentence-transformers those of its modules"
+                raise FormatError("its weight_map does not match the files that are written", where=name[:100])
+        elif not is_side_file(inner_name):
+            rule = "only a pipeline has folders (one per component), and a sentence-transformers model (one per module)"
             raise FormatError(
-                f"{name[:100]!r} is no known side file",
-                rule=rule if "/" in name else f"known are {', '.join(sorted(SIDE_FILES))}",
+                f"{name[:100]!r} is not a known side file",
+                rule=rule if "/" in name else f"the known side files are {', '.join(sorted(SIDE_FILES))}",
             )
         elif name in layout.files:
-            raise FormatError(f"{name[:100]!r} is both a side file and one of weights", where="layout")
+            raise FormatError(f"{name[:100]!r} is both a side file and a weights file", where="layout")
     return side_files
 
 
-def _place(name: str, layout: ModelLayout) -> tuple[str, str]:
+def _split_component(name: str, layout: ModelLayout) -> tuple[str, str]:
     """Cut a pipeline's component off a side file's name; of any other name there is none."""
     component, slash, rest = name.partition("/")
     if slash and layout.format == "pipeline" and component.isidentifier() and not is_side_file(name):
@@ -248,7 +252,7 @@ def _make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", where=str(path.parent)) from error
+        raise OutputError(f"cannot be created ({error.strerror})", where=str(path.parent)) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -17,16 +17,20 @@ MOST = 60
 
 def _named(entry: str, tool: str) -> Callable[[Mapping[str, Any]], str]:
     """The tool that an entry stands for, with the version that it gives."""
-    return lambda found: f"{tool} {found[entry]}" if isinstance(found.get(entry), str) else ""
+    return lambda document: f"{tool} {document[entry]}" if isinstance(document.get(entry), str) else ""
 
 
 def _software(header: Mapping[str, Any]) -> str:
     """What ai-toolkit and others say of themselves: an object with name and version."""
     try:
-        said = json.loads(header.get("software", ""))
+        software = json.loads(header.get("software", ""))
     except (ValueError, RecursionError):
         return ""
-    return f"{said['name']} {said.get('version', '')}".strip() if isinstance(said, dict) and "name" in said else ""
+    return (
+        f"{software['name']} {software.get('version', '')}".strip()
+        if isinstance(software, dict) and "name" in software
+        else ""
+    )
 
 
 _HEADER: tuple[Callable[[Mapping[str, Any]], str], ...] = (
@@ -51,11 +55,11 @@ def written_by(model: Model) -> str:
     Cost: the model's config.
     """
     for header in model.metadata.values():
-        for said in _HEADER:
-            if tool := said(header):
+        for describe in _HEADER:
+            if tool := describe(header):
                 return tool[:MOST]
     config = model.config if model.config is not None else _config(model)
-    tool = next((tool for said in _CONFIG if (tool := said(config))), "")
+    tool = next((tool for describe in _CONFIG if (tool := describe(config))), "")
     inner = "sentence-transformers" if MODULES in model.side_files else ""
     return " on ".join(filter(None, (inner, tool)))[:MOST]
 

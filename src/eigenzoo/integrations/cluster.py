@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from eigenzoo.errors import UsageError, install
-from eigenzoo.formats.open_files import kept_open
+from eigenzoo.formats.open_files import keep_files_open
 from eigenzoo.passes.process import single_threaded
 from eigenzoo.passes.resources import Resources, check_device, check_memory, check_name, resources_for
 from eigenzoo.passes.settings import own_settings
@@ -69,7 +69,7 @@ def worker_resources(max_memory: int | None, device: str) -> Resources:
     if max_memory is None:
         return Resources(device=device)
     bounds = resources_for(1, max_memory)
-    return Resources(bounds.block_bytes, bounds.kept_bytes, device)
+    return Resources(bounds.block_bytes, bounds.layer_bytes, device)
 
 
 def local_gpus(num_workers: int | None, device: str) -> int:
@@ -96,7 +96,7 @@ def run_on_own_gpu(call: Callable[[], Any]) -> Any:
 
 def run_task(call: Callable[[], Any]) -> Any:
     """Run a task on one thread of a worker."""
-    with single_threaded(), own_settings(), kept_open():
+    with single_threaded(), own_settings(), keep_files_open():
         return call()
 
 

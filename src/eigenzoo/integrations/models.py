@@ -21,7 +21,7 @@ from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.integrations.model_limits import MOST_COUNTED, check_counts, no_larger_than
 from eigenzoo.integrations.transformers_names import saved_names
-from eigenzoo.passes.draws import kept_draws, seed_draws
+from eigenzoo.passes.draws import preserve_generators, seed_generators
 from eigenzoo.passes.process import quietly
 from eigenzoo.weights.roles import glob_of
 
@@ -106,8 +106,8 @@ def read_classifier(
     if kind == TEXT and getattr(config, "pad_token_id", None) is None:
         # Models that answer at the last token have to know where a padded text ends.
         config.pad_token_id = pad_token(read_tokenizer(folder))[1]
-    with quietly(), kept_draws(), no_larger_than(files, folder):
-        seed_draws(seed)
+    with quietly(), preserve_generators(), no_larger_than(files, folder):
+        seed_generators(seed)
         module, found = told(
             f"is not a classifier of {kind}s",
             folder,
@@ -153,7 +153,7 @@ def read_nursery(path: Path) -> Classifier:
         return read_classifier(path, IMAGE, 2)
     from eigenzoo.nursery.cnn import Cnn
 
-    with kept_draws():  # its first weights are drawn, before they are read
+    with preserve_generators():  # its first weights are drawn, before they are read
         model, net = open_model(path), Cnn()
     expected = {name: tuple(values.shape) for name, values in net.state_dict().items()}
     if {name: info.shape for name, info in model.tensors.items()} != expected:

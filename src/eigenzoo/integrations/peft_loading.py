@@ -121,7 +121,7 @@ def _other_class(config: Any, base: Model, adapter: Adapter, found: Mapping[str,
         except EigenzooError:
             continue
         weights = {name.removesuffix(".weight") for name in loading.names.values()}
-        if loading.is_whole and all(place in weights for places in loading.places.values() for place in places):
+        if loading.is_whole and all(place in weights for places in loading.modules.values() for place in places):
             by = f" (transformers.{name})" if name != type(built).__name__ else ""
             return f"load the base by {type(built).__name__}{by}: then {loading.what} takes up all of them"
     return ""

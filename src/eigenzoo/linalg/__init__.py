@@ -1,4 +1,4 @@
-"""The algebra: pure tensor functions that know no layer names and no files.
+"""Linear algebra: pure tensor functions, without layer names and files.
 
 Tensors carry their shape in the name:
 

@@ -1,4 +1,4 @@
-"""Principal angles between subspaces: of explicit bases, of two halves of a zoo from its Gram, and of chance.
+"""Compute principal angles between subspaces: of explicit bases, of two halves of a zoo from its Gram, and of random subspaces.
 
 Legend: N models, D values of one flattened layer, K and L directions.
 """

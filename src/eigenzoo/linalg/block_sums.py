@@ -1,10 +1,10 @@
-"""What a pass takes from each run of values of a layer before it lets them go: sums that add up over runs, in a fixed order.
+"""Compute the sums of one span of a layer's values. A pass adds them over the spans in a fixed order.
 
-A run comes as *extended* rows: one row per model, and room for the models' mean, for what its rounding leaves and for ones (and
-for zeros, up to a number of rows that products like). After the mean is subtracted one symmetric product of all rows holds the
+A span has *extended* rows: one row per model, and rows for the models' mean, its rounding error and ones. Rows of zeros fill up
+to a number of rows for which products are fast. After the mean is subtracted, one symmetric product of all rows contains the
 Gram, the inner products with the mean, the mean's energy and every model's sum.
 
-Legend: N models, E extended rows, D values of one run, I inputs.
+Legend: N models, E extended rows, D values of one span, I inputs.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def parts(num_columns: int, inputs: int) -> Iterator[slice]:
 
 
 def _center_part(part_ED: Tensor, num_models: int) -> Tensor:
-    """Centre the columns of one product, in place; returns their `squares`."""
+    """Centre the columns of one product in place, and return their `squares`."""
     rows_ND, mean_D, rest_D = part_ED[:num_models], part_ED[num_models], part_ED[num_models + 1]
     kernels.mean_rows(rows_ND, mean_D)
     kernels.subtract(rows_ND, mean_D)
@@ -146,7 +146,7 @@ def _center_part(part_ED: Tensor, num_models: int) -> Tensor:
     energies_D = kernels.column_energies(chosen_ND)
     is_far = (mean_D.square() * (FAR**2 * len(chosen_ND)) > energies_D).any()
     if part_ED.device.type != "cpu":
-        # No branch: the host would wait for the device at every product.
+        # No branch, because the host would wait for the device at every product.
         kernels.mean_rows(rows_ND, rest_D)
         rest_D.mul_(is_far)
     elif bool(is_far):
@@ -205,7 +205,7 @@ def add_block(sums: BlockSums, extended_ED: Tensor, inputs: int, precision: str 
 
 
 def _fast_gram(part_ED: Tensor, num_models: int) -> Tensor:
-    """Return the Gram with bfloat16 products among the models, and float32 ones with their mean and with ones."""
+    """Return the Gram. Products between models are in bfloat16, products with their mean and with ones in float32."""
     gram_EE = part_ED.new_empty(part_ED.shape[0], part_ED.shape[0])
     gram_EE[:num_models, :num_models] = kernels.bfloat16_gram(part_ED[:num_models])
     gram_EE[num_models:] = kernels.product(part_ED[num_models:], part_ED.T)
@@ -214,7 +214,7 @@ def _fast_gram(part_ED: Tensor, num_models: int) -> Tensor:
 
 
 def _transposed_gram(rows_RI: Tensor) -> Tensor:
-    """Return rowsᵀ · rows in float64, run by run of rows."""
+    """Return rowsᵀ · rows in float64, summed over blocks of rows."""
     moment_II = rows_RI.new_zeros(rows_RI.shape[1], rows_RI.shape[1], dtype=torch.float64)
     for start in range(0, rows_RI.shape[0], kernels.PRODUCT_COLUMNS):
         moment_II += kernels.gram(rows_RI[start : start + kernels.PRODUCT_COLUMNS].T)

@@ -72,13 +72,13 @@ def scale_models(gram_NN: Tensor) -> tuple[Tensor, Tensor]:
         weights_NN /= weights_NN.sum(1, keepdim=True)
         reached_NN = weights_NN @ gram_NN
         distances_N = gram_NN.diagonal() - 2 * reached_NN.diagonal() + (reached_NN * weights_NN).sum(1)
-        # The median, which one large model does not move; where most are copies of each other, the mean.
+        # The median, because one large model does not change it. If most models are copies of each other, the mean.
         usual = max(float(distances_N.median()), LEAST_SQUARE**2 * float(distances_N.mean()))
         least = max(LEAST_SQUARE * usual, torch.finfo(torch.float64).tiny)
-        # ‖x_n − mean of the others‖² = s_n² + the others' own noise in their mean, which the first round does not know.
+        # ‖x_n − mean of the others‖² = s_n² + the noise of the others' mean, which is unknown in the first round.
         noise_N = weights_NN.square() @ squares_N if number else 0.0
-        known_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)
-        if float((squares_N / known_N - 1).abs().max()) < SETTLED:
+        previous_N, squares_N = squares_N, (distances_N - noise_N).clamp_min(least)
+        if float((squares_N / previous_N - 1).abs().max()) < SETTLED:
             break
     level_N = squares_N.rsqrt()
     return level_N[:, None] * gram_NN * level_N, level_N

@@ -1,4 +1,4 @@
-"""What directions found on some models capture of others, from the Gram alone.
+"""Measure from the Gram how much the directions of some models capture of other models.
 
 Legend: N models, T fitted ones, H held-out ones, K directions.
 """
@@ -28,7 +28,7 @@ FLOAT32_FLOOR = 1e-5
 NUM_FOLDS = 5
 """Folds that models are dealt to unless asked otherwise."""
 
-ENOUGH_HELD = 40
+MIN_HELD_OUT = 40
 """Held-out models after which no further fold is held out: of zoos of up to forty models every model is."""
 
 SECULAR_STEPS = 8
@@ -53,14 +53,14 @@ class HeldOut:
     energy: float
 
 
-def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = None) -> HeldOut:
+def hold_out(gram_NN: Tensor, fitted: Tensor, held_out: Tensor, num: int | None = None) -> HeldOut:
     """Fit directions to some models and measure others along them: ‖Pₖ(x_h − mean)‖² = Σ_{j≤k} (u_jᵀ k_h)² / λ_j.
 
     u, λ are of the fitted models' centred Gram; with `num`, the leading so many, of many models in float32. Exact otherwise; no
     weight is read. Cost T³.
     """
-    # In numpy: this is called for each fold of each layer, and torch takes longer to begin than the small sums to be made.
-    gram, rows, columns = gram_NN.numpy(), fitted.numpy(), held.numpy()
+    # In numpy: this runs for each fold of each layer, and starting a torch call takes longer than these small sums.
+    gram, rows, columns = gram_NN.numpy(), fitted.numpy(), held_out.numpy()
     seen = gram.take(rows, 0)
     block, cross = seen.take(rows, 1), seen.take(columns, 1)
     means, mean_cross = block.mean(0), cross.mean(0)
@@ -70,7 +70,7 @@ def hold_out(gram_NN: Tensor, fitted: Tensor, held: Tensor, num: int | None = No
     centered_TT = _above_round_off(torch.from_numpy(block - means - (means - mean)[:, None]), torch.from_numpy(block))
     floor = FLOOR
     if num is not None and len(fitted) > FLOAT32_FROM:
-        # Half the time, for shares of which the first digits are looked at.
+        # float32 takes half the time, and only the first digits of these shares are used.
         centered_TT, cross_TH, floor = centered_TT.float(), cross_TH.float(), FLOAT32_FLOOR
     values_K, vectors_TK = eigenpairs(centered_TT, floor, num)
     return HeldOut(
@@ -97,7 +97,7 @@ class Contrast:
     freedom: int
 
 
-def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held: Tensor) -> Contrast:
+def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held_out: Tensor) -> Contrast:
     """Measure held-out models, seen from their own mean, along directions of the fitted ones.
 
     Args:
@@ -107,38 +107,38 @@ def contrast(scaled_NN: Tensor, level_N: Tensor, fitted: Tensor, held: Tensor) -
     The two means share nothing, so that without shared directions each contrast has a χ² of one degree of freedom along every
     direction, in units of `cloud`.
     """
-    left_T, right_H = unit(level_N[fitted]), unit(level_N[held])
+    left_T, right_H = unit(level_N[fitted]), unit(level_N[held_out])
     whole_TT = scaled_NN[fitted][:, fitted]
     block_TT = _above_round_off(project_out(whole_TT, left_T), whole_TT)
-    cross_TH = scaled_NN[fitted][:, held]
+    cross_TH = scaled_NN[fitted][:, held_out]
     cross_TH = cross_TH - torch.outer(left_T, left_T @ cross_TH)
     cross_TH = cross_TH - torch.outer(cross_TH @ right_H, right_H)
     total = float(block_TT.diagonal().sum())
     floor = FLOOR
     if len(fitted) > FLOAT32_FROM:
-        # Half the time, for leading directions that are compared with chance, whose spread is thousands of times the error.
+        # float32 takes half the time. The directions are compared with chance, whose spread is thousands of times the error.
         block_TT, cross_TH, floor = block_TT.float(), cross_TH.float(), FLOAT32_FLOOR
     values_K, vectors_TK = eigenpairs(block_TT, floor)
     return Contrast(
         ((vectors_TK.T @ cross_TH).square() / values_K[:, None]).sum(1).cumsum(0).double(),
-        float(project_out(scaled_NN[held][:, held], right_H).diagonal().sum().clamp_min(0)),
+        float(project_out(scaled_NN[held_out][:, held_out], right_H).diagonal().sum().clamp_min(0)),
         float(cross_TH.square().sum()) / total if total > 0 else 0.0,
-        len(held) - 1,
+        len(held_out) - 1,
     )
 
 
 def _above_round_off(part_TT: Tensor, whole_TT: Tensor) -> Tensor:
-    """What is left of a Gram, or zero where that is round-off: copies of one model have no directions."""
+    """Return the remainder of a Gram, or zero if it is round-off: copies of one model have no directions."""
     return part_TT if float(part_TT.trace()) > NO_VARIANCE * float(whole_TT.trace()) else 0 * part_TT
 
 
-def deal(num_models: int, folds: int, seed: int = 0) -> list[Tensor]:
+def make_folds(num_models: int, folds: int, seed: int = 0) -> list[Tensor]:
     """Deal models to folds of nearly equal size by a seeded permutation."""
     order = torch.randperm(num_models, generator=torch.Generator().manual_seed(seed))
     return list(order.tensor_split(min(folds, num_models)))
 
 
-def deal_whole(groups: Sequence[Sequence[int]], folds: int) -> list[Tensor]:
+def make_grouped_folds(groups: Sequence[Sequence[int]], folds: int) -> list[Tensor]:
     """Deal whole groups of models to folds: the largest first, always to the smallest fold."""
     dealt: list[list[int]] = [[] for _ in range(min(folds, len(groups)))]
     for group in sorted(groups, key=len, reverse=True):
@@ -146,11 +146,11 @@ def deal_whole(groups: Sequence[Sequence[int]], folds: int) -> list[Tensor]:
     return [torch.tensor(sorted(fold)) for fold in dealt]
 
 
-def others(num_models: int, held: Tensor) -> Tensor:
+def others(num_models: int, held_out: Tensor) -> Tensor:
     """Return the models that are not held out, ascending."""
-    kept = torch.ones(num_models, dtype=torch.bool)
-    kept[held] = False
-    return kept.nonzero().flatten()
+    is_fitted = torch.ones(num_models, dtype=torch.bool)
+    is_fitted[held_out] = False
+    return is_fitted.nonzero().flatten()
 
 
 def up_to(cumulative_K: Tensor, rank: int) -> float:
@@ -171,19 +171,19 @@ def cross_validated_capture(
     if num_models < 3:
         return None
     most = max(ranks, default=0)
-    # Shares do not depend on the unit, and squares of energies may not be finite; a power of two rounds nothing.
+    # Shares do not depend on the unit, and squares of energies may overflow. A power of two causes no rounding.
     gram_NN = gram_NN * 2.0 ** -math.frexp(float(gram_NN.diagonal().max()))[1]
-    found = [hold_out(gram_NN, fitted, held, most) for fitted, held in _looked_at(num_models, folds, seed)]
-    total = sum(fold.energy for fold in found)
-    return [sum(up_to(fold.captured_K, rank) for fold in found) / total for rank in ranks] if total > 0 else None
+    results = [hold_out(gram_NN, fitted, held_out, most) for fitted, held_out in _folds_used(num_models, folds, seed)]
+    total = sum(fold.energy for fold in results)
+    return [sum(up_to(fold.captured_K, rank) for fold in results) / total for rank in ranks] if total > 0 else None
 
 
 @lru_cache(maxsize=64)
-def _looked_at(num_models: int, folds: int, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The fitted and the held-out models of each fold that is held out, the same for every layer."""
-    dealt = deal(num_models, folds, seed)
-    enough = -(-ENOUGH_HELD // (num_models // len(dealt)))
-    return tuple((others(num_models, held), held) for held in dealt[:enough])
+def _folds_used(num_models: int, folds: int, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return the fitted and the held-out models of each fold in use. They are the same for every layer."""
+    folds_made = make_folds(num_models, folds, seed)
+    enough = -(-MIN_HELD_OUT // (num_models // len(folds_made)))
+    return tuple((others(num_models, held_out), held_out) for held_out in folds_made[:enough])
 
 
 def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tensor, float]:
@@ -195,9 +195,9 @@ def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tens
     Exact; N·rank·N operations a step instead of N eigendecompositions. Takes the eigenpairs of the centred Gram.
     """
     num_models = vectors_NK.shape[0]
-    num_kept = int((values_K > FLOOR * values_K[:1]).sum())
-    values_R = _told_apart(values_K[:num_kept])
-    squares_NR = vectors_NK[:, :num_kept].square().clamp_min(LEAST_SQUARE) * values_R
+    num_values = int((values_K > FLOOR * values_K[:1]).sum())
+    values_R = _distinct(values_K[:num_values])
+    squares_NR = vectors_NK[:, :num_values].square().clamp_min(LEAST_SQUARE) * values_R
     factor = num_models / (num_models - 1)
     energy = factor**2 * float(values_K.sum())
     rank = max(0, min(rank, num_models - 2, values_R.numel() - 1))
@@ -208,20 +208,20 @@ def leave_one_out(values_K: Tensor, vectors_NK: Tensor, rank: int) -> tuple[Tens
     return captured_K.cumsum(0), energy
 
 
-def _told_apart(values_R: Tensor) -> Tensor:
-    """Eigenvalues that each lie at least round-off below the one before: equal ones would leave no bracket for a root."""
+def _distinct(values_R: Tensor) -> Tensor:
+    """Lower each eigenvalue to at least round-off below the one before. Equal eigenvalues would leave no bracket for a root."""
     values = values_R.tolist()
-    for place in range(1, len(values)):
-        values[place] = min(values[place], values[place - 1] * (1 - DISTINCT))
+    for index in range(1, len(values)):
+        values[index] = min(values[index], values[index - 1] * (1 - DISTINCT))
     return torch.tensor(values, dtype=torch.float64)
 
 
 def _secular_gaps(squares_NR: Tensor, values_R: Tensor, pole: int, level: float) -> Tensor:
     """λ_j − μ for the roots μ between λ_pole+1 and λ_pole of Σ a²/(λ − μ) = level, of all models at once.
 
-    What lies above and what lies below is each replaced by one pole of the same value and slope ("the middle way", Li 1993):
-    quadratic convergence, kept inside the bracket that the signs so far leave. Roots are told from the nearer of the two
-    poles: that of a model near the mean, a merged one say, lies closer to it than float64 can write beside λ.
+    The poles above and the poles below are each replaced by one pole of the same value and slope ("the middle way", Li 1993).
+    Convergence is quadratic, within the bracket that the signs leave. Roots are measured from the nearer of the two poles:
+    for a model near the mean (a merged one, for example) the distance is smaller than the spacing of float64 at λ.
     """
     upper, lower = values_R[pole], values_R[pole + 1]
     width = upper - lower

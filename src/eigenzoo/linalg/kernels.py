@@ -1,10 +1,9 @@
-"""The handful of products that a pass over weights consists of, by the library that is fastest at each.
+"""The products of a pass over weights, each computed by the fastest library.
 
-On the CPU, on one thread: numpy's symmetric product, which does half the work (BLAS syrk); torch's general product (MKL); numpy's
-sums over models, which are 10 to 30 times as fast as torch's where the models' rows are long. With AVX-512 and with AVX2 these are
-the fastest or within a few percent of it (the table is in docs/log.md): so nothing is measured at run time, and a machine keeps its
-bits. On another device it is torch. All give the same to round-off, and the same bits whenever they are called with the
-same shapes.
+On one CPU thread these are numpy's symmetric product, which does half the work (BLAS syrk), torch's general product (MKL), and
+numpy's sums over models, which are 10 to 30 times as fast as torch's for long rows. With AVX-512 and AVX2 they are the fastest or
+within a few percent of it (docs/log.md has the table). So nothing is measured at run time, and one machine always gives the same
+bits. Other devices use torch. All libraries agree to round-off, and each gives the same bits for calls with the same shapes.
 
 Legend: N models, D values of one block, K directions.
 """
@@ -18,8 +17,8 @@ from torch import Tensor
 PRODUCT_COLUMNS = 8192
 """Columns of one symmetric product: its float32 sums are short, and their sum over blocks is float64. Longer ones are no faster."""
 
-GIL_HELD = 500
-"""Symmetric products of so few values keep numpy's other threads waiting: it lets them run beside larger ones only."""
+SMALL_PRODUCT = 500
+"""numpy holds the GIL during symmetric products of at most this many values, so other threads would wait."""
 
 ENERGY_RUN = 512
 """Values of a row whose squares are summed in the row's dtype: their sum is right to its last digit or two."""
@@ -28,14 +27,14 @@ BFLOAT16_ROUND_OFF = 2.0**-14
 """Share of the largest eigenvalue below which eigenvalues of bfloat16 products are round-off (see docs/decisions/precision.md)."""
 
 
-# NaN, Inf and overflow go through products without a word: whoever sums them looks at the sums (`block_sums.is_finite`).
+# Products pass NaN, Inf and overflow on without a warning. Callers check the sums (`block_sums.is_finite`).
 _quiet = np.errstate(invalid="ignore", over="ignore")
 
 
 @_quiet
 def gram(rows_ND: Tensor, out: Tensor | None = None) -> Tensor:
     """Return rows · rowsᵀ (N, N) in the dtype of the rows; half the products of a general one. Cost N²·D."""
-    if rows_ND.device.type != "cpu" or rows_ND.shape[0] ** 2 <= GIL_HELD:
+    if rows_ND.device.type != "cpu" or rows_ND.shape[0] ** 2 <= SMALL_PRODUCT:
         return torch.mm(rows_ND, rows_ND.T)
     rows = rows_ND.numpy()
     return torch.from_numpy(np.matmul(rows, rows.T, out=None if out is None else out.numpy()))

@@ -1,7 +1,7 @@
-"""Algebra of low-rank updates X_n = B_n A_n by their factors: no product B·A is ever formed.
+"""Compute with low-rank updates X_n = B_n A_n by their factors. No product B·A is formed.
 
 Legend: N models, O outputs, I inputs, R one update's rank, P ranks of all updates stacked, K kept directions. The scale
-of an update is in its B. All sums are float64, since products of small factors cost little and centring happens after.
+of an update is in its B. All sums are float64, because products of small factors are cheap and centring follows.
 """
 
 from __future__ import annotations
@@ -99,5 +99,5 @@ def cut(factors: Factors, max_rank: int) -> tuple[Factors, float]:
     """
     if factors[1].shape[0] <= max_rank:
         return factors, 0.0
-    kept, share = truncated(*factors, max_rank)
-    return kept, share * energy(factors)
+    factors_cut, share = truncated(*factors, max_rank)
+    return factors_cut, share * energy(factors)

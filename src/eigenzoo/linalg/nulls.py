@@ -1,4 +1,4 @@
-"""What a stack's spectrum looks like when its models share nothing.
+"""Draw spectra of stacks whose models share nothing.
 
 Legend: N models, D values of one flattened layer.
 """
@@ -79,7 +79,7 @@ def permuted_spectra(energies_N: Tensor, sums_N: Tensor, num_values: int, *, dra
         num_values: D.
     """
     level_N = sums_N.double() / num_values**0.5
-    # The sums are about the mean already, and stay there; only what is shuffled is as unrelated as un-centring takes it to be.
+    # The sums are already about the mean and stay so. Un-centring assumes unrelated models, which only shuffled ones are.
     norms_N = _uncentered_energies((energies_N.double() - level_N.square()).clamp_min(0)).sqrt()
     return _spectra(norms_N, level_N, max(num_values - 1, 1), True, draws, seed)
 
@@ -90,7 +90,7 @@ def num_draws(num_models: int) -> int:
 
 
 def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered: bool, draws: int, seed: int) -> Tensor:
-    """Spectra of unrelated directions of these norms, each beside its place on one common direction where one is given."""
+    """Draw spectra of unrelated directions with these norms, each combined with its value on a common direction if one is given."""
     spectra = torch.zeros(draws, norms_N.numel(), dtype=torch.float64)
     if float(norms_N.sum()) == 0:
         return spectra
@@ -99,7 +99,7 @@ def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered:
         if level_N is not None:
             gram_NN += torch.outer(level_N, level_N).to(gram_NN.dtype)
         if centered:
-            # In place: a large null is a matrix of N² values, and each copy of it one more.
+            # In place, because a large null is a matrix of N² values and each copy doubles it.
             gram_NN -= gram_NN.mean(0, keepdim=True)
             gram_NN -= gram_NN.mean(1, keepdim=True)
         spectra[draw] = _shares(gram_NN)
@@ -107,9 +107,9 @@ def _spectra(norms_N: Tensor, level_N: Tensor | None, num_values: int, centered:
 
 
 def _unrelated_gram(norms_N: Tensor, num_values: int, draw: int, seed: int) -> Tensor:
-    """Gram of unrelated directions of these norms in D dimensions: one draw, of the same directions for every layer of that size.
+    """Draw the Gram of unrelated directions with these norms in D dimensions. All layers of one size use the same directions.
 
-    Of more than `CACHED_MODELS` models directions are drawn anew each time, of more than `LARGE_NULL` in float32.
+    With more than `CACHED_MODELS` models the directions are drawn again each time, and with more than `LARGE_NULL` in float32.
     """
     num_models = norms_N.numel()
     if num_models <= CACHED_MODELS:
@@ -133,7 +133,7 @@ def _generator(draw: int, seed: int) -> torch.Generator:
 
 
 def _shares(gram_NN: Tensor) -> Tensor:
-    # The spread of a null is thousands of times what float32 loses, and large zoos have many layers.
+    # float32 is enough: the spread of a null is thousands of times its error, and large zoos have many layers.
     gram_NN = gram_NN.float() if gram_NN.shape[0] > FLOAT32_FROM else gram_NN
     values_N: Tensor = torch.linalg.eigvalsh(gram_NN).flip(0).clamp_min_(0).double()
     return values_N / values_N.sum().clamp_min_(torch.finfo(torch.float64).tiny)
@@ -248,7 +248,7 @@ def axis_null(
     effective_models = float(energies_N.sum() ** 2 / energies_N.square().sum()) if float(energies_N.sum()) > 0 else 1.0
     freedom = max(1, round((effective_models - centered) * columns_per_model))
     generator = torch.Generator().manual_seed(seed)
-    # A large side averages itself: the spread of its largest eigenvalue falls as size^(-2/3).
+    # A large side averages over itself: the spread of its largest eigenvalue falls as size^(-2/3).
     draws = draws or (20 if size <= 512 else 4)
     spectra = torch.zeros(draws, size, dtype=torch.float64)
     for draw in range(draws):

@@ -1,7 +1,7 @@
-"""Rank rules: how many directions of an axis are kept, and why.
+"""Choose the rank of an axis by a rule, and return the reason.
 
-A rule is an int (that many), a float in (0, 1] (that share of the variance; 1.0 is everything), or "auto" (parallel
-analysis, Horn 1965, against a null). Each answer comes with its reason.
+A rule is an int (the number of directions), a float in (0, 1] (the share of the variance; 1.0 is all of it), or "auto" (parallel
+analysis, Horn 1965, against a null).
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def choose_rank(rule: RankRule, values_K: Tensor, total: float, null: Tensor | N
 
 
 def _parallel_analysis(values_K: Tensor, total: float, null: Tensor) -> RankChoice:
-    """Count the leading eigenvalues that exceed the null's quantile, up to the first that does not."""
+    """Count the leading eigenvalues above the null's quantile, up to the first that is not."""
     if total <= 0 or not values_K.numel():
         return RankChoice(0, "no variance")
-    # Where there is one dimension only, a share is 1 in the null too, up to round-off.
+    # With a single dimension a share is 1 in the null too, up to round-off.
     threshold = null_threshold(null)[: values_K.numel()]
     above = (values_K / total) > threshold * (1 + NUMERICAL_RANK)
     rank = int(above.long().cumprod(0).sum())
@@ -93,7 +93,7 @@ def null_threshold(null: Tensor) -> Tensor:
     """
     num_draws = null.shape[0]
     if num_draws >= ENOUGH_DRAWS or num_draws == 1:
-        # "higher": with 20 draws the interpolated quantile lets one noise in eleven pass.
+        # "higher", because with 20 draws the interpolated quantile accepts one noise spectrum in eleven.
         largest: Tensor = null.quantile(AUTO_QUANTILE, dim=0, interpolation="higher")
         return largest
     deviates = float(stdtrit(num_draws - 1, AUTO_QUANTILE)) * (1 + 1 / num_draws) ** 0.5

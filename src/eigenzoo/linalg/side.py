@@ -47,8 +47,8 @@ class SideMoment:
     @property
     def size(self) -> int:
         """S."""
-        held = self.dense_SS if self.factor_SP is None else self.factor_SP
-        return 0 if held is None else held.shape[0]
+        stored = self.dense_SS if self.factor_SP is None else self.factor_SP
+        return 0 if stored is None else stored.shape[0]
 
     @property
     def trace(self) -> float:
@@ -82,24 +82,24 @@ class Eigenvectors:
 
     def check_rank(self, rank: int) -> None:
         """Raise RankError for a rank that a sketch does not hold, though the moment may."""
-        held = self.values_K.numel()
-        if self.outside is not None and self.factor_SP is not None and rank > held:
+        num_directions = self.values_K.numel()
+        if self.outside is not None and self.factor_SP is not None and rank > num_directions:
             if self.factor_SP.shape[1] < self.outside.columns:
                 return
             raise RankError(
-                f"rank {rank}, but the sketch has only {held} directions",
+                f"rank {rank}, but the sketch has only {num_directions} directions",
                 rule="a sketch is made for a rank, with some spare directions",
-                next_step=f"sketch again for rank {rank}, use rank <= {held}, or use solver 'exact'",
+                next_step=f"sketch again for rank {rank}, use rank <= {num_directions}, or use solver 'exact'",
             )
 
     def most(self, rank: int) -> float:
         """Return what any `rank` directions can hold of the moment at most: Σ λ, and for a sketch what may lie outside of it."""
-        held = float(self.values_K[:rank].sum())
+        energy = float(self.values_K[:rank].sum())
         if self.outside is None:
-            return held
+            return energy
         # Σₖ λ(S) ≤ Σₖ λ(F·Fᵀ) + Σₖ λ(S − F·Fᵀ) (Ky Fan), and Σₖ λ ≤ k^¾ (Σ λ⁴)^¼ (Hölder).
         rest = min(self.outside.energy, pow(rank, 0.75) * self.outside.fourth)
-        return max(held, min(held + rest, float(self.outside.upper_P[:rank].sum())))
+        return max(energy, min(energy + rest, float(self.outside.upper_P[:rank].sum())))
 
     def basis(self, rank: int) -> Tensor:
         """Return the leading `rank` eigenvectors as orthonormal columns (S, rank); all there are where those are fewer."""
@@ -107,6 +107,6 @@ class Eigenvectors:
         vectors = self.vectors[:, :rank]
         if self.factor_SP is None:
             return vectors.contiguous()
-        # Small eigenvalues leave F·w short of orthogonal by eps · largest / own; QR mends it and keeps the order.
+        # For small eigenvalues F·w is not orthogonal, by eps · largest / own. QR corrects this and keeps the order.
         basis: Tensor = torch.linalg.qr(self.factor_SP @ (vectors / self.values_K[:rank].sqrt()))[0]
         return basis.contiguous()

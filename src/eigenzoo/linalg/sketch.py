@@ -1,4 +1,4 @@
-"""Sketches of a side's moment S (size × size), which is only ever multiplied with thin blocks: nothing size × size is formed.
+"""Sketch a side's moment S (size × size). S is only multiplied with thin blocks, so no size × size matrix is formed.
 
 Legend: S size of the side, L columns of one test block, P all test columns, K of them above round-off, G probes.
 
@@ -103,7 +103,7 @@ class Krylov:
         self._products.append(product[:, :columns])
         if len(self._products) < self.passes:
             block_SL = torch.linalg.qr(self._outside(self._products[-1]))[0]
-            # Again: where little or nothing was new, what is left is not yet orthogonal to what was known.
+            # A second time: if little was new, the remainder is not yet orthogonal to the earlier blocks.
             self._blocks.append(self._rounded(torch.linalg.qr(self._outside(block_SL))[0]))
         if probed:
             self._probed_SG = product[:, columns:]
@@ -117,7 +117,7 @@ class Krylov:
         """Return the moment as F (S × K) and what is outside of it, from the trace of S."""
         tests_SP, products_SP = torch.cat(self._blocks, 1), torch.cat(self._products, 1)
         inner_PP = tests_SP.T @ products_SP
-        # Directions at the products' round-off are divided by their own size: left out, and counted as outside.
+        # Directions at the products' round-off would be divided by their own size. They are left out and counted as outside.
         floor = NUMERICAL_RANK if self._dtype == torch.float64 else FLOAT32_ROUND_OFF
         values_K, vectors_PK = eigenpairs((inner_PP + inner_PP.T) / 2, floor)
         factor_SK = products_SP @ (vectors_PK / values_K.sqrt())
@@ -132,9 +132,9 @@ class Krylov:
         return self.passes > 1 and len(self._products) >= self.passes - 2
 
     def _outside(self, columns: Tensor) -> Tensor:
-        """Remove from columns what lies in the test blocks."""
-        for known_SL in self._blocks:
-            columns = columns - known_SL @ (known_SL.T @ columns)
+        """Remove from columns their part in the test blocks."""
+        for earlier_SL in self._blocks:
+            columns = columns - earlier_SL @ (earlier_SL.T @ columns)
         return columns
 
     def _rounded(self, block: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Spectra of symmetric second moments.
+"""Compute spectra of symmetric second moments.
 
 Legend: N rows of the moment, K kept directions.
 """
@@ -35,7 +35,7 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
     """
     size = moment_NN.shape[0]
     if num is not None and size >= LEADING_FROM and 0 < num <= size // 4:
-        # Here, since importing it takes a third as long as all of eigenzoo does, and smaller zoos never need it.
+        # Imported here, because its import takes a third of the time of all of eigenzoo, and smaller zoos never need it.
         import scipy.linalg
 
         values, vectors = scipy.linalg.eigh(
@@ -45,8 +45,8 @@ def eigenpairs(moment_NN: Tensor, floor: float = NUMERICAL_RANK, num: int | None
         # A quarter faster than numpy's at 40 to 500 rows (docs/log.md).
         values, vectors = (found.numpy() for found in torch.linalg.eigh(moment_NN))
     largest = float(values[-1]) if len(values) else 0.0
-    num_kept = int(np.count_nonzero(values > max(floor * largest, 0.0))) if largest > 0 else 0
-    leading = slice(None, -1 - (num_kept if num is None else min(num, num_kept)), -1)
+    num_above = int(np.count_nonzero(values > max(floor * largest, 0.0))) if largest > 0 else 0
+    leading = slice(None, -1 - (num_above if num is None else min(num, num_above)), -1)
     return torch.from_numpy(values[leading].copy()), torch.from_numpy(vectors[:, leading].copy())
 
 

@@ -1,4 +1,4 @@
-"""Grams of low-rank updates X_n = B_n A_n, tile by tile of models: ⟨X_i, X_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), no B·A ever formed.
+"""Compute Grams of low-rank updates X_n = B_n A_n by tiles of models: ⟨X_i, X_j⟩ = Σ (B_iᵀB_j) ∘ (A_iA_jᵀ), without B·A.
 
 Legend: n models of a tile, O outputs, I inputs, R one update's rank, P ranks of a tile's updates stacked. The scale is in B.
 """
@@ -95,11 +95,11 @@ def singular_values(tile: Tile, own: TileProducts, width: int) -> Tensor:
     outputs, inputs = own.outputs_PP.double().cpu(), own.inputs_PP.double().cpu()
     firsts = torch.from_numpy(tile.firsts)
     for rank in set(tile.ranks):
-        places = torch.tensor([place for place, own_rank in enumerate(tile.ranks) if own_rank == rank])
-        index = firsts[places][:, None] + torch.arange(rank)
+        models_n = torch.tensor([model for model, own_rank in enumerate(tile.ranks) if own_rank == rank])
+        index = firsts[models_n][:, None] + torch.arange(rank)
         b_nRR, a_nRR = (values[index[:, :, None], index[:, None, :]] for values in (outputs, inputs))
         levels_nR, vectors_nRR = np.linalg.eigh(a_nRR.numpy())
         half_nRR = vectors_nRR * np.sqrt(np.clip(levels_nR, 0, None))[:, None, :]
         squares_nR = np.linalg.eigvalsh(half_nRR.transpose(0, 2, 1) @ b_nRR.numpy() @ half_nRR)
-        values_nR[places, :rank] = torch.from_numpy(np.sqrt(np.clip(squares_nR[:, ::-1], 0, None)).copy())
+        values_nR[models_n, :rank] = torch.from_numpy(np.sqrt(np.clip(squares_nR[:, ::-1], 0, None)).copy())
     return values_nR

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.training import Weights
-from eigenzoo.passes.draws import seed_draws
+from eigenzoo.passes.draws import seed_generators
 
 # Channels that are normalised together.
 GROUP_SIZE = 4
@@ -84,7 +84,7 @@ class CnnKind:
 
     def start(self, seed: int) -> Weights:
         """Return torch's default initialisation from the model's own seed, or from the zoo's where all share one."""
-        seed_draws(seed if self._plan.own_init else self._plan.seed)
+        seed_generators(seed if self._plan.own_init else self._plan.seed)
         return {name: weight.detach() for name, weight in Cnn().named_parameters()}
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.training import Weights
 from eigenzoo.nursery.vit import run
-from eigenzoo.passes.draws import seed_draws
+from eigenzoo.passes.draws import seed_generators
 from eigenzoo.passes.process import quietly
 
 RANK = 4
@@ -50,7 +50,7 @@ class LoraKind:
 
         A is drawn from the adapter's own seed, or from the zoo's where all are to share one.
         """
-        seed_draws(seed if self._plan.own_init else self._plan.seed)
+        seed_generators(seed if self._plan.own_init else self._plan.seed)
         for module in self.model.modules():
             if hasattr(module, "reset_lora_parameters"):
                 module.reset_lora_parameters("default", init_lora_weights=True)

@@ -20,7 +20,7 @@ from eigenzoo.nursery.cnn import CnnKind, permute
 from eigenzoo.nursery.digits import Task
 from eigenzoo.nursery.recipe import PARENT, RECIPE, ZOO, Plan, Recipe, library_versions
 from eigenzoo.nursery.training import Weights, predict, share, train
-from eigenzoo.passes.draws import kept_draws
+from eigenzoo.passes.draws import preserve_generators
 from eigenzoo.passes.process import single_threaded
 
 Progress = Callable[[str, int, int], None]
@@ -55,7 +55,7 @@ def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> R
     """Train and save; see `eigenzoo.nursery.make`."""
     # One thread whatever torch was set to: two gain a quarter on an idle machine of two cores, and cost ten times the time (234 s
     # against 22) beside another process, since each small operator waits for the slower one. The bytes depend on it too.
-    with new_folder(out, force=force, foreign=recorded(ZOO)) as folder, kept_draws(), single_threaded():
+    with new_folder(out, force=force, foreign=recorded(ZOO)) as folder, preserve_generators(), single_threaded():
         kind, parent = _build(plan, folder, progress)
         models: dict[str, dict[str, Any]] = {}
         for chunk in _chunks(choose_children(plan)):

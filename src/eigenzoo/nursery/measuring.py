@@ -19,7 +19,7 @@ from eigenzoo.nursery import digits
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.digits import Task
 from eigenzoo.nursery.training import share
-from eigenzoo.passes.draws import kept_draws
+from eigenzoo.passes.draws import preserve_generators
 from eigenzoo.passes.process import quietly
 
 _ADAPTER = "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
     data, wanted = digits.load(), Task.parse(asked)
     images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
     # Models are built with random weights before they are loaded; the caller's random state is not ours to move.
-    with kept_draws(), torch.no_grad():
+    with preserve_generators(), torch.no_grad():
         model = _load(weights, base)
         answer = model(images)
     logits = answer if isinstance(answer, torch.Tensor) else answer.logits

@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.training import Weights, predict, share, train
-from eigenzoo.passes.draws import seed_draws
+from eigenzoo.passes.draws import seed_generators
 from eigenzoo.passes.process import quietly
 
 HEAD_SCALE = 0.3
@@ -79,7 +79,7 @@ def build(num_labels: int, seed: int) -> Any:
         # vmap takes the fused attention apart again, which costs twice the time of the plain one.
         "attn_implementation": "eager",
     }
-    seed_draws(seed)
+    seed_generators(seed)
     model: Any = ViTForImageClassification(ViTConfig(**settings))
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Memory that blocks of weights are read into, lent and taken back: fresh pages cost more than reading into used ones."""
+"""Reusable memory for blocks of weights: fresh pages cost more than reading into pages that were used before."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def lend(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _give_back(memory: Tensor) -> None:
-    # Python may call this anywhere, also between two steps of `_take` on this very thread: so no lock, and not that list.
+    # Python may call this anywhere, even between two steps of `_take` on the same thread. So it uses neither a lock nor that list.
     _returned.put(memory)
 
 
 def _take(num_bytes: int) -> Tensor:
-    """Take the smallest free memory that is large enough, and not far too large, else let go of one for a new one."""
+    """Take the smallest free memory that is large enough but not far too large. If there is none, replace one by a new one."""
     with _lock:
         while not _returned.empty():
             _free.append(_returned.get())
         _free.sort(key=len)
-        for place, memory in enumerate(_free):
+        for index, memory in enumerate(_free):
             if num_bytes <= len(memory) <= TOO_LARGE * num_bytes + 2**20:
-                return _free.pop(place)
+                return _free.pop(index)
         if _free:
             _free.pop()
-    # By numpy, which asks for large pages: they are cleared and found in a fraction of the time.
+    # numpy requests large pages, which are cleared and mapped in a fraction of the time.
     return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8))
 
 

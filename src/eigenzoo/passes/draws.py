@@ -1,7 +1,8 @@
 """Torch's global random generators: libraries draw from them, and their state belongs to the user.
 
-`torch.manual_seed` sets the generators of all devices, and `fork_rng` gives back those that it is told of: a seed for the CPU would
-move the draws of the user's GPUs. So whatever seeds a global generator does it by `seed_draws`, inside `kept_draws`.
+`torch.manual_seed` sets the generators of all devices, but `fork_rng` restores only those that it is given. A seed for the CPU
+would thus change the user's GPU generators. All code that seeds a global generator therefore calls `seed_generators` inside
+`preserve_generators`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 
 @contextmanager
-def kept_draws(gpus: Collection[int] = ()) -> Iterator[None]:
-    """Leave the generators of the CPU and of these GPUs as they were."""
+def preserve_generators(gpus: Collection[int] = ()) -> Iterator[None]:
+    """Restore the generators of the CPU and of these GPUs at the end."""
     with torch.random.fork_rng(devices=sorted(gpus)):
         yield
 
 
-def seed_draws(seed: int, gpus: Collection[int] = ()) -> None:
-    """Seed the generators of the CPU and of these GPUs, which are in use already; as `torch.manual_seed` does for all."""
+def seed_generators(seed: int, gpus: Collection[int] = ()) -> None:
+    """Seed the generators of the CPU and of these GPUs, as `torch.manual_seed` does for all. The GPUs must be in use already."""
     torch.default_generator.manual_seed(seed)
     for gpu in gpus:
         torch.cuda.default_generators[gpu].manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may use: those of the machine, or fewer where a container limits them.
+"""Memory and cores that this process may use: those of the machine, or fewer if a container limits them.
 
 Limits are those of control groups, version 1 and 2 (Docker, Kubernetes, Slurm and systemd set them), of `ulimit -v`, and of
 `taskset`. A limit of an outer group holds for its inner groups too, so all groups up to the root are read.
@@ -25,14 +25,14 @@ ROOT = Path("/")
 
 def machine_memory() -> int:
     """Return the bytes of memory that this process may use at most, whatever others use of it now."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
-        found.append(soft)
+        limits.append(soft)
     for folder in _groups("memory"):
         for file in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            found += [int(word) for word in _words(folder / file) if _is_number(word)]
-    return min(found)
+            limits += [int(word) for word in _words(folder / file) if _is_number(word)]
+    return min(limits)
 
 
 def num_cores() -> int:

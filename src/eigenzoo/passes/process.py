@@ -1,6 +1,6 @@
 """Settings of the whole process that a pass changes: how Python switches threads and collects garbage, torch's and BLAS's threads.
 
-Passes may overlap in several threads. The first pass to begin keeps what it finds, and the last one to end gives it back.
+Passes may overlap in several threads. The first pass to begin saves the settings, and the last one to end restores them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SharedSetting:
                 self._change(self._undos)
 
     def _leave(self, entry: object) -> None:
-        """Undo the change behind the last one; a second call finishes what an interrupt has left of the first."""
+        """Undo the change when the last pass ends. A second call completes a first one that was interrupted."""
         with self._lock:
             self._inside.discard(entry)
             if not self._inside:
@@ -99,7 +99,7 @@ def _limit_blas(undos: list[Undo]) -> None:
 
 
 def _leave_control() -> None:
-    """Let another thread set BLAS's threads next: newer threadpoolctl obeys only the thread that was first, without an error."""
+    """Let another thread set BLAS's threads next: newer threadpoolctl silently ignores all threads but the first."""
     for library in _controller().lib_controllers:
         if hasattr(library, "clear_controlling_thread"):
             library.clear_controlling_thread()
@@ -135,7 +135,7 @@ def single_threaded() -> Iterator[None]:
     entry, own = object(), 0
     try:
         with _lock:
-            # A thread that torch first meets while another one is inside inherits that one's single thread.
+            # A thread that calls torch for the first time while another one is inside inherits the single-thread setting.
             own = torch.get_num_threads()
             if not _torch.inside:
                 _torch.threads = own
@@ -165,7 +165,7 @@ def _leave(entry: object, own: int) -> None:
 def enter_worker() -> None:
     """Give a thread that runs tasks, and nothing else as long as it lives, one thread of torch."""
     _entered.depth = 1
-    # Torch's first call on a thread gives it the number that any thread has set last. That call is made here, before ours is set.
+    # Torch's first call on a thread takes over the number that any thread has set last. So it is made here, before ours is set.
     torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -183,7 +183,7 @@ class _Entered(threading.local):
 
 
 class _Torch:
-    """Who is inside `single_threaded`, and torch's threads before the first of them."""
+    """The threads inside `single_threaded`, and torch's number of threads before the first of them."""
 
     def __init__(self) -> None:
         self.inside, self.threads = set[object](), 1

@@ -1,4 +1,4 @@
-"""What a pass may use: memory for blocks, and the device that products run on."""
+"""Resources of a pass: memory for blocks, and the device that products run on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SHARE_OF_RAM = 4
 """Blocks take a quarter of the memory of the machine, or of the container, at most, unless asked otherwise."""
 
 SHARE_OF_GPU = 2
-"""Blocks take half of a GPU's free memory at most, whatever is asked: products and bases are made there too."""
+"""Blocks take at most half of a GPU's free memory, because products and bases need memory there too."""
 
 MOST_ON_A_GPU = 8
-"""Tasks that share a GPU: enough to read for it, and few enough that each has a useful part of its memory."""
+"""Tasks that share a GPU: enough to keep it busy with reads, and few enough that each has a useful share of its memory."""
 
-MOST_KEPT = 3 * SPAN_BYTES
-"""A layer whose rows take more is read again for its basis, from the page cache as a rule, and not kept: so memory stays flat."""
+MAX_LAYER_BYTES = 3 * SPAN_BYTES
+"""A layer whose rows take more bytes is read again for its basis (usually from the page cache), so that memory stays bounded."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Resources:
 
     Attributes:
         block_bytes: of one block of weights.
-        kept_bytes: of a layer that stays in memory from its moments to its basis.
+        layer_bytes: of a layer that stays in memory from its moments to its basis.
         device: where products run: `cpu`, `cuda`, `cuda:1`.
     """
 
     block_bytes: int = SPAN_BYTES
-    kept_bytes: int = MOST_KEPT
+    layer_bytes: int = MAX_LAYER_BYTES
     device: str = "cpu"
 
 
@@ -57,14 +57,14 @@ def resources_for(num_workers: int, max_memory: int | None = None, device: str =
     if max_memory is None:
         max_memory = machine_memory() // SHARE_OF_RAM
     if device != "cpu":
-        # A thread of its own begins at the first GPU, whichever the caller has chosen.
+        # A new thread starts with the first GPU, whichever GPU the caller has chosen.
         device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         free = gpu_memory(device) // SHARE_OF_GPU
-        # A power of two, since an interrupted fit goes on only under the same bounds, and what is free changes a little.
+        # A power of two, because a fit resumes only under the same bounds, while free memory changes a little.
         max_memory = min(max_memory, 1 << max(free.bit_length() - 1, 0))
-    # A task holds its rows and, for a moment, what it makes of them.
+    # A task holds its rows and, briefly, the results computed from them.
     share = max(2**20, max_memory // (2 * max(num_workers, 1)))
-    return Resources(min(SPAN_BYTES, share), min(MOST_KEPT, share), device)
+    return Resources(min(SPAN_BYTES, share), min(MAX_LAYER_BYTES, share), device)
 
 
 def most_workers(num_workers: int, device: str) -> int:
@@ -89,7 +89,7 @@ def check_agrees(resources: Resources, max_memory: int | None, device: str) -> N
             rule="workers have their own memory limits",
             next_step="pass max_memory to local_workers or cluster_workers",
         )
-    # The default says nothing: "cpu" is also what is taken where no device is named. "cuda" is any GPU.
+    # The default is not a choice: "cpu" is also used if no device is named. "cuda" means any GPU.
     if device not in ("cpu", resources.device, resources.device.partition(":")[0]):
         raise UsageError(
             f"device {device!r} does not apply to workers on {resources.device!r}",
@@ -116,7 +116,7 @@ def check_device(device: str) -> None:
         )
 
 
-# What RuntimeErrors of torch and CUDA say where memory is short; all others stay what they are.
+# Texts of torch's and CUDA's RuntimeErrors for too little memory. All other errors are passed on unchanged.
 _SHORT = re.compile(r"can't allocate memory|not enough memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 _ASKED = re.compile(r"allocate:? ([\d.,]+ ?\w*B\b|\d+ bytes)", re.I)
 

@@ -1,4 +1,4 @@
-"""Torch settings that change results: set back to torch's defaults while eigenzoo computes, and restored afterwards.
+"""Torch settings that change results: they are set to torch's defaults while eigenzoo computes, and restored afterwards.
 
 A default device and autocast belong to the calling thread. The precision of float32 products (TF32 on GPUs, bfloat16 on CPUs)
 belongs to the process.
@@ -25,7 +25,7 @@ def own_settings() -> Iterator[None]:
     inside at once: the last one to leave restores the precision of products.
     """
     with ExitStack() as settings:
-        # Each is entered only where needed: a device context costs time at every call of torch.
+        # Each context is entered only if needed: a device context slows down every call of torch.
         if torch.get_default_device().type != "cpu":
             settings.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
@@ -36,12 +36,12 @@ def own_settings() -> Iterator[None]:
 
 
 def _full_float32(undos: list[Undo]) -> None:
-    """Compute float32 products in float32; appends functions that restore the user's setting, the last one first.
+    """Compute float32 products in float32. Append functions that restore the user's setting, to be called in reverse order.
 
     Torch has two ways to set it. From 2.9 on `fp32_precision` is per backend, and the older call raises an error where it reads
     a mix of both. So the backends are set first and restored last.
     """
-    # Each backend inherits from a parent where it is "none"; what it reads is the inherited value.
+    # A backend set to "none" inherits from a parent, and reading it returns the inherited value.
     parents = {torch.backends.cuda.matmul: torch.backends.cudnn}
     if hasattr(torch.backends.mkldnn, "matmul"):
         parents[torch.backends.mkldnn.matmul] = torch.backends.mkldnn

@@ -1,8 +1,8 @@
-"""Workers: where the tasks of a pass run, and in which order their results come back.
+"""Workers: where the tasks of a pass run, and in which order their results arrive.
 
-One task reads and multiplies on one thread; as many run at once as there are cores. So reading one layer goes on while another's
-products run, and no thread waits for another inside a product. Results come in the order of the tasks, a few at a time: what
-is made of them does not depend on who was first, and memory does not grow with their number.
+Each task reads and multiplies on one thread. As many tasks run at once as there are cores. So one layer is read while another
+is multiplied, and no thread waits for another inside a product. Results arrive in the order of the tasks, a few at a time.
+Outputs therefore do not depend on which task finished first, and memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from eigenzoo.formats.open_files import kept_open
+from eigenzoo.formats.open_files import keep_files_open
 from eigenzoo.passes.buffers import release
 from eigenzoo.passes.machine import num_cores
 from eigenzoo.passes.process import enter_worker, num_threads, seldom_collecting, single_threaded, switching_often
@@ -37,10 +37,10 @@ Done = tuple[Key, list[Any]]
 Weight = Callable[[Any], int]
 
 WAITING = 2
-"""Tasks that wait beside those that run, so that no worker waits for the one who collects results."""
+"""Tasks that are queued beside those that run, so that no worker waits while results are collected."""
 
-HELD_BYTES = 192 * 2**20
-"""What results that wait for their turn may weigh, for each worker."""
+MAX_PENDING_BYTES = 192 * 2**20
+"""Bytes that results may take while they wait for their turn, per worker."""
 
 MOST_PENDING = 8
 """Jobs for each worker that are handed out and not collected yet, at most: results without a weight take memory too."""
@@ -68,9 +68,10 @@ class Workers:
     ) -> Iterator[Done[Key]]:
         """Run the calls of each job; yields jobs with their calls' results in the order in which they came.
 
-        So many calls are handed out that no worker waits, but no more than that; not while `MOST_PENDING` jobs a worker wait for
-        their turn, and not while their results may weigh more than `HELD_BYTES` a worker: `weight` says what a job's results may
-        weigh, in bytes. An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
+        Enough calls are submitted that no worker waits, and no more. None is submitted while `MOST_PENDING` jobs per worker
+        wait for their turn, or while their results may take more than `MAX_PENDING_BYTES` per worker. `weight` returns the bytes
+        that a job's results may take.
+        An error of a call is raised in its turn, and whatever has not begun is cancelled. Where a call ran out of
         memory, that is a ResourceError; `what` says there what a job's key, or the first part of it, names.
         """
         pending: deque[tuple[Key, list[Future[Any]]]] = deque()
@@ -87,7 +88,7 @@ class Workers:
                     return
                 if all(future.done() for future in pending[0][1]):
                     key, futures = pending.popleft()
-                    with enough_memory(_place(what, key), self.resources.device):
+                    with enough_memory(_location(what, key), self.resources.device):
                         results = [future.result() for future in futures]
                     yield key, results
                 else:
@@ -119,7 +120,7 @@ class Workers:
         if len(_unfinished(pending)) >= self.num + WAITING:
             return False
         weights = [weight(key) for key, _ in pending]
-        light = len(weights) <= MOST_PENDING * self.num and sum(weights) <= HELD_BYTES * self.num
+        light = len(weights) <= MOST_PENDING * self.num and sum(weights) <= MAX_PENDING_BYTES * self.num
         return len(weights) <= self.num or light
 
 
@@ -127,7 +128,7 @@ def _unfinished(pending: Iterable[tuple[Any, list[Future[Any]]]]) -> list[Future
     return [future for _, futures in pending for future in futures if not future.done()]
 
 
-def _place(what: str, key: Any) -> str:
+def _location(what: str, key: Any) -> str:
     name = key[0] if isinstance(key, tuple) and key else key
     return f"{what} '{name}'" if isinstance(name, str) else ""
 
@@ -145,7 +146,7 @@ def local_workers(max_memory: int | None = None, device: str = "cpu", num: int |
     """
     num = num or most_workers(min(num_threads(), num_cores()), device)
     resources = resources_for(num, max_memory, device)
-    with single_threaded(), switching_often(), seldom_collecting(), kept_open():
+    with single_threaded(), switching_often(), seldom_collecting(), keep_files_open():
         pool = ThreadPoolExecutor(num, "eigenzoo", enter_worker)
         try:
             yield Workers(pool, num, resources)

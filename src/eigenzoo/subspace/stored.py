@@ -27,7 +27,7 @@ from eigenzoo.formats.bundle.folder import (
 )
 from eigenzoo.formats.bundle.manifest import FileRecord, Manifest, ModelRecord
 from eigenzoo.formats.bundle.snapshot import Snapshot
-from eigenzoo.formats.lora.zero_updates import KnownModule, known_modules
+from eigenzoo.formats.lora.zero_updates import ZooModule, modules_of
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import did_you_mean
@@ -258,13 +258,11 @@ class StoredSubspace:
     @cached_property
     def selection(self) -> Selection:
         """This subspace's layers and no others, whatever else a model has; cut and filled as its zoo was."""
-        modules: list[KnownModule] = []
+        modules: list[ZooModule] = []
         if self.manifest.missing == "zero":
             layouts = {record.layout: self.template(record.name).layout for record in self.manifest.models}
             modules = [
-                module
-                for layout in layouts.values()
-                for module in known_modules(layout.format, layout.updates.values())
+                module for layout in layouts.values() for module in modules_of(layout.format, layout.updates.values())
             ]
         return Selection(
             self.view,

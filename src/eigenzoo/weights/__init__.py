@@ -1,1 +1,1 @@
-"""What is known of one weight without its values: its role, its view, its unfolding, its LoRA scale."""
+"""Properties of one weight without its values: role, view, unfolding and LoRA scale."""

@@ -4,7 +4,7 @@
 whose name matches one of their keys: as PEFT does (`peft.utils.other.get_pattern_key`, 0.21), the first key for
 which `(.*\\.)?(key)$` matches the module's name from its beginning.
 Source: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA). Deviation: keys whose regular expression could take
-minutes are refused, for they come out of files that others wrote; so is a negative alpha.
+minutes are refused, because they come from files of other people. A negative alpha is refused too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eigenzoo.errors import FormatError, UnsupportedError
 DEFAULT_RANK = 8
 DEFAULT_ALPHA = 8
 _MAX_PATTERN = 1024
-# 2 ** 8 choices of what is there, and below a second for the repetitions in the worst case.
+# At most 2 ** 8 choices, and less than a second for the repetitions in the worst case.
 _MAX_OPTIONAL = 8
 _MAX_STEPS = 5e7
 
@@ -74,7 +74,7 @@ def lora_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _of_module(config: Mapping[str, Any], pattern: str, key: str, default: int, module: str) -> tuple[str, Any]:
-    """Find which entry of the config holds for a module; gives what to call it, and its value."""
+    """Find the entry of the config that applies to a module. Return its name and its value."""
     values = config.get(pattern)
     if values is None:
         values = {}
@@ -87,7 +87,7 @@ def _of_module(config: Mapping[str, Any], pattern: str, key: str, default: int, 
     return key, config.get(key, default)
 
 
-# A zoo asks the same patterns and modules again for each of its adapters.
+# Cached, because each adapter of a zoo has the same patterns and modules.
 @lru_cache(maxsize=65536)
 def _pattern_key(keys: tuple[str, ...], module: str) -> str | None:
     for key in keys:
@@ -101,7 +101,7 @@ def _pattern_key(keys: tuple[str, ...], module: str) -> str | None:
 
 @lru_cache(maxsize=65536)
 def _compiled(key: str) -> tuple[re.Pattern[str], int]:
-    """Compile a key as PEFT does; gives the number of its unbounded repetitions too."""
+    """Compile a key as PEFT does, and count its unbounded repetitions."""
     plain = check_pattern(key)
     try:
         return re.compile(rf"(.*\.)?({key})$"), len(re.findall(r"[*+]|\{\d*,", plain))

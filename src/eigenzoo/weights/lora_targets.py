@@ -1,8 +1,8 @@
-"""Which modules of a base PEFT puts an adapter on, by its config alone.
+"""Tell from a config alone on which modules of a base PEFT puts an adapter.
 
 As `peft.tuners.tuners_utils.check_target_module_exists` does (0.21): `exclude_modules` and `modules_to_save` first, then
 `target_modules`, a regular expression of the whole name or a list of names and endings, then `layers_to_transform`.
-Deviation: regular expressions that could take minutes are refused, for they come out of files that others wrote.
+Deviation: regular expressions that could take minutes are refused, because they come from files of other people.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def targeting(config: Mapping[str, Any]) -> Callable[[str], bool]:
     def is_targeted(module: str) -> bool:
         if is_left_out(module):
             return False
-        # By its whole name, whatever its layer.
+        # By its whole name, in any layer.
         return module in names or (is_named_by(names, module) and is_in_layers(module))
 
     return is_targeted
@@ -94,11 +94,11 @@ def _in_layers(config: Mapping[str, Any]) -> Callable[[str], bool]:
 
     def is_in_layers(module: str) -> bool:
         for pattern, name in tried or [(r".*?\.[^.]*\.(?P<place>\d+)\..*", "")]:
-            found = _match(pattern, module, name)
-            if found is not None:
-                # A pattern may name a group of its own so; then the number is that one's.
-                place = found["place"]
-                return place is not None and place.isdigit() and int(place[:9]) in wanted
+            match = _match(pattern, module, name)
+            if match is not None:
+                # A pattern may have its own group of this name. Then the number is that of this group.
+                number = match["place"]
+                return number is not None and number.isdigit() and int(number[:9]) in wanted
         return False
 
     return is_in_layers
@@ -121,9 +121,9 @@ def _matches(pattern: str, module: str, own: str | None = None) -> bool:
 
 
 def _match(pattern: str, module: str, own: str | None = None) -> re.Match[str] | None:
-    """Match a whole name; `own` is the part of the pattern that came out of a file."""
+    """Match a whole name. `own` is the part of the pattern that comes from a file."""
     compiled, repetitions = _compiled(pattern, pattern if own is None else own)
-    # Repetitions one after the other share the name's characters among them in that many ways.
+    # Consecutive repetitions can divide the name's characters in that many ways.
     if math.comb(len(module) + repetitions, repetitions) * len(module) > _MAX_STEPS:
         raise UnsupportedError(
             f"the pattern {pattern[:100]!r} has {repetitions} repetitions for a name of {len(module)} characters",

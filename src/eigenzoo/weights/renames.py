@@ -1,4 +1,4 @@
-"""How the names of an adapter's modules differ from those of a base: a prefix, a wrapper's part, or another name altogether."""
+"""Find how the module names of an adapter differ from those of a base: a prefix, a part from a wrapper, or another name."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Rename:
 
 
 def find_rename(
-    names: Sequence[str], base: Collection[str], accepts: Accepts, held: Collection[str] = ()
+    names: Sequence[str], base: Collection[str], accepts: Accepts, taken: Collection[str] = ()
 ) -> Rename | None:
     """Find one change of prefix, or of wrappers' parts, that makes every name one of the base that it may be.
 
-    None leads onto a name that is `held` already, and none changes the number of a block: those are other layers.
+    A change never leads to a name that is already `taken`, and never changes the number of a block: those are other layers.
     Cost: names times those of the base that end as the first one does.
     """
     if not names:
@@ -69,14 +69,14 @@ def find_rename(
     first = names[0].split(".")
     ending = [other for other in base if other.rpartition(".")[2] == first[-1]]
     prefixes = {pair for other in ending if _keeps_numbers(*(pair := _differing(first, other.split("."))))}
-    # The least change first: of two towers with blocks of one name, the one whose prefix is more alike.
+    # The smallest change first: of two towers with the same block names, the one whose prefix is more similar.
     candidates += [Rename(*pair) for pair in sorted(prefixes, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))]
     for change in candidates:
         if not all(name.startswith(change.old) for name in names):
             continue
-        found = {change(name): name for name in names}
-        apart = len(found) == len(set(names)) and found.keys().isdisjoint(held)
-        if apart and all(new in base and accepts(name, new) for new, name in found.items()):
+        renamed = {change(name): name for name in names}
+        apart = len(renamed) == len(set(names)) and renamed.keys().isdisjoint(taken)
+        if apart and all(new in base and accepts(name, new) for new, name in renamed.items()):
             return change
     return None
 
@@ -89,10 +89,10 @@ def beyond(names: Sequence[str], base: Collection[str]) -> list[str]:
     """
     last: dict[str, int] = {}
     for name in base:
-        place = depth(name)
-        if place is not None:
-            last[role(name)] = max(place, last.get(role(name), 0))
-    return [name for name in names if (place := depth(name)) is not None and place > last.get(role(name), place)]
+        number = depth(name)
+        if number is not None:
+            last[role(name)] = max(number, last.get(role(name), 0))
+    return [name for name in names if (number := depth(name)) is not None and number > last.get(role(name), number)]
 
 
 def _wrappers_of(names: Sequence[str]) -> tuple[str, ...]:
@@ -101,13 +101,13 @@ def _wrappers_of(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _keeps_numbers(old: str, new: str) -> bool:
-    """Tell whether two prefixes do not number a block differently; one of them may have no number."""
+    """Tell whether two prefixes agree in a block's number. One of them may have none."""
     numbers = [[part for part in prefix.split(".") if part.isdigit()] for prefix in (old, new)]
     return numbers[0] == numbers[1] or not all(numbers)
 
 
 def _differing(name: list[str], other: list[str]) -> tuple[str, str]:
-    """Cut the longest common ending off two names; gives what is left of both, with its dot."""
+    """Cut the longest common ending off two names. Return the remaining beginnings, with their dots."""
     common = 0
     while common < min(len(name), len(other)) and name[-1 - common] == other[-1 - common]:
         common += 1
@@ -124,5 +124,5 @@ def nearest(name: str, base: Iterable[str], cutoff: float = 0.5) -> str | None:
     'layers.0.attn.q_proj'
     """
     name = name[:LONGEST_NAME]
-    found = difflib.get_close_matches(name, islice(base, MOST_PAIRS // max(len(name), 1) ** 2), 1, cutoff)
-    return found[0] if found else None
+    close = difflib.get_close_matches(name, islice(base, MOST_PAIRS // max(len(name), 1) ** 2), 1, cutoff)
+    return close[0] if close else None

@@ -1,4 +1,4 @@
-"""Roles: what the same weight is called in every block of a network."""
+"""Roles: the name that a weight has in every block of a network."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def depth(layer: str) -> int | None:
     >>> depth("vit.encoder.layer.11.attention.query.weight")
     11
     """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+    return int(match[1]) if match else None
 
 
 def is_task_head(layer: str) -> bool:

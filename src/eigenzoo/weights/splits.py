@@ -1,10 +1,10 @@
-"""Rules that cut a fused weight into parts along its outputs: declared by a user, never guessed.
+"""Rules that split a fused weight into parts along its outputs. Users declare them; nothing is guessed.
 
     blocks.*.attn.qkv.*=3               three equal parts, called part0, part1, part2
     blocks.*.attn.qkv.*=q,k,v           three equal parts by name
     layers.*.attn.qkv_proj.*=q:4,k:1,v:1    sizes in proportion: as many rows of q as 4 of 6
 
-A part is a run of whole rows, outputs first. The part `q` of the tensor `blocks.0.attn.qkv.weight` is the layer
+A part is a range of whole rows, which are outputs. The part `q` of the tensor `blocks.0.attn.qkv.weight` is the layer
 `blocks.0.attn.qkv.weight.q`.
 """
 
@@ -67,11 +67,11 @@ def parse_split(text: str) -> SplitRule:
     glob, _, right = text.rpartition("=")
     right = right.strip()
     if re.fullmatch(r"[0-9]{1,4}", right):
-        names = [(f"part{place}", 1) for place in range(int(right))]
+        names = [(f"part{number}", 1) for number in range(int(right))]
     else:
-        found = [_PART.fullmatch(part.strip()) for part in right.split(",")]
-        names = [(match["name"], int(match["share"] or 1)) for match in found if match]
-        names = names if len(names) == len(found) else []
+        matches = [_PART.fullmatch(part.strip()) for part in right.split(",")]
+        names = [(match["name"], int(match["share"] or 1)) for match in matches if match]
+        names = names if len(names) == len(matches) else []
     if not glob or not 2 <= len(names) <= MAX_PARTS or len({name for name, _ in names}) < len(names):
         raise UsageError(
             f"{text[:200]!r} is not a rule for --split", rule=_FORM, next_step="write '*.attn.qkv.*=q,k,v'"

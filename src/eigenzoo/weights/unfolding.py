@@ -1,4 +1,4 @@
-"""How a tensor becomes a matrix of outputs and inputs.
+"""Unfold a tensor to a matrix of outputs and inputs.
 
     vector    (o,)              → (o, 1)
     matrix    (o, i)            → (o, i)

@@ -1,4 +1,4 @@
-"""Views, axes and centrings: the words of the public contract, and their rules."""
+"""Views, axes and centrings: the values that users may choose, and their rules."""
 
 from __future__ import annotations
 

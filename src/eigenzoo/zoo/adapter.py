@@ -1,4 +1,4 @@
-"""A LoRA adapter as it is checked against a base: on disk, or as a bundle rebuilds it."""
+"""The LoRA adapter that is checked against a base: on disk, or rebuilt from a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of an adapter's keys or config by which a library may take up what it drops. Only loading tells whether it does."""
+"""Propose changes of an adapter's keys or config with which a library may load the tensors that it drops. Only loading tells."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def key_changes(adapter: Adapter, base: BaseModules, lost: Sequence[str]) -> Ite
     is_bare = any(not adapter.updates[module].key_a.startswith(PREFIX) for module in lost)
     tried: list[Renames] = [((Rename(), lost),)] if is_bare else []
     for names in (frozenset(base.own_names), base.weights):
-        found = _renames(adapter, base, names, lost)
-        tried += [found] if found and found not in tried else []
+        candidate = _renames(adapter, base, names, lost)
+        tried += [candidate] if candidate and candidate not in tried else []
     for renames in tried:
         change = _of_keys(adapter, renames)
-        # Never two tensors under one key.
+        # Two tensors must not get the same key.
         if change is not None and len(change.adapter.shapes) == len(adapter.shapes):
             yield change
 
@@ -57,7 +57,7 @@ Renames = tuple[tuple[Rename, Sequence[str]], ...]
 
 
 def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: Sequence[str]) -> Renames:
-    """Find one change of names for all modules, or else one for those of each tower; empty where some have none."""
+    """Find one change of names for all modules, or else one per tower. Return an empty tuple if some modules have none."""
 
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
@@ -70,13 +70,13 @@ def _renames(adapter: Adapter, base: BaseModules, names: Collection[str], lost: 
         towers.setdefault(module.partition(".")[0], []).append(module)
     if len(towers) > MOST_TOWERS:
         return ()
-    found = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
-    renames = tuple((rename, modules) for rename, modules in found if rename is not None)
-    return renames if len(renames) == len(found) else ()
+    by_tower = [(find_rename(modules, names, accepts), modules) for modules in towers.values()]
+    renames = tuple((rename, modules) for rename, modules in by_tower if rename is not None)
+    return renames if len(renames) == len(by_tower) else ()
 
 
 def _of_keys(adapter: Adapter, renames: Renames) -> Change | None:
-    """Put changes of names into words of whole keys; None where a key's end changes too."""
+    """Express changes of names as changes of whole keys. Return None if the end of a key changes too."""
     rename, lost = renames[0]
     if rename.parts and all(adapter.updates[module].key_a.startswith(PREFIX) for module in lost):
         parts = " and ".join(repr(f"{part}.") for part in rename.parts)
@@ -137,7 +137,7 @@ def _put(rename: Rename, key: str) -> str:
 
 
 def _with_prefixes(adapter: Adapter, pairs: Sequence[tuple[str, str]]) -> Change:
-    """Have the keys that begin with the first of a pair begin with the second; each key is changed once."""
+    """Replace the first prefix of each pair by the second. Each key is changed at most once."""
     words = []
     for old, new in pairs:
         if not old:
@@ -159,7 +159,7 @@ def _sentence(words: Sequence[str]) -> str:
 
 
 def _common_start(keys: Sequence[str]) -> str:
-    """Return what all keys begin with, up to a dot."""
+    """Return the common beginning of all keys, up to a dot."""
     first, last = min(keys).split("."), max(keys).split(".")
     common = 0
     while common < min(len(first), len(last)) - 1 and first[common] == last[common]:
@@ -168,7 +168,7 @@ def _common_start(keys: Sequence[str]) -> str:
 
 
 def _shortened(old: str, new: str, others: Sequence[str]) -> tuple[str, str]:
-    """Leave out what both end with, as long as no other key begins with what is left of the old one."""
+    """Cut the common ending off both, as long as no other key begins with the rest of the old one."""
     olds, news = old.split(".")[:-1], new.split(".")[:-1]
     while olds and news and olds[-1] == news[-1]:
         shorter = "".join(f"{part}." for part in olds[:-1])
@@ -180,7 +180,7 @@ def _shortened(old: str, new: str, others: Sequence[str]) -> tuple[str, str]:
 
 
 def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
-    """Return an adapter with other keys; its modules are still called as they were."""
+    """Return an adapter with other keys. Its modules keep their names."""
     updates = {
         module: replace(
             update,

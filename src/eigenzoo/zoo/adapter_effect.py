@@ -1,4 +1,4 @@
-"""Whether an adapter changes what a base answers: by its factors, and one read of each weight that it changes.
+"""Check whether an adapter changes the outputs of a base, from its factors and one read of each weight that it changes.
 
 For random x with independent normal entries, ‖s·B·A·x‖ / ‖W·x‖ is ‖s·B·A‖ / ‖W‖ up to the spread of a few draws.
 """
@@ -42,7 +42,7 @@ def effect_checks(
 def _effect(
     adapter: Adapter, base: BaseModules | None, transposed: bool, module: str
 ) -> tuple[float | None, LayerChange]:
-    """Return ‖s·B·A·x‖ of one module, None where its factors are not finite, and its change of the base's layer."""
+    """Return ‖s·B·A·x‖ of one module (None if its factors are not finite) and its change relative to the base's layer."""
     update, factors = adapter.updates[module], adapter.factors(module)
     weight = None if base is None else base.weight_of(update, transposed=transposed)
     name = None if weight is None else weight.tensor.name
@@ -68,7 +68,7 @@ def _finite(spoilt: Sequence[str], adapter: Adapter) -> Check:
 
 def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -> Check:
     if len(spoilt) == len(adapter.updates):
-        return Check("effect", "not looked for", done=False)
+        return Check("effect", "not checked", done=False)
     some = len(adapter.updates) - len(none) - len(spoilt)
     name, detail = "effect", f"{some} of {len(adapter.updates)} modules change something"
     if not none:
@@ -81,37 +81,37 @@ def _some_effect(none: Sequence[str], spoilt: Sequence[str], adapter: Adapter) -
 
 
 def _sizes(changes: Mapping[str, LayerChange], none: Sequence[str], adapter: Adapter) -> list[Check]:
-    """Compare changes with the base's answers; nothing where none are known."""
-    known = {module: layer.change for module, layer in changes.items() if layer.change is not None}
-    if not known:
+    """Compare changes with the outputs of the base. Without known changes there is no check."""
+    sizes = {module: layer.change for module, layer in changes.items() if layer.change is not None}
+    if not sizes:
         return []
     if len(none) == len(changes):
-        return [Check("change", "not looked for, as there is none", done=False)]
-    detail = f"updates answer {median(known.values()):.2g} times as much as their base layers (median), "
-    detail += f"from {min(known.values()):.2g} to {max(known.values()):.2g}"
-    little = [module for module, change in known.items() if change < NEGLIGIBLE and module not in none]
-    absurd = [module for module, change in known.items() if not change <= ABSURD]
-    much = [module for module, change in known.items() if MUCH < change <= ABSURD]
+        return [Check("change", "not checked, as there is none", done=False)]
+    detail = f"updates answer {median(sizes.values()):.2g} times as much as their base layers (median), "
+    detail += f"from {min(sizes.values()):.2g} to {max(sizes.values()):.2g}"
+    little = [module for module, change in sizes.items() if change < NEGLIGIBLE and module not in none]
+    absurd = [module for module, change in sizes.items() if not change <= ABSURD]
+    much = [module for module, change in sizes.items() if MUCH < change <= ABSURD]
     faults = [
-        f"{_changing(group, known)}, and above {ABSURD:g} nothing of that is left: damaged values, "
+        f"{_changing(group, sizes)}, and above {ABSURD:g} none of the base's output remains: damaged values, "
         f"{_scaled(adapter, group)}or another base"
         for group in by_role(absurd)
     ]
-    notes = [f"{_changing(group, known)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
+    notes = [f"{_changing(group, sizes)}; trained updates mostly stay below {MUCH:g}" for group in by_role(much)]
     if little and len(little) + len(none) == len(changes):
-        faults.append(f"every change is below {NEGLIGIBLE:g} of what the base answers: as good as none")
+        faults.append(f"every change is below {NEGLIGIBLE:g} of the base's outputs: practically none")
     else:
-        notes += [f"{_changing(group, known)}: as good as nothing" for group in by_role(little)]
+        notes += [f"{_changing(group, sizes)}: practically nothing" for group in by_role(little)]
     return [Check("change", detail, tuple(faults), tuple(notes))]
 
 
 def _scaled(adapter: Adapter, modules: Sequence[str]) -> str:
-    """Name the scale among the causes, where there is one."""
+    """Name the scale as a possible cause, if there is one."""
     scale = max(abs(adapter.updates[module].scale) for module in modules)
     return f"a scale of {scale:g} (lora_alpha), " if scale != 1.0 else ""
 
 
-def _changing(modules: Sequence[str], known: Mapping[str, float]) -> str:
-    low, high = min(known[module] for module in modules), max(known[module] for module in modules)
+def _changing(modules: Sequence[str], sizes: Mapping[str, float]) -> str:
+    low, high = min(sizes[module] for module in modules), max(sizes[module] for module in modules)
     amount = f"{low:.3g}" if len(modules) == 1 else f"{low:.3g} to {high:.3g}"
-    return f"{grouped(modules)}: changes {amount} times what the base's layer answers"
+    return f"{grouped(modules)}: changes {amount} times the output of the base's layer"

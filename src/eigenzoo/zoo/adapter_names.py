@@ -1,4 +1,4 @@
-"""Whether an adapter's factors find their places: by what its file, its config and the headers of a base say."""
+"""Check from an adapter's file, its config and the headers of a base whether each factor belongs to a module of the base."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ HINTED = 20
 
 def is_transposed(adapter: Adapter, base: BaseModules) -> bool:
     """Tell whether a base's weights lie as (inputs, outputs), as Conv1D's do: by those that are not square, else by the config."""
-    found = [(update, base.find(module)) for module, update in adapter.updates.items()]
-    ways = [fits(update, info) for update, info in found if info is not None and "lora_embedding_" not in update.key_a]
-    told = [way[0] for way in ways if len(way) == 1]
-    return all(told) if told else (adapter.config or {}).get("fan_in_fan_out") is True
+    pairs = [(update, base.find(module)) for module, update in adapter.updates.items()]
+    ways = [fits(update, info) for update, info in pairs if info is not None and "lora_embedding_" not in update.key_a]
+    answers = [way[0] for way in ways if len(way) == 1]
+    return all(answers) if answers else (adapter.config or {}).get("fan_in_fan_out") is True
 
 
 def name_checks(adapter: Adapter, modules: Collection[str]) -> list[Check]:
     """Check of these modules what needs no base: the names of the factors, and whether the config has PEFT load them."""
     if adapter.config is None:
-        return [Check("target modules", "not looked for", notes=("the format has no config of PEFT's",), done=False)]
+        return [Check("target modules", "not checked", notes=("the format has no config of PEFT's",), done=False)]
     asked = frozenset(modules)
     bare = [update.key_a for module, update in adapter.updates.items() if module in asked and _is_bare(update.key_a)]
     faults: tuple[str, ...] = ()
@@ -80,36 +80,36 @@ def base_checks(adapter: Adapter, base: BaseModules, lost: Collection[str], load
         loading: what the library does; None where it was not asked.
     """
     transposed = is_transposed(adapter, base)
-    found = {module: base.weight_of(update, transposed=transposed) for module, update in adapter.updates.items()}
-    absent = [module for module in lost if found[module] is None and base.find(module) is None]
-    misshapen = [module for module in lost if found[module] is None and base.find(module) is not None]
+    weights = {module: base.weight_of(update, transposed=transposed) for module, update in adapter.updates.items()}
+    absent = [module for module in lost if weights[module] is None and base.find(module) is None]
+    misshapen = [module for module in lost if weights[module] is None and base.find(module) is not None]
     modules = Check(
         "modules",
-        f"{len(found) - len(absent)} of {len(found)} are in the base",
-        # A library that converts a diffusion model's names has its own for them: ours say nothing of why it drops one.
+        f"{len(weights) - len(absent)} of {len(weights)} are in the base",
+        # A library that converts the names of a diffusion model uses its own. Our names do not explain why it drops a tensor.
         tuple(_absent(absent, adapter, base) if absent and not (loading and adapter.config is None) else ()),
     )
-    fitting = len(found) - len(absent) - len(misshapen)
+    fitting = len(weights) - len(absent) - len(misshapen)
     shapes = (
-        Check("shapes", "not looked for", done=False)
-        if len(absent) == len(found)
+        Check("shapes", "not checked", done=False)
+        if len(absent) == len(weights)
         else Check("shapes", f"{fitting} fit", tuple(_misshapen(misshapen, adapter, base)))
     )
     # Whose names are all others' has no factors for anything: that is said already.
     missing = [] if absent else _missing(adapter, base, loading)
-    return [modules, shapes, *_layout_checks(adapter, base, found), *missing, *_others(adapter, base)]
+    return [modules, shapes, *_layout_checks(adapter, base, weights), *missing, *_others(adapter, base)]
 
 
 def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[str]:
-    """Say which modules the base has not; one sentence where one change of names finds them all."""
+    """List the modules that the base lacks, in one sentence if one change of names finds them all."""
 
     def accepts(module: str, name: str) -> bool:
         return bool(fits(adapter.updates[module], base.weights[name]))
 
-    # As the library calls them, where it was asked.
-    held = adapter.updates.keys() - set(lost)
-    found = (find_rename(lost, names, accepts, held) for names in (frozenset(base.own_names), base.weights))
-    rename = next(filter(None, found), None)
+    # By the library's names, if a library was run.
+    present = adapter.updates.keys() - set(lost)
+    renames = (find_rename(lost, names, accepts, present) for names in (frozenset(base.own_names), base.weights))
+    rename = next(filter(None, renames), None)
     if rename is not None:
         return [
             f"{len(lost)} of {len(adapter.updates)} modules are not in the base ({some(lost)}); with {rename} all of them are "
@@ -128,18 +128,18 @@ def _absent(lost: Sequence[str], adapter: Adapter, base: BaseModules) -> list[st
     later = beyond(lost, base.weights)
     if later:
         faults.append(
-            f"{len(later)} of {len(adapter.updates)} modules ({some(later)}) are of layers that the base has not: "
+            f"{len(later)} of {len(adapter.updates)} modules ({some(later)}) are of layers that the base lacks: "
             "it has fewer layers, so it is another base than the adapter's"
         )
     rest = set(lost) - set(later)
-    for place, group in enumerate(by_role(name for name in lost if name in rest)):
-        near = nearest(group[0], base.weights) if place < HINTED else None
+    for number, group in enumerate(by_role(name for name in lost if name in rest)):
+        near = nearest(group[0], base.weights) if number < HINTED else None
         faults.append(f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else ""))
     return faults
 
 
 def _of_other_components(lost: Sequence[str], base: BaseModules) -> list[str]:
-    """Of the layers of a diffusion model's LoRA, those of components that the base has nothing of."""
+    """Return the layers of a diffusion LoRA that belong to components which the base lacks."""
     have = {name.partition(".")[0] for name in base.weights}
     return [module for module in lost if module.partition(".")[0] not in have]
 
@@ -160,16 +160,16 @@ def _wanted(update: LoraUpdate) -> tuple[int, ...]:
     return (update.shape[0], *update.factor_shapes[0][1:])
 
 
-def _layout_checks(adapter: Adapter, base: BaseModules, found: Mapping[str, BaseWeight | None]) -> list[Check]:
-    """Say which weights are another module's, and whether the config knows how they lie."""
+def _layout_checks(adapter: Adapter, base: BaseModules, weights: Mapping[str, BaseWeight | None]) -> list[Check]:
+    """List weights that are shared with another module, and check the config's fan_in_fan_out."""
     notes = [
         f"{module}: shares the weight {weight.tensor.name!r}, which the base's files hold once; PEFT changes this one's use alone"
-        for module, weight in found.items()
+        for module, weight in weights.items()
         if weight is not None and weight.tied
     ]
     plain = [
         weight.transposed
-        for module, weight in found.items()
+        for module, weight in weights.items()
         if weight is not None and not weight.tied and "lora_embedding_" not in adapter.updates[module].key_a
     ]
     stated = (adapter.config or {}).get("fan_in_fan_out") is True
@@ -183,7 +183,7 @@ def _layout_checks(adapter: Adapter, base: BaseModules, found: Mapping[str, Base
 
 
 def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> list[Check]:
-    """Check that every module of the base that the config's list names has factors; by the library where it was asked."""
+    """Check that every base module in the config's list has factors. Use the library's result if a library was run."""
     config = adapter.config or {}
     targets = config.get("target_modules")
     if targets is None or targets == ALL_LINEAR or (loading is not None and loading.error):
@@ -199,7 +199,7 @@ def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> li
     else:
         without = list(dict.fromkeys(name.partition(".lora_")[0] for name in loading.missing))
     random = config.get("init_lora_weights") is False
-    said = [
+    faults = [
         f"{grouped(group)}: the config names it, and the adapter has no factors for it"
         + (": PEFT draws them at random" if random else "; PEFT fills in some that change nothing")
         for group in by_role(without)
@@ -210,11 +210,11 @@ def _missing(adapter: Adapter, base: BaseModules, loading: Loading | None) -> li
             unknown.pop(name, None)
     notes = [f"target_modules: {some([*unknown])} name nothing, in the adapter or in the base"] if unknown else []
     named = f"{len(wanted)} modules of the base that the config names"
-    return [checked("completeness", f"factors for all {named}", said, f"none for {len(without)} of {named}", notes)]
+    return [checked("completeness", f"factors for all {named}", faults, f"none for {len(without)} of {named}", notes)]
 
 
 def _others(adapter: Adapter, base: BaseModules) -> list[Check]:
-    """Look at the tensors that are no factors: trained whole, with the module that they replace."""
+    """Check the tensors that are not factors: modules that were trained whole."""
     factors = {key for update in adapter.updates.values() for key in update.keys}
     others = {name: shape for name, shape in adapter.shapes.items() if name not in factors}
     if not others:
@@ -245,7 +245,7 @@ def loading_check(loading: Loading | str, adapter: Adapter, advice: str = "") ->
 
 
 def _asked(module: str) -> str:
-    """What PEFT asks the config for: of an attention's output projection, the attention."""
+    """Return the name that PEFT looks up in the config. For an attention's output projection it is the attention."""
     return module.partition(".base_layer.")[0]
 
 

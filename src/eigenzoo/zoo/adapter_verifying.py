@@ -1,4 +1,4 @@
-"""`verify_adapter`: whether a LoRA adapter will take effect on a base."""
+"""Verify that a LoRA adapter takes effect on a base (`verify_adapter`)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ TRIED = 2_000
 MOST_TRIES = 32
 """Changes that are tried in one verification, over all adapters of a bundle: a single adapter has up to seventeen."""
 
-NO_LIBRARY = "no library was asked to"
+NO_LIBRARY = "no library was selected"
 """Why nothing decides, where the caller gives no loader."""
 
-ONLY_MLX = (
-    "only mlx-lm loads such files, and it is not asked; rebuild writes them as PEFT's, which PEFT can be asked about"
-)
+ONLY_MLX = "only mlx-lm loads such files, and verify does not run it; rebuild can write them as a PEFT adapter, which PEFT can load"
 """Why nothing decides of an adapter of mlx-lm."""
 
 AS_PEFTS = "the files are mlx-lm's: names and config are those of the PEFT adapter that they equal"
@@ -73,13 +71,13 @@ def verify_adapter(
     except FormatError as error:
         if is_url(text) or not (whole_model(Path(text)) / CONFIG_FILE).is_file():
             raise
-        found = Check("file", "cannot be read", (str(error),))
-        return Verification(text, "adapter", None if base is None else shown_base(base), (found,))
+        fault = Check("file", "cannot be read", (str(error),))
+        return Verification(text, "adapter", None if base is None else shown_base(base), (fault,))
     if not model.updates:
         raise UsageError(
-            "is no adapter",
+            "is not an adapter",
             where=text,
-            rule="what is verified is a bundle or a LoRA adapter",
+            rule="verify checks a bundle or a LoRA adapter",
             next_step="name a bundle, or the folder of an adapter",
         )
     opened = None if base is None else open_base(base, allow_pickle=allow_pickle)
@@ -99,7 +97,7 @@ def verify_adapter(
 
 
 def _only_mlx(base: Model, adapter: Adapter) -> str:
-    """A `Loader` that asks nobody: PEFT answers for files of its own."""
+    """A `Loader` that runs no library, because PEFT reads only its own files."""
     return ONLY_MLX
 
 
@@ -125,7 +123,7 @@ def structure_checks(
         checks = [*name_checks(adapter, everything), *base_checks(adapter, modules, everything, None)]
         return [*(_undecided(check) for check in checks), loading_check(loading, adapter)], modules
     lost = lost_modules(adapter, loading)
-    modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _places_of(adapter, base, loading))
+    modules = BaseModules(base, _names_of(adapter, base, loading.names), norms, _loaded_modules(adapter, base, loading))
     advice = "" if loading.is_whole or loader is None else _advice(adapter, base, modules, lost, loading, loader, tries)
     return [
         *name_checks(adapter, lost),
@@ -143,25 +141,25 @@ def lost_modules(adapter: Adapter, loading: Loading) -> tuple[str, ...]:
 
 
 def _undecided(check: Check) -> Check:
-    """Take what names and shapes say against an adapter as a note: a library may translate them."""
+    """Turn faults of names and shapes into notes, because a library may translate them."""
     return replace(check, faults=(), notes=(*check.faults, *check.notes), done=False) if check.faults else check
 
 
 def _names_of(adapter: Adapter, base: Model, names: Mapping[str, str]) -> Mapping[str, str] | None:
-    """Return what the base's tensors are called where the adapter's modules are looked for."""
+    """Return the names of the base's tensors under which the adapter's modules are searched."""
     return weights_as_layers(base.tensors) if adapter.config is None else names or None
 
 
-def _places_of(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
-    """Return the module of the base's files that each module of the adapter is put on, where it is one."""
+def _loaded_modules(adapter: Adapter, base: Model, loading: Loading) -> dict[str, str]:
+    """Return for each module of the adapter the one module of the base's files that it is loaded into."""
     files = {name.removesuffix(WEIGHT).removesuffix(ATTENTION): file for file, name in loading.names.items()}
-    places = {}
+    modules = {}
     for module, update in adapter.updates.items():
-        taken = loading.places.get(update.key_a, ())
+        taken = loading.modules.get(update.key_a, ())
         if len(taken) == 1:
             file = files.get(taken[0]) or files.get(taken[0].replace(".base_layer.", "."))
-            places[module] = taken[0] if file is None else file.removesuffix(WEIGHT).removesuffix(ATTENTION)
-    return places
+            modules[module] = taken[0] if file is None else file.removesuffix(WEIGHT).removesuffix(ATTENTION)
+    return modules
 
 
 def _advice(
@@ -173,7 +171,7 @@ def _advice(
     loader: Loader,
     tries: Iterator[object] | None,
 ) -> str:
-    """Say by which change the library takes up everything; each is tried before it is said."""
+    """Name the change with which the library loads all tensors. Each change is tried first."""
     if len(adapter.updates) > TRIED:
         return ""
     tries = iter(range(MOST_TRIES)) if tries is None else tries

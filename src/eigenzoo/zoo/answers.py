@@ -1,4 +1,4 @@
-"""What adapters' updates answer to random inputs: updates of the same answers are the same, however they are factored."""
+"""Compute the outputs of adapters' updates for random inputs. Updates with equal outputs are equal, whatever their factors."""
 
 from __future__ import annotations
 
@@ -112,19 +112,19 @@ def same_function(answers: Sequence[Answers]) -> list[list[int]]:
 def _same_answers(numbers: Sequence[int], answers: Sequence[Answers]) -> list[list[int]]:
     """Group models of the same modules."""
     groups: list[list[int]] = []
-    # The first module tells nearly all pairs apart: it is compared with those of all groups at once.
+    # The first module distinguishes nearly all pairs. It is compared with the first modules of all groups at once.
     firsts_NL, sizes_N = np.empty((len(numbers), NUM_LISTENERS)), np.empty(len(numbers))
     with np.errstate(all="ignore"):
         for number in numbers:
             answers_ML = answers[number].answers_ML
-            known = len(groups)
-            far_N = np.linalg.norm(firsts_NL[:known] - answers_ML[0], axis=1)
-            near = np.flatnonzero(far_N <= SAME_FUNCTION * sizes_N[:known])
-            home = next((groups[place] for place in near if _agree(answers[groups[place][0]], answers[number])), None)
+            num_groups = len(groups)
+            far_N = np.linalg.norm(firsts_NL[:num_groups] - answers_ML[0], axis=1)
+            near = np.flatnonzero(far_N <= SAME_FUNCTION * sizes_N[:num_groups])
+            home = next((groups[index] for index in near if _agree(answers[groups[index][0]], answers[number])), None)
             if home is not None:
                 home.append(number)
                 continue
-            firsts_NL[known], sizes_N[known] = answers_ML[0], np.linalg.norm(answers_ML[0])
+            firsts_NL[num_groups], sizes_N[num_groups] = answers_ML[0], np.linalg.norm(answers_ML[0])
             groups.append([number])
     return groups
 

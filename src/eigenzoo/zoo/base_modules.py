@@ -1,6 +1,6 @@
-"""The modules of a base, as an adapter sees them: which weight each has, and how large its answer to a random input is.
+"""The modules of a base that an adapter refers to: the weight of each, and the size of its output for a random input.
 
-Values are read span by span; each weight at most once. Legend: O outputs, I inputs, T random inputs.
+Values are read in spans, and each weight at most once. Legend: O outputs, I inputs, T random inputs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BaseModules:
         model: the base.
         names: what a library calls the tensors of its files in memory, where that differs.
         norms: of answers, where several look at one base.
-        places: of modules of the adapter, the one in memory that a library puts each on, where that is known.
+        loaded: the module in memory that a library puts each module of the adapter on, if that is known.
 
     Attributes:
         weights: the weight of each module, by the module's name; in the files and, where known, in memory.
@@ -73,20 +73,20 @@ class BaseModules:
         model: Model,
         names: Mapping[str, str] | None = None,
         norms: dict[tuple[str, bool], float] | None = None,
-        places: Mapping[str, str] | None = None,
+        loaded: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
-        self._places = places or {}
-        found = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
-        # Who asks by a name of the files may mean that: libraries translate it.
+        self._loaded = loaded or {}
+        weights = {_module(info.name): info for info in model.tensors.values() if _is_weight(info)}
+        # A name may be one of the files: libraries translate it.
         renamed = {
             _module(name): model.tensors[file]
             for file, name in (names or {}).items()
             if file in model.tensors and _is_weight(model.tensors[file])
         }
-        self.own_names = tuple(renamed or found)
-        found.update(renamed)
-        self.weights: Mapping[str, TensorInfo] = found
+        self.own_names = tuple(renamed or weights)
+        weights.update(renamed)
+        self.weights: Mapping[str, TensorInfo] = weights
         self._renamed = {name: file for file, name in (names or {}).items()}
         self._norms = {} if norms is None else norms
 
@@ -99,7 +99,7 @@ class BaseModules:
 
     def find(self, module: str) -> TensorInfo | None:
         """Return the weight of a module by its place or name; within PEFT's wrapper of an attention, by the wrapped one's."""
-        name = self._places.get(module, module)
+        name = self._loaded.get(module, module)
         return self.weights.get(name) or self.weights.get(name.replace(".base_layer.", "."))
 
     def tensor(self, name: str) -> TensorInfo | None:
@@ -121,14 +121,14 @@ class BaseModules:
     def tied(self, update: LoraUpdate) -> TensorInfo | None:
         """Return the weight that a module shares with another one, where the files hold it once, under the other's name."""
         if (
-            self._places.get(update.module, update.module).rpartition(".")[2] not in TIED
+            self._loaded.get(update.module, update.module).rpartition(".")[2] not in TIED
             or self.find(update.module) is not None
         ):
             return None
         if self.config.get("tie_word_embeddings") is False:
             return None
-        held = [info for name, info in self.weights.items() if name.rpartition(".")[2] in TIED]
-        fitting = {info.name: info for info in held if fits(update, info)}
+        shared = [info for name, info in self.weights.items() if name.rpartition(".")[2] in TIED]
+        fitting = {info.name: info for info in shared if fits(update, info)}
         return next(iter(fitting.values())) if len(fitting) == 1 else None
 
     def answer(self, weight: BaseWeight) -> float:

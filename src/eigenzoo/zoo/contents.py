@@ -1,7 +1,7 @@
-"""One read of a model: a sum of its bytes, its values that are NaN or Inf, and what its updates answer to random inputs.
+"""Read a model once: the sum of its bytes, its NaN and Inf values, and the outputs of its updates for random inputs.
 
-Many tensors are read at once, those of one shape beside each other: so a few operations on all of them do, where some on each
-would cost as much in Python as in reading, and threads would wait for each other's Python.
+Many tensors are read at once, with equal shapes side by side, so that a few operations handle all of them. Operations on each
+tensor would cost as much time in Python as the reading, and threads would wait for the GIL.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Contents:
 
 
 class _Kind(NamedTuple):
-    """Rows of tensors, seen as matrices: of a factor A (rank, inputs) or B (outputs, rank), of anything else one column."""
+    """Rows of tensors as matrices: (rank, inputs) for a factor A, (outputs, rank) for B, and one column for all others."""
 
     dtype: torch.dtype
     first: int
@@ -61,7 +61,7 @@ class _Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class _Block:
-    """Where rows of tensors of one kind lie in memory: each takes `num_words` words, from word `begin` on; zeros fill the last."""
+    """The memory of rows of one kind: each takes `num_words` words, from word `begin` on. Zeros fill the last word."""
 
     kind: _Kind
     keys: tuple[str, ...]
@@ -82,14 +82,14 @@ class _Block:
 class _Run:
     """What is read at once: by tensor the first value and the bytes in memory that it is read into, and what then lies where."""
 
-    places: tuple[tuple[str, int, slice], ...]
+    ranges: tuple[tuple[str, int, slice], ...]
     blocks: tuple[_Block, ...]
     num_words: int
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How models that are the same but for their values are read; `tensors` are their names, dtypes and shapes, sorted."""
+    """How to read models that differ only in values. `tensors` are their sorted names, dtypes and shapes."""
 
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
     runs: tuple[_Run, ...]
@@ -105,7 +105,7 @@ class ContentsReader:
 
     def __init__(self, probe: Probe, num_bytes: int) -> None:
         self._probe, self._num_bytes = probe, min(num_bytes, MOST_BYTES)
-        self._known: WeakKeyDictionary[object, _Plan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[object, _Plan] = WeakKeyDictionary()
 
     def read(self, model: Model) -> Contents:
         """Read one model; threads may do so side by side."""
@@ -125,15 +125,15 @@ class ContentsReader:
         return content.hexdigest()
 
     def _plan(self, model: Model) -> _Plan:
-        """Return how a model is read; found once for all models that are the same but for their values."""
+        """Return how to read a model. Models that differ only in values share one plan."""
         likeness = model.likeness if isinstance(model, SafetensorsModel) else None
         key = model if likeness is None else likeness
-        known = self._known.get(key)
-        if known is None:
+        plan = self._plans.get(key)
+        if plan is None:
             tensors = sorted((name, str(info.dtype), info.shape) for name, info in model.tensors.items())
-            known = _Plan(tuple(tensors), tuple(map(_make_run, _cut(model, self._num_bytes))))
-            self._known[key] = known
-        return known
+            plan = _Plan(tuple(tensors), tuple(map(_make_run, _cut(model, self._num_bytes))))
+            self._plans[key] = plan
+        return plan
 
     def _read(self, model: Model) -> Contents:
         total = 0
@@ -146,7 +146,7 @@ class ContentsReader:
             with borrow(1, run.num_words, torch.int64) as rows:
                 words_W = rows[0]
                 _read_run(model, run, words_W)
-                # Its overflow wraps around, which is as good a sum as any.
+                # Overflow wraps around, which is fine for a checksum.
                 total += int(np.add.reduce(words_W.numpy()))
                 for block in run.blocks:
                     bad.update(_take_block(block, words_W, self._probe, halves))
@@ -154,12 +154,12 @@ class ContentsReader:
 
 
 def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
-    """Cut a model, in the order of its files, into what is read at once: tensors by kind."""
+    """Divide a model, in the order of its files, into groups of tensors that are read at once, by kind."""
     updates = probed_updates(model).values()
     sides = {update.key_a: ("a", update.rank, update.shape[1]) for update in updates}
     sides |= {update.key_b: ("b", update.shape[0], update.rank) for update in updates}
     run: dict[_Kind, list[str]] = {}
-    held = 0
+    size = 0
     for key, info in model.tensors.items():
         side, rows, columns = sides.get(key) or ("", prod(info.shape), 1)
         width = max(columns, 1) * info.dtype.itemsize
@@ -167,18 +167,18 @@ def _cut(model: Model, num_bytes: int) -> Iterator[dict[_Kind, list[str]]]:
         for first in range(0, rows, step):
             kind = _Kind(info.dtype, first, min(step, rows - first), columns, side)
             taken = kind.rows * width + WORD
-            if run and held + taken > num_bytes:
+            if run and size + taken > num_bytes:
                 yield run
-                run, held = {}, 0
+                run, size = {}, 0
             run.setdefault(kind, []).append(key)
-            held += taken
+            size += taken
     if run:
         yield run
 
 
 def _make_run(tensors: Mapping[_Kind, Sequence[str]]) -> _Run:
     """Say where tensors go: those of one kind beside each other, each padded to whole words."""
-    places: list[tuple[str, int, slice]] = []
+    ranges: list[tuple[str, int, slice]] = []
     blocks: list[_Block] = []
     word = 0
     # Wide dtypes first: then each kind begins where its values may.
@@ -186,10 +186,10 @@ def _make_run(tensors: Mapping[_Kind, Sequence[str]]) -> _Run:
         num_bytes = kind.rows * kind.columns * kind.dtype.itemsize
         block = _Block(kind, tuple(keys), word, -(-num_bytes // WORD))
         for key in keys:
-            places.append((key, kind.first * kind.columns, slice(word * WORD, word * WORD + num_bytes)))
+            ranges.append((key, kind.first * kind.columns, slice(word * WORD, word * WORD + num_bytes)))
             word += block.num_words
         blocks.append(block)
-    return _Run(tuple(places), tuple(blocks), word)
+    return _Run(tuple(ranges), tuple(blocks), word)
 
 
 def _read_run(model: Model, run: _Run, words_W: Tensor) -> None:
@@ -198,11 +198,11 @@ def _read_run(model: Model, run: _Run, words_W: Tensor) -> None:
         if block.kind.rows * block.kind.columns * block.kind.dtype.itemsize % WORD:
             block.words(words_W)[:, -1] = 0
     raw = as_bytes(words_W)
-    model.read_bytes([(key, start, raw[place]) for key, start, place in run.places])
+    model.read_bytes([(key, start, raw[part]) for key, start, part in run.ranges])
 
 
 def _take_block(block: _Block, words_W: Tensor, probe: Probe, halves: dict[str, NDArray[np.float64]]) -> dict[str, int]:
-    """Add a block's part to the half answers of its factors; returns how many values are NaN or Inf, where some are."""
+    """Add a block's part to the half outputs of its factors. Return the number of NaN and Inf values by tensor."""
     kind = block.kind
     if not (kind.dtype.is_floating_point or kind.dtype.is_complex):
         return {}
@@ -237,5 +237,5 @@ def _num_non_finite(values: Tensor) -> int:
 def _summable(values: Tensor) -> Tensor:
     if values.is_complex():
         return torch.view_as_real(values)
-    # Eight-bit floats have no sums of their own.
+    # torch cannot sum eight-bit floats.
     return values.to(torch.float32) if values.dtype.itemsize == 1 else values

@@ -1,4 +1,4 @@
-"""Inspect: what a zoo holds, before anything is fitted to it."""
+"""Inspect the contents of a zoo before a fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eigenzoo.zoo.answers import MOST_PROBED, make_probe, probed_updates, same_f
 from eigenzoo.zoo.contents import Contents, ContentsReader
 from eigenzoo.zoo.layers import dtype_name
 from eigenzoo.zoo.left_files import LeftFile, left_files
-from eigenzoo.zoo.runs import places_of, training_runs
+from eigenzoo.zoo.runs import run_paths, training_runs
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zero_models import say_zero
 from eigenzoo.zoo.zoo import Zoo, open_zoo
@@ -109,10 +109,10 @@ class Inspection:
             "warning": len(self.warnings),
         }
         plural = {name: name.replace(" ", "s ", 1) if " " in name else f"{name}s" for name in remarks}
-        said = [f"{count} {name if count == 1 else plural[name]}" for name, count in remarks.items() if count]
+        parts = [f"{count} {name if count == 1 else plural[name]}" for name, count in remarks.items() if count]
         if self.num_non_finite:
-            said.insert(0, f"{self.num_non_finite:,} values are NaN or Inf")
-        return f"Inspection({size}, {in_bytes(self.whole_bytes)}): {', '.join(said) or 'nothing to report'}"
+            parts.insert(0, f"{self.num_non_finite:,} values are NaN or Inf")
+        return f"Inspection({size}, {in_bytes(self.whole_bytes)}): {', '.join(parts) or 'nothing to report'}"
 
     def _repr_html_(self) -> str:
         rows = [
@@ -137,7 +137,9 @@ def inspect(zoo: Zoo | Source, *, progress: Progress = no_progress) -> Inspectio
     with local_workers() as workers:
         reader = ContentsReader(make_probe(zoo.models), workers.resources.block_bytes)
         read = dict(workers.each("reading models", lambda name: reader.read(models[name]), zoo.names, progress))
-        alike = [name for group in _groups((found.digest, name) for name, found in read.items()) for name in group]
+        alike = [
+            name for group in _groups((contents.digest, name) for name, contents in read.items()) for name in group
+        ]
         hashed = dict(workers.each("comparing models", lambda name: reader.hash(models[name]), alike, progress))
     return Inspection(
         len(zoo),
@@ -152,7 +154,7 @@ def inspect(zoo: Zoo | Source, *, progress: Progress = no_progress) -> Inspectio
         zoo.skipped,
         (
             *zoo.warnings,
-            *say_zero([name for name, found in read.items() if found.answers.are_zero], zoo.view),
+            *say_zero([name for name, contents in read.items() if contents.answers.are_zero], zoo.view),
             *(
                 f"{name}: not compared by function: more than {MOST_PROBED:,} inputs or outputs of a layer, or ranks of all"
                 for name, model in models.items()
@@ -162,17 +164,17 @@ def inspect(zoo: Zoo | Source, *, progress: Progress = no_progress) -> Inspectio
         _groups((content, name) for name, content in hashed.items()),
         tuple(
             tuple(zoo.names[number] for number in group)
-            for group in same_function([found.answers for found in read.values()])
+            for group in same_function([contents.answers for contents in read.values()])
         ),
         zoo.layer_bytes,
         zoo.num_bytes,
         left_files(zoo.models),
-        training_runs(places_of(zoo.models, zoo.names)),
+        training_runs(run_paths(zoo.models, zoo.names)),
         zoo.hidden,
     )
 
 
-def _report(model: Model, name: str, found: Contents, num_zeros: int) -> ModelReport:
+def _report(model: Model, name: str, contents: Contents, num_zeros: int) -> ModelReport:
     infos = model.tensors.values()
     return ModelReport(
         name,
@@ -182,8 +184,8 @@ def _report(model: Model, name: str, found: Contents, num_zeros: int) -> ModelRe
         sum(prod(info.shape) for info in infos),
         tuple(sorted({dtype_name(info.dtype) for info in infos})),
         tuple(sorted({update.rank for update in model.updates.values()})),
-        sum(found.non_finite.values()),
-        tuple(sorted(found.non_finite)),
+        sum(contents.non_finite.values()),
+        tuple(sorted(contents.non_finite)),
         model.ignored_files,
         written_by(model),
         num_zeros,
@@ -218,7 +220,7 @@ def _roles(zoo: Zoo) -> tuple[RoleReport, ...]:
 
 
 def _groups(pairs: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:
-    found: dict[Hashable, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for content, name in pairs:
-        found.setdefault(content, []).append(name)
-    return tuple(tuple(names) for names in found.values() if len(names) > 1)
+        groups.setdefault(content, []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)

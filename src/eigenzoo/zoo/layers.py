@@ -1,4 +1,4 @@
-"""The layers of one model under a view: what each is called, its shape, and which tensors it is read from."""
+"""The layers of one model under a view: their names, shapes and source tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def default_view(model: Model, has_base: bool) -> str:
     return "delta" if has_base else "weight"
 
 
-_known: WeakKeyDictionary[object, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
+_sources_of: WeakKeyDictionary[object, dict[str, dict[str, LayerSource]]] = WeakKeyDictionary()
 
 
 def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
@@ -43,10 +43,10 @@ def layer_sources(model: Model, view: str) -> dict[str, LayerSource]:
     It is found once for all models that are the same but for their values, which have one dictionary; nobody may change it.
     """
     likeness = model.likeness if isinstance(model, SafetensorsModel) else None
-    known = _known.setdefault(model if likeness is None else likeness, {})
-    if view not in known:
-        known[view] = _find_sources(model, view)
-    return known[view]
+    by_view = _sources_of.setdefault(model if likeness is None else likeness, {})
+    if view not in by_view:
+        by_view[view] = _find_sources(model, view)
+    return by_view[view]
 
 
 def _find_sources(model: Model, view: str) -> dict[str, LayerSource]:
@@ -84,7 +84,7 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
         for info in (info_a, info_b):
             if info.dtype not in FLOATS:
                 raise UnsupportedError(
-                    f"a factor of {dtype_name(info.dtype)}",
+                    f"a factor has dtype {dtype_name(info.dtype)}",
                     where=f"layer '{module}' of {model.name}",
                     rule=f"factors are {', '.join(map(dtype_name, FLOATS))}",
                     next_step=AS_FLOATS,
@@ -97,7 +97,7 @@ def _update_sources(model: Model) -> dict[str, LayerSource]:
 
 
 def _factor_sources(model: Model) -> dict[str, LayerSource]:
-    """A and s·B as two layers; the scale rides on B, so that it survives and A stays as the paper has it."""
+    """Return A and s·B as two layers. The scale is in B, so that A is the same as in the paper."""
     sources = {}
     for module, update in model.updates.items():
         for factor, key, scale in (("lora_A", update.key_a, 1.0), ("lora_B", update.key_b, update.scale)):

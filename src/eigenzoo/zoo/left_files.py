@@ -1,4 +1,4 @@
-"""What lies beside the models of a zoo and is not carried: named once, with the number of models that have it."""
+"""Report files beside the models of a zoo that are not carried: each name once, with the number of models that have it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which weights of a zoo are layers, and what becomes of everything else.
+"""Decide which weights of a zoo are layers, and what happens to the others.
 
-A layer is a floating tensor (or LoRA update) that every model has in one shape. What differs is an error that names the
-model, unless it is a task head of another shape, is excluded, or `allow_missing` lets it pass; then it is left out with
-its reason, and carried unchanged.
+A layer is a floating-point tensor (or LoRA update) with the same shape in every model. A difference is an error that names the
+model. The exceptions are task heads of other shapes, excluded tensors, and differences that `allow_missing` accepts. These are
+left out with a reason, and carried unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from eigenzoo.errors import FormatError, MismatchError, ZooError
 from eigenzoo.formats.layout import ADAPTERS, FORMATS
-from eigenzoo.formats.lora.zero_updates import KnownModule, fill_adapter, known_modules, unfilled, zero_modules
+from eigenzoo.formats.lora.zero_updates import ZooModule, fill_adapter, modules_of, unfilled, zero_modules
 from eigenzoo.formats.model import MAX_NAME, Model
 from eigenzoo.formats.written_by import written_by
 from eigenzoo.records import Layer, LeftOut
@@ -52,7 +52,7 @@ class Selection:
     only: frozenset[str] | None = None
     split: tuple[SplitRule, ...] = ()
     missing: str = "error"
-    modules: tuple[KnownModule, ...] = ()
+    modules: tuple[ZooModule, ...] = ()
     parts: frozenset[str] = frozenset()
 
     def excludes(self, layer: str) -> bool:
@@ -71,17 +71,17 @@ def fill_models(
     """Return adapters with updates of zero for the modules that they lack, and the selection with all modules of the zoo."""
     if selection.missing != "zero":
         return tuple(models), selection
-    known = {(module.family, module.update.module): module for module in selection.modules}
+    by_name = {(module.family, module.update.module): module for module in selection.modules}
     for model in models:
-        for module in known_modules(model.format, unfilled(model).updates.values()):
-            known.setdefault((module.family, module.update.module), module)
-    if len(known) > MAX_MODULES:
+        for module in modules_of(model.format, unfilled(model).updates.values()):
+            by_name.setdefault((module.family, module.update.module), module)
+    if len(by_name) > MAX_MODULES:
         raise ZooError(
-            f"{len(known):,} different modules in all adapters together",
-            rule=f"at most {MAX_MODULES:,} are counted as zero where they are missing",
-            next_step="open adapters of one base alone",
+            f"all adapters together have {len(by_name):,} different modules",
+            rule=f"at most {MAX_MODULES:,} are allowed where missing ones count as zero",
+            next_step="open only adapters of one base",
         )
-    modules = tuple(module for module in known.values() if not selection.excludes(module.update.module))
+    modules = tuple(module for module in by_name.values() if not selection.excludes(module.update.module))
     filled: list[Model] = []
     num_zeros = 0
     for model, name in zip(models, names, strict=True):
@@ -89,10 +89,10 @@ def fill_models(
         num_zeros += len(zero_modules(filled[-1]))
         if num_zeros > MAX_ZEROS:
             raise ZooError(
-                f"more than {MAX_ZEROS:,} modules that adapters lack",
+                f"the adapters lack more than {MAX_ZEROS:,} modules",
                 where=name,
-                rule="so many are counted as zero in one zoo",
-                next_step="leave out with --exclude what few adapters have, or open adapters alone that train the same modules",
+                rule="at most so many are counted as zero in one zoo",
+                next_step="--exclude the modules that few adapters have, or open only adapters that train the same modules",
             )
     return tuple(filled), replace(selection, modules=modules)
 
@@ -111,9 +111,9 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     """Match models layer by layer; raises MismatchError for the first layer that differs and may not."""
     _refuse_mixed_kinds(models, names)
     _refuse_mixed_adapters(models, names)
-    found = _Found(models, selection.view)
+    every_source = _SourcesOfAll(models, selection.view)
     base_sources = layer_sources(base, "weight") if base is not None and selection.view == "delta" else None
-    every = found.count_names()
+    every = every_source.count_names()
     layers: dict[str, Layer] = {}
     reasons: dict[str, str] = {}
     problems: list[MismatchError] = []
@@ -122,9 +122,9 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
             reasons[layer_name] = EXCLUDED
             continue
         _check_name(layer_name)
-        problem = found.difference(layer_name, count, names, base_sources)
+        problem = every_source.difference(layer_name, count, names, base_sources)
         if problem is None:
-            layers[layer_name] = found.merged(layer_name)
+            layers[layer_name] = every_source.merged(layer_name)
         elif selection.allow_missing or (is_task_head(layer_name) and count == len(models)):
             reasons[layer_name] = problem.what
         else:
@@ -152,28 +152,28 @@ def match_models(models: Sequence[Model], names: Sequence[str], selection: Selec
     if not layers:
         raise ZooError(
             "no layer is left to analyse",
-            rule="a layer is a floating tensor that all models have in one shape",
+            rule="a layer is a floating-point tensor with the same shape in all models",
             next_step=_in_common(selection.view) if apart else "widen --include or narrow --exclude",
         )
     left_out = [LeftOut(name, reason, every[name]) for name, reason in reasons.items()]
     return Match(
         layers,
-        found.sources_of(layers),
-        tuple(left_out + found.unread()),
+        every_source.sources_of(layers),
+        tuple(left_out + every_source.unread()),
         tuple(name for name, reason in reasons.items() if reason == EXCLUDED),
     )
 
 
 def _with_tools(problem: MismatchError, models: Sequence[Model], names: Sequence[str]) -> MismatchError:
-    """Say which tools wrote models that differ, where their files name several."""
+    """Name the tools that wrote the differing models, if their files name several."""
     tools: dict[str, str] = {}
     for model, name in zip(models, names, strict=True):
         if tool := written_by(model).partition(" ")[0]:
             tools.setdefault(tool, name)
     if len(tools) < 2:
         return problem
-    said = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
-    what = f"{problem.what} ({said})"
+    tools_of_models = ", ".join(f"{name} was written by {tool}" for tool, name in list(tools.items())[:3])
+    what = f"{problem.what} ({tools_of_models})"
     return MismatchError(what, where=problem.where, rule=problem.rule, next_step=problem.next_step)
 
 
@@ -191,7 +191,7 @@ def _check_name(layer: str) -> None:
 def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     """Refuse adapters beside full weights, and name the few that are of the other kind."""
     adapters = [name for model, name in zip(models, names, strict=True) if model.format in ADAPTERS]
-    # What a bundle recalls of its old models is of a format of its own.
+    # Old models that a bundle recalls have their own format.
     whole = {*FORMATS, "pickle"} - set(ADAPTERS)
     weights = [name for model, name in zip(models, names, strict=True) if model.format in whole]
     if not adapters or not weights:
@@ -205,73 +205,73 @@ def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     raise MismatchError(
         f"{few[0]} is {what}, but {len(models) - len(few)} of {len(models)} models are {others}",
         rule="the models of one zoo are all adapters or all full weights",
-        next_step=f"leave out {shown}: name the other models, or let its folder's name begin with '_', which passes it over",
+        next_step=f"leave out {shown}: name the other models, or begin its folder's name with '_', so that it is skipped",
     )
 
 
 def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:
-    """Refuse adapters of several formats: one names its modules as the base does, the other flattened."""
+    """Refuse adapters of several formats, because their module names differ."""
     first: dict[str, str] = {}
     for model, name in zip(models, names, strict=True):
         if model.format in ADAPTERS:
             first.setdefault(model.format, name)
     if len(first) > 1:
-        found = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
+        formats = " and ".join(f"{name} is a {format_}" for format_, name in first.items())
         raise MismatchError(
-            found,
-            rule="adapters of one zoo are of one format",
+            formats,
+            rule="all adapters of a zoo have the same format",
             next_step="save them all with diffusers (save_lora_weights), or all with PEFT (save_pretrained)",
         )
 
 
-class _Found:
-    """What can be a layer in each model; models that are the same but for their values are looked at once.
+class _SourcesOfAll:
+    """The possible layers of each model. Models that differ only in values are examined once.
 
     Attributes:
         models: all of them.
-        sources: of each model; those of like models are one dictionary.
-        kinds: the place of the first model of each kind, in the order of the models.
+        sources: of each model; models that differ only in values share one dictionary.
+        kinds: the index of the first model of each kind, in the order of the models.
     """
 
     def __init__(self, models: Sequence[Model], view: str) -> None:
         self.models = models
         self.sources = [layer_sources(model, view) for model in models]
-        places: dict[int, int] = {}
-        for place, sources in enumerate(self.sources):
-            places.setdefault(id(sources), place)
-        self.kinds = list(places.values())
+        first_of: dict[int, int] = {}
+        for index, sources in enumerate(self.sources):
+            first_of.setdefault(id(sources), index)
+        self.kinds = list(first_of.values())
         self._counts = Counter(id(sources) for sources in self.sources)
 
-    def _count(self, place: int) -> int:
+    def _count(self, index: int) -> int:
         """Return how many models are like this one."""
-        return self._counts[id(self.sources[place])]
+        return self._counts[id(self.sources[index])]
 
     def count_names(self) -> Counter[str]:
         """Return how many models have a layer of each name."""
         every: Counter[str] = Counter()
-        for place in self.kinds:
-            every.update(dict.fromkeys(self.sources[place], self._count(place)))
+        for index in self.kinds:
+            every.update(dict.fromkeys(self.sources[index], self._count(index)))
         return every
 
     def difference(
         self, layer: str, count: int, names: Sequence[str], base: dict[str, LayerSource] | None
     ) -> MismatchError | None:
         """Return the first way in which a layer differs between models, or between them and their base."""
-        first = next(place for place in self.kinds if layer in self.sources[place])
+        first = next(index for index in self.kinds if layer in self.sources[index])
         if count < len(self.sources):
-            missing = next(place for place in self.kinds if layer not in self.sources[place])
+            missing = next(index for index in self.kinds if layer not in self.sources[index])
             num = len(self.sources) - count
             lack = "1 model lacks" if num == 1 else f"{num} models lack"
             return _mismatch(
-                f"{names[missing]} has no such layer, {names[first]} has ({lack} it)",
+                f"{names[missing]} has no such layer, but {names[first]} has it ({lack} it)",
                 layer,
                 as_zero=self.sources[first][layer].layer.kind == "update",
             )
         shape = self.sources[first][layer].layer.tensor_shape
-        for place in self.kinds:
-            other = self.sources[place][layer].layer.tensor_shape
+        for index in self.kinds:
+            other = self.sources[index][layer].layer.tensor_shape
             if other != shape:
-                return _mismatch(f"shape {list(other)} in {names[place]} but {list(shape)} in {names[first]}", layer)
+                return _mismatch(f"shape {list(other)} in {names[index]} but {list(shape)} in {names[first]}", layer)
         if base is not None and (layer not in base or base[layer].layer.tensor_shape != shape):
             there = f"has shape {list(base[layer].layer.tensor_shape)}" if layer in base else "is absent"
             return _mismatch(f"shape {list(shape)} in the models, but in the base it {there}", layer)
@@ -280,7 +280,7 @@ class _Found:
     def merged(self, layer: str) -> Layer:
         """Return the layer as the first model has it, with the widest dtype of all models."""
         merged = self.sources[0][layer].layer
-        dtypes = {self.sources[place][layer].layer.dtype for place in self.kinds}
+        dtypes = {self.sources[index][layer].layer.dtype for index in self.kinds}
         if len(dtypes) > 1:
             merged = replace(merged, dtype=dtype_name(widest(*(getattr(torch, dtype) for dtype in sorted(dtypes)))))
         return merged
@@ -289,8 +289,8 @@ class _Found:
         """Return where each model keeps these layers."""
         names = tuple(layers)
         chosen = {}
-        for place in self.kinds:
-            sources = self.sources[place]
+        for index in self.kinds:
+            sources = self.sources[index]
             chosen[id(sources)] = {name: sources[name] for name in names}
         return tuple(chosen[id(sources)] for sources in self.sources)
 
@@ -298,15 +298,15 @@ class _Found:
         """Tensors that no view reads: integers and buffers of checkpoints, heads and biases beside LoRA factors."""
         reasons: dict[str, str] = {}
         counts: Counter[str] = Counter()
-        for place in self.kinds:
-            model = self.models[place]
-            keys = {source.key for source in self.sources[place].values()}
+        for index in self.kinds:
+            model = self.models[index]
+            keys = {source.key for source in self.sources[index].values()}
             for name in model.other_tensors:
                 if name not in keys:
                     dtype = dtype_name(model.tensors[name].dtype)
                     reason = "not a LoRA factor" if model.updates else "not a floating weight"
                     reasons[name] = f"{reason} ({dtype})"
-                    counts[name] += self._count(place)
+                    counts[name] += self._count(index)
         return [LeftOut(name, reason, counts[name]) for name, reason in reasons.items()]
 
 
@@ -318,15 +318,18 @@ def _mismatch(what: str, layer: str, *, as_zero: bool = False) -> MismatchError:
     if as_zero:
         next_step = f"{_AS_ZERO}; {next_step}"
     if layer.endswith((".lora_A", ".lora_B")):
-        next_step += "; view 'update' takes mixed ranks"
+        next_step += "; view 'update' accepts mixed ranks"
     return MismatchError(
-        what, where=f"layer '{layer}'", rule="every model of a zoo has every layer in one shape", next_step=next_step
+        what,
+        where=f"layer '{layer}'",
+        rule="each layer must have the same shape in all models of a zoo",
+        next_step=next_step,
     )
 
 
 def _in_common(view: str) -> str:
-    """What to do where models have no layer in common."""
-    other = "adapters of different bases do not make a zoo: name those of one base"
+    """Return the next step for models without a common layer."""
+    other = "adapters of different bases are not one zoo: name adapters of one base"
     if view == "update":
         return f"{_AS_ZERO}; {other}"
     if view == "factors":
@@ -335,7 +338,7 @@ def _in_common(view: str) -> str:
 
 
 def _all_in_one(problems: list[MismatchError], next_step: str | None) -> MismatchError:
-    """Return the first error with the next few named; `next_step` takes the place of its own."""
+    """Return the first error and name the next few. `next_step` replaces its own."""
     first = problems[0]
     others = ", ".join(f"{problem.where} ({problem.what})" for problem in problems[1:6])
     if len(problems) > 6:

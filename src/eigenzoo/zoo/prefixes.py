@@ -1,4 +1,4 @@
-"""The one prefix, or wrapper's part, by which a model's names differ from the others'."""
+"""Find the one prefix, or part from a wrapper, by which the names of one model differ from the others'."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ def extra_of(longer: Collection[str], shorter: Collection[str]) -> Extra | None:
     """
     there = set(shorter)
     only = list(islice((name for name in longer if name not in there), MOST_NAMES))
-    found = [Extra(text, True, _num_cut(only, there, text)) for text in _beginnings(only, there)]
-    known = {part for name in shorter for part in name.split(".")}
-    new = dict.fromkeys(part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in known)
+    extras = [Extra(text, True, _num_cut(only, there, text)) for text in _beginnings(only, there)]
+    usual_parts = {part for name in shorter for part in name.split(".")}
+    new = dict.fromkeys(
+        part for name in islice(only, PROBES) for part in name.split(".")[:-1] if part not in usual_parts
+    )
     for part in islice(new, MOST_PARTS):
-        found.append(Extra(f"{part}.", False, sum(_without(name, part) in there for name in only)))
-    best = max(found, key=lambda extra: extra.num, default=None)
+        extras.append(Extra(f"{part}.", False, sum(_without(name, part) in there for name in only)))
+    best = max(extras, key=lambda extra: extra.num, default=None)
     return best if best is not None and 2 * best.num > len(only) else None
 
 
 def _beginnings(names: Sequence[str], there: Collection[str]) -> list[str]:
-    """What some of the names have before a name that is there."""
-    found: dict[str, None] = {}
+    """Return the beginnings that some names have before an existing name."""
+    beginnings: dict[str, None] = {}
     for name in islice(names, PROBES):
         parts = name.split(".")
         for number in range(1, min(len(parts), MOST_PARTS + 1)):
             if ".".join(parts[number:]) in there:
-                found[".".join(parts[:number]) + "."] = None
-    return list(found)
+                beginnings[".".join(parts[:number]) + "."] = None
+    return list(beginnings)
 
 
 def _num_cut(names: Collection[str], there: Collection[str], prefix: str) -> int:
@@ -78,31 +80,31 @@ def prefix_error(models: Sequence[Model], names: Sequence[str]) -> MismatchError
     usual = counts.most_common(1)[0][0]
     for own in counts:
         longer = extra_of(sorted(own), usual)
-        found = longer or extra_of(sorted(usual), own)
-        if found is not None:
-            return _error(names[sets.index(own)], names[sets.index(usual)], counts[own], found, longer is not None)
+        extra = longer or extra_of(sorted(usual), own)
+        if extra is not None:
+            return _error(names[sets.index(own)], names[sets.index(usual)], counts[own], extra, longer is not None)
     return None
 
 
 def layers_error(own: Collection[str], layers: Collection[str], name: str) -> MismatchError | None:
     """Return the error that names what a model's layers have before the names of a bundle's, or lack; None for nothing."""
     longer = extra_of(sorted(own), layers)
-    found = longer or extra_of(sorted(layers), own)
-    if found is None:
+    extra = longer or extra_of(sorted(layers), own)
+    if extra is None:
         return None
-    # Of an adapter's names PEFT's own prefix was cut off where it stood first.
-    text = found.text if found.text == PREFIX else found.text.removesuffix(PREFIX)
-    return _error(name, "the bundle", 1, replace(found, text=text), longer is not None)
+    # PEFT's own prefix was cut off the adapter's names that began with it.
+    text = extra.text if extra.text == PREFIX else extra.text.removesuffix(PREFIX)
+    return _error(name, "the bundle", 1, replace(extra, text=text), longer is not None)
 
 
 def _error(name: str, others: str, num: int, extra: Extra, has_it: bool) -> MismatchError:
-    place = "begin with" if extra.at_the_beginning else "hold"
+    verb = "begin with" if extra.at_the_beginning else "hold"
     more = f", and so do {num - 1} more models" if num > 1 else ""
     if has_it:
-        what = f"the names of its tensors {place} {extra.text!r}, which those of {others} lack{more}"
+        what = f"the names of its tensors {verb} {extra.text!r}, which those of {others} lack{more}"
         text = f"name.removeprefix({extra.text!r})" if extra.at_the_beginning else f"name.replace({extra.text!r}, '')"
     else:
-        what = f"the names of its tensors lack {extra.text!r}, which those of {others} {place}{more}"
+        what = f"the names of its tensors lack {extra.text!r}, which those of {others} {verb}{more}"
         text = f"name if name in others else {extra.text!r} + name" if extra.at_the_beginning else ""
     return MismatchError(
         what,

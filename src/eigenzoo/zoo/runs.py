@@ -1,4 +1,4 @@
-"""Checkpoints of one training run, known by their folders: steps of one path, and not models of their own."""
+"""Recognise checkpoints of one training run by their folders. They are steps of one path, not independent models."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from eigenzoo.formats.side_files import RUN_STATE
 
 _CHECKPOINT = re.compile(r"(?P<run>.*?)/?checkpoint-\d{1,12}", re.ASCII)
 
-Place = tuple[str, str, Collection[str]]
-"""A model's name, the path or URL of its folder, and what lies beside its weights."""
+RunPath = tuple[str, str, Collection[str]]
+"""A model's name, the path or URL of its folder, and the files beside its weights."""
 
 
-def places_of(models: Iterable[Model], names: Iterable[str]) -> list[Place]:
-    """Say where opened models lie."""
+def run_paths(models: Iterable[Model], names: Iterable[str]) -> list[RunPath]:
+    """Return the name, path and side files of opened models."""
     return [
         (name, source_url(model.path) or str(model.path.absolute()), model.ignored_files)
         for model, name in zip(models, names, strict=True)
     ]
 
 
-def training_runs(places: Iterable[Place]) -> tuple[tuple[str, ...], ...]:
+def training_runs(paths: Iterable[RunPath]) -> tuple[tuple[str, ...], ...]:
     """Group the models whose folders are `checkpoint-N` of one folder and hold the state of transformers' Trainer; two or more.
 
     >>> training_runs([(f"m{n}", f"run/checkpoint-{n}", ["trainer_state.json"]) for n in (10, 20)])
     (('m10', 'm20'),)
     """
     runs: dict[str, list[str]] = {}
-    for name, path, beside in places:
+    for name, path, beside in paths:
         match = _CHECKPOINT.fullmatch(path.rstrip("/"))
         if match is not None and RUN_STATE in beside:
             runs.setdefault(match["run"], []).append(name)

@@ -1,4 +1,4 @@
-"""From what a user writes (folder, glob, list, text file, URL) to the paths of models."""
+"""Resolve a user's source (folder, glob, list, text file, URL) to the paths of models."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def find_models(
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundModels:
     """The models that a source names.
 
     Attributes:
@@ -90,7 +90,7 @@ class Found:
 
 def look_for_models(
     source: Source, progress: Progress = no_progress, *, allow_pickle: bool = False, allow_missing: bool = False
-) -> Found:
+) -> FoundModels:
     """Find the models that a source names, and those that were passed over; see `find_models`."""
     lists = _Lists()
     try:
@@ -98,29 +98,29 @@ def look_for_models(
     except UnicodeDecodeError as error:
         raise ZooError("a list of models is not UTF-8 text", where=shown_source(source)) from error
     # The weights of an adapter with their config beside them are the adapter: named by folder or by file, it is one model.
-    found = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
-    # A URL that names nothing is told before gigabytes are downloaded for the ids beside it.
-    urls = [item for item in found if isinstance(item, str)]
+    sources = list(dict.fromkeys(whole_model(item) if isinstance(item, Path) else item for item in every))
+    # An invalid URL is reported before gigabytes are downloaded for the ids beside it.
+    urls = [item for item in sources if isinstance(item, str)]
     listed = _listed(urls)
-    models = _mirrored(_downloaded(found, allow_pickle, allow_missing, progress), listed, progress)
-    return Found(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
+    models = _mirrored(_downloaded(sources, allow_pickle, allow_missing, progress), listed, progress)
+    return FoundModels(tuple(_some(models, source)), tuple(dict.fromkeys(lists.hidden)))
 
 
 def _some(models: list[M], source: Source, hidden: Sequence[Path] = ()) -> list[M]:
-    """Raise ZooError where a source names no model: beside others it would be missed by nobody."""
+    """Raise ZooError if a source names no model. Beside other sources this would go unnoticed."""
     if not models and hidden:
         raise ZooError(
-            f"no model is found but {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
+            f"the only model there is {hidden[0].name!r}, whose name begins with {hidden[0].name[0]!r}",
             where=shown_source(source),
-            rule="such names are passed over in folders and globs: a zoo's parent is kept by one",
-            next_step=f"name it itself: {hidden[0]}",
+            rule="folders and globs skip such names, so that a zoo's parent can be stored there",
+            next_step=f"name it directly: {hidden[0]}",
         )
     if not models:
         raise ZooError(
-            "no model is found",
+            "no model was found",
             where=shown_source(source),
-            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of such, or ids of the hub",
-            next_step="a folder is searched three folders deep: where models lie deeper, name the folder that holds them",
+            rule="a zoo is a folder of models, a glob, a list, a .txt file of paths, URLs of these, or ids of the hub",
+            next_step="a folder is searched three folders deep; if the models are deeper, name the folder that contains them",
         )
     return models
 
@@ -133,12 +133,12 @@ def shown_source(source: Source) -> str:
 
 
 def _downloaded(
-    found: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
+    sources: Sequence[Path | str | HubId], allow_pickle: bool, allow_missing: bool, progress: Progress
 ) -> list[Path | str | Unreadable]:
-    """Put the models that ids of the hub name in the ids' places."""
-    places = list(dict.fromkeys(item for item in found if isinstance(item, HubId)))
-    if not places:
-        return [item for item in found if not isinstance(item, HubId)]
+    """Replace hub ids by their models."""
+    hub_ids = list(dict.fromkeys(item for item in sources if isinstance(item, HubId)))
+    if not hub_ids:
+        return [item for item in sources if not isinstance(item, HubId)]
     stopped = Event()
 
     def telling(stage: str, done: int, total: int) -> None:
@@ -154,10 +154,10 @@ def _downloaded(
         progress=telling,
         stopped=stopped,
     )
-    listed = side_by_side([partial(find, place) for place in places], MAX_REPOSITORIES, stopped)
-    models = dict(zip(places, listed, strict=True))
+    listed = side_by_side([partial(find, hub_id) for hub_id in hub_ids], MAX_REPOSITORIES, stopped)
+    models = dict(zip(hub_ids, listed, strict=True))
     items: list[Path | str | Unreadable] = []
-    for item in found:
+    for item in sources:
         if not isinstance(item, HubId):
             items.append(item)
             continue
@@ -167,12 +167,12 @@ def _downloaded(
 
 
 def _mirrored(
-    found: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
+    sources: Sequence[Path | str | Unreadable], listed: Mapping[str, Sequence[Entry]], progress: Progress
 ) -> list[Path | Unreadable]:
-    """Put the mirrors of the models that were listed at URLs in the URLs' places."""
+    """Replace URLs by the mirrors of their models."""
     paths = iter(mirror_models([model for models in listed.values() for model in models], progress))
     models: list[Path | Unreadable] = []
-    for item in found:
+    for item in sources:
         if not isinstance(item, str):
             models.append(item)
             continue
@@ -184,8 +184,8 @@ def _mirrored(
 
 @dataclass
 class _Lists:
-    """The text files that are being read, one within another, all that have been, the models that were passed over, and how many
-    names lists may yet look at."""
+    """The text files that are being read (one within another), those already read, the skipped models, and how many names the
+    lists may still look at."""
 
     within: tuple[Path, ...] = ()
     read: set[Path] = field(default_factory=set)
@@ -206,8 +206,8 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
     if isinstance(source, str):
         if is_url(source):
             return [source]
-        if (place := find_id(source)) is not None:
-            return [place]
+        if (hub_id := find_id(source)) is not None:
+            return [hub_id]
         source = local_path(source)
     path = Path(source)
     if os.path.isdir(path):
@@ -229,10 +229,10 @@ def _expand(source: Source | HubId, lists: _Lists) -> list[Path | str | HubId]:
 
 
 def _meant(path: Path) -> str:
-    """Say what a path that names nothing may have been meant to be."""
+    """Suggest a source for a path that does not exist."""
     if re.match(r"[A-Za-z][\w+.-]+:/[^/]", str(path)):
-        return "a URL is given as text, since a path has no double slash"
-    return did_you_mean(path) or ("an id of the hub is given as text, not as a path" if parse_id(str(path)) else "")
+        return "give a URL as text, because a path object merges its double slash"
+    return did_you_mean(path) or ("give an id of the hub as text, not as a path object" if parse_id(str(path)) else "")
 
 
 def _in_glob(pattern: str, lists: _Lists) -> list[Path]:
@@ -240,10 +240,10 @@ def _in_glob(pattern: str, lists: _Lists) -> list[Path]:
     folder = Disk(root, budget=lists.budget)
     matching = models_matching(folder, parts, partial(_pass_over, lists.hidden), follow=not lists.within)
     try:
-        found = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
+        paths = [_path(entry) for entry in matching if is_folder(entry) or not pattern.endswith("/")]
     except ZooError as error:
         raise error.at(pattern) from error
-    return sorted(found, key=lambda path: natural_order(str(path)))
+    return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
 def _path(entry: Disk | str) -> Path:
@@ -251,9 +251,9 @@ def _path(entry: Disk | str) -> Path:
 
 
 def _pass_over(hidden: list[Path], entry: Disk | str) -> None:
-    """Note a model that is passed over for its name, or those in a folder that is; what tools hide by a dot is not looked into.
+    """Record a model that is skipped for its name, or the models in such a folder. Folders that begin with a dot are not searched.
 
-    What cannot be listed (a file system's snapshots, another user's files) holds none: it is passed over anyway.
+    A folder that cannot be listed (snapshots of a file system, another user's files) counts as empty, because it is skipped anyway.
     """
     path = _path(entry)
     with suppress(FormatError):
@@ -265,24 +265,24 @@ def _pass_over(hidden: list[Path], entry: Disk | str) -> None:
 
 
 def _listed(urls: Sequence[str]) -> dict[str, list[Entry]]:
-    """Return the models that each of the URLs names, listed several URLs at once; raises for the first that has none."""
+    """Return the models of each URL. Several URLs are listed at once. Raise for the first URL without a model."""
     splits = [split_glob(url) for url in urls]
     for url in urls:
         if url.endswith(".txt"):
             raise UnsupportedError(
-                "a list of models at a remote place",
+                "a list of models at a URL is not read",
                 where=shown_url(url),
-                rule="lists are read from this machine; they may hold URLs",
+                rule="lists are read only from this machine, but may contain URLs",
                 next_step="download it",
             )
     depths = [(len(parts) if "**" not in parts else MAX_DEPTH + len(parts)) or MAX_DEPTH for _, parts in splits]
-    found: dict[str, list[Entry]] = {}
+    by_url: dict[str, list[Entry]] = {}
     listed = list_urls([root for root, _ in splits], [depth + MODEL_DEPTH for depth in depths])
     for url, (_, parts), entry in zip(urls, splits, listed, strict=True):
         if isinstance(entry, EigenzooError):
             raise entry
-        found[url] = _at_url(entry, parts, shown_url(url))
-    return found
+        by_url[url] = _at_url(entry, parts, shown_url(url))
+    return by_url
 
 
 def _at_url(entry: Entry, parts: Sequence[str], url: str) -> list[Entry]:
@@ -290,7 +290,7 @@ def _at_url(entry: Entry, parts: Sequence[str], url: str) -> list[Entry]:
         return [entry]
     if parts:
         try:
-            return sorted(models_matching(entry, parts), key=lambda found: natural_order(found.url))
+            return sorted(models_matching(entry, parts), key=lambda match: natural_order(match.url))
         except ZooError as error:
             raise error.at(url) from error
     if not entry.entries:
@@ -322,16 +322,18 @@ def _in_list(file: Path, lists: _Lists) -> list[Path | str | HubId]:
     for number, line in enumerate(text.split("\n"), 1):
         lines.setdefault(line.strip(), number)
     if len(lines) > MAX_LINES:
-        raise ZooError(f"{len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}")
+        raise ZooError(
+            f"the list has {len(lines)} lines", where=str(file), rule=f"a list of models has at most {MAX_LINES}"
+        )
     within = _Lists((*lists.within, resolved), lists.read, lists.hidden, lists.names)
-    found: list[Path | str | HubId] = []
+    models: list[Path | str | HubId] = []
     for line, number in lines.items():
         if line and not line.startswith("#"):
             try:
-                found += _expand(_line(line, file.parent), within)
+                models += _expand(_line(line, file.parent), within)
             except EigenzooError as error:
                 raise error.at(f"{file}, line {number}") from error
-    return found
+    return models
 
 
 def _line(line: str, folder: Path) -> Path | str | HubId:
@@ -354,7 +356,7 @@ def name_models(paths: list[Path]) -> list[str]:
 
 
 def _whole_path(path: Path) -> Path:
-    """The absolute path, or for a mirror the URL as if it were one; a commit of the hub says nothing in a name."""
+    """Return the absolute path; for a mirror, the URL as a path. A hub commit is left out of names."""
     url = source_url(path)
     if url is None:
         return Path(os.path.abspath(path))
@@ -362,5 +364,5 @@ def _whole_path(path: Path) -> Path:
 
 
 def _folder_name(path: Path) -> str:
-    """The name that the user wrote, a link's own; where it says nothing (`.`), the folder's."""
+    """Return the name that the user wrote (for a link, its own). For `.` it is the folder's name."""
     return hub_name(path) or (path.name if path.name not in ("", "..") else path.resolve().name)

@@ -68,7 +68,7 @@ class DenseStack:
 
     @cached_property
     def _scales(self) -> Tensor | None:
-        """What rows are multiplied by (N, 1), or None where that is one."""
+        """Return the factors of rows (N, 1), or None if all are one."""
         scales = [source.scale for source in self._sources]
         if scales.count(1.0) == len(scales):
             return None
@@ -77,10 +77,10 @@ class DenseStack:
     def __len__(self) -> int:
         return len(self._models)
 
-    def subset(self, places: Sequence[int]) -> DenseStack:
+    def subset(self, indices: Sequence[int]) -> DenseStack:
         """Return the same layer of some of the models."""
-        chosen = [self._models[place] for place in places], [self.names[place] for place in places]
-        sources = [self._sources[place] for place in places]
+        chosen = [self._models[index] for index in indices], [self.names[index] for index in indices]
+        sources = [self._sources[index] for index in indices]
         precision = "high" if self.dtype == torch.float64 else self.precision
         return DenseStack(self.layer, *chosen, sources, self._base, precision)
 
@@ -120,18 +120,18 @@ class DenseStack:
         if self._base is not None:
             kernels.subtract(rows, self._base_values(start, stop))
 
-    def matrix(self, place: int) -> Tensor:
+    def matrix(self, index: int) -> Tensor:
         """Read one model's whole layer as an (O, I) matrix."""
         values = torch.empty(self.layer.num_values, dtype=self.dtype)
-        source = self._sources[place]
-        self._models[place].read_flat(source.key, 0, values.numel(), out=values)
+        source = self._sources[index]
+        self._models[index].read_flat(source.key, 0, values.numel(), out=values)
         if source.scale != 1.0:
             values.mul_(source.scale)
         if self._base is not None:
             values -= self._base_values(0, values.numel())
         if not torch.isfinite(values.sum()):
             self._check_base(0, values.numel())
-            self._check_row(values, self.names[place])
+            self._check_row(values, self.names[index])
         return values.view(self.layer.shape)
 
     def _base_values(self, start: int, stop: int) -> Tensor:
@@ -183,30 +183,30 @@ class UpdateStack:
     def __len__(self) -> int:
         return len(self._models)
 
-    def subset(self, places: Sequence[int]) -> UpdateStack:
+    def subset(self, indices: Sequence[int]) -> UpdateStack:
         """Return the same layer of some of the models."""
-        chosen = [self._models[place] for place in places], [self.names[place] for place in places]
+        chosen = [self._models[index] for index in indices], [self.names[index] for index in indices]
         precision = "high" if self.dtype == torch.float64 else self.precision
-        return UpdateStack(self.layer, *chosen, [self._sources[place] for place in places], precision)
+        return UpdateStack(self.layer, *chosen, [self._sources[index] for index in indices], precision)
 
-    def stored_factors(self, place: int) -> tuple[Tensor, Tensor, float]:
+    def stored_factors(self, index: int) -> tuple[Tensor, Tensor, float]:
         """Read one model's factors as they are stored: B (O, R), A (R, I), and the scale that is not in them."""
-        source = self._sources[place]
-        b_OR, a_RI = self._models[place].read_factors(source.key)
+        source = self._sources[index]
+        b_OR, a_RI = self._models[index].read_factors(source.key)
         for factor in (b_OR, a_RI):
             bad = int((~torch.isfinite(factor)).sum())
             if bad:
-                raise _not_finite(self.names[place], self.layer.name, bad)
+                raise _not_finite(self.names[index], self.layer.name, bad)
         return b_OR, a_RI, source.scale
 
-    def tile(self, places: Sequence[int], b_OP: Tensor, a_PI: Tensor) -> Tile:
+    def tile(self, indices: Sequence[int], b_OP: Tensor, a_PI: Tensor) -> Tile:
         """Read the factors of some models side by side into memory that is given, the scale in B; unchecked."""
-        ranks = tuple(self.ranks[place] for place in places)
+        ranks = tuple(self.ranks[index] for index in indices)
         first = 0
-        chosen = [self._sources[place] for place in places]
-        models = [self._models[place] for place in places]
-        found = read_factors(models, [source.key for source in chosen])
-        for rank, source, (b_OR, a_RI) in zip(ranks, chosen, found, strict=True):
+        chosen = [self._sources[index] for index in indices]
+        models = [self._models[index] for index in indices]
+        factors = read_factors(models, [source.key for source in chosen])
+        for rank, source, (b_OR, a_RI) in zip(ranks, chosen, factors, strict=True):
             run = slice(first, first + rank)
             if b_OR.dtype == b_OP.dtype:
                 np.multiply(b_OR.numpy(), b_OR.numpy().dtype.type(source.scale), out=b_OP[:, run].numpy())
@@ -218,12 +218,12 @@ class UpdateStack:
 
     def check_finite(self) -> None:
         """Read all factors anew and raise DataError for the first with NaN or Inf; nothing where all are finite."""
-        for place in range(len(self)):
-            self.stored_factors(place)
+        for index in range(len(self)):
+            self.stored_factors(index)
 
-    def factors(self, place: int) -> tuple[Tensor, Tensor]:
+    def factors(self, index: int) -> tuple[Tensor, Tensor]:
         """Read one model's factors in float64 with the scale in B."""
-        b_OR, a_RI, scale = self.stored_factors(place)
+        b_OR, a_RI, scale = self.stored_factors(index)
         return b_OR.double().mul_(scale), a_RI.double()
 
 
@@ -234,6 +234,6 @@ def _not_finite(model: str, layer: str, bad: int) -> DataError:
     return DataError(
         f"{bad} values are NaN or Inf",
         where=f"layer '{layer}' of {model}",
-        rule="a subspace is fitted to finite weights only",
+        rule="a subspace is fitted only to finite weights",
         next_step="leave the model out, or --exclude the layer so that it is carried unchanged",
     )

@@ -1,4 +1,4 @@
-"""The template of a model that lies in a zoo."""
+"""The template of a model in a zoo."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from eigenzoo.zoo.zoo import Zoo
 class ZooTemplate(Template):
     """What makes coefficients of one of a zoo's models a complete model again, read from the model's own files."""
 
-    def __init__(self, zoo: Zoo, place: int) -> None:
-        self._zoo, self._place = zoo, place
-        self._model: Model = zoo.models[place]
+    def __init__(self, zoo: Zoo, index: int) -> None:
+        self._zoo, self._index = zoo, index
+        self._model: Model = zoo.models[index]
         self.layout = layout_of(self._model)
         self.config = self._model.config
         self.metadata = self._model.metadata
-        self.carried = zoo.carried(place)
+        self.carried = zoo.carried(index)
         self.left_at = remote_url(self._model.path) or ""
         self.side_files = self._model.side_files
         self.not_carried = listed_first(self._model.beside, MAX_LEFT)
 
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged."""
-        return self._zoo.read_carried(self._place, name)
+        return self._zoo.read_carried(self._index, name)
 
     def read_side_file(self, name: str) -> bytes:
         """Read a file beside the weights."""

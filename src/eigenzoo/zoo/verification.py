@@ -1,4 +1,4 @@
-"""What was checked of a bundle or an adapter, and what was found: frozen records that read as a sequence of faults."""
+"""Results of checks of a bundle or an adapter: frozen records that read as a sequence of faults."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Check:
         return not self.faults
 
 
-def checked(name: str, held: str, faults: Iterable[str], failed: str = "", notes: Iterable[str] = ()) -> Check:
-    """Make a check whose detail is `held` where it has no faults, else `failed`, or how many they are."""
-    found = tuple(faults)
-    detail = held if not found else failed or f"faults: {len(found)}"
-    return Check(name, detail, found, tuple(notes))
+def checked(name: str, passed: str, faults: Iterable[str], failed: str = "", notes: Iterable[str] = ()) -> Check:
+    """Make a check. Its detail is `passed` if there are no faults; otherwise `failed`, or the number of faults."""
+    listed = tuple(faults)
+    detail = passed if not listed else failed or f"faults: {len(listed)}"
+    return Check(name, detail, listed, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Loading:
     Attributes:
         what: which library, and into what.
         names: what it calls the tensors of the base's files in memory.
-        places: of each tensor of the adapter that it takes up, the modules in memory that it ends up in.
+        modules: the modules in memory that each loaded tensor of the adapter goes to.
         dropped: the adapter's tensors that it does not take up.
         missing: the tensors that it looks for in vain.
         error: why it refuses the adapter altogether; empty where it does not.
@@ -85,7 +85,7 @@ class Loading:
 
     what: str
     names: Mapping[str, str]
-    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     error: str = ""
@@ -146,8 +146,8 @@ class Verification:
     @property
     def typical_change(self) -> float | None:
         """The median change over all layers of all models; None where none is known."""
-        known = [layer.change for layers in self.changes.values() for layer in layers.values()]
-        return median(found) if (found := [change for change in known if change is not None]) else None
+        changes = [layer.change for layers in self.changes.values() for layer in layers.values()]
+        return median(finite) if (finite := [change for change in changes if change is not None]) else None
 
     def __repr__(self) -> str:
         against = "" if self.against is None else f", against={self.against!r}"

@@ -1,4 +1,4 @@
-"""Models that hold nothing: adapters whose updates are all zero, and models that equal their base."""
+"""Find models without content: adapters whose updates are all zero, and models that equal their base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eigenzoo.zoo.zoo import Zoo
 SUSPECT = 1e-6
 """Share of the largest model's energy below which a model is looked at again: round-off of moments is less."""
 
-SAID = {
+WORDS = {
     "update": "all updates are zero",
     "factors": "all updates are zero",
     "delta": "all weights are those of the base",
@@ -31,10 +31,10 @@ def zero_models(zoo: Zoo, energies: Mapping[str, Tensor]) -> list[str]:
 
     Cost: one more read of the models that have next to no energy.
     """
-    known = [energy_N.double() for name, energy_N in energies.items() if _counts(zoo, name)]
-    total_N = sum(known, torch.zeros(len(zoo), dtype=torch.float64))
+    energies_N = [energy_N.double() for name, energy_N in energies.items() if _counts(zoo, name)]
+    total_N = sum(energies_N, torch.zeros(len(zoo), dtype=torch.float64))
     suspects = (total_N <= SUSPECT * total_N.max()).nonzero().flatten().tolist()
-    return say_zero([zoo.names[place] for place in suspects if _is_zero(zoo, place)], zoo.view)
+    return say_zero([zoo.names[index] for index in suspects if _is_zero(zoo, index)], zoo.view)
 
 
 def say_zero(names: Sequence[str], view: str) -> list[str]:
@@ -46,18 +46,18 @@ def say_zero(names: Sequence[str], view: str) -> list[str]:
     if not names:
         return []
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return [f"{', '.join(names[:MOST_NAMED])}{more}: {SAID.get(view, 'all weights are zero')}"]
+    return [f"{', '.join(names[:MOST_NAMED])}{more}: {WORDS.get(view, 'all weights are zero')}"]
 
 
 def _counts(zoo: Zoo, layer: str) -> bool:
-    """Of factors A alone is a random start, which is no update."""
+    """Tell whether a layer counts. A factor A alone is a random initial value, not an update."""
     return zoo.view != "factors" or not layer.endswith(".lora_A")
 
 
-def _is_zero(zoo: Zoo, place: int) -> bool:
-    model = zoo.models[place]
+def _is_zero(zoo: Zoo, index: int) -> bool:
+    model = zoo.models[index]
     for name in filter(partial(_counts, zoo), zoo.layers):
-        key, scale = zoo.keys(name)[place]
+        key, scale = zoo.keys(name)[index]
         if not scale:
             continue
         if zoo.layers[name].kind == "update":

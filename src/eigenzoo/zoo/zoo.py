@@ -72,7 +72,7 @@ class Zoo:
         hidden: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
-        # A part of a zoo, in another process too, sees its models as the whole zoo does.
+        # A part of a zoo, also in another process, reads its models in the same way as the whole zoo.
         models, parts = unfuse(models, selection.parts | (selection.only or frozenset()))
         selection = replace(selection, parts=selection.parts | parts)
         cut = [split_model(model, selection.split) for model in models]
@@ -84,7 +84,7 @@ class Zoo:
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
         if repeated:
             raise ZooError(
-                f"the name {repeated[0]!r} stands for more than one model", rule="names of models are unique"
+                f"the name {repeated[0]!r} is used by more than one model", rule="names of models must be unique"
             )
         self._match: Match = match_models(self.models, self.names, selection, self.base)
         self.zeros = tuple(
@@ -95,7 +95,7 @@ class Zoo:
         self.warnings = tuple(_warnings(self.models, self.names, self.zeros))
 
     def __reduce__(self) -> tuple[Callable[[ZooSource], Zoo], tuple[ZooSource]]:
-        """Travel to another process as paths and choices: there the files are opened anew, once for all tasks."""
+        """Pickle as paths and choices. The other process opens the files again, once for all tasks."""
         return reopen, (self.source(),)
 
     def source(self) -> ZooSource:
@@ -190,10 +190,10 @@ class Zoo:
             self.selection.parts,
         )
         _check_missing(chosen.missing, chosen.view)
-        places = range(len(self)) if names is None else [self.place(name) for name in names]
+        indices = range(len(self)) if names is None else [self.place(name) for name in names]
         return Zoo(
-            [self.models[place] for place in places],
-            [self.names[place] for place in places],
+            [self.models[index] for index in indices],
+            [self.names[index] for index in indices],
             chosen,
             self.base,
             self.skipped,
@@ -223,41 +223,41 @@ class Zoo:
                 )
             if self.layers[name].tensor_shape != layer.tensor_shape:
                 raise MismatchError(
-                    f"shape {list(self.layers[name].tensor_shape)} in {self.names[0]}",
+                    f"has shape {list(self.layers[name].tensor_shape)} in {self.names[0]}",
                     where=f"layer '{name}'",
                     rule=f"{what} has {list(layer.tensor_shape)}",
                 )
 
-    def carried(self, place: int) -> tuple[str, ...]:
+    def carried(self, index: int) -> tuple[str, ...]:
         """Names of the tensors of one model that no layer holds."""
-        stays = set(self.left_at_source(place))
-        return tuple(name for name in self._unheld(place) if name not in stays)
+        stays = set(self.left_at_source(index))
+        return tuple(name for name in self._outside_layers(index) if name not in stays)
 
-    def left_at_source(self, place: int) -> tuple[str, ...]:
+    def left_at_source(self, index: int) -> tuple[str, ...]:
         """Names of the tensors of a model in a store that were excluded: they stay there, and are read from there to rebuild it."""
-        model = self.models[place]
+        model = self.models[index]
         if remote_url(model.path) is None:
             return ()
-        found = layer_sources(model, self.view)
-        excluded = [found[name].key for name in self._match.excluded if name in found]
+        sources = layer_sources(model, self.view)
+        excluded = [sources[name].key for name in self._match.excluded if name in sources]
         for key in list(excluded):
             if key in model.updates:
                 excluded += [model.updates[key].key_a, model.updates[key].key_b]
-        return tuple(name for name in self._unheld(place) if name in set(excluded))
+        return tuple(name for name in self._outside_layers(index) if name in set(excluded))
 
-    def _unheld(self, place: int) -> list[str]:
-        model, sources = self.models[place], self._match.sources[place]
-        held = {source.key for source in sources.values()}
+    def _outside_layers(self, index: int) -> list[str]:
+        model, sources = self.models[index], self._match.sources[index]
+        in_layers = {source.key for source in sources.values()}
         for module, update in model.updates.items():
-            if module in held:
-                held |= update.keys
+            if module in in_layers:
+                in_layers |= update.keys
             if update.key_alpha is not None:
-                held.add(update.key_alpha)  # a layout says the scale
-        return [name for name in model.tensors if name not in held]
+                in_layers.add(update.key_alpha)  # a layout says the scale
+        return [name for name in model.tensors if name not in in_layers]
 
-    def read_carried(self, place: int, name: str) -> Tensor:
+    def read_carried(self, index: int, name: str) -> Tensor:
         """Read a carried tensor; the B of a LoRA update comes with its scale, since a rebuilt adapter has scale 1."""
-        return carried_values(self.models[place], name)
+        return carried_values(self.models[index], name)
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def open_zoo(
     if view is not None:
         _check_missing(missing, view)
         _check_base(check_choice(view, VIEWS, "view"), base)
-    # A base that is not downloaded whole is opened first: what is wrong with it is told before a zoo is downloaded.
+    # A base that is not downloaded completely is opened first, so that its errors are raised before a zoo is downloaded.
     base_model = open_model(base, allow_pickle=allow_pickle) if base is not None and find_id(base) is None else None
     with seldom_collecting():
         opened = _open_named(source, allow_missing, allow_pickle, progress)
@@ -344,8 +344,8 @@ def open_zoo(
 def _check_missing(missing: str, view: str) -> None:
     if missing == "zero" and view != "update":
         raise UsageError(
-            f"missing 'zero' with view {view!r}",
-            rule="only an update can be zero: what an adapter does not train stays as it is in the base",
+            f"missing='zero' does not work with view {view!r}",
+            rule="only an update can be zero, because an adapter leaves untrained modules of the base unchanged",
             next_step="leave out missing='zero' (--missing zero); --allow-missing leaves out layers that some models lack",
         )
 
@@ -353,8 +353,9 @@ def _check_missing(missing: str, view: str) -> None:
 def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
     if view != "delta" and base is not None:
         raise UsageError(
-            f"a base is given with view {view!r}",
-            rule="only view 'delta' subtracts a base: leave --base out (base=), or choose view delta for full weights",
+            f"a base does not work with view {view!r}",
+            rule="only view 'delta' subtracts a base",
+            next_step="leave --base out (base=), or choose view delta for full weights",
         )
     if view == "delta" and base is None:
         raise _without_base()
@@ -381,21 +382,21 @@ def open_models(source: Source, *, allow_pickle: bool = False) -> OpenedModels:
 
 
 def _open_named(source: Source, allow_missing: bool, allow_pickle: bool, progress: Progress) -> OpenedModels:
-    found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
-    models, skipped = _open_all(found.models, allow_missing, allow_pickle, progress)
+    models_found = look_for_models(source, progress, allow_pickle=allow_pickle, allow_missing=allow_missing)
+    models, skipped = _open_all(models_found.models, allow_missing, allow_pickle, progress)
     if not models:
         first = f"the first: {skipped[0].reason}" if skipped else ""
         raise ZooError("no model can be read", where=shown_source(source), rule=first)
     names = name_models([model.path for model in models])
-    return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, found.hidden)))
+    return OpenedModels(tuple(models), tuple(names), tuple(skipped), tuple(map(str, models_found.hidden)))
 
 
 def _open_all(
-    found: Sequence[Path | Unreadable], allow_missing: bool, allow_pickle: bool, progress: Progress
+    paths: Sequence[Path | Unreadable], allow_missing: bool, allow_pickle: bool, progress: Progress
 ) -> tuple[list[Model], list[SkippedModel]]:
     models: list[Model] = []
     skipped: list[SkippedModel] = []
-    for number, path in enumerate(found):
+    for number, path in enumerate(paths):
         try:
             if isinstance(path, Unreadable):
                 raise path.error
@@ -404,12 +405,12 @@ def _open_all(
             if not allow_missing:
                 raise
             skipped.append(SkippedModel(path.name, str(error)))
-        progress("opening models", number + 1, len(found))
+        progress("opening models", number + 1, len(paths))
     return models, skipped
 
 
 def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]:
-    """Name the weights beside models, and the models below them, which nobody reads."""
+    """Warn of weights beside models, and of models below them, which are not read."""
     texts = []
     for what, kind, next_step in (
         (
@@ -423,12 +424,12 @@ def _beside_warnings(models: Sequence[Model], names: Sequence[str]) -> list[str]
             f"name them to read them, such as '{_first_below(models)}'",
         ),
     ):
-        found = [
+        folders = [
             f"{name}/{file}" for model, name in zip(models, names, strict=True) for file in getattr(model.beside, kind)
         ]
-        if found:
-            more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-            texts.append(f"{what}: {', '.join(found[:MOST_NAMED])}{more}; {next_step}")
+        if folders:
+            more = f" and {len(folders) - MOST_NAMED} more" if len(folders) > MOST_NAMED else ""
+            texts.append(f"{what}: {', '.join(folders[:MOST_NAMED])}{more}; {next_step}")
     return texts
 
 
@@ -442,13 +443,16 @@ def _first_below(models: Sequence[Model]) -> str:
 
 
 def _warnings(models: Sequence[Model], names: Sequence[str], zeros: Sequence[ZeroUpdates]) -> list[str]:
-    """Warn of what each file says, of adapters that name different base models, and of updates that count as zero."""
-    said: dict[str, list[str]] = {}
+    """Collect warnings: of the files, of adapters that name different base models, and of updates that count as zero."""
+    names_of: dict[str, list[str]] = {}
     for model, name in zip(models, names, strict=True):
         for text in model.warnings:
-            said.setdefault(text, []).append(name)
+            names_of.setdefault(text, []).append(name)
     texts = _beside_warnings(models, names)
-    texts += [f"{who[0]}{f' and {len(who) - 1} more' if len(who) > 1 else ''}: {text}" for text, who in said.items()]
+    texts += [
+        f"{naming[0]}{f' and {len(naming) - 1} more' if len(naming) > 1 else ''}: {text}"
+        for text, naming in names_of.items()
+    ]
     bases = sorted({str(model.config.get("base_model_name_or_path")) for model in models if model.config is not None})
     if len(bases) > 1:
         texts.append(

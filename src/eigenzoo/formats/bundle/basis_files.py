@@ -39,7 +39,7 @@ class BasisWriter:
         self._capacity = header_room(layers, parts)
         self._shards: list[SafetensorsWriter] = []
         self._bytes = 0
-        self._place: dict[str, SafetensorsWriter] = {}
+        self._shard_of: dict[str, SafetensorsWriter] = {}
         self._begun: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def tensors_of(self, layer: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -69,17 +69,17 @@ class BasisWriter:
             path = self.folder / shard_name(len(self._shards))
             self._shards.append(SafetensorsWriter(path, self._capacity, resume=self._resume))
             self._bytes = 0
-        self._place[name], self._begun[name] = self._shards[-1], (dtype, shape)
+        self._shard_of[name], self._begun[name] = self._shards[-1], (dtype, shape)
         self._bytes += dtype.itemsize * torch.Size(shape).numel()
         return self._shards[-1]
 
     def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
         """Write a run of a tensor that was begun."""
-        self._place[name].write_flat(name, start, tensor)
+        self._shard_of[name].write_flat(name, start, tensor)
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Read back a run of what was written."""
-        return self._place[name].read_flat(name, start, stop, out)
+        return self._shard_of[name].read_flat(name, start, stop, out)
 
     def finish(self) -> BasisFiles:
         """Write the headers and open what was written."""
@@ -109,24 +109,24 @@ class BasisFiles:
         self, paths: Sequence[Path], root: Path | None = None, *, records: Mapping[str, FileRecord] | None = None
     ) -> None:
         self.paths, self.records = tuple(paths), dict(records or {})
-        self._place: dict[str, SafetensorsFile] = {}
+        self._shard_of: dict[str, SafetensorsFile] = {}
         self._parts: dict[str, dict[str, TensorInfo]] = {}
         for path in self.paths:
             shard = SafetensorsFile(path, root)
             for name, info in shard.tensors.items():
-                if name in self._place:
+                if name in self._shard_of:
                     raise BundleError(f"tensor {name!r} occurs in two shards", where=str(path))
-                self._place[name] = shard
+                self._shard_of[name] = shard
                 layer, _, part = name.rpartition("/")
                 self._parts.setdefault(layer, {})[part] = info
 
     def __contains__(self, name: str) -> bool:
-        return name in self._place
+        return name in self._shard_of
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
-        return tuple(self._place)
+        return tuple(self._shard_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its header."""
@@ -149,8 +149,8 @@ class BasisFiles:
         return self._shard(name).read_flat(name, start, stop, out)
 
     def _shard(self, name: str) -> SafetensorsFile:
-        if name not in self._place:
+        if name not in self._shard_of:
             raise BundleError(
                 f"the basis has no tensor {name!r}", where=str(self.paths[0].parent), rule="see docs/bundle-format.md"
             )
-        return self._place[name]
+        return self._shard_of[name]

@@ -175,10 +175,10 @@ class StoredTemplate(Template):
             model = _open_again(self._source.path)
         if not self._is_fitted(model):
             raise BundleError(
-                "the model there is not the one that was fitted",
+                "the model at this path is not the one that was fitted",
                 where=self._source.path,
-                rule="what was excluded stays in the store, and is read from there",
-                next_step="fit again, or without --include and --exclude, which carries everything",
+                rule="excluded tensors stay in the store and are read from there",
+                next_step="fit the zoo again; without --include and --exclude the bundle carries all tensors",
             )
         return model
 
@@ -187,8 +187,8 @@ class StoredTemplate(Template):
         assert self._source is not None
         for path in model.weight_files():
             name = path.relative_to(model.folder).as_posix() if path.is_relative_to(model.folder) else path.name
-            status, known = path.stat(), self._source.files.get(name)
-            if known is None or (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+            status, record = path.stat(), self._source.files.get(name)
+            if record is None or (status.st_size, status.st_mtime_ns) != (record.bytes, record.mtime_ns):
                 return False
         return True
 
@@ -224,5 +224,5 @@ def _bytes(root: Path, file: str) -> bytes:
 
 def _changed(path: Path) -> NoReturn:
     raise BundleError(
-        "the content is not what its name says", where=str(path), next_step="copy the bundle again, whole"
+        "the content does not match the hash in its name", where=str(path), next_step="copy the whole bundle again"
     )

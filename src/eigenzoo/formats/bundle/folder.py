@@ -44,7 +44,7 @@ def foreign_files(folder: Path) -> str:
     try:
         files = read_json(folder / MANIFEST, where=MANIFEST, max_bytes=MAX_MANIFEST_BYTES).get("files")
     except FormatError as error:
-        return f"cannot be told from a folder of another kind ({error.where}: {error.what})"
+        return f"may be a folder of another kind ({error.where}: {error.what})"
     return find_stranger(folder, {*files, MANIFEST, CARD, HUB_FILE}) if isinstance(files, dict) else OTHER_KIND
 
 
@@ -55,19 +55,17 @@ def read_manifest(path: Path) -> Manifest:
             f"there is no {MANIFEST}" if path.exists() else "there is no such folder",
             where=str(path),
             rule="a bundle is a folder that eigenzoo fit wrote",
-            next_step="make one with eigenzoo fit ZOO -o BUNDLE" if path.exists() else did_you_mean(path),
+            next_step="write one with eigenzoo fit ZOO -o BUNDLE" if path.exists() else did_you_mean(path),
         )
     document = read_json(inside(path, MANIFEST), where=f"{path}/{MANIFEST}", max_bytes=MAX_MANIFEST_BYTES)
     manifest = parse_manifest(document, str(path))
     plain = file_sizes(path)
     for name in manifest.files:
         if name != MOMENTS and name not in plain and not inside(path, name).is_file():
-            raise BundleError(
-                f"the file {name!r} is missing", where=str(path), next_step="copy the bundle again, whole"
-            )
+            raise BundleError(f"the file {name!r} is missing", where=str(path), next_step="copy the whole bundle again")
     unlisted = [model.coefficients for model in manifest.models if model.coefficients not in manifest.files]
     if unlisted:
-        raise BundleError(f"{unlisted[0]!r} is not among the manifest's files", where=str(path))
+        raise BundleError(f"{unlisted[0]!r} is not listed in the manifest", where=str(path))
     return manifest
 
 
@@ -101,9 +99,9 @@ def read_coefficients(
     except FormatError as error:
         raise BundleError(error.what, where=where, rule=error.rule, next_step=error.next_step) from error
     expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
-    found = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
-    if found != expected and found != expected | {"energy": ("F64", (num_layers,))}:
-        raise BundleError(f"holds {found}", where=where, rule=f"tensors {expected} match the layers of this bundle")
+    tensors = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
+    if tensors != expected and tensors != expected | {"energy": ("F64", (num_layers,))}:
+        raise BundleError(f"holds {tensors}", where=where, rule=f"the layers of this bundle need tensors {expected}")
     if opened.metadata.get("basis") != basis_id:
         raise BundleError("belongs to another basis", where=where, rule=f"its basis is {basis_id}")
     if opened.metadata.get("model") != model:
@@ -112,7 +110,9 @@ def read_coefficients(
             where=where,
             rule=f"the manifest says {model!r}",
         )
-    return StoredCoefficients(*(opened.read(name) for name in ("coefficients", "residual", "energy") if name in found))
+    return StoredCoefficients(
+        *(opened.read(name) for name in ("coefficients", "residual", "energy") if name in tensors)
+    )
 
 
 def file_fault(path: Path, manifest: Manifest, name: str) -> str | None:
@@ -136,21 +136,21 @@ def content_faults(path: Path, manifest: Manifest) -> Iterator[str]:
             continue
         try:
             file = SafetensorsFile(path / name, path)
-            found = tensor_id(file.read(VALUE))
+            actual_id = tensor_id(file.read(VALUE))
         except FormatError as error:
             yield f"{name}: {error}"
             continue
-        if found != Path(name).stem:
+        if actual_id != Path(name).stem:
             yield f"{name}: the name is not the hash of the content"
 
 
 def unknown_files(path: Path, manifest: Manifest) -> Iterator[str]:
     """Find the files that nobody names."""
-    known = {*manifest.files, MANIFEST, CARD, HUB_FILE}
+    listed = {*manifest.files, MANIFEST, CARD, HUB_FILE}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if (file.is_symlink() or not file.is_dir()) and name not in known:
-            yield f"{name}: no such file is in the manifest"
+        if (file.is_symlink() or not file.is_dir()) and name not in listed:
+            yield f"{name}: the manifest does not list it"
 
 
 def model_faults(path: Path, manifest: Manifest) -> Iterator[str]:
@@ -168,7 +168,7 @@ def model_faults(path: Path, manifest: Manifest) -> Iterator[str]:
         contents += [f"rest/{content}.safetensors" for content in model.carried.values()]
         for content in contents:
             if content not in manifest.files:
-                yield f"{content}: model {model.name!r} needs it, and it is not in the manifest"
+                yield f"{content}: model {model.name!r} needs it, but the manifest does not list it"
 
 
 def coefficient_file(model: str) -> str:
@@ -202,17 +202,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def record_files(folder: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+def record_files(folder: Path, records: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
     """Return bytes and checksums of every file of a folder but the manifest and the card, those that are known unread."""
     names = (name for name in file_sizes(folder) if name not in (MANIFEST, CARD))
-    known = known or {}
-    return {name: known.get(name) or file_record(folder / name) for name in names}
+    records = records or {}
+    return {name: records.get(name) or file_record(folder / name) for name in names}
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the bytes of every plain file below a folder, by its name relative to it; links are left out."""
-    known = {name: os.lstat(folder / name) for name in list_files(folder)}
-    return {name: status.st_size for name, status in known.items() if stat.S_ISREG(status.st_mode)}
+    statuses = {name: os.lstat(folder / name) for name in list_files(folder)}
+    return {name: status.st_size for name, status in statuses.items() if stat.S_ISREG(status.st_mode)}
 
 
 def file_record(path: Path) -> FileRecord:
@@ -223,7 +223,7 @@ def file_record(path: Path) -> FileRecord:
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     if not is_regular(path):
-        raise FormatError("is no plain file", where=str(path))
+        raise FormatError("is not a regular file", where=str(path))
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

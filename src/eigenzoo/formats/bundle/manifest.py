@@ -167,12 +167,12 @@ class _Report(BaseModel):
     layers: dict[str, _LayerReport]
 
 
-def _known_options(options: dict[str, Any]) -> dict[str, Any]:
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
     _Options.model_validate(options)
     return options
 
 
-def _known_report(report: dict[str, Any]) -> dict[str, Any]:
+def _check_report(report: dict[str, Any]) -> dict[str, Any]:
     _Report.model_validate(report)
     return report
 
@@ -187,12 +187,12 @@ class Manifest(_Strict):
     axes: list[Literal["models", "outputs", "inputs"]]
     center: Literal["models", "columns", "none", "global"]
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
-    options: Annotated[dict[str, Any], AfterValidator(_known_options)]
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)]
     base: SourceRecord | None
     layers: Annotated[list[LayerRecord], Field(min_length=1)]
     models: list[ModelRecord]
     discarded: dict[str, Energy]
-    report: Annotated[dict[str, Any], AfterValidator(_known_report)]
+    report: Annotated[dict[str, Any], AfterValidator(_check_report)]
     files: dict[FileName, FileRecord]
 
     @property
@@ -230,7 +230,7 @@ def parse_manifest(document: dict[str, Any], where: str) -> Manifest:
         raise BundleError(
             f"the bundle has schema version {version}",
             where=where,
-            rule=f"this eigenzoo reads up to {SCHEMA_VERSION}",
+            rule=f"this version of eigenzoo reads schema versions up to {SCHEMA_VERSION}",
             next_step="upgrade eigenzoo",
         )
     try:

@@ -38,7 +38,7 @@ class Snapshot:
             raise BundleError(
                 "another process has replaced the bundle since it was opened",
                 where=str(self.path),
-                rule="nothing is made of parts of two bundles",
+                rule="an output never mixes parts of two bundles",
                 next_step="open it again, or run the command again",
             )
 

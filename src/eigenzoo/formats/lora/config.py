@@ -16,8 +16,8 @@ MAX_PATTERNS = 10_000
 """Entries of a rank or alpha pattern: each is a regular expression that is tried on every module."""
 
 MERGE = "merge it into its base model (merge_and_unload) and open that as a checkpoint"
-AS_FLOATS = "save its factors as float32, bfloat16 or float16, dequantised where they are codes"
-KEEP_FORMAT = "rebuild it in the format that it came in: without format= (--format)"
+AS_FLOATS = "save its factors as float32, bfloat16 or float16; dequantise them first if they are quantised"
+KEEP_FORMAT = "rebuild it in its original format: leave out format= (--format)"
 _RETRAIN = "train the adapter without it"
 _REFUSED = {
     "use_dora": ("DoRA: a magnitude per output rescales the whole weight", MERGE),
@@ -54,7 +54,7 @@ _NO_UPDATE = frozenset(
 # These start from factors taken out of the base weights, so that the update is relative to a changed base.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
 _QUANTISED_BASE = "loftq"
-_KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 _PLAIN = frozenset(
     {
@@ -101,17 +101,17 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     peft_type = config.get("peft_type")
     if peft_type is None and "lora_parameters" in config:
         raise FormatError(
-            "the config is mlx-lm's and not PEFT's",
+            "the config belongs to mlx-lm, not to PEFT",
             where=CONFIG_FILE,
-            rule="factors of mlx-lm are read from adapters.safetensors, with no weights of PEFT's beside it",
-            next_step="name a file of factors itself, such as 0000100_adapters.safetensors; save the arrays of adapters.npz, which "
+            rule="factors of mlx-lm are read from adapters.safetensors, in a folder without PEFT weights",
+            next_step="name the file of factors, such as 0000100_adapters.safetensors; or save the arrays of adapters.npz, which "
             "early versions wrote, as adapters.safetensors",
         )
     if peft_type != "LORA":
         raise UnsupportedError(
             f"peft_type is {_shown(peft_type)}",
             where=CONFIG_FILE,
-            rule="adapters of type LORA are read",
+            rule="only adapters of type LORA are read",
             next_step=_merging(peft_type),
         )
     for key, (meaning, next_step) in _REFUSED.items():
@@ -141,25 +141,25 @@ def _check_init(init: Any) -> None:
             raise UnsupportedError(
                 f"init_lora_weights is {_shown(init)}, which changed the base weights",
                 where=CONFIG_FILE,
-                rule="updates of one zoo are relative to one base",
-                next_step="save it again by PEFT: "
+                rule="all updates of a zoo refer to the same base weights",
+                next_step="save it again with PEFT: "
                 "save_pretrained(..., path_initial_model_for_weight_conversion=<the initial adapter>)",
             )
         if lowered == _QUANTISED_BASE:
             raise UnsupportedError(
                 f"init_lora_weights is {_shown(init)}, which quantised the base weights",
                 where=CONFIG_FILE,
-                rule="updates of one zoo are relative to one base",
+                rule="all updates of a zoo refer to the same base weights",
                 next_step=f"with the quantised base that it was trained on, {MERGE}",
             )
-        if lowered in _KEPT_BASE:
+        if lowered in _UNCHANGED_BASE:
             return
     elif init is None or isinstance(init, bool):
         return
     raise UnsupportedError(
         f"init_lora_weights is {_shown(init)}",
         where=CONFIG_FILE,
-        rule=f"true, false, {', '.join(_KEPT_BASE)} are known to leave the base as it is",
+        rule=f"the values that leave the base weights unchanged are true, false, {', '.join(_UNCHANGED_BASE)}",
     )
 
 
@@ -189,11 +189,11 @@ def _unknown(config: Mapping[str, Any]) -> tuple[str, ...]:
             continue
         if value is True or isinstance(value, dict):
             raise UnsupportedError(
-                f"the entry {key[:60]!r} is {_shown(value)}, which no known version of PEFT explains",
+                f"the entry {key[:60]!r} is {_shown(value)}, but no known version of PEFT has such an entry",
                 where=CONFIG_FILE,
                 next_step="remove the entry if it does not change the forward pass",
             )
-        warnings.append(f"{CONFIG_FILE}: unknown entry {key[:60]!r} is ignored, as PEFT does")
+        warnings.append(f"{CONFIG_FILE}: unknown entry {key[:60]!r} is ignored, as PEFT ignores it")
     return tuple(warnings)
 
 

@@ -56,32 +56,32 @@ class DiffusionLora(SafetensorsModel):
         self.take_beside(opened.beside)
         self.take_files(opened.files)
         (only,) = opened.files.values()
-        kept = {key: text for key, text in only.metadata.items() if len(text) <= MAX_TEXT or key == METADATA_KEY}
-        self.metadata = MappingProxyType({only.file: kept})
+        texts = {key: text for key, text in only.metadata.items() if len(text) <= MAX_TEXT or key == METADATA_KEY}
+        self.metadata = MappingProxyType({only.file: texts})
         try:
             pairs = pair_factors(only.tensors)
             keys = [pair.alpha for pair in pairs.values() if pair.alpha is not None]
             for key in keys:
                 _check_alpha(only.tensors[key])
             alphas = dict(zip(keys, only.read_scalars(keys), strict=True))
-            found = _known_updates(only.contents, pairs, alphas)
+            parsed = _parsed_updates(only.contents, pairs, alphas)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self.take_updates(found)
+        self.take_updates(parsed)
 
-    def take_updates(self, known: KnownUpdates) -> None:
+    def take_updates(self, parsed: ParsedUpdates) -> None:
         """Take the updates of the file, or those that another view of its header has."""
-        self.known = self.likeness = known
-        self.warnings = (*self.beside.notes, *known.warnings)
+        self.parsed = self.likeness = parsed
+        self.warnings = (*self.beside.notes, *parsed.warnings)
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
         """The updates by module, in the order of the file."""
-        return self.known.updates
+        return self.parsed.updates
 
 
 @dataclass(frozen=True, eq=False)
-class KnownUpdates:
+class ParsedUpdates:
     """The updates of all files whose headers and α agree."""
 
     updates: Mapping[str, LoraUpdate]
@@ -89,20 +89,20 @@ class KnownUpdates:
     warnings: tuple[str, ...]
 
 
-_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, KnownUpdates]] = WeakKeyDictionary()
+_parsed: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, ParsedUpdates]] = WeakKeyDictionary()
 
 
-def _known_updates(
+def _parsed_updates(
     contents: HeaderContents, pairs: Mapping[str, FactorPair], alphas: Mapping[str, float]
-) -> KnownUpdates:
+) -> ParsedUpdates:
     """Find the updates of a file, or give those that an open file of the same header and α has."""
-    known = _known.setdefault(contents, WeakValueDictionary())
+    by_text = _parsed.setdefault(contents, WeakValueDictionary())
     text = json.dumps(alphas)
-    found = known.get(text)
-    if found is None:
+    parsed = by_text.get(text)
+    if parsed is None:
         updates, warnings = find_updates(contents.tensors, contents.metadata, pairs, alphas)
-        found = known[text] = KnownUpdates(MappingProxyType(updates), contents, warnings)
-    return found
+        parsed = by_text[text] = ParsedUpdates(MappingProxyType(updates), contents, warnings)
+    return parsed
 
 
 def find_updates(
@@ -122,9 +122,9 @@ def find_updates(
     configs, warnings = component_configs(metadata, {pair.component for pair in pairs.values()})
     if configs and alphas:
         raise FormatError(
-            f"tensors of α beside {METADATA_KEY} in the header",
-            rule="the scale is said once",
-            next_step="remove one of them; diffusers refuses both together, too",
+            f"the file has both tensors of α and {METADATA_KEY} in its header",
+            rule="a file states its scale once",
+            next_step="remove one of them; diffusers also refuses a file with both",
         )
     updates = {}
     for module, pair in pairs.items():
@@ -140,7 +140,7 @@ def find_updates(
     num_zeros = sum(alpha == 0 for alpha in alphas.values())
     if num_zeros:
         warnings += (
-            f"{num_zeros} layers have α = 0 and change nothing, as diffusers reads it (kohya's trainer takes 0 for α = rank)",
+            f"{num_zeros} layers have α = 0, which diffusers reads as no change (kohya's trainer reads it as α = rank)",
         )
     return updates, warnings
 
@@ -180,25 +180,25 @@ def _scale(pair: FactorPair, rank: int, config: Mapping[str, Any] | None, alphas
         return 1.0
     stated = lora_rank(config, pair.name)
     if stated != rank:
-        raise FormatError(f"rank {rank} in the file and {stated} in {METADATA_KEY}", rule="they are the same number")
+        raise FormatError(f"the rank is {rank} in the file but {stated} in {METADATA_KEY}", rule="both must be equal")
     return lora_scale(config, pair.name, rank)
 
 
 def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     """Give the rank that the shapes of both factors agree on."""
     a, b = factor_a.shape, factor_b.shape
-    shapes = f"A (down) of shape {a} and B (up) of shape {b}"
+    shapes = f"A (down) has shape {a} and B (up) has shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
+        raise UnsupportedError(f"the factors have dtypes {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):
-        raise FormatError(shapes, rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
+        raise FormatError(shapes, rule="A must have shape (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
     if b[1] != a[0]:
-        raise FormatError(shapes, rule="B's second size is A's first, the rank")
+        raise FormatError(shapes, rule="the second size of B must equal the first size of A, the rank")
     return a[0]
 
 
 def _check_alpha(info: TensorInfo) -> None:
     if prod(info.shape) != 1 or len(info.shape) > 1 or info.dtype not in ALPHA_DTYPES:
         raise FormatError(
-            f"α of shape {info.shape} and {info.dtype}", where=info.name[:200], rule="α is one number for each layer"
+            f"α has shape {info.shape} and dtype {info.dtype}", where=info.name[:200], rule="α is one number per layer"
         )

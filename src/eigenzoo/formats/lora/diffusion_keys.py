@@ -193,33 +193,35 @@ def pair_factors(names: Iterable[str]) -> dict[str, FactorPair]:
     Raises UnsupportedError for LyCORIS's and others' variants, FormatError for factors without their partner.
     """
     names = tuple(names)
-    found = {name: key for name in names if (key := split_key(name)) is not None}
+    keys = {name: key for name in names if (key := split_key(name)) is not None}
     for name in names:
-        if name not in found and not name.endswith(ALPHA):
+        if name not in keys and not name.endswith(ALPHA):
             _refuse_variant(name)
-    adapters = sorted({key.adapter for key in found.values()})
+    adapters = sorted({key.adapter for key in keys.values()})
     if len(adapters) > 1:
         raise UnsupportedError(
-            f"factors of several adapters in one file: {', '.join(map(repr, adapters[:5]))}",
-            next_step="save them one by one",
+            f"the file has factors of several adapters: {', '.join(map(repr, adapters[:5]))}",
+            next_step="save each adapter to its own file",
         )
-    network = _network_of(found.values())
+    network = _network_of(keys.values())
     pairs: dict[str, FactorPair] = {}
     stems: dict[str, str] = {}
-    for name, key in found.items():
+    for name, key in keys.items():
         module = key.module(network)
         pair = pairs.setdefault(module, FactorPair(key.component, key.name))
         if key.side in pair.keys:
-            raise FormatError(f"two factors {key.side} of module {module!r}: {pair.keys[key.side]!r} and {name!r}")
+            raise FormatError(f"module {module!r} has two factors {key.side}: {pair.keys[key.side]!r} and {name!r}")
         pair.keys[key.side] = name
         stems[key.stem] = module
     for module, pair in pairs.items():
         if len(pair.keys) < 2:
             missing = "A (down)" if "B" in pair.keys else "B (up)"
             raise FormatError(
-                f"the factor {missing} is missing", where=f"module {module[:200]!r}", rule="an update has both factors"
+                f"the factor {missing} is missing",
+                where=f"module {module[:200]!r}",
+                rule="an update needs both factors",
             )
-    _place_alphas([name for name in names if name not in found], pairs, stems)
+    _add_alphas([name for name in names if name not in keys], pairs, stems)
     return pairs
 
 
@@ -229,13 +231,13 @@ def weights_as_layers(names: Iterable[str]) -> dict[str, str]:
     >>> weights_as_layers(["unet.mid_block.attentions.0.proj_in.weight", "unet.conv_in.bias"])
     {'unet.mid_block.attentions.0.proj_in.weight': 'unet.mid_block_attentions.0.proj_in.weight'}
     """
-    found = {
+    keys = {
         name: key
         for name in names
         if name.endswith(".weight") and (key := split_key(f"{name.removesuffix('.weight')}.lora_A.weight")) is not None
     }
-    network = _network_of(found.values())
-    return {name: f"{key.module(network)}.weight" for name, key in found.items()}
+    network = _network_of(keys.values())
+    return {name: f"{key.module(network)}.weight" for name, key in keys.items()}
 
 
 def _network_of(keys: Iterable[FactorKey]) -> str:
@@ -249,7 +251,7 @@ def _network_of(keys: Iterable[FactorKey]) -> str:
     return "transformer" if any(map(dit_blocks.is_transformer, names)) else ""
 
 
-def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems: Mapping[str, str]) -> None:
+def _add_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems: Mapping[str, str]) -> None:
     """Give every α to its layer; a key of a LoRA's own that is left is refused, and all other tensors are carried."""
     for name in others:
         stem = name.removesuffix(ALPHA)
@@ -258,8 +260,8 @@ def _place_alphas(others: Iterable[str], pairs: Mapping[str, FactorPair], stems:
         elif stem != name or "lora" in name.lower() or name.startswith("lycoris_"):
             raise UnsupportedError(
                 f"{name[:200]!r} is not a factor of an update",
-                rule="only s·B·A is read",
-                next_step="save it again without this tensor if it does nothing, or merge it into its base model",
+                rule="only updates of the form s·B·A are read",
+                next_step="save it again without this tensor if the tensor has no effect; otherwise merge it into its base model",
             )
 
 

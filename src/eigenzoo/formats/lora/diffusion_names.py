@@ -57,7 +57,7 @@ def renamed(
         metadata: the header's strings as they were.
     """
     if family not in FAMILIES:
-        raise UsageError(f"the format {family[:40]!r}", rule=f"one of {', '.join(FAMILIES)}")
+        raise UsageError(f"the format {family[:40]!r} is unknown", rule=f"it is one of {', '.join(FAMILIES)}")
     keys = {module: split_key(update.key_a) for module, update in layout.updates.items()}
     text = _text_encoder(layout)
     alpha = max(ranks.values())
@@ -65,7 +65,10 @@ def renamed(
     for module, update in layout.updates.items():
         key = keys[module]
         if key is None:
-            raise UsageError(f"{update.key_a[:200]!r} is no factor's key", rule="keys of a diffusion LoRA are renamed")
+            raise UsageError(
+                f"{update.key_a[:200]!r} is not the key of a factor",
+                rule="only keys of a diffusion LoRA can be renamed",
+            )
         stem = _kohya(key, module, text) if family == "kohya" else diffusers_stem(module)
         down, up = (".lora_down", ".lora_up") if family == "kohya" else (".lora_A", ".lora_B")
         new = replace(update, key_a=f"{stem}{down}.weight", key_b=f"{stem}{up}.weight", scale=1.0, key_alpha=None)
@@ -77,8 +80,8 @@ def renamed(
     parts = {name for update in layout.updates.values() for name in update.keys}
     ((file, listed),) = layout.files.items()
     tensors += [tensor for tensor in listed if tensor.name not in parts]
-    kept = {name: value for name, value in metadata.items() if name != METADATA_KEY}
-    return replace(layout, files={file: tuple(tensors)}, updates=updates), kept
+    other_metadata = {name: value for name, value in metadata.items() if name != METADATA_KEY}
+    return replace(layout, files={file: tuple(tensors)}, updates=updates), other_metadata
 
 
 def _named(layout: ModelLayout, old: str, new: str) -> TensorLayout:
@@ -90,7 +93,7 @@ def _kohya(key: FactorKey, module: str, text: str) -> str:
     component = module.partition(".")[0]
     prefixes = {"unet": "lora_unet_", "text_encoder": text, "text_encoder_2": "lora_te2_text_model_"}
     if component not in prefixes:
-        raise _uncertain(module, "kohya's keys are written for Stable Diffusion's UNet and text encoders")
+        raise _uncertain(module, "kohya's keys are written only for Stable Diffusion's UNet and text encoders")
     flat = key.name.replace(".", "_")
     if component == "unet":
         return prefixes[component] + to_diffusers(flat)
@@ -122,9 +125,9 @@ def diffusers_stem(module: str) -> str:
     elif component in ("text_encoder", "text_encoder_2"):
         grammar = _CLIP
     else:
-        raise _uncertain(module, "dots are given back to names of Stable Diffusion, Wan and Flux")
+        raise _uncertain(module, "dots are restored only in names of Stable Diffusion, Wan and Flux")
     if grammar.fullmatch(flat) is None:
-        raise _uncertain(module, "dots are given back to names whose parts are known")
+        raise _uncertain(module, "dots are restored only in names whose parts are known")
     name = ".".join(match[1] for match in _PART.finditer(flat))
     # diffusers takes the level away where a newer transformers has none, and never adds it.
     return f"{component}.{'text_model.' if name.startswith('encoder.') else ''}{name}"
@@ -132,7 +135,7 @@ def diffusers_stem(module: str) -> str:
 
 def _uncertain(module: str, rule: str) -> UnsupportedError:
     return UnsupportedError(
-        "has no certain name in that format",
+        "has no unambiguous name in that format",
         where=f"module {module[:200]!r}",
         rule=rule,
         next_step=KEEP_FORMAT,

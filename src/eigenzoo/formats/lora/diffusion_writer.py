@@ -50,10 +50,14 @@ def write_diffusion_lora(
         side_files: contents by name, of known names only.
     """
     if layout.format != "diffusion-lora":
-        raise UsageError(f"a layout of format {layout.format!r}", rule="a LoRA of a diffusion model is written")
+        raise UsageError(
+            f"the layout has format {layout.format!r}", rule="only a LoRA of a diffusion model can be written here"
+        )
     if set(factors) != set(layout.updates):
         wrong = sorted(set(factors) ^ set(layout.updates))[:5]
-        raise UsageError(f"factors missing or too many: {', '.join(wrong)}", rule="one pair per module of the layout")
+        raise UsageError(
+            f"missing or extra factors: {', '.join(wrong)}", rule="each module of the layout needs one pair of factors"
+        )
     values = dict(others or {})
     for module, (b_OR, a_RI) in factors.items():
         values |= _tensors(layout, layout.updates[module], b_OR, a_RI)
@@ -61,7 +65,7 @@ def write_diffusion_lora(
     missing = [tensor.name for tensor in listed if tensor.name not in values]
     if missing or len(values) != len(listed):
         raise UsageError(
-            f"tensors missing or too many: {', '.join(missing[:5])}", rule="all of the layout's are needed"
+            f"missing or extra tensors: {', '.join(missing[:5])}", rule="the layout's tensors are needed, and no others"
         )
     parts = {key for update in layout.updates.values() for key in update.keys}
     tensors = [
@@ -79,7 +83,7 @@ def _tensors(layout: ModelLayout, update: LoraUpdate, b_OR: Tensor, a_RI: Tensor
     rank = a_RI.shape[0]
     if tuple(a_RI.shape) != (rank, inputs) or tuple(b_OR.shape) != (outputs, rank) or rank < 1:
         raise FormatError(
-            f"B of shape {tuple(b_OR.shape)} and A of {tuple(a_RI.shape)} for an update of {update.shape}",
+            f"B has shape {tuple(b_OR.shape)} and A {tuple(a_RI.shape)}, but the update has shape {update.shape}",
             where=f"module {update.module!r}",
         )
     tensors = {}
@@ -98,36 +102,36 @@ def _alpha(update: LoraUpdate, stated: TensorLayout, rank: int) -> Tensor:
     """Give the α that was there, from the scale; the new rank where it was zero."""
     dtype = stated.torch_dtype
     if dtype not in ALPHA_DTYPES:
-        raise FormatError(f"α of {dtype}", where=f"tensor {stated.name!r}")
+        raise FormatError(f"α has dtype {dtype}", where=f"tensor {stated.name!r}")
     value = update.scale * update.rank or float(rank)
     limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     if not limits.min <= value <= limits.max:
-        raise FormatError(f"α of {value:.6g} has no place in {dtype}", where=f"tensor {stated.name!r}")
+        raise FormatError(f"α = {value:.6g} does not fit into {dtype}", where=f"tensor {stated.name!r}")
     alpha = torch.tensor(value if dtype.is_floating_point else round(value), dtype=dtype).reshape(stated.shape)
     if float(alpha) == 0:
-        raise FormatError(f"α of {value:.6g} is zero in {dtype}", where=f"tensor {stated.name!r}")
+        raise FormatError(f"α = {value:.6g} rounds to zero in {dtype}", where=f"tensor {stated.name!r}")
     return alpha
 
 
 def _metadata(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """Give the header's strings for factors of these ranks, by the keys of A, whose scale is 1."""
-    kept = {key: value for key, value in metadata.items() if key not in HASHES}
-    if METADATA_KEY not in kept:
-        return kept
+    texts = {key: value for key, value in metadata.items() if key not in HASHES}
+    if METADATA_KEY not in texts:
+        return texts
     components: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
-        found = split_key(key)
-        if found is not None:
-            components.setdefault(found.component, {})[_pattern(found)] = rank
-    configs, _ = component_configs(kept, set(components))
-    document: dict[str, Any] = json.loads(kept[METADATA_KEY])
+        split = split_key(key)
+        if split is not None:
+            components.setdefault(split.component, {})[_pattern(split)] = rank
+    configs, _ = component_configs(texts, set(components))
+    document: dict[str, Any] = json.loads(texts[METADATA_KEY])
     for component, config in configs.items():
-        found_ranks = components[component]
-        rank = Counter(found_ranks.values()).most_common(1)[0][0]
-        others = {name: other for name, other in found_ranks.items() if other != rank}
+        component_ranks = components[component]
+        rank = Counter(component_ranks.values()).most_common(1)[0][0]
+        others = {name: other for name, other in component_ranks.items() if other != rank}
         written = {**merged_config(config, rank), "rank_pattern": others, "alpha_pattern": others}
         document |= {f"{component}.{key}" if component else key: value for key, value in written.items()}
-    return {**kept, METADATA_KEY: json.dumps(document, indent=2, sort_keys=True)}
+    return {**texts, METADATA_KEY: json.dumps(document, indent=2, sort_keys=True)}
 
 
 def _pattern(key: FactorKey) -> str:

@@ -114,7 +114,7 @@ def _in_block(name: str) -> str | None:
     match = _BLOCK.fullmatch(name)
     if match is None:
         return None
-    for block, places in _BLOCKS[match["block"]].items():
-        if match["rest"] in places:
-            return f"{block}_{match['number']}_{places[match['rest']]}"
+    for block, names in _BLOCKS[match["block"]].items():
+        if match["rest"] in names:
+            return f"{block}_{match['number']}_{names[match['rest']]}"
     return None

@@ -130,9 +130,9 @@ def factor_kind(names: Collection[str], where: str) -> str | None:
             if kind.alone and len(stems) < len(names):
                 continue
             raise UnsupportedError(
-                f"LoRA factors as {kind.name} writes them",
+                f"the file has LoRA factors as {kind.name} writes them",
                 where=where,
-                rule="factors are read as updates where their scale and their layers are known, and never as weights",
+                rule="factors are read only as updates, if their scale and layers are known, and never as weights",
                 next_step=kind.next_step,
             )
         return kind
@@ -143,17 +143,17 @@ def factor_kind(names: Collection[str], where: str) -> str | None:
 
 def _peft_module(name: str) -> str | None:
     """The module of a factor by PEFT's names, with or without its prefix."""
-    found = _EMBEDDING.fullmatch(name)
-    if found is not None:
-        return found["module"]
+    match = _EMBEDDING.fullmatch(name)
+    if match is not None:
+        return match["module"]
     key = split_key(name.removeprefix(_PEFT))
     return None if key is None else name[: len(name) - len(name.removeprefix(_PEFT))] + key.module_stem
 
 
 def _matched(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
     def module_of(name: str) -> str | None:
-        found = pattern.fullmatch(name)
-        return None if found is None else found["module"]
+        match = pattern.fullmatch(name)
+        return None if match is None else match["module"]
 
     return module_of
 
@@ -181,7 +181,7 @@ def _refuse_whole(names: Collection[str], stems: Collection[str], where: str) ->
     for name in names:
         if name.endswith((".weight", _PARAMETRIZED)) and is_weight_of(name, stems):
             raise UnsupportedError(
-                "a whole model whose LoRA is not merged into its weights",
+                "the LoRA of this whole model is not merged into its weights",
                 where=where,
                 rule=f"weights and LoRA factors in one file, such as {name[:100]!r}, are neither a checkpoint nor an adapter",
                 next_step=_WHOLE_NEXT,

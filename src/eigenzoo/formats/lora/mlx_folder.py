@@ -82,7 +82,7 @@ class MlxAdapter(Model):
         """Read one tensor whole, in its own dtype."""
         key = self._keys.get(name)
         if key is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return self._file.read(key).T.contiguous()
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -108,16 +108,16 @@ def _rank_and_scale(config: Mapping[str, Any]) -> tuple[int, float]:
         raise UnsupportedError(
             f"fine_tune_type is {_shown(kind)}{meaning}",
             where=CONFIG_FILE,
-            rule="of mlx-lm's adapters those of type lora are read",
+            rule="only mlx-lm adapters of type lora are read",
             next_step=_FUSE,
         )
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise FormatError(
-            "there is no lora_parameters",
+            "the config has no lora_parameters",
             where=CONFIG_FILE,
-            rule="mlx-lm's config says rank and scale there",
-            next_step="take the adapter_config.json that mlx_lm.lora wrote beside the adapter",
+            rule="mlx-lm's config states rank and scale there",
+            next_step="use the adapter_config.json that mlx_lm.lora wrote beside the adapter",
         )
     rank, scale, alpha = (parameters.get(key) for key in ("rank", "scale", "alpha"))
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
@@ -128,14 +128,14 @@ def _rank_and_scale(config: Mapping[str, Any]) -> tuple[int, float]:
         raise FormatError(
             f"lora_parameters.scale is {_shown(scale)}",
             where=CONFIG_FILE,
-            rule="scale is a finite number, not negative",
+            rule="the scale is a finite number of at least 0",
         )
     if alpha is not None and alpha != rank:
         raise UnsupportedError(
-            f"lora_parameters has alpha {_shown(alpha)} beside scale {_shown(scale)}",
+            f"lora_parameters has both alpha {_shown(alpha)} and scale {_shown(scale)}",
             where=CONFIG_FILE,
             rule="early versions of mlx-lm multiply by scale · alpha / rank, later ones by scale",
-            next_step="remove alpha, and where an early version trained it, set scale to scale · alpha / rank",
+            next_step="remove alpha; if an early version trained the adapter, set scale to scale · alpha / rank",
         )
     return rank, float(scale)
 
@@ -145,14 +145,16 @@ def _renamed(key: str, info: TensorInfo) -> str:
     match = _FACTOR.fullmatch(key)
     if match is None:
         raise UnsupportedError(
-            f"{key[:200]!r} is not a factor of an update", rule="only s·B·A is read", next_step=_FUSE
+            f"{key[:200]!r} is not a factor of an update",
+            rule="only updates of the form s·B·A are read",
+            next_step=_FUSE,
         )
     module, side = match["module"], match["side"].upper()
     if len(info.shape) != 2:
         raise UnsupportedError(
-            f"a factor of shape {info.shape}",
+            f"a factor has shape {info.shape}",
             where=f"module {module[:200]!r}",
-            rule="factors of mixture-of-experts weights, of three axes, are not read",
+            rule="three-axis factors of mixture-of-experts weights are not read",
             next_step=_FUSE,
         )
     if _EMBEDDING.fullmatch(module):

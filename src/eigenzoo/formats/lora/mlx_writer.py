@@ -40,11 +40,11 @@ def write_mlx_adapter(
         others: the tensors that are no factor: mlx-lm has no place for them, and any is an error.
     """
     if set(factors) != set(layout.updates):
-        raise UsageError("factors missing or too many", rule="one pair per module of the layout")
+        raise UsageError("factors are missing or extra", rule="each module of the layout needs one pair of factors")
     if others:
         raise UnsupportedError(
-            f"{len(others)} tensors are no LoRA factors, such as {next(iter(others))[:100]!r}",
-            rule="an adapter of mlx-lm holds factors alone",
+            f"{len(others)} tensors are not LoRA factors, such as {next(iter(others))[:100]!r}",
+            rule="an adapter of mlx-lm holds only factors",
             next_step=KEEP_FORMAT,
         )
     rank = max([1, *(a_RI.shape[0] for _, a_RI in factors.values())])
@@ -56,7 +56,7 @@ def write_mlx_adapter(
             raise UnsupportedError(
                 "is a convolution",
                 where=f"module {module[:200]!r}",
-                rule="mlx-lm has LoRA on linear layers and embeddings",
+                rule="mlx-lm supports LoRA only on linear layers and embeddings",
                 next_step=KEEP_FORMAT,
             )
         for key, like, factor in ((f"{module}.lora_a", update.key_a, a_RI), (f"{module}.lora_b", update.key_b, b_OR.T)):

@@ -80,17 +80,19 @@ class LoraAdapter(SafetensorsModel):
             self.config: dict[str, Any] = read_json(inside(self.folder, CONFIG_FILE), where=CONFIG_FILE)
             self.warnings = check_config(self.config)
             if not os.path.exists(self.folder / weights):
-                raise FormatError(f"{CONFIG_FILE} without {WEIGHTS_FILE}", next_step=_where_weights_are(self.folder))
+                raise FormatError(
+                    f"the folder has {CONFIG_FILE}, but no {WEIGHTS_FILE}", next_step=_where_weights_are(self.folder)
+                )
             if is_folder:
                 self.take_beside(list_side_files(self.path, _WEIGHTS))
             file = SafetensorsFile(self.folder / weights, self.folder if is_folder else None)
             refuse_partitioned(file.tensors)
-            found = _known_updates(file.contents, self.config)
+            parsed = _parsed_updates(file.contents, self.config)
         except FormatError as error:
             raise error.at(str(self.path)) from error.__cause__
-        self._updates = found.updates
+        self._updates = parsed.updates
         self.take_files({weights: file})
-        self.likeness = found
+        self.likeness = parsed
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
@@ -101,7 +103,7 @@ class LoraAdapter(SafetensorsModel):
         """Read B (outputs, rank) and A (rank, inputs) of one module in their own dtype, the scale not applied."""
         update = self._updates.get(module)
         if update is None:
-            raise FormatError(f"no update of module {module[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no update of module {module[:200]!r}", where=str(self.path))
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
@@ -118,7 +120,7 @@ def _where_weights_are(folder: Path) -> str:
         and any(os.path.isfile(folder / name / file) for file in (WEIGHTS_FILE, PICKLE_FILE))
     ]
     if not whole:
-        return "download the weights too"
+        return "also download the weights"
     # The later of `checkpoint-9` and `checkpoint-20` is the longer name.
     latest = max(whole, key=lambda name: (len(name), name))
     others = sorted(set(whole) - {latest})[:3]
@@ -161,19 +163,19 @@ class _Updates:
     contents: HeaderContents
 
 
-_known: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
+_parsed: WeakKeyDictionary[HeaderContents, WeakValueDictionary[str, _Updates]] = WeakKeyDictionary()
 
 
-def _known_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
+def _parsed_updates(contents: HeaderContents, config: Mapping[str, Any]) -> _Updates:
     """Find the updates of a file, or give those that an open adapter of the same header and scales has."""
     # Nothing else of the config is handed on, so that nothing else can matter.
     chosen = {key: config[key] for key in READ_ENTRIES if key in config}
-    known = _known.setdefault(contents, WeakValueDictionary())
+    by_text = _parsed.setdefault(contents, WeakValueDictionary())
     text = json.dumps(chosen)
-    found = known.get(text)
-    if found is None:
-        found = known[text] = _Updates(MappingProxyType(find_updates(contents.tensors, chosen)), contents)
-    return found
+    parsed = by_text.get(text)
+    if parsed is None:
+        parsed = by_text[text] = _Updates(MappingProxyType(find_updates(contents.tensors, chosen)), contents)
+    return parsed
 
 
 def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, LoraUpdate]:
@@ -191,13 +193,15 @@ def find_updates(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
         adapters.add(match["adapter"] or match["name"])
         pair = pairs.setdefault(module, {})
         if side in pair and len(adapters) == 1:
-            raise FormatError(f"two factors {side} of module {module!r}: {pair[side].name!r} and {key!r}")
+            raise FormatError(f"module {module!r} has two factors {side}: {pair[side].name!r} and {key!r}")
         pair[side] = info
     if not pairs:
-        raise FormatError("no LoRA factors in the file", where=WEIGHTS_FILE)
+        raise FormatError("the file has no LoRA factors", where=WEIGHTS_FILE)
     if len(adapters) > 1:
         names = ", ".join(sorted(str(name) for name in adapters)[:5])
-        raise UnsupportedError(f"factors of several adapters in one file: {names}", next_step="save them one by one")
+        raise UnsupportedError(
+            f"the file has factors of several adapters: {names}", next_step="save each adapter to its own file"
+        )
     return {module: _update(module, pair, config) for module, pair in pairs.items()}
 
 
@@ -210,30 +214,35 @@ def _refuse_other_lora(key: str) -> None:
             next_step=MERGE,
         )
     if _ANY_LORA.search(key):
-        raise UnsupportedError(f"{key[:200]!r} is not a factor of an update", rule="only s·B·A is read")
+        raise UnsupportedError(
+            f"{key[:200]!r} is not a factor of an update", rule="only updates of the form s·B·A are read"
+        )
 
 
 def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LoraUpdate:
     try:
         if len(pair) < 2:
             missing = "A" if "B" in pair else "B"
-            raise FormatError(f"the factor {missing} is missing", rule="an update has both factors")
+            raise FormatError(f"the factor {missing} is missing", rule="an update needs both factors")
         factor_a, factor_b = pair["A"], pair["B"]
         rank = _rank(factor_a, factor_b)
         pattern_name = module.removesuffix(ATTENTION_OUT)
         if "base_layer" in pattern_name.split("."):
             raise UnsupportedError(
-                "an adapter within an adapter", next_step="merge the inner one, and save the outer one again"
+                "the file has an adapter within an adapter",
+                next_step="merge the inner adapter and save the outer one again",
             )
         stated = lora_rank(config, pattern_name)
         if stated != rank and "r" not in config and lora_rank({**config, "r": rank}, pattern_name) == rank:
             raise FormatError(
-                f"rank {rank} in the file, but {CONFIG_FILE} has no r",
-                rule=f"PEFT takes {DEFAULT_RANK} where it is missing",
-                next_step=f"add it to {CONFIG_FILE}",
+                f"the rank is {rank} in the file, but {CONFIG_FILE} has no r",
+                rule=f"PEFT assumes {DEFAULT_RANK} if r is missing",
+                next_step=f"add r to {CONFIG_FILE}",
             )
         if stated != rank:
-            raise FormatError(f"rank {rank} in the file and {stated} in {CONFIG_FILE}", rule="they are the same number")
+            raise FormatError(
+                f"the rank is {rank} in the file but {stated} in {CONFIG_FILE}", rule="both must be equal"
+            )
         scale = lora_scale(config, pattern_name, rank)
     except FormatError as error:
         raise error.at(f"module {module[:200]!r}") from error.__cause__
@@ -251,15 +260,20 @@ def _update(module: str, pair: Mapping[str, TensorInfo], config: Mapping[str, An
 def _rank(factor_a: TensorInfo, factor_b: TensorInfo) -> int:
     """Give the rank that the shapes of both factors agree on."""
     a, b = factor_a.shape, factor_b.shape
-    shapes = f"A of shape {a} and B of shape {b}"
+    shapes = f"A has shape {a} and B has shape {b}"
     if not (factor_a.dtype.is_floating_point and factor_b.dtype.is_floating_point):
-        raise UnsupportedError(f"factors of {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
+        raise UnsupportedError(f"the factors have dtypes {factor_a.dtype} and {factor_b.dtype}", next_step=AS_FLOATS)
     if ("lora_embedding_" in factor_a.name) != ("lora_embedding_" in factor_b.name):
-        raise FormatError(f"{factor_a.name!r} beside {factor_b.name!r}", rule="both are factors of one kind of layer")
+        raise FormatError(
+            f"the factors are {factor_a.name!r} and {factor_b.name!r}",
+            rule="both factors must belong to the same kind of layer",
+        )
     if not 2 <= len(a) <= 5 or len(a) != len(b) or 0 in a + b or any(size != 1 for size in b[2:]):
-        raise FormatError(shapes, rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
+        raise FormatError(shapes, rule="A must have shape (rank, inputs, *kernel) and B (outputs, rank, 1, …)")
     if b[1] != a[0]:
         if len(a) > 2 and a[0] % b[1] == 0:
-            raise UnsupportedError(f"{shapes}: a convolution in groups", next_step="leave such layers out of the LoRA")
-        raise FormatError(shapes, rule="B's second size is A's first, the rank")
+            raise UnsupportedError(
+                f"{shapes}: this is a grouped convolution", next_step="leave such layers out of the LoRA"
+            )
+        raise FormatError(shapes, rule="the second size of B must equal the first size of A, the rank")
     return a[0]

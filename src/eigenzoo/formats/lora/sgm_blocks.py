@@ -77,7 +77,7 @@ def _inner(rest: str, resnet: bool) -> str:
 
 def _nowhere(name: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{name[:200]!r} is not a block of a UNet of Stable Diffusion",
-        rule=f"such blocks have {LAYERS_PER_BLOCK} residual layers each, in up to {NUM_BLOCKS} resolutions",
+        f"{name[:200]!r} is not a module of Stable Diffusion's UNet",
+        rule=f"its blocks have {LAYERS_PER_BLOCK} residual layers each, at up to {NUM_BLOCKS} resolutions",
         next_step="load it with diffusers and save it again with save_lora_weights",
     )

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 from eigenzoo.errors import UnsupportedError
-from eigenzoo.formats.lora.diffusion_file import METADATA_KEY, DiffusionLora, KnownUpdates
+from eigenzoo.formats.lora.diffusion_file import METADATA_KEY, DiffusionLora, ParsedUpdates
 from eigenzoo.formats.lora.diffusion_names import diffusers_stem
 from eigenzoo.formats.model import LoraUpdate, Model, TensorInfo
 from eigenzoo.formats.safetensors.header import HeaderContents
@@ -53,68 +53,68 @@ def unfuse(models: Sequence[Model], named: frozenset[str] = frozenset()) -> tupl
     """
     fused: dict[int, set[str]] = {}
     plain = set(named)
-    for place, model in enumerate(models):
+    for index, model in enumerate(models):
         if isinstance(model, DiffusionLora):
             own = {name for update in model.updates.values() for name, _ in parts_of(update)}
             if own:
-                fused[place] = own
+                fused[index] = own
             else:
                 plain |= model.updates.keys()
-    wanted = {place for place, own in fused.items() if not plain.isdisjoint(own)}
-    parts = frozenset(name for place in wanted for name in fused[place])
+    wanted = {index for index, own in fused.items() if not plain.isdisjoint(own)}
+    parts = frozenset(name for index in wanted for name in fused[index])
     seen = [
-        _unfused(model) if place in wanted and isinstance(model, DiffusionLora) else model
-        for place, model in enumerate(models)
+        _unfused(model) if index in wanted and isinstance(model, DiffusionLora) else model
+        for index, model in enumerate(models)
     ]
     return seen, parts
 
 
-_views: WeakKeyDictionary[KnownUpdates, KnownUpdates] = WeakKeyDictionary()
+_views: WeakKeyDictionary[ParsedUpdates, ParsedUpdates] = WeakKeyDictionary()
 
 
 def _unfused(model: DiffusionLora) -> DiffusionLora:
-    known = model.known
-    found = _views.get(known)
-    if found is None:
+    parsed = model.parsed
+    view = _views.get(parsed)
+    if view is None:
         try:
-            found = _views[known] = _view(known)
+            view = _views[parsed] = _view(parsed)
         except UnsupportedError as error:
             raise UnsupportedError(
-                "q, k and v are one layer here, and layers of their own in other files of the zoo",
+                "q, k and v are one layer in this file, but three layers in other files of the zoo",
                 where=str(model.path),
-                rule=f"it is read as theirs where each of its layers has a name of diffusers' ({error.where})",
+                rule=f"the layer is split only if diffusers has a name for each layer of the file ({error.where})",
                 next_step="convert it with diffusers: state = FluxPipeline.lora_state_dict(file); "
                 "save_file({key: values.clone() for key, values in state.items()}, new_file)",
             ) from error
     ((name, file),) = model.files.items()
     seen = copy.copy(model)
-    seen.take_files({name: file.seen_as(found.contents)})
+    seen.take_files({name: file.seen_as(view.contents)})
     strings = {key: text for key, text in model.metadata[name].items() if key != METADATA_KEY}
     seen.metadata = MappingProxyType({name: strings})
-    seen.take_updates(found)
+    seen.take_updates(view)
     return seen
 
 
-def _view(known: KnownUpdates) -> KnownUpdates:
+def _view(parsed: ParsedUpdates) -> ParsedUpdates:
     """Make the other dictionary of a header: every factor by diffusers' names, α left to the updates' scales."""
-    contents = known.contents
+    contents = parsed.contents
     tensors: dict[str, TensorInfo] = {}
-    places: dict[str, tuple[int, int]] = {}
+    positions: dict[str, tuple[int, int]] = {}
     updates: dict[str, LoraUpdate] = {}
-    for update in known.updates.values():
+    for update in parsed.updates.values():
         start, outputs = 0, update.shape[0]
         for module, rows in parts_of(update) or ((update.module, outputs),):
-            if module in updates or (module != update.module and module in known.updates):
-                raise UnsupportedError("is in the file fused and apart", where=f"module {module[:200]!r}")
+            if module in updates or (module != update.module and module in parsed.updates):
+                raise UnsupportedError("the file has it both fused and split", where=f"module {module[:200]!r}")
             stem = diffusers_stem(module)
             key_a, key_b = (f"{stem}.lora_{side}.weight" for side in "AB")
             shape_a, shape_b = update.factor_shapes
             tensors[key_a] = replace(contents.tensors[update.key_a], name=key_a)
-            places[key_a] = contents.places[update.key_a]
+            positions[key_a] = contents.positions[update.key_a]
             info = contents.tensors[update.key_b]
             tensors[key_b] = replace(info, name=key_b, shape=(rows, *shape_b[1:]))
             size = prod(shape_b[1:])
-            places[key_b] = contents.places[update.key_b][0] + start * size * info.dtype.itemsize, rows * size
+            positions[key_b] = contents.positions[update.key_b][0] + start * size * info.dtype.itemsize, rows * size
             updates[module] = replace(
                 update,
                 module=module,
@@ -125,9 +125,9 @@ def _view(known: KnownUpdates) -> KnownUpdates:
                 key_alpha=None,
             )
             start += rows
-    used = {key for update in known.updates.values() for key in update.keys}
+    used = {key for update in parsed.updates.values() for key in update.keys}
     for name, info in contents.tensors.items():
         if name not in used:
-            tensors[name], places[name] = info, contents.places[name]
-    seen = HeaderContents(MappingProxyType(tensors), MappingProxyType(places), contents.metadata, made_of=contents)
-    return KnownUpdates(MappingProxyType(updates), seen, known.warnings)
+            tensors[name], positions[name] = info, contents.positions[name]
+    seen = HeaderContents(MappingProxyType(tensors), MappingProxyType(positions), contents.metadata, made_of=contents)
+    return ParsedUpdates(MappingProxyType(updates), seen, parsed.warnings)

@@ -31,16 +31,16 @@ OTHER_TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 @dataclass(frozen=True)
-class KnownModule:
+class ZooModule:
     """One module of a zoo and the keys that some adapter has for it; `family` is how these keys are spelled."""
 
     family: str
     update: LoraUpdate
 
 
-def known_modules(format: str, updates: Iterable[LoraUpdate]) -> list[KnownModule]:
+def modules_of(format: str, updates: Iterable[LoraUpdate]) -> list[ZooModule]:
     """Return the modules of one adapter."""
-    return [KnownModule(_family(format, update), update) for update in updates]
+    return [ZooModule(_family(format, update), update) for update in updates]
 
 
 def _family(format: str, update: LoraUpdate) -> str:
@@ -62,7 +62,7 @@ def zero_modules(model: Model) -> tuple[str, ...]:
     return tuple(model.zeros) if isinstance(model, FilledAdapter) else ()
 
 
-def fill_adapter(model: Model, modules: Iterable[KnownModule], name: str) -> Model:
+def fill_adapter(model: Model, modules: Iterable[ZooModule], name: str) -> Model:
     """Return an adapter with updates of zero for the modules that it lacks; the same one where it lacks none.
 
     Raises MismatchError where the file trains such a module in another way, or where no file with its keys has the module.
@@ -73,26 +73,26 @@ def fill_adapter(model: Model, modules: Iterable[KnownModule], name: str) -> Mod
     own = next(iter(model.updates.values()))
     family = _family(model.format, own)
     wanted: dict[str, LoraUpdate] = {}
-    found: dict[str, LoraUpdate] = {}
-    for known in modules:
-        if known.update.module not in model.updates:
-            wanted.setdefault(known.update.module, known.update)
-            if known.family == family:
-                found.setdefault(known.update.module, known.update)
+    same_family: dict[str, LoraUpdate] = {}
+    for candidate in modules:
+        if candidate.update.module not in model.updates:
+            wanted.setdefault(candidate.update.module, candidate.update)
+            if candidate.family == family:
+                same_family.setdefault(candidate.update.module, candidate.update)
     if not wanted:
         return model
     others = frozenset(model.other_tensors)
     for module in wanted:
         _check_untrained(others, module, name)
-        if module not in found:
+        if module not in same_family:
             raise MismatchError(
-                f"{name} has no such layer, and no file of its kind of keys has it",
+                f"{name} has no such layer, and no file with keys of the same kind has it",
                 where=f"layer '{module}'",
-                rule="an update of zero gets a key of the file's own kind",
+                rule="a zero update gets a key of the same kind as the file's other keys",
                 next_step="load the files with diffusers and save them again with save_lora_weights, so that they agree; "
                 "or leave the layer out with --exclude",
             )
-    return FilledAdapter(model, {module: _zero(found[module], own) for module in wanted})
+    return FilledAdapter(model, {module: _zero(same_family[module], own) for module in wanted})
 
 
 def _check_untrained(others: Collection[str], module: str, name: str) -> None:
@@ -103,7 +103,7 @@ def _check_untrained(others: Collection[str], module: str, name: str) -> None:
             raise MismatchError(
                 f"{name} holds the whole weight of this module, {key!r}",
                 where=f"layer '{module}'",
-                rule="only a module that an adapter leaves as it is counts as an update of zero",
+                rule="only a module that an adapter does not change counts as a zero update",
                 next_step=f"--exclude '{glob_of(module)}' carries it unchanged",
             )
 

@@ -59,14 +59,14 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
     """
 
     def __init__(self, parent: str | os.PathLike[str] | None = None) -> None:
-        place = os.fspath(parent) if parent is not None else tempfile.gettempdir()
-        sweep(Path(place), PREFIX)
+        parent_path = os.fspath(parent) if parent is not None else tempfile.gettempdir()
+        sweep(Path(parent_path), PREFIX)
         lock = None
         while lock is None:
             try:
                 super().__init__(prefix=f"{PREFIX}{system_mark()}", dir=parent)
             except OSError as error:
-                raise OutputError(f"no folder can be made there ({error.strerror})", where=place) from error
+                raise OutputError(f"a folder cannot be created there ({error.strerror})", where=parent_path) from error
             lock = _hold(Path(self.name))
             if lock is None:
                 super().cleanup()

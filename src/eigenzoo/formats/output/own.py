@@ -18,7 +18,7 @@ from eigenzoo.formats.json_file import read_json
 from eigenzoo.formats.paths import OUTPUT_RECORD
 
 OTHER_KIND = "is a folder of another kind"
-NO_RECORD = f"has no record ({OUTPUT_RECORD}) of what eigenzoo wrote in it"
+NO_RECORD = f"has no record ({OUTPUT_RECORD}) of the files that eigenzoo wrote"
 
 Foreign = Callable[[Path], str]
 """Called with a folder that is to be replaced; says what about it eigenzoo did not write, or nothing: ""."""
@@ -64,36 +64,36 @@ def recorded(kind: str) -> Foreign:
     return foreign
 
 
-def find_stranger(folder: Path, known: Collection[str]) -> str:
+def find_stranger(folder: Path, own_files: Collection[str]) -> str:
     """Say which file of a folder is not among those that are known by their paths in it; "" where none is."""
     for name in list_files(folder):
-        if name not in known:
+        if name not in own_files:
             return f"holds {name!r}, which eigenzoo did not write"
     return ""
 
 
 def list_files(folder: Path) -> list[str]:
     """List the paths in a folder of everything below it but folders, sorted; what cannot be listed is an OSError."""
-    found: list[str] = []
+    names: list[str] = []
     above = [""]
     while above:
-        place = above.pop()
-        with os.scandir(folder / place) as entries:
+        folder_name = above.pop()
+        with os.scandir(folder / folder_name) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    above.append(f"{place}{entry.name}/")
+                    above.append(f"{folder_name}{entry.name}/")
                 else:
-                    found.append(f"{place}{entry.name}")
-    return sorted(found)
+                    names.append(f"{folder_name}{entry.name}")
+    return sorted(names)
 
 
 def _holds(path: Path, recorded_hash: object) -> bool:
     """Tell whether a plain file has this hash; nothing else has one, whatever a record says."""
-    return bool(found := _sha256(path)) and found == recorded_hash
+    return bool(actual_hash := _sha256(path)) and actual_hash == recorded_hash
 
 
 def _sha256(path: Path) -> str:
-    """Return the hash of a file; of anything that is no plain file, what no file has."""
+    """Return the hash of a file; of anything that is not a regular file, what no file has."""
     if path.is_symlink() or not path.is_file():
         return ""
     status = path.stat()

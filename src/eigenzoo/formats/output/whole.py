@@ -23,7 +23,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a disk answers that takes nothing more: not what is wrong with a file that is read."""
 
 
-RULE = "--force (force=True) replaces only what eigenzoo wrote as an output of the same kind"
+RULE = "--force (force=True) replaces only an output of the same kind that eigenzoo wrote"
 NEXT_STEP = "choose another name, or move it away"
 
 Own = Callable[[Path], bool]
@@ -60,15 +60,15 @@ def new_folder(
         _restore(target)
         staging = HeldFolder(target.parent, _prefix(target))
     except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", where=str(target)) from error
+        raise OutputError(f"cannot be created ({error.strerror})", where=str(target)) from error
     try:
         with clear_errors(target):
             yield staging.path
             _sync(staging.path)
-            with _held(target):
+            with _locked(target):
                 check_free(target, force=force, foreign=foreign)
                 check()
-                _put_in_place(staging.path, target)
+                _rename_to_target(staging.path, target)
     finally:
         staging.remove()
 
@@ -94,7 +94,7 @@ def clear_errors(target: Path | None) -> Iterator[None]:
 def check_free(target: Path, *, force: bool = False, foreign: Foreign = everything) -> None:
     """Raise OutputError unless `target` is free, or may be replaced; call it before long work starts."""
     if not target.name:
-        raise OutputError("is no name for a new folder", where=str(target))
+        raise OutputError("is not a valid name for a new folder", where=str(target))
     if not os.path.lexists(target):
         return
     if not force:
@@ -102,13 +102,13 @@ def check_free(target: Path, *, force: bool = False, foreign: Foreign = everythi
             "exists already", where=str(target), next_step="choose another name, or --force (force=True) to replace it"
         )
     if target.is_symlink() or not target.is_dir():
-        raise OutputError("is no folder", where=str(target), rule=RULE)
+        raise OutputError("is not a folder", where=str(target), rule=RULE)
     try:
-        found = foreign(target) if any(target.iterdir()) else ""
+        stranger = foreign(target) if any(target.iterdir()) else ""
     except OSError as error:
-        found = f"cannot be looked through ({error.strerror})"
-    if found:
-        raise OutputError(found, where=str(target), rule=RULE, next_step=NEXT_STEP)
+        stranger = f"cannot be listed ({error.strerror})"
+    if stranger:
+        raise OutputError(stranger, where=str(target), rule=RULE, next_step=NEXT_STEP)
 
 
 def check_free_file(target: Path, *, force: bool = False, own: Own = nothing) -> None:
@@ -118,10 +118,10 @@ def check_free_file(target: Path, *, force: bool = False, own: Own = nothing) ->
     this kind. Makes the folders above; call it before long work starts.
     """
     if not target.name:
-        raise OutputError("is no name for a file", where=str(target))
+        raise OutputError("is not a valid name for a file", where=str(target))
     if os.path.lexists(target):
         if target.is_symlink() or not target.is_file():
-            raise OutputError("is no plain file", where=str(target), next_step="choose another name")
+            raise OutputError("is not a regular file", where=str(target), next_step="choose another name")
         if not force:
             raise OutputError(
                 "exists already",
@@ -188,7 +188,7 @@ def _name_file(staging: Path, target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def _held(target: Path) -> Iterator[None]:
+def _locked(target: Path) -> Iterator[None]:
     """Keep other processes from replacing an existing folder meanwhile; where folders cannot be locked, nothing does."""
     lock = _lock_target(target)
     try:
@@ -209,7 +209,7 @@ def _lock_target(target: Path) -> int | None:
     return None
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
+def _rename_to_target(staging: Path, target: Path) -> None:
     """Give the folder its name; what had it before is in `staging` then, or gone."""
     if not os.path.lexists(target):
         try:

@@ -27,16 +27,16 @@ AVERAGED = "n_averaged"
 def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Find the dict of tensors in what was loaded, its names as the model has them, with notes on what was decided."""
     notes: list[str] = []
-    found = loaded
+    document = loaded
     if isinstance(loaded, Mapping):
         wrappers = [key for key in WRAPPERS if isinstance(loaded.get(key), Mapping) and loaded[key]]
         if wrappers:
-            found = loaded[wrappers[0]]
+            document = loaded[wrappers[0]]
         if len(wrappers) > 1:
             others = ", ".join(map(repr, wrappers[1:]))
             notes.append(f"the checkpoint holds {wrappers[0]!r} beside {others}: {wrappers[0]!r} is read")
-    check_tensors(found)
-    state = dict(found)
+    check_tensors(document)
+    state = dict(document)
     if AVERAGED in state and all(name == AVERAGED or name.startswith(PREFIXES[0]) for name in state) and len(state) > 1:
         del state[AVERAGED]
         notes.append(f"the counter {AVERAGED!r} of an averaged model is left out")
@@ -51,15 +51,17 @@ def state_dict_of(loaded: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     return state, tuple(notes)
 
 
-def check_tensors(found: Any) -> None:
+def check_tensors(document: Any) -> None:
     """Raise unless this is a dict from names to tensors."""
-    if not isinstance(found, Mapping) or not found:
-        raise FormatError(f"the pickle holds {type(found).__name__}", rule="a dict from names to tensors is expected")
-    for name, value in found.items():
+    if not isinstance(document, Mapping) or not document:
+        raise FormatError(
+            f"the pickle holds {type(document).__name__}", rule="a dict from names to tensors is expected"
+        )
+    for name, value in document.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise FormatError(
                 f"the entry {str(name)[:100]!r} is {type(value).__name__}",
-                rule=f"every entry of a state dict is a tensor; it is looked for under {', '.join(WRAPPERS)}, or at the top",
+                rule=f"every entry of a state dict is a tensor; one is expected under {', '.join(WRAPPERS)} or at the top level",
                 next_step="save the state dict alone, as safetensors",
             )
 

@@ -84,7 +84,7 @@ class PickleModel(Model):
     def _tensor(self, name: str) -> Tensor:
         tensor = self.state.get(name)
         if tensor is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return tensor
 
 
@@ -151,10 +151,10 @@ def find_pickle(folder: Path) -> str:
     for name in (PICKLE_FILE, PICKLE_INDEX):
         if (folder / name).exists():
             return name
-    found = pickles_of(folder)
-    if len(found) != 1:
-        raise FormatError(f"{len(found)} pickles: {', '.join(found[:5])}", rule="exactly one is read")
-    return found[0]
+    pickles = pickles_of(folder)
+    if len(pickles) != 1:
+        raise FormatError(f"there are {len(pickles)} pickles: {', '.join(pickles[:5])}", rule="exactly one is expected")
+    return pickles[0]
 
 
 def pickles_of(folder: Path) -> list[str]:
@@ -165,7 +165,7 @@ def pickles_of(folder: Path) -> list[str]:
 def load_pickle(path: Path) -> Any:
     """Unpickle a file of tensors and plain values, never anything else; zip files are mapped, not read."""
     if not is_regular(path):
-        raise FormatError("no plain file")
+        raise FormatError("not a regular file")
     with path.open("rb") as stream:
         start = stream.read(START_BYTES)
     magic = start[:4]
@@ -182,7 +182,7 @@ def load_pickle(path: Path) -> Any:
         blocked = _BLOCKED.search(str(error))
         raise UnsupportedError(
             "the pickle holds more than tensors, or is damaged" + (f" ({blocked[1]})" if blocked else ""),
-            rule="pickles are read with weights_only=True, never otherwise",
+            rule="pickles are read only with weights_only=True",
             next_step="load it where it was made and save its state dict as safetensors",
         ) from error
     except _DAMAGED as error:
@@ -193,10 +193,10 @@ def load_pickle(path: Path) -> Any:
 def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
     where = f"{file}, tensor {name[:200]!r}"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise UnsupportedError(f"a tensor of layout {tensor.layout} on {tensor.device}", where=where)
+        raise UnsupportedError(f"the tensor has layout {tensor.layout} on device {tensor.device}", where=where)
     # A tensor that repeats a few stored values by its strides would take any amount of memory once it is read.
     if prod(tensor.shape) * tensor.dtype.itemsize > tensor.untyped_storage().nbytes():
-        raise FormatError(f"shape {tuple(tensor.shape)} is larger than what is stored", where=where)
+        raise FormatError(f"shape {tuple(tensor.shape)} is larger than the stored values", where=where)
     try:
         dtype_name(tensor.dtype)
     except FormatError as error:

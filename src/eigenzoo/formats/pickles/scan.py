@@ -75,7 +75,7 @@ def check_pickle(path: Path) -> None:
         ArithmeticError,
         struct.error,
     ) as error:
-        raise FormatError(f"is no zip file that torch wrote ({str(error)[:200]})") from error
+        raise FormatError(f"is not a zip file that torch wrote ({str(error)[:200]})") from error
     except (ValueError, IndexError, KeyError) as error:
         raise FormatError(f"the pickle is damaged ({type(error).__name__}: {str(error)[:200]})") from error
 
@@ -87,9 +87,11 @@ def _check_zip(stream: BinaryIO, num_bytes: int) -> None:
         if any(
             entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries
         ):
-            raise FormatError("an entry of the zip file is compressed", rule="torch stores entries as they are")
+            raise FormatError("an entry of the zip file is compressed", rule="torch stores entries uncompressed")
         if sum(entry.file_size for entry in entries) > num_bytes:
-            raise FormatError("the entries of the zip file overlap", rule="together they are no longer than the file")
+            raise FormatError(
+                "the entries of the zip file overlap", rule="together they are at most as long as the file"
+            )
         for entry in entries:
             if entry.filename.lower().endswith(".pkl"):
                 if entry.file_size > MAX_PROGRAM_BYTES:
@@ -100,13 +102,15 @@ def _check_zip(stream: BinaryIO, num_bytes: int) -> None:
 def _check_legacy(stream: BinaryIO) -> None:
     programs = io.BytesIO(stream.read(MAX_PROGRAM_BYTES))
     if programs.getvalue()[:1] != b"\x80":
-        raise FormatError("is no pickle", rule="torch's files begin with a zip file's signature or a pickle's protocol")
-    found = [_check_program(programs) for _ in range(_LEGACY_PROGRAMS)]
-    keys = found[-1]
+        raise FormatError(
+            "is not a pickle", rule="torch's files begin with a zip file's signature or a pickle's protocol"
+        )
+    scanned = [_check_program(programs) for _ in range(_LEGACY_PROGRAMS)]
+    keys = scanned[-1]
     if not keys.instructions <= _LIST_OF_TEXTS:
-        raise FormatError("the keys of the storages are no list of texts")
+        raise FormatError("the keys of the storages are not a list of strings")
     # A storage that is not listed is memory that torch takes and never fills: whatever was there before is then a tensor.
-    unfilled = {key for program in found for key in program.storages} - keys.texts
+    unfilled = {key for program in scanned for key in program.storages} - keys.texts
     if unfilled:
         raise FormatError(
             f"{len(unfilled)} storages have no values in the file", rule="the file lists all storages' keys"
@@ -166,7 +170,7 @@ def _check_program(stream: BinaryIO) -> _Program:
         if name in _TUPLES or name in _GETS:
             work += stack[-1].size
         if work > MAX_WORK:
-            raise FormatError("the pickle holds tuples within tuples without end", rule="a state dict has none")
+            raise FormatError("the pickle holds endlessly nested tuples", rule="a state dict has no such tuples")
     return program
 
 
@@ -197,7 +201,7 @@ def _check_global(name: object) -> None:
 def _more_than_tensors(name: str) -> UnsupportedError:
     return UnsupportedError(
         f"the pickle holds more than tensors, or is damaged ({name.replace(' ', '.')[:100]})",
-        rule="pickles are read with weights_only=True, never otherwise, and may name only what tensors need",
+        rule="pickles are read only with weights_only=True, and may name only the functions that tensors need",
         next_step="load it where it was made and save its state dict as safetensors",
     )
 

@@ -39,7 +39,7 @@ DRIVERS = {
 _MAGIC = re.compile(r"[*?\[]")
 _WEB_MAGIC = re.compile(r"[*\[]")  # a question mark begins a query there
 # A colon that no port follows, before the first slash, and an @ behind it; or a name and an @ before the first slash.
-_SECRET_PLACE = re.compile(r"^(?:[^/@:]*:(?!\d*(?:/|$))[^@]*|[^/@]*)@")
+_SECRET = re.compile(r"^(?:[^/@:]*:(?!\d*(?:/|$))[^@]*|[^/@]*)@")
 _connected: dict[tuple[int, str], tuple[Any, str]] = {}
 
 
@@ -55,7 +55,7 @@ def local_path(source: str) -> str:
     try:
         return str(fsspec.get_filesystem_class("file")._strip_protocol(source))
     except ValueError as error:  # a NUL, or half a character, where a home folder is looked up
-        raise FormatError("is no path of a file", where=repr(source[:200])) from error
+        raise FormatError("is not a valid file path", where=repr(source[:200])) from error
 
 
 def protocol_of(url: str) -> str:
@@ -83,7 +83,7 @@ def _shown(part: str) -> str:
     web = protocol in ("http", "https")
     rest = re.split(r"[?#]", rest, maxsplit=1)[0] if web else re.sub(r"\?[\w.-]+=.*$", "", rest)
     # On the hub an @ stands before a revision.
-    return protocol + mark + (rest if protocol == "hf" else _SECRET_PLACE.sub("", rest))
+    return protocol + mark + (rest if protocol == "hf" else _SECRET.sub("", rest))
 
 
 def scrubbed(text: str) -> str:
@@ -112,9 +112,7 @@ def split_glob(url: str) -> tuple[str, tuple[str, ...]]:
     if first is None:
         return url, ()
     if first == 0 and not chain:
-        raise UnsupportedError(
-            "a wildcard where the bucket or host stands", where=shown_url(url), next_step="name the bucket"
-        )
+        raise UnsupportedError("the bucket or host is a wildcard", where=shown_url(url), next_step="name the bucket")
     return protocol + mark + "/".join(parts[:first]) + chain + tail, tuple(parts[first:])
 
 
@@ -173,7 +171,7 @@ def _check_drivers(url: str) -> None:
     if page is not None:
         revision = f"@{page[2]}" if page[2] else ""
         raise UnsupportedError(
-            "is a page of the hub, and no file", where=shown_url(url), next_step=f"give the id, {page[1]}{revision}"
+            "is a page of the hub, not a file", where=shown_url(url), next_step=f"use the id {page[1]}{revision}"
         )
     for part in url.split("::"):
         protocol = protocol_of(part)
@@ -183,7 +181,7 @@ def _check_drivers(url: str) -> None:
             raise _without_driver(protocol, url) from None
         except ValueError:
             raise UnsupportedError(
-                f"no driver of fsspec is called {protocol[:50]!r}",
+                f"fsspec has no driver called {protocol[:50]!r}",
                 where=shown_url(url),
                 rule="a URL begins with the protocol of an fsspec driver, such as s3, gs, az, hf or https",
             ) from None
@@ -209,10 +207,10 @@ def _pinned(system: Any, path: str) -> tuple[str, str] | None:
         return None
     from huggingface_hub import HfApi
 
-    found = HfApi(endpoint=system.endpoint, token=system.token).repo_info(
+    info = HfApi(endpoint=system.endpoint, token=system.token).repo_info(
         resolved.repo_id, repo_type=resolved.repo_type, revision=resolved.revision
     )
     root, inner = resolved.root.partition("@")[0], resolved.path_in_repo
     if not inner:
-        return f"{root}@{found.sha}", root.rpartition("/")[2]
-    return f"{root}@{found.sha}/{inner}", inner.rpartition("/")[2]
+        return f"{root}@{info.sha}", root.rpartition("/")[2]
+    return f"{root}@{info.sha}/{inner}", inner.rpartition("/")[2]

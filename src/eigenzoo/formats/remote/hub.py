@@ -35,12 +35,12 @@ FIRST_FILES = ["README.md", ".gitattributes"]
 class Commit:
     """A commit of a repository: where the cache has its files, and how many bytes each file has."""
 
-    place: HubId
+    hub_id: HubId
     folder: Path
     sizes: Mapping[str, int]
 
 
-def find_commit(place: HubId, stopped: Event | None = None) -> Commit:
+def find_commit(hub_id: HubId, stopped: Event | None = None) -> Commit:
     """Resolve the revision of an id to a commit, and list it; without a network both come from the cache.
 
     When `stopped` is set it ends, in Stopped, before its next attempt.
@@ -50,37 +50,37 @@ def find_commit(place: HubId, stopped: Event | None = None) -> Commit:
     api, offline = HfApi(), constants.is_offline_mode()
 
     resolved = persist(
-        lambda: api.resolve_revision(place.repo, revision=place.revision, local_files_only=offline),
-        place,
+        lambda: api.resolve_revision(hub_id.repo, revision=hub_id.revision, local_files_only=offline),
+        hub_id,
         local_too=True,
         stopped=stopped,
     )
-    pinned = replace(place, revision=resolved.resolved)
+    pinned = replace(hub_id, revision=resolved.resolved)
     # This call keeps the listing in the cache; that of a commit is asked for once.
     folder = persist(
         lambda: snapshot_download(
-            place.repo, revision=resolved, allow_patterns=FIRST_FILES, tqdm_class=_hidden_bar(lambda _: None)
+            hub_id.repo, revision=resolved, allow_patterns=FIRST_FILES, tqdm_class=_hidden_bar(lambda _: None)
         ),
-        place,
+        hub_id,
         stopped=stopped,
     )
-    sizes = persist(partial(_list, api, pinned), place, stopped=stopped)
+    sizes = persist(partial(_list, api, pinned), hub_id, stopped=stopped)
     return Commit(pinned, Path(folder), sizes)
 
 
-def _list(api: Any, place: HubId) -> dict[str, int]:
+def _list(api: Any, hub_id: HubId) -> dict[str, int]:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        entries = get_cached_repo_tree(place.repo, revision=place.revision)
+        entries = get_cached_repo_tree(hub_id.repo, revision=hub_id.revision)
     except CachedRepoTreeNotFoundError:  # a cache that cannot be written to
-        entries = api.list_repo_tree(place.repo, recursive=True, revision=place.revision)
+        entries = api.list_repo_tree(hub_id.repo, recursive=True, revision=hub_id.revision)
     return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
 def find_hub_models(
-    place: HubId,
+    hub_id: HubId,
     max_depth: int,
     *,
     allow_pickle: bool = False,
@@ -91,7 +91,7 @@ def find_hub_models(
     """Download the models that an id names, by the rules for folders; returns their paths, and why one cannot be read.
 
     Args:
-        place: a repository, or a folder in it, that is a model or holds models.
+        hub_id: a repository, or a folder in it, that is a model or contains models.
         max_depth: how many folders deep models are looked for.
         allow_pickle: download pickles too.
         allow_missing: go on where a file cannot be had, which is then its model's error; else it is raised at once.
@@ -99,57 +99,59 @@ def find_hub_models(
         stopped: ends all of it, in Stopped, when it is set.
     """
     stopped = stopped or Event()
-    commit = find_commit(place, stopped)
-    models = find_in_tree(commit.sizes, place.folder, max_depth, str(place))
-    found: list[tuple[Path, EigenzooError | None]] = []
+    commit = find_commit(hub_id, stopped)
+    models = find_in_tree(commit.sizes, hub_id.folder, max_depth, str(hub_id))
+    paths: list[tuple[Path, EigenzooError | None]] = []
     wanted: list[HubModel] = []
     for model in models:
         error = _refused(model, commit, allow_pickle)
         wanted += [] if error else [model]
-        found.append((commit.folder / model.path, error))
+        paths.append((commit.folder / model.path, error))
     files = {name for model in wanted for name in model.files}
     errors = download(commit, files, progress, keep_going=allow_missing, stopped=stopped)
     shards: dict[int, set[str]] = {}
-    for number, (path, error) in enumerate(found):
+    for number, (path, error) in enumerate(paths):
         error = error or _first_of(models[number].files, errors)
         if error is None:
             try:
                 shards[number] = needed_files(models[number], commit.folder, commit.sizes)
             except FormatError as fault:
-                error = fault.at(f"{commit.place}/{models[number].path}".rstrip("/"))
-        found[number] = (path, error)
+                error = fault.at(f"{commit.hub_id}/{models[number].path}".rstrip("/"))
+        paths[number] = (path, error)
     errors = download(commit, set().union(*shards.values()), progress, keep_going=allow_missing, stopped=stopped)
     for number, names in shards.items():
         model, prefix = models[number], f"{models[number].path}/" if models[number].path else ""
         tell_left(commit.folder / model.path, (name for name in model.left if prefix + name not in names))
-        found[number] = (found[number][0], _first_of(names, errors))
-    return found
+        paths[number] = (paths[number][0], _first_of(names, errors))
+    return paths
 
 
 def _first_of(names: Iterable[str], errors: Mapping[str, EigenzooError]) -> EigenzooError | None:
     return next((errors[name] for name in sorted(names) if name in errors), None)
 
 
-def fetch_model(place: HubId, *, allow_pickle: bool = False) -> Path:
+def fetch_model(hub_id: HubId, *, allow_pickle: bool = False) -> Path:
     """Download the one model that an id names; returns the path that opens it."""
-    found = find_hub_models(place, 0, allow_pickle=allow_pickle)
-    if not found:
-        raise FormatError("no model here", where=str(place), rule="a model is a repository, or a folder of one")
-    path, error = found[0]
+    paths = find_hub_models(hub_id, 0, allow_pickle=allow_pickle)
+    if not paths:
+        raise FormatError(
+            "there is no model here", where=str(hub_id), rule="a model is a repository or a folder of a repository"
+        )
+    path, error = paths[0]
     if error is not None:
         raise error
     return path
 
 
 def _refused(model: HubModel, commit: Commit, allow_pickle: bool) -> EigenzooError | None:
-    where = f"{commit.place.repo}/{model.path}".rstrip("/.")
+    where = f"{commit.hub_id.repo}/{model.path}".rstrip("/.")
     if model.error is not None:
         return model.error.at(where)
     if model.is_pickled and not allow_pickle:
         return UnsupportedError(
             "the weights are a Python pickle",
             where=where,
-            rule="pickles can run code, and are downloaded with permission only",
+            rule="pickles can run code and are downloaded only with permission",
             next_step="pass --allow-pickle (allow_pickle=True), or ask its author for safetensors",
         )
     return None
@@ -177,7 +179,7 @@ def download(
         if ended.is_set():
             raise Stopped
         done += int(num_bytes)
-        progress(f"downloading {commit.place.repo}", min(done, total), total)
+        progress(f"downloading {commit.hub_id.repo}", min(done, total), total)
 
     bar = _hidden_bar(count)
 
@@ -198,16 +200,18 @@ def _download(commit: Commit, name: str, bar: type[Any], stopped: Event) -> None
     from huggingface_hub import hf_hub_download
 
     def call() -> None:
-        path = hf_hub_download(commit.place.repo, name, revision=commit.place.revision, tqdm_class=bar)
+        path = hf_hub_download(commit.hub_id.repo, name, revision=commit.hub_id.revision, tqdm_class=bar)
         _check(Path(path), commit.sizes[name], name)
 
-    persist(call, commit.place, stopped=stopped)
+    persist(call, commit.hub_id, stopped=stopped)
 
 
 def _check(path: Path, size: int, name: str) -> None:
     """Check a file that was just downloaded; what is wrong is taken out of the cache again, and raises OSError."""
-    found = path.stat().st_size
-    fault = f"{name} has {found} bytes, its listing says {size}" if found != size else _hash_fault(path, name)
+    actual_size = path.stat().st_size
+    fault = (
+        f"{name} has {actual_size} bytes, its listing says {size}" if actual_size != size else _hash_fault(path, name)
+    )
     if fault:
         blob = path.parent / os.readlink(path) if path.is_symlink() else None
         path.unlink()
@@ -223,12 +227,12 @@ def _hash_fault(path: Path, name: str) -> str:
         return ""
     with path.open("rb") as file:
         if len(expected) == 64:
-            found = {hashlib.file_digest(file, "sha256").hexdigest()}
+            hashes = {hashlib.file_digest(file, "sha256").hexdigest()}
         else:
             data = file.read()
             # Some stores in the hub's place answer with the SHA-1 of the bytes alone.
-            found = {hashlib.sha1(head + data).hexdigest() for head in (b"blob %d\0" % len(data), b"")}
-    return "" if expected in found else f"{name} has not the hash that the hub says"
+            hashes = {hashlib.sha1(head + data).hexdigest() for head in (b"blob %d\0" % len(data), b"")}
+    return "" if expected in hashes else f"{name} does not have the hash that the hub states"
 
 
 def stored_sha256(path: Path) -> str | None:

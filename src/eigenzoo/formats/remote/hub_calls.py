@@ -24,7 +24,7 @@ ATTEMPTS, UNREACHED = 4, 2
 
 FIRST_DELAY = 1.0
 
-_CONNECT, _CACHED = "check the connection and run it again", "; what is in the cache is read without one"
+_CONNECT, _CACHED = "check the connection and run it again", "; models in the cache need no connection"
 _LATER = "run it again later"
 
 _BROKEN = (ConnectionError, TimeoutError, RuntimeError)
@@ -35,7 +35,7 @@ PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 def persist(
     call: Callable[[], Answer],
-    place: HubId,
+    hub_id: HubId,
     *,
     local_too: bool = False,
     writing: bool = False,
@@ -45,7 +45,7 @@ def persist(
 
     Args:
         call: a request to the hub by huggingface_hub.
-        place: what it is about.
+        hub_id: the repository or folder that the error is about.
         local_too: whether the id could have been meant as a path of this machine, which the error then says.
         writing: whether it is part of a push, which no cache can stand in for.
         stopped: ends all attempts, in Stopped, when it is set.
@@ -63,7 +63,7 @@ def persist(
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise
         cause = _cause(error)
-    raise told(cause, place, local_too=local_too, writing=writing)
+    raise hub_error(cause, hub_id, local_too=local_too, writing=writing)
 
 
 def _gives_up(state: RetryCallState) -> bool:
@@ -114,7 +114,7 @@ def _lasts(error: BaseException) -> bool:
     return not isinstance(error, OSError) or error.errno is not None
 
 
-def told(error: BaseException, place: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
+def hub_error(error: BaseException, hub_id: HubId, *, local_too: bool = False, writing: bool = False) -> EigenzooError:
     """Say a fault in our own words: what, where, the rule and the next step."""
     from huggingface_hub.errors import (
         FileMetadataError,
@@ -128,29 +128,29 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         RevisionNotFoundError,
     )
 
-    where, status = str(place), status_of(error)
-    here = "no file or folder of this name is here, and " if local_too else ""
-    page = f"{endpoint()}/{place.repo}"
+    where, status = str(hub_id), status_of(error)
+    here = "there is no file or folder of this name here, and " if local_too else ""
+    page = f"{endpoint()}/{hub_id.repo}"
     if isinstance(error, GatedRepoError):
         return FormatError(
             "the repository is gated, and this account may not read it",
             where=where,
             rule="reading it requires a login and accepted terms",
-            next_step=f"accept the terms at {page}, then `hf auth login`",
+            next_step=f"accept the terms at {page}, then run `hf auth login`",
         )
     if isinstance(error, RepositoryNotFoundError):
         return FormatError(
             f"{here}the hub shows no such repository",
             where=where,
-            rule="an id is org/name or org/name@revision; a repository that is private is shown only to those who may read it",
-            next_step="check the name; of a private repository `hf auth login` first",
+            rule="an id is org/name or org/name@revision; the hub shows a private repository only to accounts with access",
+            next_step="check the name; for a private repository run `hf auth login` first",
         )
     if isinstance(error, RevisionNotFoundError):
         return FormatError(
-            f"{here}the repository has no revision {place.revision or 'main'!r}",
+            f"{here}the repository has no revision {hub_id.revision or 'main'!r}",
             where=where,
             rule="a revision is a branch, a tag or a commit",
-            next_step=f"see {page}/tree/main for those that there are",
+            next_step=f"see {page}/tree/main for the revisions",
         )
     if isinstance(error, RemoteEntryNotFoundError) or status == 404:
         return FormatError("the repository has no such file", where=where, next_step=f"see {page}/tree/main")
@@ -159,21 +159,21 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
             f"the hub refuses the request (status {status})",
             where=where,
             rule="a token must be valid and have the right for this repository",
-            next_step="`hf auth login` with such a token, or ask the owner for access",
+            next_step="run `hf auth login` with such a token, or ask the owner for access",
         )
     missing = (IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled, _resolution_error())
     if isinstance(error, missing) and not writing:
-        return _not_cached(place, here)
+        return _not_cached(hub_id, here)
     if isinstance(error, HFValidationError):
-        return FormatError(f"{here}this is no id of the hub: {scrubbed(str(error))}", where=where)
+        return FormatError(f"{here}this is not a hub id: {scrubbed(str(error))}", where=where)
     if status in (409, 412):
         return FormatError(
-            f"the repository changed while it was written to (status {status})", where=where, next_step="run it again"
+            f"the repository changed during the push (status {status})", where=where, next_step="run it again"
         )
     if status == 429:
         wait = asked_to_wait(error)
         return FormatError(
-            "the hub answers no more requests for now (status 429)",
+            "the hub refuses further requests for now (status 429)",
             where=where,
             next_step=(f"run it again in {wait:.0f} s" if wait else _LATER) + "; `hf auth login` raises the limit",
         )
@@ -181,19 +181,19 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
         return FormatError(f"the hub fails (status {status})", where=where, next_step=_LATER)
     if isinstance(error, FileMetadataError):
         return FormatError(
-            f"what answers at {endpoint()} is no hub", where=where, next_step="check HF_ENDPOINT and the proxy"
+            f"the server at {endpoint()} is not a hub", where=where, next_step="check HF_ENDPOINT and the proxy"
         )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _BROKEN):
         return FormatError(
-            f"cannot be kept in the hub's cache ({error.strerror})",
+            f"cannot be stored in the hub's cache ({error.strerror})",
             where=where,
             next_step="free some space, or set HF_HUB_CACHE to another folder",
         )
     if isinstance(error, OSError | ValueError) and not isinstance(error, _BROKEN):
         return FormatError(
-            f"what the hub sends is not what it says that it has ({type(error).__name__}: {scrubbed(str(error))})",
+            f"the hub's answer does not match its own listing ({type(error).__name__}: {scrubbed(str(error))})",
             where=where,
-            rule="nothing of it is kept",
+            rule="the answer was discarded",
             next_step=_LATER,
         )
     return FormatError(
@@ -203,14 +203,14 @@ def told(error: BaseException, place: HubId, *, local_too: bool = False, writing
     )
 
 
-def _not_cached(place: HubId, here: str) -> FormatError:
+def _not_cached(hub_id: HubId, here: str) -> FormatError:
     from huggingface_hub import constants
 
     offline = constants.is_offline_mode()
     why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     return FormatError(
-        f"{here}{why}, and the hub's cache has not all of it",
-        where=str(place),
+        f"{here}{why}, and the hub's cache does not have all of it",
+        where=str(hub_id),
         rule=f"the cache is the folder {str(constants.HF_HUB_CACHE)!r}",
         next_step="run it once without HF_HUB_OFFLINE" if offline else _CONNECT + _CACHED,
     )

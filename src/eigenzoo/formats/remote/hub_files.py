@@ -77,8 +77,8 @@ def find_in_tree(sizes: Mapping[str, int], root: str, max_depth: int, where: str
             where=where,
             next_step=USE_OF_BUNDLE,
         )
-    found = models_at(top, max_depth)
-    return [_model(entry, sizes) if isinstance(entry, Listed) else _single(entry) for entry in found]
+    models = models_at(top, max_depth)
+    return [_model(entry, sizes) if isinstance(entry, Listed) else _single(entry) for entry in models]
 
 
 def _single(name: str) -> HubModel:
@@ -96,22 +96,22 @@ def _model(folder: Listed, sizes: Mapping[str, int]) -> HubModel:
         refuse_unreadable(kind, files, "")
         if kind == "pipeline":
             raise UnsupportedError(
-                "a diffusers pipeline on the hub",
-                rule="of pipelines, single components are read from there",
-                next_step="name the folder of one (org/name/unet), or download the pipeline",
+                "this is a diffusers pipeline on the hub",
+                rule="only single components of a pipeline are read from the hub",
+                next_step="name the folder of a component (org/name/unet), or download the pipeline",
             )
         if kind == "adapter":
             weights = [name for name in (WEIGHTS_FILE, PICKLED_ADAPTER, MLX_FILE) if name in files]
             names |= {CONFIG_FILE, *weights[:1]} & files
         elif kind == "checkpoint":
-            found = [name for name in (*WEIGHTS, *INDEXES) if name in files]
-            if len(found) > 1:
+            weight_files = [name for name in (*WEIGHTS, *INDEXES) if name in files]
+            if len(weight_files) > 1:
                 raise FormatError(
-                    f"found {', '.join(found)}",
+                    f"found {', '.join(weight_files)}",
                     rule=f"a checkpoint has exactly one of {', '.join(WEIGHTS + INDEXES)}",
                 )
-            names |= set(found)
-            index = prefix + found[0] if found[0] in INDEXES else ""
+            names |= set(weight_files)
+            index = prefix + weight_files[0] if weight_files[0] in INDEXES else ""
         elif kind == "state-dict":
             names |= {name for name in files if name.endswith(".safetensors")}
         elif PICKLE_INDEX in files and PICKLE_FILE not in files:

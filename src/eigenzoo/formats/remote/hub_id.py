@@ -70,10 +70,10 @@ def parse_id(text: object) -> HubId | None:
     >>> parse_id("models/m0.safetensors"), parse_id("/models/m0"), parse_id("../zoo/m0")
     (None, None, None)
     """
-    found = _ID.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
+    match = _ID.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
         return None
-    repo, folder, revision = found[1], found[2].strip("/"), found[3]
+    repo, folder, revision = match[1], match[2].strip("/"), match[3]
     if (folder or repo).endswith(_FILE_SUFFIXES) or any(part in (".", "..") for part in folder.split("/")):
         return None
     if "--" in repo or ".." in repo or repo.endswith(".git"):
@@ -87,15 +87,15 @@ def find_id(text: object, folder: Path = Path()) -> HubId | None:
     Raises FormatError for text that is nearly a path here, unless it says its revision: its first part is a folder, or is
     like the name of one. Asks no network.
     """
-    place = None if isinstance(text, str) and os.path.lexists(folder / text) else parse_id(text)
-    if place is None or place.revision is not None or (near := nearest_path(str(text), folder)) is None:
-        return place
+    hub_id = None if isinstance(text, str) and os.path.lexists(folder / text) else parse_id(text)
+    if hub_id is None or hub_id.revision is not None or (near := nearest_path(str(text), folder)) is None:
+        return hub_id
     raise FormatError(
         "there is no such file or folder",
         where=str(text),
         rule=f"{Path(near).parts[0]!r} is a folder here, so the hub is not asked for it",
         next_step=f"{did_you_mean(str(text), folder) or 'check the name.'} "
-        f"A repository of the hub is named {place}@main or {place.url}",
+        f"To name a repository of the hub, write {hub_id}@main or {hub_id.url}",
     )
 
 
@@ -105,14 +105,14 @@ def parse_url(url: str) -> HubId | None:
     >>> parse_url("hf://org/name@refs/pr/1/runs/m0")
     HubId(repo='org/name', folder='runs/m0', revision='refs/pr/1')
     """
-    found = _URL.fullmatch(url)
-    return HubId(found[1], found[3].strip("/"), found[2]) if found and found[1].split("/")[0] not in _KINDS else None
+    match = _URL.fullmatch(url)
+    return HubId(match[1], match[3].strip("/"), match[2]) if match and match[1].split("/")[0] not in _KINDS else None
 
 
 def use_of_bundle(url: str) -> str:
     """Say how a bundle at a URL is used: the hub's by its id."""
-    place = parse_url(url)
-    return f"name it by its id, {place}, where a bundle is asked for" if place else "download it to use it"
+    hub_id = parse_url(url)
+    return f"name it by its id, {hub_id}, where a bundle is expected" if hub_id else "download it to use it"
 
 
 _KINDS = ("datasets", "spaces", "models", "buckets", "kernels")
@@ -125,28 +125,28 @@ def hub_url(path: Path) -> str | None:
     'hf://org/name@aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa/runs'
     """
     parts = path.parts
-    for place in range(len(parts) - 1, 1, -1):
-        if parts[place - 1] == "snapshots" and _COMMIT.fullmatch(parts[place]):
-            kind, _, repo = parts[place - 2].partition("--")
-            found = parse_id(repo.replace("--", "/")) if kind == "models" else None
-            return HubId(found.repo, "/".join(parts[place + 1 :]), parts[place]).url if found else None
+    for number in range(len(parts) - 1, 1, -1):
+        if parts[number - 1] == "snapshots" and _COMMIT.fullmatch(parts[number]):
+            kind, _, repo = parts[number - 2].partition("--")
+            hub_id = parse_id(repo.replace("--", "/")) if kind == "models" else None
+            return HubId(hub_id.repo, "/".join(parts[number + 1 :]), parts[number]).url if hub_id else None
     return None
 
 
 def hub_name(path: Path) -> str | None:
     """Return what a model in the hub's cache is called: the repository or folder, not the commit."""
     url = hub_url(path)
-    found = parse_url(url) if url else None
-    return found.name if found else None
+    hub_id = parse_url(url) if url else None
+    return hub_id.name if hub_id else None
 
 
 def cached_path(url: str) -> Path | None:
     """Return where the hub's cache has what a URL with a commit names; None where it does not, or for any other URL."""
-    found = parse_url(url) if url.startswith("hf://") else None
-    if found is None or not found.is_commit or any(part in (".", "..") for part in found.folder.split("/")):
+    hub_id = parse_url(url) if url.startswith("hf://") else None
+    if hub_id is None or not hub_id.is_commit or any(part in (".", "..") for part in hub_id.folder.split("/")):
         return None
     from huggingface_hub import constants
 
-    repository = "--".join(("models", *found.repo.split("/")))
-    path = Path(constants.HF_HUB_CACHE, repository, "snapshots", str(found.revision), found.folder)
+    repository = "--".join(("models", *hub_id.repo.split("/")))
+    path = Path(constants.HF_HUB_CACHE, repository, "snapshots", str(hub_id.revision), hub_id.folder)
     return path if path.exists() else None

@@ -21,27 +21,27 @@ from eigenzoo.formats.remote.hub_id import HubId
 persist = partial(hub_calls.persist, writing=True)
 
 
-def check_may_push(place: HubId) -> None:
+def check_may_push(hub_id: HubId) -> None:
     """Refuse what needs no request to be known: a push without a network by choice, or without a token."""
     from huggingface_hub import constants, get_token
 
     if constants.is_offline_mode():
         raise UsageError(
             "HF_HUB_OFFLINE is set, and a push needs the hub",
-            where=str(place),
+            where=str(hub_id),
             next_step="run it without HF_HUB_OFFLINE",
         )
     if get_token() is None:
         raise UsageError(
             "no token is set, and pushing requires a login",
-            where=str(place),
+            where=str(hub_id),
             next_step="run `hf auth login` with a token that may write, or set HF_TOKEN",
         )
 
 
 def push_bundle(
     folder: Path,
-    place: HubId,
+    hub_id: HubId,
     files: Mapping[str, str],
     *,
     message: str,
@@ -52,7 +52,7 @@ def push_bundle(
 
     Args:
         folder: the bundle.
-        place: the repository; its revision is a branch, which is made where there is none.
+        hub_id: the repository. Its revision is a branch, which is created if there is none.
         files: SHA-256 of every file that is pushed, by name.
         message: the first line of the commit.
         private: make the repository private where it is new.
@@ -65,66 +65,70 @@ def push_bundle(
     from huggingface_hub import HfApi
 
     api = HfApi()
-    head = _find_or_make(api, place, private)
-    there = _list(api, replace(place, revision=head))
+    head = _find_or_make(api, hub_id, private)
+    there = _list(api, replace(hub_id, revision=head))
     if _same(there, folder, files):
-        return replace(place, revision=head)
-    _check_replaceable(place, there, force)
-    if place.revision is not None:
-        persist(lambda: api.create_branch(place.repo, branch=str(place.revision), revision=head, exist_ok=True), place)
-    commit = persist(_committing(api, place, head, there, folder, files, message), place)
-    pushed = replace(place, revision=commit)
+        return replace(hub_id, revision=head)
+    _check_replaceable(hub_id, there, force)
+    if hub_id.revision is not None:
+        persist(
+            lambda: api.create_branch(hub_id.repo, branch=str(hub_id.revision), revision=head, exist_ok=True), hub_id
+        )
+    commit = persist(_committing(api, hub_id, head, there, folder, files, message), hub_id)
+    pushed = replace(hub_id, revision=commit)
     if not _same(_list(api, pushed), folder, files):
         raise BundleError(
-            "the hub does not hold what was pushed", where=str(pushed), next_step="push it again, with --force"
+            "the hub's files differ from those that were pushed",
+            where=str(pushed),
+            next_step="push it again, with --force",
         )
     return pushed
 
 
-def _find_or_make(api: Any, place: HubId, private: bool) -> str:
+def _find_or_make(api: Any, hub_id: HubId, private: bool) -> str:
     """Return the commit that the push goes on top of; a repository that is not there is made."""
-    found = persist(partial(_look, api, place), place)
-    if found is None:
-        persist(lambda: api.create_repo(place.repo, private=private or None, exist_ok=True), place)
-        found = persist(partial(_look, api, replace(place, revision=None)), place)
-    elif private and not found.private:
+    info = persist(partial(_look, api, hub_id), hub_id)
+    if info is None:
+        persist(lambda: api.create_repo(hub_id.repo, private=private or None, exist_ok=True), hub_id)
+        info = persist(partial(_look, api, replace(hub_id, revision=None)), hub_id)
+    elif private and not info.private:
         raise OutputError(
             "the repository is public",
-            where=place.repo,
-            rule="--private is for a repository that the push makes",
+            where=hub_id.repo,
+            rule="--private applies only to a repository that the push creates",
             next_step="make it private in its settings first",
         )
-    if found is None or not found.sha:
-        raise BundleError("the hub does not show the repository that it has made", where=place.repo)
-    return str(found.sha)
+    if info is None or not info.sha:
+        raise BundleError("the hub does not show the repository that it created", where=hub_id.repo)
+    return str(info.sha)
 
 
-def _look(api: Any, place: HubId) -> Any:
+def _look(api: Any, hub_id: HubId) -> Any:
     """What the hub knows of a branch, of the default branch where there is no such; None without the repository."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return api.repo_info(place.repo, revision=place.revision)
+        return api.repo_info(hub_id.repo, revision=hub_id.revision)
     except RevisionNotFoundError:
-        return api.repo_info(place.repo)
+        return api.repo_info(hub_id.repo)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
         return None
 
 
-def _list(api: Any, place: HubId) -> dict[str, str]:
+def _list(api: Any, hub_id: HubId) -> dict[str, str]:
     """Hashes of the files of a commit: SHA-256 of large ones, git's own of the others."""
 
     def call() -> dict[str, str]:
-        entries = api.list_repo_tree(place.repo, recursive=True, revision=place.revision)
+        entries = api.list_repo_tree(hub_id.repo, recursive=True, revision=hub_id.revision)
         return {
             entry.path: entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
             for entry in entries
             if hasattr(entry, "blob_id")
         }
 
-    return persist(call, place)
+    return persist(call, hub_id)
 
 
 def _same(there: Mapping[str, str], folder: Path, files: Mapping[str, str]) -> bool:
@@ -150,26 +154,26 @@ def _is_ours(name: str) -> bool:
     return top in (MANIFEST, CARD, MOMENTS) or (top.startswith("basis") and top.endswith((".safetensors", ".json")))
 
 
-def _check_replaceable(place: HubId, there: Mapping[str, str], force: bool) -> None:
+def _check_replaceable(hub_id: HubId, there: Mapping[str, str], force: bool) -> None:
     beside = [name for name in there if name != HUB_FILE and not name.startswith("LICENSE")]
     others = [name for name in beside if not _is_ours(name)]
     if others:
         raise OutputError(
             f"the repository holds other files ({', '.join(sorted(others)[:3])}{', …' if len(others) > 3 else ''})",
-            where=str(place),
-            rule="a bundle has a repository of its own, and --force replaces bundles only",
+            where=str(hub_id),
+            rule="a bundle needs its own repository, and --force replaces only bundles",
             next_step="choose another name",
         )
     if beside and not force:
         raise OutputError(
-            "the repository holds other content already",
-            where=str(place),
+            "the repository already holds other content",
+            where=str(hub_id),
             next_step="choose another name or --revision, or --force to replace it",
         )
 
 
 def _committing(
-    api: Any, place: HubId, head: str, there: Mapping[str, str], folder: Path, files: Mapping[str, str], message: str
+    api: Any, hub_id: HubId, head: str, there: Mapping[str, str], folder: Path, files: Mapping[str, str], message: str
 ) -> Callable[[], str]:
     """Return the call that commits; when its answer is lost and it is called again, it looks first whether it has done it."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -183,18 +187,18 @@ def _committing(
     def call() -> str:
         nonlocal tried
         if tried:
-            now = str(_look(api, place).sha)
-            if now != head and _same(_list(api, replace(place, revision=now)), folder, files):
+            now = str(_look(api, hub_id).sha)
+            if now != head and _same(_list(api, replace(hub_id, revision=now)), folder, files):
                 return now
         tried = True
         done = api.create_commit(
-            place.repo, operations, commit_message=message, revision=place.revision, parent_commit=head
+            hub_id.repo, operations, commit_message=message, revision=hub_id.revision, parent_commit=head
         )
         return str(done.oid)
 
     return call
 
 
-def hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+def hashes(folder: Path, recorded: Mapping[str, str]) -> dict[str, str]:
     """Return the SHA-256 of a bundle's files: those that its manifest knows, and of manifest and card."""
-    return {**known, **{name: file_sha256(folder / name) for name in (MANIFEST, CARD)}}
+    return {**recorded, **{name: file_sha256(folder / name) for name in (MANIFEST, CARD)}}

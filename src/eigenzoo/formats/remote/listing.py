@@ -64,15 +64,15 @@ def list_url(url: str, depth: int) -> Entry:
     if protocol_of(address.shown) != "hf":  # a commit of the hub is listed once and for all
         system.invalidate_cache(address.path)
     options = {} if protocol_of(address.shown) in _FLAT else {"maxdepth": depth}
-    found = cast(Mapping[str, Mapping[str, Any]], system.find(address.path, detail=True, **options))
-    return _tree(address, found, depth)
+    entries = cast(Mapping[str, Mapping[str, Any]], system.find(address.path, detail=True, **options))
+    return _tree(address, entries, depth)
 
 
-def _tree(address: Address, found: Mapping[str, Mapping[str, Any]], depth: int) -> Folder:
+def _tree(address: Address, entries: Mapping[str, Mapping[str, Any]], depth: int) -> Folder:
     """Put listed names into a tree; a name that could lead elsewhere once it is a path here is refused."""
     root = Folder(address=address)
     prefix = address.path.strip("/") + "/" if address.path.strip("/") else ""
-    for path, info in found.items():
+    for path, info in entries.items():
         name = path.lstrip("/")
         if not name.startswith(prefix) or info.get("type") == "directory":
             continue

@@ -62,7 +62,7 @@ class _Plan:
     listed: Listed
     kind: str | None
     files: dict[str, RemoteFile]
-    held: dict[str, bytes] = field(default_factory=dict)
+    stored: dict[str, bytes] = field(default_factory=dict)
     error: EigenzooError | None = None
 
     @property
@@ -75,8 +75,8 @@ class _Plan:
         version = json.dumps(sorted([name, file.size, file.tag] for name, file in self.files.items()))
         source = self.listed.address.source if isinstance(self.listed, Folder) else self.listed.source
         # What a query says may choose the file: two signed URLs of one path are two places.
-        place = self.url if shown_url(source) == source else f"{source} {self.url}"
-        hashes = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in (place, version)]
+        text_of_url = self.url if shown_url(source) == source else f"{source} {self.url}"
+        hashes = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in (text_of_url, version)]
         root = mirror_folder() / hashes[0] / hashes[1]
         return root / _local_name(self.listed) if isinstance(self.listed, Folder) else root
 
@@ -94,19 +94,19 @@ class _Plan:
 
 def mirror_url(url: str) -> Path:
     """Mirror the one model at a URL, a folder or a file; returns the path that opens it."""
-    (found,) = list_urls([url], [MODEL_DEPTH])
-    if isinstance(found, EigenzooError):
-        raise found
-    if isinstance(found, Folder) and not found.entries:
-        raise FormatError("no model here: nothing of this name exists", where=shown_url(url))
-    if is_bundle(found):
+    (folder,) = list_urls([url], [MODEL_DEPTH])
+    if isinstance(folder, EigenzooError):
+        raise folder
+    if isinstance(folder, Folder) and not folder.entries:
+        raise FormatError("there is no model here: nothing of this name exists", where=shown_url(url))
+    if is_bundle(folder):
         raise FormatError(
             "this is a bundle, not a zoo or a model",
             where=shown_url(url),
             rule="bundles are not read from URLs",
             next_step=use_of_bundle(url),
         )
-    (path,) = mirror_models([found])
+    (path,) = mirror_models([folder])
     if isinstance(path, EigenzooError):
         raise path
     return path
@@ -114,7 +114,7 @@ def mirror_url(url: str) -> Path:
 
 def mirror_models(models: Sequence[Listed], progress: Progress = no_progress) -> list[Path | EigenzooError]:
     """Mirror listed models, many at once; returns the path that opens each one, or why it cannot be."""
-    found: list[Path | EigenzooError] = []
+    paths: list[Path | EigenzooError] = []
     for start in range(0, len(models), GROUP):
         plans = [_plan(model) for model in models[start : start + GROUP]]
         _learn_sizes(plans)
@@ -124,9 +124,9 @@ def mirror_models(models: Sequence[Listed], progress: Progress = no_progress) ->
         for plan in wanted:
             if plan.error is None:
                 _write(plan)
-        found += [plan.error or _remembered(plan) for plan in plans]
-        progress("reading headers", len(found), len(models))
-    return found
+        paths += [plan.error or _remembered(plan) for plan in plans]
+        progress("reading headers", len(paths), len(models))
+    return paths
 
 
 def _plan(listed: Listed) -> _Plan:
@@ -171,20 +171,22 @@ def _refuse(plan: _Plan) -> None:
     refuse_unreadable(plan.kind, names, plan.url)
     if plan.kind == "pickle" or (plan.kind == "adapter" and WEIGHTS_FILE not in names and PICKLED_ADAPTER in names):
         raise UnsupportedError(
-            "the weights are a Python pickle at a remote place",
+            "the weights are a Python pickle at a URL",
             where=plan.url,
-            rule="pickles can run code and are read from this machine only, with permission",
+            rule="pickles can run code and are read only from this machine, with permission",
             next_step="download it and pass --allow-pickle (allow_pickle=True), or convert it to safetensors",
         )
     if plan.kind == "pipeline":
         raise UnsupportedError(
-            "a diffusers pipeline at a remote place",
+            "this is a diffusers pipeline at a URL",
             where=plan.url,
-            rule="of pipelines, single components are read from URLs",
-            next_step=f"name the folder of one ({plan.url}/unet), or download the pipeline",
+            rule="only single components of a pipeline are read from URLs",
+            next_step=f"name the folder of a component ({plan.url}/unet), or download the pipeline",
         )
     if plan.kind is None:
-        raise FormatError("no model here", where=plan.url, rule="read from URLs are safetensors models and adapters")
+        raise FormatError(
+            "there is no model here", where=plan.url, rule="only safetensors models and adapters are read from URLs"
+        )
 
 
 def _learn_sizes(plans: Sequence[_Plan]) -> None:
@@ -194,7 +196,7 @@ def _learn_sizes(plans: Sequence[_Plan]) -> None:
     for (plan, name), call, error in zip(asked, calls, run_jobs(calls), strict=True):
         size = call.value.get("size") if call.value else None
         if size is None:
-            plan.error = plan.error or error or FormatError("its store does not tell its size", where=call.url)
+            plan.error = plan.error or error or FormatError("its store does not state its size", where=call.url)
         else:
             plan.files[name] = replace(plan.files[name], size=int(size), tag=tag_of(call.value))
     for plan in plans:
@@ -227,13 +229,13 @@ def _is_sound(path: Path, entry: Entry, file: RemoteFile) -> bool:
     try:
         status = path.stat()
         with path.open("rb") as stream:
-            held = stream.read(entry.held)
+            stored = stream.read(entry.stored)
     except OSError:
         return False
     return (
         (status.st_size, status.st_mtime_ns) == (file.size, _mtime_ns(file))
-        and len(held) == entry.held
-        and hashlib.sha256(held).hexdigest() == entry.sha256
+        and len(stored) == entry.stored
+        and hashlib.sha256(stored).hexdigest() == entry.sha256
     )
 
 
@@ -265,42 +267,42 @@ def _keep_shards(plan: _Plan) -> None:
     named: set[str] = set()
     for index in INDEXES:
         try:
-            shards = parse_json(plan.held.get(index, b"{}"), where=index).get("weight_map")
+            shards = parse_json(plan.stored.get(index, b"{}"), where=index).get("weight_map")
         except FormatError:
             continue
         named |= {shard for shard in shards.values() if isinstance(shard, str)} if isinstance(shards, dict) else set()
     for name in inner:
         if name not in named:
-            plan.held[name] = b""  # listed, so that the version stays the same; never written
+            plan.stored[name] = b""  # listed, so that the version stays the same; never written
 
 
 def _fetch_headers(plans: Sequence[_Plan]) -> None:
     """Fetch the first bytes of all weights, then what their headers have besides; a length beyond reason is not followed."""
-    files = [(plan, name) for plan in plans for name in plan.weights() if name not in plan.held]
+    files = [(plan, name) for plan in plans for name in plan.weights() if name not in plan.stored]
     _fetch_first([(plan, name, min(plan.files[name].size, FIRST_BYTES)) for plan, name in files])
     longer = []
     for plan, name in files:
-        held = plan.held.get(name, b"")
-        end = 8 + int.from_bytes(held[:8], "little")
-        if len(held) < 8 or end > min(plan.files[name].size, 8 + MAX_HEADER_BYTES):
-            end = min(len(held), START_BYTES)  # what is wrong with it is its reader's to say
-        plan.held[name] = held[:end]
+        stored = plan.stored.get(name, b"")
+        end = 8 + int.from_bytes(stored[:8], "little")
+        if len(stored) < 8 or end > min(plan.files[name].size, 8 + MAX_HEADER_BYTES):
+            end = min(len(stored), START_BYTES)  # what is wrong with it is its reader's to say
+        plan.stored[name] = stored[:end]
         longer.append((plan, name, min(end, plan.files[name].size)))
     _fetch_first(longer)
 
 
 def _fetch_first(wanted: Sequence[tuple[_Plan, str, int]]) -> None:
     """Fetch the bytes of files up to an end, from where what is held of them stops."""
-    places = [(plan, name, end) for plan, name, end in wanted if plan.error is None]
-    starts = [len(plan.held.get(name, b"")) for plan, name, _ in places]
-    buffers = [bytearray(end - start) for (_, _, end), start in zip(places, starts, strict=True)]
+    unread = [(plan, name, end) for plan, name, end in wanted if plan.error is None]
+    starts = [len(plan.stored.get(name, b"")) for plan, name, _ in unread]
+    buffers = [bytearray(end - start) for (_, _, end), start in zip(unread, starts, strict=True)]
     requests: list[Request] = [
         (plan.files[name], start, memoryview(buffer))
-        for (plan, name, _), start, buffer in zip(places, starts, buffers, strict=True)
+        for (plan, name, _), start, buffer in zip(unread, starts, buffers, strict=True)
     ]
-    for (plan, name, _), buffer, error in zip(places, buffers, fetch_each(requests), strict=True):
+    for (plan, name, _), buffer, error in zip(unread, buffers, fetch_each(requests), strict=True):
         plan.error = plan.error or error
-        plan.held[name] = plan.held.get(name, b"") + bytes(buffer)
+        plan.stored[name] = plan.stored.get(name, b"") + bytes(buffer)
 
 
 def _write(plan: _Plan) -> None:
@@ -335,15 +337,15 @@ def _fill(root: Path, plan: _Plan) -> None:
         (root / folder).mkdir(parents=True, exist_ok=True)
         entries = {}
         for name in names:
-            if "/" in name and not plan.held.get(name):
+            if "/" in name and not plan.stored.get(name):
                 continue
-            held = plan.held.get(name, b"")
+            stored = plan.stored.get(name, b"")
             file = plan.files[name]
             with (root / name).open("xb") as stream:
-                stream.write(held)
+                stream.write(stored)
                 stream.truncate(file.size)
             os.utime(root / name, ns=(_mtime_ns(file), _mtime_ns(file)))
-            entries[name.rpartition("/")[2]] = Entry(file, len(held), hashlib.sha256(held).hexdigest())
+            entries[name.rpartition("/")[2]] = Entry(file, len(stored), hashlib.sha256(stored).hexdigest())
         write_record(root / folder, f"{url}/{folder}".rstrip("/") if folder else url, entries)
 
 
@@ -362,7 +364,7 @@ def _remembered(plan: _Plan) -> Path:
         record = read_record(plan.folder / folder)
         for name in names:
             entry = record[1].get(name.rpartition("/")[2]) if record else None
-            if entry is not None and entry.held < plan.files[name].size:
+            if entry is not None and entry.stored < plan.files[name].size:
                 remember(plan.folder / name, plan.files[name])
     if isinstance(plan.listed, Folder):
         files = {name for name, entry in plan.listed.entries.items() if isinstance(entry, RemoteFile)}

@@ -31,7 +31,7 @@ class Entry:
     """A file of a mirror: what it mirrors, how many of its first bytes are held, and their hash."""
 
     file: RemoteFile
-    held: int
+    stored: int
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ class Entry:
             "bytes": file.size,
             "tag": file.tag,
             "secret": shown_url(file.source) != file.source,
-            "held": self.held,
+            "held": self.stored,
             "sha256": self.sha256,
         }
 
@@ -108,18 +108,18 @@ def remote_file(path: Path) -> RemoteFile | None:
         raise FormatError(
             "this is a mirror of a remote model, without its values",
             where=str(path),
-            rule=f"a mirror is read in the cache folder, here {str(cache_folder())!r}, only",
-            next_step=f"{_BY_URL}, or set {VARIABLE} to the cache folder that this lies in",
+            rule=f"a mirror is read only in the cache folder, here {str(cache_folder())!r}",
+            next_step=f"{_BY_URL}, or set {VARIABLE} to the cache folder that contains it",
         )
     record = read_record(folder)
     entry = record[1].get(Path(real).name) if record else None
     if entry is None:
-        raise FormatError("no file of this mirror", where=str(path), next_step=_BY_URL)
-    if entry.held == entry.file.size:
+        raise FormatError("is not a file of this mirror", where=str(path), next_step=_BY_URL)
+    if entry.stored == entry.file.size:
         return None
     if not entry.file.source:
         raise FormatError(
-            "the URL of this mirror held credentials, which are not kept",
+            "the URL of this mirror held credentials, which are not stored",
             where=entry.file.url,
             next_step=_BY_URL,
         )

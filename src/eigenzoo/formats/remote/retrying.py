@@ -233,7 +233,7 @@ def run_jobs(jobs: Sequence[Job], *, attempts: int = ATTEMPTS) -> list[EigenzooE
     pool = ThreadPoolExecutor(min(MAX_THREADS, len(jobs)), thread_name_prefix="eigenzoo-remote")
     try:
         futures = [pool.submit(_finish, job, gate, stopped, stop) for job in jobs]
-        return [_told_of(job, future.exception()) for job, future in zip(jobs, futures, strict=True)]
+        return [_error_of(job, future.exception()) for job, future in zip(jobs, futures, strict=True)]
     finally:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -261,7 +261,7 @@ def _finish(job: Job, gate: _Gate, stopped: Event, stop: stop_base) -> None:
     )
 
 
-def _told_of(job: Job, error: BaseException | None) -> EigenzooError | None:
+def _error_of(job: Job, error: BaseException | None) -> EigenzooError | None:
     """Return the error that a job ends with, None where it is done; raises faults of this program."""
     if error is None or isinstance(error, EigenzooError):
         return error
@@ -272,12 +272,12 @@ def _told_of(job: Job, error: BaseException | None) -> EigenzooError | None:
     last, num = failure(error), error.last_attempt.attempt_number
     asked = asked_to_wait(last)
     return FormatError(
-        f"cannot be read ({_told(last)}), in {num} attempt{'' if num == 1 else 's'}"
+        f"cannot be read ({_described(last)}), in {num} attempt{'' if num == 1 else 's'}"
         + (f", and {error.waited:.0f} s of waiting as its store asked" if error.waited else ""),
         where=job.url,
-        next_step=f"run it again in {asked:.0f} s, as its store asks for"
+        next_step=f"run it again in {asked:.0f} s, as its store requests"
         if error.waited + asked > LONGEST_WAIT
-        else "check the connection and run it again: what was read of headers is kept",
+        else "check the connection and run it again: headers that were read are kept",
     )
 
 
@@ -300,21 +300,21 @@ def _as_error(job: Job, error: Exception) -> FormatError:
         return FormatError("there is no such file", where=job.url, next_step="check the name and the permissions")
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _LASTING_NAMES:
         return FormatError(
-            f"may not be read ({_told(error)})",
+            f"may not be read ({_described(error)})",
             where=job.url,
-            next_step="give the driver credentials by its own settings or environment",
+            next_step="set the driver's credentials in its own settings or environment",
         )
     if status in (412, 416):
         return FormatError(
             "the file changed since it was listed",
             where=job.url,
-            rule="models are not written to while they are read",
+            rule="a model must not change while it is read",
             next_step=OPEN_AGAIN,
         )
-    return FormatError(f"cannot be read ({_told(error)})", where=job.url)
+    return FormatError(f"cannot be read ({_described(error)})", where=job.url)
 
 
-def _told(error: BaseException | None) -> str:
+def _described(error: BaseException | None) -> str:
     text, name = scrubbed(str(error)), type(error).__name__
     if isinstance(error, _CutShort):
         return text
@@ -326,11 +326,11 @@ def status_of(error: BaseException | None) -> int | None:
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            found = getattr(error, "status", None) or getattr(response, "status_code", None)
-        if isinstance(found, int) and found:
-            return found
+            status = getattr(error, "status", None) or getattr(response, "status_code", None)
+        if isinstance(status, int) and status:
+            return status
         error = error.__cause__
     return None
 

@@ -73,7 +73,7 @@ def changed(file: RemoteFile) -> FormatError:
     return FormatError(
         "the file changed since its header was read",
         where=file.url,
-        rule="models are not written to while they are read",
+        rule="a model must not change while it is read",
         next_step=OPEN_AGAIN,
     )
 
@@ -93,7 +93,7 @@ class Answer:
     def take(self, data: bytes) -> None:
         """Take the next bytes."""
         if len(data) > self.left:
-            raise wrong_answer(self.file, "with more bytes than were asked for")
+            raise wrong_answer(self.file, "with more bytes than were requested")
         self._view[self.done : self.done + len(data)] = data
         self.done += len(data)
 
@@ -103,8 +103,8 @@ def wrong_answer(file: RemoteFile, how: str) -> FormatError:
     return FormatError(
         f"the store answered {how}",
         where=file.url,
-        rule="weights are read by ranges of bytes",
-        next_step="download the file first if its store knows no ranges",
+        rule="weights are read in byte ranges",
+        next_step="if its store does not support ranges, download the file first",
     )
 
 
@@ -199,7 +199,7 @@ async def _read_http(system: Any, answer: Answer, start: int, stop: int) -> None
         if response.status == 206:
             _check_range(file, response.headers.get("Content-Range") or "", start, stop)
         elif (start, stop) != (0, file.size):
-            raise wrong_answer(file, "with the whole file and not with a range of it")
+            raise wrong_answer(file, "with the whole file instead of a range")
         await _pour(response.content.read, answer)
 
 

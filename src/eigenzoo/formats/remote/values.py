@@ -21,7 +21,7 @@ def fetch_values(wanted: Sequence[Values]) -> None:
     """Fill tensors with values of remote files, all in one fetch; other dtypes convert by way of a bounded scratch."""
     requests: list[Request] = []
     converted: list[tuple[Tensor, Tensor]] = []
-    held = 0
+    num_bytes = 0
     for file, position, dtype, out in wanted:
         out = out.detach()
         if out.dtype == dtype:
@@ -33,10 +33,10 @@ def fetch_values(wanted: Sequence[Values]) -> None:
         for start in range(0, out.numel(), step):
             part = out[start : start + step]
             raw = torch.empty(part.numel(), dtype=dtype)
-            if held + raw.nbytes > MAX_BYTES:
+            if num_bytes + raw.nbytes > MAX_BYTES:
                 _fetch_converted(requests, converted)
-                requests, converted, held = [], [], 0
-            held += raw.nbytes
+                requests, converted, num_bytes = [], [], 0
+            num_bytes += raw.nbytes
             requests.append((file, position + start * dtype.itemsize, as_bytes(raw)))
             converted.append((part, raw))
     _fetch_converted(requests, converted)

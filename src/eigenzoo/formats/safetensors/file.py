@@ -38,7 +38,7 @@ class SafetensorsFile:
         tensors: what the header says, in the order of the bytes.
         metadata: the header's string metadata.
         contents: what the header says, one object for all files with the same header and size.
-        kept_open: whether a pass keeps it open between reads (`open_files`): models are, what it writes itself is not.
+        stays_open: whether a pass keeps the file open between reads (`open_files`). This holds for models, but not for outputs.
         target: the file itself, its links followed.
         identity: its size and time when its header was read.
         remote: what the file is a stub of; its values are read from there, and never from the stub.
@@ -54,7 +54,7 @@ class SafetensorsFile:
         self.metadata: Mapping[str, str] = dict(header.contents.metadata)
         self.identity = (header.size, header.mtime_ns)
         self.remote = remote_file(self.target)
-        self.kept_open = False
+        self.stays_open = False
 
     def read(self, name: str) -> Tensor:
         """Read one tensor whole, in its own dtype and shape, into fresh memory."""
@@ -108,7 +108,7 @@ class SafetensorsFile:
     def read_scalars(self, names: Sequence[str]) -> list[float]:
         """Read tensors of one value each as numbers: the file is opened once, and a remote one is asked once."""
         values = torch.empty(len(names), dtype=torch.float64)
-        wanted = [(*self.locate(name, 0, 1), values[place : place + 1]) for place, name in enumerate(names)]
+        wanted = [(*self.locate(name, 0, 1), values[index : index + 1]) for index, name in enumerate(names)]
         if self.remote is not None:
             fetch_values([(self.remote, position, dtype, out) for position, dtype, out in wanted])
         elif wanted:
@@ -120,7 +120,7 @@ class SafetensorsFile:
     def locate(self, name: str, start: int, stop: int) -> tuple[int, torch.dtype]:
         """Return the byte in the file at which values start:stop of a tensor begin, and their dtype."""
         info = self._info(name)
-        position, num_values = self.contents.places[name]
+        position, num_values = self.contents.positions[name]
         if not 0 <= start <= stop <= num_values:
             raise UsageError(f"values {start}:{stop} of a tensor of {num_values}", where=self._where(name))
         return position + start * info.dtype.itemsize, info.dtype
@@ -128,7 +128,7 @@ class SafetensorsFile:
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            raise FormatError(f"no tensor {name[:200]!r}", where=str(self.path))
+            raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.path))
         return info
 
     def _where(self, name: str) -> str:
@@ -137,9 +137,9 @@ class SafetensorsFile:
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         assert self.remote is None, "values of a stub are zeros"
-        kept = open_files.find(self.target, self.identity)
-        if kept is not None:
-            yield kept
+        file_open = open_files.find(self.target, self.identity)
+        if file_open is not None:
+            yield file_open
             return
         try:
             file = FileIO(self.target, "rb")
@@ -148,7 +148,7 @@ class SafetensorsFile:
         taken = False
         try:
             open_files.check_identity(file, self.identity, self.path)
-            taken = self.kept_open and open_files.keep(self.target, file, self.identity)
+            taken = self.stays_open and open_files.keep(self.target, file, self.identity)
             yield file
         finally:
             if not taken:

@@ -43,13 +43,13 @@ class HeaderContents:
 
     Attributes:
         tensors: in the order of their bytes.
-        places: of each tensor its first byte in the file, and its number of values.
+        positions: the first byte in the file and the number of values of each tensor.
         metadata: the strings besides.
         made_of: what these contents are another view of: a view is known for as long as what it shows.
     """
 
     tensors: Mapping[str, TensorInfo]
-    places: Mapping[str, tuple[int, int]]
+    positions: Mapping[str, tuple[int, int]]
     metadata: Mapping[str, str]
     made_of: HeaderContents | None = None
 
@@ -63,7 +63,7 @@ class SafetensorsHeader:
     mtime_ns: int
 
 
-_known: WeakValueDictionary[tuple[str, int, bytes], HeaderContents] = WeakValueDictionary()
+_cached: WeakValueDictionary[tuple[str, int, bytes], HeaderContents] = WeakValueDictionary()
 
 
 def read_header(path: Path, file: str) -> SafetensorsHeader:
@@ -74,10 +74,10 @@ def read_header(path: Path, file: str) -> SafetensorsHeader:
     status = _regular_status(path, file)
     data = _header_bytes(path, file, status)
     key = file, status.st_size, hashlib.sha256(data).digest()
-    contents = _known.get(key)
+    contents = _cached.get(key)
     if contents is None:
         contents = _checked_contents(path, file, data, status)
-        _known[key] = contents
+        _cached[key] = contents
     return SafetensorsHeader(contents, status.st_size, status.st_mtime_ns)
 
 
@@ -92,7 +92,7 @@ def _checked_contents(path: Path, file: str, data: bytes, status: os.stat_result
     _require_contiguous(entries, status.st_size - start, file)
     return HeaderContents(
         tensors=MappingProxyType({info.name: info for info, _, _ in entries}),
-        places=MappingProxyType({info.name: (start + begin, prod(info.shape)) for info, begin, _ in entries}),
+        positions=MappingProxyType({info.name: (start + begin, prod(info.shape)) for info, begin, _ in entries}),
         metadata=metadata,
     )
 
@@ -103,7 +103,7 @@ def _regular_status(path: Path, file: str) -> os.stat_result:
     except OSError as error:
         raise FormatError(f"cannot be read ({error.strerror})", where=file) from error
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError("no plain file", where=file)
+        raise FormatError("not a regular file", where=file)
     return status
 
 
@@ -115,7 +115,7 @@ def _refuse_changed(now: os.stat_result, then: os.stat_result, file: str) -> Non
 def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
     """Read the header of a plain file, which is still the one that was looked at."""
     if status.st_size < 8:
-        raise FormatError(f"{status.st_size} bytes", where=file, rule="a safetensors file has at least 8")
+        raise FormatError(f"the file has {status.st_size} bytes", where=file, rule="a safetensors file has at least 8")
     try:
         with open(path, "rb", buffering=0) as stream:
             beginning = stream.read(_FIRST_READ)
@@ -124,10 +124,12 @@ def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
                 refuse_stand_in(beginning[:START_BYTES], file)
             if length > MAX_HEADER_BYTES:
                 raise FormatError(
-                    f"a header of {length} bytes", where=file, rule=f"headers up to {MAX_HEADER_BYTES} bytes are read"
+                    f"the header has {length} bytes",
+                    where=file,
+                    rule=f"headers up to {MAX_HEADER_BYTES} bytes are read",
                 )
             if 8 + length > status.st_size:
-                raise FormatError(f"a header of {length} bytes in a file of {status.st_size}", where=file)
+                raise FormatError(f"the header has {length} bytes, but the file has {status.st_size}", where=file)
             data = beginning[8 : 8 + length]
             while len(data) < length and (more := stream.read(length - len(data))):
                 data += more
@@ -137,10 +139,12 @@ def _header_bytes(path: Path, file: str, status: os.stat_result) -> bytes:
     if len(data) != length:
         raise FormatError("the file changed while its header was read", where=file)
     if data[:1] != b"{":
-        raise FormatError("the header is no JSON object", where=file, rule="this is not a safetensors file")
+        raise FormatError("the header is not a JSON object", where=file, rule="this is not a safetensors file")
     # Counted in the bytes: a million empty tensors cost a gigabyte once they are objects.
     if data.count(b'"dtype"') > MAX_TENSORS:
-        raise FormatError(f"more than {MAX_TENSORS} tensors", where=file, rule="no model has that many")
+        raise FormatError(
+            f"the header lists more than {MAX_TENSORS} tensors", where=file, rule="no model has that many"
+        )
     return data
 
 
@@ -159,18 +163,19 @@ def _tensor(name: str, entry: Any, file: str) -> tuple[TensorInfo, int, int]:
         raise FormatError("the header entry does not have exactly dtype, shape and data_offsets", where=where)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise FormatError("its dtype is no string", where=where)
+        raise FormatError("its dtype is not a string", where=where)
     if not is_shape(shape):
-        raise FormatError("its shape is no list of sizes", where=where)
+        raise FormatError("its shape is not a list of sizes", where=where)
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise FormatError("its data_offsets are no pair of byte positions", where=where)
+        raise FormatError("its data_offsets are not a pair of byte positions", where=where)
     try:
         info = TensorInfo(name, dtype_of(dtype), tuple(shape), file)
     except FormatError as error:
         raise error.at(where) from None
     if offsets[1] - offsets[0] != info.nbytes:
         raise FormatError(
-            f"{offsets[1] - offsets[0]} bytes for {dtype} {tuple(shape)}, which takes {info.nbytes}", where=where
+            f"its data_offsets cover {offsets[1] - offsets[0]} bytes, but {dtype} {tuple(shape)} takes {info.nbytes}",
+            where=where,
         )
     return info, offsets[0], offsets[1]
 
@@ -205,7 +210,9 @@ def _validate_by_library(path: Path, file: str) -> None:
         MemoryError,
     ) as error:  # a file larger than can be mapped
         raise FormatError(
-            f"refused by safetensors ({str(error)[:300]})", where=file, next_step="download or save the file again"
+            f"the safetensors library refuses it ({str(error)[:300]})",
+            where=file,
+            next_step="download or save the file again",
         ) from error
 
 
@@ -214,7 +221,7 @@ def _require_contiguous(entries: list[tuple[TensorInfo, int, int]], num_bytes: i
     end = 0
     for info, begin, stop in entries:
         if begin != end:
-            raise FormatError(f"{info.name[:200]!r} begins at byte {begin} of the values and not at {end}", where=file)
+            raise FormatError(f"{info.name[:200]!r} begins at byte {begin} of the values instead of {end}", where=file)
         end = stop
     if end != num_bytes:
-        raise FormatError(f"{num_bytes} bytes of values, but the header tells of {end}", where=file)
+        raise FormatError(f"the file has {num_bytes} bytes of values, but the header states {end}", where=file)

@@ -46,7 +46,7 @@ def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes
     try:
         return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UsageError("a name or metadata is no text", rule="lone surrogates cannot be written") from error
+        raise UsageError("a name or metadata is not valid text", rule="lone surrogates cannot be written") from error
 
 
 def write_file(
@@ -64,11 +64,11 @@ def write_file(
     """
     names = [name for name, _, _ in tensors]
     if len({*names, METADATA_KEY}) <= len(names):
-        raise UsageError("two tensors of one name", where=str(path))
+        raise UsageError("two tensors have the same name", where=str(path))
     header = header_bytes(tensors, metadata)
     header += b" " * (-len(header) % 8)  # the format allows blanks, and values then begin at a multiple of 8 bytes
     if len(header) > MAX_HEADER_BYTES:
-        raise UsageError(f"a header of {len(header)} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
+        raise UsageError(f"the header has {len(header)} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
     with _created(path, "xb") as file:
         gathered, position = bytearray(len(header).to_bytes(8, "little") + header), 0
         for tensor in values:
@@ -139,7 +139,7 @@ class SafetensorsWriter:
         self.path = Path(path)
         self.capacity = capacity + (-capacity) % 8
         if not 0 < self.capacity <= MAX_HEADER_BYTES:
-            raise UsageError(f"a header of {capacity} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
+            raise UsageError(f"the header has {capacity} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
         self._tensors: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
         self._offsets: dict[str, int] = {}
         self._written: dict[str, _Written] = {}
@@ -224,7 +224,7 @@ class SafetensorsWriter:
         header = header_bytes(list(self._tensors.values()), self._metadata if metadata is None else metadata)
         if len(header) > self.capacity:
             raise UsageError(
-                f"{len(header)} bytes of header and metadata in {self.capacity} reserved",
+                f"header and metadata take {len(header)} bytes, but {self.capacity} are reserved",
                 where=str(self.path),
                 next_step="reserve more bytes for the header",
             )

@@ -48,7 +48,7 @@ class AdapterLike:
         stated = lora_rank(self.config, module)
         if stated != rank:
             raise MismatchError(
-                f"rank {rank}, and {stated} in the adapter to be like",
+                f"the rank is {rank}, but {stated} in the adapter given by like",
                 where=f"module {module[:200]!r}",
                 next_step=_ONE_OF_THEM,
             )
@@ -62,21 +62,25 @@ def read_like(path: Path) -> AdapterLike:
         return AdapterLike(model.config, model)
     file = inside(path, CONFIG_FILE) if path.is_dir() else path
     if path.is_dir() and not file.exists():
-        raise FormatError(f"no adapter, since there is no {CONFIG_FILE}", where=str(path), next_step=_ONE_OF_THEM)
+        raise FormatError(
+            f"this is not an adapter, because there is no {CONFIG_FILE}", where=str(path), next_step=_ONE_OF_THEM
+        )
     config = read_json(file, where=str(file))
     try:
         check_config(config)
     except FormatError as error:
         raise error.at(str(path)) from error.__cause__
     saved = config.get("modules_to_save")
-    notes = (f"the modules_to_save {saved} of its config are in no file, and in no rebuilt adapter",) if saved else ()
+    notes = (
+        (f"the modules_to_save {saved} of its config are in no file, so rebuilt adapters lack them",) if saved else ()
+    )
     return AdapterLike(config, None, notes)
 
 
 def made_like(foreign: ForeignSubspace, alpha: float) -> AdapterLike:
     """Make up the config of adapters of which only alpha is known."""
     if not isfinite(alpha) or alpha < 0:
-        raise UsageError(f"alpha {alpha}", rule="alpha is finite and not negative")
+        raise UsageError(f"alpha is {alpha}", rule="alpha must be finite and at least 0")
     ranks = {module: shape_a[0] for module, (shape_a, _) in foreign.shapes.items()}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -91,9 +95,12 @@ def made_like(foreign: ForeignSubspace, alpha: float) -> AdapterLike:
     }
     if len(set(ranks.values())) > 1:
         raise UsageError(
-            "modules of several ranks with one alpha", next_step="name an adapter or its config (like=, --like) instead"
+            "the modules have several ranks, but there is only one alpha",
+            next_step="name an adapter or its config (like=, --like) instead",
         )
-    return AdapterLike(config, None, ("the adapters' config is made up of their modules, rank and the alpha given",))
+    return AdapterLike(
+        config, None, ("the config of the adapters was made from their modules, their rank and the given alpha",)
+    )
 
 
 def adapter_layout(
@@ -115,7 +122,7 @@ def adapter_layout(
         tensors += [TensorLayout(key_a, dtype, shape_a), TensorLayout(key_b, dtype, shape_b)]
     tensors += [TensorLayout(info.name, dtype_name(info.dtype), info.shape) for info in others]
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise FormatError("a tensor besides the factors has the name of a factor", where=str(foreign.path))
+        raise FormatError("another tensor has the name of a factor", where=str(foreign.path))
     return ModelLayout("lora", {WEIGHTS_FILE: tuple(tensors)}, None, updates), scales
 
 
@@ -127,12 +134,12 @@ def _keys(module: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], model: L
         raise MismatchError(
             "has no such module",
             where=f"{model.path}, module {module[:200]!r}",
-            rule="the adapter to be like has the modules of the subspace",
+            rule="the adapter given by like (--like) must have all modules of the subspace",
             next_step=_ONE_OF_THEM,
         )
     if update.factor_shapes != shapes:
         raise MismatchError(
-            f"factors of shapes {update.factor_shapes}",
+            f"the factors have shapes {update.factor_shapes}",
             where=f"{model.path}, module {module[:200]!r}",
             rule=f"the subspace has {shapes}",
             next_step=_ONE_OF_THEM,
@@ -148,12 +155,12 @@ def spare_tensors(like: AdapterLike, foreign: ForeignSubspace) -> tuple[tuple[Te
     more = [module for module in like.model.updates if module not in foreign.shapes]
     if more:
         notes.append(
-            f"{len(more)} modules of {like.model.name} are not in the subspace, and in no rebuilt adapter: {', '.join(more[:3])}"
+            f"{len(more)} modules of {like.model.name} are not in the subspace and in no rebuilt adapter: {', '.join(more[:3])}"
         )
     others = tuple(like.model.tensors[name] for name in like.model.other_tensors)
     if others:
         notes.append(
-            f"{len(others)} tensors that are no factors come from {like.model.name} for every model: {foreign.tool} keeps none"
+            f"{len(others)} tensors other than factors come from {like.model.name} for every model: {foreign.tool} keeps none"
         )
     return others, tuple(notes)
 
@@ -163,8 +170,8 @@ class ForeignTemplate(Template):
 
     side_files = ()
 
-    def __init__(self, foreign: ForeignSubspace, place: int, like: AdapterLike, layout: ModelLayout) -> None:
-        self._foreign, self._place, self._like = foreign, place, like
+    def __init__(self, foreign: ForeignSubspace, index: int, like: AdapterLike, layout: ModelLayout) -> None:
+        self._foreign, self._index, self._like = foreign, index, like
         self.layout, self.config, self.metadata = layout, like.config, {}
         factors = {key for update in layout.updates.values() for key in (update.key_a, update.key_b)}
         self.carried = tuple(name for name in layout.tensors if name not in factors)
@@ -172,12 +179,12 @@ class ForeignTemplate(Template):
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged."""
         if self._foreign.keeps_others or self._like.model is None:
-            return self._foreign.read_other(self._place, name)
+            return self._foreign.read_other(self._index, name)
         return carried_values(self._like.model, name)
 
     def read_side_file(self, name: str) -> bytes:
         """Raise: side files are not carried."""
-        raise FormatError(f"no side file {name[:100]!r}", where=str(self._foreign.path))
+        raise FormatError(f"there is no side file {name[:100]!r}", where=str(self._foreign.path))
 
 
 def templates(
@@ -186,8 +193,8 @@ def templates(
     """Return every model's template, every module's scale, and what is to be said of where things come from."""
     spare, notes = spare_tensors(like, foreign)
     scales: dict[str, float] = {}
-    found = []
-    for place in range(len(foreign.names)):
-        layout, scales = adapter_layout(foreign, like, [*spare, *foreign.others(place)])
-        found.append(ForeignTemplate(foreign, place, like, layout))
-    return found, scales, notes
+    made = []
+    for index in range(len(foreign.names)):
+        layout, scales = adapter_layout(foreign, like, [*spare, *foreign.others(index)])
+        made.append(ForeignTemplate(foreign, index, like, layout))
+    return made, scales, notes

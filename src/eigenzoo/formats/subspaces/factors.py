@@ -75,13 +75,13 @@ class ForeignSubspace(ABC):
     def factor(self, module: str, factor: str) -> ForeignFactor:
         """Read one factor, `lora_A` or `lora_B`, of all models; NaN and Inf are refused."""
 
-    def others(self, place: int) -> tuple[TensorInfo, ...]:
+    def others(self, index: int) -> tuple[TensorInfo, ...]:
         """The tensors of one model that are no factors, where the tool keeps any."""
         return ()
 
-    def read_other(self, place: int, name: str) -> Tensor:
+    def read_other(self, index: int, name: str) -> Tensor:
         """Read one of these."""
-        raise FormatError(f"no tensor {name[:200]!r}", where=str(self.sources[place]))
+        raise FormatError(f"there is no tensor {name[:200]!r}", where=str(self.sources[index]))
 
 
 def open_tensors(path: Path, root: Path) -> SafetensorsFile:
@@ -99,7 +99,7 @@ def check_names(names: Sequence[object], what: str, where: str) -> tuple[str, ..
     checked = tuple(name for name in names if isinstance(name, str) and 0 < len(name) <= MAX_NAME and _is_text(name))
     if len(checked) != len(names):
         raise FormatError(
-            f"a {what} whose name is no text, empty or too long",
+            f"the name of a {what} is not text, is empty or is too long",
             where=where,
             rule=f"names have 1 to {MAX_NAME} characters",
         )
@@ -118,13 +118,13 @@ def check_shapes(shape_a: Sequence[int], shape_b: Sequence[int], where: str) -> 
     plain = all(type(size) is int and size > 0 for size in a + b)
     if not plain or not 2 <= len(a) <= 5 or len(a) != len(b) or b[1] != a[0] or any(size != 1 for size in b[2:]):
         raise FormatError(
-            f"A of shape {str(a)[:80]} and B of shape {str(b)[:80]}",
+            f"A has shape {str(a)[:80]} and B has shape {str(b)[:80]}",
             where=where,
-            rule="A is (rank, inputs, *kernel) and B (outputs, rank, 1, …)",
+            rule="A must have shape (rank, inputs, *kernel) and B (outputs, rank, 1, …)",
         )
     if max(prod(a), prod(b)) > MOST_VALUES:
         raise FormatError(
-            f"factors of shapes {a} and {b}", where=where, rule=f"a factor has at most {MOST_VALUES} values"
+            f"the factors have shapes {a} and {b}", where=where, rule=f"a factor has at most {MOST_VALUES} values"
         )
 
 
@@ -134,7 +134,7 @@ def require_shape(info: TensorInfo | None, name: str, shape: tuple[int | None, .
     if info is None:
         raise FormatError(f"there is no tensor {name[:200]!r}", where=where, rule=f"floating values of shape {shown}")
     fits = len(info.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, info.shape, strict=True)
+        size in (None, actual) for size, actual in zip(shape, info.shape, strict=True)
     )
     if not fits or not info.dtype.is_floating_point:
         raise FormatError(

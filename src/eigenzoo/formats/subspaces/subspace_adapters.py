@@ -95,19 +95,19 @@ class SubspaceAdapters(ForeignSubspace):
         modules = list(dict.fromkeys(module for module, _, part in first.parts if part == LOADINGS))
         if not modules:
             raise FormatError(
-                "components without loadings",
+                "the files have components, but no loadings",
                 where=first.where,
-                rule="an adapter is its loadings; components alone are no model",
+                rule="an adapter consists of loadings; components alone are not a model",
                 next_step="name the folders whose files hold loadings too",
             )
         self._owners = {(module, side): self._owner(module, side) for module in modules for side in "AB"}
         self.shapes = {module: self._shapes(module) for module in modules}
         for adapter in self._adapters:
             self._check(adapter)
-        found = [info.dtype for owner in self._owners.values() for info in owner.parts.values()]
-        self.dtype = torch.float64 if torch.float64 in found else torch.float32
+        dtypes = [info.dtype for owner in self._owners.values() for info in owner.parts.values()]
+        self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.files = tuple(dict.fromkeys(adapter.path for adapter in (*self._adapters, *self._owners.values())))
-        self.notes = ("it has no mean: what its components were centred by is lost",)
+        self.notes = ("it has no mean: the mean that was removed from its components is lost",)
 
     def factor(self, module: str, factor: str) -> ForeignFactor:
         """Read one factor: directions (K, S) along the inputs of A or the outputs of B, and all loadings (N, K, R)."""
@@ -117,7 +117,7 @@ class SubspaceAdapters(ForeignSubspace):
         for adapter in self._adapters:
             if adapter is not owner and key in adapter.parts and not torch.equal(adapter.read(key), components_SK):
                 raise DataError(
-                    f"components of {module[:200]!r}, side {side}, that differ from those of {owner.where}",
+                    f"the components of {module[:200]!r}, side {side}, differ from those of {owner.where}",
                     where=adapter.where,
                     rule="models of one subspace have the same components",
                     next_step="import adapters of one run at a time",
@@ -126,25 +126,25 @@ class SubspaceAdapters(ForeignSubspace):
         num_used = loadings[0].shape[0]  # a file of components may hold more than were used
         return ForeignFactor(None, components_SK[:, :num_used].T.contiguous(), torch.stack(loadings))
 
-    def others(self, place: int) -> tuple[TensorInfo, ...]:
+    def others(self, index: int) -> tuple[TensorInfo, ...]:
         """The tensors of one adapter that are no part of a factor."""
-        return self._adapters[place].others
+        return self._adapters[index].others
 
-    def read_other(self, place: int, name: str) -> Tensor:
+    def read_other(self, index: int, name: str) -> Tensor:
         """Read one of these."""
-        return self._adapters[place].file.read(name)
+        return self._adapters[index].file.read(name)
 
     def _owner(self, module: str, side: str) -> _Adapter:
         """The first file that has a factor's components."""
         key = (module, side, COMPONENTS)
-        found = [adapter for adapter in (self._given, *self._adapters) if adapter is not None and key in adapter.parts]
-        if not found:
+        owners = [adapter for adapter in (self._given, *self._adapters) if adapter is not None and key in adapter.parts]
+        if not owners:
             raise FormatError(
                 f"no file has components of {module[:200]!r}, side {side}",
                 where=self._adapters[0].where,
                 next_step="name the file of the components (components=, --components)",
             )
-        return found[0]
+        return owners[0]
 
     def _shapes(self, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(rank, inputs) and (outputs, rank)."""
@@ -152,13 +152,14 @@ class SubspaceAdapters(ForeignSubspace):
         for side in "AB":
             owner, first = self._owners[module, side], self._adapters[0]
             info = owner.parts[module, side, COMPONENTS]
-            num_values, num_kept = require_shape(info, info.name, (None, None), owner.where).shape
+            num_values, num_components = require_shape(info, info.name, (None, None), owner.where).shape
             loadings = first.parts.get((module, side, LOADINGS))
             name = f"{module}, side {side}: loadings"
             num_used, rank = require_shape(loadings, name, (None, None), first.where).shape
-            if num_used > num_kept or (num_used < num_kept and owner is not self._given):
+            if num_used > num_components or (num_used < num_components and owner is not self._given):
                 raise FormatError(
-                    f"{num_used} loadings for {num_kept} components of {module[:200]!r}, side {side}", where=first.where
+                    f"there are {num_used} loadings for {num_components} components of {module[:200]!r}, side {side}",
+                    where=first.where,
                 )
             sizes.append((num_values, rank))
         (inputs, rank_a), (outputs, rank_b) = sizes
@@ -170,17 +171,17 @@ class SubspaceAdapters(ForeignSubspace):
         extra = sorted({module for module, _, _ in adapter.parts} - set(self.shapes))
         if extra:
             raise FormatError(
-                f"module {extra[0][:200]!r}, which the first adapter lacks",
+                f"it has module {extra[0][:200]!r}, which the first adapter lacks",
                 where=adapter.where,
                 rule="adapters of one subspace have the same modules",
             )
         first = self._adapters[0].parts
         for module, side in self._owners:
             for part, pattern in ((COMPONENTS, self._owners[module, side].parts), (LOADINGS, first)):
-                found = adapter.parts.get((module, side, part))
-                if part == LOADINGS or (found is not None and self._given is None):
+                info = adapter.parts.get((module, side, part))
+                if part == LOADINGS or (info is not None and self._given is None):
                     shape = pattern[module, side, part].shape
-                    require_shape(found, f"{module}, side {side}: {part}", shape, adapter.where)
+                    require_shape(info, f"{module}, side {side}: {part}", shape, adapter.where)
 
 
 def is_subspace_adapter(folder: Path) -> bool:
@@ -220,7 +221,9 @@ def _open_components(path: Path, allow_pickle: bool) -> _Adapter:
             _add(parts, (match["module"].removeprefix(PREFIX), match["side"], COMPONENTS), info, str(path))
     if not parts:
         raise FormatError(
-            "no components in the file", where=str(path), rule="they are called as the factors: <module>.lora_A.weight"
+            "the file has no components",
+            where=str(path),
+            rule="components are named like the factors: <module>.lora_A.weight",
         )
     return _Adapter(str(path), path, file, parts, ())
 
@@ -236,6 +239,6 @@ def _add(parts: dict[Key, TensorInfo], key: Key, info: TensorInfo, where: str) -
         raise FormatError(
             f"two tensors are the {key[2]} of {key[0][:200]!r}, side {key[1]}: {parts[key].name!r} and {info.name!r}",
             where=where,
-            next_step="save adapters one by one",
+            next_step="save each adapter to its own file",
         )
     parts[key] = info

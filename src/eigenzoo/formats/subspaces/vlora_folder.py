@@ -75,7 +75,7 @@ class VloraFolder(ForeignSubspace):
         self.dtype = torch.float64 if torch.float64 in means else torch.float32
         packed = [self._packed.file] if self._packed else []
         self.files = tuple(file.path for file in (self._values, *packed, *self._tasks))
-        self.notes = ("its directions were quantised to NF4, and are what that has left of them",) if packed else ()
+        self.notes = ("its directions were quantised to NF4, and have only that accuracy",) if packed else ()
 
     def factor(self, module: str, factor: str) -> ForeignFactor:
         """Read one factor: its mean (D,), directions (K, D) and all tasks' loadings (N, K)."""
@@ -95,21 +95,21 @@ class VloraFolder(ForeignSubspace):
 
     def _shapes(self, module: str, meta: Mapping[str, Any], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B: as they are written down, or, by early versions, from the rank and the length of the mean."""
-        found = []
+        shapes = []
         for letter in "ab":
             listed = meta.get(f"shapes_{letter}")
             if listed is None:
                 name, rank = f"{module}.mean_{letter}", meta.get("rank")
                 (size,) = require_shape(self._values.tensors.get(name), name, (None,), self._values.file).shape
                 if type(rank) is not int or rank < 1 or size % rank:
-                    raise FormatError(f"rank {str(rank)[:40]} for {size} values of {name[:200]!r}", where=where)
-                found.append((rank, size // rank) if letter == "a" else (size // rank, rank))
+                    raise FormatError(f"the rank is {str(rank)[:40]} for {size} values of {name[:200]!r}", where=where)
+                shapes.append((rank, size // rank) if letter == "a" else (size // rank, rank))
             elif not isinstance(listed, dict) or not isinstance(listed.get(module), list):
                 raise FormatError(f"shapes_{letter} has no shape of layer {module[:200]!r}", where=where)
             else:
-                found.append(tuple(listed[module]))
-        check_shapes(found[0], found[1], f"{where}, layer {module[:200]!r}")
-        return found[0], found[1]
+                shapes.append(tuple(listed[module]))
+        check_shapes(shapes[0], shapes[1], f"{where}, layer {module[:200]!r}")
+        return shapes[0], shapes[1]
 
     def _num_directions(self, module: str, side: int, meta: Mapping[str, Any]) -> int:
         """Check a factor's tensors against its shape; returns K."""
@@ -139,10 +139,10 @@ def is_vlora(folder: Path) -> bool:
 
 
 def _a_list(meta: Mapping[str, Any], key: str, where: str) -> list[object]:
-    found = meta.get(key)
-    if not isinstance(found, list):
-        raise FormatError(f"{key} is no list", where=where, rule="a folder of vLoRA lists its layers and tasks")
-    return found
+    entries = meta.get(key)
+    if not isinstance(entries, list):
+        raise FormatError(f"{key} is not a list", where=where, rule="a folder of vLoRA lists its layers and tasks")
+    return entries
 
 
 def _task_files(names: tuple[str, ...], meta: Mapping[str, Any], where: str) -> list[str]:
@@ -155,9 +155,9 @@ def _task_files(names: tuple[str, ...], meta: Mapping[str, Any], where: str) -> 
         file = f"task_{listed.get(name, name)}.safetensors"
         if file in files:
             raise FormatError(
-                f"tasks {files[file][:100]!r} and {name[:100]!r} are one file, {file[:200]!r}",
+                f"tasks {files[file][:100]!r} and {name[:100]!r} have one file, {file[:200]!r}",
                 where=where,
-                rule="the second was written over the first, whose loadings are lost",
+                rule="the second overwrote the first, whose loadings are lost",
                 next_step="save them again under names of letters, digits, '-', '_' and '.'",
             )
         files[file] = name
@@ -169,10 +169,12 @@ def _opened_packed(path: Path, meta: Mapping[str, Any], where: str) -> _Packed |
     if form == "float32":
         return None
     if form != NF4:
-        raise UnsupportedError(f"format {str(form)[:60]!r}", where=where, rule=f"read are float32 and {NF4}")
+        raise UnsupportedError(
+            f"the format is {str(form)[:60]!r}", where=where, rule=f"the readable formats are float32 and {NF4}"
+        )
     block = meta.get("nf4_block_size", 64)
     if type(block) is not int or not 1 <= block <= _MOST_BLOCK:
-        raise FormatError(f"nf4_block_size is {str(block)[:40]}", where=where, rule=f"1 to {_MOST_BLOCK}")
+        raise FormatError(f"nf4_block_size is {str(block)[:40]}", where=where, rule=f"it is 1 to {_MOST_BLOCK}")
     return _Packed(open_tensors(path / PACKED, path), block)
 
 
@@ -188,7 +190,7 @@ def _unpacked(packed: _Packed, module: str, letter: str, shape: tuple[int, int])
         raise FormatError(
             f"{list(indices.shape)} bytes and {list(scales.shape)} scales for directions {list(shape)}",
             where=where,
-            rule=f"two values a byte, a scale for every {packed.block}",
+            rule=f"one byte holds two values, and {packed.block} values share one scale",
         )
     bytes_ = packed.file.read(names[0])
     levels = torch.tensor([*_BELOW, *_ABOVE])[torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten().int()]

@@ -88,9 +88,9 @@ def fit(
             bound.
 
     Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis. Layers larger than
-    `resources.MOST_KEPT` are read a second time, and so are all layers with a budget or an error bound. Memory: a few blocks, the
-    moments, and one layer's cores. The in-sample error is optimal for one axis (Eckart–Young) and within √(number of axes) of the
-    optimum for several.
+    `resources.MAX_LAYER_BYTES` are read a second time, and so are all layers with a budget or an error bound. Memory: a few blocks,
+    the moments, and one layer's cores. The in-sample error is optimal for one axis (Eckart–Young) and within √(number of axes)
+    of the optimum for several.
     """
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
     check_place(workers, max_memory, device, workspace)

@@ -309,7 +309,7 @@ class LayerResult:
 
 def is_whole(stack: object, options: FitOptions, resources: Resources) -> bool:
     """Tell whether a layer is one task: unless its basis is of whole layers, and its rows are too many to be kept in memory."""
-    return not isinstance(stack, DenseStack) or options.axes != ("models",) or stack.num_bytes <= resources.kept_bytes
+    return not isinstance(stack, DenseStack) or options.axes != ("models",) or stack.num_bytes <= resources.layer_bytes
 
 
 def fit_task(

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.heldout import NUM_FOLDS, deal
+from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
 from eigenzoo.linalg.nulls import axis_null
 from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
 from eigenzoo.linalg.side import SideMoment
@@ -155,7 +155,7 @@ def tucker_capture(
     num_models = len(stack)
     if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(moments, ranks):
         return None
-    held, *rest = deal(num_models, NUM_FOLDS, options.seed)
+    held, *rest = make_folds(num_models, NUM_FOLDS, options.seed)
     fitted = torch.cat(rest)
     part = stack.subset(fitted.tolist())
     part_moments = collect(part, options.axes, options.center, resources, sketch=options.sketch)
