@@ -86,7 +86,7 @@ def test_a_base_and_a_view_are_looked_at_before_a_zoo_is_downloaded(hub: Hub, he
         ({"view": "delta"}, "view 'delta' needs a base"),
         (
             {"view": "weight", "base": "adapters/zoo/m0"},
-            "a base does not work with view 'weight'. Only view 'delta' subtracts a base. Leave --base out",
+            "a base does not work with view 'weight'. Only view 'delta' subtracts a base: leave --base out",
         ),
     ):
         with pytest.raises(EigenzooError, match=message):

@@ -354,8 +354,7 @@ def _check_base(view: str, base: str | os.PathLike[str] | None) -> None:
     if view != "delta" and base is not None:
         raise UsageError(
             f"a base does not work with view {view!r}",
-            rule="only view 'delta' subtracts a base",
-            next_step="leave --base out (base=), or choose view delta for full weights",
+            rule="only view 'delta' subtracts a base: leave --base out (base=), or choose view delta for full weights",
         )
     if view == "delta" and base is None:
         raise _without_base()
