@@ -273,7 +273,7 @@ def test_other_adapters_are_refused_by_name(name: str, meaning: str) -> None:
     [
         (KOHYA[:1], r"the factor B \(up\) is missing"),
         (DIFFUSERS[1:], r"the factor A \(down\) is missing"),
-        ([*KOHYA, *DIFFUSERS], r"has two factors A 'unet.mid_block_x'"),
+        ([*KOHYA, *DIFFUSERS], r"module 'unet.mid_block_x' has two factors A"),
         ([*KOHYA, "lora_unet_y.alpha"], r"'lora_unet_y.alpha' is not a factor"),
         ([*KOHYA, "lora_unet_y.something"], r"'lora_unet_y.something' is not a factor"),
         ([*DIFFUSERS, "unet.y.lora_A.other.weight"], r"the file has factors of several adapters: '', 'other'"),

@@ -168,7 +168,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "'corda', which changed the base"),
     "loftq": ({"init_lora_weights": "loftq"}, "'loftq', which quantised the base"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "'lora_ga', which changed the base"),
-    "unknown init": ({"init_lora_weights": "new"}, "'new'.*known to leave the base"),
+    "unknown init": ({"init_lora_weights": "new"}, "'new'.*that leave the base weights unchanged"),
     "init of another type": ({"init_lora_weights": [1]}, r"init_lora_weights is \[1\]"),
     "ia3": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     "no type": ({"peft_type": None}, "peft_type is None"),
@@ -306,7 +306,7 @@ def test_the_same_module_twice_is_refused(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("shape_a", "shape_b", "message"),
     [
-        ((4, 16), (16, 3), "the second size of B must equal"),
+        ((4, 16), (16, 3), "The second size of B must equal"),
         ((4, 16, 1), (16, 4), r"A must have shape \(rank, inputs"),
         ((0, 16), (16, 0), r"A must have shape \(rank, inputs"),
         ((4,), (4,), r"A must have shape \(rank, inputs"),

@@ -154,7 +154,7 @@ def test_a_pattern_that_looks_at_too_many_names_is_named(place: Place, monkeypat
     write_tree(place.disk)
     monkeypatch.setattr(tree, "MAX_LOOKED_AT", 5)
     for pattern in (f"{place.upload()}/**", f"{place.disk}/**"):
-        with pytest.raises(ZooError, match=f"{re.escape(pattern)}: more than 5 names lie below"):
+        with pytest.raises(ZooError, match=f"{re.escape(pattern)}: the folder contains more than 5 names"):
             find_models(pattern)
 
 

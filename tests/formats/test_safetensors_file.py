@@ -153,7 +153,7 @@ def test_a_file_that_memory_does_not_suffice_to_map_is_refused(mixed: Path, monk
         raise MemoryError("Cannot allocate memory (os error 12)")
 
     monkeypatch.setattr(safetensors_header, "safe_open", fail)
-    with pytest.raises(FormatError, match=r"refused by safetensors \(Cannot allocate memory"):
+    with pytest.raises(FormatError, match=r"the safetensors library refuses it \(Cannot allocate memory"):
         SafetensorsFile(mixed)
 
 
@@ -267,10 +267,10 @@ def test_what_a_header_says_is_forgotten_with_its_files(tmp_path: Path) -> None:
     path = tmp_path / "forgotten.safetensors"
     path.write_bytes(raw({"a": entry()}))
     file = SafetensorsFile(path)
-    assert any(key[0] == path.name for key in safetensors_header._known)
+    assert any(key[0] == path.name for key in safetensors_header._cached)
     del file
     gc.collect()
-    assert not any(key[0] == path.name for key in safetensors_header._known)
+    assert not any(key[0] == path.name for key in safetensors_header._cached)
 
 
 def test_offsets_are_checked_in_the_bytes_that_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
