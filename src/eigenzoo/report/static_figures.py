@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backend_bases import get_registered_canvas_class
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
@@ -51,7 +52,7 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
-    "figure.dpi": 100,
+    "figure.dpi": 200,
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
     "grid.color": "#e6e8eb",
@@ -60,7 +61,7 @@ STYLE: Any = {  # matplotlib types its keys one by one
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
-    "savefig.dpi": 200,
+    "savefig.dpi": "figure",
     "svg.fonttype": "none",
     "svg.hashsalt": "eigenzoo",
     "text.color": INK,
@@ -153,8 +154,18 @@ def drawn(report: Report, name: str, kind: str, width: float | None = None) -> b
         canvas = Canvas(figsize=(scale * static.size[0], scale * static.size[1]), layout="constrained")
         static.draw(canvas.add_subplot(), report)
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+        _lay_out(canvas, kind)
         canvas.savefig(out, format=kind, metadata=metadata)
     return out.getvalue()
+
+
+def _lay_out(canvas: Canvas, kind: str) -> None:
+    """Place everything for this format, once: a canvas that still has a layout engine is drawn a second time by savefig."""
+    get_registered_canvas_class(kind)(canvas)
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.execute(canvas)
+    canvas.set_layout_engine(None)
 
 
 def _letters(scale: float) -> dict[str, Any]:
