@@ -20,7 +20,8 @@ def test_a_kind_of_number_can_be_drawn_on_the_page_and_on_paper(name: str) -> No
     # The page's colours are darker where text of that colour could not be read: only their names are the same.
     assert re.search(rf"--{kind.colour}: #[0-9a-f]{{6}}", (TEMPLATES / "style.css").read_text(encoding="utf-8"))
     assert (style["label"], style["color"]) == (kind.name, COLOURS[kind.colour])
-    assert ("marker" in style) == (name not in NULLS)
+    assert ("marker" in style) == bool(kind.symbol)
+    assert not (kind.symbol and name in NULLS)
 
 
 def test_the_page_draws_by_the_same_list(page):

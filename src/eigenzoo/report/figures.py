@@ -1,4 +1,8 @@
-"""Figures of a report: which there are, what each shows and of what it is a share, and what it says in words."""
+"""Figures of a report: which there are, what each shows, and what it says in words.
+
+Page, static pictures and CSV are made from this one description: titles, axes, and the lines, each with its column in a table of
+`eigenzoo.report.plotted` and its look in `eigenzoo.report.series`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,68 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eigenzoo.display import NONE, counted, in_bytes, in_number, in_percent
-from eigenzoo.report import curves
+from eigenzoo.report import curves, plotted
 from eigenzoo.report.document import Report, has_similarity
 from eigenzoo.report.numbers import at_rank, floats, quantile
+from eigenzoo.report.series import SERIES
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeTable
 from eigenzoo.report.suitability import exponents
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: its label, and its scale.
+
+    `rank` (powers of two), `count`, `bytes` (logarithmic), `share`, `log share`, `cosine` (0 to 1), `number`, `category`.
+    """
+
+    label: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is drawn of one column of a table.
+
+    Attributes:
+        kind: `line`; `curve` (a line without signs); `band` (from the column `low`); `points` (one for each layer); `bar`;
+            `level` or `upright` (one value along or across the whole axis).
+        table: of `plotted.TABLES`.
+        column: in this table.
+        look: colour, dashes, sign and name, from `SERIES`.
+        label: what the legend calls it, if not by the name of its look.
+        low: column of a band's lower edge.
+        error: column of its error bars.
+    """
+
+    kind: str
+    table: str
+    column: str
+    look: str
+    label: str = ""
+    low: str = ""
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """What legends call it."""
+        return self.label or SERIES[self.look].name
+
+
+SHARE = Axis("share of variance about the mean", "share")
+RANK = Axis("rank", "rank")
+DIRECTION = Axis("direction", "rank")
+MODELS_FITTED = Axis("models fitted", "count")
+LAYERS = Axis("layer, by role and depth", "count")
+NO_LABEL = Axis("", "category")
+
+KEPT = (
+    Mark("line", "heldout", "null", "null"),
+    Mark("line", "heldout", "in_sample", "in_sample"),
+    Mark("line", "leave_one_out", "leave_one_out", "leave_one_out"),
+    Mark("line", "heldout", "heldout", "heldout"),
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +84,9 @@ class Figure:
         what: axes and denominators.
         summary: what it says, in words and numbers; also what is read out in its stead.
         section: the section of the tidy table that holds its numbers.
+        x, y: its axes.
+        marks: what is drawn, from back to front; empty for maps, which have drawers of their own.
+        value: what the colours of a heat map stand for.
         by_layer: whether it follows the choice of a layer.
         choices: quantities to choose from, as (key, label).
         size: `wide`, `half`, `main` with a `side` beside it, or `square`.
@@ -34,6 +97,10 @@ class Figure:
     what: str
     summary: str
     section: str
+    x: Axis
+    y: Axis
+    marks: tuple[Mark, ...] = ()
+    value: str = ""
     by_layer: bool = False
     choices: tuple[tuple[str, str], ...] = ()
     size: str = "wide"
@@ -54,6 +121,14 @@ def scree(report: Report) -> Figure | None:
         "grey band contains 90 % of the draws for unrelated models with the same norms.",
         f"On average over layers, the first direction explains {first} of the variance of all models{null}.",
         "spectrum",
+        DIRECTION,
+        Axis(SHARE.label, "log share"),
+        (
+            Mark("band", "spectra", "layers_high", "all_models", "eight of ten layers", low="layers_low"),
+            Mark("band", "spectra", "high", "null", "unrelated, 90 % of draws", low="low"),
+            *(Mark("line", "spectra", name, name) for name in curves.NULLS),
+            Mark("line", "spectra", "spectrum", "all_models"),
+        ),
         by_layer=True,
     )
 
@@ -77,13 +152,20 @@ def cumulative(report: Report) -> Figure | None:
         f"The first {counted(place + 1, 'direction')} explain {in_percent(float(found['spectrum_sum'][place]))} of the variance of "
         f"all {report.evidence['num_models']:,} models and {held} of held-out models'{null}.",
         "spectrum",
+        RANK,
+        SHARE,
+        (
+            *(Mark("line", "spectra", f"{name}_sum", name) for name in curves.NULLS),
+            Mark("line", "spectra", "spectrum_sum", "all_models"),
+            Mark("line", "heldout", "heldout", "heldout"),
+        ),
         by_layer=True,
     )
 
 
 def axes(report: Report) -> Figure | None:
     """Spectra of the sides."""
-    names = sorted({axis for layer in report.layers.values() for axis in layer["axes"]}, reverse=True)
+    names = [axis for axis in plotted.SIDES if any(axis in layer["axes"] for layer in report.layers.values())]
     if not names:
         return None
     have = sum(bool(layer["axes"]) for layer in report.layers.values())
@@ -94,6 +176,9 @@ def axes(report: Report) -> Figure | None:
         "updates include their mean; everything else is taken about it.",
         f"{counted(have, 'layer')} of {len(report.layers)} have spectra of their {' and '.join(names)}.",
         "axes",
+        DIRECTION,
+        Axis("share of energy", "log share"),
+        tuple(Mark("line", axis, column, column) for axis in names for column in (axis, f"{axis}_null")),
         by_layer=True,
     )
 
@@ -114,6 +199,9 @@ def heldout(report: Report) -> Figure | None:
         f"At rank {report.rank} the models of a fold's fit keep {shares[0]}, held-out models {shares[1]}, unrelated held-out "
         f"models {shares[2]}.",
         "heldout",
+        RANK,
+        SHARE,
+        KEPT,
         by_layer=True,
         size="main",
     )
@@ -132,6 +220,13 @@ def mean(report: Report) -> Figure | None:
         f"In the average layer the mean has {in_percent(summary['mean_energy'])} of the energy. From a held-out model it removes "
         f"{in_percent(summary['mean_heldout'])}, and {in_percent(summary['mean_null'])} if the models were unrelated.",
         "mean",
+        NO_LABEL,
+        Axis("share of energy", "share"),
+        (
+            Mark("bar", "mean", "in_sample", "in_sample"),
+            Mark("bar", "mean", "heldout", "mean", "held out"),
+            Mark("bar", "mean", "null", "null", "by chance"),
+        ),
         by_layer=True,
         size="side",
     )
@@ -152,6 +247,9 @@ def role_map(report: Report) -> Figure | None:
         f"The rank above chance is {in_number(middle)} in the median layer and {in_number(most)} at most, "
         f"of {max(report.evidence['num_models'] - 1, 0):,} that the models can span.",
         "layers",
+        Axis("depth (block number)", "category"),
+        NO_LABEL,
+        value="rank above chance",
         choices=(
             ("auto", "rank above chance"),
             ("var90", "rank for 90 % of variance"),
@@ -176,6 +274,9 @@ def layer_ranks(report: Report) -> Figure | None:
         f"At rank {report.rank} eight of ten layers keep between {in_percent(low)} and {in_percent(high)} of held-out "
         "variance.",
         "heldout",
+        Axis("rank", "category"),
+        Axis(LAYERS.label, "category"),
+        value="held-out variance kept",
         choices=(
             ("captured", "held-out variance kept"),
             ("beyond", "held-out minus chance"),
@@ -201,6 +302,9 @@ def similarity(report: Report) -> Figure | None:
         f"{counted(len(found['groups']), 'lineage group')}, the largest with {counted(largest, 'model')}; "
         f"{counted(len(found['duplicates']), 'duplicate') if found['duplicates'] else 'no duplicates'}.",
         "similarity",
+        Axis("models, similar ones side by side", "category"),
+        NO_LABEL,
+        value="cosine",
         size="square",
     )
 
@@ -218,9 +322,16 @@ def model_map(report: Report) -> Figure | None:
         "shows only these directions.",
         f"{counted(len(report.evidence['map']), 'model')} in the first {max(len(shares), 1)} coefficients.{held}",
         "map",
+        Axis(_coefficient(0, shares), "number"),
+        Axis(_coefficient(1, shares), "number"),
         choices=(("0,1", "first and second"), ("0,2", "first and third"), ("1,2", "second and third")),
         size="square",
     )
+
+
+def _coefficient(number: int, shares: list[str]) -> str:
+    """Name a coefficient of the map, with its share of the variance where it is known."""
+    return f"coefficient {number + 1}" + (f" ({shares[number]} of variance)" if number < len(shares) else "")
 
 
 def growth_rank(report: Report) -> Figure | None:
@@ -236,6 +347,12 @@ def growth_rank(report: Report) -> Figure | None:
         f"{in_number(found['var90_rank'][0])} directions for {in_number(found['num_models'][0])} models, "
         f"{in_number(found['var90_rank'][-1])} for {in_number(found['num_models'][-1])}.",
         "growth",
+        MODELS_FITTED,
+        Axis("directions", "count"),
+        (
+            Mark("line", "growth", "most_rank", "limit", "most possible, N − 1"),
+            Mark("line", "growth", "var90_rank", "in_sample", "for 90 % of variance, in-sample"),
+        ),
         size="half",
     )
 
@@ -254,6 +371,13 @@ def growth_captured(report: Report) -> Figure | None:
         "in-sample, and by chance.",
         f"Held-out models keep {in_percent(known[0])} with the fewest models and {in_percent(known[-1])} with all.",
         "growth",
+        MODELS_FITTED,
+        SHARE,
+        (
+            Mark("line", "growth", "null", "null"),
+            Mark("line", "growth", "in_sample", "in_sample"),
+            Mark("line", "growth", "captured", "heldout", error="spread"),
+        ),
         size="half",
     )
 
@@ -266,11 +390,19 @@ def halves(report: Report) -> Figure | None:
     cosine, null = (in_three_digits(float(found[name][0])) for name in ("cosine", "null"))
     return Figure(
         "halves",
-        "Do two halves of the zoo find the same subspace?",
+        "Principal angles between two halves of the zoo",
         "Cosines of the principal angles between the subspaces of two disjoint halves, largest first (1: the same direction); "
         "the band contains 90 % of the splits; dotted: unrelated subspaces of the same rank.",
         f"On average over layers, the closest pair of directions has a cosine of {cosine}. For unrelated subspaces it is {null}.",
         "halves",
+        Axis("principal angle, closest first", "count"),
+        Axis("cosine", "cosine"),
+        (
+            Mark("band", "halves", "high", "heldout", "90 % of splits", low="low"),
+            Mark("band", "halves", "null_high", "null", "unrelated, to 95 % of draws", low="null"),
+            Mark("line", "halves", "null", "null", "unrelated subspaces"),
+            Mark("line", "halves", "cosine", "heldout", "two halves"),
+        ),
         by_layer=True,
     )
 
@@ -298,6 +430,14 @@ def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
         f"At rank {row.rank} the bundle takes {in_bytes(row.bytes)} of {in_bytes(sizes.whole_zoo)} and loses {kept[0]} of "
         f"the variance of all models, {kept[1]} of held-out models'. All layers count together here, each by its variance.",
         "sizes",
+        Axis("bytes of the whole bundle", "bytes"),
+        Axis("share of all variance lost", "share"),
+        (
+            Mark("curve", "lost", "null", "null"),
+            Mark("curve", "lost", "in_sample", "all_models"),
+            Mark("curve", "lost", "heldout", "heldout"),
+            Mark("upright", "lost", "whole_zoo", "limit", "the models' files"),
+        ),
     )
 
 
@@ -314,6 +454,9 @@ def suitability(report: Report) -> Figure | None:
         f"{len(means)} of {counted(len(report.layers), 'layer')} have exponents, from {in_three_digits(min(means))} to "
         f"{in_three_digits(max(means))}.",
         "suitability",
+        LAYERS,
+        Axis("exponent", "number"),
+        (Mark("points", "exponents", "mean", "heldout", "a layer", error="spread"),),
     )
 
 
@@ -330,6 +473,13 @@ def secondary(report: Report) -> Figure | None:
         "mean.",
         f"In the median layer they keep {middle[0]} in-sample, {middle[1]} of held-out models, {middle[2]} by chance.",
         "secondary",
+        LAYERS,
+        SHARE,
+        (
+            Mark("points", "secondary", "in_sample", "in_sample"),
+            Mark("points", "secondary", "captured", "heldout"),
+            Mark("points", "secondary", "null", "null"),
+        ),
     )
 
 
@@ -347,6 +497,13 @@ def function_curve(report: Report) -> Figure | None:
         f"The originals reach {in_number(function['mean']['original'])}, rebuilt from {most} directions "
         f"{in_number(rebuilt[most])}, from the mean alone {in_number(function['mean']['mean'])}.",
         "function",
+        RANK,
+        Axis("mean over models ± standard error", "number"),
+        (
+            *(Mark("level", "controls", name, name) for name in plotted.CONTROLS),
+            Mark("line", "random_basis", "random_basis", "null", "random basis", error="spread"),
+            Mark("line", "rebuilt", "rebuilt", "heldout", "rebuilt", error="spread"),
+        ),
     )
 
 
@@ -361,6 +518,9 @@ def residuals(report: Report) -> Figure | None:
         "Share of the model's own energy outside the fitted subspace, in-sample, largest first.",
         f"{in_percent(quantile(known, 0.5))} in the median of {counted(len(known), 'model')}, {in_percent(max(known))} at most.",
         "residuals",
+        Axis("models, largest residual first", "count"),
+        Axis("share of the model's energy", "share"),
+        (Mark("bar", "residuals", "residual", "in_sample", "residual"),),
     )
 
 

@@ -83,7 +83,7 @@ def render_html(document: Mapping[str, Any]) -> str:
         facts=summary.facts(report),
         provenance=summary.provenance(report),
         sections=all_sections(report, figures, sizes),
-        stills={name: still(report, name) for name in figures},
+        stills={name: still(report, figure) for name, figure in figures.items()},
         links=links,
         packs=packs,
         sizes=sizes,
@@ -105,9 +105,9 @@ def downloads(report: Report, figures: Mapping[str, Figure]) -> tuple[dict[str, 
     return links, packs
 
 
-def still(report: Report, name: str) -> str:
+def still(report: Report, figure: Figure) -> str:
     """A static figure as the source of an image."""
-    return "data:image/svg+xml;base64," + base64.b64encode(drawn(report, name, "svg")).decode("ascii")
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn(report, figure, "svg")).decode("ascii")
 
 
 def unbroken(value: Any) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from eigenzoo.report import curves
 from eigenzoo.report.document import Report
 from eigenzoo.report.figures import Figure
-from eigenzoo.report.numbers import at_rank, floats, rounded, weighted_mean
+from eigenzoo.report.numbers import at_rank, rounded, weighted_mean
+from eigenzoo.report.plotted import ALL_LAYERS, TABLES, shown
 from eigenzoo.report.series import SERIES
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import SizeRow, SizeTable
@@ -27,20 +27,10 @@ NUM_SHADES = 255
 def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | None) -> Json:
     """Everything that is drawn; only what a figure needs."""
     makers = {
-        "scree": ("spectra", spectra),
-        "axes": ("axes", side_spectra),
-        "heldout": ("heldout", heldout),
-        "mean": ("mean", mean),
-        "rolemap": ("rolemap", role_map),
-        "similarity": ("similarity", similarity),
-        "map": ("map", model_map),
-        "growthrank": ("growth", growth),
-        "growthcaptured": ("growth", growth),
-        "halves": ("halves", halves),
-        "suitability": ("suitability", suitability),
-        "secondary": ("secondary", secondary),
-        "function": ("function", function),
-        "residuals": ("residuals", residuals),
+        "rolemap": role_map,
+        "similarity": similarity,
+        "map": model_map,
+        "suitability": suitability,
     }
     roles = all_roles(report)
     found: Json = {
@@ -50,63 +40,40 @@ def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | No
             for name, layer in report.layers.items()
         ],
         "by_name": [list(report.layers).index(name) for name in report.by_name],
-        "figures": list(figures),
+        "figures": {name: description(figure) for name, figure in figures.items()},
         "kinds": {name: vars(kind) for name, kind in SERIES.items()},
     }
-    for figure, (key, make) in makers.items():
-        if figure in figures and key not in found:
-            found[key] = make(report)
+    found |= {name: make(report) for name, make in makers.items() if name in figures}
+    # The page judges each layer's exponents anew at every move of a slider, so it needs all of them and no mean.
+    drawn = {mark.table for name, figure in figures.items() if name != "suitability" for mark in figure.marks}
+    found |= {table: table_columns(table, report) for table in TABLES if table in drawn}
+    if "residuals" in figures:
+        found["residual_names"] = residual_names(report)
     if sizes is not None:
         found["sizes"] = size_data(sizes, report)
     return found
 
 
-def _rounded(found: curves.Curves) -> Json:
-    return {name: rounded(values) for name, values in found.items()}
+def description(figure: Figure) -> Json:
+    """Axes and marks of a figure, which its drawer follows."""
+    marks = [{**vars(mark), "label": mark.name} for mark in figure.marks]
+    return {
+        "x": vars(figure.x),
+        "y": vars(figure.y),
+        "marks": marks,
+        "value": figure.value,
+        "by_layer": figure.by_layer,
+    }
 
 
-def spectra(report: Report) -> Json:
-    """Spectra of all layers and of each, at about forty ranks."""
-    known = [curves.all_layers_spectrum(report), *map(curves.full_spectrum, report.layers.values())]
-    return _all_and_each([_rounded(curves.thinned(curves.with_cumulative(found))) for found in known])
-
-
-def _all_and_each(found: list[Json]) -> Json:
-    return {"all": found[0], "layers": found[1:]}
-
-
-def side_spectra(report: Report) -> Json:
-    """Spectra of outputs and inputs of each layer."""
-    layers = []
-    for layer in report.layers.values():
-        sides = {}
-        for axis, side in layer["axes"].items():
-            values = floats(side["explained_variance_ratio"])
-            found = {
-                "rank": np.arange(1.0, len(values) + 1),
-                "spectrum": values,
-                "null": curves.fitted(floats(side.get("null")), len(values)),
-            }
-            sides[axis] = _rounded(curves.thinned(found)) if len(values) else {}
-        layers.append(sides)
-    return {"layers": layers}
-
-
-def heldout(report: Report) -> Json:
-    """Held-out curves of all layers and of each, with leave-one-out."""
-    known = [(curves.all_layers_heldout(report), curves.all_layers_leave_one_out(report))]
-    known += [(curves.heldout_curves(layer), curves.leave_one_out(layer)) for layer in report.layers.values()]
-    return _all_and_each([{**_rounded(found), "leave_one_out": _rounded(left)} for found, left in known])
-
-
-def mean(report: Report) -> Json:
-    """The mean's shares of energy: in-sample, held out, by chance."""
-    summary = report.evidence["summary"]
-    layers = [
-        (layer["mean_energy"], layer["mean"]["heldout"], layer["mean"]["null"]) for layer in report.layers.values()
-    ]
-    whole = (summary["mean_energy"], summary["mean_heldout"], summary["mean_null"])
-    return _all_and_each([*map(rounded, [whole, *layers])])  # type: ignore[list-item]
+def table_columns(table: str, report: Report) -> Json:
+    """A table of all layers and of each, at about forty ranks; layers without numbers have no columns."""
+    known = {
+        layer: {name: rounded(values) for name, values in shown(found).items()}
+        for layer, found in TABLES[table](report)
+    }
+    whole = known.get("", known.get(ALL_LAYERS, {}))
+    return {"all": whole, "layers": [] if "" in known else [known.get(name, {}) for name in report.layers]}
 
 
 def all_roles(report: Report) -> list[str]:
@@ -136,10 +103,6 @@ def role_map(report: Report) -> Json:
     return {"roles": roles, "depths": columns, "cells": table}
 
 
-NUM_SHADES = 255
-"""Steps between the least and the largest cosine of a page: one byte each."""
-
-
 def similarity(report: Report) -> Json:
     """The matrix of cosines in clustered order: one byte each, in equal steps over the range of their colours."""
     found = clustered(report)
@@ -160,49 +123,15 @@ def model_map(report: Report) -> Json:
     return {"points": points, "shares": rounded(report.evidence["map_shares"])}
 
 
-def growth(report: Report) -> Json:
-    """Growth as it is."""
-    found = report.evidence["growth"]
-    keys = ("num_models", "var90_rank", "captured", "in_sample", "null", "spread")
-    return {key: rounded(found[key]) for key in keys}
-
-
-def halves(report: Report) -> Json:
-    """Cosines of all layers and of each."""
-    known = [curves.all_layers_halves(report), *map(curves.halves_curves, report.layers.values())]
-    return _all_and_each([_rounded(curves.thinned(found)) for found in known])
-
-
 def suitability(report: Report) -> Json:
     """Every layer's exponents."""
     return {"exponents": [rounded(exponents(layer)) for layer in report.layers.values()]}
 
 
-def secondary(report: Report) -> Json:
-    """What the directions after the first k keep."""
-    known = [layer["secondary"] for layer in report.layers.values()]
-    return {key: rounded(record[key] for record in known) for key in ("in_sample", "captured", "null")}
-
-
-def function(report: Report) -> Json:
-    """The metric's averages and standard errors."""
-    assert report.function is not None
-    found: Json = {"metric": report.function["metric"]}
-    for key in ("mean", "spread"):
-        record = report.function[key]
-        found[key] = {
-            name: rounded([record[name]])[0] for name in ("original", "parent", "mean", "head_only", "secondary")
-        }
-        for name in ("rebuilt", "random_basis"):
-            found[key][name] = [[int(rank), *rounded([record[name][rank]])] for rank in sorted(record[name], key=int)]
-    return found
-
-
-def residuals(report: Report) -> Json:
-    """Residuals, largest first."""
-    known = [(model["residual"], name) for name, model in report.models.items() if model["residual"] is not None]
-    known.sort(key=lambda item: -item[0])
-    return {"names": [name for _, name in known], "residual": rounded(residual for residual, _ in known)}
+def residual_names(report: Report) -> list[str]:
+    """The models that have residuals, the largest first."""
+    known = {name: model["residual"] for name, model in report.models.items() if model["residual"] is not None}
+    return sorted(known, key=lambda name: -known[name])
 
 
 def size_data(sizes: SizeTable, report: Report) -> Json:
@@ -228,5 +157,12 @@ def size_data(sizes: SizeTable, report: Report) -> Json:
         "by_threshold": rows(sizes.by_threshold),
     }
     if report.function is not None:
-        found["function"] = function(report)
+        mean = report.function["mean"]
+        ranks = sorted(mean["rebuilt"], key=int)
+        rebuilt = [[int(rank), *rounded([mean["rebuilt"][rank]])] for rank in ranks]
+        found["function"] = {
+            "metric": report.function["metric"],
+            "rebuilt": rebuilt,
+            "mean": rounded([mean["mean"]])[0],
+        }
     return found

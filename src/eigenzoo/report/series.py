@@ -13,7 +13,7 @@ class Series:
         name: what legends call it.
         colour: the page's variable of its colour.
         dash: as plotly calls it.
-        symbol: as plotly calls it.
+        symbol: as plotly calls it; empty where it is drawn without signs.
         width: of its line on the page, in pixels.
     """
 
@@ -30,8 +30,18 @@ SERIES = {
     "all_models": Series("all models", "orange", "solid", "triangle-up", 2.5),
     "null": Series("chance, held out", "null", "dot", "x"),
     "leave_one_out": Series("leave-one-out", "green", "dashdot", "diamond"),
-    "norm_matched": Series("unrelated (same norms)", "null", "dot", "x"),
-    "iid": Series("unrelated (iid)", "sky", "dot", "cross", 1.5),
-    "permuted": Series("unrelated (permuted)", "mean", "longdash", "star", 1.5),
-    "spectrum_matched": Series("unrelated (same spectra)", "green", "longdashdot", "hexagon", 1.5),
+    "norm_matched": Series("unrelated (same norms)", "null", "dot", ""),
+    "iid": Series("unrelated (iid)", "sky", "dot", "", 1.5),
+    "permuted": Series("unrelated (permuted)", "mean", "longdash", "", 1.5),
+    "spectrum_matched": Series("unrelated (same spectra)", "green", "longdashdot", "", 1.5),
+    "outputs": Series("outputs", "heldout", "solid", "circle"),
+    "outputs_null": Series("outputs, chance", "heldout", "dot", "", 1.5),
+    "inputs": Series("inputs", "insample", "solid", "square"),
+    "inputs_null": Series("inputs, chance", "insample", "dot", "", 1.5),
+    "original": Series("originals", "ink", "solid", "", 1.5),
+    "parent": Series("parent", "green", "dash", "", 1.5),
+    "mean": Series("mean alone", "mean", "dashdot", "", 1.5),
+    "head_only": Series("mean with own heads", "orange", "longdash", "", 1.5),
+    "secondary": Series("secondary directions", "sky", "dot", "", 1.5),
+    "limit": Series("limit", "null", "dot", "", 1.5),
 }

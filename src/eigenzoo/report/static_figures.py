@@ -6,10 +6,10 @@ One colour and one sign per kind of number, all through: Okabe and Ito's palette
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backend_bases import get_registered_canvas_class
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
@@ -25,15 +24,16 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.errors import OutputError, UsageError
-from eigenzoo.report import curves
+from eigenzoo.report.curves import Curves
 from eigenzoo.report.document import Report, read_document
-from eigenzoo.report.figures import all_figures
-from eigenzoo.report.numbers import floats
+from eigenzoo.report.figures import Figure, Mark, all_figures
+from eigenzoo.report.numbers import Floats, floats
 from eigenzoo.report.payload import role_map
+from eigenzoo.report.plotted import ALL_LAYERS, TABLES, shown
 from eigenzoo.report.series import SERIES
 from eigenzoo.report.similarity import clustered
 from eigenzoo.report.sizes import size_table
-from eigenzoo.report.suitability import exponents, limits
+from eigenzoo.report.suitability import limits
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -46,6 +46,7 @@ SHADES = LinearSegmentedColormap.from_list("shades", ["#eef3f7", "#7fb0cf", "#00
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "#ffffff", BLUE])
 
 STYLE: Any = {  # matplotlib types its keys one by one
+    "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -81,16 +82,18 @@ COLOURS = {
     "green": GREEN,
     "sky": SKY,
     "mean": PINK,
+    "ink": INK,
 }
 DASHES = {"solid": "-", "dash": "--", "longdash": "--", "dot": ":", "dashdot": "-.", "longdashdot": "-."}
+HATCHES = {"in_sample": "//", "null": ".."}
 SIGNS = {"circle": "o", "square": "s", "triangle-up": "^", "x": "x", "diamond": "D"}
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Return how matplotlib draws a kind of number; the nulls of spectra are lines alone."""
+    """Return how matplotlib draws a kind of number; without signs it is a line alone."""
     kind = SERIES[name]
     style = {"label": kind.name, "color": COLOURS[kind.colour], "linestyle": DASHES[kind.dash]}
-    return style if name in curves.NULLS else {**style, "marker": SIGNS[kind.symbol]}
+    return {**style, "marker": SIGNS[kind.symbol]} if kind.symbol else style
 
 
 SMALLEST_LETTERS, LARGEST_LETTERS = 0.7, 1.6
@@ -101,14 +104,6 @@ MOST_NAMES = 40
 
 MOST_GROUPS = 12
 """Lineage groups that a legend holds."""
-
-
-@dataclass(frozen=True)
-class Static:
-    """How a figure of the page is drawn for paper: its usual size in inches, and the function that draws it."""
-
-    size: tuple[float, float]
-    draw: Callable[[Axes, Report], None]
 
 
 def write_figures(
@@ -130,29 +125,24 @@ def write_figures(
         if kind not in FORMATS:
             raise UsageError(f"figure format {kind!r}", rule=f"formats are {', '.join(FORMATS)}")
     report, folder = read_document(document), Path(folder)
-    names = available(report)
-    paths = [folder / f"{name}.{kind}" for name in names for kind in formats]
+    figures = all_figures(report, size_table(report))
+    paths = [folder / f"{name}.{kind}" for name in figures for kind in formats]
     for path in paths:
         if path.exists():
             raise OutputError("exists already", where=str(path), next_step="name an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        path.write_bytes(drawn(report, path.stem, path.suffix[1:], width))
+        path.write_bytes(drawn(report, figures[path.stem], path.suffix[1:], width))
     return paths
 
 
-def available(report: Report) -> list[str]:
-    """The figures that the report has numbers for, in the page's order."""
-    return list(all_figures(report, size_table(report)))
-
-
-def drawn(report: Report, name: str, kind: str, width: float | None = None) -> bytes:
+def drawn(report: Report, figure: Figure, kind: str, width: float | None = None) -> bytes:
     """Draw one figure, `width` centimetres wide; the same bytes for the same report."""
-    static, out = STATIC[name], io.BytesIO()
-    scale = 1.0 if width is None else width / CENTIMETRES / static.size[0]
+    size, out = SIZES.get(figure.name, USUAL), io.BytesIO()
+    scale = 1.0 if width is None else width / CENTIMETRES / size[0]
     with _quiet(), rc_context({**STYLE, **_letters(scale)}):
-        canvas = Canvas(figsize=(scale * static.size[0], scale * static.size[1]), layout="constrained")
-        static.draw(canvas.add_subplot(), report)
+        canvas = Canvas(figsize=(scale * size[0], scale * size[1]), layout="constrained")
+        OWN.get(figure.name, _draw)(canvas.add_subplot(), figure, report)
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
         _lay_out(canvas, kind)
         canvas.savefig(out, format=kind, metadata=metadata)
@@ -183,189 +173,195 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _line(axes: Axes, name: str, x: Any, y: Any, **more: Any) -> None:
-    if np.isfinite(floats(y)).any():
-        axes.plot(x, y, **{**_style(name), **more})
+def _draw(axes: Axes, figure: Figure, report: Report) -> None:
+    """Draw a figure that is described by marks."""
+    first: dict[str, tuple[str, Curves]] = {}
+    for mark in figure.marks:
+        if (
+            mark.table not in first
+        ):  # the average over layers where there is one; of sides, the first layer that has them
+            first[mark.table] = next(((name, shown(found)) for name, found in TABLES[mark.table](report)), ("", {}))
+    ends = [1.0]
+    for mark in figure.marks:
+        found = _each_layer(report, mark.table) if mark.kind == "points" else first[mark.table][1]
+        values = found.get(mark.column, floats([]))
+        if np.isfinite(values).any():
+            x = next(iter(found.values()))
+            ends.append(float(np.nanmax([*x, 1])))
+            MARKS[mark.kind](axes, mark, x, found)
+    if figure.name == "suitability":
+        limit = limits(report.evidence["suitability"]["thresholds"])
+        axes.axhspan(limit["low"], limit["high"], color=GREEN, alpha=0.12, lw=0, label="suitable")
+    _scale(axes, "x", figure.x.scale, max(ends))
+    _scale(axes, "y", figure.y.scale, max(ends))
+    layer = next(iter(first.values()))[0] if figure.by_layer else ""
+    _name(axes, figure, ", all layers" if layer == ALL_LAYERS else layer and f": {_short(layer)}")
+    if "bar" not in {mark.kind for mark in figure.marks} and axes.get_legend_handles_labels()[0]:
+        beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(**(beside if "level" in {mark.kind for mark in figure.marks} else {}))
 
 
-def _legend(axes: Axes, **place: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(**place)
+def _each_layer(report: Report, table: str) -> Curves:
+    """The single values of every layer, by the layer's number."""
+    found = [values for _, values in TABLES[table](report)]
+    columns = {name: floats(values[name][0] for values in found) for name in found[0]}
+    return {
+        "layer": np.arange(1.0, len(found) + 1),
+        **{key: column for key, column in columns.items() if key != "rank"},
+    }
 
 
-def _rank_axis(axes: Axes, largest: float) -> None:
-    axes.set_xscale("log", base=2)
-    ticks = [2**power for power in range(12) if 2**power <= max(largest, 1)]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(True, axis="y")
+def _line(axes: Axes, mark: Mark, x: Floats, found: Curves) -> None:
+    style = {**_style(mark.look), "label": mark.name}
+    if mark.kind == "curve":
+        style["marker"] = ""
+    if mark.kind == "points":
+        style |= {"linestyle": "", "elinewidth": 0.8} if mark.error else {"linestyle": ""}
+    if mark.error:
+        axes.errorbar(x, found[mark.column], yerr=np.nan_to_num(found[mark.error]), **style)
+    else:
+        axes.plot(x, found[mark.column], **style)
 
 
-def _count_axis(axis: Axis) -> None:
-    """Put ticks at whole numbers only."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+def _band(axes: Axes, mark: Mark, x: Floats, found: Curves) -> None:
+    colour = COLOURS[SERIES[mark.look].colour]
+    axes.fill_between(x, found[mark.low], found[mark.column], color=colour, alpha=0.22, lw=0, label=mark.name)
 
 
-def _share_axis(axes: Axes) -> None:
-    """Shares from zero, in percent."""
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(True, axis="y")
-
-
-def _scree(axes: Axes, report: Report) -> None:
-    found = curves.thinned(curves.all_layers_spectrum(report))
-    rank = found["rank"]
-    if "low" in found and "high" in found:
-        axes.fill_between(
-            rank, found["low"], found["high"], color=GREY, alpha=0.3, lw=0, label="unrelated, 90 % of draws"
-        )
-    for name in curves.NULLS:
-        if name in found:
-            _line(axes, name, rank, found[name])
-    _line(axes, "all_models", rank, found["spectrum"])
-    _rank_axis(axes, rank[-1])
-    _log_share_axis(axes)
-    axes.set(title="Scree, all layers", xlabel="direction", ylabel="share of variance about the mean")
-    _legend(axes)
-
-
-def _log_share_axis(axes: Axes) -> None:
-    """Label shares on a log axis without TeX, which names must not reach."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high < 100 * low else (1,)
-    powers = range(floor(log10(low)), ceil(log10(high)))
-    ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-    axes.set_yticks(
-        ticks, [f"{100 * tick:.0g}%" if tick < 0.1 else f"{100 * tick:.0f}%" for tick in ticks], minor=False
+def _bar(axes: Axes, mark: Mark, x: Floats, found: Curves) -> None:
+    colour, values = COLOURS[SERIES[mark.look].colour], found[mark.column]
+    if len(values) > 1 or np.isfinite(x).all():
+        axes.bar(x, values, color=colour, alpha=0.75)
+        return
+    hatch = HATCHES.get(mark.look)
+    bar = axes.bar(
+        [mark.name], values, edgecolor=colour, facecolor="white" if hatch else colour, hatch=hatch, width=0.5
     )
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _heldout(axes: Axes, report: Report) -> None:
-    found, left = curves.all_layers_heldout(report), curves.all_layers_leave_one_out(report)
-    for name in ("in_sample", "heldout", "null"):
-        _line(axes, name, found["rank"], found[name])
-    _line(axes, "leave_one_out", left["rank"], left["heldout"])
-    _rank_axis(axes, max([*found["rank"], 1]))
-    _share_axis(axes)
-    axes.set(title="Variance kept, all layers", xlabel="rank", ylabel="share of variance about the mean")
-    _legend(axes)
-
-
-def _cumulative(axes: Axes, report: Report) -> None:
-    found = curves.thinned(curves.with_cumulative(curves.all_layers_spectrum(report)))
-    for name in curves.NULLS:
-        if f"{name}_sum" in found:
-            _line(axes, name, found["rank"], found[f"{name}_sum"])
-    _line(axes, "all_models", found["rank"], found["spectrum_sum"])
-    heldout = curves.all_layers_heldout(report)
-    _line(axes, "heldout", heldout["rank"], heldout["heldout"])
-    _rank_axis(axes, found["rank"][-1])
-    _share_axis(axes)
-    axes.set(title="Cumulative variance, all layers", xlabel="rank", ylabel="share of variance about the mean")
-    _legend(axes)
-
-
-def _axes(axes: Axes, report: Report) -> None:
-    name, layer = next((name, layer) for name, layer in report.layers.items() if layer["axes"])
-    style = {"outputs": ("heldout", BLUE), "inputs": ("in_sample", VERMILLION)}
-    largest = 1
-    for side, found in layer["axes"].items():
-        kind, colour = style.get(side, ("leave_one_out", GREEN))
-        values = floats(found["explained_variance_ratio"])
-        rank = np.arange(1, len(values) + 1)
-        largest = max(largest, len(values))
-        _line(axes, kind, rank, values, label=side, linestyle="-", ms=3)
-        null = curves.fitted(floats(found.get("null")), len(values))
-        _line(axes, "null", rank, null, label=f"{side}, chance", color=colour, marker="")
-    _rank_axis(axes, largest)
-    if axes.lines:
-        _log_share_axis(axes)
-    axes.set(title=f"Sides of {_short(name)}", xlabel="direction", ylabel="share of energy")
-    _legend(axes)
-
-
-def _mean(axes: Axes, report: Report) -> None:
-    summary = report.evidence["summary"]
-    bars = [
-        ("in-sample", summary["mean_energy"], VERMILLION, "//"),
-        ("held out", summary["mean_heldout"], PINK, ""),
-        ("by chance", summary["mean_null"], GREY, ".."),
-    ]
-    known = [bar for bar in bars if bar[1] is not None]
-    drawn_bars = axes.bar(
-        [label for label, *_ in known],
-        [value for _, value, *_ in known],
-        color="white",
-        edgecolor=[colour for *_, colour, _ in known],
-        width=0.5,
-    )
-    for bar, (_, _, colour, hatch) in zip(drawn_bars, known, strict=True):
-        bar.set(hatch=hatch, **({} if hatch else {"facecolor": colour}))
-    axes.bar_label(drawn_bars, [in_percent(value) for _, value, *_ in known], padding=2)
+    axes.bar_label(bar, [in_percent(value) for value in values], padding=2)
     axes.axhline(0, color=GREY, lw=0.8)
     axes.margins(y=0.12)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(title="The mean alone, all layers", ylabel="share of energy")
 
 
-def _layer_ranks(axes: Axes, report: Report) -> None:
+def _across(axes: Axes, mark: Mark, x: Floats, found: Curves) -> None:
+    draw = axes.axvline if mark.kind == "upright" else axes.axhline
+    draw(float(found[mark.column][0]), lw=1.2, **{**_style(mark.look), "label": mark.name})
+
+
+MARKS = {
+    "line": _line,
+    "curve": _line,
+    "points": _line,
+    "band": _band,
+    "bar": _bar,
+    "level": _across,
+    "upright": _across,
+}
+
+
+def _scale(axes: Axes, which: str, scale: str, largest: float) -> None:
+    """Set ticks and ends of an axis for a scale of `figures.Axis`."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if scale == "rank":
+        axes.set_xscale("log", base=2)
+        ticks = [2**power for power in range(12) if 2**power <= largest]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    elif scale == "bytes":
+        axes.set_xscale("log")
+        ticks_of_bytes = _log_ticks(*axes.get_xlim(), 10.0**4)
+        axes.set_xticks(ticks_of_bytes, [in_bytes(tick) for tick in ticks_of_bytes])
+        axes.minorticks_off()
+    elif scale == "count":
+        axis.set_major_locator(MaxNLocator(integer=True))
+    elif scale == "share":
+        axis.set_major_formatter(PercentFormatter(1.0))
+    elif scale == "log share" and axes.lines:  # labelled without TeX, which names must not reach
+        axes.set_yscale("log")
+        ticks_of_shares = _log_ticks(*axes.get_ylim(), 1000)
+        labels = [f"{100 * tick:.0g}%" if tick < 0.1 else f"{100 * tick:.0f}%" for tick in ticks_of_shares]
+        axes.set_yticks(ticks_of_shares, labels, minor=False)
+        axes.yaxis.set_minor_locator(NullLocator())
+    if which == "y":
+        axes.grid(True, axis="y")
+        if scale in ("share", "count") and axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
+        if scale == "cosine":
+            axes.set_ylim(0, 1.03)
+
+
+def _log_ticks(low: float, high: float, most: float) -> list[float]:
+    """Ticks at 1, 2 and 5 times powers of ten; at the powers alone where the axis spans more than a factor."""
+    powers = range(floor(log10(low)), ceil(log10(high)))
+    steps = (1, 2, 5) if high < most * low else (1,)
+    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+
+
+def _name(axes: Axes, figure: Figure, of: str = "") -> None:
+    """Write the title, in lines that fit, and the axes' labels."""
+    columns = int(72 * axes.figure.bbox.width / axes.figure.dpi / (0.62 * float(rcParams["axes.titlesize"])))
+    title = textwrap.fill(_short(figure.title, 80) + of, columns)
+    axes.set(title=title, xlabel=figure.x.label, ylabel=figure.y.label)
+
+
+def _heat(axes: Axes, figure: Figure, table: Floats, **more: Any) -> Any:
+    """Draw a heat map with its scale of colours."""
+    image = axes.imshow(table, **{"cmap": SHADES, "interpolation": "nearest", "aspect": "auto", **more})
+    _name(axes, figure)
+    return axes.figure.colorbar(image, ax=axes, label=figure.value)
+
+
+def _layer_ranks(axes: Axes, figure: Figure, report: Report) -> None:
     ranks = sorted({rank for layer in report.layers.values() for rank in layer["heldout"]["rank"]})
     table = np.full((len(report.layers), len(ranks)), np.nan)
     for row, layer in enumerate(report.layers.values()):
         for rank, value in zip(layer["heldout"]["rank"], floats(layer["heldout"]["captured"]), strict=False):
             table[row, ranks.index(rank)] = value
-    image = axes.imshow(table, cmap=SHADES, vmin=0, aspect="auto", interpolation="nearest")
+    bar = _heat(axes, figure, table, vmin=0)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
     if len(report.layers) <= MOST_NAMES:
         axes.set_yticks(range(len(report.layers)), [_short(name, 28) for name in report.layers])
         axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(0.8, 25 / len(report.layers)))
+        axes.set_ylabel("")
     else:
-        _count_axis(axes.yaxis)
-        axes.set_ylabel("layer, by role and depth")
-    axes.set(title="Held-out variance kept by each layer", xlabel="rank")
-    axes.figure.colorbar(image, ax=axes, label="share of the layer's variance", format=PercentFormatter(1.0))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _role_map(axes: Axes, report: Report) -> None:
+def _role_map(axes: Axes, figure: Figure, report: Report) -> None:
     found = role_map(report)
     table = np.full((len(found["roles"]), len(found["depths"])), np.nan)
     for row, column, _, _, auto, *_ in found["cells"]:
         table[row, column] = np.nan if auto is None else auto
-    image = axes.imshow(table, cmap=SHADES, aspect="auto", interpolation="nearest")
+    _heat(axes, figure, table).locator = MaxNLocator(integer=True)
     depths = ["–" if depth is None else str(depth) for depth in found["depths"]]
     step = max(1, len(depths) // 16)
     axes.set_xticks(range(0, len(depths), step), depths[::step])
     step = max(1, len(found["roles"]) // 24)
     axes.set_yticks(range(0, len(found["roles"]), step), [_short(role, 36) for role in found["roles"][::step]])
     axes.tick_params(axis="y", labelsize=float(rcParams["font.size"]) * min(1.0, 14 / len(found["roles"][::step])))
-    axes.set(title="Rank above chance by role and depth", xlabel="depth")
-    axes.figure.colorbar(image, ax=axes, label="directions", ticks=MaxNLocator(integer=True))
 
 
-def _similarity(axes: Axes, report: Report) -> None:
+def _similarity(axes: Axes, figure: Figure, report: Report) -> None:
     found = clustered(report)
     num, step = len(found.names), -(-len(found.names) // 512)
-    image = axes.imshow(
+    _heat(
+        axes,
+        figure,
         found.cosines_NN[::step, ::step],
         cmap=SIGNED if found.low < 0 else SHADES,
         vmin=found.low,
         vmax=found.high,
-        interpolation="nearest",
+        aspect="equal",
         extent=(0.5, num + 0.5, num + 0.5, 0.5),
     )
     for _, first, last in found.runs:
         start, end = first + 0.5, last + 1.5
         axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, lw=0.8)
-    _count_axis(axes.xaxis)
-    _count_axis(axes.yaxis)
-    axes.set(title="Cosine between models, clustered", xlabel="model", ylabel="model")
-    axes.figure.colorbar(image, ax=axes, label="cosine, over the range between different models")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _map(axes: Axes, report: Report) -> None:
+def _map(axes: Axes, figure: Figure, report: Report) -> None:
     groups = [group for group in report.evidence["lineage"]["groups"] if len(group) > 1]
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     signs, colours = "osD^PX*p", (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, INK)
@@ -379,169 +375,25 @@ def _map(axes: Axes, report: Report) -> None:
             style = {"color": colours[group % len(colours)], "marker": signs[group % len(signs)]}
             style["label"] = f"group {group + 1}"
         axes.scatter(points[:, 0], points[:, 1], s=24, **style)
-    shares = [in_percent(share) for share in report.evidence["map_shares"]]
-    labels = [
-        f"coefficient {number}" + (f" ({shares[number - 1]} of variance)" if len(shares) >= number else "")
-        for number in (1, 2)
-    ]
-    axes.set(title="Map of the models", xlabel=labels[0], ylabel=labels[1])
+    _name(axes, figure)
     if len(known) <= MOST_GROUPS:
-        _legend(axes)
-
-
-def _growth(axes: Axes, report: Report) -> None:
-    found = report.evidence["growth"]
-    num_models = found["num_models"]
-    known = {
-        key: curves.fitted(floats(found[key]), len(num_models)) for key in ("captured", "in_sample", "null", "spread")
-    }
-    _line(axes, "in_sample", num_models, known["in_sample"])
-    _line(axes, "heldout", num_models, known["captured"])
-    spread = np.nan_to_num(known["spread"])
-    axes.fill_between(num_models, known["captured"] - spread, known["captured"] + spread, color=BLUE, alpha=0.15, lw=0)
-    _line(axes, "null", num_models, known["null"])
-    at = f" at rank {found['rank']}" if found["rank"] else ""
-    axes.set(title=f"Variance kept{at}", xlabel="models fitted", ylabel="share of variance about the mean")
-    _share_axis(axes)
-    _count_axis(axes.xaxis)
-    _legend(axes)
-
-
-def _growth_rank(axes: Axes, report: Report) -> None:
-    found = report.evidence["growth"]
-    num_models = floats(found["num_models"])
-    ranks = curves.fitted(floats(found["var90_rank"]), len(num_models))
-    axes.plot(num_models, num_models - 1, color=GREY, linestyle=":", label="most possible, N − 1")
-    axes.plot(num_models, ranks, color=VERMILLION, linestyle="--", marker="s", label="for 90 % of variance, in-sample")
-    axes.set(title="Rank for 90 % of the variance", xlabel="models fitted", ylabel="directions")
-    axes.set_ylim(bottom=0)
-    _count_axis(axes.xaxis)
-    _count_axis(axes.yaxis)
-    axes.grid(True, axis="y")
-    _legend(axes)
-
-
-def _halves(axes: Axes, report: Report) -> None:
-    found = curves.all_layers_halves(report)
-    if np.isfinite(found["low"]).any():
-        axes.fill_between(
-            found["rank"], found["low"], found["high"], color=BLUE, alpha=0.15, lw=0, label="90 % of splits"
-        )
-    axes.plot(found["rank"], found["cosine"], color=BLUE, marker="o", label="two halves")
-    _line(axes, "null", found["rank"], found["null"], label="unrelated subspaces")
-    axes.set(title="Halves: principal angles, all layers", xlabel="direction", ylabel="cosine", ylim=(0, 1.03))
-    _count_axis(axes.xaxis)
-    axes.grid(True, axis="y")
-    _legend(axes)
-
-
-def _suitability(axes: Axes, report: Report) -> None:
-    found = [floats(exponents(layer)) for layer in report.layers.values()]
-    means, spreads = (
-        floats(getattr(values, of)() if len(values) else None for values in found) for of in ("mean", "std")
-    )
-    limit = limits(report.evidence["suitability"]["thresholds"])
-    axes.axhspan(limit["low"], limit["high"], color=GREEN, alpha=0.12, lw=0, label="suitable")
-    axes.errorbar(
-        range(1, len(means) + 1),
-        means,
-        yerr=spreads,
-        color=BLUE,
-        marker="o",
-        linestyle="",
-        elinewidth=0.8,
-        label="a layer",
-    )
-    axes.set(title="Power-law exponent by layer", xlabel="layer, by role and depth", ylabel="exponent")
-    _count_axis(axes.xaxis)
-    axes.grid(True, axis="y")
-    _legend(axes)
-
-
-def _secondary(axes: Axes, report: Report) -> None:
-    layers = range(1, len(report.layers) + 1)
-    for name, key in (("in_sample", "in_sample"), ("heldout", "captured"), ("null", "null")):
-        _line(axes, name, layers, floats(layer["secondary"][key] for layer in report.layers.values()), linestyle="")
-    axes.set(
-        title="What the next directions hold",
-        xlabel="layer, by role and depth",
-        ylabel="share of variance about the mean",
-    )
-    _count_axis(axes.xaxis)
-    _share_axis(axes)
-    _legend(axes)
-
-
-def _sizes(axes: Axes, report: Report) -> None:
-    table = size_table(report)
-    assert table is not None
-    bytes_of = [row.bytes for row in table.by_rank]
-    for name, key in (("null", "null"), ("all_models", "in_sample"), ("heldout", "heldout")):
-        _line(axes, name, bytes_of, 1 - floats(getattr(row, key) for row in table.by_rank), marker="")
-    axes.set_xscale("log")
-    if table.whole_zoo:
-        axes.axvline(table.whole_zoo, color=GREY, linestyle=":", lw=1.2, label="the models' files")
-    low, high = axes.get_xlim()
-    powers = range(floor(log10(low)), ceil(log10(high)))
-    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5) if low <= step * 10.0**power <= high]
-    axes.set_xticks(ticks, [in_bytes(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set(title="Error against size", xlabel="bytes of the whole bundle", ylabel="share of all variance lost")
-    _share_axis(axes)
-    _legend(axes)
-
-
-def _residuals(axes: Axes, report: Report) -> None:
-    found = sorted(
-        (model["residual"] for model in report.models.values() if model["residual"] is not None), reverse=True
-    )
-    axes.bar(range(1, len(found) + 1), found, color=VERMILLION, alpha=0.75)
-    axes.set(
-        title="Residual of each model", xlabel="models, largest residual first", ylabel="share of the model's energy"
-    )
-    _count_axis(axes.xaxis)
-    _share_axis(axes)
-
-
-def _function(axes: Axes, report: Report) -> None:
-    assert report.function is not None
-    mean, spread = report.function["mean"], report.function["spread"]
-    for key, name, label in (("rebuilt", "heldout", "rebuilt"), ("random_basis", "null", "random basis")):
-        ranks = sorted(mean[key], key=int)
-        error = [spread[key].get(rank) or 0.0 for rank in ranks]
-        style = {**_style(name), "label": label}
-        axes.errorbar([int(rank) for rank in ranks], floats(mean[key][rank] for rank in ranks), yerr=error, **style)
-    controls = {"original": INK, "parent": GREEN, "mean": PINK, "head_only": VERMILLION, "secondary": SKY}
-    dashes = ["-", "--", "-.", ":", (0, (5, 1))]
-    for (key, colour), dash in zip(controls.items(), dashes, strict=True):
-        if mean[key] is not None:
-            axes.axhline(mean[key], color=colour, linestyle=dash, lw=1, label=key.replace("_", " "))
-    _rank_axis(axes, max([int(rank) for rank in mean["rebuilt"]], default=1))
-    axes.set(title=_short(report.function["metric"], 60), xlabel="rank", ylabel="mean over models ± standard error")
-    _legend(axes, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend()
 
 
 def _short(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else f"…{text[1 - limit :]}"
 
 
-STATIC: dict[str, Static] = {
-    "scree": Static((6.4, 4.0), _scree),
-    "cumulative": Static((6.4, 4.0), _cumulative),
-    "axes": Static((6.4, 4.0), _axes),
-    "heldout": Static((6.4, 4.0), _heldout),
-    "mean": Static((4.4, 3.6), _mean),
-    "rolemap": Static((6.4, 4.0), _role_map),
-    "layerranks": Static((6.4, 5.6), _layer_ranks),
-    "similarity": Static((5.6, 4.6), _similarity),
-    "map": Static((5.6, 4.6), _map),
-    "growthrank": Static((4.8, 3.6), _growth_rank),
-    "growthcaptured": Static((4.8, 3.6), _growth),
-    "halves": Static((6.4, 3.8), _halves),
-    "sizes": Static((6.4, 4.0), _sizes),
-    "suitability": Static((6.4, 3.8), _suitability),
-    "secondary": Static((6.4, 3.8), _secondary),
-    "function": Static((6.4, 3.8), _function),
-    "residuals": Static((6.4, 3.8), _residuals),
+OWN = {"layerranks": _layer_ranks, "rolemap": _role_map, "similarity": _similarity, "map": _map}
+"""Drawers of maps, which no marks describe."""
+
+USUAL = (6.4, 4.0)
+SIZES = {
+    "mean": (4.4, 3.6),
+    "layerranks": (6.4, 5.6),
+    "similarity": (5.6, 4.6),
+    "map": (5.6, 4.6),
+    "growthrank": (4.8, 3.6),
+    "growthcaptured": (4.8, 3.6),
 }
-"""One for each figure of the page, by its name there."""
+"""Sizes in inches of figures that are not of the usual one."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from eigenzoo.report import curves
+from eigenzoo.report.curves import Curves
 from eigenzoo.report.document import Report, has_similarity
-from eigenzoo.report.numbers import floats
+from eigenzoo.report.plotted import ALL_LAYERS, CONTROLS, SECTIONS, TABLES, shown
 from eigenzoo.report.sizes import SizeTable
 
 Cell = str | int | float | None
@@ -18,17 +18,21 @@ Row = tuple[str, str, str, str, Cell, Cell]
 Maker = Callable[[Report, bool], Iterator[Row]]
 
 HEADER = ("section", "layer", "model", "series", "x", "y")
-ALL_LAYERS = "(all layers)"
 SCALARS = ("num_values", "energy", "variance", "effective_rank", "mean_energy")
 
 
-def _points(section: str, layer: str, found: curves.Curves, x: str = "rank") -> Iterator[Row]:
-    places = found[x].tolist()
-    for series, values in found.items():
-        if series != x:
-            for place, value in zip(places, values.tolist(), strict=False):
-                if value == value:
-                    yield section, layer, "", series, int(place) if place == int(place) else place, value
+def _points(section: str, layer: str, found: Curves) -> Iterator[Row]:
+    x, *columns = found
+    places = [_counted(place) for place in found[x].tolist()]
+    for series in columns:
+        for place, value in zip(places, found[series].tolist(), strict=False):
+            if value == value:
+                yield section, layer, "", series, place, _counted(value) if series.endswith("_rank") else value
+
+
+def _counted(value: float) -> Cell:
+    """A count without a decimal point; empty where there is none."""
+    return "" if value != value else int(value) if value == int(value) else value
 
 
 def layers(report: Report, thin: bool = False) -> Iterator[Row]:
@@ -47,56 +51,17 @@ def layers(report: Report, thin: bool = False) -> Iterator[Row]:
         yield "layers", name, "", "verdict", "", layer["verdict"]
 
 
-def spectrum(report: Report, thin: bool = False) -> Iterator[Row]:
-    """Spectra, their nulls, and the running sums of both."""
-    known = {ALL_LAYERS: curves.all_layers_spectrum(report)}
-    known |= {name: curves.full_spectrum(layer) for name, layer in report.layers.items()}
-    for name, found in known.items():
-        if len(found["rank"]):
-            found = curves.with_cumulative(found)
-            yield from _points("spectrum", name, curves.thinned(found) if thin else found)
+def plotted_rows(section: str) -> Maker:
+    """The tables of a section, layer by layer."""
 
+    def made(report: Report, thin: bool = False) -> Iterator[Row]:
+        tables = [dict(TABLES[table](report)) for table in SECTIONS[section]]
+        for layer in ("", ALL_LAYERS, *report.layers):
+            for table in tables:
+                if layer in table:
+                    yield from _points(section, layer, shown(table[layer]) if thin else table[layer])
 
-def axes(report: Report, thin: bool = False) -> Iterator[Row]:
-    """Spectra of the outputs' and inputs' sides."""
-    for name, layer in report.layers.items():
-        for axis, side in layer["axes"].items():
-            found = {
-                "rank": floats(range(1, len(side["explained_variance_ratio"]) + 1)),
-                axis: floats(side["explained_variance_ratio"]),
-                f"{axis}_null": floats(side.get("null")),
-            }
-            if len(found["rank"]):
-                found = {key: curves.fitted(value, len(found["rank"])) for key, value in found.items()}
-                yield from _points("axes", name, curves.thinned(found) if thin else found)
-
-
-def heldout(report: Report, thin: bool = False) -> Iterator[Row]:
-    """Variance kept of fitted, held-out and unrelated models; the mean alone."""
-    yield from _points("heldout", ALL_LAYERS, curves.all_layers_heldout(report))
-    for name, layer in report.layers.items():
-        yield from _points("heldout", name, curves.heldout_curves(layer))
-        left = curves.leave_one_out(layer)
-        yield from _points("heldout", name, {"rank": left["rank"], "leave_one_out": left["heldout"]})
-
-
-def mean(report: Report, thin: bool = False) -> Iterator[Row]:
-    """The mean alone, as shares of energy."""
-    summary = report.evidence["summary"]
-    yield "mean", ALL_LAYERS, "", "in_sample", "", summary["mean_energy"]
-    yield "mean", ALL_LAYERS, "", "heldout", "", summary["mean_heldout"]
-    yield "mean", ALL_LAYERS, "", "null", "", summary["mean_null"]
-    for name, layer in report.layers.items():
-        yield "mean", name, "", "in_sample", "", layer["mean_energy"]
-        yield "mean", name, "", "heldout", "", layer["mean"]["heldout"]
-        yield "mean", name, "", "null", "", layer["mean"]["null"]
-
-
-def halves(report: Report, thin: bool = False) -> Iterator[Row]:
-    """Cosines of the principal angles between two halves of the zoo."""
-    yield from _points("halves", ALL_LAYERS, curves.all_layers_halves(report))
-    for name, layer in report.layers.items():
-        yield from _points("halves", name, curves.halves_curves(layer))
+    return made
 
 
 def similarity(report: Report, thin: bool = False) -> Iterator[Row]:
@@ -135,14 +100,6 @@ def model_map(report: Report, thin: bool = False) -> Iterator[Row]:
         yield "map", "", "", "share", number, value
 
 
-def growth(report: Report, thin: bool = False) -> Iterator[Row]:
-    """Rank and capture against the number of models."""
-    found = report.evidence["growth"]
-    for series in ("var90_rank", "captured", "in_sample", "null", "spread"):
-        for num_models, value in zip(found["num_models"], found[series], strict=False):
-            yield "growth", "", "", series, num_models, value
-
-
 def suitability(report: Report, thin: bool = False) -> Iterator[Row]:
     """Power-law exponents of the zoo and of random halves, and what the rule makes of them."""
     for name, layer in report.layers.items():
@@ -157,20 +114,13 @@ def suitability(report: Report, thin: bool = False) -> Iterator[Row]:
             yield "suitability", name, model, "alpha", "", value
 
 
-def secondary(report: Report, thin: bool = False) -> Iterator[Row]:
-    """The directions after the first k."""
-    for name, layer in report.layers.items():
-        for series in ("in_sample", "captured", "null"):
-            yield "secondary", name, "", series, layer["secondary"]["rank"], layer["secondary"][series]
-
-
 def function(report: Report, thin: bool = False) -> Iterator[Row]:
     """The metric of every model, their mean, and its standard error."""
     if report.function is None:
         return
     known = {"(mean)": report.function["mean"], "(standard error)": report.function["spread"]}
     for model, outcome in {**known, **report.function["models"]}.items():
-        for series in ("original", "parent", "mean", "head_only", "secondary"):
+        for series in CONTROLS:
             yield "function", "", model, series, "", outcome[series]
         for series in ("rebuilt", "random_basis"):
             for rank, value in outcome[series].items():
@@ -203,17 +153,13 @@ def size_rows(table: SizeTable) -> Iterator[Row]:
 
 MAKERS: dict[str, Maker] = {
     "layers": layers,
-    "spectrum": spectrum,
-    "axes": axes,
-    "heldout": heldout,
-    "mean": mean,
-    "halves": halves,
+    **{section: plotted_rows(section) for section in ("spectrum", "axes", "heldout", "mean", "halves")},
     "similarity": similarity,
     "lineage": lineage,
     "map": model_map,
-    "growth": growth,
+    "growth": plotted_rows("growth"),
     "suitability": suitability,
-    "secondary": secondary,
+    "secondary": plotted_rows("secondary"),
     "function": function,
     "residuals": residuals,
 }

@@ -59,7 +59,7 @@ function line(kind, x, y, more = {}) {
   return {
     type: "scatter", mode: "lines+markers", x, y, name: kind.name,
     line: { color: kind.color, dash: kind.dash, width: kind.width },
-    marker: { color: kind.color, symbol: kind.symbol, size: 6 },
+    marker: { color: kind.color, symbol: kind.symbol || "circle", size: 6 },
     hovertemplate: "%{y:.4~g}", ...more,
   };
 }
@@ -75,8 +75,8 @@ function band(name, colour, x, low, high) {
 
 function axis(c, title, more = {}) {
   return {
-    title: { text: title, font: { size: 12, color: c.muted }, standoff: 8 }, color: c.muted, gridcolor: c.line,
-    unifiedhovertitle: { text: title + ": %{x}" }, linecolor: c.line, zeroline: false, automargin: true, ticks: "outside", tickcolor: c.line, ticklen: 4, ...more,
+    title: { text: plain(title), font: { size: 12, color: c.muted }, standoff: 8 }, color: c.muted, gridcolor: c.line,
+    unifiedhovertitle: { text: plain(title) + ": %{x}" }, linecolor: c.line, zeroline: false, automargin: true, ticks: "outside", tickcolor: c.line, ticklen: 4, ...more,
   };
 }
 
@@ -88,10 +88,10 @@ function countStep(largest) {
 
 const countAxis = (c, title, largest, more = {}) => axis(c, title, { tick0: 0, dtick: countStep(largest), showgrid: false, ...more });
 
-function rankAxis(c, largest, title = "rank k", more = {}) {
+function rankAxis(c, largest, title) {
   const ticks = [];
   for (let tick = 1; tick <= Math.max(largest, 1); tick *= 2) ticks.push(tick);
-  return axis(c, title, { type: "log", tickvals: ticks, ticktext: ticks.map(String), showgrid: false, ...more });
+  return axis(c, title, { type: "log", tickvals: ticks, ticktext: ticks.map(String), showgrid: false });
 }
 
 // Places on a log axis: one, two, five; the powers of ten alone where it spans more than so many of them.
@@ -126,7 +126,6 @@ function layout(c, x, y, more = {}) {
   };
 }
 
-const perLayer = (part) => (state.layer < 0 ? part.all : part.layers[state.layer]);
 const has = (values) => Array.isArray(values) && values.some((value) => value !== null);
 
 function nothing(c, text = "This layer has no such numbers.") {

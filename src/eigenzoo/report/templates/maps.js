@@ -49,7 +49,7 @@ figures.rolemap = (c) => {
     text[cell[0]][cell[1]] = `${what}<br>${plain(byId("choice-rolemap").selectedOptions[0].textContent)}: <b>${value}</b>`;
   }
   const label = depths.map((depth) => (depth === null ? "–" : String(depth)));
-  const x = axis(c, "depth (block number)", { tickvals: label.map((_, at) => at), ticktext: label, showgrid: false, ticks: "", tickmode: depths.length > 40 ? "auto" : "array" });
+  const x = axis(c, DATA.figures.rolemap.x.label, { tickvals: label.map((_, at) => at), ticktext: label, showgrid: false, ticks: "", tickmode: depths.length > 40 ? "auto" : "array" });
   const y = axis(c, "", {
     tickvals: roles.map((_, at) => at), ticktext: tellingParts(roles).map((role) => plain(role, NARROW.matches ? 18 : 36)),
     autorange: "reversed", showgrid: false, ticks: "", showticklabels: roles.length <= 60,
@@ -84,9 +84,9 @@ figures.layerranks = (c) => {
   const label = byId("choice-layerranks").selectedOptions[0].textContent;
   const text = z.map((row, at) => row.map((share, column) => `${plain(DATA.layers[at].name)}<br>rank ${ranks[column]}<br>${label}: <b>${percent(share)}</b>`));
   const few = layers.length <= 40;
-  const x = axis(c, "rank k", { tickvals: ranks.map((_, at) => at), ticktext: ranks.map(String), showgrid: false, ticks: "" });
+  const x = axis(c, DATA.figures.layerranks.x.label, { tickvals: ranks.map((_, at) => at), ticktext: ranks.map(String), showgrid: false, ticks: "" });
   const marks = few ? tellingParts(DATA.layers.map((layer) => layer.name)).map((name, at) => [at, name]) : roleMarks();
-  const y = axis(c, few ? "" : "layers by role and depth", {
+  const y = axis(c, few ? "" : DATA.figures.layerranks.y.label, {
     autorange: "reversed", showgrid: false, ticks: "",
     tickvals: marks.map(([at]) => at), ticktext: marks.map(([, name]) => plain(name, NARROW.matches ? 16 : 36)),
   });
@@ -117,9 +117,9 @@ figures.similarity = (c) => {
     type: "heatmap", z, text, zmin: low, zmax: high,
     colorscale: low < 0 ? [[0, c.warm], [0.5, c.surface], [1, c.cold]] : [[0, c.low], [1, c.high]],
     hovertemplate: "%{text}<br>cosine <b>%{z:.3~f}</b><extra></extra>",
-    colorbar: colorbar(c, "cosine", { nticks: 6 }),
+    colorbar: colorbar(c, DATA.figures.similarity.value, { nticks: 6 }),
   }];
-  const x = axis(c, few || NARROW.matches ? "" : "models, similar ones side by side", { ...side, constrain: "domain", tickangle: -60 });
+  const x = axis(c, few || NARROW.matches ? "" : DATA.figures.similarity.x.label, { ...side, constrain: "domain", tickangle: -60 });
   const y = axis(c, "", { ...side, autorange: "reversed", scaleanchor: "x", constrain: "domain", constraintoward: "top" });
   return { data, layout: layout(c, x, y, { hovermode: "closest", shapes, height: NARROW.matches ? 440 : 620 }) };
 };
@@ -153,26 +153,22 @@ figures.map = (c) => {
 };
 
 // One mark per layer along the layers' order.
-function byLayer(c, series, yAxis, more = {}) {
+function byLayer(c, figure, series, yAxis, more = {}) {
   const label = names();
   const data = series.map((kind) => ({
     type: "scatter", mode: "markers", name: kind.name, x: label.map((_, at) => at + 1), y: kind.values, text: label,
-    marker: { color: kind.color, symbol: kind.symbol, size: 7, line: { width: 1.5, color: kind.color } },
+    marker: { color: kind.color, symbol: kind.symbol === "x" ? "x-thin" : kind.symbol, size: 7, line: { width: 1.5, color: kind.color } },
     ...(kind.spread ? { error_y: { type: "data", array: kind.spread, color: faded(kind.color, 0.5), thickness: 1, width: 0 } } : {}),
     hovertemplate: `%{text}<br>${kind.name}: <b>%{y:.4~g}</b><extra></extra>`,
   }));
-  const x = countAxis(c, "layer, by role and depth", label.length, { range: [0.25, label.length + 0.75] });
+  const x = countAxis(c, figure.x.label, label.length, { range: [0.25, label.length + 0.75] });
   return { data, layout: layout(c, x, yAxis, { hovermode: "closest", ...more }) };
 }
 
 figures.secondary = (c) => {
-  const found = DATA.secondary;
-  const series = [
-    { name: "in-sample", values: found.in_sample, color: c.insample, symbol: "square-open" },
-    { name: "held out", values: found.captured, color: c.heldout, symbol: "circle" },
-    { name: "chance, held out", values: found.null, color: c.null, symbol: "x-thin" },
-  ];
-  return byLayer(c, series.filter((one) => has(one.values)), axis(c, SHARE, { tickformat: ".1~%", rangemode: "tozero" }));
+  const figure = DATA.figures.secondary;
+  const series = figure.marks.map((mark) => ({ ...lookOf(c, mark), values: DATA[mark.table].layers.map((found) => found[mark.column][0]) }));
+  return byLayer(c, figure, series.filter((one) => has(one.values)), scaled(c, figure.y));
 };
 
 figures.suitability = (c) => {
@@ -182,7 +178,7 @@ figures.suitability = (c) => {
   const spread = found.layers.map((layer) => (layer ? layer.spread : 0));
   const series = [
     { name: "retained", values: pick(true), spread, color: c.heldout, symbol: "circle" },
-    { name: "left out", values: pick(false), spread, color: c.insample, symbol: "x-thin" },
+    { name: "left out", values: pick(false), spread, color: c.insample, symbol: "x" },
   ];
   const known = found.layers.flatMap((layer) => (layer ? [layer.mean - layer.spread, layer.mean + layer.spread] : []));
   const range = [Math.min(limits.low, ...known) - 0.5, Math.max(limits.high, ...known) + 0.5];
@@ -190,18 +186,19 @@ figures.suitability = (c) => {
     type: "rect", xref: "paper", x0: 0, x1: 1, y0: limits.low, y1: limits.high, layer: "below",
     fillcolor: faded(c.green, 0.14), line: { width: 0 },
   }];
-  return byLayer(c, series.filter((one) => has(one.values)), axis(c, "exponent", { range }), { shapes });
+  const { suitability: figure } = DATA.figures;
+  return byLayer(c, figure, series.filter((one) => has(one.values)), axis(c, figure.y.label, { range }), { shapes });
 };
 
 figures.residuals = (c) => {
-  const { names: models, residual } = DATA.residuals;
+  const models = DATA.residual_names;
+  const figure = DATA.figures.residuals;
   const few = models.length <= 40 && !NARROW.matches;
   const data = [{
-    type: "bar", x: models.map((_, at) => at + 1), y: residual, text: models.map((name) => plain(name)), textposition: "none",
+    type: "bar", x: models.map((_, at) => at + 1), y: tableOf("residuals").residual, text: models.map((name) => plain(name)), textposition: "none",
     marker: { color: faded(c.insample, 0.75) }, hovertemplate: "%{text}<br>residual <b>%{y:.4~g}</b><extra></extra>",
   }];
   const ticks = few ? { tickmode: "array", tickvals: models.map((_, at) => at + 1), ticktext: models.map((name) => plain(name, 16)), tickangle: -60 } : {};
-  const x = countAxis(c, few ? "" : "models, largest residual first", models.length, ticks);
-  const y = axis(c, "share of the model's energy", { tickformat: ".2~%", rangemode: "tozero" });
-  return { data, layout: layout(c, x, y, { hovermode: "closest", bargap: models.length > 80 ? 0 : 0.35 }) };
+  const x = countAxis(c, few ? "" : figure.x.label, models.length, ticks);
+  return { data, layout: layout(c, x, scaled(c, figure.y), { hovermode: "closest", bargap: models.length > 80 ? 0 : 0.35 }) };
 };

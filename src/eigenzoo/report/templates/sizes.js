@@ -10,12 +10,9 @@ function sizeRow() {
 figures.sizes = (c) => {
   const rows = DATA.sizes.by_rank;
   const kind = kinds(c);
-  const lost = (values) => values.map((value) => (value === null ? null : 1 - value));
-  const curve = (of, key) => line(of, rows.bytes, lost(rows[key]), {
-    mode: "lines", text: rows.at.map((rank) => "rank " + rank), hovertemplate: "%{text}, %{x:.4~s}B: %{y:.4~g} lost<extra>" + of.name + "</extra>",
-  });
-  const data = [["null", kind.null], ["in_sample", kind.all_models], ["heldout", kind.heldout]]
-    .filter(([key]) => has(rows[key])).map(([key, of]) => curve(of, key));
+  const data = traces(c, DATA.figures.sizes).map((trace) => ({
+    ...trace, text: rows.at.map((rank) => "rank " + rank), hovertemplate: "%{text}, %{x:.4~s}B: %{y:.4~g} lost<extra>" + trace.name + "</extra>",
+  }));
   const now = sizeRow();
   for (const [key, of] of [["in_sample", kind.all_models], ["heldout", kind.heldout]]) {
     if (now[key] === null) continue;
@@ -31,22 +28,21 @@ figures.sizes = (c) => {
     data.push(line({ name: plain(DATA.sizes.function.metric, 28) + ", rebuilt", color: c.green, dash: "dashdot", symbol: "diamond", width: 2 },
       known.map((point) => point.bytes), known.map((point) => point.value),
       { yaxis: "y2", text: known.map((point) => "rank " + point.rank), hovertemplate: "%{text}: %{y:.4~g}<extra>metric</extra>" }));
-    more.yaxis2 = axis(c, plain(DATA.sizes.function.metric, 28), { overlaying: "y", side: "right", showgrid: false, tickmode: "auto", nticks: 6 });
+    more.yaxis2 = axis(c, DATA.sizes.function.metric, { overlaying: "y", side: "right", showgrid: false, tickmode: "auto", nticks: 6 });
   }
   const zoo = DATA.sizes.whole_zoo;
   if (zoo > 0) {
     more.shapes = [{ type: "line", yref: "paper", x0: zoo, x1: zoo, y0: 0, y1: 1, line: { color: c.muted, width: 1.5, dash: "dot" } }];
     more.annotations = [{
-      x: Math.log10(zoo), y: 1, yref: "paper", text: "the models' files", showarrow: false, xanchor: "right", yanchor: "top", xshift: -4,
+      x: Math.log10(zoo), y: 1, yref: "paper", text: DATA.figures.sizes.marks.at(-1).label, showarrow: false, xanchor: "right", yanchor: "top", xshift: -4,
       font: { color: c.muted, size: 12 },
     }];
   }
   const all = [zoo, ...rows.bytes].filter((value) => value > 0).map(Math.log10);
   const range = [Math.min(...all) - 0.05, Math.max(...all) + 0.05];
   const ticks = logTicks(range, NARROW.matches ? 1.2 : 3);
-  const x = axis(c, "bytes of the whole bundle", { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
-  const y = axis(c, "share of all variance lost", { tickformat: ".0%", range: [0, 1.04] });
-  return { data, layout: layout(c, x, y, more) };
+  const x = axis(c, DATA.figures.sizes.x.label, { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
+  return { data, layout: layout(c, x, scaled(c, DATA.figures.sizes.y), more) };
 };
 
 // The metric at the ranks it was measured at, with their bytes.
@@ -54,14 +50,14 @@ function metricPoints() {
   const measured = DATA.sizes.function;
   if (!measured) return null;
   const rows = DATA.sizes.by_rank;
-  const points = measured.mean.rebuilt.filter(([rank]) => rank < rows.at.length).map(([rank, value]) => ({ rank, value, bytes: rows.bytes[rank] }));
+  const points = measured.rebuilt.filter(([rank]) => rank < rows.at.length).map(([rank, value]) => ({ rank, value, bytes: rows.bytes[rank] }));
   return points.length ? points : null;
 }
 
 function metricText(now) {
   if (sizeNow.by !== "by_rank") return "measured for equal ranks only";
   const known = (metricPoints() || []).filter((point) => point.rank <= now.at);
-  if (!known.length) return `mean alone: ${number(DATA.sizes.function.mean.mean)}`;
+  if (!known.length) return `mean alone: ${number(DATA.sizes.function.mean)}`;
   return `${number(known.at(-1).value)} (measured at rank ${known.at(-1).rank})`;
 }
 

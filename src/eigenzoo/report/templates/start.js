@@ -1,6 +1,6 @@
 // Wires the page: choices, theme, downloads, drawing when seen.
 
-const BY_LAYER = ["scree", "cumulative", "axes", "heldout", "mean", "halves"];
+const BY_LAYER = Object.keys(DATA.figures).filter((name) => DATA.figures[name].by_layer);
 
 function startLayers() {
   const selects = [...document.querySelectorAll("select.layer")];
