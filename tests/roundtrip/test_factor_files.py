@@ -364,7 +364,7 @@ def test_checkpoints_of_one_mlx_run_are_read_with_the_config_beside_them(tmp_pat
         ({"lora_parameters": {"scale": None}}, r"lora_parameters.scale is None.*finite number"),
         ({"lora_parameters": {"scale": -1}}, r"lora_parameters.scale is -1"),
         ({"lora_parameters": {"scale": float("inf")}}, r"lora_parameters.scale is inf.*finite"),
-        ({"lora_parameters": {"alpha": 16}}, r"alpha 16 beside scale 2.5.*Remove alpha"),
+        ({"lora_parameters": {"alpha": 16}}, r"both alpha 16 and scale 2.5.*Remove alpha"),
     ],
 )
 def test_configs_of_mlx_lm_that_are_not_plain_lora_are_refused(
