@@ -60,7 +60,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "coefficients above": (lambda d: d["models"][0].update(coefficients="../../m0.safetensors"), r"holds '\.\.'"),
     "coefficients unlisted": (
         lambda d: d["models"][0].update(coefficients="m0.safetensors"),
-        "not among the manifest's",
+        "is not listed in the manifest",
     ),
     "content above": (lambda d: d["models"][0].update(layout="../../../etc/passwd"), r"layout: String should match"),
     "content of a side file": (
