@@ -49,7 +49,7 @@ def models(num: int, spread: float) -> torch.Tensor:
 def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(border, "PRODUCT_COLUMNS", 1024)
     monkeypatch.setattr(kernels, "PRODUCT_COLUMNS", 1024)
-    monkeypatch.setattr(border, "RUN_VALUES", 4096)
+    monkeypatch.setattr(border, "BLOCK_VALUES", 4096)
     monkeypatch.setattr(border, "GROUP_VALUES", 7 * 4096)
 
 

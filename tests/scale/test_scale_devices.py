@@ -22,7 +22,7 @@ from eigenzoo.linalg.block_sums import add_block, empty_sums, exact_mean, num_ex
 from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.update_tiles import Tile, products
 from eigenzoo.passes.resources import Resources, check_device
-from eigenzoo.subspace.moments.collecting import Asked, dense_moments, loaded, sum_span
+from eigenzoo.subspace.moments.collecting import MomentRequest, dense_moments, loaded, sum_span
 from eigenzoo.subspace.moments.sketched import sketch_sides
 from eigenzoo.subspace.moments.update_moments import update_side
 from tolerance import tolerance
@@ -222,10 +222,10 @@ def test_products_of_sides_run_on_the_device(tmp_path: Path, monkeypatch: pytest
         call = lambda device: sketch_sides(stack, {"outputs": 4}, None, device=device)  # noqa: E731
     else:
         stack = dense_stack(tmp_path)
-        asked = Asked(("models", "outputs"))
-        spans = [sum_span(stack, *span, asked, Resources()) for span in stack.spans()]
+        request = MomentRequest(("models", "outputs"))
+        spans = [sum_span(stack, *span, request, Resources()) for span in stack.spans()]
         seen.clear()
-        call = lambda device: dense_moments(stack, spans, asked, device)  # noqa: E731
+        call = lambda device: dense_moments(stack, spans, request, device)  # noqa: E731
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         call("meta")
     assert seen == {"meta"}

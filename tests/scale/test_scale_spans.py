@@ -312,7 +312,7 @@ def test_no_basis_weighs_more_than_is_said_before_it_is_made(tmp_path: Path, vie
     options = resolve_options(rank, None, "models", dtype, None, None, 0)
     (name,) = zoo.layers
     result = fit_task(zoo, name, options, Resources())
-    tensors = [*result.parts.values()]
+    tensors = [*result.tensors.values()]
     for span in result.spans:
         tensors += [span.directions_KD] if span.mean_D is None else [span.directions_KD, span.mean_D]
     with local_workers(num=1) as workers:

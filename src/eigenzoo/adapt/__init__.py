@@ -1,4 +1,4 @@
-"""A new task for a few hundred numbers: coefficients in a frozen shared basis, trained, searched for, or calibrated.
+"""Adapt a model to a new task by a few hundred numbers: trained, searched or calibrated coefficients in a frozen shared basis.
 
     adapted = eigenzoo.adapt.attach(model, space)          # any torch module
     torch.optim.Adam(adapted.parameters(), lr=eigenzoo.adapt.LEARNING_RATE)

@@ -1,11 +1,17 @@
-"""The file of an adapted model: its coefficients, and nothing that the bundle holds.
+"""Save and load the file of an adapted model. It contains the coefficients and nothing that the bundle contains.
 
-One safetensors file: `coefficients`, float32, all layers' in the order of the bundle, row-major; the tensors that were trained
-besides, under their names after `besides.`; and in the metadata `format`, `basis` (the id of the bundle's basis, the checksum of
-its shards), `mean` (whether the zoo's mean is part of the weights) and, where it is not, `weights` (the fingerprint of those that
-it changes); where random directions were trained besides the zoo's (`augment`), how many and their seed: `augment`, `augment_seed`.
-What else a rebuilt model is to know may stand there too: `names` (what files call what was trained besides, where
-that differs), `classes` (of a task that has others than the model) and `task` (the nursery's).
+One safetensors file. Tensors:
+
+* `coefficients`: float32, of all layers in the order of the bundle, row-major;
+* `besides.<name>`: other trained parameters.
+
+Metadata:
+
+* `format`; `basis`: the id of the bundle's basis, the hash of its shards' checksums;
+* `mean`: whether the zoo's mean is part of the weights. If it is not, `weights` is the fingerprint of the changed weights;
+* `augment` and `augment_seed`: number and seed of additional random directions, if there are any;
+* optional, for rebuilt models: `names` (of other trained parameters in files, if they differ), `classes` (of a task with other
+  classes than the model's) and `task` (of the nursery).
 
 Legend: C coefficients of all layers.
 """
@@ -40,14 +46,14 @@ BESIDES = "besides."
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What such a file holds, checked against a bundle.
+    """The contents of an adapter file, checked against a bundle.
 
     Attributes:
-        values: by layer.
-        besides: by name.
+        values: coefficients by layer.
+        besides: other trained parameters by name.
         mean: whether the zoo's mean is part of the weights.
         about: the metadata.
-        augmentation: random directions besides the zoo's; the values have their coefficients too.
+        augmentation: additional random directions; `values` contains their coefficients too.
     """
 
     values: Mapping[str, Tensor]
@@ -64,9 +70,9 @@ def save(
     force: bool = False,
     about: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a module's coefficients to a file, which appears whole or not at all; returns its path.
+    """Write a module's coefficients to a file and return its path. The file appears complete or not at all.
 
-    `about` is metadata that go along: see the top of the file. With `force` it replaces another such file, and no other.
+    `about` is additional metadata; see the top of the file. `force` replaces an existing adapter file, but no other file.
     """
     values = adapted.coefficients()
     tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in adapted.space.layers])}
@@ -84,23 +90,23 @@ def save(
 
 
 def save_moved(
-    found: AdapterFile,
+    file: AdapterFile,
     values: Mapping[str, Tensor],
     space: Subspace,
     path: str | os.PathLike[str],
     about: Mapping[str, str],
 ) -> Path:
-    """Write what a file held with other coefficients, of another subspace, and without random directions; returns its path."""
+    """Write the contents of a file again, with coefficients of another subspace and without random directions. Return its path."""
     tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in space.layers])}
-    tensors |= {BESIDES + name: kept.contiguous() for name, kept in found.besides.items()}
-    metadata = {name: text for name, text in found.about.items() if name not in _described(Augmentation(1))}
+    tensors |= {BESIDES + name: tensor.contiguous() for name, tensor in file.besides.items()}
+    metadata = {name: text for name, text in file.about.items() if name not in _described(Augmentation(1))}
     return _write(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
 
 
 def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = False) -> AdapterFile:
-    """Read a file; raises BundleError where it belongs to another basis, and FormatError where it is none.
+    """Read an adapter file. Raises BundleError if it belongs to another basis, and FormatError if it is not an adapter file.
 
-    With `augmented`, one that was trained in random directions too; without, that is a BundleError: no bundle rebuilds them.
+    `augmented` also accepts files with random directions. Otherwise they are a BundleError, because no bundle rebuilds them.
     """
     file = SafetensorsFile(Path(path))
     info = file.tensors.get("coefficients")
@@ -137,7 +143,7 @@ def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = Fal
 
 
 def is_adapter_file(path: Path) -> bool:
-    """Tell whether a file says that it is such a file."""
+    """Tell whether a file's metadata declare an adapter file."""
     try:
         return path.is_file() and SafetensorsFile(path).metadata.get("format") == FORMAT
     except FormatError:
@@ -145,19 +151,19 @@ def is_adapter_file(path: Path) -> bool:
 
 
 def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
-    """Put what a file holds into an adapted module, which must have been attached with the same kind of start.
+    """Load a file into an adapted module, which must have been attached with the same kind of start.
 
-    Raises BundleError where it was not, and where what was trained besides has another shape there; nothing has changed then.
+    Raises BundleError if it was not, or if another trained parameter has another shape. Then nothing has changed.
     """
-    found = read(path, adapted.space, augmented=True)
-    if found.augmentation != adapted.augmentation:
+    file = read(path, adapted.space, augmented=True)
+    if file.augmentation != adapted.augmentation:
         raise BundleError(
-            f"was trained with augment={found.augmentation.num}, seed={found.augmentation.seed}",
+            f"was trained with augment={file.augmentation.num}, seed={file.augmentation.seed}",
             where=str(path),
             rule=f"the module has augment={adapted.augmentation.num}, seed={adapted.augmentation.seed}",
             next_step="attach with those of the file",
         )
-    if found.mean != adapted.start.mean or set(found.besides) != set(adapted.besides):
+    if file.mean != adapted.start.mean or set(file.besides) != set(adapted.besides):
         raise BundleError(
             "was trained from another kind of start, or with other parameters besides",
             where=str(path),
@@ -165,17 +171,17 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
             next_step="attach with the start and the parameters of the training",
         )
     for name, parameter in adapted.besides.items():
-        if found.besides[name].shape != parameter.shape:
+        if file.besides[name].shape != parameter.shape:
             raise BundleError(
-                f"'{name}' has shape {list(found.besides[name].shape)}",
+                f"'{name}' has shape {list(file.besides[name].shape)}",
                 where=str(path),
                 rule=f"the module has {list(parameter.shape)}",
                 next_step="load it into a module like the one that was trained",
             )
-    adapted.set_coefficients(found.values)
+    adapted.set_coefficients(file.values)
     with torch.no_grad():
         for name, parameter in adapted.besides.items():
-            parameter.copy_(found.besides[name])
+            parameter.copy_(file.besides[name])
 
 
 def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool) -> Path:
@@ -192,22 +198,22 @@ def _described(augmentation: Augmentation) -> dict[str, str]:
 
 
 def _augmentation(file: SafetensorsFile) -> Augmentation:
-    """What a file says of random directions; both numbers as they are written, or neither."""
-    found = [file.metadata.get(name) for name in ("augment", "augment_seed")]
-    if found == [None, None]:
+    """Return a file's random directions. Both numbers must be valid, or both absent."""
+    numbers = [file.metadata.get(name) for name in ("augment", "augment_seed")]
+    if numbers == [None, None]:
         return NONE
     try:
-        num, seed = (int(text[:20]) if text is not None else -1 for text in found)
-        given = Augmentation(num, seed)
+        num, seed = (int(text[:20]) if text is not None else -1 for text in numbers)
+        augmentation = Augmentation(num, seed)
     except (ValueError, UsageError):
-        given = NONE
-    if not given.num or given.num >= 10**6 or list(_described(given).values()) != found:
-        raise FormatError("has no numbers as its random directions", where=str(file.path), rule=f"not {found}"[:100])
-    return given
+        augmentation = NONE
+    if not augmentation.num or augmentation.num >= 10**6 or list(_described(augmentation).values()) != numbers:
+        raise FormatError("has no numbers as its random directions", where=str(file.path), rule=f"not {numbers}"[:100])
+    return augmentation
 
 
 def _changed_weights(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights below the coefficients, by the names of the bundle's layers."""
+    """Yield the weights that the coefficients change, by the names of the bundle's layers."""
     for layer, (path, name) in adapted.places.items():
         parametrizations: Any = adapted.module.get_submodule(path).parametrizations
         yield layer, parametrizations[name].original
@@ -215,11 +221,11 @@ def _changed_weights(adapted: Adapted) -> Iterator[tuple[str, Tensor]]:
 
 LORA_RANK = 8
 _DIMENSIONS = (2, 4)
-"""Of the weights that LoRA takes: linear layers, embeddings, convolutions. Biases and norms have no LoRA."""
+"""Dimensions of weights that LoRA supports: linear layers, embeddings, convolutions. Biases and norms have no LoRA."""
 
 
 def lora_bytes(layers: Mapping[str, LayerBasis], rank: int = LORA_RANK) -> int:
-    """Return the bytes of a PEFT adapter file of this rank, in float32, of all layers that LoRA can take; its config apart."""
+    """Return the bytes of a float32 PEFT adapter file of this rank with all layers that LoRA supports, without its config."""
     entries = []
     for name, basis in layers.items():
         layer = basis.layer

@@ -1,11 +1,11 @@
-"""Coefficients on any torch module: its weights become M + Σ c_k V_k, by `torch.nn.utils.parametrize`.
+"""Attach coefficients to any torch module. Its weights become M + Σ c_k V_k, by `torch.nn.utils.parametrize`.
 
-Every parameter of the module is frozen but the coefficients' own (and those that are asked for besides, a head say): an optimiser
-gets `adapted.parameters()`. The module stays what it is: it can be moved, called, copied and put into any training loop.
+All parameters of the module are frozen except the coefficients and those that `besides` names, such as a head. An optimiser gets
+`adapted.parameters()`. The module can still be moved, called, copied and used in any training loop.
 
-A weight is made in float32 at least and rounded once to the dtype that it has, also under autocast. A weight that several parts of
-a module share (an embedding that is the output layer too) stays shared. Several subspaces can be attached to one module where they
-have no weight in common; `detach` the last one first.
+A weight is computed in float32 or float64 and rounded once to its dtype, also under autocast. A weight that several submodules
+share (an embedding that is also the output layer) stays shared. Several subspaces can be attached to one module if they have no
+weight in common. Detach the last one first.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Adapted:
     """A module with coefficients in place of weights.
 
     Attributes:
-        module: the module that `attach` was given, changed in place.
-        space: where the bases came from.
-        start: where training began.
-        weights: by the names of the bundle's layers.
-        places: of each of them the submodule, by its path, and the parameter there.
-        besides: other parameters that are trained, by their names in the module.
-        augmentation: random directions beside the zoo's; their coefficients come after its own.
-        shared: other places of the module that have the same weight, by the names of the layers.
-        trainable: which of the module's parameters `attach` froze or unfroze, and whether they were trainable before.
+        module: the module given to `attach`, changed in place.
+        space: the subspace of the bases.
+        start: the coefficients at which training began.
+        weights: parametrizations by the names of the bundle's layers.
+        places: for each layer the path of its submodule and the parameter's name.
+        besides: other trained parameters by their names in the module.
+        augmentation: additional random directions; their coefficients follow the zoo's.
+        shared: other places with the same weight, by the names of the layers.
+        trainable: parameters that `attach` froze or unfroze, and whether they were trainable before.
     """
 
     module: nn.Module
@@ -68,18 +68,18 @@ class Adapted:
     trainable: tuple[tuple[nn.Parameter, bool], ...] = ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what is trained."""
+        """Yield the trained parameters."""
         yield from (weight.trained.theta for weight in self.weights.values())
         yield from self.besides.values()
 
     def coefficients(self) -> dict[str, Tensor]:
-        """Return every layer's coefficients as they are now."""
+        """Return every layer's current coefficients."""
         return {name: weight.trained().detach().cpu() for name, weight in self.weights.items()}
 
     def set_coefficients(self, values: Mapping[str, Tensor]) -> None:
-        """Put every layer's coefficients where they are given.
+        """Set every layer's coefficients.
 
-        Raises UsageError for other layers than the module's, and MismatchError for other shapes; nothing has changed then.
+        Raises UsageError for other layers than the module's, and MismatchError for other shapes. Then nothing has changed.
         """
         if set(values) != set(self.weights):
             raise UsageError(
@@ -92,7 +92,7 @@ class Adapted:
 
     @property
     def num_trained(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
@@ -109,24 +109,24 @@ def attach(
     workers: Workers | None = None,
     progress: Progress = no_progress,
 ) -> Adapted:
-    """Put a subspace's coefficients in the place of a module's weights, in place.
+    """Replace a module's weights by a subspace's coefficients, in place.
 
     Args:
         module: any torch module with the layers of the bundle under the same names (PEFT's prefix apart).
-        start: see `starts.find_start`; `zero` keeps the module's own weights and trains a change of them.
-        besides: patterns of the names of parameters that are trained too (`classifier.*`).
-        names: of layers that the module calls otherwise than the zoo's files, the parameter's name in the module
-            (`integrations.transformers_names.saved_names` for models of transformers).
-        random_basis: the control: random directions of the same number and scale in the place of the zoo's, about the same start.
-        seed: of start `random`, of a random basis, and of random directions besides.
-        augment: so many random directions of each layer besides the zoo's, which a small zoo may lack; see `augment`.
-        workers: threads that read the bases; by default as many as torch has.
+        start: see `trained.find_start`; `zero` keeps the module's own weights and trains a change of them.
+        besides: name patterns of other parameters to train (`classifier.*`).
+        names: parameter names in the module by layer names, where they differ (`integrations.transformers_names.saved_names` for
+            models of transformers).
+        random_basis: as a control, use random directions of the same number and scale, about the same start.
+        seed: seed of start `random`, of a random basis, and of additional random directions.
+        augment: number of additional random directions of each layer, for small zoos; see `augment`.
+        workers: number of threads that read the bases. Default: torch's number of threads.
         progress: called as progress("reading bases", done, total).
 
-    Raises MismatchError for layers that the module does not have in their shape, and UsageError for a pattern that nothing
-    matches, and for a weight that is attached already or held by something else (a parametrization, a hook, a layer of PEFT).
-    Whatever it raises, the module is as it was. Memory: the bundle's bases, once, on the devices of the weights, in float32 (for
-    weights in float64, in that).
+    Raises MismatchError for layers that the module does not have in their shape. Raises UsageError for a pattern that matches
+    nothing, and for a weight that is already attached or belongs to something else (a parametrization, a hook, a layer of PEFT).
+    After an error the module is unchanged. Memory: the bundle's bases, once, on the devices of the weights, in float32, or float64
+    for float64 weights.
     """
     if space.view == "factors":
         raise UsageError(
@@ -139,9 +139,9 @@ def attach(
         name: find_place(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
         for name, basis in space.layers.items()
     }
-    kept, owners = trained_by_others(module), dict[int, str]()
+    others_trained, owners = trained_by_others(module), dict[int, str]()
     for name, (path, leaf) in places.items():
-        check_free(module, path, leaf, kept)
+        check_free(module, path, leaf, others_trained)
         first = owners.setdefault(id(weight_at(module, (path, leaf))), name)
         if first != name:
             raise UsageError(
@@ -170,7 +170,7 @@ def attach(
         before = []
         for parameter in module.parameters():
             wanted = id(parameter) in trained
-            if parameter.requires_grad != wanted and id(parameter) not in kept:
+            if parameter.requires_grad != wanted and id(parameter) not in others_trained:
                 before.append((parameter, parameter.requires_grad))
                 undone.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(wanted)
@@ -179,9 +179,9 @@ def attach(
 
 
 def detach(adapted: Adapted) -> nn.Module:
-    """Write the weights that the coefficients make into the module, and remove them; returns the module.
+    """Write the adapted weights into the module, remove the coefficients, and return the module.
 
-    What `attach` froze can be trained again. Raises UsageError where the module is not attached (any more).
+    Frozen parameters become trainable again. Raises UsageError if the module is not attached.
     """
     for name, (path, leaf) in adapted.places.items():
         if adapting(adapted.module.get_submodule(path), leaf) is not adapted.weights[name]:
@@ -192,13 +192,13 @@ def detach(adapted: Adapted) -> nn.Module:
             )
     for name, (path, leaf) in adapted.places.items():
         parametrize.remove_parametrizations(adapted.module.get_submodule(path), leaf, leave_parametrized=True)
-        for other, its_leaf in adapted.shared.get(name, ()):  # the same parameter, which holds the new values already
+        for other, its_leaf in adapted.shared.get(name, ()):  # the same parameter, which already has the new values
             _unregister(adapted.module.get_submodule(other), its_leaf)
     return _trainable_again(adapted)
 
 
 def undo(adapted: Adapted) -> nn.Module:
-    """Remove coefficients, and leave the weights that were there before; returns the module."""
+    """Remove coefficients, restore the original weights, and return the module."""
     for name, place in adapted.places.items():
         for path, leaf in (place, *adapted.shared.get(name, ())):
             _unregister(adapted.module.get_submodule(path), leaf)
@@ -226,7 +226,7 @@ def _weights(
     progress: Progress,
     generator: torch.Generator | None,
 ) -> dict[str, AdaptedWeight]:
-    """Read all bases, and make every layer's weight; with a generator, of random directions."""
+    """Read all bases and make every layer's weight, with random directions if a generator is given."""
     on_top = not begun.mean or space.view in ("delta", "update")
     weights = dict[str, AdaptedWeight]()
     dtypes = {
@@ -252,7 +252,7 @@ def _weights(
 
 
 def _check_start(begun: Start, shapes: Mapping[str, tuple[int, ...]], space: Subspace) -> None:
-    """Raise unless a start names layers of the subspace, in the shapes of their coefficients, with random directions or without."""
+    """Raise unless a start has layers of the subspace in the shapes of their coefficients, with or without random directions."""
     unknown = sorted(set(begun.values) - set(shapes))
     if unknown:
         raise UsageError(

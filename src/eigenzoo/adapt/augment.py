@@ -1,13 +1,13 @@
-"""Random directions beside the zoo's own, for zoos too small to span what a new task needs.
+"""Add random directions to the zoo's, for zoos too small to span a new task.
 
     form flat       m whole-layer directions, orthogonal to all V_k
-    form tucker     m columns more of each truncated side, orthogonal to its own: cores grow to (P + m, Q + m). With axis `models`,
-                    m cores more in these wider sides, orthogonal to the shared ones
+    form tucker     m more columns of each truncated side, orthogonal to its own: cores grow to (P + m, Q + m). With axis `models`,
+    m more cores in these wider sides, orthogonal to the shared ones
     form stacked    none: a direction there is a sum of the zoo's own updates
 
-Fewer than m where a layer has no room. What the zoo has is unchanged: its coefficients come first and mean what they meant. A step
-of θ moves the weight along a new one as far as along the least of the zoo's. They are drawn anew from a seed and the layer's name,
-so a file holds two numbers for them; by `numpy.random.RandomState`, whose draws numpy has promised never to change.
+A layer without room gets fewer than m. The zoo's coefficients come first and keep their meaning. A step of θ moves the weight along
+a new direction as far as along the zoo's least one. The directions are drawn again from a seed and the layer's name, so a file
+stores only two numbers for them. They come from `numpy.random.RandomState`, whose draws numpy has promised never to change.
 
 Legend: D values of one flattened layer, K directions, M new ones, O outputs, I inputs, P and Q kept outputs and inputs.
 """
@@ -31,10 +31,10 @@ from eigenzoo.subspace.bases.tucker import TuckerBasis
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How many random directions there are besides the zoo's, and the seed that they are drawn by.
+    """The number of additional random directions, and their seed.
 
     Attributes:
-        num: of each layer; 0 for none.
+        num: number for each layer; 0 for none.
         seed: see `seeds.check_seed`.
     """
 
@@ -47,7 +47,7 @@ class Augmentation:
         object.__setattr__(self, "seed", check_seed(self.seed))
 
     def shape(self, basis: LayerBasis) -> tuple[int, ...]:
-        """Return the shape of one layer's coefficients with these; raises UsageError for the form `stacked`."""
+        """Return the shape of one layer's coefficients with these directions. Raises UsageError for the form `stacked`."""
         if not self.num:
             return basis.coefficient_shape
         if isinstance(basis, FlatBasis):
@@ -68,7 +68,9 @@ class Augmentation:
         return (_room(basis.ranks["models"], sides[0] * sides[1], self.num),)
 
     def widen(self, layer: Map, name: str) -> None:
-        """Put the new directions into a layer's map, in place. Cost: K²·D + K·M·D products in float64, and that much memory."""
+        """Add the new directions to a layer's map, in place. Cost: K²·D + K·M·D products in float64; memory for (K + M)·D
+        values.
+        """
         if not self.num:
             return
         words = np.frombuffer(hashlib.sha256(f"{self.seed}/{name}".encode()).digest(), dtype="<u4")
@@ -88,7 +90,7 @@ NONE = Augmentation()
 
 
 def padded(values: Tensor, shape: tuple[int, ...], filling: float = 0.0) -> Tensor:
-    """Return the values in the first corner of a larger tensor."""
+    """Return a larger tensor with the values in its first corner and zeros elsewhere."""
     if tuple(values.shape) == tuple(shape):
         return values
     wide = values.new_full(shape, filling)
@@ -101,14 +103,14 @@ def _room(num_kept: int, size: int, num: int) -> int:
 
 
 def _widened(rows: Tensor, num: int, draw: np.random.RandomState) -> Tensor:
-    """Return rows (K, …) and up to M random ones orthogonal to them and to each other, as long as there is room."""
+    """Return rows (K, …) and up to M random rows orthogonal to them and to each other, if there is room."""
     old_KD = rows.flatten(1).double()
     num_new = _room(len(old_KD), old_KD.shape[1], num) - len(old_KD)
     if not num_new:
         return rows
     new_MD = torch.from_numpy(draw.standard_normal((num_new, old_KD.shape[1])))
-    # By the inverse Gram, since rows that were stored in float32 or less are not quite orthonormal; twice is enough
-    # (Giraud, Langou and Rozložník 2005).
+    # With the inverse Gram, because rows stored in float32 or less are not exactly orthonormal. Twice is enough (Giraud, Langou and
+    # Rozložník 2005).
     inverse_KK = torch.linalg.inv(old_KD @ old_KD.T)
     for _ in range(2):
         new_MD = new_MD - (new_MD @ old_KD.T) @ inverse_KK @ old_KD

@@ -1,12 +1,12 @@
-"""Calibration: a model that was rebuilt at too small a rank, made good again on a few hundred samples.
+"""Calibrate a model that was rebuilt at too small a rank, on a few hundred samples.
 
     adapted = calibrate(module, space, "m7", lambda module, step: cross_entropy(module(images), labels), besides=["head.*"])
 
 Projection keeps the closest weights, not the closest function. Some hundred steps on the coefficients find a better point of the
-same subspace; what is stored is as small as before. Any loss does: the task's own, or, where no labels are at hand, the distance to
-the outputs that the whole model gives.
+same subspace, and the file stays as small. The loss can be the task's own, or without labels the distance to the original model's
+outputs.
 
-The loop is the plainest there is; `training` has one with batches and checkpoints.
+The loop is minimal. `training` has one with batches and checkpoints.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Loss = Callable[[nn.Module, int], Tensor]
 """Called with the module and the number of the step, from 0; returns a scalar."""
 
 BESIDES_RATE = 1e-3
-"""For Adam, on plain weights such as a head's."""
+"""Learning rate of Adam for ordinary weights such as a head's."""
 
 
 def calibrate(
@@ -46,24 +46,25 @@ def calibrate(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Adapted:
-    """Put a model as the subspace rebuilds it into a module, train its coefficients, and return the adapted module.
+    """Load a rebuilt model into a module, train its coefficients, and return the adapted module.
 
     Args:
-        module: of the architecture, with what the bundle does not hold (a head, biases) as the model has it; its mode is kept.
+        module: a module of the architecture, with the model's values of everything outside the bundle (a head, biases). Its mode is
+            kept.
         space: the subspace.
-        model: the name of a model in the bundle, or the path of any model of its layers.
-        loss: of the module, at each step; on all samples, or on a batch by the number of the step.
-        steps: of Adam; the rate falls to zero along a cosine.
-        besides: patterns of the names of parameters that are trained too, a head say.
+        model: the name of a model in the bundle, or the path of any model with its layers.
+        loss: loss of the module at a step, on all samples or on a batch that the step's number selects.
+        steps: number of steps of Adam. The rate falls to zero along a cosine.
+        besides: name patterns of other parameters to train, such as a head.
         names: see `attach`.
-        learning_rate: of the coefficients, in units of the zoo's spread.
-        besides_rate: of what is trained besides.
-        device: where the module is moved to (`cpu`, `cuda`, `cuda:1`), and stays; None: it stays where it is. The loss brings its
-            own data, and has them there.
+        learning_rate: rate of the coefficients, in units of the zoo's spread.
+        besides_rate: rate of the other trained parameters.
+        device: the device to which the module is moved and where it stays (`cpu`, `cuda`, `cuda:1`). None does not move it. The
+            loss's data must be on the same device.
         progress: called as progress(stage, done, total).
 
-    Raises what `attach` raises, UsageError for no steps and a device that is not there, and DataError where the loss is NaN or Inf.
-    Whatever is raised, an interruption too, the module is as it was before, but for its device.
+    Raises the errors of `attach`, UsageError for no steps or a missing device, and DataError if the loss is NaN or Inf. After an
+    error or an interruption the module is unchanged except for its device.
     """
     if steps < 1:
         raise UsageError(f"{steps} steps", rule="calibration takes one or more")
@@ -85,9 +86,9 @@ def descend(
     besides_rate: float = BESIDES_RATE,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """Take steps of Adam along a cosine, rate·(1 + cos(π t/T))/2 at step t; returns the losses before each of them.
+    """Take steps of Adam with the rate rate·(1 + cos(π t/T))/2 at step t. Return the losses before each step.
 
-    Raises DataError where one is NaN or Inf. Whatever is raised, an interruption too, what is trained is put back to where it was.
+    Raises DataError if a loss is NaN or Inf. After an error or an interruption the trained parameters are restored.
     """
     parameters = list(adapted.parameters())
     before = [parameter.detach().clone() for parameter in parameters]

@@ -1,12 +1,12 @@
-"""A stream of tasks over one bundle: each leaves a small file, and the basis can grow without the old ones being lost.
+"""Learn a stream of tasks over one bundle. Each task is a small file, and the basis can grow without losing old tasks.
 
     stream = Stream(space, "stream")
     stream.learn("cats", adapted)                  # after each training
     stream.refresh(["new-model"])                  # now and then: a basis of all models, the tasks' among them
     print(stream.report(accuracy, make_module).mean_forgetting)
 
-With a frozen basis nothing is forgotten: a task's coefficients are its own. Only a refresh changes what they mean, and then every
-old task is expressed anew: exactly where its weights lie in the new span, else as the nearest there, with the share that is lost.
+With a frozen basis nothing is forgotten, because every task has its own coefficients. A refresh changes the basis, and every old
+task gets new coefficients: exact ones if its weights are in the new span, else those of the nearest weights, with the lost share.
 
     folder/
       basis-000/bundle/              the bundle that the stream began with
@@ -14,7 +14,7 @@ old task is expressed anew: exactly where its weights lie in the new span, else 
       basis-001/…                    after the first refresh: its bundle, and all tasks in its coefficients
       models/cats/                   the tasks as models of the zoo, written when a basis is refreshed for them
 
-A folder of a basis appears whole or not at all; older ones stay, so what is said of the past is measured, not remembered.
+A folder of a basis appears complete or not at all. Older ones stay, so that earlier states can be measured again.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FILE = re.compile(r"(\d{4})-(.+)\.safetensors")
 
 Metric = Callable[[str, Adapted], float]
-"""Called with a task's name and the module that holds it; larger is better."""
+"""Called with a task's name and its module. Larger is better."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """How every task fared after every step.
+    """The metric of every task after every step.
 
     Attributes:
-        steps: what was done, in order: `learn cats`, `refresh 1`.
-        tasks: in the order in which they were learnt.
+        steps: the steps in order: `learn cats`, `refresh 1`.
+        tasks: the tasks in the order of learning.
         values: the metric of each task (second) after each step (first); None before it was learnt.
     """
 
@@ -64,36 +64,38 @@ class Report:
 
     @cached_property
     def forgetting(self) -> dict[str, float]:
-        """Of each task that was not the last step's: its best so far less what it is now (Chaudhry et al. 2018); never below 0."""
-        found = {}
+        """For each task except the last step's, the best metric so far minus the current one (Chaudhry et al. 2018); never below
+        0.
+        """
+        losses = {}
         for task, column in zip(self.tasks, zip(*self.values, strict=True), strict=True):
-            known = [value for value in column if value is not None]
-            if len(known) > 1:
-                found[task] = max(known) - known[-1]
-        return found
+            measured = [value for value in column if value is not None]
+            if len(measured) > 1:
+                losses[task] = max(measured) - measured[-1]
+        return losses
 
     @property
     def mean_forgetting(self) -> float:
-        """The mean of that; 0 where no task is older than a step."""
+        """The mean of `forgetting`; 0 if no task is older than one step."""
         return sum(self.forgetting.values()) / len(self.forgetting) if self.forgetting else 0.0
 
 
 class Stream:
-    """Tasks that come one after the other.
+    """A sequence of tasks in a folder.
 
     Attributes:
-        folder: where everything lies.
+        folder: the stream's folder.
         space: the subspace of the newest basis.
     """
 
     def __init__(self, space: Subspace | None, folder: str | os.PathLike[str]) -> None:
-        """Begin a stream in a new folder, or go on with one.
+        """Begin a stream in a new folder, or continue one.
 
         Args:
-            space: what the stream begins with, saved into the folder; None to go on, or a subspace that has its newest basis.
-            folder: of the stream.
+            space: the first subspace, which is saved into the folder. To continue, None or a subspace with the newest basis.
+            folder: the stream's folder.
 
-        Raises UsageError for a folder that holds no stream where no subspace is given, and BundleError for one of another basis.
+            Raises UsageError for a folder without a stream if no subspace is given, and BundleError for a stream of another basis.
         """
         self.folder = Path(folder)
         bases = self._bases()
@@ -114,13 +116,13 @@ class Stream:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks so far."""
+        """Names of the tasks in order."""
         return tuple(self._files(len(self._bases()) - 1))
 
     def learn(self, name: str, adapted: Adapted) -> Path:
-        """Keep a task's coefficients; returns their file.
+        """Save a task's coefficients and return their file.
 
-        Raises UsageError for a name that is taken or no plain name, and BundleError for a module that was adapted in another basis.
+        Raises UsageError for a name that exists already or is not a plain name, and BundleError for a module with another basis.
         """
         if not _NAME.fullmatch(name) or name in self.tasks:
             raise UsageError(
@@ -135,7 +137,7 @@ class Stream:
         return save(adapted, self._basis(len(self._bases()) - 1) / "tasks" / f"{len(self.tasks):04}-{name}.safetensors")
 
     def attach(self, name: str, module: nn.Module, names: Mapping[str, str] | None = None) -> Adapted:
-        """Put a task into a module, as it is in the newest basis; see `attach.attach`. Whatever fails, the module is as it was."""
+        """Load a task into a module, in the newest basis; see `attach.attach`. After an error the module is unchanged."""
         return self._attached(len(self._bases()) - 1, self.space, name, module, names)
 
     def refresh(
@@ -146,18 +148,18 @@ class Stream:
         like: str | None = None,
         progress: Progress = no_progress,
     ) -> dict[str, float]:
-        """Fit the basis anew to the zoo, to more models and to the tasks themselves, and express all tasks in it.
+        """Fit the basis again to the zoo, to more models and to the tasks, and convert all tasks to it.
 
         Args:
-            models: checkpoints that join the zoo.
-            include_tasks: let the tasks join too, as models in the zoo's format. They are written to the folder, in full. Not those
-                from start `zero`, of random directions or with parameters besides, which are no models of the bundle.
-            like: the model of the bundle that gives what a task's coefficients do not; by default the first.
+            models: checkpoints to add to the zoo.
+            include_tasks: also add the tasks as models in the zoo's format. They are written to the folder as whole models. Tasks
+                with start `zero`, random directions or other trained parameters are not models of the bundle and are left out.
+            like: the model of the bundle that provides all other tensors and files. Default: the first.
             progress: called as progress(stage, done, total).
 
-        Returns of each task ‖X − X̂‖² / ‖X − M‖²: what the new basis leaves out as a share of what tells it from the old mean;
-        round-off where it lies in the new span. Ranks stay as they were fitted. Cost: `space.add` with refresh, and one dense
-        matrix (O, I) at a time in float64.
+        Returns for each task ‖X − X̂‖² / ‖X − M‖²: the lost share of its difference from the old mean, which is round-off if the
+        task is in the new span. Ranks do not change. Cost: `space.add` with refresh, and one dense matrix (O, I) at a time in
+        float64.
         """
         joined = [*models, *(self._written(like) if include_tasks else [])]
         if not joined:
@@ -169,18 +171,18 @@ class Stream:
             grown.save(staging / "bundle")
             (staging / "tasks").mkdir()
             for name, file in self._files(number - 1).items():
-                found = read(file, self.space, augmented=True)
-                values, lost[name] = move(found, self.space, grown)
-                save_moved(found, values, grown, staging / "tasks" / file.name, {"lost": repr(lost[name])})
+                adapter = read(file, self.space, augmented=True)
+                values, lost[name] = move(adapter, self.space, grown)
+                save_moved(adapter, values, grown, staging / "tasks" / file.name, {"lost": repr(lost[name])})
         self.space = load_bundle(self._basis(number) / "bundle")
         return lost
 
     def report(self, metric: Metric, module: Callable[[], nn.Module], names: Mapping[str, str] | None = None) -> Report:
-        """Measure every task in every basis that it has had, which is after every step: between refreshes nothing of it changes.
+        """Measure every task after every step. Between refreshes a task does not change, so one measurement per basis is enough.
 
         Args:
             metric: see `Metric`.
-            module: makes a fresh module; called once for each task and basis.
+            module: function that makes a new module. It is called once for each task and basis.
             names: see `attach.attach`.
         """
         steps: list[str] = []
@@ -192,10 +194,10 @@ class Stream:
             if number:
                 steps.append(f"refresh {number}")
                 rows.append([now[task] for task in before])
-            for place, task in enumerate(files):
+            for index, task in enumerate(files):
                 if task not in before:
                     steps.append(f"learn {task}")
-                    rows.append([now[other] for other in list(files)[: place + 1]])
+                    rows.append([now[other] for other in list(files)[: index + 1]])
             before = files
         width = len(self.tasks)
         return Report(tuple(steps), self.tasks, tuple((*row, *[None] * (width - len(row))) for row in rows))
@@ -208,15 +210,15 @@ class Stream:
             raise UsageError(
                 f"no task is called {task[:100]!r}", where=str(self.folder), rule=", ".join(self.tasks[:5])
             )
-        found = read(file, space, augmented=True)
+        adapter = read(file, space, augmented=True)
         adapted = attach(
             module,
             space,
-            start=Start(found.mean, {}),
-            besides=[glob.escape(name) for name in found.besides],
+            start=Start(adapter.mean, {}),
+            besides=[glob.escape(name) for name in adapter.besides],
             names=names,
-            seed=found.augmentation.seed,
-            augment=found.augmentation.num,
+            seed=adapter.augmentation.seed,
+            augment=adapter.augmentation.num,
         )
         try:
             load(file, adapted)
@@ -226,16 +228,16 @@ class Stream:
         return adapted
 
     def _written(self, like: str | None) -> list[Path]:
-        """The tasks that are models of the bundle and not in it yet, as checkpoints in the folder."""
+        """Return the tasks that are models of the bundle and not yet in it, as checkpoints in the folder."""
         paths = []
         for name, file in self._files(len(self._bases()) - 1).items():
-            found = read(file, self.space, augmented=True)
-            if not found.mean or found.besides or found.augmentation.num or name in self.space.names:
+            adapter = read(file, self.space, augmented=True)
+            if not adapter.mean or adapter.besides or adapter.augmentation.num or name in self.space.names:
                 continue
             template = self.space.template(like if like is not None else self.space.names[0])
             path = self.folder / "models" / name
-            rebuilt = self.space.rebuild(Coefficients(name, found.values, {}, 0.0, {}, {}, template))
-            paths.append(rebuilt.save(path, force=True))  # one may be there, of a refresh that did not end
+            rebuilt = self.space.rebuild(Coefficients(name, adapter.values, {}, 0.0, {}, {}, template))
+            paths.append(rebuilt.save(path, force=True))  # it may exist, from an interrupted refresh
         return paths
 
     def _basis(self, number: int) -> Path:
@@ -248,24 +250,24 @@ class Stream:
         return found
 
     def _files(self, number: int) -> dict[str, Path]:
-        """The files of the tasks in one basis, by name, in the order in which they were learnt."""
+        """Return the files of the tasks in one basis by name, in the order of learning."""
         folder = self._basis(number) / "tasks"
         matched = [(path, _FILE.fullmatch(path.name)) for path in sorted(folder.iterdir())]
         return {match[2]: path for path, match in matched if match is not None}
 
 
-def move(found: AdapterFile, old: Subspace, new: Subspace) -> tuple[dict[str, Tensor], float]:
-    """Express what a file holds in another basis of the same layers; returns coefficients and the share that is lost.
+def move(adapter: AdapterFile, old: Subspace, new: Subspace) -> tuple[dict[str, Tensor], float]:
+    """Convert a file's coefficients to another basis of the same layers. Return the coefficients and the lost share.
 
-    The nearest point of the new span, c' = L'ᵀ(M + L(c) − M'), where bases are orthonormal: the adjoint of a map is the gradient of
-    ⟨L'(c'), X⟩. From start zero the means stay out of it. Float64; one layer's dense matrices at a time.
+    They are those of the nearest point of the new span, c' = L'ᵀ(M + L(c) − M') for orthonormal bases. The adjoint of a map is
+    computed as the gradient of ⟨L'(c'), X⟩. Start zero does not use the means. Float64; one layer's dense matrices at a time.
     """
     values, outside, energy = {}, 0.0, 0.0
     for name, basis in old.layers.items():
         before, after = map_of(basis, torch.float64), map_of(new.layers[name], torch.float64)
-        found.augmentation.widen(before, name)
-        change = before.matrix(found.values[name].double())
-        target = change + before.mean() - after.mean() if found.mean else change
+        adapter.augmentation.widen(before, name)
+        change = before.matrix(adapter.values[name].double())
+        target = change + before.mean() - after.mean() if adapter.mean else change
         units = torch.zeros(new.layers[name].coefficient_shape, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             (values[name],) = torch.autograd.grad((after.matrix(units) * target).sum(), units)

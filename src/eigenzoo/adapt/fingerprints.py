@@ -1,7 +1,7 @@
-"""What tells one run of training from another: short hashes of weights, of data and of options.
+"""Identify training runs by short hashes of weights, data and options.
 
-They catch mistakes and no forgery: of each tensor `SAMPLED` values are looked at, evenly spaced, since two runs that differ in
-a tensor differ almost everywhere in it, and a hash of all bases would take longer than a short training.
+They detect mistakes, but not forgeries: only `SAMPLED` evenly spaced values of each tensor are hashed. Two runs that differ in a
+tensor differ almost everywhere in it, and a hash of all bases would take longer than a short training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eigenzoo.passes.draws import preserve_generators, seed_generators
 
 SAMPLED = 1024
 ITEMS = 16
-"""How many items of the data are looked at."""
+"""Number of hashed items of the data."""
 
 
 def of_values(value: Any) -> str:
@@ -36,15 +36,15 @@ def of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def of_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the hash of weights whatever floating dtype they are held in, where no value is changed by it."""
+    """Return the hash of weights. It does not depend on the floating dtype if the dtype represents all values exactly."""
     return of_tensors((name, values.detach().float()) for name, values in tensors)
 
 
 def of_data(data: Any) -> str:
-    """Return what a data set says of itself (`fingerprint`), or the hash of its length and a few of its items."""
-    said = getattr(data, "fingerprint", None)
-    if isinstance(said, str):
-        return said
+    """Return a data set's own `fingerprint`, or the hash of its length and a few of its items."""
+    identity = getattr(data, "fingerprint", None)
+    if isinstance(identity, str):
+        return identity
     chosen = torch.linspace(0, len(data) - 1, min(ITEMS, len(data)), dtype=torch.float64).round().long()
     with preserve_generators():
         seed_generators(0)
@@ -58,14 +58,14 @@ def _sample(values: Tensor) -> bytes:
 
 
 def _tensors_of(batch: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch, however they are put together; of anything else, what it prints as."""
+    """Yield the tensors of a nested batch, and the printed form of anything else."""
     if isinstance(batch, Tensor):
         yield name, batch
     elif isinstance(batch, Mapping):
         for key in batch:
             yield from _tensors_of(batch[key], f"{name}.{key}")
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        for place, part in enumerate(batch):
-            yield from _tensors_of(part, f"{name}.{place}")
+        for number, part in enumerate(batch):
+            yield from _tensors_of(part, f"{name}.{number}")
     else:
         yield (f"{name}={batch!r}" if isinstance(batch, str | int | float) else name), torch.empty(0)

@@ -1,4 +1,4 @@
-"""An ordinary LoRA that begins in a zoo's subspace: factors of rank r per layer, for any trainer that knows LoRA.
+"""Initialise an ordinary LoRA in a zoo's subspace: factors of rank r per layer, for any trainer that supports LoRA.
 
     factors = lora_factors(space, rank=8)                      # {module: (B, A)}
     put_factors(peft_model, factors)                           # an ordinary LoraConfig(r=8, target_modules=…)
@@ -8,7 +8,7 @@
     start="mean"   B·A: the zoo's mean change, its best approximation of rank r, balanced (B = U√S, A = √S Vᵀ); where the mean has
                    a lower rank the other rows are leading input directions, and their columns of B zero
 
-Nothing is frozen and nothing of the bundle is needed later: what is trained is a LoRA, as large as every other.
+Nothing is frozen, and the bundle is not needed later. The result is an ordinary LoRA of the same size.
 
 Legend: N models, O outputs, I inputs, R rank, J number of directions that all models' coefficients span.
 """
@@ -41,19 +41,19 @@ def lora_factors(
     names: Mapping[str, str] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Factors]:
-    """Return (B (O, R), A (R, I)) in float32 by module, the scale of LoRA not in them.
+    """Return (B (O, R), A (R, I)) in float32 by module, without the scale of LoRA.
 
     Args:
-        space: a bundle of LoRA updates (view `update`), of changes (`delta`), or of weights: there changes are those from the zoo's
-            mean, which then is no start.
+        space: a bundle of LoRA updates (view `update`), of changes (`delta`), or of weights. For weights, changes are relative to
+            the zoo's mean, which is then not available as a start.
         rank: R.
         start: `zero` or `mean`.
-        names: of layers that the module calls otherwise than the zoo's files; see `attach.attach`.
+        names: names of layers in the module; see `attach.attach`.
         progress: called as progress("finding factors", done, total).
 
-    Linear layers only: a convolution, an embedding's or a bias's layer is left out. Input directions are those of
+    Only linear layers have factors. Convolutions, embeddings and biases are left out. Input directions are those of
     N MᵀM + Σ_n L(c_n)ᵀL(c_n), the second moment of changes whose coefficients are centred. Cost of a layer: min(N, K) products of
-    O·I² or, through factors, less; and an eigendecomposition of I³. Raises UsageError for a rank that a layer cannot have.
+    O·I² or, through factors, less; and an eigendecomposition of I³. Raises UsageError for a rank larger than a layer.
     """
     if start not in (ZERO, MEAN) or (start == MEAN and space.view == "weight"):
         raise UsageError(
@@ -76,8 +76,8 @@ def lora_factors(
         values = space.all_coefficients[name].double()
         chosen[name] = partial(_layer_factors, basis, values, rank, start, has_mean=space.view != "weight")
     with local_workers() as workers:
-        found = workers.each("finding factors", lambda name: chosen[name](), chosen, progress, what="layer")
-        return {_module((names or {}).get(name, name)): factors for name, factors in found}
+        factors_by_layer = workers.each("finding factors", lambda name: chosen[name](), chosen, progress, what="layer")
+        return {_module((names or {}).get(name, name)): factors for name, factors in factors_by_layer}
 
 
 def _layer_factors(basis: LayerBasis, values: Tensor, rank: int, start: str, *, has_mean: bool) -> Factors:
@@ -93,24 +93,25 @@ def _layer_factors(basis: LayerBasis, values: Tensor, rank: int, start: str, *, 
 
 
 def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str = "default") -> tuple[str, ...]:
-    """Put factors into a PEFT model's LoRA, in place, B divided by the adapter's scale; returns the modules that took them.
+    """Write factors into a PEFT model's LoRA, in place, with B divided by the adapter's scale. Return the changed modules.
 
     Args:
-        module: what `get_peft_model` returns; known by what it has: `lora_A[adapter]`, `lora_B[adapter]` and `scaling[adapter]`.
-        factors: by module; those that the adapter does not target are left out, and other modules of the adapter stay as they are.
+        module: the result of `get_peft_model`. Its LoRA layers have `lora_A[adapter]`, `lora_B[adapter]` and `scaling[adapter]`.
+        factors: factors by module. Those of modules that the adapter does not target are ignored, and the adapter's other modules
+            are unchanged.
         adapter: the adapter's name.
 
-    Raises MismatchError for factors of another shape than the adapter's, and where no module takes any; nothing has changed then.
+    Raises MismatchError for factors of another shape than the adapter's, or if no module takes any. Then nothing has changed.
     """
-    taken = []
+    changed = []
     written: list[tuple[Tensor, Tensor]] = []
     for path, owner in module.named_modules():
         name = _module(path)
-        held: Any = owner
+        layer: Any = owner
         if name not in factors or adapter not in getattr(owner, "lora_A", ()):
             continue
-        for part, values in (("lora_B", factors[name][0] / held.scaling[adapter]), ("lora_A", factors[name][1])):
-            weight: Tensor = getattr(held, part)[adapter].weight
+        for part, values in (("lora_B", factors[name][0] / layer.scaling[adapter]), ("lora_A", factors[name][1])):
+            weight: Tensor = getattr(layer, part)[adapter].weight
             if weight.shape != values.shape:
                 raise MismatchError(
                     f"has shape {list(weight.shape)}",
@@ -119,8 +120,8 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
                     next_step="ask for factors of the rank r of the LoraConfig",
                 )
             written.append((weight, values))
-        taken.append(name)
-    if not taken:
+        changed.append(name)
+    if not changed:
         raise MismatchError(
             f"no module has an adapter {adapter!r} and factors",
             rule=f"factors are for {', '.join(list(factors)[:3])}, …",
@@ -129,18 +130,20 @@ def put_factors(module: nn.Module, factors: Mapping[str, Factors], adapter: str 
     with torch.no_grad():
         for weight, values in written:
             weight.copy_(values)
-    return tuple(taken)
+    return tuple(changed)
 
 
 def _module(name: str) -> str:
-    """A module's name without what PEFT puts before it, and without its weight's."""
+    """Return a module's name without PEFT's prefix and without its weight's name."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name.removesuffix(".weight")
 
 
 def _leading(layer: Map, values: Tensor, mean_OI: Tensor | None, rank: int) -> Tensor:
-    """The leading input directions (R, I) of N MᵀM + Σ_n L(c_n)ᵀL(c_n): by the singular vectors of all coefficients, J maps."""
+    """Return the leading input directions (R, I) of N MᵀM + Σ_n L(c_n)ᵀL(c_n), with J maps from the coefficients' singular
+    vectors.
+    """
     rows = values.flatten(1)
     _, singular_J, right_JK = torch.linalg.svd(rows, full_matrices=False)
     inputs = layer.shape[1]
@@ -160,7 +163,7 @@ def _leading(layer: Map, values: Tensor, mean_OI: Tensor | None, rank: int) -> T
 
 
 def _of_mean(mean_OI: Tensor, directions_RI: Tensor) -> Factors:
-    """The balanced factors of the mean at this rank, and directions without an effect where it has less."""
+    """Return the balanced factors of the mean at this rank, filled up with directions without an effect if its rank is lower."""
     left_OJ, singular_J, right_JI = torch.linalg.svd(mean_OI, full_matrices=False)
     rank = len(directions_RI)
     used = min(rank, int((singular_J > ROUND_OFF**0.5 * singular_J[0]).sum()))
@@ -169,6 +172,6 @@ def _of_mean(mean_OI: Tensor, directions_RI: Tensor) -> Factors:
     b_OR[:, :used] = left_OJ[:, :used] * roots_J
     kept_JI = right_JI[:used]
     others = directions_RI - directions_RI @ kept_JI.T @ kept_JI
-    # The first of them may lie in the mean's rows and be nothing without them: the leading ones of what is left.
+    # The first directions may lie in the span of the mean's rows, so the leading directions of the remainder are taken.
     rest = torch.linalg.svd(others, full_matrices=False)[2][: rank - used]
     return b_OR, torch.cat([roots_J[:, None] * kept_JI, rest])

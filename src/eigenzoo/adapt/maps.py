@@ -1,10 +1,11 @@
-"""What coefficients are to a weight: the linear map L of ΔW = M + L(c), as products of thin matrices.
+"""Map coefficients to a weight: the linear map L of ΔW = M + L(c), as products of thin matrices.
 
     flat      L(c) = Σ c_k V_k                      one dense matrix of k whole-layer directions
     tucker    L(c) = U · C · Vᵀ                     x ↦ Vᵀx, then C, then U: as cheap as a LoRA of that rank; C = c, or Σ c_k D_k
     stacked   L(c) = B · diag(w) · A, w = Σ c_k w_k   x ↦ Ax, times w, then B: costs a LoRA with the sum of the zoo's ranks
 
-Only the middle depends on what is trained, so a backward pass keeps what lies between the sides, and never the layer's inputs.
+Only the middle depends on the coefficients, so a backward pass keeps the small activations between the sides, and not the layer's
+inputs.
 
 Legend: O outputs, I inputs, K coefficients, P and Q the sizes of the middle, R ranks of all updates of a zoo.
 """
@@ -22,20 +23,20 @@ from eigenzoo.adapt.trained import Coefficients, KeepsDtype, without_autocast
 from eigenzoo.subspace.bases.basis import LayerBasis
 
 Chain = list[Tensor]
-"""Matrices from the inputs' side to the outputs'; a vector is a diagonal. Their product is (O, I)."""
+"""Matrices from the inputs' side to the outputs'. A vector is a diagonal. Their product is (O, I)."""
 
 Stages = list[list[Chain]]
 """ΔW = … · (sum of the second stage's chains) · (sum of the first stage's chains)."""
 
 
 class Map(nn.Module):
-    """The map from one layer's coefficients to a matrix (O, I): the parts of `LayerBasis.operator`, for whatever form.
+    """The map from one layer's coefficients to a matrix (O, I), with the tensors of `LayerBasis.operator`, for every form.
 
-    The parts are buffers that no state dict holds: they are the bundle's, and come from there.
+    The tensors are buffers outside the state dict, because they are read from the bundle.
 
     Attributes:
         shape: (O, I).
-        dtype: of the parts as they were read.
+        dtype: dtype of the tensors as they were read.
         transposed: whether `chains` gives the transposed products, as Conv1D's and embeddings' weights need them.
         before, after, table, center, offset: see `bases.basis.Operator`.
     """
@@ -59,7 +60,7 @@ class Map(nn.Module):
 
     @property
     def core_shape(self) -> tuple[int, int]:
-        """(P, Q): what lies between the sides; of a diagonal (R, R)."""
+        """(P, Q), the shape of the middle; (R, R) for a diagonal."""
         outputs, inputs = self.shape
         return (
             outputs if self.after is None else self.after.shape[1],
@@ -68,11 +69,11 @@ class Map(nn.Module):
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether the middle is a diagonal: weights over the factors of all of a zoo's updates."""
+        """Whether the middle is a diagonal: weights over the factors of all updates of the zoo."""
         return self.table is not None and self.table.ndim == 2
 
     def matrix(self, coefficients: Tensor) -> Tensor:
-        """Return L(c) as a matrix (O, I); linear and differentiable."""
+        """Return L(c) as a matrix (O, I). It is linear and differentiable in c."""
         return self._expanded(self._middle(coefficients, False))
 
     def mean(self) -> Tensor:
@@ -83,26 +84,26 @@ class Map(nn.Module):
         return self.offset.expand(self.shape)
 
     def factors(self, coefficients: Tensor, mean: bool) -> tuple[Tensor, Tensor] | None:
-        """Return M + L(c), or L(c), as a product of (O, ·) and (·, I) matrices where that is cheaper than the matrix itself."""
+        """Return M + L(c) or L(c), as a product of (O, ·) and (·, I) matrices if that is cheaper than the matrix."""
         if self.before is None or (mean and self.center is None):
             return None
         return self._left(self._middle(coefficients, mean)), self.before
 
     def chains(self, coefficients: Tensor, mean: bool) -> list[Chain]:
-        """Return M + L(c), or L(c), as a sum of products; only what is between `before` and `after` is computed."""
+        """Return M + L(c) or L(c) as a sum of products. Only the middle between `before` and `after` is computed."""
         with without_autocast(coefficients.device):
             middle = self._middle(coefficients, mean)
         chain = [part for part in (self.before, middle, self.after) if part is not None]
-        found = [chain]
+        chains = [chain]
         if mean and self.offset is not None:
-            found = [[chain[0] + self.offset.to(chain[0])]] if len(chain) == 1 else [chain, [self.offset]]
-        return [_transposed(chain) for chain in found] if self.transposed else found
+            chains = [[chain[0] + self.offset.to(chain[0])]] if len(chain) == 1 else [chain, [self.offset]]
+        return [_transposed(chain) for chain in chains] if self.transposed else chains
 
     def randomize(self, generator: torch.Generator) -> None:
-        """Put random parts of the same sizes in the place of the zoo's, the mean kept as a matrix: the control of every comparison.
+        """Replace the zoo's tensors by random ones of the same sizes, as a control. The mean is kept as a matrix.
 
-        Sides and directions are orthonormal. Factors of updates have the norm of the zoo's, and their table is kept: directions are
-        sums of as many random updates.
+        Sides and directions are orthonormal. Factors of updates have the norms of the zoo's, and their table is kept, so that
+        directions are sums of as many random updates.
         """
         if self.center is not None:
             self.offset, self.center = self.mean().clone(), None
@@ -119,14 +120,14 @@ class Map(nn.Module):
             self.table = _orthonormal(self.table.flatten(1), generator).view_as(self.table)
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> Map:
-        """Move to a device, and what is as large as the layer's sides to a dtype; middles stay float32."""
+        """Move to a device, and convert tensors as large as the layer's sides to a dtype. Middles stay float32."""
         for name, part in self.named_buffers():
             is_large = name in ("before", "after", "offset") or (name == "table" and self.is_dense)
             setattr(self, name, part.to(device, dtype if is_large else torch.promote_types(dtype, torch.float32)))
         return self
 
     def contiguous(self) -> Map:
-        """Lay `before` out row by row, as kernels of a convolution are."""
+        """Make the rows of `before` contiguous, like kernels of a convolution."""
         self.before = None if self.before is None else self.before.contiguous()
         return self
 
@@ -148,23 +149,23 @@ class Map(nn.Module):
 
 
 def _orthonormal(rows_KD: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw as many orthonormal rows as there are."""
+    """Draw orthonormal rows of the same number."""
     drawn_DK = torch.randn(rows_KD.shape[::-1], generator=generator, dtype=torch.float64)
     rows: Tensor = torch.linalg.qr(drawn_DK)[0].T.contiguous()
     return rows.to(rows_KD)
 
 
 def map_of(basis: LayerBasis, dtype: torch.dtype = torch.float32) -> Map:
-    """Return the map of a fitted layer, its parts read into memory in this dtype."""
+    """Read a fitted layer's map into memory in this dtype."""
     return Map(basis, dtype)
 
 
 def freeze(
     basis: LayerBasis, *, transposed: bool = False, seed: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Map:
-    """Return the map of a fitted layer for what lies beside a weight; with a seed, of random directions.
+    """Return the map of a fitted layer that is added to a weight, with random directions if a seed is given.
 
-    A mean that is no middle is left out, since it takes the memory of the layer: `dense_mean` gives it where it is needed.
+    A mean that is not a middle is left out, because it takes as much memory as the layer. `dense_mean` returns it.
     """
     layer = Map(basis, dtype, transposed=transposed)
     if seed is not None:
@@ -182,15 +183,15 @@ def dense_mean(basis: LayerBasis, *, is_random: bool) -> Tensor | None:
 
 
 def follow(stages: Stages, values: Tensor, first: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return what stages make of a layer's inputs, last dimension outputs.
+    """Apply stages to a layer's inputs. The last dimension of the result is outputs.
 
     Args:
-        first: how the first matrix of a chain meets the inputs: a linear layer, a convolution, a lookup.
+        first: function that applies the first matrix of a chain to the inputs: a linear layer, a convolution, a lookup.
     """
     for number, chains in enumerate(stages):
         begin = first if number == 0 else apply
         results = [
-            reduce(lambda found, part: apply(part, found), chain[1:], begin(chain[0], values)) for chain in chains
+            reduce(lambda product, part: apply(part, product), chain[1:], begin(chain[0], values)) for chain in chains
         ]
         values = reduce(torch.add, results)
     return values
@@ -205,7 +206,7 @@ def apply(part: Tensor, values: Tensor) -> Tensor:
 def dense(stages: Stages, dtype: torch.dtype) -> Tensor:
     """Return ΔW (O, I), computed in a dtype."""
     sums = [reduce(torch.add, [_product(chain, dtype) for chain in chains]) for chains in stages]
-    return reduce(lambda found, matrix: matrix @ found, sums)
+    return reduce(lambda product, matrix: matrix @ product, sums)
 
 
 def sides(stages: Stages) -> tuple[Tensor, Tensor]:
@@ -231,22 +232,22 @@ def _split(chain: Chain) -> tuple[Tensor, Tensor]:
 
 
 def _product(chain: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    found: Tensor | None = None
+    product: Tensor | None = None
     for part in chain:
         part = part.to(dtype)
-        if found is None:
-            found = part if part.ndim == 2 else torch.diag(part)
+        if product is None:
+            product = part if part.ndim == 2 else torch.diag(part)
         else:
-            found = part @ found if part.ndim == 2 else part[:, None] * found
-    assert found is not None
-    return found
+            product = part @ product if part.ndim == 2 else part[:, None] * product
+    assert product is not None
+    return product
 
 
 class AdaptedWeight(KeepsDtype):
-    """The parametrization of one weight: W = (W₀ or nothing) + (M or nothing) + L(c), in the map's dtype wherever the model moves.
+    """The parametrization of one weight: W = (W₀ or nothing) + (M or nothing) + L(c), in the map's dtype on any device.
 
-    A running variance is kept above zero, as in rebuilt models. Buffers, which a batch norm has its statistics in, follow their
-    coefficients, but give them no gradient: torch knows none.
+    A running variance is kept above zero, as in rebuilt models. Buffers, such as the statistics of a batch norm, follow their
+    coefficients, but do not give them gradients, because torch has none for buffers.
 
     Attributes:
         layer, trained: the map L, and c.
@@ -268,7 +269,7 @@ class AdaptedWeight(KeepsDtype):
         self._above_zero = above_zero
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight that the module computes with, in the dtype of the one that is there."""
+        """Return the weight for the module, in the dtype of the original weight."""
         with without_autocast(weight.device):
             matrix = self.layer.matrix(self.trained().to(self.layer.dtype))
             if self._mean:

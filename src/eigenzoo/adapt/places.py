@@ -1,4 +1,4 @@
-"""Where a bundle's layers lie in a module, and whether coefficients may take their place there."""
+"""Find a bundle's layers in a module, and check that coefficients can replace them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from eigenzoo.adapt.maps import AdaptedWeight
 from eigenzoo.errors import MismatchError, UsageError
 
 PREFIXES = ("base_model.model.",)
-"""What PEFT puts before the names of modules."""
+"""PEFT's prefix of module names."""
 
 Place = tuple[str, str]
-"""A submodule by its path, and the name of a parameter there."""
+"""The path of a submodule, and the name of its parameter."""
 
 
 def weight_at(module: nn.Module, place: Place) -> Tensor:
-    """Return the parameter or buffer at a place, as the module computes with it."""
+    """Return the parameter or buffer at a place, after its parametrizations."""
     weight: Tensor = getattr(module.get_submodule(place[0]), place[1])
     return weight
 
 
 def find_place(module: nn.Module, layer: str, shape: tuple[int, ...]) -> Place:
-    """Return the submodule that owns a layer's weight, and the name of the parameter there."""
+    """Return the submodule that owns a layer's weight, and the parameter's name in it."""
     names = [layer, *(layer.removeprefix(prefix) for prefix in PREFIXES)]
     for name in dict.fromkeys([*names, *(f"{name}.weight" for name in names)]):
         path, _, leaf = name.rpartition(".")
@@ -51,15 +51,15 @@ def find_place(module: nn.Module, layer: str, shape: tuple[int, ...]) -> Place:
 
 
 def adapting(owner: nn.Module, leaf: str) -> AdaptedWeight | None:
-    """Return what `attach` has put on a parameter."""
+    """Return the parametrization of `attach` on a parameter, if there is one."""
     if not parametrize.is_parametrized(owner, leaf):
         return None
-    found = owner.parametrizations[leaf]  # type: ignore[index]
-    return next((part for part in found if isinstance(part, AdaptedWeight)), None)
+    parametrizations = owner.parametrizations[leaf]  # type: ignore[index]
+    return next((part for part in parametrizations if isinstance(part, AdaptedWeight)), None)
 
 
-def check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
-    """Raise UsageError unless a weight is a plain parameter (or buffer) of a module that nothing else has its hands on."""
+def check_free(module: nn.Module, path: str, leaf: str, others_trained: set[int]) -> None:
+    """Raise UsageError unless a weight is a plain parameter or buffer that no other hook or parametrization changes."""
     owner, where = module.get_submodule(path), f"parameter '{path}.{leaf}'" if path else f"parameter '{leaf}'"
     if adapting(owner, leaf) is not None:
         raise UsageError(
@@ -69,7 +69,7 @@ def check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
             next_step="remove them with eigenzoo.adapt.detach(adapted), adapted being what the first attach returned",
         )
     parent = module.get_submodule(path.rpartition(".")[0]) if path else owner
-    # Layers of PEFT have the one that they are put around as `base_layer`.
+    # Layers of PEFT have the wrapped layer as `base_layer`.
     around = parent if path and getattr(parent, "base_layer", None) is owner else owner
     is_plain = leaf in owner._parameters or leaf in owner._buffers
     if not is_plain or around is not owner:
@@ -80,7 +80,7 @@ def check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
             next_step="take off what holds it first: torch.nn.utils.parametrize.remove_parametrizations, "
             "torch.nn.utils.remove_weight_norm or prune.remove, or PEFT's merge_and_unload()",
         )
-    if id(getattr(owner, leaf)) in kept:
+    if id(getattr(owner, leaf)) in others_trained:
         raise UsageError(
             "is trained by another attach (besides)",
             where=where,
@@ -90,26 +90,26 @@ def check_free(module: nn.Module, path: str, leaf: str, kept: set[int]) -> None:
 
 
 def trained_by_others(module: nn.Module) -> set[int]:
-    """What other attaches train in a module, by its ids."""
+    """Return the ids of the parameters of a module that other attached subspaces train."""
     others = [part for part in module.modules() if isinstance(part, AdaptedWeight)]
     return {id(parameter) for part in others for parameter in (part.trained.theta, *part.besides)}
 
 
 def sharing(module: nn.Module, place: Place) -> tuple[Place, ...]:
-    """Return the other places of a module that have the very same parameter."""
+    """Return the other places of a module with the same parameter object."""
     weight = weight_at(module, place)
-    found = [
+    places = [
         (path, leaf)
         for path, part in module.named_modules()
         for leaf, parameter in part._parameters.items()
         if parameter is weight
     ]
     owner = module.get_submodule(place[0])
-    return tuple((path, leaf) for path, leaf in found if module.get_submodule(path) is not owner or leaf != place[1])
+    return tuple((path, leaf) for path, leaf in places if module.get_submodule(path) is not owner or leaf != place[1])
 
 
 def find_besides(module: nn.Module, patterns: Sequence[str], layers: set[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters, by name, that patterns ask for besides the layers; UsageError for one that matches none."""
+    """Return by name the other parameters that match patterns. Raises UsageError for a pattern that matches none."""
     coefficients = {id(part.trained.theta) for part in module.modules() if isinstance(part, AdaptedWeight)}
     free = {
         name: parameter

@@ -1,8 +1,8 @@
-"""From an adapter file to a whole model in the zoo's own format.
+"""Rebuild a whole model in the zoo's format from an adapter file.
 
-Started from the zoo's mean (or any of its points), the weights are what the bundle rebuilds: M + L(c). Started from zero, they
-are those of the model that was trained plus L(c), and that model is needed. Everything else is a model of the bundle's, or the
-model that is named; what was trained besides takes the place of what is there.
+With a start at the zoo's mean (or any other of its points), the weights are M + L(c), as the bundle rebuilds them. With start zero
+they are those of the trained model plus L(c), and that model is needed. All other tensors come from a model of the bundle or from
+the named model. Other trained parameters replace theirs.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ def rebuild(
     like: str | None = None,
     max_lora_rank: int | None = None,
 ) -> RebuiltModel:
-    """Return the whole model that an adapter file stands for; cost as of `Subspace.rebuild`.
+    """Return the whole model of an adapter file. The cost is that of `Subspace.rebuild`.
 
     Args:
-        model: the checkpoint that was trained; needed for start `zero` of full weights. It gives all tensors that are not layers.
-        like: the model of the bundle that gives it, where no model is named; by default the first.
-        max_lora_rank: of adapters, the largest rank of an update, as of `Subspace.rebuild`.
+        model: the checkpoint that was trained; required for start `zero` of full weights. It provides all tensors that are not
+            layers.
+        like: the model of the bundle that provides these tensors if `model` is not given. Default: the first.
+        max_lora_rank: the largest rank of an adapter's update, as in `Subspace.rebuild`.
 
-    Raises UsageError where a model is needed and not named, BundleError where it is another one, or where what was trained
-    besides has no place in it.
+    Raises UsageError if a required model is not given. Raises BundleError if it is another model, or if it lacks one of the other
+    trained parameters.
     """
-    found, name = adapter_file.read(path, space), Path(path).stem
+    adapter, name = adapter_file.read(path, space), Path(path).stem
     if model is not None and like is not None:
         raise UsageError(
             "both --model and --like (model=, like=) are given",
@@ -68,16 +69,16 @@ def rebuild(
         template: Template = ZooTemplate(space.open(model), 0)
     else:
         template = space.template(like if like is not None else space.names[0])
-    filled = _Filled(template, found, str(path))
-    record = Coefficients(name, found.values, {}, 0.0, {}, {}, filled)
-    rebuilt = space.rebuild(record, max_lora_rank=max_lora_rank)  # its checks are those of every other model
-    if found.mean:
+    filled = _Filled(template, adapter, str(path))
+    record = Coefficients(name, adapter.values, {}, 0.0, {}, {}, filled)
+    rebuilt = space.rebuild(record, max_lora_rank=max_lora_rank)  # it is checked like every other model
+    if adapter.mean:
         return rebuilt
     if space.view == "update":
         return _Change(
             name,
             space.layers,
-            found.values,
+            adapter.values,
             filled,
             space.view,
             lambda: _nothing(name),
@@ -91,13 +92,13 @@ def rebuild(
             rule="these weights are not in the bundle",
             next_step="name the model with --model",
         )
-    _check_weights(found, trained, space, str(path))
-    # What view `delta` adds its layers to is here the model that was trained.
-    return _Change(name, space.layers, found.values, filled, "delta", lambda: trained)
+    _check_weights(adapter, trained, space, str(path))
+    # View `delta` adds its layers to the trained model here.
+    return _Change(name, space.layers, adapter.values, filled, "delta", lambda: trained)
 
 
 class _Change(RebuiltModel):
-    """A model whose layers are L(c) alone, the mean left out, on top of the weights that it is given."""
+    """A model whose layers are given weights plus L(c), without the mean."""
 
     def _rebuild(self, name: str) -> Tensor | Factors:
         basis, values = self._layers[name], self._values[name].double()
@@ -111,11 +112,11 @@ class _Change(RebuiltModel):
 
 
 class _Filled(Template):
-    """A template with what was trained besides in the place of its own, and none of what its metadata say of its own task."""
+    """A template with the other trained parameters instead of its own, and without metadata about its own task."""
 
-    def __init__(self, template: Template, found: AdapterFile, where: str) -> None:
-        self._template, self._classes = template, _classes(found.about.get("classes"), where)
-        self._besides = _placed(template, found, where)
+    def __init__(self, template: Template, adapter: AdapterFile, where: str) -> None:
+        self._template, self._classes = template, _classes(adapter.about.get("classes"), where)
+        self._besides = _placed(template, adapter, where)
         shapes = {name: tuple(values.shape) for name, values in self._besides.items()}
         for name, shape in shapes.items():
             if shape != template.layout.tensors[name].shape and self._classes is None:
@@ -131,18 +132,18 @@ class _Filled(Template):
         self.layout = replace(template.layout, files=files)
         self.config, self.left_at, self.side_files = template.config, template.left_at, template.side_files
         self.not_carried = template.not_carried
-        task = {"task": found.about["task"]} if "task" in found.about else {}
+        task = {"task": adapter.about["task"]} if "task" in adapter.about else {}
         self.metadata = {file: {"format": "pt", **task} for file in template.metadata}
         self.carried = tuple(dict.fromkeys([*template.carried, *self._besides]))
 
     def read_carried(self, name: str) -> Tensor:
-        """Read a tensor that no layer holds."""
+        """Read a tensor that is not a layer."""
         if name in self._besides:
             return cast_to(self.layout.tensors[name], self._besides[name])
         return self._template.read_carried(name)
 
     def read_side_file(self, name: str) -> bytes:
-        """Read a file beside the weights; a config with the classes of the task."""
+        """Read a file beside the weights. A config gets the classes of the task."""
         data = self._template.read_side_file(name)
         if name != CONFIG or self._classes is None:
             return data
@@ -152,13 +153,13 @@ class _Filled(Template):
         return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
-def _placed(template: Template, found: AdapterFile, where: str) -> dict[str, Tensor]:
-    """Return what was trained besides by the names of the files."""
-    saved = _texts(found.about.get("names", "{}"), f"{where}, names")
+def _placed(template: Template, adapter: AdapterFile, where: str) -> dict[str, Tensor]:
+    """Return the other trained parameters by their names in the files."""
+    saved = _texts(adapter.about.get("names", "{}"), f"{where}, names")
     tensors, placed = template.layout.tensors, {}
-    for name, values in found.besides.items():
-        known = saved.get(name, name)
-        names = [prefix + known for prefix in ("", *PREFIXES) if prefix + known in tensors]
+    for name, values in adapter.besides.items():
+        name_in_file = saved.get(name, name)
+        names = [prefix + name_in_file for prefix in ("", *PREFIXES) if prefix + name_in_file in tensors]
         if not names:
             raise BundleError(
                 "was trained besides, and has no place in the zoo's format",
@@ -178,7 +179,7 @@ def _texts(text: str, where: str) -> Mapping[str, str]:
 
 
 def _classes(text: str | None, where: str) -> list[str] | None:
-    """Read the names of the classes, which go into a config."""
+    """Read the names of the classes for a config."""
     if text is None:
         return None
     try:
@@ -190,12 +191,12 @@ def _classes(text: str | None, where: str) -> list[str] | None:
     return classes
 
 
-def _check_weights(found: AdapterFile, trained: Model, space: Subspace, where: str) -> None:
-    """Raise unless the weights are those that coefficients were trained on."""
+def _check_weights(adapter: AdapterFile, trained: Model, space: Subspace, where: str) -> None:
+    """Raise unless the weights are those on which the coefficients were trained."""
     missing = [name for name in space.layers if name not in trained.tensors]
     if missing:
         raise BundleError(f"has no layer '{missing[0]}'", where=str(trained.path))
-    recorded = found.about.get("weights")
+    recorded = adapter.about.get("weights")
     if recorded is not None and recorded != of_weights((name, trained.read(name)) for name in space.layers):
         raise BundleError(
             "is not the model that was trained: its weights differ",

@@ -1,17 +1,17 @@
-"""Coefficients found without gradients, by CMA-ES: a black-box metric, a budget of evaluations, and nothing else.
+"""Search coefficients without gradients by CMA-ES, with a black-box metric and a budget of evaluations.
 
     found = search(adapted, lambda module: loss_of(module), budget=500, state="search.safetensors")
 
-Every candidate is θ = θ₀ + R z: θ in units of the zoo's spread (see `trained`), z what CMA-ES draws (Hansen 2016, by the package
-`cma`), θ₀ where the module stands. Two choices of R:
+Every candidate is θ = θ₀ + R z, with θ in units of the zoo's spread (see `trained`), z drawn by CMA-ES (Hansen 2016, package
+`cma`), and θ₀ the module's current value. There are two choices of R:
 
-    over="coefficients"   z are coefficients themselves, all or the leading ones of each layer
-    over="models"         one number a model of the zoo, shared by all layers: Σ_n w_n c_n with w = z/√N, so that a step of z moves
-                          θ as far as above. LoRAHub (Huang et al. 2023) searches such weights of LoRA factors; here updates are
-                          added, not factors, and without a penalty on the weights
+    over="coefficients"   z are the coefficients, all or the leading ones of each layer
+    over="models"         one weight per model of the zoo, shared by all layers: Σ_n w_n c_n with w = z/√N, so that a step of z
+    moves θ as far as above. LoRAHub (Huang et al. 2023) searches such weights of LoRA factors. Here updates are added instead of
+    factors, and weights have no penalty
 
-Past `DIAGONAL` numbers the covariance is kept diagonal (sep-CMA-ES, Ros and Hansen 2008): a full one costs D² numbers and cannot
-be learnt from a few thousand evaluations. Measured on held-out tasks: python -m bench.search.
+Above `DIAGONAL` numbers the covariance is diagonal (sep-CMA-ES, Ros and Hansen 2008), because a full one has D² numbers, which a
+few thousand evaluations cannot determine. Measured on held-out tasks: python -m bench.search.
 
 Legend: E candidates, D numbers that are searched, A all coefficients of a bundle, N models of the zoo.
 """
@@ -46,22 +46,22 @@ Floats = NDArray[np.float64]
 
 COEFFICIENTS, MODELS = "coefficients", "models"
 DIAGONAL = 100
-"""Numbers above which the covariance is diagonal: at 598 both are as good, and this one costs no D²."""
+"""Number of searched values above which the covariance is diagonal. At 598 both are equally good."""
 SPREAD = 0.3
-"""First standard deviation of θ; 0.1 is slower at first (after 250 evaluations a loss of 0.144 in the place of 0.096)."""
+"""First standard deviation of θ. With 0.1 the search starts more slowly (loss 0.144 instead of 0.096 after 250 evaluations)."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with; the module holds it.
+    """The result of a search. The module has these coefficients.
 
     Attributes:
-        values: by layer, the best coefficients.
+        values: the best coefficients by layer.
         best: their metric.
-        start: the metric where the search began; `best` is never worse.
-        evaluations: how often the metric was asked for, those of a search that this one went on with included.
-        history: after each generation (evaluations, best metric so far).
-        weights: over models, each model's weight w_n; else nothing.
+        start: the metric at the start of the search; `best` is never worse.
+        evaluations: number of evaluations, including those of a resumed search.
+        history: (evaluations, best metric so far) after each generation.
+        weights: each model's weight w_n for `over="models"`, else empty.
     """
 
     values: Mapping[str, Tensor]
@@ -88,32 +88,31 @@ def search(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Found:
-    """Search for coefficients by a metric alone, and leave the best in the module.
+    """Search for coefficients by a metric alone, and load the best into the module.
 
     Args:
-        adapted: an adapted module, in the mode that the metric wants (mostly `.eval()`). What is trained besides stays as it is.
-        metric: gives one number for the module, smaller is better: a loss, an error rate, a judge's score. It runs without
-            gradients. One that is NaN or Inf counts as worse than all others of its generation.
-        budget: most evaluations. Whole generations are spent, the start and the last mean are one each.
-        seed: of all that is drawn; nothing else is random.
+        adapted: an adapted module, in the mode that the metric needs (usually `.eval()`). Other trained parameters are not changed.
+        metric: function that returns one number for the module, where smaller is better: a loss, an error rate, a judge's score. It
+            runs without gradients. NaN and Inf count as worse than all others of the generation.
+        budget: largest number of evaluations. Only whole generations run. The start and the last mean are one evaluation each.
+        seed: seed of all draws.
         over: `coefficients` or `models`; see above.
-        layers: patterns of the names of the layers that may change.
-        leading: of each of them only so many coefficients, those in which the zoo varies most; for `coefficients`.
+        layers: name patterns of the layers to change.
+        leading: for `coefficients`, change only this many coefficients of each layer, those in which the zoo varies most.
         spread: first standard deviation of θ.
-        maximize: larger is better, as of an accuracy.
-        at_once: None: candidates one by one, any metric. A number: so many in one batch by `torch.func.vmap`; the metric then is a
-            function of torch tensors that returns a tensor of one value. On one core this gains little (1.3 times at 64
-            images of a tiny ViT, nothing at 512); memory is that of so many models' weights and activations.
-        state: a file that is written after each generation. A search that is started again with it goes on, and ends with the
-            same bits; one that had ended goes on too, where the budget is larger. It must be the same metric: nobody can see that.
-        device: where the module is moved to (`cpu`, `cuda`, `cuda:1`), and stays; None: it stays where it is. The metric brings its
-            own data, and has them there.
+        maximize: larger is better, as for an accuracy.
+        at_once: number of candidates in one batch of `torch.func.vmap`. The metric must then be a function of torch tensors that
+            returns a tensor of one value. On one core this gains little (1.3 times at 64 images of a tiny ViT, nothing at 512).
+            Memory is that of this many models' weights and activations. None evaluates candidates one by one, with any metric.
+        state: a file that is written after each generation. A search that is started again with it resumes and ends with the same
+            bits. A finished search continues if the budget is larger. The metric must be the same, which cannot be checked.
+        device: the device to which the module is moved and where it stays (`cpu`, `cuda`, `cuda:1`). None does not move it. The
+            metric's data must be on the same device.
         progress: called as progress(stage, done, total).
 
-    Raises UsageError where `cma` is missing, for a device that is not there, fewer than two numbers, a budget below two
-    generations' worth, patterns that match nothing, or a state of another search; DataError where the metric is not finite at
-    the start. If the metric raises, the module is put back to where it was. Cost besides the metric: D numbers a candidate, or D²
-    up to D = 100.
+    Raises UsageError if `cma` or the device is missing, for fewer than two numbers, a budget smaller than two generations, patterns
+    that match nothing, or a state of another search. Raises DataError if the metric is not finite at the start. If the metric
+    raises, the module is restored. Cost besides the metric: D numbers per candidate, or D² up to D = 100.
     """
     cma, seed = _cma(), check_seed(seed)
     move(adapted.module, device)
@@ -133,8 +132,10 @@ def search(
     key = search_key(adapted, options | {"cma": cma.__version__, "numpy": np.__version__})
     file = None if state is None else Path(state)
     origin = _theta(adapted)
-    kept = read_state(file, key, origin.numel(), numbers.count) if file and os.path.lexists(file) else None
-    run = _Run(_strategy(cma, numbers.count, spread, seed), numbers, kept or SearchState(origin, [], np.zeros((0, 0))))
+    saved_state = read_state(file, key, origin.numel(), numbers.count) if file and os.path.lexists(file) else None
+    run = _Run(
+        _strategy(cma, numbers.count, spread, seed), numbers, saved_state or SearchState(origin, [], np.zeros((0, 0)))
+    )
     if budget < run.size + 2:
         raise UsageError(
             f"a budget of {budget} evaluations",
@@ -160,7 +161,7 @@ def search(
 
 
 class _Run:
-    """One search: CMA-ES, what it was told so far, and the best of it. Values are to be made small."""
+    """One search: CMA-ES, all values so far, and the best. Values are minimised."""
 
     def __init__(self, strategy: Any, numbers: _Numbers, state: SearchState) -> None:
         self.strategy, self.numbers, self.state = strategy, numbers, state
@@ -171,7 +172,7 @@ class _Run:
         self.history: list[tuple[int, float]] = []
 
     def generations(self, evaluate: _Evaluator, budget: int) -> Iterator[bool]:
-        """Run generation after generation, and yield whether it was evaluated or known from the state."""
+        """Run one generation after another, and yield whether it was evaluated or read from the state."""
         if not self.state.values:
             (start,) = evaluate(self.state.origin[None])
             if not np.isfinite(start):
@@ -179,38 +180,42 @@ class _Run:
             self.state.values.append(float(start))
         self._count(self.best_z[None], self.state.origin[None], np.array(self.state.values[:1]))
         while self.done + self.size + 1 <= budget:
-            asked = self.strategy.ask()
-            thetas_EA = self.numbers.thetas(self.state.origin, np.array(asked))
-            known = self.state.values[self.done : self.done + self.size]
-            if known:
-                self._check(np.array(asked), len(known))
+            points = self.strategy.ask()
+            thetas_EA = self.numbers.thetas(self.state.origin, np.array(points))
+            values = self.state.values[self.done : self.done + self.size]
+            if values:
+                self._check(np.array(points), len(values))
             else:
-                known = evaluate(thetas_EA).tolist()
-                self.state.values.extend(known)
-                self.state.last = np.array(asked)
+                values = evaluate(thetas_EA).tolist()
+                self.state.values.extend(values)
+                self.state.last = np.array(points)
             grown = self.done + self.size == len(self.state.values)
-            self.strategy.tell(asked, _comparable(np.array(known)).tolist())
-            self._count(np.array(asked), thetas_EA, np.array(known))
+            self.strategy.tell(points, _comparable(np.array(values)).tolist())
+            self._count(np.array(points), thetas_EA, np.array(values))
             yield grown
 
     def ask_mean(self, evaluate: _Evaluator) -> None:
-        """Ask for the mean of what is drawn, which of a flat or noisy metric is often better than any draw."""
+        """Evaluate the mean of the distribution, which for a flat or noisy metric is often better than any draw."""
         mean = np.array(self.strategy.mean)[None]
         thetas_EA = self.numbers.thetas(self.state.origin, mean)
         self._count(mean, thetas_EA, evaluate(thetas_EA))
 
-    def _count(self, asked_ED: Floats, thetas_EA: Tensor, values_E: Floats) -> None:
+    def _count(self, points_ED: Floats, thetas_EA: Tensor, values_E: Floats) -> None:
         self.done += len(values_E)
         values_E = np.where(np.isfinite(values_E), values_E, np.inf)
-        place = int(values_E.argmin())
-        if values_E[place] < self.best:
-            self.best, self.best_z, self.best_theta = float(values_E[place]), asked_ED[place], thetas_EA[place].clone()
+        best_index = int(values_E.argmin())
+        if values_E[best_index] < self.best:
+            self.best, self.best_z, self.best_theta = (
+                float(values_E[best_index]),
+                points_ED[best_index],
+                thetas_EA[best_index].clone(),
+            )
         self.history.append((self.done, self.best))
 
-    def _check(self, asked_ED: Floats, num_known: int) -> None:
-        """The points of the last known generation are kept: where they are others now, so were all values."""
+    def _check(self, points_ED: Floats, num_stored: int) -> None:
+        """Raise UsageError if the last stored points differ from those drawn now: then no value belongs to its point."""
         last = self.done + self.size == len(self.state.values)
-        if num_known < self.size or (last and not np.array_equal(asked_ED, self.state.last)):
+        if num_stored < self.size or (last and not np.array_equal(points_ED, self.state.last)):
             raise UsageError(
                 "the state is of a search that drew other points",
                 rule="it goes on with the same versions of cma and numpy, on the same kind of machine",
@@ -219,7 +224,7 @@ class _Run:
 
 
 def _comparable(values_E: Floats) -> Floats:
-    """Values that are not finite are worse than all others: CMA-ES asks for nothing but the order."""
+    """Replace values that are not finite by worse ones than all others. CMA-ES uses only the order."""
     finite = np.isfinite(values_E)
     worst = values_E[finite].max() if finite.any() else 0.0
     return np.where(finite, values_E, worst + abs(worst) + 1)
@@ -227,7 +232,7 @@ def _comparable(values_E: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What is searched.
+    """The searched numbers.
 
     Attributes:
         count: D.
@@ -237,9 +242,9 @@ class _Numbers:
     count: int
     change: Callable[[Tensor], Tensor]
 
-    def thetas(self, origin_A: Tensor, asked_ED: Floats) -> Tensor:
+    def thetas(self, origin_A: Tensor, points_ED: Floats) -> Tensor:
         """Return θ (E, A), float32."""
-        return origin_A + self.change(torch.from_numpy(asked_ED).float())
+        return origin_A + self.change(torch.from_numpy(points_ED).float())
 
 
 def _numbers(adapted: Adapted, over: str, patterns: Sequence[str], leading: int | None) -> _Numbers:
@@ -260,38 +265,38 @@ def _numbers(adapted: Adapted, over: str, patterns: Sequence[str], leading: int 
             f"over {over!r}, leading {leading}",
             rule=f"choose {COEFFICIENTS} (leading: a number from 1, or all), or {MODELS} (leading does not apply)",
         )
-    kept = torch.cat([_kept(layer, leading if name in chosen else 0) for name, layer in trained.items()])
-    places = kept.nonzero()[:, 0]
+    is_searched = torch.cat([_searched(layer, leading if name in chosen else 0) for name, layer in trained.items()])
+    indices = is_searched.nonzero()[:, 0]
 
     def change(z_ED: Tensor) -> Tensor:
-        theta_EA = z_ED.new_zeros(len(z_ED), kept.numel())
-        theta_EA[:, places] = z_ED
+        theta_EA = z_ED.new_zeros(len(z_ED), is_searched.numel())
+        theta_EA[:, indices] = z_ED
         return theta_EA
 
-    return _Numbers(places.numel(), change)
+    return _Numbers(indices.numel(), change)
 
 
 def _models_theta(adapted: Adapted, name: str, chosen: bool) -> Tensor:
-    """θ of every model's difference from the mean (N, ·) in one layer; zero where it may not change."""
+    """Return θ of every model's difference from the mean (N, ·) in one layer; zero for coefficients that do not change."""
     layer = adapted.weights[name].trained
     values_NK = adapted.space.all_coefficients[name]
-    whole = torch.zeros(len(values_NK), *layer.start.shape)
+    padded = torch.zeros(len(values_NK), *layer.start.shape)
     if chosen:
-        whole[(slice(None), *(slice(size) for size in values_NK.shape[1:]))] = values_NK
-    return (whole / layer.scales.cpu()).flatten(1)
+        padded[(slice(None), *(slice(size) for size in values_NK.shape[1:]))] = values_NK
+    return (padded / layer.scales.cpu()).flatten(1)
 
 
-def _kept(layer: Coefficients, leading: int | None) -> Tensor:
-    """Which of a layer's coefficients are searched; the leading ones by their spread, earlier ones first among equals."""
+def _searched(layer: Coefficients, leading: int | None) -> Tensor:
+    """Return which of a layer's coefficients are searched: the leading ones by spread, and of equal ones the first."""
     scales = layer.scales.cpu().flatten()
     order = torch.argsort(scales, descending=True, stable=True)
-    kept = torch.zeros(scales.numel(), dtype=torch.bool)
-    kept[order[:leading]] = True
-    return kept
+    is_searched = torch.zeros(scales.numel(), dtype=torch.bool)
+    is_searched[order[:leading]] = True
+    return is_searched
 
 
 class _Evaluator:
-    """The metric of candidates θ (E, A): one by one, or in batches; times −1 where larger is better."""
+    """Evaluates candidates θ (E, A) one by one or in batches. The metric is multiplied by −1 if larger is better."""
 
     def __init__(self, adapted: Adapted, metric: Metric, at_once: int | None, sign: float) -> None:
         if at_once is not None and at_once < 1:
@@ -307,7 +312,7 @@ class _Evaluator:
         values = []
         for theta_A in thetas_EA:
             _put(self._adapted, theta_A)
-            # However often the metric calls the module: its weights are made once.
+            # The weights are made once, however often the metric calls the module.
             with parametrize.cached():
                 values.append(float(self._metric(self._adapted.module)))
         return values
@@ -326,12 +331,12 @@ class _Evaluator:
             raise UsageError(
                 f"the metric gives a tensor of shape {list(values.shape[1:])}", rule="one value for one module"
             )
-        found: list[float] = values.double().tolist()
-        return found
+        numbers: list[float] = values.double().tolist()
+        return numbers
 
 
 class _Called(nn.Module):
-    """A metric of a module as a module, which is what `functional_call` can put other parameters into."""
+    """A metric wrapped as a module, so that `functional_call` can replace parameters."""
 
     def __init__(self, module: nn.Module, metric: Metric) -> None:
         super().__init__()
@@ -347,7 +352,7 @@ def _parameters(adapted: Adapted) -> list[nn.Parameter]:
 
 
 def _theta(adapted: Adapted) -> Tensor:
-    """All layers' θ (A,), as it is now."""
+    """Return all layers' current θ (A,)."""
     return torch.cat([parameter.detach().cpu().float().flatten() for parameter in _parameters(adapted)])
 
 
@@ -361,7 +366,7 @@ def _put(adapted: Adapted, theta_A: Tensor) -> None:
 
 
 def _strategy(cma: Any, count: int, spread: float, seed: int) -> Any:
-    """CMA-ES with numbers of its own: `cma` would draw from numpy's global state, and seed it."""
+    """Return CMA-ES with its own random generator, because `cma` would use and seed numpy's global state."""
     draw = np.random.Generator(np.random.PCG64(seed))
     options = {
         "randn": lambda num, size: draw.standard_normal((num, size)),

@@ -1,11 +1,11 @@
-"""What is kept of a search that has not ended: the values that it was told, in order, and no object of any library.
+"""Save the state of an unfinished search: the evaluated values in order, without objects of other libraries.
 
-CMA-ES is a deterministic function of a seed and the values that it was told. So a search goes on by being told them again, at
-no evaluation: nothing is unpickled, and the file is safe to take from anybody.
+CMA-ES is a deterministic function of a seed and the evaluated values. So a search resumes by replaying the values without an
+evaluation. Nothing is unpickled, so files from strangers are safe.
 
-One safetensors file: `origin` (A,) float32, θ₀; `values` (E,) float64, to be made small, that of θ₀ first; `last` (·, D) float64,
-the points of the last generation, by which other draws of another library are noticed. In the metadata `format`, and `search`: the
-hash of everything else that decides.
+One safetensors file: `origin` (A,) float32, θ₀; `values` (E,) float64, the minimised values beginning with that of θ₀; `last` (·,
+D) float64, the points of the last generation, which reveal that another library version draws differently. The metadata are
+`format` and `search`, the hash of all other inputs.
 
 Legend: A all coefficients, E evaluations, D numbers that are searched.
 """
@@ -41,7 +41,7 @@ class SearchState:
 
     Attributes:
         origin: θ₀ (A,).
-        values: what was told, whole generations after the value of θ₀.
+        values: the value of θ₀ and then those of whole generations.
         last: the points (·, D) of the last generation.
     """
 
@@ -51,7 +51,7 @@ class SearchState:
 
 
 def search_key(adapted: Adapted, options: Mapping[str, Any]) -> str:
-    """Return the hash of what decides a search besides its metric: the basis, where coefficients start, and the options."""
+    """Return the hash of all inputs of a search except its metric: the basis, the start of the coefficients, and the options."""
     digest = hashlib.sha256(json.dumps([adapted.space.manifest.basis_id, dict(options)], sort_keys=True).encode())
     for name, weight in adapted.weights.items():
         digest.update(f"{name} {list(weight.trained.start.shape)} {adapted.start.mean}".encode())
@@ -61,7 +61,7 @@ def search_key(adapted: Adapted, options: Mapping[str, Any]) -> str:
 
 
 def write_state(path: Path, key: str, state: SearchState) -> None:
-    """Write a search so far; the file that was there is whole until the new one is."""
+    """Write the state of a search. The old file stays complete until the new one replaces it."""
     tensors = {
         "origin": state.origin,
         "values": torch.tensor(state.values, dtype=torch.float64),
@@ -80,7 +80,7 @@ def _is_state(path: Path) -> bool:
 
 
 def read_state(path: Path, key: str, num_all: int, num_searched: int) -> SearchState:
-    """Read a search so far; raises FormatError where the file is none, and UsageError where it is another search's."""
+    """Read the state of a search. Raises FormatError if the file is not a state, and UsageError if it is of another search."""
     file = SafetensorsFile(path)
     kinds = {name: (info.dtype, len(info.shape)) for name, info in file.tensors.items()}
     if file.metadata.get("format") != FORMAT or kinds != _PARTS:

@@ -1,9 +1,9 @@
-"""Trained coefficients: a start, and numbers around it in units of how far apart the zoo's own models lie.
+"""Parametrise coefficients for training: a start, and steps from it in units of the spread of the zoo's models.
 
     c = c_start + s ∘ θ,   s_k = √(Σ_n c_nk² / N)
 
-A step of θ by 0.1 moves a weight by a tenth of what tells two models of the zoo apart, in whatever direction and layer, so one
-learning rate fits all of them: 0.1 with Adam is a good first choice (measured: docs/adapt.md).
+A step of θ by 0.1 moves a weight by a tenth of the zoo's spread in every direction and layer. So one learning rate fits all of
+them: 0.1 with Adam is a good first choice (measured: docs/adapt.md).
 
 Legend: N models, K numbers of one layer.
 """
@@ -27,34 +27,34 @@ from eigenzoo.subspace.subspace import Subspace
 Self = TypeVar("Self", bound="KeepsDtype")
 
 LEARNING_RATE = 0.1
-"""For Adam, on θ."""
+"""Learning rate of Adam for θ."""
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products run in the dtype of their operands, whatever surrounds it.
+    """Return a context without autocast, in which products run in the dtype of their operands.
 
-    A weight that bfloat16 autocast computes is off by up to 4e-3 of itself, which is as much as small fine-tunes change.
+    A weight computed under bfloat16 autocast has a relative error of up to 4e-3, which is as much as small fine-tunes change.
     """
     available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class KeepsDtype(nn.Module):
-    """A module whose tensors go to other devices, but keep their dtype when the model is moved to another one."""
+    """A module whose tensors move to other devices, but keep their dtype if the model is converted to another one."""
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def moved(values: Tensor) -> Tensor:
-            found = fn(values)
-            return found if found.dtype == values.dtype else values.to(found.device)
+            changed = fn(values)
+            return changed if changed.dtype == values.dtype else values.to(changed.device)
 
         return cast(Self, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
 
 class Coefficients(KeepsDtype):
-    """One layer's coefficients, any shape; float32 whatever dtype the model is moved to.
+    """One layer's coefficients of any shape. They stay float32 if the model is converted to another dtype.
 
     Attributes:
-        theta: what is trained; zero at the start.
+        theta: the trained parameter; zero at the start.
         start, scales: c_start and s.
     """
 
@@ -72,18 +72,18 @@ class Coefficients(KeepsDtype):
         return self.start + self.scales * self.theta
 
     def set(self, values: Tensor) -> None:
-        """Put θ where c is as given."""
+        """Set θ so that the coefficients are c."""
         with torch.no_grad():
             self.theta.copy_((values.to(self.start) - self.start) / self.scales)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins.
+    """The start of training.
 
     Attributes:
-        mean: whether the zoo's mean is part of the weight; else coefficients are a change of the weights that a model has.
-        values: each layer's coefficients; zero for what is not named.
+        mean: whether the zoo's mean is part of the weight. Otherwise coefficients are a change of a model's own weights.
+        values: each layer's coefficients; zero for layers that are not named.
     """
 
     mean: bool
@@ -91,9 +91,9 @@ class Start:
 
 
 def scales_of(rows_NK: Tensor) -> Tensor:
-    """Return s of one layer from all models' coefficients (N, …); one where the zoo does not vary, so that nothing is lost.
+    """Return s of one layer from all models' coefficients (N, …), or one if the zoo does not vary.
 
-    A direction of less than a hundredth of the largest one counts as much as that: it can still be trained.
+    s is at least a hundredth of the largest value, so that every direction can be trained.
     """
     spread = rows_NK.double().square().mean(0).sqrt()
     largest = float(spread.max()) if spread.numel() else 0.0
@@ -104,15 +104,15 @@ ZERO, MEAN, RANDOM = "zero", "mean", "random"
 
 
 def find_start(space: Subspace, start: str | os.PathLike[str], seed: int = 0) -> Start:
-    """Return where training begins.
+    """Return the start of training.
 
     Args:
-        start: `zero`: the model as it is (coefficients are a change of its weights); `mean`: the zoo's mean; `random`: about
-            the mean, each coefficient drawn as the zoo's are spread; the name of a model in the bundle; or a path of any
-            model of the same layers, which is projected.
-        seed: of `random`.
+        start: `zero` for the model's own weights, which coefficients change; `mean` for the zoo's mean; `random` for coefficients
+            drawn around the mean with the zoo's spread; the name of a model in the bundle; or the path of a model with the same
+            layers, which is projected.
+        seed: seed of `random`.
 
-    Raises UsageError for a name that is neither, and what `Subspace.project` raises.
+    Raises UsageError for any other name, and the errors of `Subspace.project`.
     """
     seed = check_seed(seed)
     if start == ZERO:

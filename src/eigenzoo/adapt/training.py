@@ -1,8 +1,7 @@
-"""Training of coefficients that can be stopped at any moment: what it ends with does not depend on how often it was.
+"""Train coefficients so that training can be interrupted at any time without changing its result.
 
-Every step is a function of the seed, the step's number and the state before it: its batch, its learning rate, and whatever the
-loss draws. So a checkpoint of the state is all that is needed, and a run that was killed and taken up again gives the same
-coefficients to the bit.
+A step's batch, learning rate and random draws depend only on the seed and the step's number. So a checkpoint of the state is
+enough, and a run that was killed and resumed gives the same coefficients bit for bit.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ WARMUP = 0.1
 """Share of the steps in which the learning rate rises."""
 
 MOST_SECONDS = 30.0
-"""Between two checkpoints: steps of a large model are slow, and an early interruption must not lose minutes."""
+"""Longest time between two checkpoints. Steps of a large model are slow, and an interruption must not lose minutes."""
 
 Loss = Callable[[nn.Module, Any], Tensor]
-"""Called with the module and a batch; returns a scalar."""
+"""Called with the module and a batch. Returns a scalar."""
 
 
 class Data(Protocol):
-    """What is trained on: items that are taken by their numbers.
+    """Training data: items that are taken by their numbers.
 
-    A data set may say what it is by an attribute `fingerprint` (text); else a few of its items are looked at.
+    A data set can have a text attribute `fingerprint` that identifies it. Otherwise a few of its items are hashed.
     """
 
     def __len__(self) -> int:
-        """Return how many items there are."""
+        """Return the number of items."""
 
     def take(self, indices: Tensor) -> Any:
-        """Return the batch of these items, as the loss takes it; the same for the same numbers."""
+        """Return the batch of these items for the loss. The same numbers give the same batch."""
 
 
 class TensorData:
-    """Tensors whose first axis counts the items; a batch is a tuple of their rows.
+    """Tensors with items along the first axis. A batch is a tuple of their rows.
 
     >>> TensorData(torch.arange(4), torch.arange(4) % 2).take(torch.tensor([3, 0]))
     (tensor([3, 0]), tensor([1, 0]))
@@ -76,11 +75,11 @@ class TensorData:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did.
+    """Record of a training.
 
     Attributes:
-        losses: the loss of every step, those before an interruption included.
-        taken_up_at: how many steps a checkpoint had done already; 0 for a run from the start.
+        losses: the loss of every step, including those before an interruption.
+        taken_up_at: number of steps in the resumed checkpoint; 0 for a run from the start.
     """
 
     losses: tuple[float, ...]
@@ -101,27 +100,27 @@ def train(
     device: str | None = None,
     progress: Progress = no_progress,
 ) -> Trained:
-    """Train what `adapted.parameters()` gives with Adam, in place.
+    """Train `adapted.parameters()` with Adam, in place.
 
-    The learning rate rises over the first tenth of the steps and falls to zero by half a cosine. Batches are cut from whole
-    epochs in shuffled order. The module runs in eval mode, since nothing but coefficients may change: no dropout, and no
-    averages of a batch norm that move. What the loss draws from torch's generators, on the CPU and on the parameters' GPUs, is
-    drawn from seed and step.
+    The learning rate rises over the first tenth of the steps and falls to zero by half a cosine. Batches are taken from whole
+    epochs in shuffled order. The module runs in eval mode, so that only coefficients change: without dropout, and with fixed
+    averages of a batch norm. Torch's generators, on the CPU and on the parameters' GPUs, are seeded by seed and step before each
+    call of the loss.
 
     Args:
-        loss: called as loss(module, batch); its module is `adapted.module`.
-        learning_rate: in units of how far apart the zoo's models lie (`trained`).
-        seed: of the order of the items, and of what the loss draws.
-        checkpoint: a file that is written every `every` steps and at least every 30 seconds, and taken up where it is there
-            already. It stays when the training is done (`unfinished.remove`).
-        device: where the module and every batch are moved to (`cpu`, `cuda`, `cuda:1`); None: they stay where they are.
+        loss: called as loss(module, batch) with `adapted.module`.
+        learning_rate: learning rate in units of the zoo's spread (`trained`).
+        seed: seed of the order of the items, and of the loss's random draws.
+        checkpoint: a file that is written every `every` steps and at least every 30 seconds. If it exists, training resumes from
+            it. It is not removed at the end (`unfinished.remove`).
+        device: the device to which the module and every batch are moved (`cpu`, `cuda`, `cuda:1`). None does not move them.
         progress: called as progress("training", done, total).
 
-    An interrupted training ends, when it is called again with the same arguments on the same kind of machine, with the same
-    coefficients to the bit as one that was not, as far as the model's own operations give the same bits twice.
+    An interrupted training that is called again with the same arguments on the same kind of machine gives the same coefficients bit
+    for bit as an uninterrupted one, if the model's own operations are deterministic.
 
-    Raises UsageError for options that cannot be meant, a device that is not there and a checkpoint of another run, FormatError for
-    a damaged one, and DataError where the loss is not finite. Cost: a checkpoint has three times the bytes of what is trained.
+    Raises UsageError for invalid options, a missing device and a checkpoint of another run, FormatError for a damaged checkpoint,
+    and DataError if the loss is not finite. Cost: a checkpoint has three times the bytes of the trained parameters.
     """
     seed = check_options(steps, batch_size, learning_rate, seed, every)
     if len(data) < 1:
@@ -137,7 +136,7 @@ def train(
         if checkpoint.exists():
             losses = unfinished.read(checkpoint, run, parameters, optimizer, steps)
         else:
-            # At once: whoever stops before the first checkpoint and calls again with the same module begins there too.
+            # Written at once, so that a call after an early interruption starts from the same coefficients.
             unfinished.write(checkpoint, run, parameters, optimizer, losses)
     written = time.monotonic()
     taken_up_at, order = len(losses), Order(len(data), batch_size, seed)
@@ -145,13 +144,13 @@ def train(
     with _only_coefficients_change(adapted.module), preserve_generators(gpus), torch.enable_grad():
         for step in range(taken_up_at, steps):
             seed_generators(_seed(seed, "step", step), gpus)
-            found = _scalar(loss(adapted.module, moved(data.take(order.batch(step)), device)), step)
+            scalar_loss = _scalar(loss(adapted.module, moved(data.take(order.batch(step)), device)), step)
             optimizer.zero_grad()
-            found.backward()  # type: ignore[no-untyped-call]
+            scalar_loss.backward()  # type: ignore[no-untyped-call]
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, steps, learning_rate)
             optimizer.step()
-            losses.append(found.item())
+            losses.append(scalar_loss.item())
             late = time.monotonic() - written > MOST_SECONDS
             if checkpoint is not None and (late or len(losses) % every == 0 or len(losses) == steps):
                 unfinished.write(checkpoint, run, parameters, optimizer, losses)
@@ -173,35 +172,35 @@ def rate(step: int, steps: int, learning_rate: float) -> float:
 
 
 class Order:
-    """Which items each step takes: whole epochs in shuffled order, cut into batches.
+    """The items of each step: whole epochs in shuffled order, split into batches.
 
-    A batch follows from seed and step alone, so that nothing is to be kept between steps.
+    A batch depends only on seed and step, so that no state is kept between steps.
     """
 
     def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
         self._num_items, self._batch_size, self._seed = num_items, batch_size, seed
-        self._known: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._last_epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, step: int) -> Tensor:
         """Return the numbers of one step's items."""
-        place, stop = step * self._batch_size, (step + 1) * self._batch_size
+        first, stop = step * self._batch_size, (step + 1) * self._batch_size
         parts = []
-        while place < stop:
-            epoch, offset = divmod(place, self._num_items)
-            part = self._epoch(epoch)[offset : offset + stop - place]
+        while first < stop:
+            epoch, offset = divmod(first, self._num_items)
+            part = self._epoch(epoch)[offset : offset + stop - first]
             parts.append(part)
-            place += len(part)
+            first += len(part)
         return torch.cat(parts)
 
     def _epoch(self, epoch: int) -> Tensor:
-        if self._known[0] != epoch:
+        if self._last_epoch[0] != epoch:
             generator = torch.Generator().manual_seed(_seed(self._seed, "epoch", epoch))
-            self._known = (epoch, torch.randperm(self._num_items, generator=generator))
-        return self._known[1]
+            self._last_epoch = (epoch, torch.randperm(self._num_items, generator=generator))
+        return self._last_epoch[1]
 
 
 def _seed(seed: int, what: str, number: int) -> int:
-    """Return a seed of its own for each use: sums of small numbers would give two uses the same draws."""
+    """Return a different seed for each use. Sums of small numbers would give two uses the same draws."""
     return int.from_bytes(hashlib.sha256(f"{seed} {what} {number}".encode()).digest()[:8], "big") >> 1
 
 
@@ -221,7 +220,7 @@ def _scalar(loss: Tensor, step: int) -> Tensor:
 
 @contextmanager
 def _only_coefficients_change(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and each part of it back into its own."""
+    """Put a module into eval mode, and restore the modes of its submodules afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -232,14 +231,14 @@ def _only_coefficients_change(module: nn.Module) -> Iterator[None]:
 
 
 def move(module: nn.Module, device: str | None) -> None:
-    """Move a module to a device, in place; None leaves it where it is. Raises UsageError for one that is not there."""
+    """Move a module to a device, in place. None does not move it. Raises UsageError for a missing device."""
     if device is not None:
         check_device(device)
         module.to(device)
 
 
 def moved(batch: Any, device: str | None) -> Any:
-    """Return a batch with its tensors on a device, however they are put together; None leaves it as it is."""
+    """Return a nested batch with its tensors on a device. None does not move them."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):
@@ -256,9 +255,9 @@ def moved(batch: Any, device: str | None) -> Any:
 def _fingerprint(
     adapted: Adapted, parameters: Sequence[nn.Parameter], data: Data, loss: Loss, options: list[float]
 ) -> str:
-    """Say what decides how a run ends, but for the code: a checkpoint of anything else must not be taken up."""
+    """Return all inputs of a run except the code. Only a checkpoint with the same inputs can be resumed."""
     trained = {id(parameter) for parameter in parameters}
-    # Buffers that no state dict holds are here too: the bases, random ones included, and the start.
+    # Includes buffers outside the state dict: the bases, also random ones, and the start.
     state = [*adapted.module.named_parameters(), *adapted.module.named_buffers()]
     frozen = of_tensors((name, values) for name, values in state if id(values) not in trained)
     start = [adapted.start.mean, of_tensors(sorted(adapted.start.values.items()))]
@@ -267,7 +266,7 @@ def _fingerprint(
 
 
 def check_options(steps: int, batch_size: int, learning_rate: float, seed: int, every: int = 1) -> int:
-    """Raise UsageError for options that cannot be meant; call it before long work starts. Returns the seed."""
+    """Raise UsageError for invalid options, before long work starts. Return the seed."""
     for name, value in (("steps", steps), ("batch_size", batch_size), ("every", every)):
         if value < 1:
             raise UsageError(f"{name} {value}", rule="a training has at least 1 step, of at least 1 item")

@@ -1,9 +1,9 @@
-"""The checkpoint of a training that is not finished: what the next steps depend on, to the bit.
+"""Write and read checkpoints of an unfinished training: the exact state on which the next steps depend.
 
-One safetensors file that is written anew every few steps, whole or not at all: of each trained tensor its values and Adam's two
-moments (`value.0`, `first.0`, `second.0`, …), how often Adam has moved each (`moved`), the loss of every step so far, and in the
-metadata the step and the fingerprint of the run. There is no state of a random generator: batches and draws of a step follow
-from seed and step alone.
+One safetensors file that is replaced every few steps, completely or not at all. It contains for each trained tensor its values and
+Adam's two moments (`value.0`, `first.0`, `second.0`, …) and number of updates (`moved`), the loss of every step, and in the
+metadata the step and the fingerprint of the run. It has no state of a random generator, because batches and draws of a step depend
+only on seed and step.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ AGAIN = "delete it to begin anew"
 def write(
     path: Path, run: str, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, losses: Sequence[float]
 ) -> None:
-    """Put the state after as many steps as there are losses into the file, in the place of what was there."""
+    """Replace the file by the state after len(losses) steps."""
     tensors = {
         "moved": torch.zeros(len(parameters), dtype=torch.float64),
         "losses": torch.tensor(losses, dtype=torch.float64),
     }
-    for place, parameter in enumerate(parameters):
+    for number, parameter in enumerate(parameters):
         state = optimizer.state.get(parameter, {})
         nothing = torch.zeros_like(parameter)
-        tensors["moved"][place] = float(state.get("step", 0.0))
+        tensors["moved"][number] = float(state.get("step", 0.0))
         for kind, values in (
             ("value", parameter),
             ("first", state.get("exp_avg", nothing)),
             ("second", state.get("exp_avg_sq", nothing)),
         ):
-            tensors[f"{kind}.{place}"] = values.detach().cpu().contiguous()
+            tensors[f"{kind}.{number}"] = values.detach().cpu().contiguous()
     layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
     with new_file(path, force=True, own=_is_checkpoint) as staging:
         metadata = {"format": FORMAT, "run": run, "step": str(len(losses))}
@@ -51,9 +51,9 @@ def write(
 def read(
     path: Path, run: str, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Adam, steps: int
 ) -> list[float]:
-    """Put parameters and optimiser where the file has them; returns the losses of the steps that are done.
+    """Load parameters and optimiser from the file. Return the losses of the finished steps.
 
-    Raises UsageError where the file is of another run, and FormatError where it is no checkpoint at all.
+    Raises UsageError if the file is of another run, and FormatError if it is not a checkpoint.
     """
     try:
         file = SafetensorsFile(path)
@@ -71,12 +71,12 @@ def read(
     _check(file, parameters, steps, path)
     moved = file.read("moved")
     with torch.no_grad():
-        for place, parameter in enumerate(parameters):
-            parameter.copy_(file.read(f"value.{place}"))
+        for number, parameter in enumerate(parameters):
+            parameter.copy_(file.read(f"value.{number}"))
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(moved[place])),
-                "exp_avg": file.read(f"first.{place}").to(parameter.device),
-                "exp_avg_sq": file.read(f"second.{place}").to(parameter.device),
+                "step": torch.tensor(float(moved[number])),
+                "exp_avg": file.read(f"first.{number}").to(parameter.device),
+                "exp_avg_sq": file.read(f"second.{number}").to(parameter.device),
             }
     return [float(loss) for loss in file.read("losses")]
 
@@ -89,23 +89,23 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, and what a process that was killed while it wrote one has left beside it."""
+    """Remove a checkpoint, and temporary files beside it from killed processes."""
     path.unlink(missing_ok=True)
     remove_left(path)
 
 
 def _check(file: SafetensorsFile, parameters: Sequence[Tensor], steps: int, path: Path) -> None:
-    """Raise unless the file has exactly what `write` puts there."""
+    """Raise unless the file has exactly the tensors that `write` writes."""
     done = file.metadata.get("step", "")
     num_done = int(done) if done.isascii() and done.isdigit() and len(done) < 12 else -1
     expected: dict[str, tuple[int, ...]] = {"moved": (len(parameters),), "losses": (num_done,)}
     dtypes = {"moved": torch.float64, "losses": torch.float64}
-    for place, parameter in enumerate(parameters):
+    for number, parameter in enumerate(parameters):
         for kind in ("value", "first", "second"):
-            expected[f"{kind}.{place}"], dtypes[f"{kind}.{place}"] = tuple(parameter.shape), parameter.dtype
-    found = {name: info.shape for name, info in file.tensors.items()}
+            expected[f"{kind}.{number}"], dtypes[f"{kind}.{number}"] = tuple(parameter.shape), parameter.dtype
+    shapes = {name: info.shape for name, info in file.tensors.items()}
     if (
-        found != expected
+        shapes != expected
         or any(file.tensors[name].dtype != dtype for name, dtype in dtypes.items())
         or not 0 <= num_done <= steps
     ):

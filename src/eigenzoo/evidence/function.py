@@ -37,7 +37,7 @@ from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.fitting.fit import check_place
+from eigenzoo.subspace.fitting.fit import check_resources
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.sources import Source
@@ -177,7 +177,7 @@ def evaluate(
             f"the metric {metric!r} is not callable",
             rule="a metric takes the path of a saved model and returns a number",
         )
-    check_place(workers, max_memory, device)
+    check_resources(workers, max_memory, device)
     ancestor = _open_parent(space, parent)
     if models is None:
         fitted, zoo = hold_out(space, seed, progress, device=device, max_memory=max_memory, workers=workers)

@@ -1,12 +1,12 @@
-"""Other people's engines, each in a file of its own; nothing imports them but the commands, and whoever asks for one.
+"""Connect to other libraries, each in its own file. Only commands and users import these files.
 
-Importing this package makes PEFT know adapters of eigenzoo, whichever of the two is imported first:
+Importing this package registers eigenzoo's adapters in PEFT. The two can be imported in any order:
 
     import eigenzoo.integrations
     from peft import PeftModel
     PeftModel.from_pretrained(base, "adapter/")
 
-PEFT itself is not imported by that, and need not be installed.
+This does not import PEFT, which need not be installed.
 """
 
 from eigenzoo.integrations.when_imported import when_imported

@@ -1,4 +1,4 @@
-"""Adapt a classifier on disk to a task on disk, and say what it took: the work of `eigenzoo adapt`."""
+"""Adapt a classifier on disk to a task on disk, and return the record of the training: the work of `eigenzoo adapt`."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from eigenzoo.subspace.bundles.loading import load
 NURSERY = "5-against-5:"
 STEPS, BATCH_SIZE = 200, 64
 _AT_ONCE = 256
-"""Items that are measured at once."""
+"""Number of items in a batch of a measurement."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of right answers on held-out data.
+    """Accuracies on held-out data.
 
     Attributes:
         start: before training.
-        mean: with the zoo's mean and no coefficients.
+        mean: with the zoo's mean and without coefficients.
         adapted: after training.
     """
 
@@ -55,20 +55,20 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an adaptation took and reached.
+    """Record of an adaptation.
 
     Attributes:
-        output: the file; None for the control, of which nothing is kept.
-        start, random_basis: as they were asked for.
-        classes: in the order of the model's answers.
-        num_train, num_test: items trained on, and held out.
-        num_trained: how many numbers were trained, and `num_besides` how many of them are no coefficients.
-        file_bytes: of the file; None without one.
-        checkpoint_bytes: of the weight files of the model that was adapted.
-        lora_bytes: of an adapter of rank `lora_rank` of the same layers, and what was trained besides.
-        taken_up_at: how many steps an earlier call had done.
-        first_loss, last_loss: of single batches.
-        notes: what was done to the data that a reader must know.
+        output: the file; None for the control, which is not saved.
+        start, random_basis: the given options.
+        classes: class names in the order of the model's outputs.
+        num_train, num_test: number of training items and of held-out items.
+        num_trained: number of trained values; `num_besides` of them are not coefficients.
+        file_bytes: bytes of the file; None without one.
+        checkpoint_bytes: bytes of the adapted model's weight files.
+        lora_bytes: bytes of an adapter of rank `lora_rank` of the same layers, with the other trained parameters.
+        taken_up_at: number of steps of an earlier, interrupted call.
+        first_loss, last_loss: losses of single batches.
+        notes: remarks on changes of the data.
     """
 
     output: str | None
@@ -125,18 +125,18 @@ def adapt_classifier(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> Adaptation:
-    """Train coefficients of a classifier for a task, measure it on held-out data, and save its adapter file.
+    """Train coefficients of a classifier for a task, measure it on held-out data, and save the adapter file.
 
     Args:
         bundle: the subspace.
         data: a task of the nursery (`5-against-5:0,1,2,3,4`), or the path of labelled texts or images.
         model: a local checkpoint of transformers, or a model of the nursery.
-        output: the file; None with `random_basis`, whose coefficients mean nothing without these draws.
-        checkpoint: where unfinished work is kept; by default a hidden file beside the output. It goes when the output is there.
-        device: where the model, its coefficients and the batches are: `cpu`, `cuda`, `cuda:1`.
+        output: the file; None with `random_basis`, whose coefficients are useless without these random directions.
+        checkpoint: file for unfinished work. Default: a hidden file beside the output. It is removed after the output is written.
+        device: device of the model, its coefficients and the batches: `cpu`, `cuda`, `cuda:1`.
 
-    The rest as in `attach` and `train`. Raises what they raise, and DataError for data that cannot be trained on, all of it
-    before training starts but a loss that is not finite.
+    For the other arguments see `attach` and `train`. Raises their errors, and DataError for data that cannot be used. Only a loss
+    that is not finite is raised after training starts.
     """
     if (output is None) is not random_basis:
         raise UsageError(
@@ -154,7 +154,7 @@ def adapt_classifier(
         checkpoint = output.parent / f".{output.name}.checkpoint" if checkpoint is None else checkpoint
     space = load(bundle)
     if space.view == "delta" and start != ZERO:
-        # The zoo's mean is a change of its base, and belongs on no other weights.
+        # The zoo's mean is a change of its base, and must not be added to other weights.
         space = load(bundle, base=model)
     task = _read_task(data, model, besides, test_share, seed)
     names, module = task.classifier.names, task.classifier.module.to(device)
@@ -226,7 +226,7 @@ def classification_loss(module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
 
 
 def accuracy(module: nn.Module, data: Data, device: str | None = None) -> float:
-    """Return the share of right answers; with a device, batches are moved there."""
+    """Return the accuracy. If a device is given, batches are moved to it."""
     right = 0
     with torch.no_grad():
         for start in range(0, len(data), _AT_ONCE):
@@ -236,7 +236,7 @@ def accuracy(module: nn.Module, data: Data, device: str | None = None) -> float:
 
 
 def _accuracy_of_mean(adapted: Adapted, data: Data, device: str) -> float:
-    """Measure a module with its coefficients at zero; they are put back as they were, to the bit."""
+    """Measure a module with coefficients at zero, and restore the same bits afterwards."""
     kept = [weight.trained.theta.detach().clone() for weight in adapted.weights.values()]
     adapted.set_coefficients({name: torch.zeros_like(values) for name, values in adapted.coefficients().items()})
     try:
@@ -263,7 +263,7 @@ def _read_task(data: str, model: Path, besides: Sequence[str], test_share: float
     from eigenzoo.nursery import digits
 
     task, images = digits.Task.parse(data), digits.load()
-    # What is learned by heart can be asked of nothing else, as in `nursery.accuracy`.
+    # Memorised labels can only be measured on the training images, as in `nursery.accuracy`.
     held_out = images.test_set(task) if task.labels_seed is None else images.training_set(task)
     classifier = read_nursery(model)
     first = ",".join(map(str, task.digits))

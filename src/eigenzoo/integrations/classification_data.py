@@ -1,11 +1,11 @@
-"""Labelled texts and images as batches for a classifier: tables with columns text and label, and folders of images.
+"""Read labelled texts and images as batches for a classifier: tables with columns text and label, and folders of images.
 
     reviews.csv, .json, .jsonl, .parquet     one table, a part of which is held out
     reviews/train.csv, reviews/test.csv      or two of them
     pictures/cat/1.png, pictures/dog/…       a folder per class, a part of which is held out
     pictures/train/cat/…, pictures/test/…    or two such folders
 
-Everything is looked at before training starts: every text is tokenized and every image decoded once.
+All data are checked before training starts: every text is tokenized and every image decoded once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".
 TRAIN, TESTS = "train", ("test", "validation")
 TEST_SHARE = 0.2
 MOST_POINTS = 2**25
-"""Of an image in a file: decoded and converted it takes some 14 bytes a point."""
+"""Largest number of pixels of an image file. Decoded and converted it takes about 14 bytes per pixel."""
 MOST_SIDE = 4096
-"""Of an image as a model takes it, either side."""
+"""Largest side of an image as a model's input."""
 LONGEST = 512
-"""Tokens of a text at most; fewer where model or tokenizer say so."""
+"""Largest number of tokens of a text. Model or tokenizer may set a lower limit."""
 
 _SPLIT_SEED = 0
 FORMS = "data are a .csv, .json, .jsonl or .parquet file with columns text and label, or a folder with a folder of images per class"
@@ -47,9 +47,9 @@ class Labelled:
 
     Attributes:
         kind: `text` or `image`.
-        train, test: what is trained on, and what is held out; batches are (inputs, labels).
-        classes: what the classes are called, in the order of the model's answers.
-        notes: what was done to the data that a reader must know.
+        train, test: training data and held-out data; batches are (inputs, labels).
+        classes: class names in the order of the model's outputs.
+        notes: remarks on changes of the data.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Rows:
 
 
 class Texts:
-    """Tokenized texts; a batch is filled up to its longest on the right."""
+    """Tokenized texts. A batch is padded on the right to its longest text."""
 
     def __init__(self, encoded: Mapping[str, Sequence[Sequence[int]]], labels: Tensor, pad: int) -> None:
         self.encoded, self.labels, self._pad = encoded, labels, pad
@@ -93,7 +93,7 @@ class Texts:
 
 
 class Images:
-    """Images in files, decoded when a batch asks for them."""
+    """Images in files, decoded when a batch is taken."""
 
     def __init__(self, paths: Sequence[Path], labels: Tensor, processor: Any, mode: str) -> None:
         self._data, self.labels = _image_table(paths), labels
@@ -107,7 +107,7 @@ class Images:
 
     def take(self, indices: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return what the model is called with, and the labels."""
-        # One by one: small files may be large images, and only what the processor makes of them is small.
+        # One by one, because small files may be large images. Only the processor's result is small.
         made = [self._prepared(place) for place in indices.tolist()]
         return {key: torch.cat([one[key] for one in made]) for key in made[0]}, self.labels[indices]
 
@@ -120,15 +120,15 @@ class Images:
 
 
 def read_labelled(path: Path, model: Path, test_share: float | None = None) -> Labelled:
-    """Read a classification task, prepared as a model's own tokenizer or image processor does it.
+    """Read a classification task, prepared by a model's own tokenizer or image processor.
 
     Args:
         path: see the top of the file.
         model: the folder of the transformers checkpoint.
-        test_share: of each class, how much is held out where the data name no test part (0.2); always the same items.
+        test_share: share of each class to hold out if the data have no test part (0.2). The items are always the same.
 
-    Labels that the model's config names are its own classes, and so are numbers that it has; else classes are numbered in the
-    order of their names. Raises DataError for data that cannot be trained on, with the first row or file at fault.
+    Labels that are names or numbers of the model's classes are these classes. Otherwise classes are numbered in the order of their
+    names. Raises DataError with the first bad row or file for data that cannot be used.
     """
     share = TEST_SHARE if test_share is None else test_share
     if not 0 < share < 1:
@@ -162,7 +162,7 @@ def read_labelled(path: Path, model: Path, test_share: float | None = None) -> L
 
 
 def _find(path: Path) -> tuple[str, tuple[Path, Path | None]]:
-    """Tell by names alone what data are and where they lie: the training part, and the test part if there is one."""
+    """Find the kind of data by names alone, and the paths of the training part and of the test part if there is one."""
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"files with suffix {path.suffix!r} are not supported", where=str(path), rule=FORMS)
@@ -180,10 +180,10 @@ def _find(path: Path) -> tuple[str, tuple[Path, Path | None]]:
 
 
 def _read_table(path: Path) -> Rows:
-    """Read a table's columns text and label, every row checked."""
+    """Read and check a table's columns text and label."""
     import datasets
 
-    # Empty cells are told apart from texts like "None" and "NA" by us, not by pandas.
+    # pandas must not read texts like "None" and "NA" as empty cells.
     options = {"keep_default_na": False} if path.suffix.lower() == ".csv" else {}
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as cache, _silent_datasets():
         reader: Any = getattr(datasets.Dataset, READERS[path.suffix.lower()])
@@ -209,14 +209,14 @@ def _read_table(path: Path) -> Rows:
                 where=str(path),
                 rule="a label is a word or a whole number",
             )
-    # One type for all: 1 and "1" of a mixed column are the same class.
+    # All labels have one type: 1 and "1" in a mixed column are the same class.
     if not all(isinstance(label, int) and not isinstance(label, bool) for label in rows.labels):
         rows = Rows(rows.items, [str(label) for label in rows.labels])
     return rows
 
 
 def _read_images(folder: Path) -> Rows:
-    """List a folder of images per class, every image decoded once."""
+    """List a folder of images per class, and decode every image once."""
     from PIL import Image
 
     items: list[Path] = []
@@ -235,7 +235,7 @@ def _read_images(folder: Path) -> Rows:
         raise DataError("this folder has no subfolders", where=str(folder), rule=FORMS)
     for file in items:
         with warnings.catch_warnings():
-            # Pillow only warns of an image that takes more than some hundred megabytes; here it is refused.
+            # Pillow only warns about an image of more than some hundred megabytes. Here it is an error.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             told("this image cannot be read", file, lambda file=file: _decode(file))  # type: ignore[misc]
     return Rows(items, labels)
@@ -264,7 +264,7 @@ def _image_table(paths: Sequence[Path]) -> Any:
 
 
 def _held_out(rows: Rows, share: float, path: Path) -> tuple[Rows, Rows]:
-    """Hold out a share of each class, drawn by a seed that is always the same: figures of two runs are of the same items."""
+    """Hold out a share of each class, drawn by a fixed seed, so that figures of two runs are of the same items."""
     places: dict[Any, list[int]] = {}
     for place, label in enumerate(rows.labels):
         places.setdefault(label, []).append(place)
@@ -279,7 +279,7 @@ def _held_out(rows: Rows, share: float, path: Path) -> tuple[Rows, Rows]:
 
 
 def _number(labels: Sequence[Any], config: Any, path: Path) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Return the classes' names in the order of the model's answers, and the number of each label."""
+    """Return the class names in the order of the model's outputs, and the number of each label."""
     found = set(labels)
     if len(found) < 2:
         raise DataError(
@@ -298,17 +298,17 @@ def _number(labels: Sequence[Any], config: Any, path: Path) -> tuple[tuple[str, 
 
 
 def _longest(model: Path, config: Any) -> int:
-    """Return how many tokens a text may have for model and tokenizer."""
+    """Return the largest number of tokens for model and tokenizer."""
     limits = [getattr(config, "max_position_embeddings", None), read_tokenizer(model).model_max_length, LONGEST]
-    # Tokenizers that know no limit say 10^30; positions of RoBERTa's kin begin behind the padding's number.
+    # Tokenizers without a limit return 10^30. Positions of models like RoBERTa start after the padding's number.
     offset = (config.pad_token_id or 0) + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
     return min(int(limit) - (offset if place == 0 else 0) for place, limit in enumerate(limits) if limit)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], labels: Tensor, longest: int) -> tuple[Texts, int]:
-    """Tokenize texts, those that are too long cut; returns how many were."""
+    """Tokenize texts and truncate those that are too long. Return the number of truncated texts."""
     with quietly():
-        # Length is looked at first: a tokenizer does not say which texts it has cut.
+        # The length is checked first, because a tokenizer does not report which texts it has truncated.
         whole = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
         encoded = tokenizer(list(texts), truncation=True, max_length=longest)
     empty = [place for place, ids in enumerate(encoded["input_ids"]) if not len(ids)]
@@ -337,14 +337,14 @@ def _prepare_images(model: Path, config: Any) -> Callable[[Sequence[Path], Tenso
 
 
 def _numbers(size: Any) -> list[int]:
-    """Return the numbers in what an image processor says of a size: a number, or a mapping from names to numbers."""
+    """Return the numbers in an image processor's size, which is a number or a mapping from names to numbers."""
     entries = [size] if isinstance(size, int) else list((dict(size) if size else {}).values())
     return [entry for entry in entries if isinstance(entry, int)]
 
 
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
-    """Show no progress bars, and nothing of what is told in one line anyway."""
+    """Hide the library's progress bars and its output, because errors are reported in one line."""
     import datasets
 
     level, shown = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""A pass over the processes of a dask cluster: the same tasks as on threads, and the same result to the last bit.
+"""Run a pass on the processes of a dask cluster. Tasks are the same as on threads, and results have the same bits.
 
-Every worker opens the zoo for itself, from the same paths or URLs; what comes back are sums and bases. A worker that is lost costs
-the tasks that it was at: the scheduler gives them to another.
+Every worker opens the zoo from the same paths or URLs, and returns sums and bases. If a worker is lost, the scheduler gives its
+current tasks to another one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eigenzoo.passes.workers import Workers
 LOCAL = "local"
 
 SECONDS_TO_CONNECT = 60
-"""How long to wait for the scheduler and its first worker."""
+"""Seconds to wait for the scheduler and its first worker."""
 
 
 @contextmanager
@@ -32,15 +32,15 @@ def cluster_workers(
     """Connect to a cluster for as long as the context lasts.
 
     Args:
-        cluster: "local" for processes of this machine, the address of a scheduler (`tcp://…`, `tls://…`), or a dask cluster or
-            client that is there already, such as one of dask-jobqueue or dask-kubernetes; these stay open afterwards.
-        num_workers: how many processes "local" starts; by default one per core, with device `cuda` one per GPU.
-        max_memory: bytes that blocks of weights may take on one worker.
-        device: where products run on the workers. Each process of "local" has a GPU of its own with `cuda`. Whether workers
-            elsewhere have a GPU shows on the first task; `cuda` is there the first one that they see.
+        cluster: "local" for processes of this machine, the address of a scheduler (`tcp://…`, `tls://…`), or an existing dask
+            cluster or client, such as one of dask-jobqueue or dask-kubernetes. The last two stay open afterwards.
+        num_workers: number of processes that "local" starts. Default: one per core, or with device `cuda` one per GPU.
+        max_memory: bytes for blocks of weights on one worker.
+        device: device of products on the workers. With `cuda` each process of "local" has its own GPU. Other workers use the first
+            GPU that they see; if one has none, the first task raises.
 
     Raises:
-        UsageError: without dask.distributed, where no scheduler or no worker answers, and for more local processes than GPUs.
+        UsageError: dask.distributed is missing, no scheduler or worker answers, or there are more local processes than GPUs.
 
         >>> with cluster_workers("tcp://scheduler:8786") as workers:      # doctest: +SKIP
         ...     space = eigenzoo.fit("s3://bucket/adapters", rank=16, workers=workers)
@@ -53,9 +53,9 @@ def cluster_workers(
     client, ours = _connect(cluster, num_workers)
     try:
         num = sum(client.nthreads().values())
-        # What is decided here, between tasks, is computed on one thread as on the workers, and so gives the same bits.
+        # Computations here, between tasks, run on one thread like those of the workers, so that bits are the same.
         with single_threaded():
-            # Never "pure": a task's key would be the hash of all that it is given, and two fits would share results.
+            # Not "pure", because a task's key would be the hash of its arguments, and two fits would share results.
             yield Workers(client.get_executor(pure=False), num, resources, run=run)
     finally:
         for opened in ours:
@@ -63,7 +63,7 @@ def cluster_workers(
 
 
 def worker_resources(max_memory: int | None, device: str) -> Resources:
-    """Return the bounds of a task on a worker, whose memory and device are not those of this machine."""
+    """Return the resources of a task on a worker, whose memory and device differ from this machine's."""
     check_name(device)
     check_memory(max_memory)
     if max_memory is None:
@@ -73,7 +73,7 @@ def worker_resources(max_memory: int | None, device: str) -> Resources:
 
 
 def local_gpus(num_workers: int | None, device: str) -> int:
-    """Return how many processes of this machine share its GPUs, one each; a process on a GPU takes memory there on its own."""
+    """Return the number of local processes, one per GPU. Every process on a GPU takes its own memory there."""
     check_device(device)
     count = torch.cuda.device_count() if device == "cuda" else 1
     if num_workers is not None and num_workers > count:
@@ -86,10 +86,10 @@ def local_gpus(num_workers: int | None, device: str) -> int:
 
 
 def run_on_own_gpu(call: Callable[[], Any]) -> Any:
-    """Run a task on the GPU of this worker, which has the worker's number among those of a local cluster."""
+    """Run a task on this worker's GPU, whose number is the worker's number in the local cluster."""
     from distributed import get_worker
 
-    # For this thread only, and no context on the other GPUs.
+    # For this thread only, without a context on the other GPUs.
     torch.cuda.set_device(int(get_worker().name))
     return run_task(call)
 
@@ -101,7 +101,7 @@ def run_task(call: Callable[[], Any]) -> Any:
 
 
 def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
-    """Return a client, and what is to be closed afterwards, in that order."""
+    """Return a client, and the objects to close afterwards, in this order."""
     try:
         from distributed import Client, LocalCluster
     except ImportError as error:
@@ -119,7 +119,7 @@ def _connect(cluster: Any, num_workers: int | None) -> tuple[Any, list[Any]]:
     ours = []
     try:
         if cluster == LOCAL:
-            # Without a dashboard there is a web server still; on a port that is free, where nobody else reaches it.
+            # Without a dashboard there is still a web server. It uses a free port that only this machine can reach.
             cluster = LocalCluster(
                 n_workers=num_workers,
                 threads_per_worker=1,

@@ -1,7 +1,7 @@
-"""What diffusers itself does with a LoRA of a diffusion model: a pipeline without weights loads its names and shapes.
+"""Load a LoRA of a diffusion model with diffusers itself, by names and shapes into a pipeline without weights.
 
-So it is diffusers that tells which tool wrote the names, and converts them. Nothing is downloaded, no code that comes with a model
-is run, and no value is read: all tensors are on torch's meta device.
+So diffusers recognises the tool that wrote the names, and converts them. Nothing is downloaded, no code of a model runs, and no
+value is read: all tensors are on torch's meta device.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PIPELINES = {
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "UNet2DConditionModel": "StableDiffusionPipeline",
 }
-"""The pipelines of components that are not called after them, as `WanTransformer3DModel` is after `WanPipeline`."""
+"""Pipelines of components whose names do not follow from the component's, as `WanPipeline` follows from `WanTransformer3DModel`."""
 
 MOST_LAYERS = 4_000
-"""Layers of a LoRA that diffusers is given: PEFT compares each with each other, and real ones have two thousand at most."""
+"""Largest number of layers of a LoRA for diffusers. PEFT compares all pairs, and real LoRAs have at most two thousand layers."""
 
 MOST_DIGITS = 9
-"""Of a number in a name; longer ones count as too high."""
+"""Largest number of digits in a name. Longer numbers count as too high."""
 
 _MODEL = re.compile(r"(?P<name>\w+?)Transformer\w*Model")
 _ADAPTER = "default"
@@ -50,11 +50,11 @@ _ADAPTER = "default"
 def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     """Try to load a LoRA into a pipeline, or into one component, with diffusers; a `Loader` of `eigenzoo.verify_adapter`.
 
-    The pipeline is of the class that `model_index.json` names; of a component alone, of the one that is called after its class. It
-    has only the components that LoRAs change.
+    The pipeline has the class in `model_index.json`, or for a single component the class that is named after it. It has only the
+    components that LoRAs change.
 
-    A text says why nothing was tried: a library that is missing, a base without configs, a pipeline that diffusers has not. Cost:
-    building the components without weights, a second or two.
+    Returns a text if loading was not tried: a library is missing, the base has no configs, or diffusers does not have the pipeline.
+    Cost: building the components without weights, one or two seconds.
     """
     missing = [name for name in ("diffusers", "transformers", "peft") if find_spec(name) is None]
     if missing:
@@ -82,13 +82,13 @@ def _load(base: Model, adapter: Adapter) -> Loading:
     pipeline, modules = _pipeline_of(base)
 
     def by_pipeline(tensors: dict[str, Tensor]) -> None:
-        # The configs of a header say the scale, and name no other modules than the tensors do.
+        # The configs in a header have the scale, and no other modules than the tensors.
         pipeline.load_lora_weights(tensors, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
 
     loading = _tried(base, adapter, modules, type(pipeline).__name__, by_pipeline)
     if loading.is_whole or _is_pipeline(base):
         return loading
-    # One component alone also loads what it saved by itself, whose names have no component before them.
+    # A single component also loads files that it saved itself, whose names have no component prefix.
     _, modules = _pipeline_of(base)
     module: Any = next(iter(modules.values()))
 
@@ -103,7 +103,7 @@ def _load(base: Model, adapter: Adapter) -> Loading:
 
 
 def _highest_number(name: str) -> int:
-    """Return the highest number in a name, however it is spelled: diffusers takes parts between dots and underscores for numbers.
+    """Return the highest number in a name. Like diffusers, read any part between dots and underscores that Python parses as one.
 
     >>> _highest_number("lora_unet_input_blocks_4_1_proj_in"), _highest_number("blocks.+1_000.q")
     (4, 1000)
@@ -113,7 +113,7 @@ def _highest_number(name: str) -> int:
 
 
 def _numbers_in(part: str) -> list[str]:
-    """Return the numbers of a part of a name; the whole part is one where Python reads it so."""
+    """Return the numbers in a part of a name. The whole part is a number if Python parses it."""
     whole = part.strip().removeprefix("+")
     return [whole.replace("_", "")] if re.fullmatch(r"\d[\d_]*", whole) else re.findall(r"\d+", part)
 
@@ -125,7 +125,7 @@ def _tried(
     into: str,
     load: Callable[[dict[str, Tensor]], None],
 ) -> Loading:
-    """Have diffusers load the tensors, and look in which modules of the components they end up."""
+    """Load the tensors with diffusers, and find the components' modules that receive them."""
     import diffusers
 
     names: dict[str, str] = {}
@@ -137,7 +137,7 @@ def _tried(
     what = f"diffusers {diffusers.__version__}, loading into {into},"
     tensors = without_values(adapter)
     try:
-        # As for PEFT alone, which draws embeddings' factors in memory.
+        # The same limit as for PEFT, which allocates embeddings' factors in memory.
         with torch.device("meta"), Origins(tensors) as origins:
             told("refused", base.folder, lambda: load(dict(tensors)))
     except FormatError as error:
@@ -161,7 +161,7 @@ def _is_pipeline(base: Model) -> bool:
 
 
 def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
-    """Make a pipeline that has only those components of the base that LoRAs change; gives these too, by name."""
+    """Make a pipeline with only those components of the base that LoRAs change. Return it and these components by name."""
     import diffusers
 
     index = _read_json(base, MODEL_INDEX) if _is_pipeline(base) else {}
@@ -202,7 +202,7 @@ def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
             where=str(base.folder),
             next_step="download the components too, with their configs",
         )
-    # Its own constructor wants components that no LoRA changes.
+    # The pipeline's constructor requires components that no LoRA changes.
     pipeline = kind.__new__(kind)
     expected, _ = kind._get_signature_keys(kind)
     pipeline.register_modules(**{part: modules.get(part) for part in expected})
@@ -210,12 +210,12 @@ def _pipeline_of(base: Model) -> tuple[Any, dict[str, nn.Module]]:
 
 
 def _is_listed(entry: object) -> bool:
-    # [null, null] where a pipeline goes without.
+    # [null, null] means that the pipeline does not have this component.
     return isinstance(entry, list) and bool(entry) and entry[0] is not None
 
 
 def _component(base: Model, name: str, entry: object) -> nn.Module | None:
-    """Build one component without weights; None where its folder is not there."""
+    """Build one component without weights, or return None if its folder is missing."""
     file = f"{name}/{CONFIG}" if name else CONFIG
     if file not in base.side_files:
         return None
@@ -250,7 +250,7 @@ def _read_json(base: Model, file: str) -> Mapping[str, Any]:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Keep what diffusers says while it loads from a user who is told all that matters."""
+    """Hide the output of diffusers while it loads. The checks report everything that matters."""
     from diffusers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""How an adapter is loaded dry: by the library that its format belongs to."""
+"""Load an adapter without weights by the library of its format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from eigenzoo.zoo.verification import Loading
 
 
 def load_dry(base: Model, adapter: Adapter) -> Loading | str:
-    """Try to load an adapter into a base: one with PEFT's config with PEFT, a diffusion model's LoRA with diffusers.
+    """Try to load an adapter into a base: with PEFT if it has PEFT's config, and a diffusion model's LoRA with diffusers.
 
-    A `Loader` of `eigenzoo.verify_adapter`. No value is read; a text says why nothing was tried.
+    A `Loader` of `eigenzoo.verify_adapter`. No value is read. Returns a text if loading was not tried.
     """
     if adapter.config is None:
         return diffusers_loading.load_dry(base, adapter)

@@ -1,4 +1,4 @@
-"""An adapter's tensors without their values, and where they end up when another library loads them."""
+"""Make an adapter's tensors without values, and find the modules into which another library loads them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _ALIKE = ("_like", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor
 
 
 class Origins(TorchFunctionMode):
-    """While entered, follows tensors through renaming, cutting, joining and scaling.
+    """A context that tracks tensors through renaming, splitting, joining and scaling.
 
-    A tensor is known by its storage, so that views, parameters made of it and the same tensor under another name are followed too,
-    on the meta device as elsewhere. Functions that take no more than a shape (`zeros_like`) make new tensors of no origin. Whether
-    values without values have a property (diffusers asks of Flux's whether blocks are zero) is answered with no.
+    A tensor is identified by its storage. So views, parameters made of it and the same tensor under another name are tracked too,
+    also on the meta device. Functions that use only a shape (`zeros_like`) make new tensors without an origin. Questions about
+    missing values (diffusers asks for Flux whether blocks are zero) are answered with no.
 
     Args:
-        tensors: the first ones, by the names that origins are given by.
+        tensors: the original tensors by name.
 
-    Cost: one look-up for each argument of each call of torch; storages that were followed stay alive until the end.
+    Cost: one look-up for each argument of each call of torch. Tracked storages stay alive until the end.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names: dict[int, frozenset[str]] = {}
-        # A storage that is gone would give its address to another one.
+        # The address of a freed storage could be used again.
         self._alive: list[Any] = []
         for name, tensor in tensors.items():
             self._add(tensor, frozenset({name}))
 
     def of(self, tensor: Tensor) -> frozenset[str]:
-        """Return the names of the first tensors that this one is made of."""
+        """Return the names of the original tensors of which this one is made."""
         return self._names.get(tensor.untyped_storage()._cdata, frozenset())
 
     def __torch_function__(
@@ -56,14 +56,14 @@ class Origins(TorchFunctionMode):
             return result
         names: frozenset[str] = frozenset().union(*(self.of(tensor) for tensor in _tensors([args, kwargs or {}])))
         if names:
-            # What is written into a part of a tensor is in the tensor from then on.
+            # A tensor contains what is written into a part of it.
             changed = args[:1] if name == "__setitem__" else result
             for tensor in _tensors([changed]):
                 self._add(tensor, names)
         return result
 
     def _add(self, tensor: Tensor, names: frozenset[str]) -> None:
-        storage = tensor.untyped_storage()  # of a meta tensor too, which has no address of values
+        storage = tensor.untyped_storage()  # also for a meta tensor, whose values have no address
         self._alive.append(storage)
         self._names[storage._cdata] = self._names.get(storage._cdata, frozenset()) | names
 
@@ -79,7 +79,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def without_values(adapter: Adapter) -> dict[str, Tensor]:
-    """Make an adapter's tensors of their shapes and dtypes alone; single numbers are ones, since libraries look at them."""
+    """Make an adapter's tensors with shapes and dtypes only. Scalars are ones, since libraries read them."""
     found = {}
     for name, shape in adapter.shapes.items():
         dtype, is_number = adapter.dtypes.get(name, torch.float32), all(size == 1 for size in shape)
@@ -88,7 +88,7 @@ def without_values(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def refuse_undecided(error: FormatError) -> None:
-    """Raise what a library says where the reason is how it was asked: without values, or without another library."""
+    """Raise again a library's error that is due to this way of loading: without values, or without another library."""
     cause = error.__cause__
     if isinstance(cause, ImportError | NotImplementedError) or "meta" in str(cause):
         raise error
@@ -97,7 +97,7 @@ def refuse_undecided(error: FormatError) -> None:
 def places_of(
     origins: Origins, parameters: Iterable[tuple[str, Tensor]], before: str = ""
 ) -> dict[str, tuple[str, ...]]:
-    """Return the modules, by their names in the base, that each tensor of an adapter ends up in; `before` stands before each."""
+    """Return for each tensor of an adapter the modules that receive it, by their names in the base. `before` is their prefix."""
     places: dict[str, dict[str, None]] = {}
     for name, parameter in parameters:
         module = before + name.removeprefix(PREFIX).partition(".lora_")[0].partition(".modules_to_save.")[0]
@@ -107,6 +107,6 @@ def places_of(
 
 
 def dropped_of(adapter: Adapter, places: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the tensors of an adapter that end up nowhere; an α is where its factors are."""
+    """Return the tensors of an adapter that no module receives. An α counts as received with its factors."""
     of_alpha = {update.key_alpha: update.key_a for update in adapter.updates.values() if update.key_alpha}
     return tuple(name for name in adapter.shapes if of_alpha.get(name, name) not in places)

@@ -1,4 +1,4 @@
-"""A bound on what a config may have built: its numbers are a stranger's, and a billion layers are built before any is loaded."""
+"""Limit the size of models built from a config. Its numbers are not trusted, and all layers are built before any is loaded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from eigenzoo.errors import FormatError
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
 
-# Loading registers a tensor again; heads, positions and masks are in no file.
+# Loading registers a tensor again. Heads, positions and masks are not in the files.
 _TIMES = 8
 _MORE_TENSORS, _MORE_VALUES = 2_000, 2**26
 
 MOST_COUNTED = 2**18
-"""Layers, labels or heads that any config may speak of: transformers writes some of them out as lists while it reads it."""
+"""Largest number of layers, labels or heads in a config. transformers makes lists of some of them while it reads it."""
 
 _COUNTS = re.compile(r"layers?$|experts$|blocks$|depth|heads?$|labels$|^attention_types$")
 
 
 def check_counts(config: Mapping[str, Any], most: int, folder: Path) -> None:
-    """Refuse a config that counts more than `most` modules, or more labels than any model has."""
+    """Raise FormatError for a config with more than `most` modules, or more labels than any model has."""
     left: list[tuple[str, object]] = list(config.items())
     while left:
         key, value = left.pop()
@@ -50,7 +50,7 @@ def check_counts(config: Mapping[str, Any], most: int, folder: Path) -> None:
 
 @contextmanager
 def no_larger_than(model: Model, folder: Path) -> Iterator[None]:
-    """Raise FormatError as soon as modules are made with many times the tensors or values that the files hold."""
+    """Raise FormatError as soon as modules have many times the tensors or values of the files."""
     num_values = sum(info.nbytes // info.dtype.itemsize for info in model.tensors.values())
     most_tensors, most_values = _TIMES * len(model.tensors) + _MORE_TENSORS, _TIMES * num_values + _MORE_VALUES
     tensors = values = 0

@@ -1,4 +1,4 @@
-"""Classifiers on disk as torch modules: checkpoints of transformers, and the small networks of the nursery.
+"""Load classifiers on disk as torch modules: checkpoints of transformers, and the small networks of the nursery.
 
 Nothing is downloaded, no pickle is read, and no code that comes with a model is run.
 """
@@ -34,12 +34,12 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier, as it is before coefficients are put into it.
+    """A classifier without coefficients.
 
     Attributes:
-        module: in eval mode.
-        names: of the tensors of its files, what the module calls them.
-        num_classes: how many classes it answers.
+        module: the module in eval mode.
+        names: parameter names in the module by tensor names in the files.
+        num_classes: number of its classes.
         file_bytes: bytes of its weight files.
     """
 
@@ -50,7 +50,7 @@ class Classifier:
 
 
 def logits(module: nn.Module, inputs: Any) -> Tensor:
-    """Return what a classifier answers to one batch: (n, classes)."""
+    """Return a classifier's logits for one batch: (n, classes)."""
     answer: Any = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     found: Tensor = answer if isinstance(answer, Tensor) else answer.logits
     return found
@@ -62,7 +62,7 @@ def require(*libraries: str) -> None:
 
 
 def read_config(folder: Path) -> Any:
-    """Read the config of a local transformers checkpoint; raises UsageError or FormatError for anything else."""
+    """Read the config of a local transformers checkpoint. Raises UsageError or FormatError for anything else."""
     if not (folder / CONFIG).is_file():
         raise UsageError(
             f"this is not a folder with a {CONFIG}",
@@ -85,11 +85,11 @@ def read_classifier(
 
     Args:
         kind: `text` or `image`.
-        num_classes: how many classes it is to answer. A head of another size is drawn anew.
-        besides: patterns of the parameters that will be trained besides; only these may be drawn anew.
-        seed: of what is drawn.
+        num_classes: number of classes. A head of another size is replaced by a random one.
+        besides: name patterns of other parameters to train. Only these can be random.
+        seed: seed of random parameters.
 
-    Raises UsageError where something is drawn that nobody trains, and FormatError for files that are no such model.
+    Raises UsageError if a random parameter would not be trained, and FormatError for files that are not such a model.
     """
     config = read_config(folder)
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -104,7 +104,7 @@ def read_classifier(
     if config.num_labels != num_classes:
         config.num_labels = num_classes
     if kind == TEXT and getattr(config, "pad_token_id", None) is None:
-        # Models that answer at the last token have to know where a padded text ends.
+        # Models that classify at the last token need the padding token to find the end of a text.
         config.pad_token_id = pad_token(read_tokenizer(folder))[1]
     with quietly(), preserve_generators(), no_larger_than(files, folder):
         seed_generators(seed)
@@ -126,7 +126,7 @@ def read_classifier(
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer that lies in a checkpoint's folder."""
+    """Read the tokenizer in a checkpoint's folder."""
     require("transformers")
     from transformers import AutoTokenizer
 
@@ -140,7 +140,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def pad_token(tokenizer: Any) -> tuple[str, int]:
-    """Return what fills texts up, and its number: the tokenizer's own, else the end of a text."""
+    """Return the padding token and its number: the tokenizer's own, else its end-of-text token."""
     for name in ("pad_token", "eos_token", "sep_token"):
         if getattr(tokenizer, name, None) is not None:
             return getattr(tokenizer, name), int(getattr(tokenizer, f"{name}_id"))
@@ -148,12 +148,12 @@ def pad_token(tokenizer: Any) -> tuple[str, int]:
 
 
 def read_nursery(path: Path) -> Classifier:
-    """Load a model of the nursery: a transformers checkpoint, or the safetensors file of a digits-cnn."""
+    """Load a model of the nursery: a transformers checkpoint or the safetensors file of a digits-cnn."""
     if not path.is_file():
         return read_classifier(path, IMAGE, 2)
     from eigenzoo.nursery.cnn import Cnn
 
-    with preserve_generators():  # its first weights are drawn, before they are read
+    with preserve_generators():  # its initial weights are random before they are read
         model, net = open_model(path), Cnn()
     expected = {name: tuple(values.shape) for name, values in net.state_dict().items()}
     if {name: info.shape for name, info in model.tensors.items()} != expected:
@@ -167,12 +167,12 @@ def read_nursery(path: Path) -> Classifier:
 
 
 def told(what: str, where: Path, call: Callable[[], Made], *, next_step: str = "") -> Made:
-    """Call another library on the user's files; whatever it raises is told in one line."""
+    """Call another library on the user's files. Any error of it is reported in one line."""
     try:
         return call()
     except EigenzooError:
         raise
-    # These libraries raise whatever they run into in a broken file: KeyError, TypeError, errors of their own.
+    # For broken files these libraries raise KeyError, TypeError or errors of their own.
     except Exception as error:
         said = " ".join(str(error).split())
         raise FormatError(
@@ -181,7 +181,7 @@ def told(what: str, where: Path, call: Callable[[], Made], *, next_step: str = "
 
 
 def _check_drawn(folder: Path, found: Mapping[str, Any], besides: Sequence[str]) -> None:
-    """Raise where a weight is in no file, or of another shape there, and nobody trains what was drawn in its place."""
+    """Raise if a weight is missing in the files or has another shape, and its random replacement is not trained."""
     mismatched = [str(entry if isinstance(entry, str) else entry[0]) for entry in found.get("mismatched_keys", ())]
     drawn = sorted({*map(str, found.get("missing_keys", ())), *mismatched})
     left = [name for name in drawn if not any(fnmatch.fnmatch(name, pattern) for pattern in besides)]

@@ -1,6 +1,6 @@
-"""What PEFT itself does with an adapter: the base is built without weights, and PEFT loads the adapter's names and shapes into it.
+"""Load an adapter with PEFT itself, by names and shapes into a base that is built without weights.
 
-Nothing is downloaded, no code that comes with a model is run, and no value is read: all tensors are on torch's meta device.
+Nothing is downloaded, no code of a model runs, and no value is read: all tensors are on torch's meta device.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""The class by which PEFT's AutoPeftModel loads a base, for each task of a config."""
+"""The class of the base in PEFT's AutoPeftModel, for each task in a config."""
 
 ADAPTER = "default"
 
 MOST_CLASSES = 10
-"""Classes that a config may name: each is looked for in transformers. Real ones name one."""
+"""Largest number of classes in a config. Each is looked up in transformers, and real configs have one."""
 
 _AUTO = frozenset(CLASSES.values())
 _OTHERS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText")
-# Tried where no class that a config names takes up everything: only to say which one would.
-# How factors are drawn says nothing about where they lie, and may want data or weights.
+# Tried if no class in a config loads everything, only to name one that would.
+# The initialisation of factors does not change their modules, and may need data or weights.
 _OF_INITIALISATION = frozenset({"eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"})
 
 
 def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     """Try to load an adapter into a base with PEFT; a `Loader` of `eigenzoo.verify_adapter`.
 
-    The base is built by the class that its own config names in `architectures`; where PEFT does not take up everything then, by the
-    class that the adapter's config names, and by that of its task, as PEFT's AutoPeftModel classes do. The first that takes up
-    everything is the answer, else the first.
+    The base is built by the class in `architectures` of its own config. If PEFT does not load everything then, the class in the
+    adapter's config and that of its task are tried, as in PEFT's AutoPeftModel classes. The result is that of the first class that
+    loads everything, else of the first.
 
-    A text says why nothing was tried: a library that is missing, a base that is no checkpoint of transformers. Cost: building the
-    base without weights, about a second for a large one and each class.
+    Returns a text if loading was not tried: a library is missing, or the base is not a checkpoint of transformers. Cost: building
+    the base without weights, about a second for a large one and each class.
     """
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
@@ -67,7 +67,7 @@ def load_dry(base: Model, adapter: Adapter) -> Loading | str:
     if CONFIG not in base.side_files:
         return f"the base has no {CONFIG}, without which transformers cannot build it"
     try:
-        # Before PEFT tries the patterns of a stranger's config on every module.
+        # Checked before PEFT matches the patterns of an untrusted config with every module.
         is_target = targeting(adapter.config or {})
         for name in base.tensors:
             is_target(name.rpartition(".")[0])
@@ -80,7 +80,7 @@ def load_dry(base: Model, adapter: Adapter) -> Loading | str:
 
 
 def _load_by_classes(base: Model, adapter: Adapter) -> Loading:
-    """Load into the base as each of the classes in question builds it, until one takes up everything."""
+    """Load into the base built by each candidate class, until one loads everything."""
     config = read_config(base.folder)
     found: dict[str, Loading] = {}
     failed: EigenzooError | None = None
@@ -89,7 +89,7 @@ def _load_by_classes(base: Model, adapter: Adapter) -> Loading:
             built = build(config, name, base, base.folder)
             loading = found.setdefault(type(built).__name__, _load(built, base, adapter))
         except EigenzooError as error:
-            # A task's class may not be there for such a base, and a class that is found first decides what is said.
+            # A task's class may not exist for such a base. The first class that exists decides the error.
             failed = failed or error
             continue
         if loading.is_whole:
@@ -102,7 +102,7 @@ def _load_by_classes(base: Model, adapter: Adapter) -> Loading:
 
 
 def _beside(loading: Loading, found: Mapping[str, Loading]) -> Loading:
-    """Say by which classes the adapter would be lost, where the base's own is among them."""
+    """Name the classes with which the adapter would be lost, if the base's own is among them."""
     *others, name = found
     if not others:
         return loading
@@ -111,7 +111,7 @@ def _beside(loading: Loading, found: Mapping[str, Loading]) -> Loading:
 
 
 def _other_class(config: Any, base: Model, adapter: Adapter, found: Mapping[str, Loading]) -> str:
-    """Name another class by which PEFT takes up everything, into modules whose weights the files have."""
+    """Name another class with which PEFT loads everything, into modules whose weights are in the files."""
     for name in _OTHERS:
         try:
             built = build(config, name, base, base.folder)
@@ -128,13 +128,13 @@ def _other_class(config: Any, base: Model, adapter: Adapter, found: Mapping[str,
 
 
 def architectures_of(config: Any) -> list[str]:
-    """Return the names of classes that a config says of itself; a config may say anything."""
+    """Return the class names in a config, which may contain anything."""
     named = getattr(config, "architectures", None)
     return [str(name) for name in named[:MOST_CLASSES]] if isinstance(named, list | tuple) else []
 
 
 def _named_classes(config: Any, adapter: Mapping[str, Any]) -> tuple[str, ...]:
-    """Give the names of the classes by which a base is built for an adapter, each once, in this order."""
+    """Return the names of the classes to build a base for an adapter, each once, in the order of trying."""
     import transformers
 
     names = architectures_of(config)
@@ -148,14 +148,14 @@ def _named_classes(config: Any, adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def build(config: Any, name: str, base: Model, folder: Path) -> nn.Module:
-    """Build a model of transformers without weights, by the class of this name.
+    """Build a model of transformers without weights, by the name of its class.
 
     Args:
-        config: transformers', read from `folder`.
-        name: of a class of models that `config` belongs to, or of an `AutoModel…`.
-        base: the model whose files these are: no more than a few times its tensors are made.
+        config: the config of transformers, read from `folder`.
+        name: name of a model class for this config, or of an `AutoModel…`.
+        base: the model of these files. At most a few times its number of tensors are made.
 
-    Raises FormatError where it cannot be built.
+    Raises FormatError if it cannot be built.
     """
     import transformers
 
@@ -169,7 +169,7 @@ def build(config: Any, name: str, base: Model, folder: Path) -> nn.Module:
 
 
 def _is_class_of(config: Any, found: Any) -> bool:
-    """Tell whether what a file names is a class of models, and of models with such a config."""
+    """Tell whether a name in a file is a class of models with such a config."""
     import transformers
 
     return (
@@ -180,7 +180,7 @@ def _is_class_of(config: Any, found: Any) -> bool:
 
 
 def _check_lists(config: Mapping[str, Any], base: Model) -> None:
-    """Refuse an adapter's lists of far more modules than there are: PEFT compares each entry with every other."""
+    """Raise for an adapter's lists with far more modules than the base, because PEFT compares all pairs of entries."""
     for key in ("target_modules", "exclude_modules", "layers_to_transform"):
         names, most = config.get(key), max(len(base.tensors), 1000)
         if isinstance(names, list) and len(names) > most:
@@ -190,7 +190,7 @@ def _check_lists(config: Mapping[str, Any], base: Model) -> None:
 
 
 def names_in(tensors: Collection[str], model: Any) -> dict[str, str]:
-    """Names in memory by names in the files; as in transformers, the base's prefix may be there or not."""
+    """Return names in memory by names in the files. As in transformers, the base's prefix is optional."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = {}
     for file, name in _saved_names(model).items():
@@ -202,7 +202,7 @@ def names_in(tensors: Collection[str], model: Any) -> dict[str, str]:
 
 
 def _saved_names(model: Any) -> dict[str, str]:
-    """As `transformers_names.saved_names`, by objects: what is on the meta device has no address."""
+    """Like `transformers_names.saved_names`, but by objects, because meta tensors have no address."""
     held: dict[str, Tensor] = dict(model.state_dict())
     try:
         from transformers.core_model_loading import revert_weight_conversion
@@ -214,7 +214,7 @@ def _saved_names(model: Any) -> dict[str, str]:
 
 
 def _load(model: nn.Module, base: Model, adapter: Adapter) -> Loading:
-    """Load an adapter into a base that is built, and look where its tensors end up."""
+    """Load an adapter into a built base, and find the modules that receive its tensors."""
     import peft
 
     names = names_in(base.tensors, model)
@@ -236,16 +236,16 @@ def _load(model: nn.Module, base: Model, adapter: Adapter) -> Loading:
 
 
 def _wrapped(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Do what `PeftModel.from_pretrained` does once it has read the files."""
+    """Do the steps of `PeftModel.from_pretrained` after it has read the files."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import set_peft_model_state_dict
 
     known = {field.name for field in fields(LoraConfig)} - _OF_INITIALISATION
     chosen: dict[str, Any] = {key: value for key, value in config.items() if key in known}
     chosen |= {"init_lora_weights": True, "inference_mode": True}
-    # Models of transformers before version 5 say by which patterns older adapters are renamed.
+    # Models of transformers before version 5 have patterns for renaming older adapters.
     mapping: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    # Embeddings' factors are drawn in memory before they are put on the meta device, of whatever rank a pattern says.
+    # Embeddings' factors are allocated in memory before they move to the meta device, with the rank of any pattern.
     with torch.device("meta"):
         wrapped: nn.Module = get_peft_model(model, LoraConfig(**chosen), ADAPTER, low_cpu_mem_usage=True)
     state = {_mapped(name, mapping): tensor for name, tensor in tensors.items()}
@@ -254,7 +254,7 @@ def _wrapped(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _mapped(name: str, mapping: Mapping[str, str]) -> str:
-    """Rename a tensor as `peft.utils.load_peft_weights` does."""
+    """Rename a tensor like `peft.utils.load_peft_weights`."""
     prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
     if not mapping:
         return name
@@ -269,5 +269,5 @@ def _mapped(name: str, mapping: Mapping[str, str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Take PEFT's name of the adapter out of a name."""
+    """Remove PEFT's adapter name from a name."""
     return name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")

@@ -1,6 +1,6 @@
-"""What transformers calls a model's weights in memory, and what it calls them in the files that it writes.
+"""Map transformers' names of weights in files to their names in memory.
 
-Since version 5 these are not always the same: parts are renamed when a checkpoint is loaded, and named as before when it is saved.
+Since version 5 they can differ: names are changed when a checkpoint is loaded, and changed back when it is saved.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def saved_names(model: Any) -> dict[str, str]:
-    """Return the parameter's name in the model by its name in a saved checkpoint, where one tensor there is one here.
+    """Return parameter names in the model by names in a saved checkpoint.
 
-    Fused and split weights have no such name, and are left out.
+    Fused and split weights have no one-to-one names and are left out.
     """
     held: dict[str, Tensor] = dict(model.state_dict())
     try:

@@ -1,4 +1,4 @@
-"""Doing something once another library is imported, which need not be installed: by a finder that looks for its name."""
+"""Import a module after another library is imported, by a finder for its name. The library need not be installed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eigenzoo.errors import EigenzooError
 
 
 def when_imported(library: str, module: str) -> None:
-    """Import a module of ours as soon as a library is: now, where it is there already, else when somebody imports it.
+    """Import one of our modules as soon as a library is imported, or now if it already is.
 
-    Where ours refuses the library (a version that it is not made for), that is a warning: the library itself works as it did.
+    If our module does not support the library's version, that is a warning, and the library still works.
     """
     if sys.modules.get(library) is not None:
         _follow(library, module)
@@ -34,13 +34,13 @@ def _follow(library: str, module: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one library as all others would, with a loader that has one thing more to do."""
+    """Finds one library like the other finders, with a loader that also imports our module."""
 
     def __init__(self, library: str, module: str) -> None:
         self._library, self._module = library, module
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the library's spec; None for everything else, and where it is not installed."""
+        """Return the library's spec; None for other modules, or if it is not installed."""
         if name != self._library:
             return None
         sys.meta_path.remove(self)
@@ -54,7 +54,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Another loader, and what follows it."""
+    """Another loader, and an import after it."""
 
     def __init__(self, loader: Loader, finder: _Finder, library: str, module: str) -> None:
         self._loader, self._finder, self._library, self._module = loader, finder, library, module
@@ -63,12 +63,12 @@ class _Loader(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Make the module as the library's own loader does."""
+        """Create the module with the library's own loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the library, then ours; from then on it is found as ever."""
-        # What asks a module later how it was loaded is to see the library's own loader.
+        """Run the library, then our module, and remove the finder."""
+        # Code that inspects the module's loader later must see the library's own.
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader

@@ -1,7 +1,7 @@
-"""Small real zoos, trained in under a minute on one core from data that scikit-learn carries with it.
+"""Train small real zoos in under a minute on one core, from data that scikit-learn includes.
 
-Every model learns one of the 126 ways to split the ten handwritten digits into five against five: each its own, or all
-the same one. Kinds:
+Every model learns to split the ten handwritten digits into five against five, in one of 126 ways. Each model has its own way, or
+all have the same one. Kinds:
 
 * `digits-vit`: fine-tunes of one tiny vision transformer, as transformers checkpoints;
 * `digits-lora`: LoRA adapters of such a transformer, as PEFT adapters;
@@ -39,27 +39,25 @@ def make(
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Recipe:
-    """Train a zoo of one of `KINDS` and save it as the folder `out`, which appears whole or not at all.
+    """Train a zoo of one of `KINDS` and save it as the folder `out`, which appears complete or not at all.
 
     Args:
-        num_models: how many of the 126 tasks, drawn by the seed (or how many runs of one task, up to 126 too); by
-            default 72 (36 with random labels), and 100 networks from scratch.
-        random_labels: each model learns by heart 128 training images whose labels its own seed has shuffled.
-        train_head: `digits-vit` only: train the two-class head too; else all models keep one random head.
+        num_models: number of tasks, drawn by the seed from the 126, or of runs of one task, also up to 126. Default: 72 (36 with
+            random labels), and 100 for networks from scratch.
+        random_labels: each model memorises 128 training images whose labels its own seed has shuffled.
+        train_head: `digits-vit` only: also train the two-class head. Otherwise all models keep one random head.
         own_init: an initialisation per model. By default adapters draw their own A, and networks from scratch share
             one initialisation; fine-tunes always start at their parent.
-        permuted: `digits-cnn` only: after its training each network's hidden channels are put into an order of its
-            own. All its answers stay what they were, its weights no longer lie where another network has them.
-        same_task: all models learn the first task that the seed chooses, each from batches in an order of its own.
-            Not together with random labels.
-        force: replace a zoo of the nursery that lies at `out` as it was made, with nothing else in it.
-        progress: called with a stage (`pretraining`, `models`), what is done and what there is to do.
+        permuted: `digits-cnn` only: permute each network's hidden channels after training, in its own order. Its outputs do not
+            change, but its weights no longer correspond to those of other networks.
+        same_task: all models learn the first task of the seed, each with its own order of batches. Excludes random labels.
+        force: replace an unchanged zoo of the nursery at `out`.
+        progress: called as progress(stage, done, total) with stages `pretraining` and `models`.
 
-    The zoo holds one folder (or `.safetensors` file) per model, named after its task (`task-01234`: the class that
-    holds 0; `task-01234-run-007` where all have the same one); the parent in `_base`, with the models' two-class
-    head; and `zoo.json`, the recipe that is returned. Each weight file's metadata names its `task`, `kind`,
-    `random_labels` and, for those, `labels_seed`; if permuted, `permutation_seed`. One seed's zoos of one kind hold
-    the same trained networks whether permuted or not.
+    The zoo contains one folder (or `.safetensors` file) per model. Its name is that of its task (`task-01234`: the class that
+    contains 0), or `task-01234-run-007` if all have the same task. `_base` is the parent with the models' two-class head, and
+    `zoo.json` the returned recipe. Each weight file's metadata contain its `task`, `kind`, `random_labels` with `labels_seed`, and
+    `permutation_seed` if permuted. With one seed and kind, permuted and other zoos have the same trained networks.
 
     Trains on one thread. The same arguments give the same bytes on the same machine with the same library versions.
 
@@ -78,21 +76,21 @@ def make(
 def accuracy(
     path: str | os.PathLike[str], *, task: str | None = None, base: str | os.PathLike[str] | None = None
 ) -> float:
-    """Return the share of right answers of one saved model: checkpoint folder, adapter folder or .safetensors file.
+    """Return the accuracy of one saved model: a checkpoint folder, adapter folder or .safetensors file.
 
-    `task`, by default the one in the file's metadata, decides what is measured. A true task such as
-    `5-against-5:0,1,2,3,4` is measured on the 500 test images, which no model is trained on. A shuffled one
-    (`...;shuffled=7`, the tasks of a zoo with random labels) is measured on the 128 training images whose labels were
-    shuffled, since on any other images chance is all that can be reached; pass the true task to see that.
+    `task` is the measured task, by default the one in the file's metadata. A true task such as `5-against-5:0,1,2,3,4` is measured
+    on the 500 test images, on which no model is trained. A shuffled one (`...;shuffled=7`, the tasks of a zoo with random labels)
+    is measured on the 128 training images with shuffled labels. On any other images it can only reach chance; pass the true task to
+    see that.
 
-    `base` is an adapter's parent; by default the folder that `adapter_config.json` names, read as relative to the
-    adapter's folder. So an adapter inside its zoo, or one rebuilt beside it, needs no `base`, and one saved anywhere
-    else does: `metric` binds it. A parent itself is measured on the `task` given: with the head its children got.
+    `base` is an adapter's parent. Default: the folder in `adapter_config.json`, relative to the adapter's folder. So an adapter
+    inside its zoo, or rebuilt beside it, needs no `base`. An adapter elsewhere needs it: see `metric`. A parent is measured on the
+    given `task`, with the head of its children.
 
     Takes about 20 ms, an adapter 50. Nothing is downloaded.
 
     Raises:
-        UsageError: no task, or no parent, is recorded and none is given.
+        UsageError: a task or parent is neither recorded nor given.
         FormatError: no model at `path`.
         MismatchError: weights missing, too many, or of another shape.
     """
@@ -103,12 +101,11 @@ def accuracy(
 
 
 def metric(zoo: str | os.PathLike[str]) -> Callable[[str | os.PathLike[str]], float]:
-    """Return `accuracy` for the models of one zoo, wherever their files lie: the zoo's own `_base` is their parent.
+    """Return `accuracy` with the parent of one zoo, for models in any folder.
 
-    What `make` saved as `zoo` is measured as by `accuracy`, and so is every model rebuilt from its subspace, each on
-    the task in its metadata. An adapter that lies in a temporary folder has nothing else that leads to its parent.
-    For zoos without adapters it is no more than `accuracy`. The zoo is looked for now and not when a model is measured,
-    so that the working folder may change; the function returned can be pickled.
+    It measures the models of `zoo`, and models rebuilt from its subspace, each on the task in its metadata. An adapter in a
+    temporary folder has no other reference to its parent. For zoos without adapters it is the same as `accuracy`. The zoo's path is
+    resolved now and not when a model is measured, so that the working folder can change. The returned function can be pickled.
 
     Raises:
         UsageError: no zoo of the nursery at `zoo`.

@@ -20,8 +20,8 @@ GROUP_SIZE = 4
 class Cnn(nn.Module):
     """Three 3 x 3 convolutions (8, 16, 16 channels) with group norms, mean over places, two classes: 3,682 weights.
 
-    Group norms, because batch norms mix the images of a batch and carry buffers that no gradient reaches. The stride
-    stands where pooling would: half the time at the same accuracy.
+    Group norms are used because batch norms mix the images of a batch and have buffers without gradients. A stride replaces
+    pooling: half the time at the same accuracy.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Cnn(nn.Module):
 
 
 _HIDDEN = (("conv1", "norm1", "conv2"), ("conv2", "norm2", "conv3"), ("conv3", "norm3", "head"))
-"""The layers that write a hidden layer's channels, normalise them and read them."""
+"""The layers that write, normalise and read a hidden layer's channels."""
 
 
 def permute(weights: Weights, seed: int) -> Weights:
-    """Return weights of a `Cnn` for the same function, the channels of all three hidden layers in an order of the seed.
+    """Permute the channels of all three hidden layers by a seed. The returned weights of the `Cnn` give the same function.
 
-    Groups change places with each other and channels within their group: a group norm takes mean and variance over a
-    group, so any other permutation would change the function. Exact but for the order of sums inside a product.
+    Groups are permuted, and channels within a group. A group norm takes mean and variance over a group, so any other permutation
+    would change the function. Exact up to the order of sums inside a product.
     """
     generator = torch.Generator().manual_seed(seed)
     moved = dict(weights)
@@ -64,14 +64,14 @@ def permute(weights: Weights, seed: int) -> Weights:
 
 
 def _draw_order(num_channels: int, generator: torch.Generator) -> Tensor:
-    """Draw one of the orders of the channels that leave each group together."""
+    """Draw an order of the channels that keeps each group together."""
     groups = torch.arange(num_channels).view(-1, GROUP_SIZE)
     shuffled = groups[torch.randperm(len(groups), generator=generator)]
     return torch.cat([group[torch.randperm(GROUP_SIZE, generator=generator)] for group in shuffled])
 
 
 class CnnKind:
-    """All models of one `digits-cnn` zoo: how they start, run and are saved."""
+    """Starts, runs and saves the models of a `digits-cnn` zoo."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -83,12 +83,12 @@ class CnnKind:
         return logits
 
     def start(self, seed: int) -> Weights:
-        """Return torch's default initialisation from the model's own seed, or from the zoo's where all share one."""
+        """Return torch's default initialisation, from the model's own seed or from the zoo's if all models share one."""
         seed_generators(seed if self._plan.own_init else self._plan.seed)
         return {name: weight.detach() for name, weight in Cnn().named_parameters()}
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:
-        """Write one model as `<name>.safetensors`; return that file."""
+        """Write one model as `<name>.safetensors` and return the file."""
         path = folder / f"{name}.safetensors"
         save_file(weights, path, metadata={"format": "pt"})
         return path

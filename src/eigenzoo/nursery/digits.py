@@ -1,7 +1,7 @@
-"""The handwritten digits of scikit-learn, split once, and the binary tasks asked of them.
+"""The handwritten digits of scikit-learn with a fixed split, and their binary tasks.
 
-The 1,797 images (8 x 8, one channel) are split into 1,297 for training and 500 for measuring, by one fixed seed
-whatever the seed of the zoo: test accuracies of two zoos are about the same 500 images.
+The 1,797 images (8 x 8, one channel) are split into 1,297 for training and 500 for testing. The split has one fixed seed, so that
+all zoos are tested on the same 500 images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eigenzoo.errors import UsageError
 
 NUM_TEST = 500
 SPLIT_SEED = 0
-# So few that a model of 3,700 parameters memorises them within seconds.
+# Few enough that a model of 3,700 parameters memorises them within seconds.
 NUM_SHUFFLED = 128
 
 _PREFIX = "5-against-5:"
@@ -27,11 +27,11 @@ _SHUFFLED = ";shuffled="
 
 @dataclass(frozen=True)
 class Task:
-    """Five digits against the other five; `labels_seed` shuffles the labels over the images.
+    """Five digits against the other five. `labels_seed` shuffles the labels over the images.
 
-    `digits` is the class that holds 0 and is answered 0, the others are answered 1: each of the 126 splits has one
-    name. A shuffled task is about the first `NUM_SHUFFLED` training images alone; it keeps the task's own labels and
-    deals them out anew, so that nothing but memory can answer it.
+    `digits` is the class that contains 0 and has the label 0; the others have the label 1. So each of the 126 splits has one name.
+    A shuffled task consists of the first `NUM_SHUFFLED` training images. Its labels are a permutation of the task's, so that they
+    can only be memorised.
 
     >>> str(Task((0, 1, 2, 3, 4)))
     '5-against-5:0,1,2,3,4'
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The name of the model that learns it, e.g. `task-01234`."""
+        """The name of a model that learns this task, e.g. `task-01234`."""
         return "task-" + "".join(map(str, self.digits))
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Task:
 
     @classmethod
     def parse(cls, text: str) -> Task:
-        """Read what `str` writes; `UsageError` on anything else."""
+        """Parse the result of `str`. Raises UsageError for any other text."""
         listed, _, seed = text.removeprefix(_PREFIX).partition(_SHUFFLED)
         try:
             task = cls(tuple(int(digit) for digit in listed.split(",")), int(seed) if seed else None)
@@ -72,13 +72,13 @@ class Task:
         return task
 
     def label(self, digits: Tensor) -> Tensor:
-        """Return the true answers, 0 or 1, for images of these digits; never shuffled."""
+        """Return the true labels, 0 or 1, of images of these digits, never shuffled."""
         return (~torch.isin(digits, torch.tensor(self.digits))).long()
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 1, 8, 8) float32 in [-1, 1] and the digit on each (n,) int64, both splits."""
+    """Images (n, 1, 8, 8) float32 in [-1, 1] and their digits (n,) int64, of both splits."""
 
     train_images: Tensor
     train_digits: Tensor
@@ -86,7 +86,7 @@ class Digits:
     test_digits: Tensor
 
     def training_set(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Return the images and the labels that a model of this task is trained on."""
+        """Return the training images and labels of a task."""
         if task.labels_seed is None:
             return self.train_images, task.label(self.train_digits)
         labels = task.label(self.train_digits[:NUM_SHUFFLED])
@@ -94,7 +94,7 @@ class Digits:
         return self.train_images[:NUM_SHUFFLED], labels[order]
 
     def test_set(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Return the test images and the true labels: for a shuffled task chance is all that can be reached."""
+        """Return the test images and the true labels. A model of a shuffled task can only reach chance on them."""
         return self.test_images, task.label(self.test_digits)
 
 
@@ -105,7 +105,7 @@ def tasks() -> list[Task]:
 
 @lru_cache(maxsize=1)
 def load() -> Digits:
-    """Read the data that scikit-learn carries with it (no download), split by `SPLIT_SEED`."""
+    """Read the data that scikit-learn includes (no download), split by `SPLIT_SEED`."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -1,9 +1,9 @@
 """`digits-lora`: LoRA adapters of one tiny vision transformer, saved as PEFT adapters.
 
-Rank 4, alpha 8, on all four projections of each attention layer; the parent's random two-class head stays frozen, so
-an adapter holds LoRA factors and nothing else. `adapter_config.json` names the parent as `../_base`, relative to the
-adapter's own folder: the zoo can be moved, and no path of the machine that made it is written. `PeftModel` is handed
-the parent as a model; `AutoPeftModel` would take the name as relative to the working folder.
+Rank 4, alpha 8, on all four projections of each attention layer. The parent's random two-class head stays frozen, so an adapter
+contains only LoRA factors. `adapter_config.json` names the parent as `../_base`, relative to the adapter's own folder, so that the
+zoo can be moved and contains no path of this machine. `PeftModel` gets the parent as a model. `AutoPeftModel` would resolve the
+name relative to the working folder.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ PARENT = "../_base"
 
 
 class LoraKind:
-    """All adapters of one `digits-lora` zoo: how they start, run and are saved."""
+    """Starts, runs and saves the adapters of a `digits-lora` zoo."""
 
     def __init__(self, plan: Plan, parent: Any) -> None:
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
         with quietly():
             self.model: Any = get_peft_model(parent, config).eval()
-        # Afterwards, since get_peft_model puts the name of a loaded parent there and this one has none.
+        # Set afterwards, since get_peft_model writes the name of a loaded parent there, and this parent has none.
         config.base_model_name_or_path = PARENT
-        # PEFT made a set of it, whose order on disk would differ from run to run.
+        # PEFT converts it to a set, whose order on disk would differ from run to run.
         config.target_modules = list(TARGETS)
         self._plan = plan
         self._trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
@@ -46,9 +46,9 @@ class LoraKind:
         return run(self.model, weights, images)
 
     def start(self, seed: int) -> Weights:
-        """Return factors as PEFT starts them: A uniform (Kaiming, a = sqrt 5), B zero.
+        """Return PEFT's initial factors: A uniform (Kaiming, a = sqrt 5), B zero.
 
-        A is drawn from the adapter's own seed, or from the zoo's where all are to share one.
+        A is drawn from the adapter's own seed, or from the zoo's if all adapters share one.
         """
         seed_generators(seed if self._plan.own_init else self._plan.seed)
         for module in self.model.modules():
@@ -58,11 +58,11 @@ class LoraKind:
         return {name: weights[name].detach().clone() for name in self._trained}
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:
-        """Write one adapter as PEFT writes it; return its weight file."""
+        """Write one adapter with PEFT and return its weight file."""
         with torch.no_grad():
             for key, weight in self.model.named_parameters():
                 if key in weights:
                     weight.copy_(weights[key])
-        # Told that no embedding is to be saved, PEFT does not look for the parent's config, on the hub in the end.
+        # With `save_embedding_layers=False` PEFT does not look for the parent's config, which could end in a request to the hub.
         self.model.save_pretrained(folder / name, save_embedding_layers=False)
         return folder / name / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Trains one zoo after its plan and puts it on disk, whole or not at all."""
+"""Train one zoo by its plan and write it to disk, completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from eigenzoo.passes.process import single_threaded
 
 Progress = Callable[[str, int, int], None]
 
-# Time per model falls until about here (24 at once: 254 ms, 42: 216 ms); memory grows on.
+# Time per model decreases up to about this number (24 at once: 254 ms, 42: 216 ms). Memory increases further.
 CHUNK = 32
 
 
 @dataclass(frozen=True)
 class Child:
-    """One model to come: its name, what it learns, and the seed of all that is drawn for it alone."""
+    """One model to train: its name, its task, and the seed of its own random draws."""
 
     name: str
     task: Task
@@ -39,7 +39,7 @@ class Child:
 
 
 class Kind(Protocol):
-    """What a kind of zoo must be able to do: start a model, run it, save it."""
+    """Interface of a kind of zoo: start a model, run it, save it."""
 
     def forward(self, weights: Weights, images: Tensor) -> Tensor:
         """Return one model's logits."""
@@ -48,13 +48,13 @@ class Kind(Protocol):
         """Return the trained weights of one model before training."""
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:
-        """Write one model below `folder`; return its weight file."""
+        """Write one model below `folder` and return its weight file."""
 
 
 def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> Recipe:
-    """Train and save; see `eigenzoo.nursery.make`."""
-    # One thread whatever torch was set to: two gain a quarter on an idle machine of two cores, and cost ten times the time (234 s
-    # against 22) beside another process, since each small operator waits for the slower one. The bytes depend on it too.
+    """Train and save a zoo; see `eigenzoo.nursery.make`."""
+    # Always one thread. Two gain a quarter on an idle machine of two cores, but beside another process they take ten times as long
+    # (234 s against 22), since each small operator waits for the slower one. The bytes depend on the number, too.
     with new_folder(out, force=force, foreign=recorded(ZOO)) as folder, preserve_generators(), single_threaded():
         kind, parent = _build(plan, folder, progress)
         models: dict[str, dict[str, Any]] = {}
@@ -67,9 +67,9 @@ def make_zoo(plan: Plan, out: Path, force: bool, progress: Progress | None) -> R
 
 
 def choose_children(plan: Plan) -> list[Child]:
-    """Return the models of the plan: a random choice of the 126 tasks, drawn by the zoo's seed, or runs of the first.
+    """Return the models of the plan: tasks drawn from the 126 by the zoo's seed, or runs of the first.
 
-    A larger zoo of the same seed holds the models of the smaller one; zoos of two seeds share no model's seed.
+    A larger zoo of the same seed contains the models of the smaller one. Zoos of two seeds have no model's seed in common.
     """
     every = digits.tasks()
     first_seed = plan.seed * len(every) + 1
@@ -86,7 +86,7 @@ def choose_children(plan: Plan) -> list[Child]:
 
 
 def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, dict[str, float]]:
-    """Return the kind, its parent trained and saved, and what is to be told of the parent."""
+    """Return the kind and the record of its parent, which is trained and saved."""
     if plan.pretraining is None:
         return CnnKind(plan), {}
     from eigenzoo.nursery.vit import VitKind, pretrain, save_checkpoint
@@ -105,7 +105,7 @@ def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, d
 def _raise_chunk(
     plan: Plan, kind: Kind, chunk: list[Child], folder: Path, progress: Progress | None, before: int
 ) -> dict[str, dict[str, Any]]:
-    """Train, measure and save some models at once; return what the recipe says of each."""
+    """Train, measure and save some models at once. Return their records for the recipe."""
     data, seeds = digits.load(), [child.seed for child in chunk]
     starts = [kind.start(seed) for seed in seeds]
     stacked = {name: torch.stack([start[name] for start in starts]) for name in starts[0]}
@@ -143,9 +143,10 @@ def _metadata(plan: Plan, child: Child) -> dict[str, str]:
 
 
 def _label(path: Path, metadata: dict[str, str]) -> None:
-    """Write the file once more with these facts in its header, the tensors untouched.
+    """Write the file again with these metadata and the same tensors.
 
-    safetensors writes metadata in an order that differs from run to run; here it is sorted: the same zoo has the same bytes.
+    safetensors writes metadata in an order that differs from run to run. Here they are sorted, so that the same zoo has the same
+    bytes.
     """
     tensors = sorted(load(path.read_bytes()).items())
     path.unlink()
@@ -155,7 +156,7 @@ def _label(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _chunks(models: list[Child]) -> Iterator[list[Child]]:
-    """Cut into as few chunks as `CHUNK` allows, of nearly equal size."""
+    """Split into as few chunks of nearly equal size as `CHUNK` allows."""
     count = -(-len(models) // CHUNK)
     for number in range(count):
         yield models[number * len(models) // count : (number + 1) * len(models) // count]

@@ -1,4 +1,4 @@
-"""Measures one saved model, read back from disk by the library that its format belongs to."""
+"""Measure one saved model, read back from disk by the library of its format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
         raise UsageError("the file's metadata has no task", where=str(weights), next_step="pass task='5-against-5:...'")
     data, wanted = digits.load(), Task.parse(asked)
     images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
-    # Models are built with random weights before they are loaded; the caller's random state is not ours to move.
+    # Models are built with random weights before they are loaded. The caller's random state must not change.
     with preserve_generators(), torch.no_grad():
         model = _load(weights, base)
         answer = model(images)
@@ -79,7 +79,7 @@ def _load(weights: Path, base: Path | None) -> Any:
 
 
 def _load_checkpoint(folder: Path) -> Any:
-    """Load with transformers, but refuse what it would fill with random values."""
+    """Load with transformers, and raise if it would fill weights with random values."""
     reader: Any = ViTForImageClassification
     with quietly():
         model, found = reader.from_pretrained(
@@ -92,7 +92,7 @@ def _load_checkpoint(folder: Path) -> Any:
 
 
 def _load_adapter(folder: Path, base: Path) -> Any:
-    """Load with PEFT, but refuse an adapter that leaves some of its own layers as they were made."""
+    """Load with PEFT, and raise if some of the adapter's layers keep their initial values."""
     with quietly():
         parent = _load_checkpoint(base)
         with warnings.catch_warnings():
@@ -106,7 +106,7 @@ def _load_adapter(folder: Path, base: Path) -> Any:
 
 
 def _recorded_base(folder: Path) -> Path:
-    """Return the parent that the adapter's config names, relative to the adapter's own folder."""
+    """Return the parent in the adapter's config, relative to the adapter's own folder."""
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     base = folder / str(named)
     if not named or not base.is_dir():

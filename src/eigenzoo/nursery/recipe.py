@@ -1,4 +1,4 @@
-"""What a zoo is to be (`Plan`) and what it became (`Recipe`, the zoo's `zoo.json`). Needs neither torch nor sklearn."""
+"""The plan of a zoo (`Plan`) and its result (`Recipe`, the zoo's `zoo.json`). Needs neither torch nor sklearn."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from eigenzoo.seeds import check_seed
 
 NUM_TASKS = 126
 MOST_ZOOS = 2**31
-"""Seeds of zoos: each has `NUM_TASKS` seeds of its own for its models, all of which torch takes."""
+"""Largest seed of a zoo. Each zoo has its own `NUM_TASKS` seeds for its models, which torch must accept."""
 
 PARENT = "_base"
 RECIPE = "zoo.json"
 ZOO = "zoo"
-"""What the record of the folder calls it; see `formats.output.own`."""
+"""Kind of output in the folder's record; see `formats.output.own`."""
 
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "scikit-learn", "numpy")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: Adam, `warmup` as a share of the steps, then half a cosine down to zero."""
+    """Steps and learning rate of Adam: `warmup` as a share of the steps, then half a cosine to zero."""
 
     steps: int
     batch_size: int
@@ -37,7 +37,7 @@ PRETRAINING = Schedule(steps=800, batch_size=64, learning_rate=3e-3)
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a kind does unless told otherwise, and which options it has at all."""
+    """Default options of a kind, and which options it has."""
 
     num_models: int
     num_shuffled_models: int
@@ -48,8 +48,8 @@ class Defaults:
     pretraining: Schedule | None = None
 
 
-# As many as one core trains in about 40 s; tasks are left over for models that the zoo has never seen. Shuffled labels
-# are learned by heart within 320 steps, against 128 for the real ones, hence fewer models in the same time.
+# One core trains this many in about 40 s. Some tasks remain for models outside the zoo. Memorising shuffled labels takes 320 steps,
+# against 128 for real ones, so there are fewer models in the same time.
 DEFAULTS: Mapping[str, Defaults] = {
     "digits-vit": Defaults(
         num_models=72,
@@ -80,7 +80,7 @@ DEFAULTS: Mapping[str, Defaults] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides how a zoo comes out, all defaults resolved."""
+    """All inputs of a zoo, with resolved defaults."""
 
     kind: str
     num_models: int
@@ -96,11 +96,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A finished zoo: its plan, what each model learned and how well.
+    """A finished zoo: its plan, and each model's task and accuracy.
 
-    `models` maps a model's name to its `task`, its `seed`, its `test_accuracy` (true labels, 500 images never trained
-    on) and its `train_accuracy` (the images and labels it was trained on, shuffled ones included). `parent` holds the
-    parent's `ten_class_test_accuracy`; it is empty for kinds without a parent. `versions` are those of the libraries.
+    `models` maps a model's name to its `task`, its `seed`, its `test_accuracy` (true labels, 500 images outside of training) and
+    its `train_accuracy` (its training images and labels, also shuffled ones). `parent` has the parent's `ten_class_test_accuracy`,
+    and is empty for kinds without a parent. `versions` are those of the libraries.
     """
 
     plan: Plan
@@ -110,16 +110,16 @@ class Recipe:
 
     @property
     def mean_test_accuracy(self) -> float:
-        """The mean over models of their test accuracy."""
+        """The mean test accuracy over models."""
         return self._mean("test_accuracy")
 
     @property
     def mean_train_accuracy(self) -> float:
-        """The mean over models of the accuracy on what they were trained on."""
+        """The mean training accuracy over models."""
         return self._mean("train_accuracy")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `zoo.json` holds: numbers, strings, lists and dicts alone."""
+        """Return the contents of `zoo.json`: numbers, strings, lists and dicts."""
         return {
             **asdict(self.plan),
             "mean_test_accuracy": self.mean_test_accuracy,
@@ -144,7 +144,7 @@ def plan_zoo(
     permuted: bool = False,
     same_task: bool = False,
 ) -> Plan:
-    """Resolve the defaults and refuse, with `UsageError`, what the kind cannot do."""
+    """Resolve the defaults. Raises UsageError for options that the kind does not support."""
     if kind not in DEFAULTS:
         raise UsageError(f"there is no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")
     defaults = DEFAULTS[kind]
@@ -183,7 +183,7 @@ def plan_zoo(
 
 
 def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
-    """Refuse an option that the kind does not have, with the reason."""
+    """Raise UsageError for an option that the kind does not have, with the reason."""
     reasons = {
         "train_head": "its adapters hold LoRA weights alone"
         if kind == "digits-lora"
@@ -197,5 +197,5 @@ def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide the numbers."""
+    """Return the versions of the libraries on which the numbers depend."""
     return {package: version(package) for package in _PACKAGES}

@@ -1,9 +1,8 @@
-"""One loop that trains many models of one architecture at once.
+"""Train many models of one architecture in one loop.
 
-The models' weights are stacked along a first axis; `torch.func.vmap` runs all forward passes as one, and because the
-loss is the *sum* of the models' losses, its gradient holds each model's own gradient. Adam works entry by entry and
-so needs no change. Small models are bound by the cost of calling operators: 24 tiny ViTs at once take 87 us per
-image on two threads, 8 take 115.
+The models' weights are stacked along a first axis, and `torch.func.vmap` runs all forward passes as one. The loss is the *sum* of
+the models' losses, so its gradient contains each model's own gradient. Adam works entry by entry and needs no change. The time of
+small models is mostly that of calling operators: 24 tiny ViTs at once take 87 us per image on two threads, 8 take 115.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ def train(
 ) -> Weights:
     """Train N models side by side and return their weights.
 
-    `start` holds the stacked weights to train, (N, ...) each; `images` (n, 1, 8, 8) are shared, `labels` (N, n) are
-    each model's own, and so is the order of its batches, drawn from its seed. `tick(step)` is called after each step.
-    Same arguments, machine and number of threads: same weights, bit for bit.
+    `start` has the stacked weights to train, (N, ...) each. `images` (n, 1, 8, 8) are shared. `labels` (N, n) and the order of the
+    batches, drawn from its seed, are each model's own. `tick(step)` is called after each step. The same arguments, machine and
+    number of threads give the same weights, bit for bit.
 
-    Cost: `steps * batch_size * N` passes there and back; memory grows with `batch_size * N`.
+    Cost: `steps * batch_size * N` forward and backward passes. Memory is proportional to `batch_size * N`.
     """
     weights = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=schedule.learning_rate, fused=True)
@@ -67,7 +66,7 @@ def rate(schedule: Schedule, step: int) -> float:
 
 
 def predict(forward: Forward, weights: Weights, images: Tensor) -> Tensor:
-    """Return the classes (N, n) that N stacked models give to the same images."""
+    """Return the predicted classes (N, n) of N stacked models for the same images."""
     with torch.no_grad():
         return vmap(forward, in_dims=(0, None))(weights, images).argmax(-1)
 
@@ -78,7 +77,7 @@ def share(predicted: Tensor, labels: Tensor) -> float:
 
 
 def _batches(num_images: int, schedule: Schedule, seed: int) -> Tensor:
-    """Return image numbers (steps, batch_size): whole epochs in shuffled order, cut into batches."""
+    """Return image numbers (steps, batch_size): whole epochs in shuffled order, split into batches."""
     generator = torch.Generator().manual_seed(seed)
     needed = schedule.steps * schedule.batch_size
     epochs = [torch.randperm(num_images, generator=generator) for _ in range(-(-needed // num_images))]

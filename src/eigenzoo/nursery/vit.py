@@ -1,8 +1,8 @@
 """`digits-vit`: fine-tunes of one tiny vision transformer, saved as transformers checkpoints.
 
-The parent (17,954 weights with its head) is trained on all ten digits; then its ten-class head is dropped for one
-random two-class head that every model shares. That head stays frozen unless asked otherwise, since a trained head
-hides what the other weights do: a linear probe on the untouched parent reaches 95 %.
+The parent (17,954 weights with its head) is trained on all ten digits. Then its ten-class head is replaced by one random two-class
+head that all models share. That head is frozen by default, since a trained head hides the effect of the other weights: a linear
+probe on the unchanged parent reaches 95 %.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ _HEAD = "classifier."
 
 
 class VitKind:
-    """All models of one `digits-vit` zoo: how they start, run and are saved."""
+    """Starts, runs and saves the models of a `digits-vit` zoo."""
 
     def __init__(self, plan: Plan, parent: Any) -> None:
         self.model: Any = parent.eval()
         self._trained = [name for name, _ in parent.named_parameters() if plan.train_head or not name.startswith(_HEAD)]
 
     def forward(self, weights: Weights, images: Tensor) -> Tensor:
-        """Return one model's logits; what `weights` lacks is the parent's."""
+        """Return one model's logits. Weights that `weights` lacks are the parent's."""
         return run(self.model, weights, images)
 
     def start(self, seed: int) -> Weights:
-        """Return the weights that training begins with: the parent's, whatever the seed."""
+        """Return the initial weights: those of the parent for every seed."""
         weights = dict(self.model.named_parameters())
         return {name: weights[name].detach() for name in self._trained}
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:
-        """Write one checkpoint as transformers writes it; return its weight file."""
+        """Write one checkpoint with transformers and return its weight file."""
         child = copy.deepcopy(self.model)
         child.load_state_dict(weights, strict=False)
         return save_checkpoint(child, folder / name)
 
 
 def run(model: torch.nn.Module, weights: Weights, images: Tensor) -> Tensor:
-    """Return the logits of a transformers classifier with these weights in place of its own."""
+    """Return the logits of a transformers classifier with these weights instead of its own."""
     logits: Tensor = functional_call(model, weights, (images,)).logits
     return logits
 
 
 def save_checkpoint(model: Any, folder: Path) -> Path:
-    """Let transformers write the model; return its weight file."""
+    """Write the model with transformers and return its weight file."""
     with quietly():
         model.save_pretrained(folder)
     return folder / "model.safetensors"
 
 
 def build(num_labels: int, seed: int) -> Any:
-    """Return a freshly initialised tiny `ViTForImageClassification`, drawn from torch's global random state, seeded."""
+    """Return a newly initialised tiny `ViTForImageClassification`. Seeds and uses torch's global random state."""
     settings: dict[str, Any] = {
         "image_size": 8,
         "patch_size": 2,
@@ -76,7 +76,7 @@ def build(num_labels: int, seed: int) -> Any:
         "num_labels": num_labels,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        # vmap takes the fused attention apart again, which costs twice the time of the plain one.
+        # vmap splits the fused attention, which takes twice the time of the plain one.
         "attn_implementation": "eager",
     }
     seed_generators(seed)
@@ -87,7 +87,7 @@ def build(num_labels: int, seed: int) -> Any:
 def pretrain(plan: Plan, tick: Callable[[int], None] | None = None) -> tuple[Any, float]:
     """Train a parent on the ten digits and give it the shared random two-class head.
 
-    Also returns the test accuracy on ten classes that it had with its own head.
+    Also returns its ten-class test accuracy with its own head.
     """
     if plan.pretraining is None:
         raise ValueError("a plan without pretraining has no parent")

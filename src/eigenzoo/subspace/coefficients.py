@@ -1,4 +1,4 @@
-"""Models' coordinates in a subspace: projected layer by layer, layers side by side, and what they leave out."""
+"""Project models onto a subspace layer by layer: their coefficients and residuals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Coefficients:
             zoo with a large mean. Infinite for a zero layer that is rebuilt as nonzero.
         residual: the same over all layers; the unweighted mean over layers if the bundle was saved without moments.
         energies, outside: per layer ‖X‖², center included, and ‖X − X̂‖²; empty if the bundle was saved without moments.
-        template: everything else that a rebuilt model needs.
+        template: all other contents of a rebuilt model.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Coefficients:
 
 
 def share_of(outside: float, energy: float) -> float:
-    """What is outside as a share of the energy; of nothing, anything is infinitely much.
+    """Return `outside` as a share of the energy. If the energy is zero, any other loss is infinite.
 
     >>> share_of(1.0, 4.0), share_of(1.0, 0.0), share_of(0.0, 0.0)
     (0.25, inf, 0.0)
@@ -64,7 +64,7 @@ def share_of(outside: float, energy: float) -> float:
 
 
 def coefficients_of(name: str, projections: Mapping[str, Projection], template: Template) -> Coefficients:
-    """Put one model's projections together with what makes it a complete model again."""
+    """Combine one model's projections with the template that makes it a complete model."""
     energies = {layer: projection.energy for layer, projection in projections.items()}
     outside = {layer: projection.outside for layer, projection in projections.items()}
     return Coefficients(
@@ -79,7 +79,7 @@ def coefficients_of(name: str, projections: Mapping[str, Projection], template: 
 
 
 def outside_of(basis: LayerBasis, values: Tensor, residual: float, energy: float) -> float:
-    """‖X − X̂‖² of a kept layer; of one that is zero the share says nothing, and all that it is rebuilt as is outside."""
+    """Return ‖X − X̂‖² of a stored layer. For a zero layer the share is undefined, and ‖X̂‖² is returned."""
     if isfinite(residual):
         return residual * energy
     rebuilt = basis.rebuild(values)
@@ -98,11 +98,13 @@ def project_layers(
         return dict(workers.each("projecting layers", project, layers, progress, what="layer"))
 
 
-def with_templates(zoo: Zoo, found: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
-    """Put the projections of a zoo's models together with what makes them complete models again."""
+def with_templates(zoo: Zoo, projections_by_layer: Mapping[str, list[Projection]]) -> dict[str, Coefficients]:
+    """Combine the projections of a zoo's models with the templates that make them complete models."""
     return {
         name: coefficients_of(
-            name, {layer: projections[place] for layer, projections in found.items()}, ZooTemplate(zoo, place)
+            name,
+            {layer: projections[index] for layer, projections in projections_by_layer.items()},
+            ZooTemplate(zoo, index),
         )
-        for place, name in enumerate(zoo.names)
+        for index, name in enumerate(zoo.names)
     }

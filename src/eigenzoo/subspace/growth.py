@@ -1,7 +1,7 @@
-"""Growth: more models in a subspace, without fitting from the start.
+"""Add models to a subspace without fitting all models again.
 
     the old models' files    the moments        without refresh             with refresh
-    at hand                  exact              old coefficients unchanged  as if fitted at once
+    available                exact              old coefficients unchanged  as if fitted at once
     gone                     exact inside the   old coefficients unchanged  optimal for what the bundle still
                              kept subspace                                  knows; the loss is bounded and stated
 
@@ -51,20 +51,19 @@ from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
 Space = TypeVar("Space", bound=StoredSubspace)
-"""Growth returns what it was given: a `Subspace` from a `Subspace`."""
+"""The type of the subspace: growth of a `Subspace` returns a `Subspace`."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What was added, and how exact the result is; kept in the subspace's report.
+    """The added models, and how exact the result is; stored in the subspace's report.
 
     Attributes:
         added: names of the new models.
-        exact: whether the old models' files took part.
-        refreshed: whether the basis was fitted anew.
-        discarded: energy Σ‖X − X̂‖² lost by all models so far, over all layers; an upper bound where `exact` is False
-            and the basis was refreshed.
-        statement: the same in words, and why the old files took no part; without paths.
+        exact: whether the old models' files were read.
+        refreshed: whether the basis was fitted again.
+        discarded: lost energy Σ‖X − X̂‖² of all models and layers; an upper bound if `exact` is False and the basis was refreshed.
+        statement: a sentence about this, and why the old files were not read; without paths.
     """
 
     added: tuple[str, ...]
@@ -85,21 +84,20 @@ def add(
     workspace: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> Space:
-    """Return a new Subspace that holds more models.
+    """Return a new Subspace with more models.
 
     Args:
-        space: the subspace to grow; it stays as it is.
+        space: the subspace to grow. It is not changed.
         source: the new models.
-        refresh: fit the basis anew for all models; otherwise it stays, and only coefficients are added.
-        old: where the old models' files are now; by default where they were when they were read.
-        allow_pickle: whether old models that were pickles may be read again; without it they count as gone.
-        workspace: a folder on the disk where the bundle will be saved; it is put together there.
+        refresh: fit the basis again to all models. Otherwise only coefficients are added.
+        old: where the old models' files are now. Default: the paths from which they were read.
+        allow_pickle: also read old models that are pickles. Otherwise they count as gone.
+        workspace: a folder on the disk where the bundle will be saved. The bundle is built there.
         progress: called as progress(stage, done, total).
 
-    The moments grow by one border: one read of all weights and M·(N + M)·D products where the old files are at hand
-    (exact), and by inner products of coefficients where they are gone: exact inside the kept subspace. A refresh without
-    the old files treats the old models as their rebuilt selves; what they lose then adds to what they had lost:
-    ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
+    The moments grow by a border. If the old files are available it is exact, and costs one read of all weights and M·(N + M)·D
+    products. If they are gone it consists of inner products of coefficients, which are exact inside the kept subspace. A refresh
+    without the old files uses the rebuilt old models, and their new loss adds to the old one: ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖.
     """
     check_workspace(workspace)
     with clear_errors(None if workspace is None else Path(workspace)):
@@ -117,10 +115,10 @@ def _grown(
 ) -> Space:
     started = time.perf_counter()
     new = space.open(source)
-    taken = sorted(set(new.names) & set(space.names))
-    if taken:
+    duplicates = sorted(set(new.names) & set(space.names))
+    if duplicates:
         raise UsageError(
-            f"a model called {taken[0]!r} is in the subspace already",
+            f"a model called {duplicates[0]!r} is in the subspace already",
             where=str(space.path),
             next_step="rename the new model's folder",
         )
@@ -134,7 +132,7 @@ def _grown(
 
 
 def _was_exact(space: StoredSubspace) -> bool:
-    """Tell whether the old models' files took part in the last growth: else the moments hold what the bundle knew of them."""
+    """Tell whether the moments are exact, because the last growth could read the old models' files."""
     return bool(space.report.get("growth", {}).get("exact", True))
 
 
@@ -149,7 +147,7 @@ def _grown_moments(
     originals: Zoo | None,
     progress: Progress,
 ) -> dict[str, LayerMoments] | None:
-    """All layers' moments with the new models' border; None where the bundle has none, or the old files are gone."""
+    """Return all layers' moments with the new models' border, or None if the bundle has none or the old files are gone."""
     if not space.has_moments or originals is None:
         return None
     exact = _was_exact(space)
@@ -165,10 +163,10 @@ def _grown_moments(
 def _grow_layer(
     space: StoredSubspace, zoo: Zoo, exact: bool, precision: str, resources: Resources, name: str
 ) -> LayerMoments:
-    """A border of the precision that the layer was fitted in, though with more models it be no small one any more."""
-    known = space.moments(name)
-    stack = zoo.stack(name, precision="high" if known.round_off <= NUMERICAL_RANK else precision)
-    return extend(known, stack) if exact else collect(stack, resources=resources)
+    """Extend a layer's moments in the precision of the fit, even if the layer is no longer small with more models."""
+    moments = space.moments(name)
+    stack = zoo.stack(name, precision="high" if moments.round_off <= NUMERICAL_RANK else precision)
+    return extend(moments, stack) if exact else collect(stack, resources=resources)
 
 
 def _extended(
@@ -179,10 +177,10 @@ def _extended(
     why: str,
     workspace: str | os.PathLike[str] | None,
 ) -> Space:
-    """Keep the basis, add coefficients.
+    """Keep the basis and add coefficients.
 
-    Without the old files (`why` says what they lack) the moments stay those of the models before: what the bundle knows of the
-    others follows from their coefficients and energies when it is asked for (`inside`).
+    Without the old files (`why` is the reason) the stored moments are not changed. Those of the new models follow from their
+    coefficients and energies and are computed on demand (`inside`).
     """
     projected = with_templates(new, projections)
     inside = moments is None and space.has_moments and space.manifest.center == "models"
@@ -216,7 +214,7 @@ def _extended(
             new.names, not why, False, sum(discarded.values()), _extension(space, why, moments is not None, inside)
         )
         manifest = _with_growth(manifest, space, new, root, energy, growth)
-        linked = {file: known for file, known in space.checksums.items() if inside or file != MOMENTS}
+        linked = {file: record for file, record in space.checksums.items() if inside or file != MOMENTS}
         grown = type(space)(root, manifest, base=space._base, keep=folder, checksums=linked, snapshot=space.snapshot)
         grown.report["duplicates"] = plain(_duplicates(space, grown, list(projected.values()), moments))
     except BaseException:
@@ -231,15 +229,15 @@ def _duplicates(
     new: Sequence[Coefficients],
     moments: Mapping[str, LayerMoments] | None,
 ) -> Sequence[tuple[str, str]]:
-    """Pairs of models that are the same: from the moments, or those that were known and what coefficients tell of the new ones."""
+    """Return pairs of equal models, from the moments if they are given, else from the report and the new models' coefficients."""
     if moments is not None:
         return find_duplicates(grown.names, moments.values())
-    known = [(first, second) for first, second in space.report.get("duplicates", [])]
-    return [*known, *find_copies(new, grown.names, grown.all_coefficients)]
+    old_pairs = [(first, second) for first, second in space.report.get("duplicates", [])]
+    return [*old_pairs, *find_copies(new, grown.names, grown.all_coefficients)]
 
 
 def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: Coefficients, *, energies: bool) -> Any:
-    place = new.place(coefficients.name)
+    index = new.place(coefficients.name)
     values = [coefficients.values[name] for name in space.layers]
     residuals = [coefficients.residuals[name] for name in space.layers]
     return write_model(
@@ -249,13 +247,13 @@ def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: 
         values,
         residuals,
         coefficients.template,
-        source_record(new.models[place], root),
+        source_record(new.models[index], root),
         [coefficients.energies[name] for name in space.layers] if energies else None,
     )
 
 
 def _link_files(space: StoredSubspace, root: Path, *, moments: bool) -> None:
-    """Bring the old files, the moments only if asked for, into a new folder."""
+    """Link the old files, with or without the moments, into a new folder."""
     link_all(space.path, root, (file for file in space.files() if moments or file != MOMENTS))
     space.check_current()
 
@@ -268,7 +266,7 @@ def _with_growth(
     energy: float,
     growth: Growth,
 ) -> Manifest:
-    """Bring the report up to date: number of models, bytes, what is lost; its layers stay those of the fit."""
+    """Update the report's number of models, bytes and lost energy. Its layers are not changed."""
     sizes = space.report["bytes"]
     num_models = len(manifest.models)
     counted = count_bytes(
@@ -314,18 +312,18 @@ def _refreshed(
     started: float,
     workspace: str | os.PathLike[str] | None,
 ) -> Space:
-    """Fit the basis anew: on the files, with the moments that are known already, or on what the bundle knows."""
-    known = originals
-    if known is None:
+    """Fit the basis again, to the old files and their moments or to the rebuilt old models."""
+    old_models = originals
+    if old_models is None:
         recalled = [RecalledModel(space.coefficients(name), space.rebuild(name), space.path) for name in space.names]
-        known = Zoo(recalled, space.names, space.selection, new.base)
+        old_models = Zoo(recalled, space.names, space.selection, new.base)
         moments = None
-    zoo = _joined(space, known, new)
+    zoo = _joined(space, old_models, new)
     folder = TemporaryFolder(workspace)
     try:
         root = Path(folder.name)
-        with opened_workers(None) as workers, opened_cache(zoo, enabled=False) as kept:
-            fitting = Fitting(workers, kept, Work(), root)
+        with opened_workers(None) as workers, opened_cache(zoo, enabled=False) as moments_cache:
+            fitting = Fitting(workers, moments_cache, Work(), root)
             layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, _usable(space, moments))
             manifest = write_subspace(zoo, _options(space), layers, root, started)
         manifest = _after_refresh(space, new, manifest, why, Path(folder.name))
@@ -338,18 +336,18 @@ def _refreshed(
 
 
 def _usable(space: StoredSubspace, moments: Mapping[str, LayerMoments] | None) -> dict[str, LayerMoments]:
-    """Moments that a refresh need not collect: of axis `models` alone, which is all that a bundle keeps."""
+    """Return the moments that a refresh need not collect. A bundle stores them for axis `models` only."""
     if space.axes != ("models",) or space.manifest.center != "models":
         return {}
     return {name: recentered(layer) for name, layer in (moments or {}).items()}
 
 
 def _after_refresh(space: StoredSubspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
-    """Give recalled models their own records again, and count what they had lost before."""
+    """Restore the records of recalled models, and add their earlier loss."""
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
     if "imported" in space.report:
-        # What another tool had lost before stays unknown.
+        # The loss of the other tool stays unknown.
         report |= {key: space.report[key] for key in ("imported", "warnings")}
     if why:
         models = restore_records(space, manifest, root)
@@ -368,12 +366,12 @@ def _after_refresh(space: StoredSubspace, new: Zoo, manifest: Manifest, why: str
 
 
 def _options(space: StoredSubspace) -> FitOptions:
-    """The options that the subspace was fitted with."""
+    """Return the options of the fit."""
     return recorded_options(space.manifest.options)
 
 
 def _layer_options(space: StoredSubspace) -> dict[str, FitOptions]:
-    """Where a budget or an error bound chose the ranks, every layer keeps its own."""
+    """Return every layer's ranks as its options if a budget or an error bound chose them."""
     if not _options(space).bounded:
         return {}
     sizes = {"outputs": 0, "inputs": 1}

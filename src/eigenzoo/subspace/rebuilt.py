@@ -1,4 +1,4 @@
-"""A rebuilt model: layers from the subspace, everything else from its template, saved in the zoo's own format."""
+"""Rebuild a model: layers from the subspace, all other contents from its template, saved in the zoo's format."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.weights.roles import VARIANCE
 
 MODEL = "model"
-"""What the record of a saved model calls it; see `formats.output.own`."""
+"""Kind of output in a saved model's record; see `formats.output.own`."""
 
 OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
-"""What `save` writes a model as besides the format that it came in, by that format."""
+"""Other formats that `save` can write, by the model's own format."""
 
 
 class RebuiltModel:
@@ -68,12 +68,12 @@ class RebuiltModel:
 
     @property
     def not_carried(self) -> tuple[str, ...]:
-        """What lay beside the original's weights and is not written; of many names the first, weights before others."""
+        """Files beside the original's weights that are not written. Of many names the first are listed, weights before others."""
         return self._template.not_carried
 
     @property
     def left_weights(self) -> tuple[str, ...]:
-        """Those of `not_carried` that hold weights which the original's own files do not."""
+        """Those of `not_carried` that contain weights which the original's own files do not."""
         template = self._template
         return weights_among(template.not_carried, (*template.layout.files, *template.side_files))
 
@@ -88,16 +88,16 @@ class RebuiltModel:
 
     @own_settings()
     def factors(self, name: str) -> Factors:
-        """Return one rebuilt LoRA update as (B, A), float64, the scale in B."""
+        """Return one rebuilt LoRA update as (B, A) in float64, with the scale in B."""
         rebuilt = self._rebuild(name)
         if not isinstance(rebuilt, tuple):
             raise BundleError("is no LoRA update", where=f"layer '{name}'")
         return self._cut(name, rebuilt)
 
     def ranks(self) -> UpdateRanks | None:
-        """Return the rank of each update of a rebuilt adapter, beside the original's, and what `max_lora_rank` costs.
+        """Return the rank of each update of a rebuilt adapter, that of the original, and the loss by `max_lora_rank`.
 
-        None for a model of full weights. Updates that were not asked for or saved before are rebuilt for it.
+        None for a model of full weights. Updates that were not computed before are rebuilt.
         """
         updates = self._template.layout.updates
         for module in updates:
@@ -106,12 +106,12 @@ class RebuiltModel:
         return UpdateRanks({module: self._ranks[module] for module in updates}) if updates else None
 
     def _cut(self, module: str, factors: Factors) -> Factors:
-        """Cut an update to the largest rank that is allowed, and keep what that costs for `ranks`."""
-        whole = factors[1].shape[0]
-        kept, lost = (factors, 0.0) if self._max_rank is None else lora.cut(factors, self._max_rank)
+        """Truncate an update to the largest permitted rank, and record the loss for `ranks`."""
+        full_rank = factors[1].shape[0]
+        truncated, lost = (factors, 0.0) if self._max_rank is None else lora.cut(factors, self._max_rank)
         original = self._template.layout.updates[module].rank
-        self._ranks[module] = UpdateRank(kept[1].shape[0], whole, original, lora.energy(factors), lost)
-        return kept
+        self._ranks[module] = UpdateRank(truncated[1].shape[0], full_rank, original, lora.energy(factors), lost)
+        return truncated
 
     def _rebuild(self, name: str) -> Tensor | Factors:
         try:
@@ -128,14 +128,13 @@ class RebuiltModel:
         format: str | None = None,
         progress: Progress = no_progress,
     ) -> Path:
-        """Write the model in its zoo's format into a new folder, which appears whole or not at all; returns the folder.
+        """Write the model in its zoo's format into a new folder and return the folder. It appears complete or not at all.
 
-        A checkpoint has the shards, names and dtypes of the original; a PEFT adapter has α = r and one rank; a LoRA of a
-        diffusion model has its keys and α, a rank for each layer, and diffusers' file name; a bare state dict keeps its own.
-        With `force` a folder is replaced that holds a rebuilt model as it was written, and nothing else. `format`, of LoRAs of
-        diffusion models: `diffusers` or `kohya`, the keys that it gets instead of its own; of PEFT's adapters: `mlx-lm`. Layers are
-        rebuilt on as many threads as there are cores, a few ahead of what is written. Updates have at most the rank `max_lora_rank`
-        of `Subspace.rebuild`.
+        A checkpoint has the shards, names and dtypes of the original. A PEFT adapter has α = r and one rank. A LoRA of a diffusion
+        model has its keys and α, a rank for each layer, and diffusers' file name. A bare state dict keeps its file name. `force`
+        replaces a folder that contains only a rebuilt model, unchanged. `format` chooses other keys: `diffusers` or `kohya` for
+        LoRAs of diffusion models, `mlx-lm` for PEFT's adapters. Layers are rebuilt on one thread per core, a few ahead of the
+        writer. Updates have at most the rank `max_lora_rank` of `Subspace.rebuild`.
         """
         target = Path(folder)
         kind = self._template.layout.format
@@ -157,7 +156,7 @@ class RebuiltModel:
     def _save_weights(self, folder: Path, workers: Workers, progress: Progress) -> None:
         template = self._template
         if self._view == "delta":
-            self._base()  # opened once, before threads ask for it
+            self._base()  # opened once, before threads use it
         sizes = {name: tensor.nbytes for name, tensor in template.layout.tensors.items()}
 
         def run(read: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
@@ -174,7 +173,7 @@ class RebuiltModel:
         )
 
     def _read(self, name: str) -> Tensor:
-        """Read one tensor of the rebuilt checkpoint, in the dtype of its layout; one that was cut is joined of its parts."""
+        """Read one tensor of the rebuilt checkpoint in the dtype of its layout. A fused tensor is joined from its parts."""
         layout = self._template.layout
         if name in layout.splits:
             return torch.cat([self._read_piece(part_name(name, part), layout) for part, _ in layout.splits[name]])
@@ -191,7 +190,7 @@ class RebuiltModel:
         values = self.layer(name)
         if self._view == "delta":
             values = values + self._base().read(name).double()
-        # The root of a negative variance is NaN, and so is then everything that the model answers.
+        # The square root of a negative variance is NaN, and so would be all outputs of the model.
         return values.clamp_min(torch.finfo(torch.float32).tiny) if VARIANCE.search(name) else values
 
     def _carried(self, name: str) -> Tensor:
@@ -230,7 +229,7 @@ class RebuiltModel:
         write_lora(folder, layout, config, factors, others=others, metadata=metadata, side_files=side_files)
 
     def adapter_factors(self, module: str) -> Factors:
-        """B and A of one module: from the subspace, or, where it was excluded, as carried."""
+        """Return B and A of one module, from the subspace or, if it was excluded, from the carried tensors."""
         if module in self._layers:
             return self.factors(module)
         update = self._template.layout.updates[module]
@@ -271,7 +270,7 @@ def _check_max_rank(max_lora_rank: int, layout: ModelLayout, name: str) -> None:
 
 
 def check_layout(layers: Mapping[str, LayerBasis], layout: ModelLayout, model: str) -> None:
-    """Raise unless the model's files have every layer in its shape: before any of it is computed."""
+    """Raise unless the model's files have every layer in its shape, before any layer is computed."""
     tensors = {name: tensor.shape for name, tensor in layout.pieces.items()}
     shapes = {**tensors, **{module: update.shape for module, update in layout.updates.items()}}
     for module, update in layout.updates.items():

@@ -1,6 +1,6 @@
-"""Models read back from a bundle, as if they were files: what a zoo is made of when its own files are gone.
+"""Read models back from a bundle as if they were files, for a zoo whose own files are gone.
 
-A rebuilt update is a sum of many models' updates: its rank is its own, and mostly larger than the original's.
+A rebuilt update is a sum of many models' updates. Its rank is usually larger than the original's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eigenzoo.subspace.stored import StoredSubspace
 
 
 class RecalledModel(Model):
-    """A rebuilt model behind the interface of a model on disk; the scale of its LoRA updates is in their B."""
+    """A rebuilt model with the interface of a model on disk. The scale of its LoRA updates is in their B."""
 
     format = "recalled"
 
@@ -35,7 +35,7 @@ class RecalledModel(Model):
         layout = self._template.layout
         pieces = layout.pieces
         self.name, self.path = coefficients.name, path
-        self._held_updates = frozenset(coefficients.values)
+        self._layer_updates = frozenset(coefficients.values)
         self.tensors = {
             tensor.name: TensorInfo(tensor.name, tensor.torch_dtype, tensor.shape, file)
             for file, tensors in layout.files.items()
@@ -53,7 +53,7 @@ class RecalledModel(Model):
             module: replace(update, scale=1.0, rank=self._rank(module, update))
             for module, update in layout.updates.items()
         }
-        self._held: tuple[str, Tensor] = ("", torch.empty(0))
+        self._cached: tuple[str, Tensor] = ("", torch.empty(0))
 
     @property
     def updates(self) -> Mapping[str, LoraUpdate]:
@@ -61,17 +61,17 @@ class RecalledModel(Model):
         return MappingProxyType(self._updates)
 
     def read(self, name: str) -> Tensor:
-        """Rebuild one tensor whole, in float64 where it is a layer."""
+        """Rebuild one whole tensor. Layers are float64."""
         if name in self._template.carried:
             return self._template.read_carried(name)
-        # Several threads read at once: what another holds meanwhile is not what was asked for here.
-        held = self._held
-        if held[0] != name:
-            self._held = held = (name, self._rebuilt.exact(self._layer_of(name)))
-        return held[1]
+        # Another thread may replace the cached tensor meanwhile.
+        cached = self._cached
+        if cached[0] != name:
+            self._cached = cached = (name, self._rebuilt.exact(self._layer_of(name)))
+        return cached[1]
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rebuild a run of one tensor; the tensor is kept until another is asked for."""
+        """Rebuild values start:stop of one tensor. The tensor stays in memory until another one is read."""
         values = self.read(name).reshape(-1)[start:stop]
         return values if out is None else out.copy_(values)
 
@@ -84,15 +84,15 @@ class RecalledModel(Model):
         return self._template.read_side_file(file)
 
     def weight_files(self) -> tuple[Path, ...]:
-        """No file of its own."""
+        """Return (): the model has no files."""
         return ()
 
     def _rank(self, module: str, update: LoraUpdate) -> int:
-        """Rank of a rebuilt update; of one that the subspace does not hold as an update, the rank that it had."""
-        return self._rebuilt.factors(module)[1].shape[0] if module in self._held_updates else update.rank
+        """Return the rank of a rebuilt update, or its old rank if it is not an update in the subspace."""
+        return self._rebuilt.factors(module)[1].shape[0] if module in self._layer_updates else update.rank
 
     def _layer_of(self, key: str) -> str:
-        """The layer that a tensor is: itself, or the factor that it holds."""
+        """Return the layer of a tensor: its own name, or the name of its factor."""
         for module, update in self._updates.items():
             if key in (update.key_a, update.key_b):
                 return f"{module}.{'lora_A' if key == update.key_a else 'lora_B'}"
@@ -102,10 +102,10 @@ class RecalledModel(Model):
 
 
 def restore_records(space: StoredSubspace, manifest: Manifest, root: Path) -> list[ModelRecord]:
-    """Make a bundle in `root` that was fitted to recalled models speak of the models themselves again.
+    """Restore the records of the original models in a bundle in `root` that was fitted to recalled models.
 
-    Their records, with layouts, configs and sources, are the old ones; their residuals are bounds against the originals:
-    ‖X − X̂'‖ ≤ ‖X − X̂‖ + ‖X̂ − X̂'‖, per layer.
+    Layouts, configs and sources are the old ones. Residuals are upper bounds relative to the originals, per layer: ‖X − X̂'‖ ≤ ‖X −
+    X̂‖ + ‖X̂ − X̂'‖.
     """
     refitted, relocation = StoredSubspace(root, manifest), Relocation(space.path, root)
     old = {model.name: model for model in space.manifest.models}
@@ -131,7 +131,7 @@ def _bound_residuals(space: StoredSubspace, refitted: StoredSubspace, record: Mo
     before, after = space.coefficients(record.name), refitted.coefficients(record.name)
     bounds = []
     for layer in after.residuals:
-        # Without the old moments the originals' energy is not known, and their rebuilt selves' stands for it.
+        # Without the old moments the originals' energy is unknown, and that of the rebuilt models is used.
         energy = before.energies.get(layer, after.energies[layer])
         lost = share_of(after.outside[layer], energy)
         bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
@@ -143,7 +143,7 @@ def _bound_residuals(space: StoredSubspace, refitted: StoredSubspace, record: Mo
 
 
 def _contents(model: ModelRecord) -> Iterator[str]:
-    """The files in rest/ that a model's record needs."""
+    """Yield the files in rest/ that a model's record refers to."""
     yield f"rest/{model.layout}.json"
     if model.config is not None:
         yield f"rest/{model.config}.json"

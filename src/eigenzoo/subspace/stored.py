@@ -1,4 +1,4 @@
-"""A fitted zoo in its folder: reads bases, coefficients and moments, projects models and rebuilds them."""
+"""Read a fitted zoo from its folder: bases, coefficients and moments. Project models and rebuild them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
-from eigenzoo.subspace.bundles.storage import num_held, read_basis, read_moments, split_coefficients
+from eigenzoo.subspace.bundles.storage import num_models_stored, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.coefficients import Coefficients, outside_of, project_layers, share_of, with_templates
 from eigenzoo.subspace.moments.border import extended_inside
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class StoredSubspace:
-    """A subspace in its folder, read on demand; `Subspace`, the public class, describes it and adds what makes new folders."""
+    """A subspace in its folder, read on demand. The public class `Subspace` adds the methods that write new folders."""
 
     def __init__(
         self,
@@ -119,8 +119,11 @@ class StoredSubspace:
         """Return the stored coefficients of a model. Its file is compared with its checksum."""
         record = self._record(name)
         stored = self.stored(record)
-        known = self.manifest.files.get(record.coefficients)
-        if known is not None and self._current(lambda: file_sha256(self.path / record.coefficients)) != known.sha256:
+        recorded = self.manifest.files.get(record.coefficients)
+        if (
+            recorded is not None
+            and self._current(lambda: file_sha256(self.path / record.coefficients)) != recorded.sha256
+        ):
             what = f"{record.coefficients}: the checksum differs from the manifest's"
             raise BundleError(what, where=str(self.path), next_step="run verify, and copy the bundle again, whole")
         residuals = dict(zip(self.layers, stored.residuals_L.tolist(), strict=True))
@@ -129,11 +132,11 @@ class StoredSubspace:
             layer: outside_of(self.layers[layer], values[layer], residuals[layer], energy)
             for layer, energy in energies.items()
         }
-        whole = share_of(sum(outside.values()), sum(energies.values())) if energies else fmean(residuals.values())
-        return Coefficients(name, values, residuals, whole, energies, outside, self.template(name))
+        residual = share_of(sum(outside.values()), sum(energies.values())) if energies else fmean(residuals.values())
+        return Coefficients(name, values, residuals, residual, energies, outside, self.template(name))
 
     def template(self, name: str) -> StoredTemplate:
-        """Return what makes a kept model's coefficients a complete model again."""
+        """Return the template that makes a stored model's coefficients a complete model."""
         record = self._record(name)
         return StoredTemplate(
             self.path,
@@ -149,17 +152,17 @@ class StoredSubspace:
     @cached_property
     @own_settings()
     def all_coefficients(self) -> Mapping[str, Tensor]:
-        """Every kept model's coefficients (N, …), layer by layer, read once."""
+        """Every stored model's coefficients (N, …) by layer, read once."""
         return split_coefficients(torch.stack([stored.values for stored in self.all_stored]), self.layers)
 
     @cached_property
     @own_settings()
     def all_stored(self) -> Sequence[StoredCoefficients]:
-        """Every model's small file, read once."""
+        """Every model's coefficients file, read once."""
         return [self.stored(record) for record in self.manifest.models]
 
     def stored(self, record: ModelRecord) -> StoredCoefficients:
-        """Read what is kept of a model, checked against the layers."""
+        """Read a model's coefficients file and check it against the layers."""
         basis, sizes = self.manifest.basis_id, (self._num_coefficients, len(self.layers))
         return self._current(lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes))
 
@@ -168,13 +171,13 @@ class StoredSubspace:
         return sum(basis.num_coefficients for basis in self.layers.values())
 
     def _energies(self, name: str, stored: StoredCoefficients) -> dict[str, float]:
-        """Energy of each layer of a kept model; nothing where neither its file nor moments tell."""
+        """Return the energy of each layer of a stored model; empty if neither its file nor the moments contain it."""
         if stored.energies_L is not None:
             return dict(zip(self.layers, stored.energies_L.tolist(), strict=True))
         if not self.has_moments:
             return {}
-        place = self.names.index(name)
-        return {layer: float(energies_N[place]) for layer, energies_N in self._all_energies.items()}
+        index = self.names.index(name)
+        return {layer: float(energies_N[index]) for layer, energies_N in self._all_energies.items()}
 
     @cached_property
     def _all_energies(self) -> Mapping[str, Tensor]:
@@ -194,15 +197,15 @@ class StoredSubspace:
                 "the bundle has no moments", where=str(self.path), next_step="fit the zoo again, or work without them"
             )
         basis = self.layers[layer]
-        held = min(num_held(self._moments_file, basis.layer), len(self.names))
-        moments = read_moments(self._moments_file, basis.layer, held)
-        if held < len(self.names):
+        num_stored = min(num_models_stored(self._moments_file, basis.layer), len(self.names))
+        moments = read_moments(self._moments_file, basis.layer, num_stored)
+        if num_stored < len(self.names):
             moments = self._extended(layer, moments)
         return moments if moments.shift_N is None else replace(moments, removed=basis.removed())
 
     def _extended(self, layer: str, moments: LayerMoments) -> LayerMoments:
-        """Moments with the models that were added without them, as far as their coefficients tell."""
-        added, place = self.all_stored[moments.num_models :], list(self.layers).index(layer)
+        """Extend moments to the models that were added without them, from their coefficients."""
+        added, index = self.all_stored[moments.num_models :], list(self.layers).index(layer)
         unknown = [
             record.name
             for record, stored in zip(self.manifest.models[moments.num_models :], added, strict=True)
@@ -214,11 +217,11 @@ class StoredSubspace:
                 where=str(self.path),
                 rule="see docs/bundle-format.md",
             )
-        energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, place]
-        residuals_M = torch.stack([stored.residuals_L for stored in added])[:, place].tolist()
+        energies_M = torch.stack([stored.energies_L for stored in added if stored.energies_L is not None])[:, index]
+        residuals_M = torch.stack([stored.residuals_L for stored in added])[:, index].tolist()
         values = self.all_coefficients[layer]
-        known = zip(values[moments.num_models :], residuals_M, energies_M.tolist(), strict=True)
-        outside = [outside_of(self.layers[layer], *model) for model in known]
+        models = zip(values[moments.num_models :], residuals_M, energies_M.tolist(), strict=True)
+        outside = [outside_of(self.layers[layer], *model) for model in models]
         outside_M = torch.tensor(outside, dtype=torch.float64)
         return extended_inside(moments, values.flatten(1), energies_M, outside_M)
 
@@ -228,7 +231,7 @@ class StoredSubspace:
 
     @property
     def base(self) -> Model | None:
-        """The base of view `delta`: the one given, else where the manifest says; BundleError where it is gone."""
+        """The base of view `delta`: the given one, else the one in the manifest. Raises BundleError if it is gone."""
         if self._base is None and self.manifest.base is not None:
             path = source_path(self.manifest.base, self.path)
             if path is None or not path.exists():
@@ -244,7 +247,7 @@ class StoredSubspace:
         return self._base
 
     def require_base(self) -> Model:
-        """Return the base; raises BundleError for a bundle that names none."""
+        """Return the base. Raises BundleError for a bundle without one."""
         if self.base is None:
             raise BundleError("the bundle names no base")
         return self.base
@@ -257,7 +260,7 @@ class StoredSubspace:
 
     @cached_property
     def selection(self) -> Selection:
-        """This subspace's layers and no others, whatever else a model has; cut and filled as its zoo was."""
+        """Selects exactly this subspace's layers of a model, with the zoo's splits and missing modules."""
         modules: list[ZooModule] = []
         if self.manifest.missing == "zero":
             layouts = {record.layout: self.template(record.name).layout for record in self.manifest.models}
@@ -279,11 +282,11 @@ class StoredSubspace:
         Everything else in the models is carried unchanged.
         """
         base = self.base if self.view == "delta" else None
-        found = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
-        if base is not None and isinstance(found, Zoo) and found.base is not None:
-            self.check_base(found.base)
-        _check_kinds(found, self.view)
-        zoo = Zoo(found.models, found.names, self.selection, base, found.skipped)
+        opened = source if isinstance(source, Zoo) else open_models(source, allow_pickle=allow_pickle)
+        if base is not None and isinstance(opened, Zoo) and opened.base is not None:
+            self.check_base(opened.base)
+        _check_kinds(opened, self.view)
+        zoo = Zoo(opened.models, opened.names, self.selection, base, opened.skipped)
         zoo.require({name: basis.layer for name, basis in self.layers.items()}, "the subspace")
         return zoo
 
@@ -302,7 +305,7 @@ class StoredSubspace:
 
     @own_settings()
     def project_many(self, source: Source | Zoo, *, progress: Progress = no_progress) -> dict[str, Coefficients]:
-        """Project every model of a source onto the subspace, one layer after the other; by model name.
+        """Project every model of a source onto the subspace, layer by layer. Return coefficients by model name.
 
         Cost: one read of each model, and two of the basis for all models together.
         """
@@ -322,9 +325,9 @@ class StoredSubspace:
     ) -> RebuiltModel:
         """Rebuild a model from its coefficients or by name.
 
-        `mean_only` gives the zoo's mean instead, as a control. `fetch` reads excluded tensors from the URL that the model
-        came from. `max_lora_rank` cuts each update of an adapter, also of excluded modules, to its best approximation of at
-        most that rank; `RebuiltModel.ranks` gives the loss.
+        `mean_only` returns the zoo's mean instead, as a control. `fetch` reads excluded tensors from the model's URL.
+        `max_lora_rank` truncates each update of an adapter, also of excluded modules, to its best approximation of at most that
+        rank. `RebuiltModel.ranks` has the loss.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -355,22 +358,22 @@ class StoredSubspace:
 
     @own_settings()
     def check_current(self) -> None:
-        """Raise BundleError where another process has replaced the bundle that it lies in."""
+        """Raise BundleError if another process has replaced the bundle."""
         if self.snapshot is not None and self.snapshot.path == self.path:
             self.snapshot.check()
 
     def _current(self, read: Callable[[], T]) -> T:
-        """Read something of the folder; what is found there, a fault too, counts only if the folder is still this subspace's."""
+        """Read from the folder. The value or the error counts only if the folder still contains this subspace."""
         try:
-            found = read()
+            value = read()
         except EigenzooError:
             self.check_current()
             raise
         self.check_current()
-        return found
+        return value
 
     def files(self) -> list[str]:
-        """Every file but the manifest and the card, relative to the folder."""
+        """Return every file except the manifest and the card, relative to the folder."""
         there = file_sizes(self.path)
         if self.manifest.files:
             return [file for file in self.manifest.files if file in there or (self.path / file).exists()]
@@ -390,12 +393,12 @@ class StoredSubspace:
         return self._records[name]
 
 
-def _check_kinds(found: Zoo | OpenedModels, view: str) -> None:
-    """Refuse full weights for a subspace of adapters, and the other way round: a bundle has one view."""
+def _check_kinds(opened: Zoo | OpenedModels, view: str) -> None:
+    """Raise MismatchError for full weights in a subspace of adapters, and for adapters in one of full weights."""
     needed, other = (
         ("LoRA adapters", "full weights") if view in ("update", "factors") else ("full weights", "LoRA adapters")
     )
-    for model, name in zip(found.models, found.names, strict=True):
+    for model, name in zip(opened.models, opened.names, strict=True):
         if bool(model.updates) != (needed == "LoRA adapters"):
             raise MismatchError(
                 f"these are {other}",

@@ -1,4 +1,4 @@
-"""Subspace: a fitted zoo. Projects, rebuilds, grows, saves; never changes once made."""
+"""The public class Subspace: an immutable fitted zoo that projects, rebuilds, grows and saves."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Subspace(StoredSubspace):
         workspace: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Subspace:
-        """Return a new Subspace with more models; this one stays as it is.
+        """Return a new Subspace with more models. This one is not changed.
 
-        `refresh` fits the basis anew to all models; otherwise the basis stays and only coefficients are added. `old` is where
-        the old models' files are now, by default where they were read. `allow_pickle` lets old pickles be read again.
-        `workspace` is a folder on the disk where the bundle will be saved.
+        `refresh` fits the basis again to all models. Otherwise only coefficients are added. `old` is where the old models' files
+        are now. Default: the paths from which they were read. `allow_pickle` also reads old models that are pickles. `workspace` is
+        a folder on the disk where the bundle will be saved.
 
-        Exact where the old files are at hand: one read of all weights and M·(N + M)·D products for M new models. Where they
-        are gone, a refresh takes the old models as rebuilt, and their new loss ‖X̂ − X̂'‖ adds to the old one ‖X − X̂‖.
+        If the old files are available the result is exact. Cost: one read of all weights and M·(N + M)·D products for M new models.
+        If they are gone, a refresh uses the rebuilt old models, and their new loss ‖X̂ − X̂'‖ adds to the old one ‖X − X̂‖.
         """
         # Imported here, as in `push` and `verify`, because loading a bundle needs none of them.
         from eigenzoo.subspace.growth import add

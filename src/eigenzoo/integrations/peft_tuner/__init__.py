@@ -13,7 +13,8 @@ Importing this package, or any file of it, registers the method. A process that 
 Memory: the bundle's bases, once per layer, in the dtype of the weights; see docs/adapt.md for what training costs.
 """
 
-# The tuner registers itself and its config. Python runs this file before any other of the package, so each of them registers it.
+# The tuner registers itself and its config. Python runs this file before any other of the package, so importing any of them
+# registers the method.
 from eigenzoo.integrations.peft_tuner.config import EigenzooConfig
 from eigenzoo.integrations.peft_tuner.lora_export import export_lora
 from eigenzoo.integrations.peft_tuner.tuner import EigenzooModel

@@ -1,4 +1,4 @@
-"""What PEFT saves of an adapter besides its coefficients: which bundle, which basis, where training began."""
+"""The config that PEFT saves with an adapter's coefficients: the bundle, the basis and the start of training."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from eigenzoo.subspace.bundles.loading import load
 from eigenzoo.subspace.subspace import Subspace
 
 BUNDLES = "EIGENZOO_BUNDLE"
-"""Environment: where bundles lie that are not where an adapter says; several with the separator of PATH."""
+"""Environment variable with paths of moved bundles, joined by the separator of PATH."""
 
 
 @dataclass
 class EigenzooConfig(PeftConfig):  # type: ignore[misc]
-    """The config of an adapter whose coefficients lie in a bundle's frozen basis.
+    """The config of an adapter with coefficients in a bundle's frozen basis.
 
     Attributes:
         bundle: path of the bundle, as given.
-        start: see `eigenzoo.adapt.find_start`; `zero` changes nothing before it is trained.
-        target_modules: which of the bundle's layers; by default all. Names or a pattern, as in PEFT.
-        exclude_modules: which of them not.
-        modules_to_save: other modules that are trained and saved whole, a head say.
-        seed: of start `random` and of a random basis.
-        random_basis: the control: random directions of the same number and scale in the place of the zoo's.
-        basis: the id of the basis, filled when the bundle is opened, and checked when an adapter is loaded.
-        modules: by adapted module its kind and the bundle's layer; filled, and checked when an adapter is loaded.
+        start: see `eigenzoo.adapt.find_start`; `zero` changes nothing before training.
+        target_modules: the bundle's layers to adapt, as names or a pattern like in PEFT. Default: all.
+        exclude_modules: layers not to adapt.
+        modules_to_save: other modules that are trained and saved whole, such as a head.
+        seed: seed of start `random` and of a random basis.
+        random_basis: as a control, use random directions of the same number and scale.
+        basis: the id of the basis, set when the bundle is opened, and checked when an adapter is loaded.
+        modules: kind and bundle's layer of each adapted module; set and checked in the same way.
 
-    A bundle that has moved is named anew by `PeftModel.from_pretrained(base, adapter, bundle="…")`, by `config.bundle` where a
-    config is passed, or for all adapters of a process by the environment variable EIGENZOO_BUNDLE.
+    A new path of a moved bundle is given by `PeftModel.from_pretrained(base, adapter, bundle="…")`, by `config.bundle` if a config
+    is passed, or for all adapters of a process by the environment variable EIGENZOO_BUNDLE.
     """
 
     bundle: str | None = field(default=None)
@@ -64,7 +64,7 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
         bundle: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> EigenzooConfig:
-        """Read the config of a saved adapter; `bundle` is where its bundle lies now."""
+        """Read the config of a saved adapter. `bundle` is the current path of its bundle."""
         config: EigenzooConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if bundle is not None:
             config.bundle = os.fspath(bundle)
@@ -72,9 +72,9 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
 
 
 def open_bundle(config: EigenzooConfig) -> Subspace:
-    """Open the bundle of a config, where it says or where the environment does, and fill in `basis`.
+    """Open the bundle of a config, at its path or one in the environment variable, and set `basis`.
 
-    Raises BundleError for a bundle of another basis than the adapter's, naming both, and where there is none.
+    Raises BundleError if there is no bundle, and with both ids if its basis is not the adapter's.
     """
     if config.bundle is None:
         raise UsageError(
@@ -97,9 +97,9 @@ def open_bundle(config: EigenzooConfig) -> Subspace:
 
 
 def start_of(config: EigenzooConfig, space: Subspace, *, is_known: bool) -> Start:
-    """Return where an adapter begins.
+    """Return the start of an adapter.
 
-    One that is known, since it was saved, gets its coefficients from its file, and never needs the model that it began with.
+    A saved adapter has its coefficients in its file and does not need the model of its start.
     """
     named = config.start in (ZERO, MEAN, RANDOM, *space.names)
     if not named and is_known and (config.inference_mode or not Path(config.start).exists()):
@@ -108,7 +108,7 @@ def start_of(config: EigenzooConfig, space: Subspace, *, is_known: bool) -> Star
 
 
 def _moved(path: Path, basis: str) -> Path:
-    """Return the bundle of this basis among those of the environment, where there is none at `path`."""
+    """Return the bundle of this basis among those in the environment variable, if there is none at `path`."""
     found = [Path(entry) for entry in os.environ.get(BUNDLES, "").split(os.pathsep) if entry]
     for candidate in found:
         if is_bundle(candidate) and load(candidate).manifest.basis_id == basis:

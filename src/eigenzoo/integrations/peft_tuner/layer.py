@@ -1,7 +1,7 @@
-"""Layers of a model with coefficients beside them: W x + ΔW(c) x, one class for each kind of layer.
+"""Add coefficients to a model's layers: W x + ΔW(c) x, with one class for each kind of layer.
 
-Everything of an adapter but its coefficients is frozen and shared by all adapters of one bundle. A layer computes in the dtype of
-its inputs, coefficients in float32. Bundles give ΔW = L(c) of one basis, or of two (view `factors`): ΔW = L_B(c_B) · L_A(c_A).
+Bases are frozen and shared by all adapters of one bundle. A layer computes in the dtype of its inputs, and coefficients are
+float32. ΔW is L(c) of one basis, or with view `factors` a product of two: L_B(c_B) · L_A(c_A).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from eigenzoo.errors import DataError, UnsupportedError
 from eigenzoo.integrations.peft_tuner.registration import BaseTunerLayer, check_adapters_to_merge
 
 LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
-"""Kinds of layers; the last are convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA passes over."""
+"""Kinds of layers. The last one is convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA ignores."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PARTS = {"eigenzoo_update": "", "eigenzoo_a": ".lora_A", "eigenzoo_b": ".lora_B"}
-"""What is trained, and what the bundle's layer is called behind the module's name; in the order of computation."""
+"""The trained coefficients, and the suffix of the bundle's layer after the module's name, in the order of computation."""
 
 
 class NotFiniteError(DataError, ValueError):
-    """A merge that gives NaN or Inf; a ValueError too, since that is what PEFT's own methods raise."""
+    """A merge results in NaN or Inf. Also a ValueError, like the errors of PEFT's own methods."""
 
 
 class SavedCoefficients(Coefficients):
-    """Coefficients whose state is c itself: θ is where training is, c is what a file holds.
+    """Coefficients whose state is c. Training changes θ, and files contain c.
 
-    Loading sets the start to what was saved and θ to zero, so that what is loaded is what was saved, to the last bit.
+    Loading sets the start to the saved c and θ to zero, so that the loaded coefficients have the same bits.
     """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -73,15 +73,15 @@ class SavedCoefficients(Coefficients):
 
 @dataclass(frozen=True)
 class Part:
-    """One basis of an adapter in a layer: what is trained, where it begins, and what it is frozen in.
+    """One basis of an adapter in a layer: its coefficients' start and scales, and how to read it.
 
     Attributes:
-        begin: coefficients to begin with.
+        begin: initial coefficients.
         scales: see `eigenzoo.adapt.trained`.
-        mean: whether the zoo's mean is part of it.
-        key: what tells the basis from others of the same layer.
-        freeze: reads the basis; called where the layer does not have it yet.
-        offset: gives what start `mean` adds besides.
+        mean: whether ΔW contains the zoo's mean.
+        key: key of the basis among those of the same layer.
+        freeze: function that reads the basis. It is called if the layer does not have the basis yet.
+        offset: function that returns the additional term of start `mean`.
     """
 
     begin: Tensor
@@ -94,20 +94,20 @@ class Part:
 
 @dataclass(frozen=True)
 class _Use:
-    """Which basis an adapter's part lies in."""
+    """The basis of an adapter's coefficients."""
 
     key: str
     mean: bool
 
 
 class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A layer of the base with what adapters add to it.
+    """A layer of the base and the changes by adapters.
 
     Attributes:
-        base_layer: the layer that was there, untouched.
-        in_features, out_features: its sizes, as PEFT's layers have them; of a convolution its channels.
+        base_layer: the original layer, unchanged.
+        in_features, out_features: its sizes, as in PEFT's layers; for a convolution its channels.
         eigenzoo_update, eigenzoo_a, eigenzoo_b: coefficients by adapter.
-        eigenzoo_uses: by adapter, and by part, the basis.
+        eigenzoo_uses: the basis by adapter and part.
         eigenzoo_bases: the frozen bases, by their keys.
     """
 
@@ -126,9 +126,9 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter: str, parts: Mapping[str, Part], *, inference_mode: bool = False) -> None:
-        """Add an adapter, its parts by the names of PARTS; bases that are there already are used again."""
+        """Add an adapter with parts by the names of PARTS. Existing bases are used again."""
         device, dtype = self._placement()
-        tuner: Any = self  # what torch knows of PEFT's methods
+        tuner: Any = self  # torch's type of PEFT's methods
         uses = {}
         for name, part in parts.items():
             if part.key not in self.eigenzoo_bases:
@@ -143,21 +143,21 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         tuner.set_adapter(tuner.active_adapters, inference_mode=inference_mode)
 
     def stages(self, adapter: str) -> Stages:
-        """Return ΔW of an adapter, as it is now, as products of thin matrices."""
+        """Return the current ΔW of an adapter as products of thin matrices."""
         return [
             self._basis(use.key).chains(getattr(self, name)[adapter](), use.mean)
             for name, use in self.eigenzoo_uses[adapter].items()
         ]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW of an adapter in the shape of the layer's weight; float32, or float64 where the weight is."""
+        """Return ΔW of an adapter in the shape of the layer's weight, in float32, or float64 if the weight is."""
         weight = self._plain_weight("gives no ΔW")
         with without_autocast(weight.device):
             matrix = dense(self.stages(adapter), torch.promote_types(weight.dtype, torch.float32))
         return self._as_weight(matrix).reshape(weight.shape)
 
     def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the layer gives, and what the active adapters add to it."""
+        """Return the layer's output plus the changes by the active adapters."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -171,9 +171,9 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW to the layer's weight; `safe_merge` raises DataError, and changes nothing, where that is not finite.
+        """Add ΔW to the layer's weight. With `safe_merge`, raise DataError and change nothing if the result is not finite.
 
-        Raises UnsupportedError for quantised weights, which would be rounded to other values than are computed with.
+        Raises UnsupportedError for quantised weights, whose rounding would change the outputs.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.eigenzoo_uses:
@@ -187,7 +187,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Take the ΔW of all merged adapters out of the layer's weight; exact up to the rounding of its dtype."""
+        """Subtract the ΔW of all merged adapters from the layer's weight. Exact up to the rounding of its dtype."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
@@ -198,14 +198,14 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                     weight.copy_((weight - self.get_delta_weight(adapter)).to(weight.dtype))
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and what no other adapter's coefficients lie in."""
+        """Delete an adapter, and bases that no other adapter uses."""
         super().delete_adapter(adapter_name)
         used = {use.key for uses in self.eigenzoo_uses.values() for use in uses.values()}
         for key in set(self.eigenzoo_bases.keys()) - used:
             del self.eigenzoo_bases[key]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can make a LoRA of it; `export_lora` makes an exact one."""
+        """Whether PEFT can convert it to a LoRA. `export_lora` does so exactly."""
         return True
 
     def __repr__(self) -> str:
@@ -218,7 +218,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return cast(Map, self.eigenzoo_bases[key])
 
     def _placement(self) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype that bases are held in: the weight's, or for quantised weights what they are computed in."""
+        """Return device and dtype of the bases: those of the weight, or for quantised weights those of computation."""
         base = self._base()
         weight = next((part for name in ("weight", "qweight") if (part := getattr(base, name, None)) is not None), None)
         device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
@@ -227,7 +227,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return device, dtype if dtype in FLOATS else torch.float32
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to where its layer is, its coefficients' dtype unchanged."""
+        """Move an adapter to its layer's device without changing its coefficients' dtype."""
         placed, dtype = self._placement()
         for name, use in self.eigenzoo_uses.get(adapter_name, {}).items():
             self._basis(use.key).cast(device or placed, dtype)
@@ -260,7 +260,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class EigenzooLinear(EigenzooLayer):
-    """A linear layer, quantised or not, or GPT-2's Conv1D, whose weight lies transposed."""
+    """A linear layer, quantised or not, or GPT-2's Conv1D, whose weight is transposed."""
 
     def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         values = inputs if inputs.dtype in FLOATS else inputs.to(dtype)
@@ -271,10 +271,10 @@ class EigenzooLinear(EigenzooLayer):
 
 
 class EigenzooEmbedding(EigenzooLayer):
-    """An embedding: rows of its weight are ΔW's columns."""
+    """An embedding. Rows of its weight are columns of ΔW."""
 
     def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        # Rows of a weight, and no product of activations: autocast leaves those of the base alone too.
+        # This looks up rows of a weight and multiplies no activations. Autocast does not change the base's embedding either.
         with without_autocast(inputs.device):
             added = follow(self.stages(adapter), inputs, lambda part, ids: embedding(ids, part.T).to(dtype))
         scale = cast(Any, self)._get_embed_scale()
@@ -285,12 +285,12 @@ class EigenzooEmbedding(EigenzooLayer):
 
 
 class EigenzooConv(EigenzooLayer):
-    """A convolution of one to three dimensions: its inputs are channels and kernel."""
+    """A convolution of one to three dimensions. Its inputs are channels times kernel entries."""
 
     def _added(self, adapter: str, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         base = self._base()
         stages = self.stages(adapter)
-        if base.groups > 1:  # outputs see their own group only, and so cannot be made of what all share
+        if base.groups > 1:  # outputs depend on their own group only, and so cannot be combined from shared activations
             with without_autocast(inputs.device):
                 stages = [[[dense(stages, torch.promote_types(inputs.dtype, torch.float32))]]]
         kernel = base.weight.shape[1:]
@@ -306,12 +306,12 @@ class EigenzooConv(EigenzooLayer):
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return a module, or the one that adapters lie around."""
+    """Return a module, or the original one if adapters wrap it."""
     return cast(nn.Module, cast(Any, module).get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Name the kind of a layer, a convolution's with its channels and kernel; None for what cannot have coefficients."""
+    """Return the kind of a layer, for a convolution with channels and kernel; None for layers that cannot have coefficients."""
     if isinstance(module, Conv1D):
         return CONV1D
     if isinstance(module, nn.Embedding):
@@ -320,14 +320,14 @@ def kind_of(module: nn.Module) -> str | None:
         is_plain = module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
         sizes = (module.weight.shape[1], *module.kernel_size)
         return f"{CONV if is_plain else OTHER_CONV}:{'x'.join(map(str, sizes))}"
-    # Attention of torch reads its output layer's weight and never calls it.
+    # torch's attention reads its output layer's weight and never calls the layer.
     if isinstance(module, NonDynamicallyQuantizableLinear) or not all(_features(module)):
         return None
     return LINEAR
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """Return (outputs, inputs) of a layer that has a kind."""
+    """Return (outputs, inputs) of a layer with a kind."""
     if isinstance(module, Conv1D):
         return module.weight.shape[1], module.weight.shape[0]
     if isinstance(module, nn.Embedding):
@@ -338,7 +338,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def _features_of(module: nn.Module) -> tuple[int, int]:
-    """Return (inputs, outputs) as PEFT counts them: rows and columns of an embedding, channels of a convolution."""
+    """Return (inputs, outputs) like PEFT: rows and columns of an embedding, channels of a convolution."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return module.in_channels, module.out_channels
     outputs, inputs = shape_of(module)
@@ -346,7 +346,7 @@ def _features_of(module: nn.Module) -> tuple[int, int]:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer, by either of the names that quantised ones have for them; zero for others."""
+    """Return outputs and inputs of a linear layer by either of their attribute names in quantised layers; zeros for others."""
     for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures")):
         outputs, inputs = getattr(module, out_name, None), getattr(module, in_name, None)
         if isinstance(outputs, int) and isinstance(inputs, int):
@@ -355,7 +355,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def layer_for(module: nn.Module) -> EigenzooLayer:
-    """Wrap a layer that has a kind."""
+    """Wrap a layer with a kind."""
     base = base_of(module)
     if isinstance(base, nn.Embedding):
         return EigenzooEmbedding(module)

@@ -1,6 +1,6 @@
-"""An adapter of a bundle as a plain LoRA of PEFT's, which needs neither the bundle nor eigenzoo.
+"""Export an adapter of a bundle as a plain PEFT LoRA, which needs neither the bundle nor eigenzoo.
 
-ΔW is a product of thin matrices already; its least rank comes by SVD of what lies between their orthonormal bases.
+ΔW is already a product of thin matrices. Its least rank comes from the SVD of the middle between their orthonormal bases.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def export_lora(
     *,
     bundle: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write an adapter as a plain PEFT LoRA: the same outputs, by stock PEFT, vLLM and whatever else reads one.
+    """Write an adapter as a plain PEFT LoRA. It gives the same outputs with PEFT, vLLM and all other LoRA loaders.
 
     Args:
-        peft_model_or_path: a model with the adapter, or the folder that it was saved to, which takes the bundle.
-        out: a new folder, which appears whole or not at all.
-        adapter_name: of a model, which adapter.
-        rank: the largest rank; by default that of ΔW, exact to 1e-5 of its norm. One rank is written for all layers, alpha = r.
-        bundle: where the bundle of a saved adapter lies now.
+        peft_model_or_path: a model with the adapter, or the folder of the saved adapter, which needs the bundle.
+        out: a new folder, which appears complete or not at all.
+        adapter_name: the adapter of a model.
+        rank: the largest rank. Default: that of ΔW, exact to 1e-5 of its norm. All layers have one rank, and alpha = r.
+        bundle: the current path of a saved adapter's bundle.
 
-    Raises UnsupportedError for convolutions with groups, dilation or padding of another mode, which PEFT computes otherwise, and
-    UsageError for a saved adapter that starts from the mean of full weights: its ΔW is a difference of the base, so export it
-    from the model. Such a ΔW has any rank; of others the rank is at most the middle's. Cost: per layer (O + I)·P² + P³ for a
+    Raises UnsupportedError for convolutions with groups, dilation or another padding mode, which PEFT computes differently. Raises
+    UsageError for a saved adapter that starts from the mean of full weights: its ΔW is relative to the base, so export it from the
+    model. Such a ΔW can have any rank. For others the rank is at most that of the middle. Cost: per layer (O + I)·P² + P³ for a
     middle of P; float64.
     """
     if isinstance(peft_model_or_path, nn.Module):
@@ -142,7 +142,7 @@ def _factors(stages: Stages, rank: int | None) -> Factors:
 
 
 def _laid_out(module: str, kind: str, factors: Factors) -> LoraUpdate:
-    """Say under which keys and shapes PEFT keeps the factors of a module of this kind."""
+    """Return PEFT's keys and shapes for the factors of a module of this kind."""
     b_OR, a_RI = factors
     shape_a, shape_b = tuple(a_RI.shape), tuple(b_OR.shape)
     keys = [f"{MODEL}{module}.lora_{side}.weight" for side in "AB"]

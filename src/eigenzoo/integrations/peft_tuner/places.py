@@ -1,7 +1,7 @@
-"""Which module of a model each layer of a bundle belongs to.
+"""Find the module of a model for each layer of a bundle.
 
-Bundles of adapters name modules, as PEFT does; bundles of checkpoints name parameters of files, which transformers 5 may call
-otherwise in memory.
+Bundles of adapters name modules, like PEFT. Bundles of checkpoints name parameters in files, which transformers 5 may rename in
+memory.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from eigenzoo.subspace.subspace import Subspace
 
 FACTORS = "factors"
 UPDATES = ("update", FACTORS)
-"""Views of adapters, whose matrices are (outputs, inputs) whatever way a weight lies."""
+"""Views of adapters. Their matrices are (outputs, inputs) even if a weight is transposed."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module, and what of the bundle belongs to it.
+    """A module and its layers in the bundle.
 
     Attributes:
         kind: see `layer.kind_of`.
-        name: the bundle's layer; of view `factors` without the factor's name.
+        name: the bundle's layer; for view `factors` without the factor's name.
         parts: the bundle's layers by the names of PARTS.
     """
 
@@ -44,9 +44,9 @@ class Place:
 
 
 def parts_of(space: Subspace) -> dict[str, dict[str, str]]:
-    """Return the bundle's layers that can belong to one module, as parts, by the name that they share.
+    """Return the bundle's layers that can belong to one module, as parts, by their common name.
 
-    Raises BundleError for a factor without its other.
+    Raises BundleError for one factor without the other.
     """
     if space.view != FACTORS:
         return {name: {"eigenzoo_update": name} for name in space.layers}
@@ -66,11 +66,11 @@ def parts_of(space: Subspace) -> dict[str, dict[str, str]]:
 def find_places(
     space: Subspace, model: nn.Module, known: Mapping[str, str], wanted: Callable[[str], bool]
 ) -> tuple[dict[str, Place], list[str]]:
-    """Return the places by the modules' names, and the bundle's layers that are no weight of a layer with a kind.
+    """Return the places by the modules' names, and the bundle's layers that are not weights of a layer with a kind.
 
     Args:
-        known: modules by the names of layers that other adapters of the model have found.
-        wanted: tells of a module's name whether it is adapted.
+        known: modules by the names of layers, from other adapters of the model.
+        wanted: function that tells whether the module of a name is adapted.
 
     Raises MismatchError for layers that the model does not have, or not in their shape; UnsupportedError for tied weights.
     """
@@ -112,7 +112,7 @@ def _missing(names: list[str]) -> MismatchError:
 
 
 class _Renamed:
-    """Names of parameters in memory by those in files, asked for when a name is not found."""
+    """Names of parameters in memory by those in files, computed when a name is not found."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -125,7 +125,7 @@ class _Renamed:
 
 
 def _short(name: str) -> str:
-    """The name of the module that a layer would belong to."""
+    """Return the name of the module that a layer would belong to."""
     return list(_candidates(name))[-1].removesuffix(".weight")
 
 
@@ -134,9 +134,9 @@ def _candidates(name: str) -> Iterable[str]:
 
 
 def _module_name(model: nn.Module, name: str, view: str, renamed: _Renamed) -> str | None:
-    """Find the module whose weight a layer is."""
+    """Find the module with a layer as its weight."""
     weights = [name if view not in UPDATES else f"{name}.weight" for name in _candidates(name)]
-    # Names in files are asked for last: it takes the model's state dict, and some quantised layers are changed by that.
+    # Names in files come last: they need the model's state dict, which changes some quantised layers.
     for weight in chain(weights, (found for weight in weights if (found := renamed(weight)) is not None)):
         module_name = weight.removesuffix(".weight")
         if module_name != weight and module_name and _has(model, module_name):
@@ -152,7 +152,7 @@ def _has(model: nn.Module, module_name: str) -> bool:
 
 
 def _parameter(model: nn.Module, name: str, renamed: _Renamed) -> Tensor | None:
-    """Find a parameter or buffer that is no module's weight, in the layer beneath an adapter too."""
+    """Find a parameter or buffer that is not a module's weight, also in a layer wrapped by an adapter."""
     for found in chain(_candidates(name), filter(None, map(renamed, [name]))):
         path, _, leaf = found.rpartition(".")
         if _has(model, path):
@@ -180,7 +180,7 @@ def _check_shapes(space: Subspace, place: Place, base: nn.Module) -> None:
 
 
 def _check_untied(model: nn.Module, module_name: str, base: nn.Module) -> None:
-    """A change of a shared weight would reach one of its users before it is merged, and both after."""
+    """Raise for shared weights: a change would reach only one user before a merge, and both after it."""
     weight = getattr(base, "weight", None)
     users = [
         name

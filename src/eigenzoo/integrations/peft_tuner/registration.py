@@ -1,14 +1,14 @@
-"""Making PEFT know a method that is not its own: all that is fragile about it is in this file.
+"""Register another package's method in PEFT. Everything fragile about this is in this file.
 
-PEFT's `register_peft_method` fills every table that PEFT looks a method up in, but takes only names of the closed enum `PeftType`
-(huggingface/peft#2634). There are two ways around that. Filling the tables by hand, with an enum of one's own as the type, leans on
-four tables that are PEFT's affair, and does not save: up to 0.20 `get_peft_model_state_dict` refuses a type that is not in
-`list(PeftType)`. So the enum gets one member more, as `aenum.extend_enum` does it, and PEFT's own function does the rest: names,
-prefixes and tables stay what each version of PEFT makes of them. What that leans on is how CPython keeps an enum's members, the
-same since 3.4; it is checked after it is done.
+PEFT's `register_peft_method` fills every table in which PEFT looks up a method, but accepts only names of the closed enum
+`PeftType` (huggingface/peft#2634). One way around that is to fill the tables directly, with another enum as the type. This depends
+on four internal tables of PEFT, and saving fails: up to 0.20 `get_peft_model_state_dict` rejects a type that is not in
+`list(PeftType)`. Instead the enum gets one more member, as in `aenum.extend_enum`, and PEFT's own function does the rest, so that
+names, prefixes and tables follow each version of PEFT. This depends on how CPython stores an enum's members, unchanged since 3.4,
+and is checked afterwards.
 
-For PEFT 0.18 to 0.21. Before 0.18 a tuner had to bring what is now `BaseTuner`'s, and these versions do not go with transformers 5.
-Whatever of PEFT the tuner is built on is imported here, so that a version without it is refused by name.
+For PEFT 0.18 to 0.21. Before 0.18 a tuner had to implement parts of today's `BaseTuner`, and these versions do not work with
+transformers 5. All parts of PEFT that the tuner uses are imported here, so that the error for a version without them names it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _NEXT_STEP = f"{install('peft')}, or use eigenzoo.adapt, which needs no PEFT"
 
 
 def check_version(version: str) -> None:
-    """Raise UnsupportedError for a version of PEFT before the first that a tuner of another package can be made for."""
+    """Raise UnsupportedError for versions of PEFT that do not support tuners of other packages."""
     major, minor = (int(number) for number in version.split(".")[:2])
     if (major, minor) < (0, 18):
         raise UnsupportedError(f"PEFT is version {version}", rule=_RULE, next_step=_NEXT_STEP)
 
 
 try:
-    # Before it is imported: old versions cannot be, beside transformers 5.
+    # Checked before the import, because old versions cannot be imported with transformers 5.
     check_version(metadata.version("peft"))
     import peft
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
-except ImportError as error:  # which not being installed is too
+except ImportError as error:  # also raised if it is not installed
     raise UsageError(f"PEFT cannot be imported ({error})", rule=_RULE, next_step=_NEXT_STEP) from error
 try:
     from peft.tuners.tuners_utils import (
@@ -65,7 +65,7 @@ __all__ = [
 
 NAME = "EIGENZOO"
 PREFIX = "eigenzoo_"
-"""What the names of all that belongs to an adapter begin with."""
+"""Prefix of the names of an adapter's parameters."""
 
 NEEDED = (
     "_check_target_module_exists",
@@ -75,13 +75,13 @@ NEEDED = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
-"""What the tuner overrides, or takes over from PEFT."""
+"""Attributes that the tuner overrides or uses from PEFT."""
 
 
 def peft_type() -> Any:
-    """Return the member of `PeftType` that stands for eigenzoo, which is made where it is not there.
+    """Return eigenzoo's member of `PeftType`, and make it if it does not exist.
 
-    Raises UnsupportedError for a version of PEFT in which a tuner of another package cannot be made this way.
+    Raises UnsupportedError for a version of PEFT that does not permit this.
     """
     missing = [name for name in NEEDED if not hasattr(BaseTuner, name)]
     if missing:
@@ -95,7 +95,7 @@ def peft_type() -> Any:
 
 
 def register(config: type, tuner: type) -> None:
-    """Register a config and a tuner under eigenzoo's name; once in a process, again does nothing."""
+    """Register a config and a tuner under eigenzoo's name. A second call does nothing."""
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type())
     if known is config:
         return

@@ -1,4 +1,4 @@
-"""The tuner: puts an adapter of a bundle beside the layers of a model, as PEFT asks for it."""
+"""The tuner of PEFT that adds an adapter of a bundle to the layers of a model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from eigenzoo.integrations.peft_tuner.registration import (
 from eigenzoo.subspace.subspace import Subspace
 
 MOST_DRAWS = 2**61 - 1
-"""Seeds of layers' random bases: a prime, so that no two seeds of adapters have the same ones."""
+"""Modulus of seeds of layers' random bases. It is a prime, so that two adapters' seeds give different ones."""
 
 
 def layer_seed(seed: int, layer: str) -> int:
-    """Return the seed of one layer's random basis: different directions in every layer, whichever layers are adapted."""
+    """Return the seed of one layer's random basis. It differs for every layer and does not depend on the adapted layers."""
     return ((seed << 32) + zlib.crc32(layer.encode())) % MOST_DRAWS
 
 
 class _Attaching:
-    """What is known of a bundle while an adapter is put into a model."""
+    """Data of a bundle while an adapter is added to a model."""
 
     def __init__(self, config: EigenzooConfig, space: Subspace, places: dict[str, Place]) -> None:
         self.space, self.places = space, places
@@ -64,7 +64,7 @@ class _Attaching:
         )
 
     def _offset(self, layer: str, module: nn.Module) -> Tensor | None:
-        """Return what the zoo's mean adds to the weight that is there."""
+        """Return the change of the weight by the zoo's mean."""
         mean_OI = dense_mean(self.space.layers[layer], is_random=self.seed is not None)
         if mean_OI is None or self.space.view != "weight":
             return mean_OI
@@ -80,15 +80,14 @@ class _Attaching:
 
 
 def _mean(start: Start, part: str) -> bool:
-    """Whether a part holds the zoo's mean. A LoRA that changes nothing has B = 0, and an A that gradients reach B through."""
+    """Tell whether a part contains the zoo's mean. A LoRA without a change has B = 0, and a nonzero A, so that B has a gradient."""
     return start.mean or part == "eigenzoo_a"
 
 
 class EigenzooModel(BaseTuner):  # type: ignore[misc]
-    """A model with coefficients beside its layers; PEFT makes it, `get_peft_model` and `PeftModel.from_pretrained`.
+    """A model with coefficients in its layers, made by PEFT's `get_peft_model` and `PeftModel.from_pretrained`.
 
-    Raises what opening the bundle does, MismatchError for a model that is not the zoo's, and UsageError for a weight that a
-    parametrization holds.
+    Raises the errors of opening the bundle, MismatchError for a model of another zoo, and UsageError for a parametrised weight.
     """
 
     prefix = PREFIX
@@ -97,7 +96,7 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
     _attaching: _Attaching | None = None
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model; PEFT calls it."""
+        """Add an adapter to the model. Called by PEFT."""
         try:
             super().inject_adapter(*args, **kwargs)
         finally:
@@ -107,7 +106,7 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
         return peft_config
 
     def _prepare_model(self, peft_config: EigenzooConfig, model: nn.Module) -> None:
-        """Open the bundle, find its layers in the model, and fill in the config."""
+        """Open the bundle, find its layers in the model, and complete the config."""
         space = open_bundle(peft_config)
         probe = _probe(_maybe_include_all_linear_layers(peft_config, model))
         places, left_out = find_places(
@@ -139,7 +138,7 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
         peft_config.modules = found
 
     def _known(self, config: EigenzooConfig) -> dict[str, str]:
-        """Where other adapters found their layers: names are looked up in an untouched model only."""
+        """Return the modules of other adapters' layers, because names can only be looked up in an unchanged model."""
         others = (other.modules for other in self.peft_config.values() if other is not config)
         return {entry[1]: name for modules in others if modules for name, entry in modules.items()}
 
@@ -172,7 +171,7 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
 
 
 def _probe(config: EigenzooConfig) -> EigenzooConfig:
-    """Return the config as PEFT's own rule of names reads it: without targets all modules are meant."""
+    """Return the config for PEFT's name rule, in which no targets mean all modules."""
     if config.target_modules is not None:
         return config
     probe = copy.copy(config)

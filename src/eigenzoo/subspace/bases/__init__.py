@@ -1,1 +1,1 @@
-"""A fitted layer in each of its forms: what projects a model onto it and rebuilds one from it."""
+"""Forms of a fitted layer. Each projects models onto the layer's basis and rebuilds models from it."""

@@ -1,4 +1,4 @@
-"""What every form of a fitted layer gives: project a model onto it, rebuild a model from it, count its bytes.
+"""Interface of a fitted layer: project a model onto its basis, rebuild a model, and count its coefficients.
 
 Three forms, one file each:
 
@@ -25,59 +25,59 @@ from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack
 
 MODEL_BYTES = 256 * 2**20
-"""Bytes of models that are held at once while they are projected."""
+"""Bytes of models that a projection keeps in memory at once."""
 
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
-PARTS = {FLAT: 2, TUCKER: 4, STACKED: 6}
-"""How many tensors a layer of each form has, at most."""
+MAX_TENSORS = {FLAT: 2, TUCKER: 4, STACKED: 6}
+"""Largest number of tensors of a layer, by form."""
 
 
 def form_of(layer_kinds: Iterable[str], axes: Sequence[str]) -> str:
-    """Return the form that a fit of these kinds of layers and axes writes."""
+    """Return the form in which a fit stores layers of these kinds for these axes."""
     if tuple(axes) != ("models",):
         return TUCKER
     return STACKED if "update" in layer_kinds else FLAT
 
 
 class TensorReader(Protocol):
-    """Where a basis lies: one safetensors file or several."""
+    """Reads the tensors of a basis, from one safetensors file or several."""
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor whole."""
+        """Read a whole tensor."""
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Read a run of a flattened tensor."""
+        """Read values start:stop of a flattened tensor."""
 
 
-class PartWriter(Protocol):
-    """Where a fit writes a basis to, tensor by tensor."""
+class WholeTensorWriter(Protocol):
+    """Writes the tensors of a basis one by one."""
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor whole."""
+        """Write a whole tensor."""
 
 
-class Parts:
-    """Holds what is written, tensor by tensor: a basis on its way from a worker to the bundle."""
+class BasisTensors:
+    """Collects the tensors of a basis in memory, so that a worker can send them to the writer of the bundle."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor whole."""
+        """Add a whole tensor."""
         self.tensors[name] = tensor
 
 
-class TensorWriter(PartWriter, Protocol):
-    """The same, tensor by tensor or block by block."""
+class TensorWriter(WholeTensorWriter, Protocol):
+    """Writes the tensors of a basis whole or block by block."""
 
     def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """Make room for a tensor that is written block by block."""
+        """Reserve space for a tensor that is written block by block."""
 
     def write_flat(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write a run of a tensor that was begun."""
+        """Write values of a begun tensor, from value `start` on."""
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Read back a run of what was written."""
+        """Read back values start:stop of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class Projection:
 
 @dataclass(frozen=True)
 class Operator:
-    """A fitted layer as X̂ = M + after · middle · before, whatever its form; the middle is Σ c_k table_k, or c itself.
+    """A fitted layer of any form as X̂ = M + after · middle · before. The middle is Σ c_k table_k, or c itself.
 
     Attributes:
-        before: (Q, I), or None for an inputs' side kept whole.
-        after: (O, P), or None.
-        table: what coefficients weigh (K, …): matrices (P, Q), or rows that are diagonals; None where coefficients are the middle.
+        before: (Q, I), or None if the inputs are not truncated.
+        after: (O, P), or None if the outputs are not truncated.
+        table: terms of the middle (K, …): matrices (P, Q), or diagonals as rows. None if the coefficients are the middle.
         center: the mean M as a middle, or None.
-        offset: the mean as a matrix, broadcastable over (O, I), where it is no middle.
+        offset: the mean as a matrix, broadcastable over (O, I), if it is not given as a middle.
     """
 
     before: Tensor | None = None
@@ -114,9 +114,9 @@ class LayerBasis(ABC):
 
     Attributes:
         layer: the layer's record.
-        ranks: directions kept, per truncated axis.
-        center: what was removed; see `weights.views.CENTERS`.
-        tensors: where the basis is read from; its names begin with the layer's name.
+        ranks: number of kept directions, by truncated axis.
+        center: the removed center; see `weights.views.CENTERS`.
+        tensors: reader of the basis. Its tensors' names begin with the layer's name.
     """
 
     form: ClassVar[str]
@@ -133,19 +133,19 @@ class LayerBasis(ABC):
 
     @property
     def num_coefficients(self) -> int:
-        """Numbers that one model needs for this layer."""
+        """Number of coefficients of one model in this layer."""
         return prod(self.coefficient_shape)
 
     @abstractmethod
     def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer of a stack; the coefficients come in float64.
+        """Project every model's layer of a stack. The coefficients are float64.
 
-        How often the basis is read does not depend on the number of models, until their factors alone take `MODEL_BYTES`.
+        The number of reads of the basis does not depend on the number of models while their factors take at most `MODEL_BYTES`.
         """
 
-    def project(self, stack: Stack, place: int) -> Projection:
+    def project(self, stack: Stack, index: int) -> Projection:
         """Project one model's layer of a stack."""
-        return self.project_all(stack.subset([place]))[0]
+        return self.project_all(stack.subset([index]))[0]
 
     @abstractmethod
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
@@ -153,14 +153,14 @@ class LayerBasis(ABC):
 
     @abstractmethod
     def operator(self) -> Operator:
-        """Read the whole basis into memory, as what it does to coefficients."""
+        """Read the whole basis into memory as an operator on coefficients."""
 
     @abstractmethod
     def orthonormality(self) -> float:
         """Largest entry of |VVᵀ − 1| over the layer's bases: 0 when they are orthonormal."""
 
     def removed(self) -> Tensor:
-        """The center M as it is stored, broadcastable over (O, I); zero where nothing is stored."""
+        """Return the stored center M, broadcastable over (O, I), or zero if none is stored."""
         return torch.zeros(1, 1, dtype=torch.float64)
 
     def _name(self, part: str) -> str:
@@ -179,7 +179,7 @@ ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e
 
 
 def is_finite(files: BasisFiles, name: str) -> bool:
-    """Tell whether a tensor of bases holds neither NaN nor Inf; reads it in blocks of at most `BLOCK_BYTES`."""
+    """Tell whether all values of a tensor are finite. It is read in blocks of at most `BLOCK_BYTES`."""
     num_values, step = prod(files.shape(name)), BLOCK_BYTES // 8
     starts = range(0, num_values, step)
     return all(all_finite(files.read_flat(name, start, min(start + step, num_values))) for start in starts)

@@ -34,7 +34,7 @@ ORTHONORMAL = 1e-6
 
 @dataclass(frozen=True)
 class SpanBasis:
-    """A run of the directions from value `start` on, their Gram, and the models' mean there where it goes into the bundle."""
+    """The directions over one span that begins at value `start`, their Gram, and the models' mean if the bundle stores it."""
 
     start: int
     directions_KD: Tensor
@@ -52,16 +52,16 @@ def span_basis(
     if removed is None:
         mean_D = exact_mean(extended_ED, num_models, _mean_dtype(dtype)).cpu()
     else:
-        # The rows are about the models' mean, M is not: what lies between them comes as often as the weights add up to.
+        # The rows are centred about the models' mean and not about M, so their difference is added, times the sum of the weights.
         rounded_D = extended_ED[num_models].double()
-        between_D = rounded_D - _run(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
+        between_D = rounded_D - _center_values(removed, start, rounded_D.numel(), inputs).to(rounded_D.device)
         directions_KD += (weights_NK.sum(0).to(between_D.device)[:, None] * between_D).to(directions_KD.dtype)
     directions_KD = directions_KD.cpu().to(dtype)
-    return SpanBasis(start, directions_KD, _own_gram(directions_KD), mean_D)
+    return SpanBasis(start, directions_KD, _gram(directions_KD), mean_D)
 
 
 def _directions(weights_KN: Tensor, rows_ND: Tensor, inputs: int) -> Tensor:
-    """Wᵀ(X − M), on the CPU product by product: so its bits do not depend on how a span is cut."""
+    """Compute Wᵀ(X − M). On the CPU the products have a fixed width, so that the bits do not depend on the blocks of a span."""
     if rows_ND.device.type != "cpu":
         return kernels.product(weights_KN, rows_ND)
     directions_KD = lend(len(weights_KN), rows_ND.shape[1], rows_ND.dtype)
@@ -70,12 +70,12 @@ def _directions(weights_KN: Tensor, rows_ND: Tensor, inputs: int) -> Tensor:
     return directions_KD
 
 
-def _own_gram(directions_KD: Tensor) -> Tensor:
+def _gram(directions_KD: Tensor) -> Tensor:
     return kernels.long_gram(directions_KD.to(torch.promote_types(directions_KD.dtype, torch.float32)))
 
 
-def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
-    """Values of M, which is constant along one axis or both, over a run of whole output rows."""
+def _center_values(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
+    """Return the values of M over whole output rows. M is constant along one axis or both."""
     return (
         removed.expand(count // inputs, inputs).reshape(-1)
         if removed.shape[0] == 1
@@ -86,18 +86,18 @@ def _run(removed: Tensor, start: int, count: int, inputs: int) -> Tensor:
 def orthonormalized(
     spans: Sequence[SpanBasis], coefficients_NK: Tensor, dtype: torch.dtype
 ) -> tuple[list[SpanBasis], Tensor]:
-    """Return the spans of a layer that are all in memory with directions that do not lean on each other; see `write_flat`."""
+    """Make the directions of a layer orthonormal whose spans are all in memory; see `write_flat`."""
     gram_KK = torch.stack([span.gram_KK for span in spans]).sum(0)
     if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
         return list(spans), coefficients_NK
     lower_KK = torch.linalg.cholesky(gram_KK)
     inverse_KK = torch.linalg.inv(lower_KK)
-    turned = []
+    orthonormal = []
     for span in spans:
         exact = torch.promote_types(dtype, torch.float32)
         directions_KD = kernels.product(inverse_KK.to(exact), span.directions_KD.to(exact)).to(dtype)
-        turned.append(replace(span, directions_KD=directions_KD, gram_KK=_own_gram(directions_KD)))
-    return turned, coefficients_NK @ lower_KK
+        orthonormal.append(replace(span, directions_KD=directions_KD, gram_KK=_gram(directions_KD)))
+    return orthonormal, coefficients_NK @ lower_KK
 
 
 def write_flat(
@@ -108,10 +108,10 @@ def write_flat(
     dtype: torch.dtype,
     writer: TensorWriter,
 ) -> Tensor:
-    """Write the center and the directions, span by span as they come; returns the coefficients.
+    """Write the center and the directions span by span, and return the coefficients.
 
-    Directions of small eigenvalues inherit the Gram's round-off and lean on each other; one Cholesky step makes them
-    orthonormal again and hands the coefficients the inverse, so that C·V stays what it was.
+    Round-off of the Gram makes the directions of small eigenvalues not orthogonal. One Cholesky step makes them orthonormal again.
+    The coefficients are multiplied by the inverse, so that C·V does not change.
     """
     num_kept = coefficients_NK.shape[1]
     if removed is not None and float(removed.abs().max()) > 0:
@@ -136,7 +136,7 @@ def write_flat(
 
 
 def _mean_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the mean: a rounded one would cost more than what the directions add."""
+    """Return the dtype of the mean: at least float32, because half precision would lose more than the directions gain."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -159,12 +159,12 @@ def _orthonormalize(
     per_block = max(1, block_bytes // (8 * num_kept))
     for start in range(0, num_values, per_block):
         stop = min(start + per_block, num_values)
-        run = torch.empty(num_kept, stop - start, dtype=torch.float64)
+        block = torch.empty(num_kept, stop - start, dtype=torch.float64)
         for number in range(num_kept):
-            run[number] = writer.read_flat(name, number * num_values + start, number * num_values + stop)
-        run = torch.linalg.solve_triangular(lower_KK, run, upper=False).to(dtype)
+            block[number] = writer.read_flat(name, number * num_values + start, number * num_values + stop)
+        block = torch.linalg.solve_triangular(lower_KK, block, upper=False).to(dtype)
         for number in range(num_kept):
-            writer.write_flat(name, number * num_values + start, run[number])
+            writer.write_flat(name, number * num_values + start, block[number])
     return coefficients_NK @ lower_KK
 
 
@@ -181,21 +181,21 @@ class FlatBasis(LayerBasis):
         return (self.ranks["models"],)
 
     def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer: one sweep over the values for the coefficients, one for what they leave.
+        """Project every model's layer: one sweep over the values for the coefficients, and one for the residuals.
 
-        Each block of the basis is read once in a sweep, for all models; a basis of up to `BLOCK_BYTES` is read once in all. Models
-        of up to `MODEL_BYTES` are read once and held; more are read run by run in each sweep. Products in float32 and sums in
-        float64, unless the layer or its basis is float64. Cost: 2·N·K·D products.
+        A sweep reads each block of the basis once for all models. A basis of up to `BLOCK_BYTES` is read once and kept in memory,
+        and so are models of up to `MODEL_BYTES`. Larger ones are read block by block in each sweep. Products are in float32 and
+        sums in float64, unless the layer or its basis is float64. Cost: 2·N·K·D products.
         """
         assert isinstance(stack, DenseStack)
         dtype, num_models, num_values = self._working_dtype(), len(stack), self.layer.num_values
         width = min(num_values, max(1, MODEL_BYTES // (dtype.itemsize * num_models)))
-        runs = [(first, min(first + width, num_values)) for first in range(0, num_values, width)]
+        ranges = [(first, min(first + width, num_values)) for first in range(0, num_values, width)]
         mean_D = None
         if self.has_mean:
             mean_D = self.tensors.read(self._name("mean")).to(dtype).expand(self.layer.shape).reshape(-1)
         small = self.ranks["models"] * num_values * dtype.itemsize <= BLOCK_BYTES
-        kept = next(self._blocks(dtype), None) if small else None
+        whole_basis = next(self._blocks(dtype), None) if small else None
         energies_N, outside_N = torch.zeros(2, num_models, dtype=torch.float64)
         coefficients_NK = torch.zeros(num_models, self.ranks["models"], dtype=torch.float64)
         with borrow(1, num_models * width, dtype) as memory:
@@ -210,20 +210,24 @@ class FlatBasis(LayerBasis):
                     kernels.subtract(values_NR, mean_D[first:last])
 
             def blocks(first: int, last: int) -> Iterator[tuple[slice, Tensor]]:
-                found = self._blocks(dtype, first, last) if kept is None else [(first, last, kept[2][:, first:last])]
-                return ((slice(start - first, stop - first), directions_KB) for start, stop, directions_KB in found)
+                pieces = (
+                    self._blocks(dtype, first, last)
+                    if whole_basis is None
+                    else [(first, last, whole_basis[2][:, first:last])]
+                )
+                return ((slice(start - first, stop - first), directions_KB) for start, stop, directions_KB in pieces)
 
-            for first, last in runs:
+            for first, last in ranges:
                 values_NR = read(first, last)
-                found_N = kernels.row_energies(values_NR)
-                if not bool(torch.isfinite(found_N).all()):
+                block_N = kernels.row_energies(values_NR)
+                if not bool(torch.isfinite(block_N).all()):
                     stack.check_finite(first, last)
-                energies_N += found_N
+                energies_N += block_N
                 center(values_NR, first, last)
                 for part, directions_KB in blocks(first, last):
                     coefficients_NK += kernels.long_product(values_NR[:, part], directions_KB)
-            for first, last in runs:
-                if len(runs) > 1:
+            for first, last in ranges:
+                if len(ranges) > 1:
                     values_NR = read(first, last)
                     center(values_NR, first, last)
                 for part, directions_KB in blocks(first, last):
@@ -253,14 +257,14 @@ class FlatBasis(LayerBasis):
         return deviation_from_identity(gram_KK)
 
     def operator(self) -> Operator:
-        """Whole-layer directions, in the dtype that they are stored in, about the mean."""
+        """Return the whole-layer directions in their stored dtype, and the mean."""
         directions = torch.zeros(0, *self.layer.shape)
         if self.ranks["models"]:
             directions = self.tensors.read(self._name("models"))
         return Operator(table=directions, offset=self.removed())
 
     def removed(self) -> Tensor:
-        """The center; of updates its core."""
+        """Return the center."""
         if not self.has_mean:
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()
@@ -268,7 +272,7 @@ class FlatBasis(LayerBasis):
     def _blocks(
         self, dtype: torch.dtype = torch.float64, first: int = 0, last: int | None = None
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield (start, stop, directions (K, stop − start)) over a run of the flattened layer; each in the last one's memory."""
+        """Yield (start, stop, directions (K, stop − start)) over values first:last of the layer. Each block reuses the memory."""
         num_kept, num_values, name = self.ranks["models"], self.layer.num_values, self._name("models")
         last = num_values if last is None else last
         if not num_kept:

@@ -2,8 +2,8 @@
 
     X̂ = Σ_n w_n · s_n B_n A_n,   w = m + Σ c_k v_k   (m = 1/N for the mean, v_k the weights of direction k)
 
-The bundle holds the factors as they were stored and a (1 + K) × N table of weights: exact, and never smaller than the
-zoo itself; for fewer bytes truncate the axes `outputs` and `inputs` (form `tucker`).
+The bundle contains the factors as they were stored and a (1 + K) × N table of weights. This is exact, but not smaller than the zoo.
+For fewer bytes truncate the axes `outputs` and `inputs` (form `tucker`).
 
 Legend: N models, O outputs, I inputs, P ranks of all updates stacked, K kept directions.
 """
@@ -33,9 +33,10 @@ from eigenzoo.zoo.stack import BLOCK_BYTES, Stack, UpdateStack
 
 
 def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor, writer: TensorWriter) -> None:
-    """Write factors, owners, scales and weights; factors in the dtype they come in, one model at a time.
+    """Write factors, owners, scales and weights. Factors keep their dtype and are written one model at a time.
 
-    Directions are V_k = Σ_n w_nk (X_n − M): over the updates themselves their weights are w_k minus their sum's share of M.
+    The directions are V_k = Σ_n w_nk (X_n − M). Their weights over the uncentred updates are therefore w_k minus the sum of w_k
+    times the weights of M.
     """
     layer, ranks, num_models = stack.layer, stack.ranks, len(stack)
     dtype = getattr(torch, layer.dtype)
@@ -43,15 +44,15 @@ def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor,
     mean_N = torch.full((num_models,), 1 / num_models if moments.removed is None else 0.0, dtype=torch.float64)
     directions_KN = weights_NK.T - weights_NK.sum(0)[:, None] * mean_N
     scales_N = torch.empty(num_models, dtype=torch.float64)
-    # Bᵀ (P, O) and A (P, I): each model's factors are one contiguous run of rows.
+    # Bᵀ (P, O) and A (P, I), so that each model's factors are contiguous rows.
     writer.begin(f"{layer.name}/factors_b", dtype, (sum(ranks), outputs))
     writer.begin(f"{layer.name}/factors_a", dtype, (sum(ranks), inputs))
     first = 0
-    for place in range(num_models):
-        b_OR, a_RI, scales_N[place] = stack.stored_factors(place)
+    for index in range(num_models):
+        b_OR, a_RI, scales_N[index] = stack.stored_factors(index)
         writer.write_flat(f"{layer.name}/factors_b", first * outputs, b_OR.T.contiguous().to(dtype).view(-1))
         writer.write_flat(f"{layer.name}/factors_a", first * inputs, a_RI.contiguous().to(dtype).view(-1))
-        first += ranks[place]
+        first += ranks[index]
     writer.append(f"{layer.name}/ranks", torch.tensor(ranks, dtype=torch.int32))
     writer.append(f"{layer.name}/scales", scales_N)
     writer.append(f"{layer.name}/weights", torch.cat([mean_N[None], directions_KN]))
@@ -74,35 +75,36 @@ class StackedBasis(LayerBasis):
     def project_all(self, stack: Stack) -> list[Projection]:
         """Project every update: c_k = ⟨V_k, X − M⟩ and ‖X − X̂‖² = ‖X − M‖² − ‖c‖², by products of factors.
 
-        Updates whose factors take up to `MODEL_BYTES` in all are held at once; the basis is read once for them, in blocks of
-        `BLOCK_BYTES`. Float64. Cost: P·Q·(O + I) products, P and Q the ranks of the basis and of the updates.
+        Groups of updates whose factors take up to `MODEL_BYTES` are in memory at once. The basis is read once for each group, in
+        blocks of `BLOCK_BYTES`. Computed in float64. Cost: P·Q·(O + I) products, with P and Q the ranks of the basis and of the
+        updates.
         """
         assert isinstance(stack, UpdateStack)
         weights = self.tensors.read(self._name("weights"))
         products = self.tensors.read(self._name("products"))
         num_at_once = max(1, MODEL_BYTES // (8 * max(1, *stack.ranks) * sum(self.layer.shape)))
-        found = []
+        projections = []
         for first in range(0, len(stack), num_at_once):
-            places = range(first, min(first + num_at_once, len(stack)))
-            factors = [stack.factors(place) for place in places]
+            indices = range(first, min(first + num_at_once, len(stack)))
+            factors = [stack.factors(index) for index in indices]
             along = weights @ self._inner_products(factors)
             coefficients_MK = (along[1:] - products[1:, :1]).T
             for update, along_mean, coefficients in zip(factors, along[0].tolist(), coefficients_MK, strict=True):
                 energy = lora.energy(update)
-                kept = float(coefficients.square().sum())
-                outside = energy - 2 * along_mean + float(products[0, 0]) - kept
-                found.append(Projection(coefficients.clone(), max(outside, 0.0), energy))
-        return found
+                inside = float(coefficients.square().sum())
+                outside = energy - 2 * along_mean + float(products[0, 0]) - inside
+                projections.append(Projection(coefficients.clone(), max(outside, 0.0), energy))
+        return projections
 
     def rebuild(self, coefficients: Tensor) -> Factors:
-        """Return the balanced factors of least rank of Σ w_n s_n B_n A_n; cost (O + I)·P² + P³."""
+        """Return balanced factors of Σ w_n s_n B_n A_n with the least rank. Cost (O + I)·P² + P³."""
         weights = self.tensors.read(self._name("weights"))
         combined_N = (weights[0] + coefficients.double() @ weights[1:]) * self.tensors.read(self._name("scales"))
         owner_P = self._owner()
         used_P = (combined_N != 0)[owner_P]
         b_PO = self.tensors.read(self._name("factors_b")).double()[used_P]
         a_PI = self.tensors.read(self._name("factors_a")).double()[used_P]
-        # A model near zero is a difference of the mean and the directions: their round-off is no rank of its own.
+        # A model near zero is a small difference of mean and directions. Their round-off must not count as rank.
         noise = lora.ROUND_OFF * (
             float(self.tensors.read(self._name("products"))[0, 0]) + float(coefficients.double().square().sum())
         )
@@ -110,7 +112,7 @@ class StackedBasis(LayerBasis):
         return factors
 
     def orthonormality(self) -> float:
-        """Largest entry of |⟨V_j, V_k⟩ − δ_jk|, from the factors themselves."""
+        """Return the largest entry of |⟨V_j, V_k⟩ − δ_jk|, computed from the factors."""
         weights = self.tensors.read(self._name("weights"))[1:]
         if not weights.numel():
             return 0.0
@@ -118,9 +120,9 @@ class StackedBasis(LayerBasis):
         return deviation_from_identity(weights @ lora.inner_products(factors, factors) @ weights.T)
 
     def operator(self) -> Operator:
-        """All models' factors (O, P) and (P, I), and what each rank counts in the directions (K, P) and the mean; float64.
+        """Return all models' factors (O, P) and (P, I), and the weights of their ranks in the directions (K, P) and in the mean.
 
-        The models' scales are in the table.
+        All are float64. The models' scales are in the table.
         """
         weights = self.tensors.read(self._name("weights")) * self.tensors.read(self._name("scales"))
         b_PO, a_PI = (self.tensors.read(self._name(part)).double() for part in ("factors_b", "factors_a"))
@@ -142,12 +144,12 @@ class StackedBasis(LayerBasis):
         ]
 
     def _inner_products(self, factors: Sequence[Factors]) -> Tensor:
-        """⟨X_n, B_m A_m⟩ for every model n of the basis and every update m (N, M): two thin products, and a sum over ranks."""
+        """Return ⟨X_n, B_m A_m⟩ (N, M) for every model n of the basis and every update m: two thin products, summed over ranks."""
         b_OQ, a_QI = torch.cat([b for b, _ in factors], 1), torch.cat([a for _, a in factors])
         owner_Q = torch.repeat_interleave(torch.arange(len(factors)), torch.tensor([a.shape[0] for _, a in factors]))
         owner_P, scales_N = self._owner(), self.tensors.read(self._name("scales"))
         products_NM = torch.zeros(scales_N.numel(), len(factors), dtype=torch.float64)
-        # A block of both factors, and of their products with the updates.
+        # Memory of a block: both factors and their products with the updates.
         per_block = max(1, BLOCK_BYTES // (8 * (sum(self.layer.shape) + 2 * owner_Q.numel())))
         for start in range(0, owner_P.numel(), per_block):
             stop = min(start + per_block, owner_P.numel())
@@ -159,7 +161,7 @@ class StackedBasis(LayerBasis):
         return products_NM * scales_N[:, None]
 
     def _rows(self, part: str, start: int, stop: int) -> Tensor:
-        """Rows start:stop of all models' stacked factors, in float64."""
+        """Read rows start:stop of all models' stacked factors, in float64."""
         width = self.layer.shape[0 if part == "factors_b" else 1]
         rows = self.tensors.read_flat(self._name(part), start * width, stop * width)
         return rows.double().view(stop - start, width)

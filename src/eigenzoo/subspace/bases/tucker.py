@@ -2,13 +2,12 @@
 
     full weights:   X̂ = M + U · C · Vᵀ          updates:   X̂ = U · (C̄ + C) · Vᵀ
 
-An axis that is not truncated has no basis (U = 1). With axis `models` the cores lie in turn in k shared cores:
-C = Σ c_k D_k, and a model is k numbers. U and V come from the moments of the stack, the shared cores from the cores
-(a sequentially truncated higher-order SVD, Vannieuwenhoven et al. 2012: its error is never above that of truncating
-every axis from the full stack).
+An axis that is not truncated has no basis (U = 1). With axis `models` every core is a sum of k shared cores, C = Σ c_k D_k, and a
+model is k numbers. U and V come from the moments of the stack, the shared cores from the cores. This is a sequentially truncated
+higher-order SVD (Vannieuwenhoven et al. 2012). Its error is never larger than with every axis truncated from the full stack.
 
-The mean of updates is kept as a core, C̄ = UᵀX̄V, so that it costs no dense matrix; their bases therefore come from
-moments about zero, where the mean's own directions count by their energy.
+The mean of updates is stored as a core, C̄ = UᵀX̄V, which needs no dense matrix. So their bases come from moments about zero, which
+contain the directions of the mean with their energy.
 
 Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K shared cores.
 """
@@ -23,21 +22,28 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.bases.basis import TUCKER, LayerBasis, Operator, PartWriter, Projection, deviation_from_identity
+from eigenzoo.subspace.bases.basis import (
+    TUCKER,
+    LayerBasis,
+    Operator,
+    Projection,
+    WholeTensorWriter,
+    deviation_from_identity,
+)
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 
 @dataclass(frozen=True)
 class Cores:
-    """All models' cores (N, P, Q) after their mean is removed, and the mean that goes into the bundle."""
+    """All models' centred cores (N, P, Q), and the mean as the bundle stores it."""
 
     cores_NPQ: Tensor
     mean: Tensor | None
 
 
 def stack_mean(stack: DenseStack) -> Tensor:
-    """Return the mean over models as an (O, I) float64 matrix; one pass."""
+    """Return the mean over models as an (O, I) float64 matrix. Cost: one pass."""
     mean_OI = torch.empty(stack.layer.shape, dtype=torch.float64)
     for block in stack.blocks():
         mean_OI.view(-1)[block.start : block.stop] = block.rows.mean(0, dtype=torch.float64)
@@ -45,17 +51,17 @@ def stack_mean(stack: DenseStack) -> Tensor:
 
 
 def collect_cores(stack: Stack, moments: LayerMoments, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Cores:
-    """Reduce every model to its core Uᵀ(X − M)V; one pass over the weights (two for center `models` of full weights)."""
+    """Reduce every model to its core Uᵀ(X − M)V. Cost: one pass over the weights, or two for center `models` of full weights."""
     if isinstance(stack, UpdateStack):
         cores_NPQ = torch.stack(
-            [_reduce_update(stack.factors(place), outputs_OP, inputs_IQ) for place in range(len(stack))]
+            [_reduce_update(stack.factors(index), outputs_OP, inputs_IQ) for index in range(len(stack))]
         )
         if moments.removed is not None:
             return Cores(cores_NPQ, None)
         mean_PQ = cores_NPQ.mean(0)
         return Cores(cores_NPQ - mean_PQ, mean_PQ)
     removed = stack_mean(stack) if moments.removed is None else moments.removed
-    matrices = (stack.matrix(place).double() - removed for place in range(len(stack)))
+    matrices = (stack.matrix(index).double() - removed for index in range(len(stack)))
     cores_NPQ = torch.stack([_reduce(matrix_OI, outputs_OP, inputs_IQ) for matrix_OI in matrices])
     return Cores(cores_NPQ, removed if float(removed.abs().max()) > 0 else None)
 
@@ -78,14 +84,14 @@ def write_tucker(
     inputs_IQ: Tensor | None,
     shared_KPQ: Tensor | None,
     dtype: torch.dtype,
-    writer: PartWriter,
+    writer: WholeTensorWriter,
 ) -> None:
     """Write the mean, the bases of the sides, and the shared cores."""
     for part, tensor in (("mean", cores.mean), ("outputs", outputs_OP), ("inputs", inputs_IQ), ("models", shared_KPQ)):
         if tensor is not None and tensor.numel():
-            # A rounded mean would cost more than what the directions add.
-            kept = torch.promote_types(dtype, torch.float32) if part == "mean" else dtype
-            writer.append(f"{name}/{part}", tensor.to(kept).contiguous())
+            # The mean stays float32, because its rounding error would exceed the gain of the directions.
+            stored_dtype = torch.promote_types(dtype, torch.float32) if part == "mean" else dtype
+            writer.append(f"{name}/{part}", tensor.to(stored_dtype).contiguous())
 
 
 @dataclass(frozen=True)
@@ -107,49 +113,49 @@ class TuckerBasis(LayerBasis):
         return (self.ranks["models"],) if "models" in self.ranks else self.core_shape
 
     def project_all(self, stack: Stack) -> list[Projection]:
-        """Project every model's layer, one after the other: its core, then the core's coordinates in the shared cores.
+        """Project one model's layer after another: its core, then the core's coordinates in the shared cores.
 
-        The basis is read once. Memory: the basis in float64, one model's layer.
+        The basis is read once. Memory: the basis in float64 and one model's layer.
         """
-        parts = self.side("outputs"), self.side("inputs"), self.shared(), self.removed()
+        bases = self.side("outputs"), self.side("inputs"), self.shared(), self.removed()
         one = self._project_update if isinstance(stack, UpdateStack) else self._project_dense
-        return [one(stack, place, *parts) for place in range(len(stack))]
+        return [one(stack, index, *bases) for index in range(len(stack))]
 
     def _project_update(
         self,
         stack: Stack,
-        place: int,
+        index: int,
         outputs_OP: Tensor | None,
         inputs_IQ: Tensor | None,
         shared_KPQ: Tensor | None,
         mean: Tensor,
     ) -> Projection:
         assert isinstance(stack, UpdateStack)
-        factors = stack.factors(place)
+        factors = stack.factors(index)
         energy = lora.energy(factors)
-        whole = _reduce_update(factors, outputs_OP, inputs_IQ)
-        core = whole - mean
+        full_core = _reduce_update(factors, outputs_OP, inputs_IQ)
+        core = full_core - mean
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        kept = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
-        return Projection(coefficients, _outside(energy, whole, kept, outputs_OP, inputs_IQ), energy)
+        rebuilt_core = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+        return Projection(coefficients, _outside(energy, full_core, rebuilt_core, outputs_OP, inputs_IQ), energy)
 
     def _project_dense(
         self,
         stack: Stack,
-        place: int,
+        index: int,
         outputs_OP: Tensor | None,
         inputs_IQ: Tensor | None,
         shared_KPQ: Tensor | None,
         mean: Tensor,
     ) -> Projection:
         assert isinstance(stack, DenseStack)
-        matrix_OI = stack.matrix(place).double()
+        matrix_OI = stack.matrix(index).double()
         energy = float(matrix_OI.square().sum())
         centered = matrix_OI - mean
         core = _reduce(centered, outputs_OP, inputs_IQ)
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        kept = core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
-        outside = float((centered - _expand(kept, outputs_OP, inputs_IQ)).square().sum())
+        rebuilt_core = core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
+        outside = float((centered - _expand(rebuilt_core, outputs_OP, inputs_IQ)).square().sum())
         return Projection(coefficients, outside, energy)
 
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
@@ -165,7 +171,7 @@ class TuckerBasis(LayerBasis):
         return _update_factors(core + mean, outputs_OP, inputs_IQ, noise)
 
     def operator(self) -> Operator:
-        """Bases of the sides, and the shared cores between them; the mean of updates is a core too."""
+        """Return the bases of the sides and the shared cores between them. The mean of updates is also a core."""
         inputs_IQ, mean = self.side("inputs"), self.removed()
         is_core = self.layer.kind == "update"
         return Operator(
@@ -184,13 +190,13 @@ class TuckerBasis(LayerBasis):
         return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
 
     def removed(self) -> Tensor:
-        """The center; of updates its core."""
+        """Return the center, or for updates its core."""
         if not self.has_mean:
             return torch.zeros(1, 1, dtype=torch.float64)
         return self.tensors.read(self._name("mean")).double()
 
     def side(self, axis: str) -> Tensor | None:
-        """The basis of `outputs` (O, P) or `inputs` (I, Q) in float64; None where that side is kept whole."""
+        """Read the basis of `outputs` (O, P) or `inputs` (I, Q) in float64, or return None if that side is not truncated."""
         if axis not in self.ranks:
             return None
         size = self.layer.shape[0 if axis == "outputs" else 1]
@@ -199,7 +205,7 @@ class TuckerBasis(LayerBasis):
         return self.tensors.read(self._name(axis)).double()
 
     def shared(self) -> Tensor | None:
-        """The shared cores (K, P, Q) in float64, with axis `models`."""
+        """Read the shared cores (K, P, Q) of axis `models` in float64."""
         if "models" not in self.ranks:
             return None
         if not self.ranks["models"] or 0 in self.core_shape:
@@ -207,11 +213,13 @@ class TuckerBasis(LayerBasis):
         return self.tensors.read(self._name("models")).double()
 
 
-def _outside(energy: float, whole: Tensor, kept: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> float:
-    """‖X − U·K·Vᵀ‖² = ‖X‖² − 2⟨UᵀXV, K⟩ + ⟨K, UᵀU·K·VᵀV⟩: right also for bases that float32 left not quite orthonormal."""
-    turned = kept if outputs_OP is None else (outputs_OP.T @ outputs_OP) @ kept
-    turned = turned if inputs_IQ is None else turned @ (inputs_IQ.T @ inputs_IQ)
-    return max(energy - 2 * float((whole * kept).sum()) + float((kept * turned).sum()), 0.0)
+def _outside(
+    energy: float, full_core: Tensor, rebuilt_core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None
+) -> float:
+    """Return ‖X − U·K·Vᵀ‖² = ‖X‖² − 2⟨UᵀXV, K⟩ + ⟨K, UᵀU·K·VᵀV⟩, which also holds for bases that are not exactly orthonormal."""
+    product = rebuilt_core if outputs_OP is None else (outputs_OP.T @ outputs_OP) @ rebuilt_core
+    product = product if inputs_IQ is None else product @ (inputs_IQ.T @ inputs_IQ)
+    return max(energy - 2 * float((full_core * rebuilt_core).sum()) + float((rebuilt_core * product).sum()), 0.0)
 
 
 def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
@@ -220,7 +228,7 @@ def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -
 
 
 def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None, noise: float) -> Factors:
-    """Balanced factors of U·C·Vᵀ: the SVD of the core, carried to the sides."""
+    """Return balanced factors of U·C·Vᵀ from the SVD of the core."""
     identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
     if core_PQ.numel():
         (left, right), _ = lora.truncated(identity, core_PQ, noise=noise)

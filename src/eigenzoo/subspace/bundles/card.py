@@ -1,4 +1,4 @@
-"""README.md of a bundle: its card, for people, with the front matter that the hub reads."""
+"""Write a bundle's card: its README.md, with the front matter that the hub reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from eigenzoo.subspace.bundles.provenance import KEY
 
 UNKNOWN = "unknown"
 MAX_NAMED = 6
-"""Sources that the card's command names one by one."""
+"""Largest number of sources that the card's command lists."""
 
 _SPDX = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9_./@:=,+-]{1,300}")
@@ -40,41 +40,41 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def foreign_to_a_bundle(folder: Path) -> str:
-    """Name a file of a folder that is not part of its bundle, or the card where somebody has edited it; "" if there is none.
+    """Return the name of a file that is not part of the folder's bundle, or of the card if it was edited; "" if there is none.
 
-    Cards of another version of eigenzoo read otherwise: they are taken for its own. A bundle that another process replaces
-    meanwhile is looked at again.
+    A card of another version of eigenzoo has another text and counts as not edited. If another process replaces the bundle
+    meanwhile, the new one is checked.
     """
     for attempt in range(1, ATTEMPTS + 1):
         snapshot = Snapshot.of(folder)
         try:
-            found = _foreign(folder)
+            foreign = _foreign(folder)
         except FileNotFoundError:
             if snapshot.is_current or attempt == ATTEMPTS:
                 raise
             continue
-        if not found or snapshot.is_current:
+        if not foreign or snapshot.is_current:
             break
-    return found
+    return foreign
 
 
 def _foreign(folder: Path) -> str:
-    found = foreign_files(folder)
-    if found or not (folder / CARD).is_file():
-        return found
+    foreign = foreign_files(folder)
+    if foreign or not (folder / CARD).is_file():
+        return foreign
     try:
         manifest = parse_manifest(
             read_json(folder / MANIFEST, where=MANIFEST, max_bytes=MAX_MANIFEST_BYTES), str(folder)
         )
     except EigenzooError:
-        return ""  # a damaged bundle, which may be replaced
+        return ""  # A damaged bundle may be replaced.
     text = (folder / CARD).read_bytes()
     is_edited = manifest.eigenzoo_version == version("eigenzoo") and text != card_text(manifest).encode("utf-8")
     return f"holds {CARD!r}, which was changed since eigenzoo wrote it" if is_edited else ""
 
 
 def card_text(manifest: Manifest) -> str:
-    """Return the card: what it is, sizes, what was lost, in-sample and held-out, where the models came from."""
+    """Return the card: summary, sizes, in-sample and held-out loss, and the models' sources."""
     report, sizes = manifest.report, manifest.report["bytes"]
     licences = _licences(manifest)
     lines = [
@@ -130,8 +130,8 @@ def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:
     if bases:
         options["base_model"] = bases[0] if len(bases) == 1 else bases
         options["base_model_relation"] = "adapter" if manifest.view in ("update", "factors") else "finetune"
-    said = set(licences) | {base["licence"] for base in _bases(manifest) if base["licence"]}
-    (only, *others) = sorted(said)
+    licences_named = set(licences) | {base["licence"] for base in _bases(manifest) if base["licence"]}
+    (only, *others) = sorted(licences_named)
     options["license"] = only if not others and _SPDX.fullmatch(only) else "other"
     if options["license"] == "other":
         options["license_name"] = "those-of-the-sources"
@@ -139,21 +139,21 @@ def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:
 
 
 def _licences(manifest: Manifest) -> dict[str, list[str]]:
-    """The names of the models under each licence, unknown last."""
-    known = (manifest.report.get(KEY) or {}).get("licences")
-    known = known if isinstance(known, dict) else {}
-    found: dict[str, list[str]] = {}
+    """Return the names of the models under each licence, the unknown licence last."""
+    licence_of = (manifest.report.get(KEY) or {}).get("licences")
+    licence_of = licence_of if isinstance(licence_of, dict) else {}
+    names_by_licence: dict[str, list[str]] = {}
     for model in manifest.models:
-        found.setdefault(str(known.get(model.name) or UNKNOWN), []).append(model.name)
-    return dict(sorted(found.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))) or {UNKNOWN: []}
+        names_by_licence.setdefault(str(licence_of.get(model.name) or UNKNOWN), []).append(model.name)
+    return dict(sorted(names_by_licence.items(), key=lambda item: (item[0] == UNKNOWN, item[0]))) or {UNKNOWN: []}
 
 
 def _bases(manifest: Manifest) -> list[dict[str, str]]:
-    """What is known of base models; a record that a stranger wrote otherwise is left out."""
-    found = (manifest.report.get(KEY) or {}).get("bases")
+    """Return the records of base models. Records that are not well formed are left out."""
+    records = (manifest.report.get(KEY) or {}).get("bases")
     return [
         {key: str(base.get(key, "")) for key in ("id", "revision", "licence")}
-        for base in (found if isinstance(found, list) else [])
+        for base in (records if isinstance(records, list) else [])
         if isinstance(base, dict) and parse_id(base.get("id")) is not None
     ]
 
@@ -168,7 +168,7 @@ def _base_lines(manifest: Manifest) -> list[str]:
 
 
 def _commands(manifest: Manifest) -> list[str]:
-    """What makes such a bundle: a fit, or an import and what the bundle has grown by since."""
+    """Return the commands that make such a bundle: a fit, or an import, and growth."""
     if "imported" not in manifest.report:
         return [_fit_command(manifest)]
     growth = manifest.report.get("growth")
@@ -179,10 +179,10 @@ def _commands(manifest: Manifest) -> list[str]:
 
 
 def _fit_command(manifest: Manifest) -> str:
-    """The fit as a user types it: of paths of some machine only that there were any."""
-    options, known = manifest.options, manifest.report.get(KEY) or {}
-    places = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
-    zoo = places if len(places) <= MAX_NAMED and "" not in places else ["ZOO"]
+    """Return the command of the fit. Local paths are replaced by placeholders."""
+    options, provenance = manifest.options, manifest.report.get(KEY) or {}
+    ids = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
+    zoo = ids if len(ids) <= MAX_NAMED and "" not in ids else ["ZOO"]
     words = ["eigenzoo", "fit", *zoo, "--view", manifest.view]
     if manifest.base is not None:
         words += ["--base", _hub_id(manifest.base) or "BASE"]
@@ -193,7 +193,7 @@ def _fit_command(manifest: Manifest) -> str:
     for option, value in (*chosen, ("--solver", options.get("solver")), ("--precision", options.get("precision"))):
         words += [option, str(value)] if value is not None else []
     for option in ("include", "exclude"):
-        patterns = known.get(option)
+        patterns = provenance.get(option)
         for pattern in patterns if isinstance(patterns, list) else []:
             words += [f"--{option}", f"'{pattern}'" if re.fullmatch(r"[\w.*?\[\]-]{1,200}", str(pattern)) else "…"]
     words += ["--seed", str(options["seed"]), "-o", "BUNDLE"]
@@ -201,8 +201,8 @@ def _fit_command(manifest: Manifest) -> str:
 
 
 def _hub_id(source: SourceRecord) -> str:
-    place = parse_url(source.path)
-    return str(place) if place is not None and _PLAIN_WORD.fullmatch(str(place)) else ""
+    hub_id = parse_url(source.path)
+    return str(hub_id) if hub_id is not None and _PLAIN_WORD.fullmatch(str(hub_id)) else ""
 
 
 def _break_even(num_models: int | None) -> str:
@@ -212,7 +212,7 @@ def _break_even(num_models: int | None) -> str:
 
 
 def _lost(report: dict[str, Any]) -> str:
-    """What was lost, in-sample and held-out, or that nobody knows."""
+    """Return the sentences about the loss, in-sample and held-out, or that it is unknown."""
     if "imported" in report:
         return (
             f"Imported from {markdown_text(str(report['imported']['tool'])[:100])}: what that had lost of the original adapters, "
@@ -222,21 +222,21 @@ def _lost(report: dict[str, Any]) -> str:
 
 
 def _heldout(report: dict[str, object]) -> str:
-    """The mean held-out share of the variance over the layers that have one."""
+    """Return the sentence about the held-out share of the variance, over the layers that have one."""
     layers = report["layers"]
     assert isinstance(layers, dict)
-    known = [layer for layer in layers.values() if layer["heldout"] is not None]
-    if not known:
+    measured = [layer for layer in layers.values() if layer["heldout"] is not None]
+    if not measured:
         return "Held-out error was not measured by the fit: project models that it has not seen."
-    inside, outside = (weighted_share(known, key) or 0.0 for key in ("captured", "heldout"))
+    inside, outside = (weighted_share(measured, key) or 0.0 for key in ("captured", "heldout"))
     return (
         f"Of the variance about the mean, the kept directions hold {inside:.1%} in-sample and {outside:.1%} of models "
-        f"held out of the fit ({len(known)} of {len(layers)} layers)."
+        f"held out of the fit ({len(measured)} of {len(layers)} layers)."
     )
 
 
 def write_counted(folder: Path, manifest: Manifest) -> None:
-    """Write manifest and card with the bundle's own bytes in them: written again until the count is that of the files."""
+    """Write manifest and card, which contain the bundle's size. They are written again until it is that of the files."""
     for _ in range(8):
         write_manifest(folder, manifest)
         write_card(folder, manifest)

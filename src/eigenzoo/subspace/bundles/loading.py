@@ -1,4 +1,4 @@
-"""Opening a bundle, of this machine or of the hub, while others may be replacing it."""
+"""Open a bundle of this machine or of the hub. Another process may replace it at the same time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | None 
     the manifest's checksums. `base` is the current path of the base (view `delta`). Raises BundleError if the bundle does not
     follow docs/bundle-format.md.
     """
-    # What is wrong with a base of this machine is told before a bundle is downloaded; a base is downloaded after that.
+    # Errors of a local base are raised before a bundle is downloaded. A remote base is downloaded after the bundle.
     opened = open_model(base) if base is not None and find_id(base) is None else base
     path = bundle_path(folder)
     for _ in range(ATTEMPTS):

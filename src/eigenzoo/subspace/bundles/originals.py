@@ -1,4 +1,4 @@
-"""The files that a subspace was fitted to: opened again, or why they are not at hand."""
+"""Open the files that a subspace was fitted to again, or say why they are not available."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _STATEMENTS = {
 
 
 class Missing(NamedTuple):
-    """Why the old models' own files take no part.
+    """Why the old models' files cannot be used.
 
-    `statement` is for a report, without paths; `detail` names model and file, and `next_step` says what helps.
+    `statement` is for a report and contains no paths. `detail` names model and file, and `next_step` says what to do.
     """
 
     statement: str
@@ -36,9 +36,9 @@ class Missing(NamedTuple):
 
 
 def find_originals(space: StoredSubspace, old: Source | None, allow_pickle: bool) -> Zoo | Missing:
-    """Return the old models' own files as a zoo in the subspace's order, or why they are not at hand.
+    """Return the old models' files as a zoo in the subspace's order, or why they are not available.
 
-    Raises UsageError where `old` does not name the files that were fitted.
+    Raises UsageError if `old` does not name the files that were fitted.
     """
     if old is None:
         return _at_hand(space, allow_pickle)
@@ -52,9 +52,11 @@ def find_originals(space: StoredSubspace, old: Source | None, allow_pickle: bool
         )
     zoo = zoo.select(names=space.names)
     for record, model in zip(space.manifest.models, zoo.models, strict=True):
-        there = record.source.model_copy(update={"path": str(model.path.absolute())})
-        known = all(file.sha256 for file in there.files.values())
-        fault = (source_fault(there, space.path) if known else None) or _scale_fault(space, record.name, model)
+        record_now = record.source.model_copy(update={"path": str(model.path.absolute())})
+        has_checksums = all(file.sha256 for file in record_now.files.values())
+        fault = (source_fault(record_now, space.path) if has_checksums else None) or _scale_fault(
+            space, record.name, model
+        )
         if fault is not None:
             raise UsageError(
                 f"the files of {record.name!r} are not those that were fitted ({fault.detail})",
@@ -65,14 +67,14 @@ def find_originals(space: StoredSubspace, old: Source | None, allow_pickle: bool
 
 
 def missing_originals(space: StoredSubspace, *, allow_pickle: bool = False) -> Missing | None:
-    """Return why the old models' own files are not at hand, None where they are."""
-    found = _at_hand(space, allow_pickle)
-    return found if isinstance(found, Missing) else None
+    """Return why the old models' files are not available, or None if they are."""
+    originals = _at_hand(space, allow_pickle)
+    return originals if isinstance(originals, Missing) else None
 
 
 def _at_hand(space: StoredSubspace, allow_pickle: bool) -> Zoo | Missing:
     records = {model.name: model.source for model in space.manifest.models}
-    # What a bundle says of its sources is no permission to unpickle them.
+    # A bundle that names its sources does not give permission to unpickle them.
     if not allow_pickle and (pickled := _from_pickles(space)):
         return Missing(
             _STATEMENTS["pickled"], f"{pickled!r} is a pickle", "--allow-pickle (allow_pickle=True) reads it"
@@ -80,7 +82,7 @@ def _at_hand(space: StoredSubspace, allow_pickle: bool) -> Zoo | Missing:
     for name, record in records.items():
         if (fault := source_fault(record, space.path)) is not None:
             return _missing(space, name, fault)
-    # Not through the folder of the bundle, which may be a temporary one that goes before they are read.
+    # The path must not lead through the bundle's folder, which may be temporary and deleted before the files are read.
     paths = [followed(source_path(record, space.path) or space.path / record.path) for record in records.values()]
     zoo = space.open(paths, allow_pickle=allow_pickle).renamed(list(records))
     for name, model in zip(zoo.names, zoo.models, strict=True):
@@ -92,10 +94,10 @@ def _at_hand(space: StoredSubspace, allow_pickle: bool) -> Zoo | Missing:
 def _missing(space: StoredSubspace, name: str, fault: Fault) -> Missing:
     detail = f"{name!r}: {fault.detail}"
     if fault.kind == "missing":
-        places = [source_path(model.source, space.path) for model in space.manifest.models]
+        paths = [source_path(model.source, space.path) for model in space.manifest.models]
         detail += (
             ", though other old models are"
-            if any(path is not None and path.exists() for path in places)
+            if any(path is not None and path.exists() for path in paths)
             else ". No old model is: the bundle names them from its own folder, so it was moved or copied without them, "
             "or they were removed"
         )
@@ -103,7 +105,7 @@ def _missing(space: StoredSubspace, name: str, fault: Fault) -> Missing:
 
 
 def _scale_fault(space: StoredSubspace, name: str, model: Model) -> Fault | None:
-    """Tell where an adapter's config gives its updates another scale than when it was fitted: that is in no checksum."""
+    """Return a fault if an adapter's config gives its updates another scale than in the fit. No checksum covers the config."""
     if not model.updates:
         return None
     fitted = space.template(name).layout.updates
@@ -114,9 +116,9 @@ def _scale_fault(space: StoredSubspace, name: str, model: Model) -> Fault | None
 
 
 def _from_pickles(space: StoredSubspace) -> str:
-    """Return the first model whose source is anything but safetensors, by the names of its files and its own."""
+    """Return the first model whose source is not only safetensors, by the names of its files and its own path."""
     for model in space.manifest.models:
-        own = [model.source.path] if Path(model.source.path).suffix in PICKLES else []
-        if not all(name.endswith(".safetensors") for name in (*model.source.files, *own)):
+        path_names = [model.source.path] if Path(model.source.path).suffix in PICKLES else []
+        if not all(name.endswith(".safetensors") for name in (*model.source.files, *path_names)):
             return model.name
     return ""

@@ -1,4 +1,4 @@
-"""What a zoo's models say of themselves: their licences, and the base models that adapters name. Kept in a bundle's report."""
+"""Collect the models' licences and the base models that adapters name, for a bundle's report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ KEY = "provenance"
 README = "README.md"
 MAX_README_BYTES = 2**18
 MAX_HEAD, MAX_BRACKETS = 2**16, 500
-"""Characters and brackets of a front matter that is read: the reader's time grows with the square of what is nested."""
+"""Largest number of characters and brackets of a front matter. The parser's time grows with the square of the nesting."""
 
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+ _-]{0,60}")
 
 
 def provenance(zoo: Zoo) -> dict[str, Any]:
-    """Return the licences of a zoo's models where their READMEs say them, the bases that they name, and the chosen layers."""
-    found = {name: read_licence(model) for name, model in zip(zoo.names, zoo.models, strict=True)}
+    """Return the licences from the models' READMEs, the bases that the models name, and the options that chose the layers."""
+    licences = {name: read_licence(model) for name, model in zip(zoo.names, zoo.models, strict=True)}
     return {
-        "licences": {name: licence for name, licence in found.items() if licence},
+        "licences": {name: licence for name, licence in licences.items() if licence},
         "bases": _bases(zoo.models, zoo.base if zoo.view == "delta" else None),
         "include": list(zoo.selection.include),
         "exclude": list(zoo.selection.exclude),
@@ -33,19 +33,19 @@ def provenance(zoo: Zoo) -> dict[str, Any]:
 
 
 def joined(report: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a report knows, with what models that are added say."""
+    """Add the provenance of new models to that of a report."""
     old = report.get(KEY) or {}
     bases = [*old.get("bases", []), *(base for base in added["bases"] if base not in old.get("bases", []))]
     return {**added, **old, "licences": {**old.get("licences", {}), **added["licences"]}, "bases": bases}
 
 
 def read_licence(model: Model) -> str:
-    """Return the licence in the front matter of a model's README, or of its repository's; empty where none is said."""
-    found = _licence_of(model.folder / README)
-    url = hub_url(model.folder) if not found else None
-    place = parse_url(url) if url else None
-    root = cached_path(f"hf://{place.repo}@{place.revision}") if place else None
-    return found or (_licence_of(root / README) if root is not None else "")
+    """Return the licence in the front matter of a model's README or its repository's, or "" if there is none."""
+    licence = _licence_of(model.folder / README)
+    url = hub_url(model.folder) if not licence else None
+    hub_id = parse_url(url) if url else None
+    root = cached_path(f"hf://{hub_id.repo}@{hub_id.revision}") if hub_id else None
+    return licence or (_licence_of(root / README) if root is not None else "")
 
 
 def _licence_of(readme: Path) -> str:
@@ -60,7 +60,7 @@ def _licence_of(readme: Path) -> str:
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    """Read the YAML at the head of a README; one with aliases, of which few bytes can make many, is not read."""
+    """Read the YAML at the head of a README. YAML with aliases is not read, because a few bytes can expand to many."""
     if not text.startswith("---"):
         return {}
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -79,18 +79,18 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 
 def _bases(models: Sequence[Model], base: Model | None) -> list[dict[str, str]]:
-    """Return ids, revisions and licences of base models; a path of some machine is no id, and is not said."""
-    found: dict[tuple[str, str], str] = {}
+    """Return ids, revisions and licences of base models. Local paths are left out."""
+    licences: dict[tuple[str, str], str] = {}
     if base is not None:
         url = hub_url(base.folder)
-        place = parse_url(url) if url else None
-        if place is not None:
-            found[place.repo, place.revision or ""] = read_licence(base)
+        hub_id = parse_url(url) if url else None
+        if hub_id is not None:
+            licences[hub_id.repo, hub_id.revision or ""] = read_licence(base)
     for model in models:
         if model.config is not None:
             named, revision = model.config.get("base_model_name_or_path"), model.config.get("revision")
-            place = parse_id(named)
-            if place is not None and not place.folder and place.revision is None:
-                known = parse_id(f"{place.repo}@{revision}") if isinstance(revision, str) else None
-                found.setdefault((place.repo, known.revision or "" if known else ""), "")
-    return [{"id": repo, "revision": revision, "licence": licence} for (repo, revision), licence in found.items()]
+            hub_id = parse_id(named)
+            if hub_id is not None and not hub_id.folder and hub_id.revision is None:
+                checked_id = parse_id(f"{hub_id.repo}@{revision}") if isinstance(revision, str) else None
+                licences.setdefault((hub_id.repo, checked_id.revision or "" if checked_id else ""), "")
+    return [{"id": repo, "revision": revision, "licence": licence} for (repo, revision), licence in licences.items()]

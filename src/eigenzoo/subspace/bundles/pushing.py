@@ -1,4 +1,4 @@
-"""Pushing: a subspace to a repository of the hub, checked before, and without what its own machine is called like."""
+"""Push a subspace to a repository of the hub, verified first and without paths of the local machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def push(
     message: str | None,
 ) -> str:
     """Push a subspace; see `Subspace.push`."""
-    place = check_push(repo, revision)
+    target = check_push(repo, revision)
     with tempfile.TemporaryDirectory(prefix="eigenzoo-") as temporary:
         folder = save(space, Path(temporary) / "bundle", force=False, moments=moments, change=portable)
         saved = StoredSubspace(folder, read_manifest(folder))
@@ -39,36 +39,36 @@ def push(
                 rule="a damaged bundle is not pushed",
                 next_step="run verify, and fit it again",
             )
-        there = {name: record.sha256 for name, record in saved.manifest.files.items()}
+        checksums = {name: record.sha256 for name, record in saved.manifest.files.items()}
         text = message or f"A shared weight subspace of {len(space.names)} models"
-        done = push_bundle(folder, place, hashes(folder, there), message=text, private=private, force=force)
+        done = push_bundle(folder, target, hashes(folder, checksums), message=text, private=private, force=force)
     return str(done)
 
 
 def check_push(repo: str, revision: str | None) -> HubId:
-    """Return where a push goes; refuses what needs no request to be known, before a bundle is downloaded or written."""
-    place = parse_id(repo)
-    if place is None or place.folder or (revision and place.revision):
+    """Return the target of a push. Errors that need no request are raised before a bundle is downloaded or written."""
+    target = parse_id(repo)
+    if target is None or target.folder or (revision and target.revision):
         raise UsageError(
             "is no repository of the hub",
             where=repo,
             rule="a bundle is pushed to org/name, its branch named once: org/name@branch or --revision",
         )
-    place = HubId(place.repo, "", revision or place.revision)
-    if place.is_commit:
-        raise UsageError("a commit cannot be pushed to", where=str(place), next_step="name a branch")
-    check_may_push(place)
-    return place
+    target = HubId(target.repo, "", revision or target.revision)
+    if target.is_commit:
+        raise UsageError("a commit cannot be pushed to", where=str(target), next_step="name a branch")
+    check_may_push(target)
+    return target
 
 
 def portable(manifest: Manifest) -> Manifest:
-    """Return a manifest that names no folders of this machine: of local paths only the last part stays."""
+    """Return the manifest without folders of this machine: local paths are reduced to their last part."""
 
     def named(record: SourceRecord) -> SourceRecord:
         return record if is_url(record.path) else record.model_copy(update={"path": Path(record.path).name or "model"})
 
     models = [model.model_copy(update={"source": named(model.source)}) for model in manifest.models]
-    # Why a model was left out says where it lay.
+    # The reason why a model was left out contains its path.
     skipped = [{**item, "reason": "not read"} for item in manifest.report.get("skipped", [])]
     report = {**manifest.report, **({"skipped": skipped} if skipped else {})}
     return manifest.model_copy(

@@ -1,4 +1,4 @@
-"""Saving: a subspace's files under a name of their own, whole or not at all."""
+"""Save a subspace's files into a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eigenzoo.subspace.bundles.storage import link_all
 from eigenzoo.subspace.stored import StoredSubspace
 
 MEASURED = ("seconds", "peak_memory")
-"""What the report of a fit says of the run and not of the result."""
+"""Keys of a fit's report that describe the run and not the result."""
 
 
 def save(
@@ -30,10 +30,10 @@ def save(
     moments: bool,
     change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
 ) -> Path:
-    """Save a subspace as a bundle; see `Subspace.save`. Files that have a checksum keep it, unread.
+    """Save a subspace as a bundle; see `Subspace.save`. Files that have a checksum keep it and are not read.
 
-    One that was loaded or grown from the bundle in `target` takes its place only if that still is there: what another process has
-    added to it meanwhile would be lost. `change` is what is done to the manifest before it is written.
+    A subspace that was loaded or grown from the bundle in `target` replaces it only if it is unchanged. Otherwise models that
+    another process has added meanwhile would be lost. `change` is applied to the manifest before it is written.
     """
     manifest = space.manifest
     grown_there = space.snapshot is not None and os.path.realpath(space.snapshot.path) == os.path.realpath(target)
@@ -43,15 +43,15 @@ def save(
         space.check_current()
         relocation = Relocation(space.path, target.absolute())
         with ThreadPoolExecutor(num_cores()) as pool:
-            found = pool.map(lambda model: relocation.with_checksums(model.source), manifest.models)
-            sources = [
+            sources = pool.map(lambda model: relocation.with_checksums(model.source), manifest.models)
+            models = [
                 model.model_copy(update={"source": source})
-                for model, source in zip(manifest.models, found, strict=True)
+                for model, source in zip(manifest.models, sources, strict=True)
             ]
         base = manifest.base and relocation.with_checksums(manifest.base)
-        # How long a fit took and what memory is nothing of the bundle: the same zoo gives the same bytes.
+        # Time and memory of the fit are left out, so that the same zoo gives the same bytes.
         report = {key: value for key, value in manifest.report.items() if key not in MEASURED}
-        update = {"models": sources, "base": base, "report": report, "files": record_files(staging, space.checksums)}
+        update = {"models": models, "base": base, "report": report, "files": record_files(staging, space.checksums)}
         write_counted(staging, change(manifest.model_copy(update=update)))
         saved = Snapshot.of(staging)
     if space.snapshot is not None and grown_there:

@@ -1,4 +1,4 @@
-"""Where models were read: records that a bundle keeps of their files, and that move with it."""
+"""Describe the files that models were read from. A bundle stores these records, and their paths change when it moves."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from eigenzoo.formats.remote.hub_id import cached_path
 
 
 def source_record(model: Model, root: Path) -> SourceRecord:
-    """Describe a model's files, with its path relative to `root`; checksums come when the bundle is saved, unless the hub's
-    cache knows them."""
+    """Describe a model's files, with its path relative to `root`.
+
+    Checksums are added when the bundle is saved, unless the hub's cache has them.
+    """
     files = {}
     for path in model.weight_files():
         status = path.stat()
@@ -26,9 +28,9 @@ def source_record(model: Model, root: Path) -> SourceRecord:
 
 
 class Relocation:
-    """Moves records from a bundle in one folder to the same bundle in another.
+    """Changes records of a bundle in one folder to those of the same bundle in another folder.
 
-    Paths are relative to the folder, their links followed: `..` leads elsewhere below a link.
+    Paths are relative to the folder after its links are followed, because below a link `..` leads elsewhere.
     """
 
     def __init__(self, old_root: Path, new_root: Path) -> None:
@@ -36,14 +38,14 @@ class Relocation:
         self._parents: dict[str, str] = {}
 
     def moved(self, record: SourceRecord) -> SourceRecord:
-        """Return a record with its path from the new folder."""
+        """Return a record with its path relative to the new folder."""
         if is_url(record.path):
             return record
         path = os.path.join(self._old, record.path)
         return record.model_copy(update={"path": self._relative(path)})
 
     def with_checksums(self, record: SourceRecord) -> SourceRecord:
-        """Return a moved record with checksums of the files that are still there."""
+        """Return a moved record with checksums of the files that still exist."""
         if is_url(record.path):
             return record
         path = Path(self._old) / record.path
@@ -55,7 +57,7 @@ class Relocation:
         return self.moved(record).model_copy(update={"files": files})
 
     def _relative(self, path: str) -> str:
-        """Path from the new folder; the links of a folder are followed once for all that lies in it."""
+        """Return a path relative to the new folder. The links of each parent folder are followed once."""
         parent, name = os.path.split(path)
         if name in ("", ".", "..") or os.path.islink(path):
             return os.path.relpath(followed(path), self._new)
@@ -64,23 +66,23 @@ class Relocation:
         return os.path.normpath(os.path.join(self._parents[parent], name))
 
 
-def _sha256(path: Path, known: SourceFile) -> str | None:
-    """Checksum of a source file, or None where it is gone or no longer what was read."""
+def _sha256(path: Path, recorded: SourceFile) -> str | None:
+    """Return the checksum of a source file, or None if it is gone or has changed since it was read."""
     try:
         status = path.stat()
     except OSError:
         return None
-    if (status.st_size, status.st_mtime_ns) != (known.bytes, known.mtime_ns):
+    if (status.st_size, status.st_mtime_ns) != (recorded.bytes, recorded.mtime_ns):
         return None
     return file_sha256(path)
 
 
 class Fault(NamedTuple):
-    """Why a model's own files are not at hand.
+    """Why a model's files are not available.
 
     Attributes:
         kind: `missing`, `changed`, `unreadable`, `remote` or `unnamed`.
-        detail: the same in words, with paths.
+        detail: a sentence with paths.
     """
 
     kind: str
@@ -88,15 +90,15 @@ class Fault(NamedTuple):
 
 
 def is_at_hand(record: SourceRecord, root: Path) -> bool:
-    """Tell whether a model's own files are still where they were, unchanged."""
+    """Tell whether a model's files are still in place and unchanged."""
     return source_fault(record, root) is None
 
 
 def source_fault(record: SourceRecord, root: Path) -> Fault | None:
-    """Return why a model's own files are not where they were, unchanged by size and time, else by checksum; None if they are.
+    """Return why a model's files are not in place or have changed, or None. Files are unchanged by size and time, else by checksum.
 
-    Files of a store are not at hand: growing from them again is a choice that `old` makes. Those of the hub are where its
-    cache has their commit. Of a path that leads to nothing nobody knows whether the bundle or the files have moved.
+    Files of a store count as not available, unless `old` names them. Files of the hub are available if its cache has their commit.
+    If a path does not exist, either the bundle or the files may have moved.
     """
     if not record.files:
         return Fault("unnamed", "the bundle names no files")
@@ -106,36 +108,36 @@ def source_fault(record: SourceRecord, root: Path) -> Fault | None:
     if not os.path.exists(path):
         return Fault("missing", f"{os.path.realpath(path)} is not there")
     folder = path if path.is_dir() else path.parent
-    for name, known in record.files.items():
-        if (fault := _file_fault(Path(os.path.realpath(folder / name)), known)) is not None:
+    for name, recorded in record.files.items():
+        if (fault := _file_fault(Path(os.path.realpath(folder / name)), recorded)) is not None:
             return fault
     return None
 
 
-def _file_fault(path: Path, known: SourceFile) -> Fault | None:
+def _file_fault(path: Path, recorded: SourceFile) -> Fault | None:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return Fault("missing", f"{path} is not there")
     except OSError as error:
         return Fault("unreadable", f"{path} cannot be read ({error.strerror})")
-    if status.st_size != known.bytes:
-        return Fault("changed", f"{path} has {status.st_size} bytes, and had {known.bytes} when it was read")
-    if status.st_mtime_ns == known.mtime_ns:
+    if status.st_size != recorded.bytes:
+        return Fault("changed", f"{path} has {status.st_size} bytes, and had {recorded.bytes} when it was read")
+    if status.st_mtime_ns == recorded.mtime_ns:
         return None
-    if known.sha256 is None:
+    if recorded.sha256 is None:
         return Fault("changed", f"{path} was written to since it was read, and its checksum is not known")
-    same = file_sha256(path) == known.sha256
+    same = file_sha256(path) == recorded.sha256
     return None if same else Fault("changed", f"{path} has other contents than when it was read")
 
 
 def source_path(record: SourceRecord, root: Path) -> Path | None:
-    """Return where a model's files are, or were, on this machine; None for those of a store. Asks no network."""
+    """Return the local path of a model's files, whether it exists or not, or None for files of a store. Makes no request."""
     return cached_path(record.path) if is_url(record.path) else root / record.path
 
 
 def followed(path: str | os.PathLike[str]) -> str:
-    """Follow the links of a path, but not that of a file: the hub's cache calls the target by its hash, without a suffix."""
+    """Follow the links of a path's folders, but not of the file: the hub's cache names files by hash, without a suffix."""
     parent, name = os.path.split(path)
     return os.path.join(os.path.realpath(parent), name) if os.path.isfile(path) else os.path.realpath(path)
 

@@ -1,4 +1,4 @@
-"""A subspace as files: writing the parts of a bundle into a folder, and reading them back as bases, moments and coefficients."""
+"""Write bases, moments and coefficients into a bundle's folder, and read them back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from eigenzoo.subspace.bases.tucker import TuckerBasis
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 REFERENCE = "reference_models"
-"""Metadata of the moments: how many models the reference is the mean of."""
+"""Metadata key of the moments: the number of models whose mean is the reference."""
 
 
 def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bool) -> LayerRecord:
@@ -58,7 +58,7 @@ def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bo
 
 
 def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasis:
-    """Return a layer's basis, its tensors' shapes checked against the record."""
+    """Return a layer's basis after its tensors' shapes are checked against the record."""
     layer = Layer(
         record.name,
         record.kind,
@@ -82,7 +82,7 @@ def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasi
 
 
 def _check_dtypes(layer: str, files: BasisFiles) -> None:
-    """Raise BundleError unless a layer's parts are of the dtypes that products of them need."""
+    """Raise BundleError unless ranks are integers, tables are float64 and bases are floating-point."""
     for part, dtype in files.dtypes(layer).items():
         if part == "ranks":
             fits, rule = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool), "ranks are integers"
@@ -123,16 +123,18 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
                 rule=f"the manifest says {list(shape)}",
             )
     if has_mean and not isinstance(basis, StackedBasis):
-        whole = basis.core_shape if isinstance(basis, TuckerBasis) and layer.kind == "update" else layer.shape
-        found = files.shape(f"{layer.name}/mean")
-        if len(found) != 2 or any(size not in (1, full) for size, full in zip(found, whole, strict=True)):
+        full_shape = basis.core_shape if isinstance(basis, TuckerBasis) and layer.kind == "update" else layer.shape
+        shape = files.shape(f"{layer.name}/mean")
+        if len(shape) != 2 or any(size not in (1, full) for size, full in zip(shape, full_shape, strict=True)):
             raise BundleError(
-                f"shape {list(found)}", where=f"tensor '{layer.name}/mean'", rule=f"it is broadcast to {list(whole)}"
+                f"shape {list(shape)}",
+                where=f"tensor '{layer.name}/mean'",
+                rule=f"it is broadcast to {list(full_shape)}",
             )
 
 
 def _stacked_sizes(layer: str, files: BasisFiles) -> tuple[int, int]:
-    """Rows of the stacked factors and number of models, once their ranks are known to add up."""
+    """Return the rows of the stacked factors and the number of models, after checking that the ranks add up."""
     factors, models = files.shape(f"{layer}/factors_b"), files.shape(f"{layer}/ranks")
     if len(factors) != 2 or len(models) != 1:
         raise BundleError(f"shapes {list(factors)} and {list(models)}", where=f"tensors '{layer}/factors_b' and ranks")
@@ -156,14 +158,14 @@ def write_moments(folder: Path, moments: Mapping[str, LayerMoments]) -> None:
 def write_moment_tensors(
     path: Path, values: Mapping[str, Tensor], num_reference: int, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors of moments to a file, which need not be on the disk yet when this returns."""
+    """Write tensors of moments to a file. They may not be on the disk yet when this returns."""
     layout = [TensorLayout(name, "F64", tuple(tensor.shape)) for name, tensor in values.items()]
     described = {REFERENCE: str(num_reference), **(metadata or {})}
     write_tensors(path, layout, values.__getitem__, described, sync=False)
 
 
 def moment_tensors(name: str, layer: LayerMoments) -> dict[str, Tensor]:
-    """Return one layer's moments as they are stored."""
+    """Return one layer's moments as tensors for storage."""
     values = {f"{name}/gram": layer.gram_NN, f"{name}/cross": layer.cross_N}
     values[f"{name}/reference_energy"] = torch.tensor([layer.reference_energy], dtype=torch.float64)
     values[f"{name}/round_off"] = torch.tensor([layer.round_off], dtype=torch.float64)
@@ -176,14 +178,14 @@ def moment_tensors(name: str, layer: LayerMoments) -> dict[str, Tensor]:
     return values | {f"{name}/{part}": value for part, value in traits.items() if value is not None}
 
 
-def num_held(file: SafetensorsFile, layer: Layer) -> int:
-    """Return how many models a layer's moments hold: all, or the first, where others came later and without them."""
+def num_models_stored(file: SafetensorsFile, layer: Layer) -> int:
+    """Return the number of models in a layer's moments: all, or the first ones if later models were added without moments."""
     info = file.tensors.get(f"{layer.name}/gram")
     return info.shape[0] if info is not None and info.shape else 0
 
 
 def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerMoments:
-    """Read one layer's moments, their shapes checked."""
+    """Read one layer's moments and check their shapes."""
 
     def read(part: str, shape: tuple[int, ...]) -> Tensor:
         info = file.tensors.get(f"{layer.name}/{part}")
@@ -217,15 +219,15 @@ def read_moments(file: SafetensorsFile, layer: Layer, num_models: int) -> LayerM
 def _traits(
     file: SafetensorsFile, layer: Layer, num_models: int, read: Callable[[str, tuple[int, ...]], Tensor]
 ) -> dict[str, Any]:
-    """The traits that were stored; growth from a bundle alone leaves none."""
+    """Read the stored traits. Growth from a bundle alone stores none."""
     singular = file.tensors.get(f"{layer.name}/singular")
     width = singular.shape[1] if singular is not None and len(singular.shape) == 2 else 0
     shapes = {"sums": (num_models,), "singular": (num_models, width), "starts": (num_models, num_models)}
     fields = {"sums": "sums_N", "singular": "singular_NR", "starts": "starts_NN"}
-    known = {
+    traits = {
         fields[part]: read(part, shape) for part, shape in shapes.items() if f"{layer.name}/{part}" in file.tensors
     }
-    return {**known, "entries": float(read("entries", (1,)))} if f"{layer.name}/entries" in file.tensors else known
+    return {**traits, "entries": float(read("entries", (1,)))} if f"{layer.name}/entries" in file.tensors else traits
 
 
 def write_model(
@@ -238,7 +240,10 @@ def write_model(
     source: SourceRecord,
     energies: Sequence[float] | None = None,
 ) -> ModelRecord:
-    """Write one model's coefficients and contents; returns its record. `energies` are given where no moments hold them."""
+    """Write one model's coefficients and contents, and return its record.
+
+    `energies` are given if the moments do not contain them.
+    """
     file = coefficient_file(name)
     flat = torch.cat([value.reshape(-1).float() for value in values]) if values else torch.zeros(0)
     energies_L = None if energies is None else torch.tensor(energies, dtype=torch.float64)
@@ -249,7 +254,7 @@ def write_model(
 
 
 def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[str, Tensor]:
-    """Cut one model's vector, or many models' (N, …), into the layers' coefficients."""
+    """Split one model's vector, or the vectors of many models (N, …), into the layers' coefficients."""
     values, start = {}, 0
     for name, basis in layers.items():
         values[name] = flat[..., start : start + basis.num_coefficients].reshape(
@@ -260,7 +265,7 @@ def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[s
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Bring a file that nobody writes to again into another folder: by a hard link, or across file systems by a copy."""
+    """Link a file that never changes into another folder, or copy it across file systems."""
     if os.path.islink(source):
         source = os.path.realpath(source)
     try:
@@ -270,7 +275,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def link_all(folder: Path, target: Path, files: Iterable[str]) -> None:
-    """Bring files of a folder into another one, under the same names."""
+    """Link files of a folder into another one, under the same names."""
     made: set[str] = set()
     for file in files:
         parent = os.path.dirname(file)
@@ -281,7 +286,7 @@ def link_all(folder: Path, target: Path, files: Iterable[str]) -> None:
 
 
 def identify(basis: BasisFiles) -> str:
-    """Return the id of a basis: the hash of its shards' checksums. Those that were not written just now are read for it."""
+    """Return the id of a basis: the hash of its shards' checksums. Shards without a checksum are read."""
     records = basis.records
     sums = [records[path.name].sha256 if path.name in records else file_sha256(path) for path in basis.paths]
     return hashlib.sha256("".join(sums).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`Subspace.verify`: every rule of docs/bundle-format.md that a reader can check, one named check each."""
+"""Verify a subspace: one named check for each rule of docs/bundle-format.md that a reader can check."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def verify(
     loader: Loader | None = None,
     progress: Progress = no_progress,
 ) -> Verification:
-    """Run every check on a subspace, and where a base is given those against it.
+    """Run every check on a subspace, and also against a base if one is given.
 
-    Raises BundleError where another process replaces the bundle meanwhile.
+    Raises BundleError if another process replaces the bundle meanwhile.
     """
     try:
         with local_workers() as workers:
-            found = _verify(space, against, loader, workers, progress)
+            verification = _verify(space, against, loader, workers, progress)
     except (EigenzooError, OSError):
         space.check_current()
         raise
     space.check_current()
-    return found
+    return verification
 
 
 def _verify(
@@ -128,7 +128,7 @@ def _coefficient_faults(space: StoredSubspace, record: ModelRecord) -> list[str]
     faults = []
     if not bool(torch.isfinite(stored.values).all()):
         faults.append(f"model {record.name}: coefficients are NaN or Inf")
-    # Of a model that is zero but for round-off, the share that is outside may be infinite.
+    # The residual share of a model that is zero up to round-off may be infinite.
     energies_L = torch.zeros(1) if stored.energies_L is None else stored.energies_L
     if not bool((stored.residuals_L >= 0).all() and (torch.isfinite(energies_L) & (energies_L >= 0)).all()):
         faults.append(f"model {record.name}: residuals or energies are negative or NaN")
@@ -136,7 +136,7 @@ def _coefficient_faults(space: StoredSubspace, record: ModelRecord) -> list[str]
 
 
 def _layouts(space: StoredSubspace) -> Iterator[str]:
-    """Look at each pair of a layout and a config once: models of one zoo mostly have them in common."""
+    """Check each pair of a layout and a config once, because most models of a zoo share them."""
     seen = set()
     for record in space.manifest.models:
         if (record.layout, record.config) in seen:
@@ -152,8 +152,8 @@ def _layouts(space: StoredSubspace) -> Iterator[str]:
 
 def _moments(space: StoredSubspace, workers: Workers, progress: Progress) -> Iterator[str]:
     if space.has_moments:
-        found = workers.each("reading moments", partial(_moments_fault, space), space.layers, progress)
-        yield from (fault for _, fault in found if fault is not None)
+        faults = workers.each("reading moments", partial(_moments_fault, space), space.layers, progress)
+        yield from (fault for _, fault in faults if fault is not None)
 
 
 def _moments_fault(space: StoredSubspace, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A bundle beside a base: whether what it rebuilds will take effect there, or how far its mean is from it."""
+"""Check a bundle against a base: whether rebuilt adapters take effect on it, or how far the mean is from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from eigenzoo.zoo.base_modules import BaseModules
 from eigenzoo.zoo.verification import LOADING, Check, LayerChange, Loader, checked
 
 FAR = 1.0
-"""‖M − W‖ / ‖W‖ of a mean that is no nearer to the base than zero is; of unrelated models it is about √2."""
+"""‖M − W‖ / ‖W‖ from which on the mean is as far from the base as zero is. For unrelated models it is about √2."""
 
 Changes = dict[str, dict[str, LayerChange]]
 
@@ -37,7 +37,7 @@ Changes = dict[str, dict[str, LayerChange]]
 def checks_against(
     space: StoredSubspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress = no_progress
 ) -> tuple[list[Check], Changes]:
-    """Check a bundle against a base; gives the changes of each model, or of full weights those of the mean."""
+    """Check a bundle against a base. Also return the changes of each model, or for full weights those of the mean."""
     if space.view in ("update", "factors"):
         return _adapters(space, base, loader, workers, progress)
     recorded = _recorded(space, base)
@@ -52,40 +52,42 @@ def checks_against(
 def _adapters(
     space: StoredSubspace, base: Model, loader: Loader | None, workers: Workers, progress: Progress
 ) -> tuple[list[Check], Changes]:
-    """Check every model as it would be rebuilt; what the files of many have in common once."""
-    found: list[Check] = []
+    """Check every model as it would be rebuilt. Checks that depend only on the files' structure run once per structure."""
+    checks: list[Check] = []
     changes: Changes = {}
-    known: dict[str, BaseModules | None] = {}
+    modules_by_key: dict[str, BaseModules | None] = {}
     norms: dict[tuple[str, bool], float] = {}
     tries = iter(range(MOST_TRIES))
     for record in telling(progress, "checking adapters", space.manifest.models):
         try:
             adapter, left = _rebuilt(space, record.name)
         except EigenzooError as error:
-            found.append(Check("rebuilt adapters", "not all can be rebuilt", (f"model {record.name}: {error}",)))
+            checks.append(Check("rebuilt adapters", "not all can be rebuilt", (f"model {record.name}: {error}",)))
             continue
         key = json.dumps([record.layout, {name: _sorted(value) for name, value in (adapter.config or {}).items()}])
-        if key not in known:
-            structure, known[key] = structure_checks(adapter, base, loader, norms, tries)
-            found += structure
+        if key not in modules_by_key:
+            structure, modules_by_key[key] = structure_checks(adapter, base, loader, norms, tries)
+            checks += structure
             if left:
                 note = f"{left} modules were excluded, and stay in the store: not checked"
-                found.append(Check("rebuilt adapters", "not all of their modules", notes=(note,)))
-        effect, changes[record.name] = effect_checks(adapter, known[key], workers)
-        found += [_of_model(record.name, check) for check in effect]
-    return _merged(found), changes
+                checks.append(Check("rebuilt adapters", "not all of their modules", notes=(note,)))
+        effect, changes[record.name] = effect_checks(adapter, modules_by_key[key], workers)
+        checks += [_of_model(record.name, check) for check in effect]
+    return _merged(checks), changes
 
 
 def _rebuilt(space: StoredSubspace, name: str) -> tuple[Adapter, int]:
-    """The adapter that a model is rebuilt as, with scale 1 and one rank; and how many of its modules are elsewhere."""
+    """Return a model's rebuilt adapter, with scale 1 and one rank, and how many of its modules are not in the bundle."""
     rebuilt = space.rebuild(name)
     template = space.template(name)
     layout, config = template.layout, template.config
     if config is not None:
         check_config(config)
-    held = {*space.layers, *template.carried}
+    stored_names = {*space.layers, *template.carried}
     updates = {
-        module: update for module, update in layout.updates.items() if held & {module, f"{module}.lora_A", update.key_a}
+        module: update
+        for module, update in layout.updates.items()
+        if stored_names & {module, f"{module}.lora_A", update.key_a}
     }
     rank = max(update.rank for update in layout.updates.values())
     ranked = {module: _ranked(update, rank) for module, update in updates.items()}
@@ -109,12 +111,12 @@ def _of_model(name: str, check: Check) -> Check:
 
 
 def _sorted(value: object) -> object:
-    """PEFT writes its sets of names in another order each time."""
+    """Sort the config's sets of names, which PEFT writes in another order each time."""
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
 def _merged(checks: Iterable[Check]) -> list[Check]:
-    """Put checks of one name together; those that each model had say so."""
+    """Merge checks of the same name. A merged check says for how many models it ran."""
     groups: dict[str, list[Check]] = {}
     for check in checks:
         groups.setdefault(check.name, []).append(check)
@@ -124,7 +126,7 @@ def _merged(checks: Iterable[Check]) -> list[Check]:
             _telling(group).detail if len(group) == 1 else f"{len(group)} times, such as: {_telling(group).detail}",
             tuple(dict.fromkeys(fault for check in group for fault in check.faults)),
             tuple(dict.fromkeys(note for check in group for note in check.notes)),
-            # Undecided of one is undecided of the bundle.
+            # If a check is undecided for one model, it is undecided for the bundle.
             (all if name == LOADING else any)(check.done for check in group),
         )
         for name, group in groups.items()
@@ -132,12 +134,12 @@ def _merged(checks: Iterable[Check]) -> list[Check]:
 
 
 def _telling(checks: list[Check]) -> Check:
-    """The check whose detail stands for all: one that failed, else one that was made."""
+    """Return the check whose detail is shown for all: one that failed, else one that ran."""
     return min(checks, key=lambda check: (check.ok, not check.done))
 
 
 def _recorded(space: StoredSubspace, base: Model) -> list[Check]:
-    """Check whether this is the base that was subtracted, where one was."""
+    """Check whether this is the base that was subtracted, if any was."""
     record = space.manifest.base
     if record is None:
         return []
@@ -147,9 +149,9 @@ def _recorded(space: StoredSubspace, base: Model) -> list[Check]:
                 "recorded base", "not compared", notes=("the base is at a URL: its checksum is not known",), done=False
             )
         ]
-    found = record.model_copy(update={"path": str(base.path.absolute())})
+    candidate = record.model_copy(update={"path": str(base.path.absolute())})
     fault = f"{base.path} is not the base that was subtracted: its weights differ"
-    faults = () if is_at_hand(found, space.path) else (fault,)
+    faults = () if is_at_hand(candidate, space.path) else (fault,)
     return [checked("recorded base", "the files that were subtracted", faults, "other files than were subtracted")]
 
 
@@ -157,9 +159,9 @@ def _weights(
     space: StoredSubspace, base: Model, workers: Workers, progress: Progress
 ) -> tuple[list[Check], dict[str, LayerChange]]:
     layers = {name: basis.layer for name, basis in space.layers.items()}
-    here = {name: layer for name, layer in layers.items() if name in base.tensors}
-    fitting = {name: layer for name, layer in here.items() if base.tensors[name].shape == layer.tensor_shape}
-    absent, other = [name for name in layers if name not in here], [name for name in here if name not in fitting]
+    present = {name: layer for name, layer in layers.items() if name in base.tensors}
+    fitting = {name: layer for name, layer in present.items() if base.tensors[name].shape == layer.tensor_shape}
+    absent, other = [name for name in layers if name not in present], [name for name in present if name not in fitting]
     heads = [name for name in (*absent, *other) if is_task_head(name)]
     notes = tuple(f"{grouped(group)}: a task head, which the base has not in this shape" for group in by_role(heads))
     dtypes = [f"{dtype}: {num} layers" for dtype, num in _other_dtypes(fitting, base).items()]
@@ -186,16 +188,12 @@ def _weights(
         ], {}
     distances = workers.each("comparing layers", lambda name: _distance(space, name, base), fitting, progress)
     changes = {name: LayerChange(name, distance) for name, distance in distances}
-    known = [layer.change for layer in changes.values() if layer.change is not None]
-    if not known:
+    measured = [layer.change for layer in changes.values() if layer.change is not None]
+    if not measured:
         return checks, changes
-    detail = (
-        f"the mean is off by {median(known):.2g} of the base's norm as a rule, {min(known):.2g} to {max(known):.2g}"
-    )
-    far = (
-        f"the mean is as far from the base as zero is ({median(known):.2g} of its norm): the models do not come from it"
-    )
-    return [*checks, Check("distance", detail, (far,) if median(known) >= FAR else ())], changes
+    detail = f"the mean is off by {median(measured):.2g} of the base's norm as a rule, {min(measured):.2g} to {max(measured):.2g}"
+    far = f"the mean is as far from the base as zero is ({median(measured):.2g} of its norm): the models do not come from it"
+    return [*checks, Check("distance", detail, (far,) if median(measured) >= FAR else ())], changes
 
 
 def _absent(absent: list[str], layers: Mapping[str, Layer], base: Model) -> Iterator[str]:
@@ -209,35 +207,35 @@ def _absent(absent: list[str], layers: Mapping[str, Layer], base: Model) -> Iter
     later = beyond(absent, base.tensors)
     if later:
         yield f"{len(later)} layers ({later[0]!r}, …) are of blocks that the base has not: it has fewer, and is another base"
-    for place, group in enumerate(by_role(name for name in absent if name not in set(later))):
-        near = nearest(group[0], base.tensors) if place < HINTED else None
+    for number, group in enumerate(by_role(name for name in absent if name not in set(later))):
+        near = nearest(group[0], base.tensors) if number < HINTED else None
         yield f"{grouped(group)}: not in the base" + (f"; the nearest name there is {near!r}" if near else "")
 
 
 def _misshapen(other: list[str], heads: list[str], layers: Mapping[str, Layer], base: Model) -> Iterator[str]:
     for group in by_role(name for name in other if name not in heads):
-        shape, found = list(layers[group[0]].tensor_shape), list(base.tensors[group[0]].shape)
-        yield f"{grouped(group)}: shape {shape}, and in the base {found}"
+        shape, base_shape = list(layers[group[0]].tensor_shape), list(base.tensors[group[0]].shape)
+        yield f"{grouped(group)}: shape {shape}, and in the base {base_shape}"
 
 
 def _other_dtypes(layers: Mapping[str, Layer], base: Model) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, layer in layers.items():
         dtype = base.tensors[name].dtype
         if dtype != dtype_of_layer(layer):
             label = f"{layer.dtype} for {dtype_name(dtype)}"
-            found[label] = found.get(label, 0) + 1
-    return found
+            counts[label] = counts.get(label, 0) + 1
+    return counts
 
 
 def dtype_of_layer(layer: Layer) -> torch.dtype:
-    """The dtype that a layer's record names."""
-    found: torch.dtype = getattr(torch, layer.dtype)
-    return found
+    """Return the dtype in a layer's record."""
+    dtype: torch.dtype = getattr(torch, layer.dtype)
+    return dtype
 
 
 def _distance(space: StoredSubspace, name: str, base: Model) -> float | None:
-    """‖M − W‖ / ‖W‖; of view `delta`, whose mean is a difference already, ‖M‖ / ‖W‖. None where W is zero."""
+    """Return ‖M − W‖ / ‖W‖, or ‖M‖ / ‖W‖ for view `delta`, whose mean is already a difference. None if W is zero."""
     basis = space.layers[name]
     weight_OI = base.read(name).double().reshape(basis.layer.shape)
     norm = float(weight_OI.norm())

@@ -1,1 +1,1 @@
-"""Fitting a zoo: what was asked, ranks for a budget, and the tasks that make bases and coefficients."""
+"""Fit a zoo: options, ranks for a budget, and the tasks that compute bases and coefficients."""

@@ -1,11 +1,11 @@
-"""Spend a budget of bytes, or meet an error bound, over all layers: always the direction that saves most energy per byte.
+"""Choose all layers' ranks for a budget of bytes or an error bound. Each step adds the direction that saves most energy per byte.
 
-For one truncated axis a layer's error is exactly the tail of its spectrum, the gain of each next direction is no larger
-than the last, and the greedy order is optimal up to the last direction that fits. For several axes the sum of the tails
-bounds the error from above (De Lathauwer et al. 2000), and that bound is what is spent against.
+For one truncated axis a layer's error is exactly the tail of its spectrum. Each direction gains at most as much as the last, so the
+greedy order is optimal up to the last direction that fits. For several axes the sum of the tails is an upper bound of the error (De
+Lathauwer et al. 2000), and the choice uses this bound.
 
-What a spectrum does not know is measured after the fit, and the bound tightened by the excess (`Allocation.tightened`): what
-rounding of bases to half precision loses, and the bytes of headers.
+Spectra do not contain the rounding of bases to half precision, and headers are only estimated. Both are measured after the fit, and
+the bound is tightened by the excess (`Allocation.tightened`).
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
-"""Bytes of moments of sides that are held from the choice of ranks to the fit; those of further layers are collected again."""
+"""Bytes of sides' moments that stay in memory between the choice of ranks and the fit. Others are collected again.
+"""
 
 SUMS_ROUND_OFF = 1e-12
-"""Relative difference of two sums of the same float64 energies, at most."""
+"""Largest relative difference of two sums of the same float64 energies."""
 
 EXCESS = 1.1
-"""Times the measured excess by which an error bound is tightened: more directions are also rounded."""
+"""An error bound is tightened by this multiple of the measured excess, because additional directions are rounded too."""
 
 MOST_ROUNDS = 4
-"""Rounds of tightening an error bound, after which everything is kept."""
+"""Number of times an error bound is tightened before all directions are kept."""
 
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """What allocation and plan know of a layer: eigenvalues per axis, their totals, the whole energy."""
+    """Input of allocation and plan for one layer: eigenvalues and their totals by axis, and the energy."""
 
     layer: Layer
     values: Mapping[str, Tensor]
@@ -66,28 +67,28 @@ class LayerSpectra:
     gram_NN: Tensor
 
     def error(self, ranks: Mapping[str, int]) -> float:
-        """Energy lost at most: the tails' sum, and never more than what there is to lose."""
+        """Return an upper bound of the lost energy: the sum of the tails, limited to the whole energy."""
         tails = [max(self.totals[axis] - float(self.values[axis][:rank].sum()), 0.0) for axis, rank in ranks.items()]
         limit = self.energy if self.layer.kind == "update" and set(ranks) != {"models"} else self.variance
         return min(sum(tails), limit)
 
-    def whole(self, axis: str) -> int:
-        """The rank at which an axis is complete."""
+    def full_rank(self, axis: str) -> int:
+        """Return the rank at which an axis is complete."""
         return int(self.values[axis].numel())
 
     def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: int) -> int:
-        """Bytes of the layer in a bundle: center, bases, and all models' coefficients."""
+        """Return the bytes of the layer in a bundle: center, bases, and all models' coefficients."""
         axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
         basis = basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks, num_models)
         return basis + num_models * self.coefficient_bytes(ranks)
 
     def coefficient_bytes(self, ranks: Mapping[str, int]) -> int:
-        """Bytes of one model's coefficients."""
+        """Return the bytes of one model's coefficients."""
         return coefficient_bytes(self.layer, ranks, tuple(ranks))
 
 
 def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
-    """Take the spectra of a layer's moments."""
+    """Compute the spectra of a layer's moments."""
     values: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
     if "models" in axes:
@@ -115,7 +116,7 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
 
 @dataclass(frozen=True)
 class Collected:
-    """A layer's spectra, the moments that they are of, and (where asked) its held-out capture at 0, 1, … N directions."""
+    """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions."""
 
     spectra: LayerSpectra
     moments: LayerMoments | None
@@ -123,8 +124,8 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is collected of each layer: as of a fit, and whether moments come back, and held-out capture of axis `models`."""
+class SpectraRequest:
+    """Options for collecting spectra: those of a fit, whether to return moments, and whether to compute held-out capture."""
 
     axes: tuple[str, ...]
     center: str
@@ -134,58 +135,63 @@ class Wanted:
     seed: int = 0
 
 
-def spectra_task(zoo: Zoo, name: str, wanted: Wanted, known: LayerMoments | None, resources: Resources) -> Collected:
-    """Collect one layer's moments, unless they are known, and what follows from them at all ranks."""
-    stack = zoo.stack(name, precision=wanted.precision)
-    moments = known or collect(stack, wanted.axes, wanted.center, resources)
+def spectra_task(
+    zoo: Zoo, name: str, request: SpectraRequest, collected: LayerMoments | None, resources: Resources
+) -> Collected:
+    """Collect one layer's moments, unless they are given, and compute the spectra from them."""
+    stack = zoo.stack(name, precision=request.precision)
+    moments = collected or collect(stack, request.axes, request.center, resources)
     heldout = None
-    if wanted.heldout and moments.variance > 0:
-        heldout = cross_validated_capture(moments.gram_NN, range(len(stack) + 1), seed=wanted.seed)
-    spectra = layer_spectra(stack, moments, wanted.axes)
-    if not wanted.moments:
+    if request.heldout and moments.variance > 0:
+        heldout = cross_validated_capture(moments.gram_NN, range(len(stack) + 1), seed=request.seed)
+    spectra = layer_spectra(stack, moments, request.axes)
+    if not request.moments:
         moments = replace(moments, outputs=None, inputs=None)
     return Collected(spectra, moments, heldout)
 
 
 def collect_spectra(
-    zoo: Zoo, wanted: Wanted, workers: Workers, cache: MomentsCache, progress: Progress
+    zoo: Zoo, request: SpectraRequest, workers: Workers, cache: MomentsCache, progress: Progress
 ) -> dict[str, Collected]:
-    """Collect the spectra of all layers: one pass over the weights, and none where the moments of axis `models` are kept.
+    """Collect the spectra of all layers in one pass over the weights, or in none if the moments of axis `models` are in the cache.
 
-    Moments of the sides come back, up to `SIDES_BYTES` in all.
+    Moments of the sides are returned up to `SIDES_BYTES` in all.
     """
     collected: dict[str, Collected] = {}
-    held = 0
+    side_bytes = 0
 
-    def known(name: str) -> LayerMoments | None:
-        return cache.get(name, wanted.center, wanted.precision) if wanted.axes == ("models",) else None
+    def given_moments(name: str) -> LayerMoments | None:
+        return cache.get(name, request.center, request.precision) if request.axes == ("models",) else None
 
-    tasks = ((name, [partial(spectra_task, zoo, name, wanted, known(name), workers.resources)]) for name in zoo.layers)
-    for name, (found,) in workers.in_order(tasks, lambda name: _side_bytes(zoo.layers[name], wanted)):
-        cache.put(name, wanted.center, wanted.precision, found.moments)
-        size = _side_bytes(zoo.layers[name], wanted)
-        fits = held + size <= SIDES_BYTES
-        held += size if fits else 0
-        collected[name] = found if fits else replace(found, moments=None)
+    tasks = (
+        (name, [partial(spectra_task, zoo, name, request, given_moments(name), workers.resources)])
+        for name in zoo.layers
+    )
+    for name, (result,) in workers.in_order(tasks, lambda name: _side_bytes(zoo.layers[name], request)):
+        cache.put(name, request.center, request.precision, result.moments)
+        size = _side_bytes(zoo.layers[name], request)
+        fits = side_bytes + size <= SIDES_BYTES
+        side_bytes += size if fits else 0
+        collected[name] = result if fits else replace(result, moments=None)
         progress("collecting spectra", len(collected), len(zoo.layers))
     return collected
 
 
-def _side_bytes(layer: Layer, wanted: Wanted) -> int:
-    """Bytes of a layer's moments of the sides that come back, at most."""
+def _side_bytes(layer: Layer, request: SpectraRequest) -> int:
+    """Return the largest number of bytes of the sides' moments that a layer's task returns."""
     sizes = zip(("outputs", "inputs"), layer.shape, strict=True)
-    return sum(8 * size**2 for axis, size in sizes if axis in wanted.axes) if wanted.moments else 0
+    return sum(8 * size**2 for axis, size in sizes if axis in request.axes) if request.moments else 0
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What ranks are chosen from; without a budget or an error bound, of no layer.
+    """The spectra from which ranks are chosen. Empty without a budget or an error bound.
 
     Attributes:
-        options: as asked.
+        options: of the fit.
         spectra: of all layers.
-        moments: of the layers whose moments the fit need not collect again.
-        num_models, fixed: N, and the bytes that a bundle has at any rank.
+        moments: of the layers whose moments the fit can use again.
+        num_models, fixed: N, and the bytes of a bundle that do not depend on the ranks.
     """
 
     options: FitOptions
@@ -207,11 +213,11 @@ class Allocation:
         return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
 
     def tightened(self, chosen: Mapping[str, FitOptions], measured: float, rounds: int) -> float | None:
-        """Return a tighter target where the bundle that was made with `chosen` ranks exceeds the bound; None where it does not.
+        """Return a tighter target if the bundle made with the `chosen` ranks exceeds the bound, else None.
 
-        Rounding of bases is no part of the spectra, and headers are counted in advance: so what was written decides. The target
-        lies below what the chosen ranks count, so that they are never chosen again. Raises BudgetError where every direction is
-        kept and the bound is exceeded by rounding alone.
+        The written bundle decides, because spectra do not contain rounding and headers are estimated. The target is below the count
+        of the chosen ranks, so that they are never chosen again. Raises BudgetError if every direction is kept and rounding alone
+        exceeds the bound.
         """
         bound = self.bound
         if bound is None or measured <= bound:
@@ -219,12 +225,12 @@ class Allocation:
         if self.options.budget is not None:
             return self._counted(chosen) - (measured - bound)
         if all(
-            layer.whole(axis) <= int(chosen[name].rules[axis])
+            layer.full_rank(axis) <= int(chosen[name].rules[axis])
             for name, layer in self.spectra.items()
             for axis in layer.values
         ):
             if self.options.torch_dtype.itemsize >= 4:
-                return None  # What is left is the round-off of the products.
+                return None  # The remaining error is round-off of the products.
             raise BudgetError(
                 f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype} lose {measured:.2g}",
                 rule="the error of a bundle is that of the bases as they are stored",
@@ -233,7 +239,7 @@ class Allocation:
         return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
 
     def _counted(self, chosen: Mapping[str, FitOptions]) -> float:
-        """What `chosen` ranks take by the count, in what is bounded: bytes of a bundle, or the share of the energy that is lost."""
+        """Return the estimate for the `chosen` ranks of the bounded quantity: bytes of a bundle, or lost share of the energy."""
         ranks = {
             name: {axis: int(chosen[name].rules[axis]) for axis in layer.values} for name, layer in self.spectra.items()
         }
@@ -247,21 +253,21 @@ class Allocation:
 
 
 def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCache, progress: Progress) -> Allocation:
-    """Collect what ranks are chosen from, where a budget or an error bound is given: one pass over the weights."""
+    """Collect spectra if a budget or an error bound is given. Cost: one pass over the weights."""
     if not options.bounded:
         return Allocation(options, {}, {}, len(zoo), 0)
-    known = overhead(zoo, options.axes, contents(zoo))
-    fixed = known.shared + known.per_model * len(zoo)
+    counted = overhead(zoo, options.axes, contents(zoo))
+    fixed = counted.shared + counted.per_model * len(zoo)
     _check_least(zoo, options, fixed)
-    wanted = Wanted(options.axes, options.center, options.precision_of_products, moments=True)
-    collected = collect_spectra(zoo, wanted, workers, cache, progress)
+    request = SpectraRequest(options.axes, options.center, options.precision_of_products, moments=True)
+    collected = collect_spectra(zoo, request, workers, cache, progress)
     moments = {name: layer.moments for name, layer in collected.items() if layer.moments is not None}
     spectra = {name: layer.spectra for name, layer in collected.items()}
     return Allocation(options, spectra, moments, len(zoo), fixed)
 
 
 def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
-    """Raise BudgetError, before any weight is read, for a budget that no rank could keep to."""
+    """Raise BudgetError, before any weight is read, for a budget smaller than rank 0 needs."""
     ranks = dict.fromkeys(options.axes, 0)
     itemsize, least = options.torch_dtype.itemsize, fixed
     for name, layer in zoo.layers.items():
@@ -287,7 +293,7 @@ def spend(
     fixed: int,
     target: float | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Raise ranks one direction at a time, best gain per byte first; pure in the spectra. `target` stands for a tighter bound."""
+    """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one."""
     itemsize = options.torch_dtype.itemsize
     budget, max_error = options.budget, options.max_error
     if target is not None:
@@ -296,10 +302,10 @@ def spend(
     spent = fixed + sum(layer.num_bytes(ranks[name], num_models, itemsize) for name, layer in spectra.items())
     errors = {name: layer.error(ranks[name]) for name, layer in spectra.items()}
     energy = sum(layer.energy for layer in spectra.values())
-    # The share that a fit states is another sum of the same numbers.
+    # A fit reports another sum of the same numbers.
     allowed = None if max_error is None else max_error * energy * (1 - SUMS_ROUND_OFF)
     if budget is not None and spent > budget:
-        # What a tightened target has less is what the bundle has more than was counted.
+        # A tightened target is lower by the excess of the written bundle over the estimate.
         _require_room(options.budget, spent + (options.budget or 0) - budget)
     lost = sum(errors.values())
     heap = [
@@ -331,10 +337,10 @@ def spend(
 def _next(
     layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: int
 ) -> tuple[float, str, str, int] | None:
-    """The heap's entry for one more direction of an axis: minus the gain per byte."""
-    if rank >= layer.whole(axis):
+    """Return the heap entry for one more direction of an axis: minus the gain per byte."""
+    if rank >= layer.full_rank(axis):
         return None
-    # Counted with at least one direction of every other axis: a core without the other side would look free.
+    # Every other axis counts with at least one direction, because a core without the other side would cost nothing.
     others = {other: max(count, 1) for other, count in ranks.items()}
     more, now = {**others, axis: rank + 1}, {**others, axis: rank}
     cost = layer.num_bytes(more, num_models, itemsize) - layer.num_bytes(now, num_models, itemsize)

@@ -1,4 +1,4 @@
-"""Bytes: what a bundle of given ranks will weigh beside its zoo, counted from headers, and what one that is written does.
+"""Estimate a bundle's size for given ranks from the zoo's headers, and measure the size of a written bundle.
 
 Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept directions.
 """
@@ -24,7 +24,7 @@ from eigenzoo.formats.bundle.manifest import MAX_LEFT, FileRecord, Manifest, Mod
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.side_files import listed_first
 from eigenzoo.records import ByteCount, Layer, plain
-from eigenzoo.subspace.bases.basis import PARTS, STACKED, form_of
+from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, form_of
 from eigenzoo.subspace.bundles.card import write_card
 from eigenzoo.subspace.bundles.saving import MEASURED
 from eigenzoo.subspace.stored import StoredSubspace
@@ -33,27 +33,27 @@ from eigenzoo.zoo.zoo import Zoo
 
 COEFFICIENT_BYTES = 4
 FILE_OVERHEAD = 280
-"""Header of one model's file in a bundle, measured, its name apart."""
+"""Measured bytes of the header of one model's file in a bundle, without its name."""
 
 MANIFEST_PER_LAYER = 700
-"""What a layer takes in the manifest, at most: its record, its fit, and what it has discarded; its name apart."""
+"""Largest number of bytes of a layer in the manifest: its record, its fit and its discarded energy, without its name."""
 
 CARD_AND_REPORT = 2300
-"""What a card and a report take besides, measured."""
+"""Measured bytes of the card and of the report without its layers."""
 
 MANIFEST_PER_MODEL = 580
-"""What a model takes in the manifest, measured: its record, its source, and the checksums of its files."""
+"""Measured bytes of a model in the manifest: its record, its source, and the checksums of its files."""
 
 TENSOR_HEADER = 110
-"""What a tensor's own file in rest/ has besides its values."""
+"""Bytes of a tensor's file in rest/ without its values."""
 
 RECORD_BYTES = 140
-"""What a file of rest/ takes in the manifest's list of files: name, bytes and checksum."""
+"""Bytes of a file of rest/ in the manifest's list of files: name, size and checksum."""
 
 MODELS = ("models",)
 
 ANY_CHECKSUM = "0" * 64
-"""What stands for a checksum where only its length counts."""
+"""A placeholder with the length of a checksum."""
 
 
 def basis_bytes(
@@ -64,7 +64,7 @@ def basis_bytes(
     update_ranks: int = 0,
     num_models: int = 0,
 ) -> int:
-    """Bytes of a layer's center and bases; for form `stacked`, of ΣR = `update_ranks` factors and the table of weights."""
+    """Return the bytes of a layer's center and bases, or for form `stacked` of ΣR = `update_ranks` factors and the table."""
     outputs, inputs = layer.shape
     if tuple(axes) == ("models",):
         if layer.kind == "update":
@@ -82,7 +82,7 @@ def basis_bytes(
 
 
 def coefficient_bytes(layer: Layer, ranks: Mapping[str, int], axes: Sequence[str]) -> int:
-    """Bytes of one model's coefficients of a layer."""
+    """Return the bytes of one model's coefficients in a layer."""
     if "models" in axes:
         return COEFFICIENT_BYTES * ranks["models"]
     return COEFFICIENT_BYTES * ranks.get("outputs", layer.shape[0]) * ranks.get("inputs", layer.shape[1])
@@ -100,7 +100,7 @@ def break_even(fixed: int, per_model: float, zoo_per_model: float) -> int | None
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes that a bundle has at any rank, at most: what is there once, and what every model brings on average."""
+    """Upper bound of the bytes that do not depend on ranks: `shared` of the bundle, and the average of one model."""
 
     shared: int
     per_model: int
@@ -108,75 +108,75 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Contents:
-    """Bytes of what models carry, each content once: those of several models, and those that one alone has."""
+    """Bytes of carried contents, each counted once: contents of several models, and contents of one model alone."""
 
     shared: int
-    own: int
+    unshared: int
 
 
 def contents(zoo: Zoo) -> Contents:
-    """Count what is carried, and the documents of models; reads it."""
+    """Read and count the carried contents and the documents of models."""
     uses: Counter[str] = Counter()
     sizes: dict[str, int] = {}
-    for place in range(len(zoo)):
-        found = _contents(zoo, place)
-        uses.update(found.keys())
-        sizes.update(found)
-    own = sum(size for content, size in sizes.items() if uses[content] == 1)
-    return Contents(sum(sizes.values()) - own, own)
+    for index in range(len(zoo)):
+        of_model = _contents(zoo, index)
+        uses.update(of_model.keys())
+        sizes.update(of_model)
+    unshared = sum(size for content, size in sizes.items() if uses[content] == 1)
+    return Contents(sum(sizes.values()) - unshared, unshared)
 
 
 def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
-    """Count headers, the manifest, and what is carried."""
-    parts = PARTS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
-    layers = header_room(list(zoo.layers), parts) + sum(
+    """Count headers, the manifest, and carried contents."""
+    num_tensors = MAX_TENSORS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
+    layers = header_room(list(zoo.layers), num_tensors) + sum(
         MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
-    names = sum(60 + len(name.encode()) for place in range(len(zoo)) for name in zoo.carried(place))
+    names = sum(60 + len(name.encode()) for index in range(len(zoo)) for name in zoo.carried(index))
     texts = sum(6 * len(name.encode("utf-8", "surrogatepass")) for name in zoo.names) + sum(
         len(str(model.metadata)) for model in zoo.models
     )
     texts += sum(4 + len(name.encode()) for model in zoo.models for name in listed_first(model.beside, MAX_LEFT))
     per_model = (
-        FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.own + names + texts) / len(zoo))
+        FILE_OVERHEAD + MANIFEST_PER_MODEL + 4 * len(zoo.layers) + ceil((carried.unshared + names + texts) / len(zoo))
     )
     return Overhead(CARD_AND_REPORT + layers + carried.shared, per_model)
 
 
-def _contents(zoo: Zoo, place: int) -> dict[str, int]:
-    """Bytes in rest/ of everything that one model needs besides its coefficients, by content."""
-    model = zoo.models[place]
+def _contents(zoo: Zoo, index: int) -> dict[str, int]:
+    """Return the bytes in rest/ of one model's contents besides its coefficients, by content."""
+    model = zoo.models[index]
     documents = [layout_of(model).to_json()]
     documents += [dict(model.config)] if model.config is not None else []
-    found = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
+    bytes_of = {hashlib.sha256(text).hexdigest(): len(text) for text in map(canonical_json, documents)}
     for file in model.side_files:
         data = model.read_side_file(file)
-        found[hashlib.sha256(data).hexdigest()] = len(data)
-    for name in zoo.carried(place):
-        values = zoo.read_carried(place, name)
-        found[tensor_id(values)] = values.nbytes + TENSOR_HEADER
-    return {content: size + RECORD_BYTES for content, size in found.items()}
+        bytes_of[hashlib.sha256(data).hexdigest()] = len(data)
+    for name in zoo.carried(index):
+        values = zoo.read_carried(index, name)
+        bytes_of[tensor_id(values)] = values.nbytes + TENSOR_HEADER
+    return {content: size + RECORD_BYTES for content, size in bytes_of.items()}
 
 
 def count_bytes(
     folder: Path, models: Sequence[ModelRecord], num_layers: int, zoo_layers: int, zoo_whole: int
 ) -> ByteCount:
-    """Count a subspace's files beside the zoo they came from: everything but the moments, which are counted apart.
+    """Count the bytes of a subspace's files and of the zoo. Moments are counted separately.
 
-    `per_model` is the average of what models bring and do not share: their coefficients' files, their records, and the
-    contents in rest/ that no other model has. The manifest is counted by what models and layers take in it, since it
-    holds this count itself.
+    `per_model` is the average over models of the bytes that they do not share: their coefficients' files, their records, and the
+    contents in rest/ that no other model has. The manifest is counted by its entries of models and layers, since it contains this
+    count.
     """
     sizes = file_sizes(folder)
     basis = sum(size for name, size in sizes.items() if name.startswith("basis"))
     coefficients = sum(size for name, size in sizes.items() if name.startswith("coefficients/"))
     uses = Counter(content for model in models for content in set(_content_ids(model)))
     rest = {Path(name).stem: size + RECORD_BYTES for name, size in sizes.items() if name.startswith("rest/")}
-    own = sum(size for content, size in rest.items() if uses[content] < 2 or len(models) == 1)
-    per_model = (coefficients + own) // len(models) + MANIFEST_PER_MODEL
+    unshared = sum(size for content, size in rest.items() if uses[content] < 2 or len(models) == 1)
+    per_model = (coefficients + unshared) // len(models) + MANIFEST_PER_MODEL
     own_names = sum(4 + len(name.encode()) for model in models for name in model.not_carried)
     per_model += own_names // len(models)
-    fixed = basis + sum(rest.values()) - own + CARD_AND_REPORT + MANIFEST_PER_LAYER * num_layers
+    fixed = basis + sum(rest.values()) - unshared + CARD_AND_REPORT + MANIFEST_PER_LAYER * num_layers
     return ByteCount(
         zoo_layers,
         basis + coefficients,
@@ -189,25 +189,25 @@ def count_bytes(
 
 
 def saved_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes that a subspace's files take once it is saved, moments apart: those that are written, its manifest and its card.
+    """Return the bytes of a subspace's files after it is saved, without moments: the written ones, its manifest and its card.
 
-    What `save` adds to the manifest, checksums, has a known length; paths of models are counted as they are from `folder`.
+    The checksums that `save` adds to the manifest have a known length. Paths of models are counted relative to `folder`.
     """
     sizes = file_sizes(folder)
     files = {name: FileRecord(bytes=size, sha256=ANY_CHECKSUM) for name, size in sizes.items()}
     models = [model.model_copy(update={"source": _with_checksums(model.source)}) for model in manifest.models]
     report = {key: value for key, value in manifest.report.items() if key not in MEASURED}
-    written = whole = sum(size for name, size in sizes.items() if name != MOMENTS)
+    written = num_bytes = sum(size for name, size in sizes.items() if name != MOMENTS)
     with TemporaryDirectory() as name:
-        place = Path(name)
-        # The number of bytes is written too, and may take one more.
+        staging = Path(name)
+        # The manifest contains the number of bytes, which may have one more digit.
         for _ in range(3):
-            report["bytes"] = {**report["bytes"], "whole_bundle": whole}
+            report["bytes"] = {**report["bytes"], "whole_bundle": num_bytes}
             described = manifest.model_copy(update={"models": models, "report": report, "files": files})
-            write_manifest(place, described)
-            write_card(place, described)
-            whole = written + sum(file_sizes(place).values())
-    return whole
+            write_manifest(staging, described)
+            write_card(staging, described)
+            num_bytes = written + sum(file_sizes(staging).values())
+    return num_bytes
 
 
 def _with_checksums(source: SourceRecord) -> SourceRecord:
@@ -216,7 +216,7 @@ def _with_checksums(source: SourceRecord) -> SourceRecord:
 
 
 def _content_ids(model: ModelRecord) -> list[str]:
-    """Ids of everything in rest/ that a model needs."""
+    """Return the ids of a model's contents in rest/."""
     config = [] if model.config is None else [model.config]
     return [model.layout, *config, *model.side_files.values(), *model.carried.values()]
 
@@ -232,13 +232,13 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a bundle weighs at any rank.
+    """Bytes of a bundle at any rank.
 
     Attributes:
         whole_zoo: bytes of all models' files.
         num_models: N.
-        shared: bytes that are there once at any rank: headers, manifest, carried contents that models share.
-        per_model: bytes that every model brings on average, its coefficients apart.
+        shared: bytes of the bundle at any rank: headers, manifest, and carried contents that models share.
+        per_model: average bytes of one model, without its coefficients.
         layers: each layer's bytes.
     """
 
@@ -254,9 +254,9 @@ class Sizes:
 
 
 def sizes(source: Zoo | StoredSubspace) -> Sizes:
-    """Count what bundles of the models axis weigh, from a zoo's headers or from a bundle; within a few percent of a saved one.
+    """Count the bytes of bundles with axis `models`, from a zoo's headers or from a bundle; within a few percent of a saved one.
 
-    Raises UsageError for a bundle of other axes, whose ranks are not the models'.
+    Raises UsageError for a bundle with other axes.
     """
     return _of_zoo(source) if isinstance(source, Zoo) else _of_bundle(source)
 
@@ -267,13 +267,13 @@ def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: int
 
 
 def _of_zoo(zoo: Zoo) -> Sizes:
-    known = overhead(zoo, MODELS, contents(zoo))
+    fixed = overhead(zoo, MODELS, contents(zoo))
     layers = {}
     for name, layer in zoo.layers.items():
         stack = zoo.stack(name)
         ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
         layers[name] = _layer_sizes(layer, ranks, len(zoo), torch.float32.itemsize)
-    return Sizes(zoo.num_bytes, len(zoo), known.shared, known.per_model, layers)
+    return Sizes(zoo.num_bytes, len(zoo), fixed.shared, fixed.per_model, layers)
 
 
 def _of_bundle(space: StoredSubspace) -> Sizes:
@@ -285,12 +285,12 @@ def _of_bundle(space: StoredSubspace) -> Sizes:
     counted, num_models = space.report["bytes"], len(space.names)
     files = open_basis(space.path)
     layers = {}
-    held = coefficients = 0
+    layer_bytes = coefficients = 0
     for name, basis in space.layers.items():
         ranks = files.shape(f"{name}/factors_b")[0] if basis.form == STACKED else 0
         layers[name] = _layer_sizes(basis.layer, ranks, num_models, itemsize)
-        held += layers[name].fixed + basis.ranks["models"] * layers[name].per_direction
+        layer_bytes += layers[name].fixed + basis.ranks["models"] * layers[name].per_direction
         coefficients += basis.ranks["models"] * COEFFICIENT_BYTES
     per_model = counted["per_model"] - coefficients
-    shared = counted["whole_bundle"] - num_models * counted["per_model"] - held
+    shared = counted["whole_bundle"] - num_models * counted["per_model"] - layer_bytes
     return Sizes(counted["whole_zoo"], num_models, max(shared, 0), per_model, layers)

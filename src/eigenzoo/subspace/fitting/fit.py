@@ -93,7 +93,7 @@ def fit(
     of the optimum for several.
     """
     options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
-    check_place(workers, max_memory, device, workspace)
+    check_resources(workers, max_memory, device, workspace)
     return fit_as(
         opened(zoo, view, base, include, exclude),
         options,
@@ -119,29 +119,29 @@ def fit_as(
 ) -> Subspace:
     """Fit an opened zoo with resolved options, such as those that a bundle records (`options.recorded_options`); see `fit`.
 
-    A budget, or an error bound, is one of what is written: where that exceeds it, the bases are made again with ranks for a
-    tighter one, from the same moments.
+    A budget or an error bound applies to the written bundle. If that exceeds it, the bases are computed again from the same
+    moments, with ranks for a tighter bound.
     """
     started = time.perf_counter()
     check_against(options, zoo.view, len(zoo))
-    check_place(workers, max_memory, device, workspace)
-    place = None if workspace is None else Path(workspace)
-    with clear_errors(place), ExitStack() as unfinished:
+    check_resources(workers, max_memory, device, workspace)
+    workspace_path = None if workspace is None else Path(workspace)
+    with clear_errors(workspace_path), ExitStack() as unfinished:
         with (
             opened_workers(workers, max_memory, device) as running,
-            opened_cache(zoo, cache, running.resources.device) as kept,
+            opened_cache(zoo, cache, running.resources.device) as moments_cache,
         ):
-            _ = kept.identity.files  # now, before any value is read: of what is read this is to be the key
-            allocation = allocate(zoo, options, running, kept, progress)
+            _ = moments_cache.identity.files  # read before any value, so that the key belongs to the values
+            allocation = allocate(zoo, options, running, moments_cache, progress)
             target, rounds = allocation.bound, 0
             while True:
                 per_layer = allocation.per_layer(target)
-                key = fit_key(kept.identity, options, per_layer, running)
-                with work_folder(place, key) as (at_work, lasting):
+                key = fit_key(moments_cache.identity, options, per_layer, running)
+                with work_folder(workspace_path, key) as (at_work, lasting):
                     work = Work(at_work if lasting else None, list(zoo.layers.values()))
-                    fitting = Fitting(running, kept, work, at_work / "bundle" if lasting else at_work)
+                    fitting = Fitting(running, moments_cache, work, at_work / "bundle" if lasting else at_work)
                     layers = fit_layers(zoo, options, per_layer, progress, fitting, allocation.moments)
-                    # Made as late as this: a kill leaves nothing but the work, which the next fit takes up.
+                    # The folder is made this late so that a kill leaves only the work, which the next fit resumes.
                     folder = TemporaryFolder(workspace)
                     unfinished.callback(folder.cleanup)
                     manifest = write_subspace(zoo, options, layers, Path(folder.name), started)
@@ -151,28 +151,28 @@ def fit_as(
                 if target is None:
                     break
                 folder.cleanup()
-        # Not before the pass has ended: there it shows whether a file was written to meanwhile.
+        # The sizes are read after the pass, whose end reveals whether a file was written to meanwhile.
         unfinished.pop_all()
     return Subspace(Path(folder.name), manifest, base=zoo.base, keep=folder, checksums=layers.basis.records)
 
 
-def check_place(
+def check_resources(
     workers: Workers | None, max_memory: int | None, device: str, workspace: str | os.PathLike[str] | None = None
 ) -> None:
-    """Raise for a device, a bound of memory, or a workspace that a pass could only fail on later."""
+    """Raise for a device, a memory bound or a workspace that cannot be used, before a pass begins."""
     check_workers(workers, max_memory, device)
     check_workspace(workspace)
 
 
 def _measured(options: FitOptions, manifest: Manifest, folder: Path) -> float:
-    """Return the quantity that is bounded, of the written bundle: its bytes, or the share of the energy that is lost."""
+    """Return the bounded quantity of the written bundle: its bytes, or the lost share of the energy."""
     return float(manifest.report["residual"]) if options.budget is None else saved_bytes(folder, manifest)
 
 
 def fit_key(zoo: ZooIdentity, options: FitOptions, per_layer: Mapping[str, FitOptions], workers: Workers) -> str:
-    """Return the key of a fit: the same key stands for the same bundle, to the byte."""
+    """Return the key of a fit. Fits with the same key give the same bundle, byte for byte."""
     chosen = [plain(options), {name: plain(layer) for name, layer in per_layer.items()}]
-    return zoo.whole(version("eigenzoo"), chosen, workers.resources)
+    return zoo.zoo_key(version("eigenzoo"), chosen, workers.resources)
 
 
 def opened(
@@ -182,7 +182,7 @@ def opened(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Zoo:
-    """Open a source, or choose anew from an opened zoo."""
+    """Open a source, or select layers of an opened zoo again."""
     if not isinstance(zoo, Zoo):
         return open_zoo(zoo, view=view, base=base, include=include or (), exclude=exclude or ())
     if base is not None:

@@ -1,7 +1,7 @@
-"""Fit all layers of a zoo: one task a layer, or a span of it, on the workers; bases go into the bundle in the layers' order.
+"""Fit all layers of a zoo on the workers, one task per layer or span. Bases are written in the layers' order.
 
-A task is a function of plain values and an opened zoo, so that it runs in a thread here or in a process elsewhere alike. What goes
-into the bundle comes back as tensors; `LayerPass` writes them.
+A task is a function of plain values and an opened zoo, so that it runs in a thread or in another process. It returns tensors, and
+`LayerPass` writes them into the bundle.
 
 Legend: N models, K kept directions.
 """
@@ -23,7 +23,7 @@ from eigenzoo.linalg.block_sums import center_rows
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Call, Workers
 from eigenzoo.records import Progress
-from eigenzoo.subspace.bases.basis import PARTS, STACKED, LayerBasis, Parts, Projection, form_of
+from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, BasisTensors, LayerBasis, Projection, form_of
 from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis, write_flat
 from eigenzoo.subspace.bases.stacked import write_stacked
 from eigenzoo.subspace.bundles.storage import layer_record, read_basis
@@ -32,7 +32,7 @@ from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.fitting.tucker_fit import fit_tucker
 from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.collecting import (
-    Asked,
+    MomentRequest,
     SpanSums,
     collect,
     cut,
@@ -50,7 +50,7 @@ from eigenzoo.zoo.zoo import Zoo
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a fit works with: workers, kept moments, what is finished already, and the folder that the basis is written into."""
+    """Resources of a fit: workers, the cache of moments, the finished work, and the folder of the basis."""
 
     workers: Workers
     cache: MomentsCache
@@ -60,7 +60,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class FittedLayers:
-    """All layers' fits and moments, their basis, and the folder that holds it and nothing else."""
+    """All layers' fits and moments, their basis, and the folder that contains only the basis."""
 
     fitted: dict[str, FittedLayer]
     moments: dict[str, LayerMoments]
@@ -74,13 +74,15 @@ def fit_layers(
     per_layer: Mapping[str, FitOptions],
     progress: Progress,
     fitting: Fitting,
-    known: Mapping[str, LayerMoments] | None = None,
+    collected: Mapping[str, LayerMoments] | None = None,
 ) -> FittedLayers:
-    """Fit layer after layer. Moments that are `known` are not collected: with those of the sides where an axis needs them."""
+    """Fit layer after layer. Moments in `collected`, which include needed sides, are not collected again."""
     form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
-    writer = BasisWriter(fitting.folder, list(zoo.layers), PARTS[form], resume=fitting.work.lasts)
+    writer = BasisWriter(fitting.folder, list(zoo.layers), MAX_TENSORS[form], resume=fitting.work.lasts)
     try:
-        layers = LayerPass(zoo, options, per_layer, fitting.workers, writer, known or {}, fitting.cache, fitting.work)
+        layers = LayerPass(
+            zoo, options, per_layer, fitting.workers, writer, collected or {}, fitting.cache, fitting.work
+        )
         fitted, moments = layers.run(progress)
         basis = writer.finish()
     finally:
@@ -99,10 +101,10 @@ def _as_stored(
     workers: Workers,
     progress: Progress,
 ) -> dict[str, FittedLayer]:
-    """Project all models anew onto bases that half precision has moved: what is stated is what is stored."""
+    """Project all models again onto bases rounded to half precision, so that the stated errors are those of the stored bases."""
     bases = {}
     for name, layer in fitted.items():
-        # Stacked factors keep the dtype of their files, which moves nothing.
+        # Stacked factors keep the dtype of their files, so that nothing is rounded.
         if layer.form != STACKED:
             record = layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean)
             bases[name] = replace(read_basis(record, options.center, files), tensors=StoredLayer(files, name))
@@ -118,12 +120,12 @@ def _as_stored(
 def _stated_anew(
     fitted: FittedLayer, moments: LayerMoments, kind: str, projections: Sequence[Projection]
 ) -> FittedLayer:
-    """A fitted layer with the coefficients and the losses of these projections."""
+    """Return a fitted layer with the coefficients and residuals of these projections."""
     outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
     energy = float(moments.energies_N.sum())
     bound = fitted.record.bound
     if bound is not None:
-        # What rounding has lost is what a better basis could hold too.
+        # A better basis could also keep the energy that rounding has lost.
         total = energy if kind == "update" else moments.variance
         bound = max(bound + float(outside_N.sum() - fitted.outside_N.sum()) / total, 0.0)
     return replace(
@@ -140,9 +142,9 @@ def _stated_anew(
 
 
 def _captured(exact: float, moments: LayerMoments, outside_N: Tensor) -> float:
-    """Share of the variance that a rounded basis holds: never more than the exact one, and none where the mean is no worse.
+    """Return the share of the variance in a rounded basis, between zero and that of the exact basis.
 
-    The mean of updates lies in a basis of sides too: what is lost of it is no loss of variance.
+    The bases of updates' sides also contain the mean, and its loss does not count as loss of variance.
     """
     return min(exact, max(1 - float(outside_N.sum()) / moments.variance, 0.0))
 
@@ -152,12 +154,12 @@ class LayerPass:
     """One pass over the layers of a zoo that fits each and writes its basis.
 
     Attributes:
-        zoo, options: what is fitted, and how; `per_layer` where a layer has options of its own.
-        workers: where tasks run.
-        writer: where bases go.
-        known: moments that need not be collected, those of the sides with them where an axis needs these.
-        cache: moments that an earlier pass has kept.
-        work: layers that an interrupted fit has written already.
+        zoo, options: of the fit; `per_layer` has the options of single layers.
+        workers: run the tasks.
+        writer: writes the bases.
+        collected: moments that need not be collected again, including those of the sides if an axis needs them.
+        cache: moments of earlier passes.
+        work: layers that an interrupted fit has already written.
     """
 
     zoo: Zoo
@@ -165,19 +167,19 @@ class LayerPass:
     per_layer: Mapping[str, FitOptions]
     workers: Workers
     writer: BasisWriter
-    known: Mapping[str, LayerMoments]
+    collected: Mapping[str, LayerMoments]
     cache: MomentsCache
     work: Work
 
     def run(self, progress: Progress) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
-        """Fit all layers; only the Gram of a layer's moments outlives it."""
+        """Fit all layers. Only the Grams of their moments are kept."""
         fitted: dict[str, FittedLayer] = {}
         moments: dict[str, LayerMoments] = {}
-        for (name, known), results in self.workers.in_order(self._jobs(), self._weight):
+        for (name, collected), results in self.workers.in_order(self._jobs(), self._weight):
             if name in self.work:
                 fitted[name], moments[name] = self.work.restore(name, self.writer)
             else:
-                result = self._result(name, known, results)
+                result = self._result(name, collected, results)
                 layer = replace(result.fitted, coefficients=self._write(name, result).float())
                 fitted[name], moments[name] = layer, result.moments
                 self.work.keep(layer, result.moments, self.writer)
@@ -187,35 +189,35 @@ class LayerPass:
     def _options(self, name: str) -> FitOptions:
         return self.per_layer.get(name, self.options)
 
-    def _known(self, name: str) -> LayerMoments | None:
-        if name in self.known:
-            return self.known[name]
+    def _collected(self, name: str) -> LayerMoments | None:
+        if name in self.collected:
+            return self.collected[name]
         if self.options.axes != ("models",):
             return None
         return self.cache.get(name, self.options.center, self._options(name).precision_of_products)
 
     def _weight(self, key: tuple[str, LayerMoments | None]) -> int:
-        """Bytes that a layer's basis may have before it is written; stacked factors are copied from the zoo's files."""
+        """Return the largest size of a layer's basis in memory. Stacked factors do not count: they are copied from files."""
         name, _ = key
         layer, options = self.zoo.layers[name], self._options(name)
 
-        def kept(axis: str, size: int) -> int:
+        def rank_of(axis: str, size: int) -> int:
             rule = options.rules.get(axis)
             return min(rule, size) if isinstance(rule, int) else size
 
         sizes = dict(zip(("outputs", "inputs"), layer.shape, strict=True))
-        num_sides = sum(size * kept(axis, size) for axis, size in sizes.items() if axis in options.axes)
+        num_sides = sum(size * rank_of(axis, size) for axis, size in sizes.items() if axis in options.axes)
         if layer.kind == "update" and not num_sides:
             return 0
-        num_shared = kept("models", len(self.zoo)) if "models" in options.axes else 0
-        core_size = prod(kept(axis, size) for axis, size in sizes.items())
-        # The mean stays float32 beside bases in half precision.
+        num_shared = rank_of("models", len(self.zoo)) if "models" in options.axes else 0
+        core_size = prod(rank_of(axis, size) for axis, size in sizes.items())
+        # The mean is float32 even if bases are in half precision.
         return max(4, options.torch_dtype.itemsize) * (num_sides + (num_shared + 1) * core_size)
 
     def _jobs(self) -> Iterator[tuple[tuple[str, LayerMoments | None], list[Call]]]:
-        """One task per layer, or per span of a layer that is too large to be kept; none for what is done or known already.
+        """Yield the tasks of each layer: one, or one per span of a large layer, or none for finished layers and known moments.
 
-        What is known goes with the layer: another process may remove it from the cache meanwhile.
+        Cached moments are read here and passed on, because another process may remove them from the cache meanwhile.
         """
         resources = self.workers.resources
         for name in self.zoo.layers:
@@ -224,31 +226,31 @@ class LayerPass:
             if name in self.work:
                 yield (name, None), []
                 continue
-            known = self._known(name)
-            if is_whole(stack, options, resources):
-                yield (name, known), [partial(fit_task, self.zoo, name, options, resources, known)]
+            collected = self._collected(name)
+            if is_one_task(stack, options, resources):
+                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected)]
             else:
                 assert isinstance(stack, DenseStack)
-                asked = Asked(options.axes, options.center)
-                spans = stack.spans() if known is None else []
+                request = MomentRequest(options.axes, options.center)
+                spans = stack.spans() if collected is None else []
                 task = partial(span_task, self.zoo, name)
                 precision = options.precision_of_products
-                yield (name, known), [partial(task, span, asked, precision, resources) for span in spans]
+                yield (name, collected), [partial(task, span, request, precision, resources) for span in spans]
 
-    def _result(self, name: str, known: LayerMoments | None, results: list[object]) -> LayerResult:
-        whole = results[0] if results and isinstance(results[0], LayerResult) else None
-        result = whole or self._from_spans(name, known, results)
-        if self.options.axes == ("models",) and name not in self.known:
+    def _result(self, name: str, collected: LayerMoments | None, results: list[object]) -> LayerResult:
+        layer_result = results[0] if results and isinstance(results[0], LayerResult) else None
+        result = layer_result or self._from_spans(name, collected, results)
+        if self.options.axes == ("models",) and name not in self.collected:
             self.cache.put(name, self.options.center, self._options(name).precision_of_products, result.moments)
         return result
 
-    def _from_spans(self, name: str, known: LayerMoments | None, sums: list[object]) -> LayerResult:
-        """Put a large layer's spans together, and read them once more for the basis, which goes straight into the bundle."""
+    def _from_spans(self, name: str, collected: LayerMoments | None, sums: list[object]) -> LayerResult:
+        """Combine the sums of a large layer's spans, read the spans a second time, and write the basis directly into the bundle."""
         options = self._options(name)
         stack = self.zoo.stack(name, precision=options.precision_of_products)
         assert isinstance(stack, DenseStack)
-        moments = known or dense_moments(stack, sums, Asked(options.axes, options.center))  # type: ignore[arg-type]
-        found = fit_models(stack.layer, moments, options)
+        moments = collected or dense_moments(stack, sums, MomentRequest(options.axes, options.center))  # type: ignore[arg-type]
+        models_fit = fit_models(stack.layer, moments, options)
         tasks = (
             (
                 (name, span),
@@ -258,7 +260,7 @@ class LayerPass:
                         self.zoo,
                         name,
                         span,
-                        found.weights_NK,
+                        models_fit.weights_NK,
                         moments.removed,
                         options,
                         self.workers.resources,
@@ -268,104 +270,109 @@ class LayerPass:
             for start, stop in stack.spans()
             for span in cut(stack, start, stop, self.workers.resources)
         )
-        width = options.torch_dtype.itemsize * (found.weights_NK.shape[1] + 1)
+        width = options.torch_dtype.itemsize * (models_fit.weights_NK.shape[1] + 1)
         spans = (results[0] for _, results in self.workers.in_order(tasks, lambda key: width * (key[1][1] - key[1][0])))
         coefficients_NK = write_flat(
-            stack.layer, moments.removed, spans, found.fitted.coefficients, options.torch_dtype, self.writer
+            stack.layer, moments.removed, spans, models_fit.fitted.coefficients, options.torch_dtype, self.writer
         )
-        return LayerResult(replace(found.fitted, coefficients=coefficients_NK), moments)
+        return LayerResult(replace(models_fit.fitted, coefficients=coefficients_NK), moments)
 
     def _write(self, name: str, result: LayerResult) -> Tensor:
-        """Write what is not written yet, and return the coefficients that belong to it."""
-        kept = result.fitted.coefficients
-        for part, tensor in result.parts.items():
+        """Write the tensors that are not written yet, and return the coefficients that belong to them."""
+        coefficients = result.fitted.coefficients
+        for part, tensor in result.tensors.items():
             self.writer.append(part, tensor)
         if result.spans:
             layer, removed = self.zoo.layers[name], result.moments.removed
-            kept = write_flat(layer, removed, result.spans, kept, self._options(name).torch_dtype, self.writer)
+            coefficients = write_flat(
+                layer, removed, result.spans, coefficients, self._options(name).torch_dtype, self.writer
+            )
         if result.weights_NK is not None:
             stack = self.zoo.stack(name, precision=self._options(name).precision_of_products)
             assert isinstance(stack, UpdateStack)
             write_stacked(stack, result.moments, result.weights_NK, self.writer)
-        return kept
+        return coefficients
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A fitted layer, its moments without the sides, and what goes into the bundle.
+    """A fitted layer, its moments without the sides, and the tensors for the bundle.
 
     Attributes:
-        parts: of form `tucker`, its tensors.
-        spans: of form `flat`, its directions and mean, span by span.
-        weights_NK: of form `stacked`, the directions' weights; its tensors are the zoo's own factors, which whoever writes copies.
+        tensors: the tensors of form `tucker`.
+        spans: directions and mean of each span of form `flat`.
+        weights_NK: the directions' weights of form `stacked`. The writer copies the other tensors, the zoo's own factors.
     """
 
     fitted: FittedLayer
     moments: LayerMoments
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     spans: tuple[SpanBasis, ...] = ()
     weights_NK: Tensor | None = None
 
 
-def is_whole(stack: object, options: FitOptions, resources: Resources) -> bool:
-    """Tell whether a layer is one task: unless its basis is of whole layers, and its rows are too many to be kept in memory."""
+def is_one_task(stack: object, options: FitOptions, resources: Resources) -> bool:
+    """Tell whether a layer is fitted in one task. Only a layer of form `flat` that does not fit into memory is split into spans."""
     return not isinstance(stack, DenseStack) or options.axes != ("models",) or stack.num_bytes <= resources.layer_bytes
 
 
 def fit_task(
-    zoo: Zoo, name: str, options: FitOptions, resources: Resources, known: LayerMoments | None = None
+    zoo: Zoo, name: str, options: FitOptions, resources: Resources, collected: LayerMoments | None = None
 ) -> LayerResult:
-    """Fit one layer whole: moments, ranks, basis and coefficients, from one read of the weights where axis `models` is alone.
+    """Fit one whole layer: moments, ranks, basis and coefficients. Axis `models` alone needs one read of the weights.
 
-    With `known` moments of that axis only the basis is left to make.
+    If the moments of that axis are given, only the basis is computed.
     """
     stack = zoo.stack(name, precision=options.precision_of_products)
     if isinstance(stack, DenseStack) and options.axes == ("models",):
-        return _fit_dense(stack, options, resources, known)
-    moments = known or collect(stack, options.axes, options.center, resources, sketch=options.sketch)
+        return _fit_dense(stack, options, resources, collected)
+    moments = collected or collect(stack, options.axes, options.center, resources, sketch=options.sketch)
     if options.axes == ("models",):
-        found = fit_models(stack.layer, moments, options)
-        return LayerResult(found.fitted, _without_sides(moments), weights_NK=found.weights_NK)
-    parts = Parts()
-    fitted = fit_tucker(stack, moments, options, resources, parts)
-    return LayerResult(fitted, _without_sides(moments), parts.tensors)
+        models_fit = fit_models(stack.layer, moments, options)
+        return LayerResult(models_fit.fitted, _without_sides(moments), weights_NK=models_fit.weights_NK)
+    tensors = BasisTensors()
+    fitted = fit_tucker(stack, moments, options, resources, tensors)
+    return LayerResult(fitted, _without_sides(moments), tensors.tensors)
 
 
-def _fit_dense(stack: DenseStack, options: FitOptions, resources: Resources, known: LayerMoments | None) -> LayerResult:
-    """Read a layer once: the rows that gave the moments, still in memory, give the basis."""
-    asked = Asked(options.axes, options.center)
+def _fit_dense(
+    stack: DenseStack, options: FitOptions, resources: Resources, collected: LayerMoments | None
+) -> LayerResult:
+    """Read a layer once, and compute the moments and the basis from the same rows in memory."""
+    request = MomentRequest(options.axes, options.center)
     inputs = stack.layer.shape[1]
     with loaded_spans(stack, resources) as spans:
-        if known is None:
-            held: Iterable[tuple[int, int, Tensor]] = list(spans)
-            sums = [sum_loaded(stack, start, stop, rows_ED, asked) for start, stop, rows_ED in held]
-            moments = dense_moments(stack, sums, asked, resources.device)
+        if collected is None:
+            rows: Iterable[tuple[int, int, Tensor]] = list(spans)
+            sums = [sum_loaded(stack, start, stop, rows_ED, request) for start, stop, rows_ED in rows]
+            moments = dense_moments(stack, sums, request, resources.device)
         else:
-            moments, held = known, _centered(spans, stack)
-        found = fit_models(stack.layer, moments, options)
+            moments, rows = collected, _centered(spans, stack)
+        models_fit = fit_models(stack.layer, moments, options)
         dtype = options.torch_dtype
         bases = [
-            span_basis(rows_ED, start, inputs, found.weights_NK, moments.removed, dtype) for start, _, rows_ED in held
+            span_basis(rows_ED, start, inputs, models_fit.weights_NK, moments.removed, dtype)
+            for start, _, rows_ED in rows
         ]
-    turned, coefficients_NK = orthonormalized(bases, found.fitted.coefficients, dtype)
-    fitted = replace(found.fitted, coefficients=coefficients_NK)
-    return LayerResult(fitted, _without_sides(moments), spans=tuple(turned))
+    orthonormal, coefficients_NK = orthonormalized(bases, models_fit.fitted.coefficients, dtype)
+    fitted = replace(models_fit.fitted, coefficients=coefficients_NK)
+    return LayerResult(fitted, _without_sides(moments), spans=tuple(orthonormal))
 
 
 def _centered(spans: Iterable[tuple[int, int, Tensor]], stack: DenseStack) -> Iterator[tuple[int, int, Tensor]]:
-    """Centre spans as they come."""
+    """Centre spans one by one."""
     for start, stop, rows_ED in spans:
         center_rows(rows_ED, len(stack), stack.layer.shape[1])
         yield start, stop, rows_ED
 
 
 def span_task(
-    zoo: Zoo, name: str, span: tuple[int, int], asked: Asked, precision: str, resources: Resources
+    zoo: Zoo, name: str, span: tuple[int, int], request: MomentRequest, precision: str, resources: Resources
 ) -> SpanSums:
     """Read and sum one span of a layer of full weights."""
     stack = zoo.stack(name, precision=precision)
     assert isinstance(stack, DenseStack)
-    return sum_span(stack, *span, asked, resources)
+    return sum_span(stack, *span, request, resources)
 
 
 def basis_task(
@@ -377,7 +384,7 @@ def basis_task(
     options: FitOptions,
     resources: Resources,
 ) -> SpanBasis:
-    """Read one span, or a block of it, again, and return the directions over it."""
+    """Read one span, or a block of it, a second time, and return the directions over it."""
     stack = zoo.stack(name, precision=options.precision_of_products)
     assert isinstance(stack, DenseStack)
     with loaded(stack, *span, resources) as rows_ED:
@@ -386,7 +393,7 @@ def basis_task(
 
 
 class StoredLayer:
-    """Reads one layer's tensors from their files. Pickled for another process, which may not see it, it holds their values."""
+    """Reads one layer's tensors from their files. Its pickle contains the values, because another process may not see the files."""
 
     def __init__(self, files: BasisFiles, layer: str) -> None:
         self._files, self._layer = files, layer
@@ -396,16 +403,16 @@ class StoredLayer:
         return self._files.read(name)
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Read a run of a flattened tensor."""
+        """Read values start:stop of a flattened tensor."""
         return self._files.read_flat(name, start, stop, out)
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = [f"{self._layer}/{part}" for part in self._files.dtypes(self._layer)]
-        return HeldTensors, ({name: self._files.read(name) for name in names},)
+        return TensorsInMemory, ({name: self._files.read(name) for name in names},)
 
 
 @dataclass(frozen=True)
-class HeldTensors:
+class TensorsInMemory:
     """A basis in memory."""
 
     tensors: dict[str, Tensor]
@@ -415,13 +422,13 @@ class HeldTensors:
         return self.tensors[name]
 
     def read_flat(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return a run of a flattened tensor."""
-        found = self.tensors[name].view(-1)[start:stop]
-        return found if out is None else out.copy_(found)
+        """Return values start:stop of a flattened tensor."""
+        values = self.tensors[name].view(-1)[start:stop]
+        return values if out is None else out.copy_(values)
 
 
 def stored_task(zoo: Zoo, precision: str, layer: tuple[str, LayerBasis]) -> list[Projection]:
-    """Project all models of a layer, by its name, onto its basis as it is stored."""
+    """Project all models' layer `name` onto its stored basis."""
     name, basis = layer
     return basis.project_all(zoo.stack(name, precision=precision))
 

@@ -1,4 +1,4 @@
-"""Fit axis `models` alone: from a layer's moments to coefficients and weights over the models; no weight is read.
+"""Fit axis `models` alone: compute coefficients and weights over the models from a layer's moments, without reading weights.
 
 Legend: N models, K kept directions.
 """
@@ -19,16 +19,16 @@ from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 NULL_DRAWS = 200
-"""Models in all draws of the null of the share kept: the more models, the less one draw differs from the next."""
+"""Number of models in all draws of the null together. Draws of more models differ less, so fewer are needed."""
 
 
 NULL_MODELS = 256
-"""The most models of which that null is drawn; of more, a part stands for all."""
+"""Largest number of models in that null. Of more models a part is used."""
 
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer's form and ranks, its coefficients (N, …) in float64, energy lost per model, and its record."""
+    """A layer's form and ranks, its coefficients (N, …) in float64, the lost energy of each model, and its record."""
 
     name: str
     form: str
@@ -48,7 +48,7 @@ class ModelsFit:
 
 
 def fit_models(layer: Layer, moments: LayerMoments, options: FitOptions) -> ModelsFit:
-    """Choose the rank, and return all models' coefficients and the directions' weights: all of it follows from the Gram."""
+    """Choose the rank, and compute all models' coefficients and the directions' weights from the Gram."""
     choice, values_K, vectors_NK = models_axis(moments.centered_NN, moments, options)
     roots_K = values_K.sqrt()
     coefficients_NK = vectors_NK * roots_K
@@ -65,7 +65,7 @@ def fit_models(layer: Layer, moments: LayerMoments, options: FitOptions) -> Mode
 
 
 def models_axis(gram_NN: Tensor, moments: LayerMoments, options: FitOptions) -> tuple[RankChoice, Tensor, Tensor]:
-    """Rank, eigenvalues and eigenvectors of the models axis, from the Gram of the layers or of their cores."""
+    """Return rank, eigenvalues and eigenvectors of the models axis, from the Gram of the layers or of their cores."""
     total = moments.variance
     if total == 0:
         return RankChoice(0, "no variance"), gram_NN.new_zeros(0), gram_NN.new_zeros(gram_NN.shape[0], 0)
@@ -79,10 +79,10 @@ def models_axis(gram_NN: Tensor, moments: LayerMoments, options: FitOptions) -> 
 
 
 def null_share(energies_N: Tensor, num_values: int, rank: int, seed: int) -> float:
-    """Share of the variance that `rank` directions hold of unrelated models with these energies about their mean.
+    """Return the share of the variance in `rank` directions, for unrelated models with these energies about their mean.
 
-    Of many models every second (third, …) by energy stands for all, in half (a third) of the dimensions: a spectrum of chance
-    depends on the energies' distribution and on N/D, and its leading share on the share of directions. Right to a few percent.
+    For many models only every second (third, …) by energy is drawn, in half (a third) of the dimensions. The spectrum depends on
+    the distribution of the energies and on N/D, and its leading share on the share of directions. Accurate to a few percent.
     """
     thinning = -(-energies_N.numel() // NULL_MODELS)
     kept_N = energies_N.sort().values[thinning // 2 :: thinning]
@@ -103,7 +103,7 @@ def describe_fit(
     outside: float,
     heldout: float | None = None,
 ) -> LayerFit:
-    """Say how well a fitted layer holds its zoo; on axis `models` also held out, and beside its null."""
+    """Describe the fit of a layer: captured variance, and for axis `models` also its held-out and null values."""
     total, energy = moments.variance, float(moments.energies_N.sum())
     null = None
     if total > 0 and options.axes == ("models",) and options.center == "models":

@@ -1,4 +1,4 @@
-"""What a user asks of a fit, resolved: axes, one rank rule per axis, center, precision, budget."""
+"""Resolve the options of a fit: axes, one rank rule per axis, center, precision, budget."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SOLVERS = (EXACT, SKETCH)
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Resolved options of a fit; saved beside its result.
+    """Resolved options of a fit, saved in the bundle.
 
     Attributes:
         axes: the truncated axes.
-        rules: a rank rule for each of them.
-        center: what is removed before the moments.
-        dtype: what bases are stored in.
-        budget: bytes that the whole bundle may have, or None.
-        max_error: share of the analysed energy that may be lost, or None.
-        seed: of the null, of the folds and of sketches.
-        solver: how the bases of `outputs` and `inputs` are found: from their moments, or from sketches of them.
-        precision: of products: `high`, `default` or `fast` (see `linalg.block_sums`).
+        rules: a rank rule for each axis.
+        center: the center that is removed before the moments.
+        dtype: dtype of the stored bases.
+        budget: largest size of the whole bundle in bytes, or None.
+        max_error: largest share of the analysed energy to lose, or None.
+        seed: seed of the null, the folds and the sketches.
+        solver: the bases of `outputs` and `inputs` come from their moments or from sketches of them.
+        precision: precision of products: `high`, `default` or `fast` (see `linalg.block_sums`).
     """
 
     axes: tuple[str, ...]
@@ -50,7 +50,7 @@ class FitOptions:
 
     @property
     def sketch(self) -> SketchPlan | None:
-        """What is to be sketched; None for the exact solver."""
+        """The sides to sketch, or None for the exact solver."""
         if self.solver != SKETCH:
             return None
         ranks = {axis: rule for axis, rule in self.rules.items() if axis != "models" and isinstance(rule, int)}
@@ -58,12 +58,12 @@ class FitOptions:
 
     @property
     def precision_of_products(self) -> str:
-        """The precision that layers are read in: everything is meant to the last bit, which float32 products would lose."""
+        """The precision of products: `high` if all variance is to be kept, because float32 products would lose the last bits."""
         return HIGH if self.wants_everything else self.precision
 
     @property
     def wants_everything(self) -> bool:
-        """Whether an axis is to keep all its variance."""
+        """Whether an axis keeps all its variance."""
         return any(isinstance(rule, float) and rule == 1.0 for rule in self.rules.values())
 
     @property
@@ -73,7 +73,7 @@ class FitOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype that bases are stored in."""
+        """The dtype of the stored bases."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -89,7 +89,7 @@ def resolve_options(
     solver: str = EXACT,
     precision: str = DEFAULT,
 ) -> FitOptions:
-    """Resolve what a user wrote; raises UsageError for what cannot be meant together."""
+    """Resolve a user's options. Raises UsageError for options that contradict each other."""
     if budget is not None and max_error is not None:
         raise UsageError("budget and max_error are both given", rule="one of them decides the ranks")
     if rank is not None and (budget is not None or max_error is not None):
@@ -124,7 +124,7 @@ def resolve_options(
 
 
 def recorded_options(saved: Mapping[str, Any]) -> FitOptions:
-    """Return the options that a manifest records, every field of them; one that older versions did not write has its default."""
+    """Return the options in a manifest. Fields that older versions did not write have their defaults."""
     known = {
         field.name: saved[field.name] for field in fields(FitOptions) if field.name in saved or field.default is MISSING
     }
@@ -134,7 +134,7 @@ def recorded_options(saved: Mapping[str, Any]) -> FitOptions:
 
 
 def _whole_bytes(budget: Any) -> int:
-    """Return a budget as an int, numpy's integers and floats like 2e9 too; raises BudgetError for all else."""
+    """Return a budget as an int, also from numpy's integers and floats like 2e9. Raises BudgetError for other values."""
     whole = not isinstance(budget, bool) and (
         hasattr(budget, "__index__") or (isinstance(budget, float) and budget.is_integer())
     )
@@ -144,7 +144,7 @@ def _whole_bytes(budget: Any) -> int:
 
 
 def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided: bool) -> None:
-    """Raise UsageError for what a sketch cannot give: it holds no more of a side's spectrum than a rank asks for."""
+    """Raise UsageError for options that need a whole spectrum, because a sketch contains only the leading part for a given rank."""
     sides = [axis for axis in axes if axis != "models"]
     if not sides:
         raise UsageError(
@@ -168,7 +168,7 @@ def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided:
 
 
 def _axes_of(rank: Rank | None) -> tuple[str, ...]:
-    """The axes that a rank names, else `models`."""
+    """Return the axes named in `rank`, else `models`."""
     return check_axes(rank) if isinstance(rank, Mapping) else ("models",)
 
 
@@ -189,7 +189,7 @@ def _rules_of(rank: Rank, axes: tuple[str, ...]) -> dict[str, RankRule]:
 
 
 def check_center(center: str, view: str) -> None:
-    """Raise UsageError for a center that a view cannot have."""
+    """Raise UsageError for a center that a view does not support."""
     if view == "update" and center in ("columns", "global"):
         raise UsageError(
             f"center {center!r} with view 'update'",
@@ -199,7 +199,7 @@ def check_center(center: str, view: str) -> None:
 
 
 def check_against(options: FitOptions, view: str, num_models: int) -> None:
-    """Raise for ranks and centers that a zoo cannot have, before any work starts."""
+    """Raise for ranks and centers that a zoo does not support, before any work starts."""
     check_center(options.center, view)
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models

@@ -1,4 +1,4 @@
-"""Plan: error against bytes for the axes and ranks that a user could choose, from the moments alone."""
+"""Compare error and bytes of all useful axes and ranks, from the moments alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.fitting.allocation import (
     Collected,
     LayerSpectra,
-    Wanted,
+    SpectraRequest,
     collect_spectra,
 )
 from eigenzoo.subspace.fitting.bytes import Overhead, break_even, contents, overhead
-from eigenzoo.subspace.fitting.fit import check_place, opened
+from eigenzoo.subspace.fitting.fit import check_resources, opened
 from eigenzoo.subspace.fitting.options import DTYPES, check_center
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
@@ -30,10 +30,10 @@ from eigenzoo.zoo.zoo import Zoo
 CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
 
 ROUND_OFF = 1e-8
-"""Shares of the energy that differ by less are the same."""
+"""Shares of the energy that differ by less count as equal."""
 
 MOST_ROWS = 12
-"""Choices that a table for people shows: about a screen with its notes."""
+"""Number of choices in a printed table: with its notes about one screen."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class PlanRow:
     """One choice of axes and rank.
 
     Attributes:
-        axes, rank: the choice; a rank above what a layer has means all of it.
-        residual: share of the analysed energy that is lost, in-sample: exact for one axis, an upper bound for more.
+        axes, rank: the choice; a rank larger than a layer's dimension means the whole layer.
+        residual: lost share of the analysed energy, in-sample; exact for one axis, an upper bound for more.
         exact: whether `residual` is exact.
         captured, heldout: for axis and center `models`, the share of the variance about the mean that is kept, in-sample and
             of models left out of the fit (as many of five folds as hold 40 models); elsewhere None, since only a fit can tell.
-        bytes: of the whole bundle, headers and carried tensors included, moments not; within a few percent of the saved one.
+        bytes: of the whole bundle with headers and carried tensors, without moments; within a few percent of the saved one.
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
         break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
@@ -69,12 +69,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class AloneRow:
-    """The control without sharing: every LoRA update cut by its own SVD.
+    """The control without sharing: every LoRA update truncated by its own SVD.
 
     Attributes:
-        rank: the rank to which updates of a larger one are cut.
-        residual: share of the analysed energy that is lost, exact.
-        bytes: of all models' files then; other tensors and headers stay as they are.
+        rank: the rank to which updates of a larger rank are truncated.
+        residual: lost share of the analysed energy, exact.
+        bytes: of all models' truncated files. Other tensors and headers are unchanged.
     """
 
     rank: int
@@ -84,7 +84,7 @@ class AloneRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The zoo's size, the controls (the mean alone, adapters cut alone), and the choices.
+    """The zoo's size, the controls (the mean alone, every adapter truncated alone), and the choices.
 
     `alone` is empty for full weights and for updates of rank 1.
     """
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def better_alone(self) -> AloneRow | None:
-        """The control that keeps more for its bytes than every choice, by the measure of `recommended`; None without one."""
+        """The control that is better than every choice by the measure of `recommended`, or None."""
         best = max(self.alone, key=self._gain, default=None)
         if best is None or self._gain(best) <= max((self._gain(row) for row in self.rows), default=0.0):
             return None
@@ -112,8 +112,8 @@ class Plan:
         It maximises the share of Σ‖X − mean‖² that is kept minus the bundle's share of the files' bytes. None where no choice
         keeps a larger share than it takes.
         """
-        kept, row = max(((self._gain(row), row) for row in self.rows), key=lambda pair: pair[0], default=(0.0, None))
-        return row if kept > 0 else None
+        best, row = max(((self._gain(row), row) for row in self.rows), key=lambda pair: pair[0], default=(0.0, None))
+        return row if best > 0 else None
 
     def _gain(self, row: PlanRow | AloneRow) -> float:
         lost = row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
@@ -133,7 +133,7 @@ class Plan:
         chosen = {round(step * (len(front) - 1) / steps) for step in range(steps + 1)} if front else set()
         best = self.recommended
         if best in front and (index := front.index(best)) not in chosen:
-            # The ends stay; the nearest of the others gives way.
+            # The first and the last row stay, and the closest of the others is removed.
             inner = sorted(chosen - {0, len(front) - 1}, key=lambda other: abs(other - index))
             chosen = (chosen - set(inner[:1])) | {index}
         return tuple(front[index] for index in sorted(chosen))
@@ -198,25 +198,25 @@ def plan(
     """
     choices = check_choices(axes, center, dtype)
     itemsize: int = getattr(torch, dtype).itemsize
-    check_place(workers, max_memory, device)
+    check_resources(workers, max_memory, device)
     source = opened(zoo)
     check_center(center, source.view)
     sides = tuple(axis for axis in AXES if axis != "models" and any(axis in choice for choice in choices))
     heldout = ("models",) in choices and center == "models"
     with (
         opened_workers(workers, max_memory, device) as running,
-        opened_cache(source, cache, running.resources.device) as kept,
+        opened_cache(source, cache, running.resources.device) as moments_cache,
     ):
-        # The models' Gram is always collected: without it nothing is known of the mean.
-        wanted = Wanted(("models", *sides), center, heldout=heldout)
-        layers = collect_spectra(source, wanted, running, kept, progress)
+        # The models' Gram is always collected, because the mean's energy is needed.
+        request = SpectraRequest(("models", *sides), center, heldout=heldout)
+        layers = collect_spectra(source, request, running, moments_cache, progress)
     spectra = {name: layer.spectra for name, layer in layers.items()}
     energy = sum(layer.energy for layer in spectra.values())
     carried = contents(source)
-    known = {choice: overhead(source, choice, carried) for choice in choices}
+    overheads = {choice: overhead(source, choice, carried) for choice in choices}
     update_ranks = _update_ranks(source)
     rows = [
-        _row(layers, choice, rank, source, itemsize, energy, known[choice], center, update_ranks)
+        _row(layers, choice, rank, source, itemsize, energy, overheads[choice], center, update_ranks)
         for choice in choices
         for rank in _ranks(spectra, choice)
     ]
@@ -227,15 +227,17 @@ def plan(
 
 
 def check_choices(axes: Sequence[str] | None, center: str, dtype: str) -> tuple[tuple[str, ...], ...]:
-    """Return the choices of axes to look at; raises UsageError for what a plan does not take."""
+    """Return the choices of axes to compare. Raises UsageError for axes that a plan does not support."""
     check_choice(center, CENTERS, "center")
     check_choice(dtype, DTYPES, "dtype")
     return CHOICES if axes is None else (check_axes(axes),)
 
 
 def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int]:
-    """Powers of two below the largest complete rank, and that one."""
-    largest = max((layer.whole(axis) for layer in spectra.values() for axis in axes if axis in layer.values), default=1)
+    """Return the powers of two below the largest complete rank, and that rank."""
+    largest = max(
+        (layer.full_rank(axis) for layer in spectra.values() for axis in axes if axis in layer.values), default=1
+    )
     powers = [2**power for power in range(32) if 2**power < largest]
     return [0, *powers, largest] if "models" in axes and len(axes) == 1 else [*powers, max(largest, 1)]
 
@@ -247,73 +249,76 @@ def _row(
     zoo: Zoo,
     itemsize: int,
     energy: float,
-    known: Overhead,
+    overhead_bytes: Overhead,
     center: str,
     update_ranks: Mapping[str, tuple[int, ...]],
 ) -> PlanRow:
-    num_models, lost, whole, per_model = len(zoo), 0.0, known.shared, known.per_model
+    num_models, lost, num_bytes, per_model = len(zoo), 0.0, overhead_bytes.shared, overhead_bytes.per_model
     lora_ranks = []
     for name, layer in ((name, layer.spectra) for name, layer in layers.items()):
-        ranks = {axis: min(rank, layer.whole(axis)) for axis in axes if axis in layer.values}
+        ranks = {axis: min(rank, layer.full_rank(axis)) for axis in axes if axis in layer.values}
         lost += layer.error(ranks)
-        whole += layer.num_bytes(ranks, num_models, itemsize)
+        num_bytes += layer.num_bytes(ranks, num_models, itemsize)
         per_model += layer.coefficient_bytes(ranks)
         if name in update_ranks:
-            sides = [kept for axis, kept in ranks.items() if axis != "models"]
-            own = sum(update_ranks[name]) if "models" in ranks else max(update_ranks[name])
-            lora_ranks.append(max(1, min(*zoo.layers[name].shape, own, *sides)))
-    whole += known.per_model * num_models
+            sides = [side_rank for axis, side_rank in ranks.items() if axis != "models"]
+            update_rank = sum(update_ranks[name]) if "models" in ranks else max(update_ranks[name])
+            lora_ranks.append(max(1, min(*zoo.layers[name].shape, update_rank, *sides)))
+    num_bytes += overhead_bytes.per_model * num_models
     return PlanRow(
         axes,
         rank,
         lost / energy if energy > 0 else 0.0,
         len(axes) == 1,
         *_captures(layers, axes, rank, center),
-        whole,
-        zoo.num_bytes / whole,
+        num_bytes,
+        zoo.num_bytes / num_bytes,
         per_model,
-        break_even(whole - per_model * num_models, per_model, zoo.num_bytes / num_models),
+        break_even(num_bytes - per_model * num_models, per_model, zoo.num_bytes / num_models),
         max(lora_ranks, default=None),
     )
 
 
 def _update_ranks(zoo: Zoo) -> dict[str, tuple[int, ...]]:
-    """The ranks of all models' LoRA updates, by layer."""
+    """Return the ranks of all models' LoRA updates, by layer."""
     stacks = {name: zoo.stack(name) for name, layer in zoo.layers.items() if layer.kind == "update"}
     return {name: stack.ranks for name, stack in stacks.items() if isinstance(stack, UpdateStack)}
 
 
 def _alone(layers: Mapping[str, Collected], zoo: Zoo, energy: float) -> tuple[AloneRow, ...]:
-    """The control at powers of two below the largest rank, from the singular values in the moments."""
-    known = [
+    """Compute the control at powers of two below the largest rank, from the singular values in the moments."""
+    updates = [
         (layer.spectra.layer, layer.moments.singular_NR)
         for layer in layers.values()
         if layer.moments is not None and layer.moments.singular_NR is not None
     ]
-    own = _update_ranks(zoo)
-    if len(known) < len(layers) or energy <= 0:
+    update_ranks = _update_ranks(zoo)
+    if len(updates) < len(layers) or energy <= 0:
         return ()
-    values = sum(sum(layer.shape) * sum(own[layer.name]) for layer, _ in known)
+    values = sum(sum(layer.shape) * sum(update_ranks[layer.name]) for layer, _ in updates)
     rows = []
-    for rank in (2**power for power in range(32) if 2**power < max(max(ranks) for ranks in own.values())):
-        lost = sum(float(singular_NR[:, rank:].square().sum()) for _, singular_NR in known)
-        kept = sum(sum(layer.shape) * sum(min(rank, each) for each in own[layer.name]) for layer, _ in known)
-        rows.append(AloneRow(rank, lost / energy, zoo.num_bytes - round(zoo.layer_bytes * (1 - kept / values))))
+    for rank in (2**power for power in range(32) if 2**power < max(max(ranks) for ranks in update_ranks.values())):
+        lost = sum(float(singular_NR[:, rank:].square().sum()) for _, singular_NR in updates)
+        num_kept = sum(
+            sum(layer.shape) * sum(min(rank, each) for each in update_ranks[layer.name]) for layer, _ in updates
+        )
+        rows.append(AloneRow(rank, lost / energy, zoo.num_bytes - round(zoo.layer_bytes * (1 - num_kept / values))))
     return tuple(rows)
 
 
 def _captures(
     layers: Mapping[str, Collected], axes: tuple[str, ...], rank: int, center: str
 ) -> tuple[float | None, float | None]:
-    """Shares of the variance kept in-sample and held out, over all layers weighted by their variance."""
+    """Return the kept shares of the variance, in-sample and held out, over all layers weighted by their variance."""
     variance = sum(layer.spectra.about_mean for layer in layers.values())
     if axes != ("models",) or center != "models" or variance <= 0:
         return None, None
-    kept = sum(float(layer.spectra.values["models"][:rank].sum()) for layer in layers.values())
+    captured = sum(float(layer.spectra.values["models"][:rank].sum()) for layer in layers.values())
     heldout = [
         (layer.heldout[min(rank, len(layer.heldout) - 1)], layer.spectra.variance)
         for layer in layers.values()
         if layer.heldout is not None
     ]
-    whole = sum(weight for _, weight in heldout)
-    return kept / variance, sum(share * weight for share, weight in heldout) / whole if whole > 0 else None
+    heldout_variance = sum(weight for _, weight in heldout)
+    heldout_captured = sum(share * weight for share, weight in heldout)
+    return captured / variance, heldout_captured / heldout_variance if heldout_variance > 0 else None

@@ -1,4 +1,4 @@
-"""Fit axes `outputs` and `inputs` of one layer: from its moments and rank rules to a written basis and all models' cores.
+"""Fit axes `outputs` and `inputs` of one layer: compute the bases and all models' cores from its moments and rank rules.
 
 Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K kept directions.
 """
@@ -17,7 +17,7 @@ from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
-from eigenzoo.subspace.bases.basis import TUCKER, PartWriter
+from eigenzoo.subspace.bases.basis import TUCKER, WholeTensorWriter
 from eigenzoo.subspace.bases.tucker import Cores, collect_cores, write_tucker
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, models_axis
 from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
@@ -26,14 +26,14 @@ from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 LARGEST_HELD_OUT = 2048
-"""Beyond this many outputs or inputs a second eigendecomposition costs seconds per layer, and held-out is left to `project`;
-a sketch has no such limit."""
+"""Largest side with a held-out share. A second eigendecomposition of a larger one takes seconds. Sketches have no limit.
+"""
 
 
 def fit_tucker(
-    stack: Stack, moments: LayerMoments, options: FitOptions, resources: Resources, writer: PartWriter
+    stack: Stack, moments: LayerMoments, options: FitOptions, resources: Resources, writer: WholeTensorWriter
 ) -> FittedLayer:
-    """Axes `outputs` and `inputs` from their moments, then axis `models` from the cores."""
+    """Fit axes `outputs` and `inputs` from their moments, then axis `models` from the cores."""
     ranks: dict[str, int] = {}
     reasons: dict[str, str] = {}
     bases: dict[str, Tensor | None] = {"outputs": None, "inputs": None}
@@ -42,10 +42,10 @@ def fit_tucker(
         if axis in options.axes and moment is None:
             reasons[axis] = f"kept whole: more than {LARGEST_SIDE:,} {axis}; solver 'sketch' truncates them"
         elif axis in options.axes and moment is not None:
-            choice, basis, held = _side(axis, moment, stack, moments, options)
+            choice, basis, largest_energy = _side(axis, moment, stack, moments, options)
             reasons[axis] = choice.reason
-            most.append(held / moment.trace if moment.trace > 0 else 0.0)
-            # A side kept whole needs no basis: U = 1.
+            most.append(largest_energy / moment.trace if moment.trace > 0 else 0.0)
+            # A side that is not truncated needs no basis: U = 1.
             if choice.rank < moment.size:
                 ranks[axis], bases[axis] = choice.rank, basis
     cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
@@ -76,28 +76,28 @@ def fit_tucker(
 def _side(
     axis: str, moment: SideMoment, stack: Stack, moments: LayerMoments, options: FitOptions
 ) -> tuple[RankChoice, Tensor, float]:
-    """Rank and basis (O, P) of the outputs or (I, Q) of the inputs, and the energy that so many directions hold at most."""
-    # Equal updates still have their mean in these moments; equal full weights have round-off only.
+    """Return rank and basis (O, P) of the outputs or (I, Q) of the inputs, and the largest energy in that many directions."""
+    # These moments of equal updates contain their mean, but those of equal full weights only round-off.
     if moments.variance == 0 and (isinstance(stack, DenseStack) or moment.trace <= 0):
         return RankChoice(0, "no variance"), torch.zeros(moment.size, 0, dtype=torch.float64), 0.0
-    found = moment.eigenvectors()
+    eigenvectors = moment.eigenvectors()
     rule = options.rules[axis]
     if isinstance(rule, int):
-        found.check_rank(rule)
+        eigenvectors.check_rank(rule)
     null = None
     if rule == AUTO:
         centered = isinstance(stack, DenseStack) and moments.removed is None
         null = axis_null(moment.size, moments.energies_N, _columns(stack, axis), centered=centered, seed=options.seed)
-    choice = choose_rank(rule, found.values_K, moment.trace, null)
+    choice = choose_rank(rule, eigenvectors.values_K, moment.trace, null)
     if moment.outside is not None:
         choice = replace(choice, reason=f"{choice.reason}, from a sketch of {moment.outside.columns} directions")
-    return choice, found.basis(choice.rank), found.most(choice.rank)
+    return choice, eigenvectors.basis(choice.rank), eigenvectors.most(choice.rank)
 
 
 def _bound(
     stack: Stack, moments: LayerMoments, ranks: dict[str, int], most: list[float], outside: float
 ) -> float | None:
-    """Share of the energy that bases and cores of these ranks could hold beyond these: no axis lets more through than its most."""
+    """Return the largest share of the energy that other bases and cores of these ranks could add, limited by each axis."""
     centered = float(moments.centered_NN.diagonal().sum())
     total = float(moments.energies_N.sum()) if isinstance(stack, UpdateStack) else moments.variance
     if total <= 0:
@@ -109,7 +109,7 @@ def _bound(
 
 
 def _columns(stack: Stack, axis: str) -> float:
-    """How many independent columns (rows) one model brings to the outputs' (inputs') moment."""
+    """Return the number of independent columns (rows) of one model in the outputs' (inputs') moment."""
     if isinstance(stack, UpdateStack):
         return sum(stack.ranks) / len(stack)
     outputs, inputs = stack.layer.shape
@@ -117,7 +117,7 @@ def _columns(stack: Stack, axis: str) -> float:
 
 
 def _shared_cores(cores: Cores, moments: LayerMoments, options: FitOptions) -> tuple[RankChoice, Tensor, Tensor]:
-    """PCA of the cores: rank, coefficients (N, K) and shared cores (K, P, Q)."""
+    """Return rank, coefficients (N, K) and shared cores (K, P, Q) by PCA of the cores."""
     flat_ND = cores.cores_NPQ.flatten(1)
     choice, values_K, vectors_NK = models_axis(flat_ND @ flat_ND.T, moments, options)
     roots_K = values_K.sqrt()
@@ -126,9 +126,9 @@ def _shared_cores(cores: Cores, moments: LayerMoments, options: FitOptions) -> t
 
 
 def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coefficients: Tensor) -> tuple[float, Tensor]:
-    """Centered energy that is kept, and each model's energy ‖X − X̂‖² that is not.
+    """Return the kept centred energy, and each model's lost energy ‖X − X̂‖².
 
-    Everything dropped is orthogonal to everything kept, so energies subtract; for updates the mean is part of the core.
+    The lost part is orthogonal to the kept part, so energies subtract. For updates the mean is part of the core.
     """
     kept_N = coefficients.flatten(1).square().sum(1)
     if isinstance(stack, DenseStack):
@@ -146,17 +146,18 @@ def tucker_capture(
     options: FitOptions,
     resources: Resources,
 ) -> float | None:
-    """Share of held-out models' centred energy that bases and cores of the same ranks, fitted to the others, capture.
+    """Return the share of held-out models' centred energy in bases and cores of the same ranks that are fitted to the other models.
 
-    One fold of five (by a seeded permutation) is held out: a second pass over the weights, and a second eigendecomposition of each
-    side, or a second sketch. The models axis alone needs none of this: there all follows from the Gram (`linalg.heldout`).
-    None for fewer than five models, for sides above `LARGEST_HELD_OUT` that are not sketched, and without variance.
+    One fold of five (by a seeded permutation) is held out. Cost: a second pass over the weights, and a second eigendecomposition or
+    sketch of each side. Axis `models` alone does not need this, because its held-out share follows from the Gram
+    (`linalg.heldout`). None for fewer than five models, for sides above `LARGEST_HELD_OUT` that are not sketched, and without
+    variance.
     """
     num_models = len(stack)
     if num_models < NUM_FOLDS or moments.variance == 0 or _is_large(moments, ranks):
         return None
-    held, *rest = make_folds(num_models, NUM_FOLDS, options.seed)
-    fitted = torch.cat(rest)
+    heldout, *folds = make_folds(num_models, NUM_FOLDS, options.seed)
+    fitted = torch.cat(folds)
     part = stack.subset(fitted.tolist())
     part_moments = collect(part, options.axes, options.center, resources, sketch=options.sketch)
     bases = {
@@ -166,12 +167,12 @@ def tucker_capture(
     }
     outputs_OP, inputs_IQ = bases.get("outputs"), bases.get("inputs")
     cores = collect_cores(stack, moments, outputs_OP, inputs_IQ).cores_NPQ.flatten(1)
-    # Everything so far is about the mean of all models; the fitted ones' own mean is what a held-out model is seen from.
+    # The moments are about the mean of all models. A held-out model is measured about the mean of the fitted models only.
     cores = cores - cores[fitted].mean(0)
-    total = _centered_energy(moments.centered_NN, fitted, held)
+    total = _centered_energy(moments.centered_NN, fitted, heldout)
     if "models" in ranks:
-        return float(_inside(cores[fitted], cores[held], ranks["models"]) / total)
-    return float(cores[held].square().sum() / total)
+        return float(_inside(cores[fitted], cores[heldout], ranks["models"]) / total)
+    return float(cores[heldout].square().sum() / total)
 
 
 def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:
@@ -180,14 +181,14 @@ def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:
     return any(side.size > LARGEST_HELD_OUT for side in exact)
 
 
-def _centered_energy(gram_NN: Tensor, fitted: Tensor, held: Tensor) -> Tensor:
-    """Σ‖x_h − mean of the fitted‖² over held-out models, from the Gram."""
+def _centered_energy(gram_NN: Tensor, fitted: Tensor, heldout: Tensor) -> Tensor:
+    """Return Σ‖x_h − mean of the fitted‖² over held-out models, from the Gram."""
     block = gram_NN[fitted][:, fitted]
-    return (gram_NN.diagonal()[held] - 2 * gram_NN[fitted][:, held].mean(0) + block.mean()).clamp_min(0).sum()
+    return (gram_NN.diagonal()[heldout] - 2 * gram_NN[fitted][:, heldout].mean(0) + block.mean()).clamp_min(0).sum()
 
 
-def _inside(fitted_ND: Tensor, held_ND: Tensor, rank: int) -> Tensor:
-    """Energy of held-out rows in the leading directions of the fitted ones."""
+def _inside(fitted_ND: Tensor, heldout_ND: Tensor, rank: int) -> Tensor:
+    """Return the energy of held-out rows in the leading directions of the fitted ones."""
     values_K, vectors_NK = eigenpairs(fitted_ND @ fitted_ND.T)
     directions_KD = (vectors_NK / values_K.sqrt()).T[:rank] @ fitted_ND
-    return (held_ND @ directions_KD.T).square().sum()
+    return (heldout_ND @ directions_KD.T).square().sum()

@@ -1,14 +1,14 @@
-"""The work of a fit while it goes on: a folder beside the output that an interrupted fit leaves, and the same fit goes on from.
+"""Keep the finished layers of a fit in a folder beside the output, so that an interrupted fit can resume.
 
     .eigenzoo-fit-<key>/
-        lock                     held by the fit that is at work
-        bundle/basis.safetensors the basis as far as it is written
-        layers/<number>.json     a finished layer: its record, and which tensors it has in the basis
-        layers/<number>.safetensors  its coefficients, energies lost, and moments
+        lock                     locked by the running fit
+        bundle/basis.safetensors the basis written so far
+        layers/<number>.json     a finished layer: its record, and the names of its tensors in the basis
+        layers/<number>.safetensors  its coefficients, lost energies and moments
 
-The key tells the zoo's files and the options of the fit, to the byte. A layer's record is written after its tensors, under a
-temporary name, so that a layer is finished or not; one whose files are damaged is not. What a killed process has written the
-system still holds; after a loss of power the fit begins anew, since the folder's mark of the running system is then another.
+The key identifies the zoo's files and the options of the fit. A layer's record is written after its tensors and renamed into place,
+so that a layer with a record is finished. A layer whose files are damaged counts as not finished. After a killed process the system
+still has all it wrote. After a power loss the fit starts from the beginning, since the folder's mark of the running system differs.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from eigenzoo.subspace.moments.moments_cache import checksum, digest
 PREFIX = ".eigenzoo-fit-"
 
 STALE_SECONDS = 7 * 24 * 3600
-"""Work that nobody has gone on with for a week is removed when the next fit begins beside it."""
+"""Work that was not resumed for a week is removed when the next fit in the same folder starts."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A finished layer: its fit and moments, and its tensors in the basis in their order: name, dtype, shape."""
+class FinishedLayer:
+    """A finished layer: its fit and moments, and name, dtype and shape of its tensors in the basis, in order."""
 
     fitted: FittedLayer
     moments: LayerMoments
@@ -55,38 +55,38 @@ class Kept:
 
 
 class Work:
-    """What is finished of a fit. Without a folder nothing is kept, and nothing is finished."""
+    """The finished layers of a fit. Without a folder none are kept."""
 
     def __init__(self, folder: Path | None = None, layers: Sequence[Layer] = ()) -> None:
         self._folder = folder
-        self._places = {layer.name: place for place, layer in enumerate(layers)}
+        self._numbers = {layer.name: number for number, layer in enumerate(layers)}
         self._layers = {layer.name: layer for layer in layers}
-        self._kept: dict[str, Kept] = {}
+        self._finished: dict[str, FinishedLayer] = {}
         if folder is not None:
             (folder / "layers").mkdir(exist_ok=True)
             self._find()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._kept
+        return name in self._finished
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._finished)
 
     @property
     def lasts(self) -> bool:
-        """Whether what is written is kept beyond an interruption, and may be there already."""
+        """Whether finished layers are kept after an interruption."""
         return self._folder is not None
 
     def _find(self) -> None:
-        """Take the finished layers, up to the first that is not: a basis is written in the order of the layers."""
+        """Read the finished layers up to the first that is not finished. A basis is written in the order of the layers."""
         for name, layer in self._layers.items():
             try:
-                self._kept[name] = self._read(layer)
+                self._finished[name] = self._read(layer)
             except (EigenzooError, OSError, ValueError, KeyError, TypeError):
                 return
 
-    def _read(self, layer: Layer) -> Kept:
-        """Read a finished layer; raises ValueError where it is not what was written."""
+    def _read(self, layer: Layer) -> FinishedLayer:
+        """Read a finished layer. Raises ValueError if its values are not the written ones."""
         document = json.loads(self._path(layer.name, "json").read_bytes())
         file = SafetensorsFile(self._path(layer.name, "safetensors"))
         coefficients, outside_N = file.read("coefficients"), file.read("outside")
@@ -101,10 +101,10 @@ class Work:
         for shard, num_bytes in document["basis"]:
             if (self._path(layer.name, "json").parents[1] / "bundle" / shard).stat().st_size < num_bytes:
                 raise ValueError("less of the basis than was written")
-        return Kept(fitted, moments, [tuple(item) for item in tensors])
+        return FinishedLayer(fitted, moments, [tuple(item) for item in tensors])
 
     def keep(self, fitted: FittedLayer, moments: LayerMoments, writer: BasisWriter) -> None:
-        """Note that a layer is finished, once its tensors are written."""
+        """Record a layer as finished, after its tensors are written."""
         if self._folder is None:
             return
         values = _values(fitted, moments)
@@ -121,25 +121,25 @@ class Work:
         staging.replace(self._path(fitted.name, "json"))
 
     def restore(self, name: str, writer: BasisWriter) -> tuple[FittedLayer, LayerMoments]:
-        """Return a finished layer, and let the writer know of its tensors."""
-        kept = self._kept[name]
-        for tensor, dtype, shape in kept.tensors:
+        """Return a finished layer, and register its tensors with the writer."""
+        finished = self._finished[name]
+        for tensor, dtype, shape in finished.tensors:
             writer.adopt(tensor, dtype_of(dtype), tuple(shape))
-        return kept.fitted, kept.moments
+        return finished.fitted, finished.moments
 
     def _path(self, name: str, suffix: str) -> Path:
         assert self._folder is not None
-        return self._folder / "layers" / f"{self._places[name]:05d}.{suffix}"
+        return self._folder / "layers" / f"{self._numbers[name]:05d}.{suffix}"
 
 
 def _values(fitted: FittedLayer, moments: LayerMoments) -> dict[str, Tensor]:
-    """The tensors of a finished layer's file."""
-    own = {"outside": fitted.outside_N, "coefficients": fitted.coefficients}
-    return {**moment_tensors(fitted.name, moments), **own}
+    """Return the tensors of a finished layer's file."""
+    values = {"outside": fitted.outside_N, "coefficients": fitted.coefficients}
+    return {**moment_tensors(fitted.name, moments), **values}
 
 
 def check_workspace(workspace: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError unless a workspace is a folder that may be written to; call it before long work starts."""
+    """Raise OutputError unless a workspace is a writable folder. Call this before long work starts."""
     if workspace is None:
         return
     if not os.path.isdir(workspace):
@@ -156,10 +156,10 @@ def check_workspace(workspace: str | os.PathLike[str] | None) -> None:
 
 @contextmanager
 def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]:
-    """Give the folder of a fit's work, and whether it lasts beyond an interruption.
+    """Yield the folder of a fit's work, and whether it is kept after an interruption.
 
-    Without a workspace, and where another process is at the same fit, it is a temporary folder. It is removed at the end, and
-    after an error that would come again; what interrupts (a signal, a full disk, a kill) leaves it.
+    It is a temporary folder without a workspace, or if another process runs the same fit. It is removed at the end, and after an
+    error that would repeat. After an interruption (a signal, a full disk, a kill) it stays.
     """
     if workspace is None:
         with TemporaryFolder() as name:
@@ -177,7 +177,7 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
         yield folder, True
         shutil.rmtree(folder, ignore_errors=True)
     except (OutputError, FormatError):
-        # A full disk, or a store that does not answer, as a rule: another day there may be room, and an answer.
+        # Usually a full disk or a store that does not answer. A later attempt may succeed.
         raise
     except EigenzooError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -187,23 +187,23 @@ def work_folder(workspace: Path | None, key: str) -> Iterator[tuple[Path, bool]]
 
 
 def _claim(folder: Path) -> int | None:
-    """Make the folder and take its lock; None where another process has it, or is just removing it, or where it is not ours.
+    """Make the folder and lock it. Return None if another process has locked or is removing it, or if another user owns it.
 
-    In a folder that many may write to, a stranger may have put one of this name there, with links to other people's files in it.
+    In a folder that several users can write to, another user may have made a folder of this name with links to files of others.
     """
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
             return None
-        # Between opening and locking, the fit that had it may have removed the folder.
+        # Between opening and locking, another fit may have removed the folder.
         return locked(folder / "lock", os.O_CREAT | os.O_RDWR)
     except OSError:
         return None
 
 
 def _begin_anew_after_restart(folder: Path) -> None:
-    """Empty the folder unless the system that wrote it is still running: only then is all that was written there."""
+    """Empty the folder if the system was restarted since it was written, because then written data may be lost."""
     mark, running = folder / "system", running_system()
     if not running or not mark.exists() or mark.read_text() != running:
         for part in ("bundle", "layers"):
@@ -213,7 +213,7 @@ def _begin_anew_after_restart(folder: Path) -> None:
 
 
 def sweep(workspace: Path) -> None:
-    """Remove work that nobody is at, and that nobody has gone on with for a week."""
+    """Remove work that no process has locked and that was not resumed for a week."""
     for folder in workspace.glob(f"{PREFIX}*"):
         try:
             if folder.is_symlink() or time.time() - (folder / "layers").stat().st_mtime < STALE_SECONDS:

@@ -1,4 +1,4 @@
-"""Write a fitted zoo as the parts of a bundle: basis, coefficients, contents and moments, and the manifest with its report."""
+"""Write a fitted zoo as the files of a bundle: basis, coefficients, contents and moments, and the manifest with its report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from eigenzoo.zoo.zoo import Zoo
 
 
 def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: Path, started: float) -> Manifest:
-    """Put the basis, all models' coefficients and contents, and the moments into `folder`, and describe it."""
+    """Write the basis, all models' coefficients and contents, and the moments into `folder`. Return the manifest."""
     fitted, collected = layers.fitted, layers.moments
     if layers.folder != folder:
         for path in sorted(layers.folder.iterdir()):
@@ -64,7 +64,7 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
 
 
 def zoo_options(zoo: Zoo) -> dict[str, object]:
-    """What a manifest's options say of how models are opened; nothing of what is as by default."""
+    """Return the options of opening models for a manifest, without those that have their default."""
     chosen = zoo.selection
     split = {"split": [str(rule) for rule in chosen.split]} if chosen.split else {}
     return {**split, **({"missing": chosen.missing} if chosen.missing != "error" else {})}
@@ -83,12 +83,12 @@ def write_models(
             folder,
             name,
             basis_id,
-            [layer.coefficients[place] for layer in fitted.values()],
-            [float(share_N[place]) for share_N in shares.values()],
-            ZooTemplate(zoo, place),
-            source_record(zoo.models[place], folder),
+            [layer.coefficients[index] for layer in fitted.values()],
+            [float(share_N[index]) for share_N in shares.values()],
+            ZooTemplate(zoo, index),
+            source_record(zoo.models[index], folder),
         )
-        for place, name in enumerate(zoo.names)
+        for index, name in enumerate(zoo.names)
     ]
 
 
@@ -141,8 +141,8 @@ def _warnings(zoo: Zoo, options: FitOptions, fitted: Mapping[str, FittedLayer]) 
 
 
 def _left_warnings(zoo: Zoo) -> list[str]:
-    """Say what is not in the bundle and will be looked for where the models came from."""
-    left = max((len(zoo.left_at_source(place)) for place in range(len(zoo))), default=0)
+    """Warn about tensors that are not in the bundle and are read from the models' source."""
+    left = max((len(zoo.left_at_source(index)) for index in range(len(zoo))), default=0)
     if not left:
         return []
     return [
@@ -152,22 +152,22 @@ def _left_warnings(zoo: Zoo) -> list[str]:
 
 
 def _precision_warnings(options: FitOptions, fitted: Mapping[str, FittedLayer]) -> list[str]:
-    """Name the layers that have fewer directions than asked for because bfloat16 products cannot tell the others from round-off."""
-    asked = options.rules.get("models")
-    if options.precision != FAST or not isinstance(asked, int):
+    """Name the layers with fewer directions than requested, because bfloat16 products cannot separate the others from round-off."""
+    wanted_rank = options.rules.get("models")
+    if options.precision != FAST or not isinstance(wanted_rank, int):
         return []
-    short = [name for name, layer in fitted.items() if 0 < layer.ranks.get("models", asked) < asked]
+    short = [name for name, layer in fitted.items() if 0 < layer.ranks.get("models", wanted_rank) < wanted_rank]
     if not short:
         return []
     return [
-        f"precision 'fast' finds fewer than {asked} directions in {len(short)} layers ({', '.join(short[:3])}"
+        f"precision 'fast' finds fewer than {wanted_rank} directions in {len(short)} layers ({', '.join(short[:3])}"
         f"{', …' if len(short) > 3 else ''}): the others lie below {BFLOAT16_ROUND_OFF:.0e} of the largest variance; "
         "use precision 'default' for them"
     ]
 
 
 def _chance_warnings(options: FitOptions, fitted: Collection[FittedLayer]) -> list[str]:
-    """Say where nothing is kept because nothing is above chance, and what may be asked for instead."""
+    """Warn about layers of rank 0 because no direction is above chance, and name the options."""
     axes = [axis for axis, rule in options.rules.items() if rule == AUTO]
     empty = [
         layer for layer in fitted if layer.record.variance > 0 and any(layer.ranks.get(axis) == 0 for axis in axes)

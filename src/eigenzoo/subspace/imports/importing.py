@@ -1,12 +1,12 @@
-"""Other tools' subspaces as bundles: their means, directions and loadings, kept, and no model read.
+"""Convert other tools' subspaces to bundles with the same means, directions and loadings, without reading a model.
 
-    tool                      axes              a factor is kept as
+    tool                      axes              form of a factor
     vLoRA                     models            form `flat`: mean + Σ c_k V_k, each V_k a whole factor
     components and loadings   outputs, inputs   form `tucker` without a mean: C · Vᵀ for A, U · C for B
 
 View `factors`: A and s·B of a module are two layers, so the scale s of an adapter's config goes into the mean and the coefficients
-of B. The models of such a bundle are the adapters that the tool rebuilds. What it had lost of the originals is in none of its
-files: residuals are zero against those adapters, and there are no moments.
+of B. The models of such a bundle are the adapters that the tool rebuilds. Its files do not contain its loss of the originals, so
+residuals are zero, relative to those adapters. There are no moments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from eigenzoo.formats.subspaces.vlora_folder import VloraFolder, is_vlora
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import FitReport, Progress, no_progress, plain
-from eigenzoo.subspace.bases.basis import FLAT, PARTS, TUCKER, Parts
+from eigenzoo.subspace.bases.basis import FLAT, MAX_TENSORS, TUCKER, BasisTensors
 from eigenzoo.subspace.bases.flat import ORTHONORMAL
 from eigenzoo.subspace.bundles.storage import identify, write_model
 from eigenzoo.subspace.fitting.bytes import count_bytes
@@ -95,7 +95,7 @@ def import_subspace(
 def open_foreign(
     source: Folders, *, components: str | os.PathLike[str] | None = None, allow_pickle: bool = False
 ) -> ForeignSubspace:
-    """Find out by names and headers which tool wrote a folder, and open it."""
+    """Recognise by names and headers the tool that wrote a folder, and open it."""
     paths = [Path(source)] if isinstance(source, str | os.PathLike) else [Path(path) for path in source]
     missing = [path for path in paths if not path.is_dir()]
     if missing or not paths:
@@ -117,14 +117,14 @@ _KINDS = (
 
 
 def _adapters_at(path: Path) -> list[Path]:
-    """The folder itself, or those in it, that are adapters of components and loadings."""
+    """Return the folders of adapters of components and loadings: the folder itself, or folders in it."""
     if is_subspace_adapter(path):
         return [path]
     children = [path / name for name in list_folder(path) if not name.startswith((".", "_"))]
-    found = [child for child in children if child.is_dir() and is_subspace_adapter(child)]
-    if not found:
+    adapters = [child for child in children if child.is_dir() and is_subspace_adapter(child)]
+    if not adapters:
         raise FormatError("no subspace of another tool is here", where=str(path), rule=_KINDS)
-    return found
+    return adapters
 
 
 def _like(foreign: ForeignSubspace, like: str | os.PathLike[str] | None, alpha: float | None) -> AdapterLike:
@@ -141,11 +141,11 @@ def _like(foreign: ForeignSubspace, like: str | os.PathLike[str] | None, alpha: 
 
 
 def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: Progress) -> Manifest:
-    """Put bases, coefficients and contents into `folder`, and describe them."""
+    """Write bases, coefficients and contents into `folder`, and return the manifest."""
     made, scales, notes = templates(foreign, like)
     form = FLAT if foreign.axes == ("models",) else TUCKER
     names = [f"{module}.{factor}" for module in foreign.shapes for factor in FACTORS]
-    writer = BasisWriter(folder, names, PARTS[form])
+    writer = BasisWriter(folder, names, MAX_TENSORS[form])
     layers: dict[str, ImportedLayer] = {}
     try:
         task = partial(_import_factor, foreign, scales)
@@ -162,16 +162,16 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
             folder,
             name,
             basis_id,
-            [layer.coefficients[place] for layer in layers.values()],
+            [layer.coefficients[index] for layer in layers.values()],
             [0.0] * len(layers),
-            made[place],
-            SourceRecord(path=os.path.relpath(foreign.sources[place].resolve(), folder.resolve()), files={}),
-            [float(layer.energies_N[place]) for layer in layers.values()],
+            made[index],
+            SourceRecord(path=os.path.relpath(foreign.sources[index].resolve(), folder.resolve()), files={}),
+            [float(layer.energies_N[index]) for layer in layers.values()],
         )
-        for place, name in enumerate(foreign.names)
+        for index, name in enumerate(foreign.names)
     ]
     most = {axis: max(layer.fit.rank[axis] for layer in layers.values()) for axis in foreign.axes}
-    if form == FLAT:  # what a fit anew, with at least one model more, may ask for
+    if form == FLAT:  # the ranks of a refresh, which has at least one more model
         most["models"] = min(most["models"], len(models))
     center = "models" if form == FLAT else "none"
     options = FitOptions(foreign.axes, dict(most), center, "float32", None, None, 0)
@@ -196,13 +196,13 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
 def _import_factor(
     foreign: ForeignSubspace, scales: Mapping[str, float], name: str
 ) -> tuple[ImportedLayer, dict[str, Tensor]]:
-    """Read one factor; returns it as a layer of a bundle, and the tensors of its basis."""
+    """Read one factor. Return it as a layer of a bundle, with the tensors of its basis."""
     module, _, factor = name.rpartition(".")
-    found = scaled(foreign.factor(module, factor), scales[module] if factor == "lora_B" else 1.0)
+    scaled_factor = scaled(foreign.factor(module, factor), scales[module] if factor == "lora_B" else 1.0)
     layer = factor_layer(name, foreign.shapes[module][FACTORS.index(factor)], foreign.dtype)
-    parts = Parts()
+    tensors = BasisTensors()
     import_one = import_flat if foreign.axes == ("models",) else import_side
-    return import_one(layer, found, parts), parts.tensors
+    return import_one(layer, scaled_factor, tensors), tensors.tensors
 
 
 def _report(
@@ -227,7 +227,7 @@ def _report(
         bytes=count_bytes(folder, models, len(layers), num_bytes, num_bytes),
         left_out=(),
         skipped=(),
-        warnings=(*_said(foreign, layers), *foreign.notes, *notes),
+        warnings=(*_warnings(foreign, layers), *foreign.notes, *notes),
         seconds=0.0,
         peak_memory=0,
     )
@@ -235,18 +235,18 @@ def _report(
     return {**report.to_dict(), "imported": {"tool": foreign.tool, "files": files}}
 
 
-def _said(foreign: ForeignSubspace, layers: Mapping[str, ImportedLayer]) -> list[str]:
-    said = [
+def _warnings(foreign: ForeignSubspace, layers: Mapping[str, ImportedLayer]) -> list[str]:
+    warnings = [
         f"imported from {foreign.tool}: the models are the adapters that it rebuilds, and residuals are zero against those. What "
         "it had lost of the originals its files do not say; there are no moments; the models' bytes are those of their factors"
     ]
-    turned = [layer.deviation for layer in layers.values() if layer.deviation > ORTHONORMAL]
-    if turned:
-        said.append(
-            f"the directions of {len(turned)} of {len(layers)} layers were not orthonormal ({_leaning(max(turned))}); "
+    deviations = [layer.deviation for layer in layers.values() if layer.deviation > ORTHONORMAL]
+    if deviations:
+        warnings.append(
+            f"the directions of {len(deviations)} of {len(layers)} layers were not orthonormal ({_leaning(max(deviations))}); "
             "they were made so and the coefficients turned with them, which changes nothing of what is rebuilt"
         )
-    return said
+    return warnings
 
 
 def _leaning(deviation: float) -> str:

@@ -1,1 +1,1 @@
-"""Second moments of a layer's stack: collected in one read, kept, grown, and looked at for copies."""
+"""Second moments of a layer's stack: collect them in one read, cache them, extend them, and detect copies."""

@@ -1,4 +1,4 @@
-"""Models that are the same function: found by the moments, and looked at again where products were too coarse to tell.
+"""Find models that are the same function by their moments. If products were too coarse, the models are compared again.
 
 Legend: N models, C coefficients of all layers.
 """
@@ -18,20 +18,20 @@ from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 DUPLICATE = 1e-10
-"""Squared distance over mean energy below which two models are the same function: 1e-5 of the norm, float32 factors' round-off."""
+"""Two models are the same function below this squared distance over mean energy: 1e-5 of the norm, float32 factors' round-off."""
 
 COARSE = 10.0
-"""Squared distances below so many round-offs of the products may be none at all."""
+"""Squared distances below this multiple of the products' round-off may be zero."""
 
 
 def find_duplicates(
     names: Sequence[str], moments: Iterable[LayerMoments], zoo: Zoo | None = None
 ) -> tuple[tuple[str, str], ...]:
-    """Return pairs of models whose analysed layers agree to 1e-5 of their norm, whatever the factors they are stored as.
+    """Return pairs of models whose analysed layers agree to 1e-5 of their norm. Factors may differ if their products agree.
 
-    Distances from float32 products are coarser than that: models that they cannot tell apart are read again, in pairs, where the
-    zoo is at hand. Without it, those count as the same that are as close as such products can show: of full weights, whose products
-    are about the mean, 1e-3 of what they differ from it, and of updates 1e-3 of their norm.
+    Distances from float32 products are coarser than that. With a zoo, models closer than these can resolve are read again in pairs.
+    Without it they count as the same. The products of full weights are about the mean and resolve 1e-3 of the distance from it;
+    those of updates resolve 1e-3 of the norm.
     """
     size = len(names)
     distances_NN, allowed_NN = torch.zeros(2, size, size, dtype=torch.float64)
@@ -41,7 +41,7 @@ def find_duplicates(
         distances_NN += squared_distances(layer.gram_NN)
         energies_N += layer.energies_N
         if layer.round_off > DUPLICATE:
-            # What round-off is a share of: the Gram of updates is taken about zero, that of full weights about the mean.
+            # Round-off is relative to the Gram as computed: about zero for updates, about the mean for full weights.
             scale_N = layer.energies_N if layer.singular_NR is not None else center_gram(layer.gram_NN).diagonal()
             allowed_NN += COARSE * layer.round_off * (scale_N[:, None] + scale_N) / 2
             coarse = True
@@ -53,7 +53,7 @@ def find_duplicates(
 
 
 def _confirmed(zoo: Zoo, close_NN: Tensor, energies_N: Tensor) -> Tensor:
-    """Keep the pairs that agree with the first of their group when both are read again."""
+    """Read pairs of a group's first model and another again, and return those that agree."""
     confirmed_NN = torch.zeros_like(close_NN)
     left = set(range(len(zoo)))
     for first in range(len(zoo)):
@@ -73,7 +73,7 @@ def _confirmed(zoo: Zoo, close_NN: Tensor, energies_N: Tensor) -> Tensor:
 
 
 def _agree(zoo: Zoo, first: int, second: int, energy: float) -> bool:
-    """Whether two models agree to 1e-5 of their norm; layer by layer, until they cannot any more."""
+    """Tell whether two models agree to 1e-5 of their norm. Stops at the layer from which on they cannot."""
     distance = 0.0
     for name in zoo.layers:
         distance += _distance(zoo, name, first, second)
@@ -94,18 +94,18 @@ def _distance(zoo: Zoo, name: str, first: int, second: int) -> float:
 def find_copies(
     new: Sequence[Coefficients], names: Sequence[str], coefficients: Mapping[str, Tensor]
 ) -> list[tuple[str, str]]:
-    """Return pairs of a model and a new one of the same coefficients, to 1e-5 of the model's norm.
+    """Return pairs of a model and a new one whose coefficients agree to 1e-5 of the model's norm.
 
-    Only of new models that lie inside the kept subspace: of others the coefficients do not tell. `coefficients` are those of all
-    models (N, …) in the order of `names`, layer by layer.
+    Only new models inside the kept subspace are compared, because coefficients do not describe the others completely.
+    `coefficients` has those of all models (N, …) in the order of `names`, by layer.
     """
     inside = [model for model in new if model.residual <= DUPLICATE]
     if not inside:
         return []
     rows_NC = torch.cat([rows.flatten(1).double() for rows in coefficients.values()], 1)
-    found = []
+    pairs = []
     for model in inside:
-        place = names.index(model.name)
-        close_N = (rows_NC[:place] - rows_NC[place]).square().sum(1) <= DUPLICATE * sum(model.energies.values())
-        found += [(names[other], model.name) for other in close_N.nonzero()[:, 0].tolist()]
-    return found
+        index = names.index(model.name)
+        close_N = (rows_NC[:index] - rows_NC[index]).square().sum(1) <= DUPLICATE * sum(model.energies.values())
+        pairs += [(names[other], model.name) for other in close_N.nonzero()[:, 0].tolist()]
+    return pairs

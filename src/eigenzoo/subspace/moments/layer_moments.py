@@ -1,6 +1,6 @@
-"""Second moments of a layer's stack: what one streaming pass over the weights leaves, and all that is learned from.
+"""Second moments of a layer's stack: the result of one pass over the weights, from which everything else is computed.
 
-`collecting` makes them of full weights, `update_moments` of LoRA updates.
+`collecting` computes them for full weights, `update_moments` for LoRA updates.
 
 Legend: N models, D values of one flattened layer, O outputs, I inputs.
 """
@@ -35,19 +35,18 @@ class LayerMoments:
         reference_energy: ⟨R, R⟩.
         num_values: D.
         round_off: share of the largest eigenvalue below which eigenvalues are the products' round-off.
-        num_reference: how many models R is the mean of; the first ones.
-        removed: M, broadcastable over (O, I); None for center `models`, where only a pass over the weights can give it.
+        num_reference: the number of first models whose mean is R.
+        removed: M, broadcastable over (O, I); None for center `models`, because it needs a pass over the weights.
         shift_N: ⟨R − M, Y_i⟩, and shift_energy: ⟨R − M, R − M⟩; for center `models` zero and unused.
-        outputs, inputs: Σ (X_n − M)(X_n − M)ᵀ and its mirror, where an axis asked for them; for LoRA updates they
-            are taken about zero, so that the bases hold the mean too (see `tucker`).
-        entries: in how many dimensions the models would lie if their entries varied independently, each as it does: (Σ v)² / Σ v²
-            with v the entries' variances over at most 64 of the models or so; D where all vary alike.
-            None for LoRA updates, which are never multiplied out, and where growth from a bundle alone could not know it, as all
-            below.
-        sums_N: the sum of each model's entries, ⟨1, X_n⟩.
+        outputs, inputs: Σ (X_n − M)(X_n − M)ᵀ and its mirror, for the truncated axes. For LoRA updates they are about zero, so that
+            the bases contain the mean (see `tucker`).
+        entries: effective dimension of the models if their entries varied independently: (Σ v)² / Σ v² with v the entries'
+            variances over about 64 models or fewer. D if all variances are equal. None for LoRA updates, which are not multiplied
+            out. This and all below are None after growth from a bundle alone.
+        sums_N: sum of each model's entries, ⟨1, X_n⟩.
         singular_NR: for LoRA updates, their singular values, descending, padded with zeros.
-        starts_NN: for LoRA updates, the inner products of their A-factors (of the rows that all have): what tells a
-            shared initialisation, which the update itself need not show.
+        starts_NN: for LoRA updates, the inner products of the leading rows of A that all models have. They reveal a shared
+            initialisation, which the product B·A may not.
     """
 
     gram_NN: Tensor
@@ -76,14 +75,14 @@ class LayerMoments:
 
     @cached_property
     def centered_NN(self) -> Tensor:
-        """Gram of X_n − M, the second moment of the models axis."""
+        """The Gram of X_n − M, the second moment of the models axis."""
         if self.shift_N is None:
             return center_gram(self.gram_NN)
         return shift_gram(self.gram_NN, self.shift_N, self.shift_energy)
 
     @property
     def raw_NN(self) -> Tensor:
-        """Gram of X_n, nothing removed."""
+        """The Gram of X_n, without centring."""
         return shift_gram(self.gram_NN, self.cross_N, self.reference_energy)
 
     @cached_property
@@ -93,13 +92,13 @@ class LayerMoments:
 
     @cached_property
     def variance(self) -> float:
-        """Energy of X − M, summed over models; zero where it is no more than round-off of the whole energy."""
+        """Energy of X − M, summed over models; zero if it is only round-off of the whole energy."""
         centered = float(self.centered_NN.trace())
         return centered if centered > NO_VARIANCE * float(self.energies_N.sum()) else 0.0
 
     @property
     def mean_share(self) -> float:
-        """Share of the stack's energy that lies in the mean over all models."""
+        """Share of the stack's energy in the mean over all models."""
         total = float(self.energies_N.sum())
         mean = float(self.gram_NN.mean() + 2 * self.cross_N.mean()) + self.reference_energy
         return self.num_models * mean / total if total > 0 else 0.0
@@ -113,13 +112,13 @@ def round_off(stack: Stack) -> float:
 
 
 def from_raw_gram(raw_NN: Tensor, num_values: int, floor: float = NUMERICAL_RANK) -> LayerMoments:
-    """Return moments about the models' mean from the Gram of the models as they are."""
+    """Return moments about the models' mean from the uncentred Gram."""
     gram_NN, cross_N, energy = split_gram(raw_NN)
     return LayerMoments(gram_NN, cross_N, energy, num_values, raw_NN.shape[0], floor)
 
 
 def recentered(moments: LayerMoments) -> LayerMoments:
-    """Return the same moments about the mean of all models; nothing but sums of what is known, and no large mean cancels."""
+    """Return the moments with the mean of all models as reference. Only their sums are needed, and no large terms cancel."""
     means_N, along, mean = moments.gram_NN.mean(1), float(moments.cross_N.mean()), float(moments.gram_NN.mean())
     cross_N = moments.cross_N + means_N - (along + mean)
     energy = moments.reference_energy + 2 * along + mean
@@ -138,7 +137,7 @@ def recentered(moments: LayerMoments) -> LayerMoments:
 
 
 def center_of(mean_OI: Tensor, center: str) -> Tensor:
-    """Return M, broadcastable over (O, I), for a center: the mean, its column means, zero, or its one mean."""
+    """Return M, broadcastable over (O, I), for a center: the mean, its column means, zero, or the mean of its entries."""
     if center == "models":
         return mean_OI
     if center == "columns":
@@ -155,13 +154,14 @@ def shifted_to_zero(moments: LayerMoments) -> LayerMoments:
 
 
 def entry_dimensions(gram_NN: Tensor, squares: float) -> float:
-    """Return (Σ v)² / Σ v² over the entries' variances v, without the part of Σ v² that so few values have by chance.
+    """Return (Σ v)² / Σ v² over the entries' variances v, corrected for the sampling error of Σ v².
 
-    Of the models of `block_sums.sample`, about the mean of all: E v² = v²·(1 + 2/n) from n of N values, and 1 + 2/(N − 1) from all.
+    The variances are over the models of `block_sums.sample`, about the mean of all: E v² = v²·(1 + 2/n) from n of N values, and 1 +
+    2/(N − 1) from all.
     """
     chosen = gram_NN.diagonal()[sample(gram_NN.shape[0])]
     num_free = min(chosen.numel(), gram_NN.shape[0] - 1)
     chance = (num_free + 2) / num_free if num_free > 0 else 1.0
     total = float(chosen.sum())
-    # Divided before it is multiplied: the square of what is finite may not be.
+    # Division first, because the square of a finite value may overflow.
     return total / squares * total * chance if squares > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Moments that are kept between runs: an interrupted pass goes on where it was, and a repeated one reads no weight.
+"""Cache moments on disk, so that an interrupted pass resumes and a repeated one reads no weights.
 
-One file per layer in the user's cache folder, named by what it was made of (`ZooIdentity`). Nothing depends on it: what is missing,
-damaged or of other files is collected again.
+Each layer has one file in the user's cache folder. Its name identifies the zoo's files and the options (`ZooIdentity`). Missing or
+damaged moments are collected again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.zoo import Zoo
 
 VERSIONS = (2, np.__version__, torch.__version__)
-"""The first is raised whenever the same files give other moments or bases than before; other libraries round otherwise."""
+"""The first number is raised when the same files give other moments or bases. Other library versions round differently.
+"""
 
 
 class ZooIdentity:
@@ -39,11 +40,11 @@ class ZooIdentity:
 
     @cached_property
     def files(self) -> str:
-        """Digest of all models' files, the base's included."""
+        """Digest of all models' files, including the base."""
         return digest(self._zoo.identities())
 
     def layer(self, name: str, *details: object) -> str:
-        """Key of one layer under a choice of what is done with it."""
+        """Return the key of one layer for given options."""
         layer = self._zoo.layers[name]
         return digest(
             [
@@ -54,14 +55,14 @@ class ZooIdentity:
                 layer.shape,
                 layer.dtype,
                 self._zoo.keys(name),
-                # The same name and shape may be other rows.
+                # Layers with the same name and shape may be other rows of the tensor.
                 *map(str, self._zoo.selection.split),
                 *details,
             ]
         )
 
-    def whole(self, *details: object) -> str:
-        """Key of all layers under a choice of what is done with them."""
+    def zoo_key(self, *details: object) -> str:
+        """Return the key of all layers for given options."""
         names = list(self._zoo.layers)
         return digest(
             [*VERSIONS, self.files, self._zoo.names, self._zoo.view, [self.layer(name) for name in names], *details]
@@ -74,14 +75,14 @@ def digest(value: object) -> str:
 
 
 CHECKSUM = "sha256"
-"""Metadata of a file of kept moments: the hash of its values."""
+"""Metadata key of a cached file: the hash of its values."""
 
 CACHE_BYTES = 4 * 2**30
-"""Bytes of kept moments; the longest unused go first."""
+"""Largest size of the cache in bytes. The least recently used moments are removed first."""
 
 
 class MomentsCache:
-    """The kept moments of one zoo's layers about the models' mean; with `folder` None, nothing is kept."""
+    """The cached moments of a zoo's layers about the models' mean. With `folder` None nothing is cached."""
 
     def __init__(self, zoo: Zoo, folder: Path | None, device: str = "cpu") -> None:
         self._zoo, self._folder, self.identity = zoo, folder, ZooIdentity(zoo)
@@ -93,7 +94,7 @@ class MomentsCache:
                 self._folder = None
 
     def get(self, name: str, center: str, precision: str) -> LayerMoments | None:
-        """Return a layer's moments, or None where they are not kept."""
+        """Return a layer's moments, or None if they are not cached."""
         path = self._path(name, center, precision)
         if path is None or not path.is_file():
             return None
@@ -103,7 +104,7 @@ class MomentsCache:
         except (EigenzooError, OSError):
             _remove(path)
             return None
-        # A loss of power may have left a file of the right size with other values.
+        # After a power loss a file may have the right size and wrong values.
         if file.metadata.get(CHECKSUM) != checksum(moment_tensors(name, moments)):
             _remove(path)
             return None
@@ -112,7 +113,7 @@ class MomentsCache:
         return moments
 
     def put(self, name: str, center: str, precision: str, moments: LayerMoments) -> None:
-        """Keep a layer's moments; where there is no room for them, nothing happens."""
+        """Cache a layer's moments. If they cannot be written, they are not cached."""
         path = self._path(name, center, precision)
         if path is None or path.exists():
             return
@@ -131,7 +132,7 @@ class MomentsCache:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, as far as the folder lets us."""
+    """Remove a file if the folder permits it."""
     with suppress(OSError):
         path.unlink()
 
@@ -147,29 +148,29 @@ def checksum(values: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def opened_cache(zoo: Zoo, enabled: bool, device: str = "cpu") -> Iterator[MomentsCache]:
-    """Open the kept moments of a zoo in the user's cache folder; what is too much there is removed at the end."""
+    """Open the cached moments of a zoo in the user's cache folder. At the end the cache is trimmed."""
     if not enabled or os.environ.get(VARIABLE) == OFF or not all(model.path.exists() for model in zoo.models):
         yield MomentsCache(zoo, None)
         return
     folder = cache_folder() / "moments"
     cache = MomentsCache(zoo, folder, device)
-    # Now, before any value is read: a file that is replaced meanwhile must not be taken for the one that was read.
+    # The identity is computed before any value is read, so that a file that is replaced meanwhile gets another key.
     _ = cache.identity.files
     yield cache
     trim(folder, CACHE_BYTES)
 
 
 def trim(folder: Path, num_bytes: int) -> None:
-    """Remove the files that were longest unused, unfinished ones too, until the others take at most so many bytes."""
+    """Remove the least recently used files, also unfinished ones, until the others take at most `num_bytes`."""
     try:
-        found = sorted(
+        files = sorted(
             ((path.stat(), path) for path in folder.glob("*.safetensors*")), key=lambda item: item[0].st_mtime
         )
     except OSError:
         return
-    whole = sum(status.st_size for status, _ in found)
-    for status, path in found:
-        if whole <= num_bytes:
+    total = sum(status.st_size for status, _ in files)
+    for status, path in files:
+        if total <= num_bytes:
             return
         _remove(path)
-        whole -= status.st_size
+        total -= status.st_size

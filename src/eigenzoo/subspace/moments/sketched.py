@@ -1,10 +1,10 @@
-"""Sketches of a stack's sides: the operator that `linalg.sketch` multiplies with, streamed over the models.
+"""Sketch the moments of a stack's sides. The operator for `linalg.sketch` is summed over the models one by one.
 
     full weights:   S·Q = Σ (X_n − M) ((X_n − M)ᵀ Q)          updates:   S·Q = Σ F_n (F_nᵀ Q),   F_n = B_n (A_n A_nᵀ)^½
 
-and their mirrors for the inputs. No O × O or I × I matrix, and no dense update, is formed.
+and their mirrors for the inputs. Neither an O × O or I × I matrix nor a dense update is formed.
 
-Legend: N models, O outputs, I inputs, S size of a side, L columns of a sketch, P columns that models bring to a side.
+Legend: N models, O outputs, I inputs, S size of a side, L columns of a sketch, P columns of models on a side.
 """
 
 from __future__ import annotations
@@ -21,32 +21,31 @@ from eigenzoo.linalg.sketch import PASSES, Krylov, num_columns
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
 CHUNK_VALUES = 2**20
-"""Values whose center is removed in float64 at a time."""
+"""Number of values from which the center is removed in float64 at once."""
 
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """Which sides are to be sketched, for which rank each, and the seed of the test matrices."""
+    """The ranks of the sides to sketch, and the seed of the test matrices."""
 
     ranks: Mapping[str, int]
     seed: int = 0
 
 
 def sketched_ranks(stack: Stack, plan: SketchPlan | None) -> dict[str, int]:
-    """Return the ranks of those sides of a plan for which a sketch is less than the exact moment.
+    """Return the ranks of the sides of a plan for which a sketch is cheaper than the exact moment.
 
-    The others are those where all test columns would be half as many as the side, or as what all models bring to it: there the
-    exact moment, dense or as a factor, costs no more.
+    It is not cheaper if all test columns are at least half as many as the side's size or as all models' columns.
     """
     if plan is None:
         return {}
-    found = {}
+    chosen = {}
     for axis, rank in plan.ranks.items():
         size, other = stack.layer.shape if axis == "outputs" else stack.layer.shape[::-1]
         brought = sum(stack.ranks) if isinstance(stack, UpdateStack) else len(stack) * other
         if min(size, brought) > 2 * PASSES * num_columns(rank):
-            found[axis] = rank
-    return found
+            chosen[axis] = rank
+    return chosen
 
 
 def sketch_sides(
@@ -64,12 +63,12 @@ def sketch_sides(
         stack: full weights, taken about `removed`, or updates, taken about zero.
         ranks: a rank per axis.
         removed: M, broadcastable over (O, I); not used for updates.
-        seed: of the test matrices: they depend on it and on the side's size and rank alone.
-        passes: reads of the weights, for both axes together.
-        device: where the products with the weights run; what is made of them is made on the CPU.
+        seed: seed of the test matrices, which otherwise depend only on the side's size and rank.
+        passes: number of reads of the weights, for both axes together.
+        device: device of the products with the weights. All else runs on the CPU.
 
     Returns:
-        Per axis a moment that knows its whole trace and what may lie outside of it.
+        For each axis a moment with its whole trace and a bound of the part outside of it.
 
     Cost, per axis: 4·passes·D·N·L products (updates: 4·passes·S·P·L), and 2·passes·L·S numbers besides one model's matrix.
     Products run in the stack's dtype and are summed in float64; the center is removed in float64.
@@ -96,18 +95,18 @@ def sketch_sides(
 def _columns(
     stack: Stack, blocks: Mapping[str, Tensor], removed: Tensor | None
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Read the stack once: per axis matrices C (S × P) with S = Σ C·Cᵀ, and their energy."""
+    """Read the stack once. Yield for each axis matrices C (S × P) with S = Σ C·Cᵀ, and their energy."""
     if isinstance(stack, UpdateStack):
         yield from _update_columns(stack, blocks)
         return
-    for place in range(len(stack)):
-        matrix_OI, energy = _centered(stack, place, removed)
+    for index in range(len(stack)):
+        matrix_OI, energy = _centered(stack, index, removed)
         yield {axis: matrix_OI if axis == "outputs" else matrix_OI.T for axis in blocks}, energy
 
 
-def _centered(stack: DenseStack, place: int, removed: Tensor | None) -> tuple[Tensor, float]:
-    """One model's X − M in the stack's dtype, and ‖X − M‖²; no second matrix is held."""
-    matrix_OI = stack.matrix(place)
+def _centered(stack: DenseStack, index: int, removed: Tensor | None) -> tuple[Tensor, float]:
+    """Return one model's X − M in the stack's dtype, and ‖X − M‖², without a second matrix in memory."""
+    matrix_OI = stack.matrix(index)
     center = torch.zeros(1, 1, dtype=torch.float64) if removed is None else removed
     rows = max(1, CHUNK_VALUES // matrix_OI.shape[1])
     energy = 0.0
@@ -120,15 +119,15 @@ def _centered(stack: DenseStack, place: int, removed: Tensor | None) -> tuple[Te
 
 
 def _update_columns(stack: UpdateStack, blocks: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """Factors of several updates side by side: each alone would only move the block through memory."""
+    """Yield the factors of several updates side by side, because products with single factors are limited by memory bandwidth."""
     widest = max(block_SL.shape[1] for block_SL in blocks.values())
     gathered: dict[str, list[Tensor]] = {axis: [] for axis in blocks}
     width, energy = 0, 0.0
-    for place in range(len(stack)):
-        b_OR, a_RI = stack.factors(place)
+    for index in range(len(stack)):
+        b_OR, a_RI = stack.factors(index)
         for axis, factors in gathered.items():
             factors.append(lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T)))
         width, energy = width + b_OR.shape[1], energy + lora.energy((b_OR, a_RI))
-        if width >= widest or place + 1 == len(stack):
+        if width >= widest or index + 1 == len(stack):
             yield {axis: torch.cat(factors, 1).to(stack.dtype) for axis, factors in gathered.items()}, energy
             gathered, width, energy = {axis: [] for axis in blocks}, 0, 0.0

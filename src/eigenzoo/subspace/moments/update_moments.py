@@ -1,4 +1,4 @@
-"""Moments of LoRA updates from their factors, tile by tile of models; nothing dense is formed.
+"""Collect moments of LoRA updates from their factors, tile by tile, without a dense matrix.
 
 Legend: N models, S size of a side, R one update's rank, P stacked ranks.
 """
@@ -23,15 +23,15 @@ from eigenzoo.subspace.moments.sketched import SketchPlan, sketch_sides, sketche
 from eigenzoo.zoo.stack import UpdateStack
 
 TILE_RANKS = 2048
-"""The most ranks of a tile: its products of P × P values stay within a few tens of megabytes."""
+"""Largest sum of ranks in a tile. Its products of P × P values take a few tens of megabytes."""
 
 TILE_BYTES = 64 * 2**20
-"""Bytes of a tile's factors, which decide with its shape how models are cut into tiles, whatever memory there is."""
+"""Largest size of a tile's factors in bytes. It does not depend on the machine's memory, so that tiles are always the same."""
 
 
 @dataclass(frozen=True)
 class UpdateGrams:
-    """⟨X_i, X_j⟩ of all updates, products of their A-factors' leading rows, sums of entries, and singular values."""
+    """⟨X_i, X_j⟩ of all updates, products of the leading rows of A, sums of entries, and singular values."""
 
     raw_NN: Tensor
     starts_NN: Tensor
@@ -46,7 +46,7 @@ def collect_updates(
     resources: Resources,
     sketch: SketchPlan | None = None,
 ) -> LayerMoments:
-    """Collect the moments of updates: two products of P × P ranks, the lower halves left out; sides where an axis asks."""
+    """Collect the moments of updates from the upper halves of two products of P × P ranks, and the sides' for truncated axes."""
     grams = update_grams(stack, resources)
     moments = replace(
         from_raw_gram(grams.raw_NN, stack.layer.num_values, round_off(stack)),
@@ -67,10 +67,10 @@ def collect_updates(
 
 
 def update_grams(stack: UpdateStack, resources: Resources, first_new: int = 0) -> UpdateGrams:
-    """Return the Grams of all updates; with `first_new`, only the rows and columns of the models from there on are filled.
+    """Return the Grams of all updates. With `first_new`, only rows and columns from that model on are filled.
 
-    The leading rows are as many as the smallest rank has: PEFT draws A row by row, so that one seed gives the same leading rows
-    at any rank.
+    The number of leading rows is the smallest rank. PEFT draws A row by row, so that one seed gives the same leading rows at any
+    rank.
 
     Raises DataError, naming the model, for NaN and Inf.
     """
@@ -79,21 +79,21 @@ def update_grams(stack: UpdateStack, resources: Resources, first_new: int = 0) -
     sums_N = torch.zeros(num_models, dtype=torch.float64)
     singular_NR = torch.zeros(num_models, max(stack.ranks), dtype=torch.float64)
     old, new = tiles(stack, 0, first_new), tiles(stack, first_new, num_models)
-    for number, places in enumerate(new):
-        columns = slice(places.start, places.stop)
-        with loaded_tile(stack, places, resources) as tile:
+    for number, indices in enumerate(new):
+        columns = slice(indices.start, indices.stop)
+        with loaded_tile(stack, indices, resources) as tile:
             sums_N[columns] = tile.sums()
             for other in (*old, *new[: number + 1]):
                 rows = slice(other.start, other.stop)
                 with ExitStack() as lent:
-                    left = tile if other == places else lent.enter_context(loaded_tile(stack, other, resources))
-                    found = products(left, tile, num_rows, stack.precision)
-                if not torch.isfinite(found.updates_nn).all():
+                    left = tile if other == indices else lent.enter_context(loaded_tile(stack, other, resources))
+                    pair = products(left, tile, num_rows, stack.precision)
+                if not torch.isfinite(pair.updates_nn).all():
                     _refuse(stack)
-                if other == places:
-                    singular_NR[columns] = singular_values(tile, found, singular_NR.shape[1])
-                raw_NN[rows, columns], raw_NN[columns, rows] = found.updates_nn, found.updates_nn.T
-                starts_NN[rows, columns], starts_NN[columns, rows] = found.starts_nn, found.starts_nn.T
+                if other == indices:
+                    singular_NR[columns] = singular_values(tile, pair, singular_NR.shape[1])
+                raw_NN[rows, columns], raw_NN[columns, rows] = pair.updates_nn, pair.updates_nn.T
+                starts_NN[rows, columns], starts_NN[columns, rows] = pair.starts_nn, pair.starts_nn.T
     return UpdateGrams(raw_NN, starts_NN, sums_N, singular_NR)
 
 
@@ -108,16 +108,16 @@ def _refuse(stack: UpdateStack) -> None:
 
 
 @contextmanager
-def loaded_tile(stack: UpdateStack, places: range, resources: Resources) -> Iterator[Tile]:
-    """Lend the factors of some models side by side, on the device."""
-    num_ranks = sum(stack.ranks[place] for place in places)
+def loaded_tile(stack: UpdateStack, indices: range, resources: Resources) -> Iterator[Tile]:
+    """Yield the factors of some models side by side on the device."""
+    num_ranks = sum(stack.ranks[index] for index in indices)
     outputs, inputs = stack.layer.shape
     on_cpu = resources.device == "cpu"
     with (
         borrow(outputs, num_ranks, stack.dtype, pinned=not on_cpu) as b_OP,
         borrow(num_ranks, inputs, stack.dtype, pinned=not on_cpu) as a_PI,
     ):
-        tile = stack.tile(places, b_OP, a_PI)
+        tile = stack.tile(indices, b_OP, a_PI)
         if on_cpu:
             yield tile
             return
@@ -126,7 +126,7 @@ def loaded_tile(stack: UpdateStack, places: range, resources: Resources) -> Iter
 
 
 def tiles(stack: UpdateStack, start: int, stop: int) -> list[range]:
-    """Cut models into runs whose factors, and products of two runs, fit into a tile."""
+    """Split models into ranges whose factors, and the products of two ranges, fit into a tile."""
     width = max(stack.ranks)
     per_model = stack.dtype.itemsize * width * sum(stack.layer.shape)
     num_tile = max(1, min(TILE_BYTES // per_model, TILE_RANKS // width))
@@ -134,16 +134,16 @@ def tiles(stack: UpdateStack, start: int, stop: int) -> list[range]:
 
 
 def update_side(stack: UpdateStack, axis: str, device: str = "cpu") -> SideMoment:
-    """Σ s²B(AAᵀ)Bᵀ, or its mirror Σ s²Aᵀ(BᵀB)A, about zero; as a factor while all ranks together are fewer than the side."""
+    """Compute Σ s²B(AAᵀ)Bᵀ or its mirror Σ s²Aᵀ(BᵀB)A, about zero; as a factor if the sum of ranks is smaller than the side."""
     size = stack.layer.shape[0 if axis == "outputs" else 1]
     fits = sum(stack.ranks) < size
     moment_SS = torch.zeros(0 if fits else size, 0 if fits else size, dtype=torch.float64, device=device)
     columns: list[Tensor] = []
-    for place in range(len(stack)):
-        b_OR, a_RI = stack.factors(place)
+    for index in range(len(stack)):
+        b_OR, a_RI = stack.factors(index)
         columns.append(lora.output_factor((b_OR, a_RI) if axis == "outputs" else (a_RI.T, b_OR.T)))
-        # One product of many thin factors: each alone would only move the moment through memory.
-        if not fits and (place + 1 == len(stack) or sum(column.shape[1] for column in columns) >= size // 4):
+        # One product of many thin factors, because products with single factors are limited by memory bandwidth.
+        if not fits and (index + 1 == len(stack) or sum(column.shape[1] for column in columns) >= size // 4):
             moment_SS += kernels.gram(torch.cat(columns, 1).to(device))
             columns = []
     return SideMoment(factor_SP=torch.cat(columns, 1)) if fits else SideMoment(moment_SS.cpu())
