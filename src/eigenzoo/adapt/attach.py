@@ -27,7 +27,7 @@ from eigenzoo.adapt.places import (
     adapting,
     check_free,
     find_besides,
-    find_place,
+    find_places,
     sharing,
     trained_by_others,
     weight_at,
@@ -103,6 +103,7 @@ def attach(
     start: str | os.PathLike[str] | Start = MEAN,
     besides: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
+    prefix: str | None = None,
     random_basis: bool = False,
     seed: int = 0,
     augment: int = 0,
@@ -112,21 +113,24 @@ def attach(
     """Put a subspace's coefficients in the place of a module's weights, in place.
 
     Args:
-        module: any torch module with the layers of the bundle under the same names (PEFT's prefix apart).
+        module: any torch module with the layers of the bundle under the same names (PEFT's prefix apart), or all after one prefix:
+            a bundle of encoders fits a task model that holds the encoder as `bert`.
         start: see `starts.find_start`; `zero` keeps the module's own weights and trains a change of them.
         besides: patterns of the names of parameters that are trained too (`classifier.*`).
         names: of layers that the module calls otherwise than the zoo's files, the parameter's name in the module
             (`integrations.transformers_names.saved_names` for models of transformers).
+        prefix: what the module's names have before those of the layers (`bert.`). Default: what makes all of them names of the
+            module, if one prefix alone does.
         random_basis: the control: random directions of the same number and scale in the place of the zoo's, about the same start.
         seed: of start `random`, of a random basis, and of random directions besides.
         augment: so many random directions of each layer besides the zoo's, which a small zoo may lack; see `augment`.
         workers: threads that read the bases; by default as many as torch has.
         progress: called as progress("reading bases", done, total).
 
-    Raises MismatchError for layers that the module does not have in their shape, and UsageError for a pattern that nothing
-    matches, and for a weight that is attached already or held by something else (a parametrization, a hook, a layer of PEFT).
-    Whatever it raises, the module is as it was. Memory: the bundle's bases, once, on the devices of the weights, in float32 (for
-    weights in float64, in that).
+    Raises MismatchError for layers that the module does not have in their shape, or has under several prefixes, and UsageError for
+    a pattern that nothing matches, and for a weight that is attached already or held by something else (a parametrization, a hook,
+    a layer of PEFT). Whatever it raises, the module is as it was. Memory: the bundle's bases, once, on the devices of the weights,
+    in float32 (for weights in float64, in that).
     """
     if space.view == "factors":
         raise UsageError(
@@ -135,10 +139,8 @@ def attach(
         )
     seed = check_seed(seed)
     augmentation = Augmentation(augment, seed) if augment else NONE
-    places = {
-        name: find_place(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
-        for name, basis in space.layers.items()
-    }
+    shapes = {name: tuple(basis.layer.tensor_shape) for name, basis in space.layers.items()}
+    places = find_places(module, shapes, names or {}, prefix)
     kept, owners = trained_by_others(module), dict[int, str]()
     for name, (path, leaf) in places.items():
         check_free(module, path, leaf, kept)

@@ -32,6 +32,8 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: other modules that are trained and saved whole, a head say.
         seed: of start `random` and of a random basis.
         random_basis: the control: random directions of the same number and scale in the place of the zoo's.
+        prefix: what the model's names have before those of the bundle's layers, such as `bert.`; by default the one prefix that
+            makes all of them names of the model, where they are not found without.
         basis: the id of the basis, filled when the bundle is opened, and checked when an adapter is loaded.
         modules: by adapted module its kind and the bundle's layer; filled, and checked when an adapter is loaded.
 
@@ -46,6 +48,7 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(default=None)
     seed: int = field(default=0)
     random_basis: bool = field(default=False)
+    prefix: str | None = field(default=None)
     basis: str | None = field(default=None)
     modules: dict[str, list[str]] | None = field(default=None)
 
