@@ -112,7 +112,7 @@ def test_what_cannot_be_meant_is_refused_before_training(
         ((TASK, "--model", texts / "m0", "-o", file), "is not a classifier of images"),
         ((data, *model, "-o", file), "has no tokenizer"),
         ((data, *model, "-o", file), "Save it there: tokenizer.save_pretrained("),
-        ((data, "--model", texts / "m0", "-o", file), "is not in the module"),
+        ((data, "--model", texts / "m0", "-o", file), "are not in the module: "),
         ((data, "--model", texts / "m0", "-o", file, "--test-share", "1"), "test share 1.0"),
         (("nowhere.csv", *model, "-o", file), "there is no such file or folder"),
     ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
-from eigenzoo.errors import MismatchError
+from eigenzoo.errors import FormatError, MismatchError
+from eigenzoo.formats.layout import ModelLayout, layout_of
+from eigenzoo.formats.opening import open_model
 
 LAYERS = ("model.layers.0.q.weight", "model.layers.1.q.weight", "model.norm.weight")
 
@@ -101,20 +105,70 @@ def test_a_base_by_other_names_is_told(tmp_path: Path) -> None:
     assert len(ez.open_zoo(tmp_path / "zoo", base=base).layers) == 4
 
 
-@pytest.mark.parametrize("kind", ["weights", "adapters"])
-def test_a_model_that_is_projected_under_other_names_is_told(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["weights", "adapters", "factors"])
+def test_a_model_is_projected_under_the_bundles_names(tmp_path: Path, kind: str) -> None:
+    """Under one prefix it is the same model, in another process too, and its files' names come back when it is rebuilt."""
     if kind == "weights":
         folders, file = zoo_of(tmp_path / "zoo"), "model.safetensors"
     else:
         modules, file = {"q": (6, 5), "v": (4, 5)}, "adapter_model.safetensors"
         folders = [write_adapter(tmp_path / "zoo" / f"t{n}", random_factors(modules, 2, seed=n)) for n in range(3)]
+    space = ez.fit(tmp_path / "zoo", rank=1, view="factors" if kind == "factors" else None)
+    want = space.project(folders[1])
+    path = folders[1].rename(tmp_path / "away") / file
+    rename(
+        path,
+        lambda name: (
+            f"base_model.model.net.{name.removeprefix('base_model.model.')}" if "lora" in name else f"net.{name}"
+        ),
+    )
+    found = space.project(path.parent)
+    for name, values in want.values.items():
+        assert torch.equal(found.values[name], values)
+    assert load_file(space.rebuild(found).save(tmp_path / "again") / file).keys() == load_file(path).keys()
+    opened = pickle.loads(pickle.dumps(space.open(path.parent)))
+    assert opened.layers.keys() == space.layers.keys()
+
+
+@pytest.mark.parametrize("kind", ["weights", "adapters"])
+def test_a_model_whose_names_lack_more_than_a_prefix_is_told(tmp_path: Path, kind: str) -> None:
+    """A part in the middle of the names, or several prefixes."""
+    if kind == "weights":
+        folders, file = write_stacks(tmp_path / "zoo", {"net.w": random_stack(3, (4, 3))}), "model.safetensors"
+        change, text = (
+            (lambda name: name.replace("net.", "net._orig_mod.")),
+            r"hold '_orig_mod\.', which those of the bundle",
+        )
+    else:
+        modules, file = {"q": (6, 5), "v": (4, 5)}, "adapter_model.safetensors"
+        folders = [write_adapter(tmp_path / "zoo" / f"t{n}", random_factors(modules, 2, seed=n)) for n in range(3)]
+        change, text = (
+            (lambda name: name.replace("model.q", "model.a.q").replace("model.v", "model.b.v")),
+            "has none of the bundle's layers",
+        )
     space = ez.fit(tmp_path / "zoo", rank=1)
     path = folders[1].rename(tmp_path / "away") / file
-    rename(path, lambda name: f"_orig_mod.{name}")
-    with pytest.raises(MismatchError, match=r"begin with '_orig_mod\.', which those of the bundle lack") as caught:
+    rename(path, change)
+    with pytest.raises(MismatchError, match=text):
         space.project(path.parent)
-    follow(caught.value, path)
-    assert torch.isfinite(torch.tensor(space.project(path.parent).residual))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "not a mapping"),
+        ({"gone": "x"}, "not a mapping from tensors of a checkpoint"),
+        ({LAYERS[0]: 3}, "or one has none"),
+        ({LAYERS[0]: ""}, "or one has none"),
+        ({LAYERS[0]: LAYERS[1]}, "two tensors have one name"),
+    ],
+)
+def test_names_of_a_layout_that_others_wrote_are_checked(tmp_path: Path, names: object, message: str) -> None:
+    layout = layout_of(open_model(zoo_of(tmp_path, 1)[0]))
+    renamed = replace(layout, names={LAYERS[0]: LAYERS[1], LAYERS[1]: "other"})
+    assert ModelLayout.from_json(renamed.to_json()) == renamed
+    with pytest.raises(FormatError, match=message):
+        ModelLayout.from_json({**layout.to_json(), "names": names})
 
 
 def test_models_without_a_common_layer_are_not_sent_to_allow_missing(tmp_path: Path) -> None:

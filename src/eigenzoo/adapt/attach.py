@@ -27,7 +27,7 @@ from eigenzoo.adapt.places import (
     adapting,
     check_free,
     find_besides,
-    find_place,
+    find_places,
     sharing,
     trained_by_others,
     weight_at,
@@ -103,6 +103,7 @@ def attach(
     start: str | os.PathLike[str] | Start = MEAN,
     besides: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
+    prefix: str | None = None,
     random_basis: bool = False,
     seed: int = 0,
     augment: int = 0,
@@ -112,21 +113,23 @@ def attach(
     """Replace a module's weights by a subspace's coefficients, in place.
 
     Args:
-        module: any torch module with the layers of the bundle under the same names (PEFT's prefix apart).
-        start: see `trained.find_start`; `zero` keeps the module's own weights and trains a change of them.
+        module: any torch module with the layers of the bundle under the same names (PEFT's prefix apart), or all of them after one
+            prefix: a bundle of encoders fits a task model that holds the encoder as `bert`.
+        start: see `starts.find_start`; `zero` keeps the module's own weights and trains a change of them.
         besides: name patterns of other parameters to train (`classifier.*`).
         names: parameter names in the module by layer names, where they differ (`integrations.transformers_names.saved_names` for
             models of transformers).
+        prefix: the prefix of the module's names (`bert.`). Default: the only prefix that makes all layers names of the module.
         random_basis: as a control, use random directions of the same number and scale, about the same start.
         seed: seed of start `random`, of a random basis, and of additional random directions.
         augment: number of additional random directions of each layer, for small zoos; see `augment`.
         workers: number of threads that read the bases. Default: torch's number of threads.
         progress: called as progress("reading bases", done, total).
 
-    Raises MismatchError for layers that the module does not have in their shape. Raises UsageError for a pattern that matches
-    nothing, and for a weight that is already attached or belongs to something else (a parametrization, a hook, a layer of PEFT).
-    After an error the module is unchanged. Memory: the bundle's bases, once, on the devices of the weights, in float32, or float64
-    for float64 weights.
+    Raises MismatchError for layers that the module does not have in their shape, or has under several prefixes. Raises UsageError
+    for a pattern that matches nothing, and for a weight that is already attached or belongs to something else (a parametrization,
+    a hook, a layer of PEFT). After an error the module is unchanged. Memory: the bundle's bases, once, on the devices of the
+    weights, in float32, or float64 for float64 weights.
     """
     if space.view == "factors":
         raise UsageError(
@@ -135,10 +138,8 @@ def attach(
         )
     seed = check_seed(seed)
     augmentation = Augmentation(augment, seed) if augment else NONE
-    places = {
-        name: find_place(module, (names or {}).get(name, name), tuple(basis.layer.tensor_shape))
-        for name, basis in space.layers.items()
-    }
+    shapes = {name: tuple(basis.layer.tensor_shape) for name, basis in space.layers.items()}
+    places = find_places(module, shapes, names or {}, prefix)
     others_trained, owners = trained_by_others(module), dict[int, str]()
     for name, (path, leaf) in places.items():
         check_free(module, path, leaf, others_trained)

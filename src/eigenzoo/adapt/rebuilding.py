@@ -26,9 +26,7 @@ from eigenzoo.errors import BundleError, FormatError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.model import Model
-from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.side_files import CONFIG
-from eigenzoo.formats.splitting import split_model
 from eigenzoo.formats.writers import cast_to
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
@@ -65,8 +63,9 @@ def rebuild(
             rule="one model gives all tensors that are not layers",
             next_step="leave one of them out",
         )
-    if model is not None:
-        template: Template = ZooTemplate(space.open(model), 0)
+    named = None if model is None else space.open(model)
+    if named is not None:
+        template: Template = ZooTemplate(named, 0)
     else:
         template = space.template(like if like is not None else space.names[0])
     filled = _Filled(template, adapter, str(path))
@@ -84,7 +83,7 @@ def rebuild(
             lambda: _nothing(name),
             max_lora_rank=max_lora_rank,
         )
-    trained = split_model(open_model(model), space.manifest.split) if model is not None else space.base
+    trained = space.base if named is None else named.models[0]
     if trained is None:
         raise UsageError(
             "was trained from start zero, as a change of a model's weights",

@@ -58,6 +58,13 @@ def command(
             help="Train these parameters too, such as a head: 'classifier.*' (repeatable).", show_default=False
         ),
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Prefix of the bundle's layers in the model, such as 'bert.'. Default: the only prefix that fits.",
+            show_default=False,
+        ),
+    ] = None,
     seed: options.Seed = 0,
     random_basis: Annotated[
         bool,
@@ -103,6 +110,7 @@ def command(
             batch_size=batch_size,
             learning_rate=learning_rate,
             besides=besides or (),
+            prefix=prefix,
             seed=seed,
             random_basis=random_basis,
             test_share=test_share,

@@ -59,6 +59,7 @@ class ModelLayout:
         index: the name of a sharded checkpoint's index.
         updates: for adapters, each module's factors.
         splits: the tensors that are cut into layers of their own, which a writer joins again.
+        names: of tensors that are called otherwise in the files, their names there.
     """
 
     format: str
@@ -66,10 +67,13 @@ class ModelLayout:
     index: str | None = None
     updates: Mapping[str, LoraUpdate] = field(default_factory=dict)
     splits: Mapping[str, Parts] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    def prefix(self, file: str) -> str:
-        """What names have before those in the file: the component, of a pipeline; else nothing."""
-        return f"{file.partition('/')[0]}." if self.format == "pipeline" else ""
+    def name_in(self, file: str, name: str) -> str:
+        """Return what a file calls a tensor: of a pipeline, its name without the component."""
+        if self.format == "pipeline":
+            return name.removeprefix(f"{file.partition('/')[0]}.")
+        return self.names.get(name, name)
 
     @property
     def pieces(self) -> dict[str, TensorLayout]:
@@ -105,14 +109,16 @@ class ModelLayout:
         }
         if self.splits:
             document["splits"] = {name: [list(part) for part in parts] for name, parts in self.splits.items()}
+        if self.names:
+            document["names"] = dict(self.names)
         return document
 
     @classmethod
     def from_json(cls, value: Any) -> ModelLayout:
         """Read a layout back, checking types, names and sizes; raises FormatError or UnsafePathError."""
-        if not isinstance(value, dict) or set(value) - {"splits"} != {"format", "index", "files", "updates"}:
+        if not isinstance(value, dict) or set(value) - {"splits", "names"} != {"format", "index", "files", "updates"}:
             raise FormatError(
-                "this is not an object with exactly format, index, files, updates and splits", where="layout"
+                "this is not an object with exactly format, index, files, updates, splits and names", where="layout"
             )
         if value["format"] not in FORMATS:
             raise FormatError(
@@ -135,7 +141,8 @@ class ModelLayout:
             )
         if layout.format == "lora" and any(update.key_alpha for update in updates.values()):
             raise FormatError("there is a tensor of α, but the adapter's config states α", where="layout")
-        return cls(layout.format, files, index, updates, _splits(value.get("splits", {}), layout))
+        splits, names = _splits(value.get("splits", {}), layout), _names(value.get("names", {}), layout)
+        return cls(layout.format, files, index, updates, splits, names)
 
 
 def layout_of(model: Model) -> ModelLayout:
@@ -144,14 +151,14 @@ def layout_of(model: Model) -> ModelLayout:
     if isinstance(pickled, PickleModel):
         kind, file = pickled.written_as
         listed = _written(model, model.tensors.values())
-        return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits)
+        return ModelLayout(kind, {file: listed}, None, dict(model.updates), model.splits, model.names)
     grouped = tensors_by_file(model)
     files = {file: _written(model, grouped.get(file, ())) for file in model.metadata}
     if model.format in ADAPTERS:
         # One layout for all that are alike: a bundle holds it once, and it is longer than a model's coefficients.
         files = dict(zip([WEIGHTS_FILE if model.format == "lora" else LORA_FILE], files.values(), strict=True))
     index = model.index if isinstance(model, Checkpoint) else None
-    return ModelLayout(model.format, files, index, dict(model.updates), model.splits)
+    return ModelLayout(model.format, files, index, dict(model.updates), model.splits, model.names)
 
 
 def _written(model: Model, infos: Iterable[TensorInfo]) -> tuple[TensorLayout, ...]:
@@ -229,6 +236,17 @@ def _splits(value: Any, layout: ModelLayout) -> dict[str, Parts]:
             raise FormatError("the parts do not cover the rows of a tensor", where=where)
         splits[name] = tuple((part, rows) for part, rows in parts)
     return splits
+
+
+def _names(value: Any, layout: ModelLayout) -> dict[str, str]:
+    """Read what tensors are called in the files, if they are called otherwise; no two of them have one name there."""
+    plain = layout.format in ("checkpoint", "state-dict")
+    if not isinstance(value, dict) or (value and not plain) or not value.keys() <= layout.tensors.keys():
+        raise FormatError("names is not a mapping from tensors of a checkpoint", where="layout")
+    written = [value.get(name, name) for name in layout.tensors]
+    if not all(isinstance(name, str) and name for name in written) or len(set(written)) < len(written):
+        raise FormatError("two tensors have one name in the files, or one has none", where="layout, names")
+    return value
 
 
 def _updates(value: Any, tensors: Mapping[str, TensorLayout]) -> dict[str, LoraUpdate]:

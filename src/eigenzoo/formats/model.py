@@ -89,6 +89,7 @@ class Model(ABC):
         warnings: what opening it decided and a reader of any result must know.
         config: an adapter's config; None for full weights.
         splits: the tensors of the files that are cut into parts (`formats.splitting`), whose names are among `tensors`.
+        names: of tensors that are seen under other names (`formats.renaming`), those in the files.
     """
 
     format: str
@@ -100,6 +101,7 @@ class Model(ABC):
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     splits: Mapping[str, Parts] = MappingProxyType({})
+    names: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

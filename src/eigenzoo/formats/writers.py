@@ -61,7 +61,8 @@ def write_checkpoint(
     for file, tensors in layout.files.items():
         target = folder / relative_name(file)
         _make_parent(target)
-        _write_file(target, tensors, layout.prefix(file), read, (metadata or {}).get(file) or DEFAULT_METADATA, run)
+        names = {layout.name_in(file, tensor.name): tensor.name for tensor in tensors}
+        _write_file(target, tensors, names, read, (metadata or {}).get(file) or DEFAULT_METADATA, run)
     if layout.index is not None and layout.index not in side_files:
         write_bytes(folder / relative_name(layout.index), _index_bytes(layout))
     for name, data in side_files.items():
@@ -71,18 +72,18 @@ def write_checkpoint(
 def _write_file(
     path: Path,
     tensors: Sequence[TensorLayout],
-    prefix: str,
+    names: Mapping[str, str],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
     run: Mapper,
 ) -> None:
-    """Write one file, whose names lack the prefix that `read` knows them by."""
-    named = [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors] if prefix else tensors
+    """Write one file; `names` gives for each name in it, in the order of the tensors, the one that `read` knows."""
+    named = [replace(tensor, name=name) for name, tensor in zip(names, tensors, strict=True)]
 
-    def with_prefix(_: Callable[[str], Tensor], names: Sequence[str]) -> Iterable[Tensor]:
-        return run(read, [prefix + name for name in names])
+    def with_names(_: Callable[[str], Tensor], written: Sequence[str]) -> Iterable[Tensor]:
+        return run(read, [names[name] for name in written])
 
-    write_tensors(path, named, read, metadata, run=with_prefix)
+    write_tensors(path, named, read, metadata, run=with_names)
 
 
 def write_lora(
@@ -235,7 +236,7 @@ def _split_component(name: str, layout: ModelLayout) -> tuple[str, str]:
 def _weight_map(layout: ModelLayout, component: str = "") -> dict[str, str]:
     """What the index says: in which file each tensor is; of a pipeline, that of one of its components."""
     return {
-        tensor.name.removeprefix(layout.prefix(file)): file.removeprefix(f"{component}/")
+        layout.name_in(file, tensor.name): file.removeprefix(f"{component}/")
         for file, tensors in layout.files.items()
         for tensor in tensors
         if not component or file.startswith(f"{component}/")

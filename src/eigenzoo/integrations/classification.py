@@ -117,6 +117,7 @@ def adapt_classifier(
     batch_size: int = BATCH_SIZE,
     learning_rate: float = LEARNING_RATE,
     besides: Sequence[str] = (),
+    prefix: str | None = None,
     seed: int = 0,
     random_basis: bool = False,
     test_share: float | None = None,
@@ -160,13 +161,16 @@ def adapt_classifier(
     names, module = task.classifier.names, task.classifier.module.to(device)
     mean_accuracy = None
     if start == ZERO:
-        mean_accuracy = accuracy(attach(copy.deepcopy(module), space, names=names).module, task.test, device)
+        mean_accuracy = accuracy(
+            attach(copy.deepcopy(module), space, names=names, prefix=prefix).module, task.test, device
+        )
     adapted = attach(
         module,
         space,
         start=start,
         besides=besides,
         names=names,
+        prefix=prefix,
         random_basis=random_basis,
         seed=seed,
         progress=progress,

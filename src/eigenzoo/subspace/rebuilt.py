@@ -249,7 +249,8 @@ class RebuiltModel:
                 where=self.name,
                 next_step="save it, and load it with PEFT or diffusers",
             )
-        return {name: self._read(name) for name in self._template.layout.tensors}
+        layout = self._template.layout
+        return {layout.names.get(name, name): self._read(name) for name in layout.tensors}
 
 
 def _check_max_rank(max_lora_rank: int, layout: ModelLayout, name: str) -> None:

@@ -46,7 +46,7 @@ class RecalledModel(Model):
                 else [whole]
             )
         }
-        self.splits = layout.splits
+        self.splits, self.names = layout.splits, layout.names
         self.metadata = self._template.metadata
         self.take_beside(Beside(self._template.side_files, self._template.not_carried))
         self._updates = {

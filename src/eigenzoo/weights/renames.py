@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -60,11 +60,25 @@ def find_rename(
 ) -> Rename | None:
     """Find one change of prefix, or of wrappers' parts, that makes every name one of the base that it may be.
 
-    A change never leads to a name that is already `taken`, and never changes the number of a block: those are other layers.
-    Cost: names times those of the base that end as the first one does.
+    A change never leads to a name that is already `taken`, and never changes the number of a block: those are other layers. Of
+    several, the smallest. Cost: names times those of the base that end as the first one does.
     """
+    return next(_renames(names, base, accepts, taken), None)
+
+
+def find_prefixes(names: Sequence[str], base: Collection[str], accepts: Accepts) -> list[Rename]:
+    """Find the changes that only add a prefix to all names, or only cut one off, by the rule of `find_rename`.
+
+    >>> find_prefixes(["a.w", "b.w"], ["bert.a.w", "bert.b.w", "head.w"], lambda name, other: True)
+    [Rename(old='', new='bert.', parts=())]
+    """
+    changes = _renames(names, base, accepts, ())
+    return [change for change in changes if not change.parts and not (change.old and change.new)]
+
+
+def _renames(names: Sequence[str], base: Collection[str], accepts: Accepts, taken: Collection[str]) -> Iterator[Rename]:
     if not names:
-        return None
+        return
     candidates = [Rename(parts=_wrappers_of(names))] if _wrappers_of(names) else []
     first = names[0].split(".")
     ending = [other for other in base if other.rpartition(".")[2] == first[-1]]
@@ -77,8 +91,7 @@ def find_rename(
         renamed = {change(name): name for name in names}
         apart = len(renamed) == len(set(names)) and renamed.keys().isdisjoint(taken)
         if apart and all(new in base and accepts(name, new) for new, name in renamed.items()):
-            return change
-    return None
+            yield change
 
 
 def beyond(names: Sequence[str], base: Collection[str]) -> list[str]:

@@ -10,6 +10,8 @@ from itertools import islice
 from eigenzoo.errors import MismatchError
 from eigenzoo.formats.lora.peft_folder import PREFIX
 from eigenzoo.formats.model import Model
+from eigenzoo.formats.renaming import renamed_model
+from eigenzoo.weights.renames import find_prefixes
 
 PROBES = 20
 """Names whose beginnings are tried: a head may lie outside what has the prefix."""
@@ -84,6 +86,34 @@ def prefix_error(models: Sequence[Model], names: Sequence[str]) -> MismatchError
         if extra is not None:
             return _error(names[sets.index(own)], names[sets.index(usual)], counts[own], extra, longer is not None)
     return None
+
+
+def as_layers(models: Sequence[Model], layers: Collection[str]) -> list[Model]:
+    """See models that hold what a bundle is of under a prefix by the bundle's names: `bert.encoder.…` as `encoder.…`.
+
+    A model is renamed if it has none of these layers under their names, and one prefix alone, added or cut, makes all of them
+    names of it. All others are returned as they are. Cost: every name of each kind of model, once.
+    """
+    known: dict[frozenset[str], dict[str, str]] = {}
+    seen = []
+    for model in models:
+        own = frozenset(model.updates or model.tensors)
+        if own not in known:
+            known[own] = _names_of(own, {_module(layer) for layer in layers} if model.updates else layers)
+        seen.append(renamed_model(model, known[own]) if known[own] else model)
+    return seen
+
+
+def _names_of(own: frozenset[str], layers: Collection[str]) -> dict[str, str]:
+    """Return the bundle's names of a model's own, where these are others."""
+    if not own.isdisjoint(layers):
+        return {}
+    changes = find_prefixes(sorted(layers), own, lambda layer, name: True)
+    return {changes[0](layer): layer for layer in layers} if len(changes) == 1 else {}
+
+
+def _module(layer: str) -> str:
+    return layer.removesuffix(".lora_A").removesuffix(".lora_B")
 
 
 def layers_error(own: Collection[str], layers: Collection[str], name: str) -> MismatchError | None:

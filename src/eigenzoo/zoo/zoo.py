@@ -32,6 +32,7 @@ from eigenzoo.weights.splits import parse_split
 from eigenzoo.weights.views import VIEWS, check_choice
 from eigenzoo.zoo.layers import default_view, layer_sources
 from eigenzoo.zoo.matching import Match, Selection, fill_models, match_models
+from eigenzoo.zoo.prefixes import as_layers
 from eigenzoo.zoo.sources import Source, Unreadable, look_for_models, name_models, shown_source
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 
@@ -75,6 +76,7 @@ class Zoo:
         # A part of a zoo, also in another process, reads its models in the same way as the whole zoo.
         models, parts = unfuse(models, selection.parts | (selection.only or frozenset()))
         selection = replace(selection, parts=selection.parts | parts)
+        models = as_layers(models, selection.only or frozenset())
         cut = [split_model(model, selection.split) for model in models]
         self.models, selection = fill_models(cut, self.names, selection)
         self.base = None if base is None else split_model(base, selection.split)

@@ -22,6 +22,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.paths import inside, read_bounded
 from eigenzoo.formats.remote import is_url
+from eigenzoo.formats.renaming import renamed_model
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.side_files import MAX_SIDE_BYTES
@@ -154,7 +155,9 @@ class StoredTemplate(Template):
     def read_carried(self, name: str) -> Tensor:
         """Read a tensor that comes unchanged: from rest/, or, of a model in a store, what was left there."""
         if name not in self._carried:
-            return carried_values(cut_model(self._at_source(), self.layout.splits), name)
+            layout = self.layout
+            model = renamed_model(self._at_source(), {written: seen for seen, written in layout.names.items()})
+            return carried_values(cut_model(model, layout.splits), name)
         file = SafetensorsFile(inside(self._root, f"rest/{self._carried[name]}.safetensors"))
         if VALUE not in file.tensors:
             raise BundleError(f"rest/{self._carried[name]}.safetensors has no tensor {VALUE!r}", where=str(self._root))

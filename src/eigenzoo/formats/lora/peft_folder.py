@@ -8,11 +8,12 @@ may stand behind `lora_A`. Module names are those of the base model: PEFT's pref
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -107,6 +108,17 @@ class LoraAdapter(SafetensorsModel):
         outputs, inputs = update.shape
         factor_a = self.read(update.key_a).reshape(update.rank, inputs)
         return self.read(update.key_b).reshape(outputs, update.rank), factor_a
+
+    def under_names(self, names: Mapping[str, str]) -> LoraAdapter:
+        """Return this adapter with other names for its modules; its tensors keep theirs."""
+        updates = {names.get(module, module): update for module, update in self._updates.items()}
+        view = _Updates(
+            MappingProxyType({module: replace(update, module=module) for module, update in updates.items()}),
+            next(iter(self.files.values())).contents,
+        )
+        seen = copy.copy(self)
+        seen._updates, seen.likeness = view.updates, view
+        return seen
 
 
 def _where_weights_are(folder: Path) -> str:

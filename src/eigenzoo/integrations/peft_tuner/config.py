@@ -32,6 +32,8 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: other modules that are trained and saved whole, such as a head.
         seed: seed of start `random` and of a random basis.
         random_basis: as a control, use random directions of the same number and scale.
+        prefix: the prefix of the model's names, such as `bert.`. Default: none, or else the only prefix that makes all layers names
+            of the model.
         basis: the id of the basis, set when the bundle is opened, and checked when an adapter is loaded.
         modules: kind and bundle's layer of each adapted module; set and checked in the same way.
 
@@ -46,6 +48,7 @@ class EigenzooConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(default=None)
     seed: int = field(default=0)
     random_basis: bool = field(default=False)
+    prefix: str | None = field(default=None)
     basis: str | None = field(default=None)
     modules: dict[str, list[str]] | None = field(default=None)
 

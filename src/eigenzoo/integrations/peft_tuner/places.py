@@ -13,11 +13,12 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eigenzoo.adapt.places import PREFIXES
+from eigenzoo.adapt.places import PREFIXES, one_prefix
 from eigenzoo.errors import BundleError, MismatchError, UnsupportedError
 from eigenzoo.integrations.peft_tuner.layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.subspace.subspace import Subspace
+from eigenzoo.weights.renames import Rename
 
 FACTORS = "factors"
 UPDATES = ("update", FACTORS)
@@ -64,26 +65,44 @@ def parts_of(space: Subspace) -> dict[str, dict[str, str]]:
 
 
 def find_places(
-    space: Subspace, model: nn.Module, known: Mapping[str, str], wanted: Callable[[str], bool]
+    space: Subspace, model: nn.Module, known: Mapping[str, str], wanted: Callable[[str], bool], prefix: str | None
 ) -> tuple[dict[str, Place], list[str]]:
     """Return the places by the modules' names, and the bundle's layers that are not weights of a layer with a kind.
 
     Args:
         known: modules by the names of layers, from other adapters of the model.
         wanted: function that tells whether the module of a name is adapted.
+        prefix: the prefix of the model's names. Default: none, or else the only prefix that makes all layers names of the model.
 
     Raises MismatchError for layers that the model does not have, or not in their shape; UnsupportedError for tied weights.
     """
+    renamed, change = _Renamed(model), Rename(new=prefix or "")
+    places, left_out, missing = _places(space, model, known, wanted, renamed, change)
+    if missing:
+        shapes = _known_shapes(model, renamed)
+        change = one_prefix(missing, shapes, lambda layer, name: _may_be(space, layer, shapes[name]), prefix, "model")
+        places, left_out, _ = _places(space, model, known, wanted, renamed, change)
+    return places, left_out
+
+
+def _places(
+    space: Subspace,
+    model: nn.Module,
+    known: Mapping[str, str],
+    wanted: Callable[[str], bool],
+    renamed: _Renamed,
+    change: Rename,
+) -> tuple[dict[str, Place], list[str], list[str]]:
+    """Return what `find_places` does with one change of the layers' names, and the layers that are not in the model."""
     places: dict[str, Place] = {}
     missing: list[str] = []
     left_out: list[str] = []
-    renamed = _Renamed(model)
     for name, parts in parts_of(space).items():
-        module_name = known.get(name) or _module_name(model, name, space.view, renamed)
-        if not wanted(module_name or _short(name)):
+        module_name = known.get(name) or _module_name(model, change(name), space.view, renamed)
+        if not wanted(module_name or _short(change(name))):
             continue
         if module_name is None:
-            (left_out if _parameter(model, name, renamed) is not None else missing).append(name)
+            (left_out if _parameter(model, change(name), renamed) is not None else missing).append(name)
             continue
         base = base_of(model.get_submodule(module_name))
         kind = kind_of(base)
@@ -98,17 +117,31 @@ def find_places(
         _check_shapes(space, places[module_name], base)
         if space.view not in UPDATES:
             _check_untied(model, module_name, base)
-    if missing:
-        raise _missing(missing)
-    return places, left_out
+    return places, left_out, missing
 
 
-def _missing(names: list[str]) -> MismatchError:
-    return MismatchError(
-        f"{len(names)} of the bundle's layers are not in the model: {', '.join(names[:3])}",
-        rule="the model must have all of them, with the same names",
-        next_step="load the zoo's base with the same head, or name these layers in exclude_modules",
-    )
+def _known_shapes(model: nn.Module, renamed: _Renamed) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight by each name that a layer may have for it, whatever adapters are around it."""
+    shapes = {}
+    for path, module in model.named_modules():
+        for leaf, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            name = f"{path}.{leaf}".replace(".base_layer.", ".")
+            shapes[name] = shape_of(module) if leaf == "weight" and kind_of(module) is not None else tuple(values.shape)
+    for saved, name in renamed.names.items():
+        if name in shapes:
+            shapes[saved] = shapes[name]
+    return {name.removesuffix(".weight"): shape for name, shape in shapes.items()} | shapes
+
+
+def _may_be(space: Subspace, name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a layer may have a weight of this shape, whichever way it lies; `_check_shapes` is exact."""
+    if space.view == FACTORS:
+        return shape == (
+            space.layers[f"{name}{PARTS['eigenzoo_b']}"].layer.shape[0],
+            space.layers[f"{name}{PARTS['eigenzoo_a']}"].layer.shape[1],
+        )
+    layer = space.layers[name].layer
+    return shape in (layer.shape, layer.shape[::-1], tuple(layer.tensor_shape))
 
 
 class _Renamed:
@@ -118,10 +151,15 @@ class _Renamed:
         self._model = model
         self._names: dict[str, str] | None = None
 
-    def __call__(self, name: str) -> str | None:
+    @property
+    def names(self) -> Mapping[str, str]:
+        """All of them."""
         if self._names is None:
             self._names = saved_names(self._model) if isinstance(self._model, PreTrainedModel) else {}
-        return self._names.get(name)
+        return self._names
+
+    def __call__(self, name: str) -> str | None:
+        return self.names.get(name)
 
 
 def _short(name: str) -> str:

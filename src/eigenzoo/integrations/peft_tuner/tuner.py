@@ -110,7 +110,11 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
         space = open_bundle(peft_config)
         probe = _probe(_maybe_include_all_linear_layers(peft_config, model))
         places, left_out = find_places(
-            space, model, self._known(peft_config), lambda name: bool(check_target_module_exists(probe, name))
+            space,
+            model,
+            self._known(peft_config),
+            lambda name: bool(check_target_module_exists(probe, name)),
+            peft_config.prefix,
         )
         for name in places:
             if parametrize.is_parametrized(base_of(model.get_submodule(name)), "weight"):
