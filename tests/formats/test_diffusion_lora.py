@@ -282,7 +282,8 @@ def test_a_zoo_with_peft_adapters_is_refused(tmp_path: Path) -> None:
     style = save(tmp_path / "style.safetensors", kohya())
     adapter = write_adapter(tmp_path / "adapter", random_factors({"conv_in": (4, 18)}, 3, 0))
     with pytest.raises(
-        ez.MismatchError, match=r"adapter is a lora and style is a diffusion-lora.*have the same format.*save_lora_weights"
+        ez.MismatchError,
+        match=r"adapter is a lora and style is a diffusion-lora.*have the same format.*save_lora_weights",
     ):
         ez.open_zoo([adapter, style])
 

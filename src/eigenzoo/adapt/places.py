@@ -86,7 +86,11 @@ def one_prefix(
         + (f". With {nearly[0]}, {nearly[0](wrong)!r} is missing or has another shape" if nearly else "")
         + (f". The nearest name to {wrong!r} is {near!r}" if near else ""),
         next_step=f"load a {holder} of the zoo's architecture, or give the prefix of its names with prefix= (--prefix)"
-        + (", or its names for the layers with names=" if holder == "module" else ", or name the layers in exclude_modules"),
+        + (
+            ", or its names for the layers with names="
+            if holder == "module"
+            else ", or name the layers in exclude_modules"
+        ),
     )
 
 
