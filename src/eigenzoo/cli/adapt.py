@@ -1,4 +1,4 @@
-"""`eigenzoo adapt BUNDLE DATA -o FILE`: a new task for a few hundred numbers."""
+"""`eigenzoo adapt BUNDLE DATA -o FILE`: adapt a model to a new task by a few hundred numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenzoo.errors import UsageError
 if TYPE_CHECKING:
     from eigenzoo.integrations.classification import Adaptation
 
-# What adapt.trained, integrations.classification and its data say, without importing torch for the help.
+# Constants of adapt.trained, integrations.classification and its data, so that the help does not import torch.
 LEARNING_RATE, STEPS, BATCH_SIZE = 0.1, 200, 64
 
 
@@ -126,7 +126,7 @@ def command(
 
 
 def render(found: Adaptation, bundle: str) -> None:
-    """Print what was trained, what it weighs beside the alternatives, and how well it does beside its controls."""
+    """Print the training, the sizes of file and alternatives, and the accuracy with its controls."""
     besides = f", {found.num_besides} of them besides the coefficients" if found.num_besides else ""
     random = " in a random basis" if found.random_basis else ""
     say(

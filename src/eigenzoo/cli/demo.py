@@ -1,4 +1,4 @@
-"""`eigenzoo demo`: the whole loop on a zoo that is trained on the spot."""
+"""`eigenzoo demo`: train a zoo and run the whole loop on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from eigenzoo.evidence.function import FunctionEvidence
 
 HELD_OUT = 6
-"""One model in this many is kept out of the fit."""
+"""One of this many models is held out of the fit."""
 
 SCORES = ("original", "rebuilt", "mean", "parent", "random_basis")
 
@@ -72,7 +72,7 @@ def command(
             found = ez.inspect(zoo, progress=progress)
         if not json:
             tell("\n2. what is in it")
-            # The parent is left out on purpose, and the folder still has its temporary name.
+            # The parent is left out intentionally, and the folder still has its temporary name.
             inspect_command.render(replace(found, not_read=()), most=4, most_roles=8)
         held_out = zoo.names[HELD_OUT - 1 :: HELD_OUT]
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
@@ -132,7 +132,7 @@ def command(
 
 
 def foreign_to_a_demo(folder: Path) -> str:
-    """Name what in a folder is not part of a demo; "" if there is none. Its bundle may have grown, as the demo proposes."""
+    """Return the name of a file in a folder that is not part of a demo, or "". Its bundle may have grown, as the demo suggests."""
     from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files, recorded
     from eigenzoo.nursery.recipe import ZOO
     from eigenzoo.report.recognising import is_report
@@ -151,7 +151,7 @@ def foreign_to_a_demo(folder: Path) -> str:
 
 
 def _report_command(output: Path, kind: str, held_out: Sequence[str], seed: int) -> str:
-    """The command that makes the demo's page again."""
+    """Return the command that makes the demo's page again."""
     words = [
         "eigenzoo",
         "report",
@@ -173,12 +173,12 @@ def _silent(text: str) -> None:
 
 
 def _parent(kind: str, folder: Path) -> Path | None:
-    """The checkpoint that full weights started from; adapters know theirs."""
+    """Return the parent of full weights. Adapters name their own."""
     return folder / "zoo" / "_base" if kind == "digits-vit" else None
 
 
 def _rows(function: FunctionEvidence, projected: Mapping[str, Coefficients]) -> list[dict[str, Any]]:
-    """Per held-out model what it scores as it is, rebuilt, by the mean alone and by the parent, and what it lost."""
+    """Return for each held-out model the accuracies of original, rebuilt model, mean and parent, and the residual."""
     return [
         {
             "name": name,

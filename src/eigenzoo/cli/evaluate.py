@@ -1,4 +1,4 @@
-"""`eigenzoo evaluate BUNDLE --metric module:function`: what rebuilt models can still do."""
+"""`eigenzoo evaluate BUNDLE --metric module:function`: measure rebuilt models."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def command(
 
 
 def render(found: FunctionEvidence) -> None:
-    """Print every variant's average and its standard error, then what follows."""
+    """Print every variant's average and standard error, and the conclusion."""
     whose = "held-out models" if found.heldout else "models, not all held out"
     say(
         f"{found.metric} of {found.num_models} {whose}; the subspace was fitted to {counted(found.num_fitted, 'model')}"
@@ -100,7 +100,7 @@ def parse_ranks(text: str | None) -> list[int] | None:
 
 
 def load_metric(text: str, argument: str | None) -> Metric:
-    """Import module:function, from the working folder first; with an argument, call it once for the metric."""
+    """Import module:function, first from the working folder. If it has an argument, call it once to get the metric."""
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"{text!r} does not name a function", where="--metric", rule="write module:function")
@@ -131,13 +131,13 @@ def load_metric(text: str, argument: str | None) -> Metric:
 
 
 def _called(what: str, function: Any, argument: str, absent: str = "") -> Any:
-    """Call the user's code; whatever it raises is told as what it is."""
+    """Call the user's code. Its errors are reported as errors of that code."""
     try:
         return function(argument)
     except EigenzooError:
         raise
     except (Exception, SystemExit) as error:
-        # A module that the user's module imports is not the one that was asked for.
+        # The missing module is one that the user's module imports.
         missing = isinstance(error, ModuleNotFoundError) and error.name == argument
         raise UsageError(
             f"{what} ({type(error).__name__}: {error})", where="--metric", next_step=absent if missing else ""

@@ -1,4 +1,4 @@
-"""`eigenzoo evidence ZOO|BUNDLE`: every control, and one verdict."""
+"""`eigenzoo evidence ZOO|BUNDLE`: run all controls and give a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`eigenzoo fit ZOO -o BUNDLE`: from models to a bundle."""
+"""`eigenzoo fit ZOO -o BUNDLE`: fit models and save a bundle."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def command(
 
 
 def render(report: Mapping[str, Any], most: int = 100) -> None:
-    """Print a fit by role: in-sample beside held-out, the null and the mean's energy beside both."""
+    """Print a fit by role: in-sample and held-out share, the null, and the mean's energy."""
     say(
         f"{counted(report['num_models'], 'model')}, {counted(report['num_layers'], 'layer')}, "
         f"view {report['view']}, axes {', '.join(report['axes'])}, "
@@ -151,7 +151,7 @@ def _render_rest(report: Mapping[str, Any]) -> None:
 
 
 def render_bytes(sizes: Mapping[str, Any]) -> None:
-    """Print the bytes of the analysed layers and of the whole, and when the bundle pays."""
+    """Print the bytes of the analysed layers and of the whole bundle, and from how many models on it is smaller."""
     print_table(
         "",
         ("bytes", "zoo", "bundle", "ratio"),
@@ -187,7 +187,7 @@ def render_bytes(sizes: Mapping[str, Any]) -> None:
 
 
 def _ranks(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Ranks per axis, as a range where layers differ."""
+    """Write the rank of each axis, as a range if layers differ."""
     parts = []
     for axis in layers[0]["rank"]:
         ranks = sorted({layer["rank"][axis] for layer in layers})

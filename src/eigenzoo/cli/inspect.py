@@ -1,4 +1,4 @@
-"""`eigenzoo inspect ZOO`: what a zoo holds."""
+"""`eigenzoo inspect ZOO`: list the contents of a zoo."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def command(
 
 
 def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
-    """Print an inspection as tables; long lists are cut, and say by how much."""
+    """Print an inspection as tables. Long lists are truncated and say how many are left out."""
     say(
         f"{counted(found.num_models, 'model')}, {counted(found.num_layers, 'layer')}, view {found.view}: "
         f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files"

@@ -1,4 +1,4 @@
-"""What commands say of the files beside models that are not carried."""
+"""Print notes on files beside models that are not carried."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from eigenzoo.zoo.zoo import Zoo
 
 MOST = 12
-"""Names on one line."""
+"""Largest number of names on one line."""
 
 
 def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
-    """Name what rebuilt models lack, on one line; the warnings of a zoo name the weights among it once more."""
+    """Name the files that rebuilt models lack, on one line. A zoo's warnings name those with weights again."""
     if files:
         say(
             "not carried: "
@@ -33,13 +33,13 @@ def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
 
 
 def say_hidden(paths: Sequence[str]) -> None:
-    """Name the models that were passed over for their names."""
+    """Name the models that were skipped because of their names."""
     if paths:
         say(f"not read, because their names begin with '.' or '_': {_listed(paths)}; give the full path to read one")
 
 
 def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
-    """Name what one rebuilt model lacks of what lay beside the original; weights are a warning of their own."""
+    """Name the files beside the original that one rebuilt model lacks. Those with weights have their own warning."""
     others = [name for name in names if name not in weights]
     if others:
         say(f"not carried: {_listed(others)}")
@@ -59,7 +59,7 @@ def not_in_subspace(space: Subspace, models: Zoo) -> list[str]:
 
 
 def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
-    """Name layers of new models that no number counts."""
+    """Name layers of new models that are not in any number."""
     if layers:
         whose = names[0] if len(names) == 1 else "these models"
         say(

@@ -1,4 +1,4 @@
-"""`eigenzoo plan ZOO`: error against bytes."""
+"""`eigenzoo plan ZOO`: compare error and bytes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def command(
 
 
 def _budget(size: int) -> str:
-    """Bytes as `--budget` reads them, rounded up."""
+    """Write bytes for `--budget`, rounded up."""
     return f"{-(-size // 1000)}kB"
 
 

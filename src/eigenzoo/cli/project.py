@@ -1,4 +1,4 @@
-"""`eigenzoo project BUNDLE MODEL…`: how much of a model lies in the subspace."""
+"""`eigenzoo project BUNDLE MODEL…`: measure how much of a model is outside the subspace."""
 
 from __future__ import annotations
 

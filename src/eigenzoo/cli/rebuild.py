@@ -1,4 +1,4 @@
-"""`eigenzoo rebuild BUNDLE NAME -o DIR`: a model back, in the format it came in."""
+"""`eigenzoo rebuild BUNDLE NAME -o DIR`: rebuild a model in its original format."""
 
 from __future__ import annotations
 
@@ -141,18 +141,18 @@ def command(
 
 
 def _bytes_of(space: Subspace, name: str) -> int | None:
-    """Bytes of the weight files that a model of the bundle came from; None where it came from none."""
+    """Return the bytes of the original weight files of a model in the bundle; None without files."""
     files = next(model.source.files for model in space.manifest.models if model.name == name)
     return sum(file.bytes for file in files.values()) or None
 
 
 def _written(output: Path) -> int:
-    """Bytes of the weight files that were written."""
+    """Return the bytes of the written weight files."""
     return sum(path.stat().st_size for path in output.rglob("*.safetensors"))
 
 
 def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dict[str, object]:
-    """The sizes as JSON values; `lora` is null for full weights."""
+    """Return the sizes as JSON values; `lora` is null for full weights."""
     return {
         "bytes": written,
         "original_bytes": original,
@@ -161,7 +161,7 @@ def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dic
 
 
 def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_lora_rank: int | None) -> None:
-    """Print the bytes, of an adapter its rank too, and how to cut a rank that has grown."""
+    """Print the bytes, for an adapter also its rank, and how to truncate a larger rank than the original's."""
     if ranks is None:
         say(in_bytes(written) + ("" if original is None else f" (the original: {in_bytes(original)})"))
         return
@@ -172,13 +172,13 @@ def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, ma
 
 
 def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
-    """Whether a model's residual is against what another tool rebuilt, and not against the original."""
+    """Tell whether a model's residual is relative to another tool's rebuilt adapter, and not to the original."""
     sources = {model.name: model.source for model in space.manifest.models}
     return "imported" in space.report and coefficients.name in sources and not sources[coefficients.name].files
 
 
 def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None) -> str:
-    """What the rebuilt model lacks, the cut of its updates included; of an imported one, what is known of that."""
+    """Write the rebuilt model's loss, including truncated updates; for an imported model the known part."""
     if _is_imported(space, coefficients):
         return (
             f"as {space.report['imported']['tool']} rebuilds it; the error against the original is unknown{_cut(ranks)}"
@@ -186,10 +186,10 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
     outside, energy = coefficients.residual, sum(coefficients.energies.values())
     if not _cut(ranks) or ranks is None or space.view != "update" or not 0 < energy < math.inf:
         return f"{in_percent(outside)} of its energy is lost{_cut(ranks)}"
-    # Excluded modules are cut too, so their energy counts here.
+    # Excluded modules are truncated too, so their energy counts here.
     whole = energy + sum(update.energy for name, update in ranks.layers.items() if name not in coefficients.energies)
     outside, cut = max(outside, 0.0) * energy / whole, ranks.lost / whole
-    # What lies outside the subspace and what the cut takes need not be orthogonal: the triangle inequality bounds both together.
+    # The losses by projection and by truncation need not be orthogonal, so the triangle inequality bounds their sum.
     both = (math.sqrt(outside) + math.sqrt(cut)) ** 2
     return (
         f"at most {in_percent(min(both, 1.0))} of its energy is lost: {in_percent(outside)} outside the subspace, "
@@ -198,7 +198,7 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
 
 
 def _cut(ranks: UpdateRanks | None) -> str:
-    """Say how much cutting the updates loses, or nothing if none was cut."""
+    """Write the loss by truncating updates, or "" if none was truncated."""
     if ranks is None or ranks.rank == ranks.whole:
         return ""
     return f" · cutting from rank {ranks.whole} loses {in_percent(ranks.loss)} of the updates' energy"
@@ -217,7 +217,7 @@ def _rebuild_adapter(
     force: bool,
     json: bool,
 ) -> None:
-    """Rebuild the model that an adapter file stands for."""
+    """Rebuild the model of an adapter file."""
     from eigenzoo.adapt.rebuilding import rebuild
 
     if mean_only or fetch:

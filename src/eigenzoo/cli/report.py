@@ -1,4 +1,4 @@
-"""`eigenzoo report ZOO|BUNDLE -o FILE`: the evidence as a page, a table, or figures."""
+"""`eigenzoo report ZOO|BUNDLE -o FILE`: write the evidence as a page, a table, or figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eigenzoo.errors import UsageError
 
 FIGURES = ("png", "svg")
 KIND_OF_FIGURES = "figures"
-"""What the record of a folder of figures calls it; see `formats.output.own`."""
+"""Kind of output in the record of a folder of figures; see `formats.output.own`."""
 
 FORMATS = ("html", "md", "json", "csv", *FIGURES)
 
@@ -112,7 +112,7 @@ def command(
 
 
 def choose_format(output: Path, asked: str | None) -> str:
-    """Return the format that is asked for, else the one of the file's suffix.
+    """Return the given format, else that of the file's suffix.
 
     >>> choose_format(Path("zoo.md"), None)
     'md'
@@ -133,7 +133,7 @@ def choose_format(output: Path, asked: str | None) -> str:
 
 
 def check_width(width: float | None, format: str) -> None:
-    """Refuse a width that is out of range, or of a format that has none, before any work."""
+    """Raise for a width out of range, or for a format without a width, before any work."""
     from eigenzoo.report import check_width as check_range
 
     if width is None:
@@ -144,7 +144,7 @@ def check_width(width: float | None, format: str) -> None:
 
 
 def check_output(output: Path, format: str, force: bool) -> None:
-    """Refuse an output that exists, before any work."""
+    """Raise for an output that exists, before any work."""
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.report.recognising import is_report
@@ -156,7 +156,7 @@ def check_output(output: Path, format: str, force: bool) -> None:
 
 
 def write(document: Mapping[str, Any], output: Path, format: str, force: bool, width: float | None = None) -> str:
-    """Render a document and write it whole or not at all; say what was written."""
+    """Render a document, write it completely or not at all, and print the path."""
     from eigenzoo import report as pages
     from eigenzoo.formats.output.own import recorded, write_record
     from eigenzoo.formats.output.whole import new_folder, write_file

@@ -1,4 +1,4 @@
-"""`eigenzoo verify PATH`: whether a bundle is whole, and whether an adapter takes effect on its base."""
+"""`eigenzoo verify PATH`: check a bundle, and whether an adapter takes effect on its base."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def command(
 
 
 def _check_place(path: Path) -> None:
-    """Refuse a path at which there is neither a bundle nor a model."""
+    """Raise for a path that is neither a bundle nor a model."""
     from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
     from eigenzoo.formats.paths import did_you_mean
@@ -109,7 +109,7 @@ def _verify_bundle(
             found = space.verify(against=base, loader=_loader(dry_load), progress=progress)
         faults = list(found)
     except EigenzooError as error:
-        # A bundle that cannot even be loaded has failed the check; what is no bundle is bad input.
+        # A bundle that cannot be loaded has failed the check. A path that is not a bundle is bad input.
         if isinstance(error, UsageError) or not (Path(bundle) / MANIFEST).is_file():
             raise
         faults = [str(error)]

@@ -1,4 +1,4 @@
-"""The controls of a whole zoo as sentences: what was asked, its answer, what chance or the control gives, how sure it is."""
+"""Describe the controls of a whole zoo in sentences: question, result, the value of chance or of the control, and uncertainty."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eigenzoo.linalg.heldout import NUM_FOLDS
 
 @dataclass(frozen=True)
 class Control:
-    """One control: the question, the statistic and its value, the control and its value, the uncertainty, and all in a sentence."""
+    """One control: question, statistic and its value, control and its value, uncertainty, and a sentence of them."""
 
     name: str
     question: str
@@ -31,7 +31,7 @@ class Control:
 
 
 def controls(record: EvidenceRecord) -> list[Control]:
-    """Describe each control of a zoo. Figures are averages over layers, weighted by number of values, unless stated otherwise."""
+    """Describe each control of a zoo. Figures are averages over layers weighted by number of values, unless stated otherwise."""
     varying = [layer for layer in record.layers.values() if layer.variance > 0]
     if not varying:
         return []
@@ -247,7 +247,7 @@ def _suitability(record: EvidenceRecord) -> Control | None:
 
 
 def measured_scores(record: EvidenceRecord) -> dict[str, AlphaScore]:
-    """Return the authors' score of the layers that have one: models' own spectra at hand, and long enough to fit."""
+    """Return the authors' score of the layers with models' own spectra that are long enough to fit."""
     scores = {name: layer.alpha_score for name, layer in record.layers.items()}
     return {name: score for name, score in scores.items() if score is not None and score.fitted}
 

@@ -1,4 +1,4 @@
-"""Evidence as plain JSON values: the keys that docs/evidence.md lists, and no others."""
+"""Convert evidence to plain JSON values, with exactly the keys in docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
 
 
 def _test(measures: Measures | None) -> dict[str, Any] | None:
-    """The rule's test on all layers together, with the figures that the verdict's text quotes; None where none are held out."""
+    """Return the rule's test on all layers together, with the figures of the verdict's text; None without held-out models."""
     if measures is None:
         return None
     found = {key: getattr(measures, key) for key in TESTED}
@@ -149,7 +149,7 @@ def _suitability(record: EvidenceRecord) -> dict[str, Any]:
 
 
 def _alpha_score(score: AlphaScore | None) -> dict[str, Any] | None:
-    """The authors' score of a layer; None where the models' own spectra were not measured."""
+    """Return the authors' score of a layer; None if the models' own spectra were not measured."""
     if score is None:
         return None
     return {

@@ -1,12 +1,12 @@
-"""The control "function, not only geometry": what rebuilt models can still do, beside what simpler things in their place can.
+"""The control "function, not only geometry": measure rebuilt models and simpler replacements with a user's metric.
 
-A share of energy says how near weights are; a model far away may do the same, and one very near may do nothing. So a metric
-of the user's own is put to every held-out model, and to what takes its place:
+A share of energy measures the distance of weights. A distant model may have the same function, and a close one may have lost it. So
+the user's metric is computed for every held-out model and its replacements:
 
-    original      the model itself, where it lies
-    parent        what all models started from; for adapters the base model alone (their updates zero)
-    mean          the zoo's mean: no coefficient at all
-    head_only     the parent (or else the mean) under the model's own task head, which may do all the work
+    original      the model itself, at its own path
+    parent        the common start of all models; for adapters the base model alone (their updates zero)
+    mean          the zoo's mean, without coefficients
+    head_only     the parent (or else the mean) with the model's own task head, which may be all that matters
     rebuilt       the model from its first 1, 2, 4, … and all coefficients
     random_basis  the model projected on as many random directions around the mean
     secondary     the model without its first coefficients: do the leading directions carry the function?
@@ -44,16 +44,16 @@ from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
 Metric = Callable[[Path], float]
-"""Called with the folder (or the file, where the zoo's models are files) of one model in the zoo's own format."""
+"""Called with the folder of one model in the zoo's own format, or with its file if the zoo's models are files."""
 
 
 LARGEST = 1e150
-"""The largest figure of a metric whose averages and squares are still numbers."""
+"""Largest value of a metric whose averages and squares do not overflow."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure per variant; None where there is no such variant. Mappings go from ranks to figures."""
+    """One figure per variant, or None if there is no such variant. Mappings are from ranks to figures."""
 
     original: float | None
     parent: float | None
@@ -66,19 +66,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class FunctionEvidence:
-    """What held-out models, and what stands in their place, can do by a user's metric.
+    """A user's metric of held-out models and their replacements.
 
     Attributes:
         metric: the metric's name.
-        num_models: how many models were measured.
-        heldout: whether none of them is in the subspace.
-        num_fitted: how many models the subspace has.
-        ranks: the numbers of coefficients that models were rebuilt from; the last is all of them.
-        secondary_rank: how many leading coefficients `secondary` lacks; None for a subspace of rank 1.
-        models: per model the metric of every variant.
+        num_models: number of measured models.
+        heldout: whether none of them was used to fit the subspace.
+        num_fitted: number of models of the subspace.
+        ranks: numbers of coefficients of rebuilt models; the last is all of them.
+        secondary_rank: number of leading coefficients that `secondary` lacks; None for a subspace of rank 1.
+        models: the metric of every variant of each model.
         mean: the averages over the models.
         spread: the standard errors of these averages; None for a single model.
-        sentence: what follows, in words.
+        sentence: the conclusion.
     """
 
     metric: str
@@ -94,7 +94,7 @@ class FunctionEvidence:
 
     @property
     def averages(self) -> list[tuple[str, float | None, float | None]]:
-        """What stands in a model's place, with the average of the metric and its standard error."""
+        """Return the replacements of a model with the average of the metric and its standard error."""
         mean, spread = self.mean, self.spread
         return [
             ("original", mean.original, spread.original),
@@ -206,7 +206,7 @@ def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
 
 
 def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Model | None:
-    """The checkpoint that models are compared with, if any."""
+    """Open the checkpoint for comparison, if there is one."""
     known = space.base if space.view == "delta" else None
     if parent is None:
         return known
@@ -226,7 +226,7 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
 
 
 def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ranks: Sequence[int]) -> Measured:
-    """Measure every variant of one model, one after the other."""
+    """Measure the variants of one model one by one."""
     original = variants.zoo.models[variants.zoo.place(coefficients.name)].path
 
     def measured(variant: str, make: Callable[[], RebuiltModel | None]) -> float | None:
@@ -254,13 +254,13 @@ def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ran
 
 @own_settings()
 def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Path, where: str) -> Path | None:
-    """Save a variant under the original's own name; returns what a metric takes: a file where the original is one."""
+    """Save a variant under the original's name, and return the path for the metric: a file if the original is one."""
     try:
         with single_threaded():
             made = make()
             if made is None:
                 return None
-            # Not the name in the subspace: a bundle that others wrote may have made it up.
+            # The name in the subspace is not used, because it may come from an untrusted bundle.
             name = original.stem if original.is_file() else Path(os.path.abspath(original)).name
             folder = made.save(scratch / name)
     except EigenzooError as error:
@@ -269,17 +269,17 @@ def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Pat
 
 
 def secondary_rank(rank: int) -> int | None:
-    """How many leading directions are left out for the secondary ones: half of them; None for fewer than two."""
+    """Return how many leading directions `secondary` leaves out: half of them; None for fewer than two."""
     return rank // 2 if rank > 1 else None
 
 
 def _value(metric: Metric, path: Path, where: str) -> float:
-    """Call the metric; whatever it raises, or returns instead of a finite number, is told with its place."""
+    """Call the metric. Its errors and results that are not finite numbers are raised with model and variant."""
     try:
         value = float(metric(path))
     except EigenzooError as error:
         raise error.at(where) from error
-    # The metric is the user's code: its every failure is worth the model and the variant that it failed on.
+    # The metric is the user's code, and any of its errors needs the model and the variant.
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"the metric failed with {type(error).__name__}: {error}",
@@ -296,7 +296,7 @@ def _record(
     metric: Metric, measured: Mapping[str, Measured], ranks: tuple[int, ...], heldout: bool, num_fitted: int
 ) -> FunctionEvidence:
     models = list(measured.values())
-    function = getattr(metric, "func", metric)  # what functools.partial wraps
+    function = getattr(metric, "func", metric)  # the function that functools.partial wraps
     name = getattr(function, "__name__", None) or type(function).__name__
     mean, spread = _combined(models, statistics.fmean), _combined(models, _standard_error)
     half = secondary_rank(ranks[-1])
@@ -307,7 +307,7 @@ def _record(
 
 
 def _combined(models: Sequence[Measured], combine: Callable[[list[float]], float | None]) -> Measured:
-    """Combine every variant's figures over the models; None where a model has none."""
+    """Combine every variant's figures over the models; None if a model has none."""
 
     def over(figures: Iterable[float | None]) -> float | None:
         known = [figure for figure in figures if figure is not None]
@@ -329,7 +329,7 @@ def _standard_error(figures: Sequence[float]) -> float | None:
 
 
 def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, known: str) -> str:
-    """Say what rebuilt models can do beside the originals, and first which controls they do not clearly beat.
+    """Compare rebuilt models with the originals, and first name the controls that they do not clearly beat.
 
     Rebuilt models are clearly better than a control if the paired difference is more than twice its standard error. With
     few models a large difference can miss this, so the sentence does not call the control as good. Which side is better is

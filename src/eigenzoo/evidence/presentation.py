@@ -1,4 +1,4 @@
-"""The document that the report room renders: evidence, sizes, residuals, a metric's figures, and what made it all."""
+"""Make the document for reports: evidence, sizes, residuals, a metric's figures, and its origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("eigenzoo", "torch", "numpy", "scipy")
 
 
 def present(
-    found: Evidence,
+    evidence: Evidence,
     source: Zoo | Subspace,
     *,
     title: str,
@@ -31,15 +31,15 @@ def present(
     """Return the document: plain JSON values, as `eigenzoo.report` lists them.
 
     Args:
-        found: the evidence.
-        source: what it is of: a zoo, or a subspace, which adds the models' residuals.
-        title: what the zoo is called.
-        command, date: what made the document, and when.
-        function: what `evaluate` measured, if it did.
+        evidence: the evidence.
+        source: its source: a zoo, or a subspace, which adds the models' residuals.
+        title: title of the zoo.
+        command, date: command and date of the report.
+        function: the result of `evaluate`, if it was run.
     """
     return {
         "title": title,
-        "evidence": found.to_dict(),
+        "evidence": evidence.to_dict(),
         "function": None if function is None else function.to_dict(),
         "sizes": _sizes(source),
         "models": _models(source),
@@ -47,13 +47,13 @@ def present(
             "command": command,
             "versions": {**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},
             "date": date,
-            "seed": found.seed,
+            "seed": evidence.seed,
         },
     }
 
 
 def _sizes(source: Zoo | Subspace) -> dict[str, Any] | None:
-    """Bytes by rank; nothing for a bundle of other axes than the models'."""
+    """Return bytes by rank; None for a bundle with other axes than `models`."""
     try:
         return sizes(source).to_dict()
     except UsageError:

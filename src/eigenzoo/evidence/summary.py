@@ -1,4 +1,4 @@
-"""All layers together: pooled figures, and the verdict in one sentence."""
+"""Pool all layers' figures, and write the verdict in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
 from eigenzoo.evidence.verdict import why_gone, why_mean, why_not_shared, why_shared
 
 SMALLEST = 1e-300
-"""Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""
+"""Replaces zero energy in a denominator, because held-out models that are copies of each other have no contrast."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Pooled:
     """Shares of the variance, averaged over layers by their number of values.
 
     Attributes:
-        rank: directions per layer.
-        in_sample, captured, null: shares of the fitted models' variance, of the held-out models', and what unrelated models give.
+        rank: number of directions per layer.
+        in_sample, captured, null: shares of the variance of fitted, held-out and unrelated models.
     """
 
     rank: tuple[int, ...]
@@ -33,12 +33,12 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Group:
-    """The held-out controls inside one group of common origin, all layers together.
+    """The held-out controls inside one group of common origin, over all layers.
 
     Attributes:
         pooled: shares of the variance about the group's own mean.
-        mean: mean inner product of two of its models over a model's energy.
-        code: what the group would be called as a zoo of its own.
+        mean: mean inner product of two of its models divided by a model's energy.
+        code: the verdict on the group as a zoo.
     """
 
     pooled: Pooled
@@ -52,9 +52,10 @@ class Summary:
 
     Attributes:
         energy, variance: Σ over layers.
-        mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
-            held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
-        mean_common, mean_across: what two models have in common over a model's energy, of all models and across lineages.
+        mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: share of a held-out model's energy that the
+            others' mean removes; mean_null: the same for unrelated models. These and all below are averages over layers with
+            variance.
+        mean_common, mean_across: inner product of two models over a model's energy, for all models and across lineages.
         dealt: held-out models; contrasts: the same seen from their own mean; across: held-out lineages, likewise, where there
             are several; within: inside each large group.
         directions, across_directions: the test on all layers together; measures, across_measures: the figures that decide it.
@@ -83,9 +84,9 @@ class Verdict:
 
     Attributes:
         code: `no-shared-structure`, `shared-mean`, `shared-lineage` or `shared-subspace`.
-        text: the same in a sentence, with figures.
+        text: the verdict as a sentence with figures.
         decided_by: the control that decided.
-        layers: how many layers have each code (`no-variance` among them).
+        layers: number of layers by code, including `no-variance`.
         values: share of the values of all layers with variance that lie in layers of each code.
     """
 
@@ -97,7 +98,7 @@ class Verdict:
 
 
 def summarize(layers: Sequence[LayerEvidence]) -> Summary:
-    """Average over layers, each weighted by its number of values: a bias of few dimensions has few, whatever its energy."""
+    """Average over layers weighted by their number of values, so that a bias has a small weight for any energy."""
     varying = [layer for layer in layers if layer.variance > 0]
 
     def average(shares: Sequence[float]) -> float:
@@ -133,7 +134,7 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
 
 
 def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
-    """Judge a group by all layers together, as a zoo of weak signs is; a layer equal in all its models tells of its mean alone."""
+    """Judge a group by all layers together. A layer that is equal in all its models counts for its mean only."""
     inside = [(layer.within[place], layer.layer.num_values) for layer in layers]
     weighed = [found for (_, found), _ in inside if found is not None]
     total = sum(num_values for _, num_values in inside)
@@ -147,10 +148,9 @@ def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
 
 
 def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
-    """Average shares over layers by weight, at the ranks of the longest one; a layer of fewer dimensions counts with all it has.
+    """Average shares over layers by weight, at the ranks of the longest one. A layer with fewer dimensions counts with all of them.
 
-    With `contrasts`, held-out models are seen from their own mean: where lineages are held out, the fitted models' mean
-    would bring their lineage in.
+    With `contrasts`, held-out models are measured about their own mean, because the fitted models' mean contains their lineages.
     """
     parts = (("captured", "energy"), ("null", "energy"))
     if contrasts:
@@ -175,7 +175,7 @@ def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
 
 
 def _at(layer: Capture, values: Sequence[float], rank: int) -> float:
-    """A cumulative energy at a rank: that of the largest known rank at or below it."""
+    """Return a cumulative energy at the largest evaluated rank up to a given one."""
     below = [value for known, value in zip(layer.rank, values, strict=True) if known <= rank]
     return below[-1] if below else 0.0
 
@@ -188,7 +188,7 @@ def decide(
     view: str,
     note: str = "",
 ) -> Verdict:
-    """Apply the rule of `verdict` to all layers, and say it; with a note that its reader must have seen."""
+    """Apply the rule of `verdict` to all layers, and write the verdict with a note on its limits."""
     codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
     together = None
     if summary.directions.shared:
@@ -206,7 +206,7 @@ def decide(
 
 
 def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> str:
-    """Name the condition of the rule that was met or missed by all layers together."""
+    """Name the condition of the rule that all layers together meet or miss."""
     measures, across = summary.measures, summary.across_measures
     if code == rule.SHARED_LINEAGE:
         if across is None or summary.across_directions is None or summary.mean_across is None:
@@ -223,7 +223,7 @@ def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> st
 
 
 def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
-    """Name the condition that the largest layer of the verdict meets, where layers do alone what they do not together."""
+    """Name the condition that the largest layer of the verdict meets, if single layers meet one and all together do not."""
     alone = [layer for layer in layers.values() if layer.code == code and layer.weighed is not None]
     largest = max(alone, key=lambda layer: layer.layer.num_values, default=None)
     measures = rule.deciding([largest.weighed]) if largest is not None and largest.weighed is not None else None
@@ -269,7 +269,7 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
 
 
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
-    """Say whether the zoo has one lineage: one base, or a group with nearly all models."""
+    """Tell whether the zoo has one lineage: one base, or a group with nearly all models."""
     largest = len(lineage.groups[0]) if lineage.groups else 0
     if view in ("delta", "update") or largest == num_models:
         return ", within one lineage"
@@ -277,13 +277,15 @@ def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> s
 
 
 def shown_place(pooled: Pooled) -> int | None:
-    """The rank that sentences quote: the largest up to 16."""
+    """Return the index of the rank in sentences: the largest up to 16."""
     places = [place for place, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
     return places[-1] if places else None
 
 
 def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
-    """Where the largest rank up to 16 that both have stands in each: folds of whole lineages are larger, and span less."""
+    """Return the index in each of the largest common rank up to 16. Folds of whole lineages are larger, so that the rest spans
+    less.
+    """
     if across is None:
         return None
     both = [rank for rank in dealt.rank if rank in across.rank and rank <= TESTED_RANK]

@@ -1,4 +1,4 @@
-"""What is measured in a held-out model's place: its parent, the mean, its own head alone, truncations, random directions."""
+"""Make the replacements of a held-out model: its parent, the mean, its own head alone, truncations, random directions."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
 from eigenzoo.zoo.zoo import Zoo
 
 Reader = Callable[[str], Tensor | None]
-"""Reads a tensor of another model by its name; None where that model has none that fits."""
+"""Reads a tensor of another model by its name; None if that model has no fitting one."""
 
 
 class Variants:
-    """Makes every variant of a zoo's models; nothing is computed before a variant is saved.
+    """Makes every variant of a zoo's models. Nothing is computed before a variant is saved.
 
     Attributes:
         zoo: the models, opened by the subspace.
-        rank: directions of the layer that has most.
+        rank: largest number of directions of a layer.
     """
 
     def __init__(self, space: Subspace, zoo: Zoo, parent: Model | None, seed: int) -> None:
@@ -41,14 +41,14 @@ class Variants:
         self._has_heads = any(_differs(name, model, self._differing) for model in zoo.models for name in heads(model))
 
     def rebuilt(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
-        """The model from its first `rank` coefficients of every layer."""
+        """Return the model from its first `rank` coefficients of every layer."""
         values = {
             name: first_directions(self._space.layers[name], value, rank) for name, value in coefficients.values.items()
         }
         return self._space.rebuild(replace(coefficients, values=values))
 
     def secondary(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
-        """The model from all but its first `rank` coefficients; in those it is the mean."""
+        """Return the model without its first `rank` coefficients, which are those of the mean."""
         values = {
             name: value - first_directions(self._space.layers[name], value - self._mean[name], rank)
             for name, value in coefficients.values.items()
@@ -56,15 +56,17 @@ class Variants:
         return self._space.rebuild(replace(coefficients, values=values))
 
     def mean(self, coefficients: Coefficients) -> RebuiltModel:
-        """The mean in the model's place."""
+        """Return the mean with the model's other contents."""
         return self._space.rebuild(replace(coefficients, values=self._mean))
 
     def random(self, coefficients: Coefficients) -> RebuiltModel:
-        """The model projected on random directions around the mean."""
+        """Return the model projected on random directions around the mean."""
         return _RandomlyRebuilt(self._space, self.zoo, replace(coefficients, values=self._mean), self._seed)
 
     def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
-        """The parent in the model's place; None where it is not known whole, as with a head of another shape."""
+        """Return the parent with the model's other contents; None if it is not known completely, as with a head of another
+        shape.
+        """
         place = self.zoo.place(coefficients.name)
         model, read = self.zoo.models[place], self._reader(place)
         if read is None:
@@ -73,7 +75,7 @@ class Variants:
         return None if unknown else self._put_together(coefficients, {}, model.tensors, read)
 
     def head_only(self, coefficients: Coefficients) -> RebuiltModel | None:
-        """The parent's body, or the mean's where no parent is known, under the model's own head; None where heads agree."""
+        """Return the parent, or the mean if no parent is known, with the model's own head; None if all heads agree."""
         if not self._has_heads:
             return None
         place = self.zoo.place(coefficients.name)
@@ -90,7 +92,7 @@ class Variants:
     def _put_together(
         self, coefficients: Coefficients, layers: Mapping[str, LayerBasis], carried: Collection[str], read: Reader
     ) -> RebuiltModel:
-        """A model of the mean's layers and of tensors that `read` gives, or else its own files."""
+        """Return a model of the mean's layers, tensors from `read`, and its own files."""
         place = self.zoo.place(coefficients.name)
 
         def read_or_own(name: str) -> Tensor:
@@ -101,7 +103,7 @@ class Variants:
         return RebuiltModel(coefficients.name, layers, self._mean, template, self._space.view, self._space.require_base)
 
     def _reader(self, place: int) -> Reader | None:
-        """Reads the parent's tensors: those of its checkpoint, or factors whose update is zero; None for no parent."""
+        """Return a reader of the parent's tensors: those of its checkpoint, or factors of a zero update; None without a parent."""
         model = self.zoo.models[place]
         if model.updates:
             zeros = {update.key_b: model.tensors[update.key_b] for update in model.updates.values()}
@@ -118,7 +120,7 @@ class Variants:
 
 
 class _RandomlyRebuilt(RebuiltModel):
-    """A model seen through random directions around the mean."""
+    """A model rebuilt from random directions around the mean."""
 
     def __init__(self, space: Subspace, zoo: Zoo, mean: Coefficients, seed: int) -> None:
         super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
@@ -130,7 +132,7 @@ class _RandomlyRebuilt(RebuiltModel):
 
 
 class _Patched(Template):
-    """A model's template in which some tensors, layers too, are read from elsewhere."""
+    """A model's template in which some tensors, also layers, come from another reader."""
 
     def __init__(self, own: Template, carried: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self.layout, self.config, self.metadata = own.layout, own.config, own.metadata
@@ -138,7 +140,7 @@ class _Patched(Template):
         self._own, self._read = own, read
 
     def read_carried(self, name: str) -> Tensor:
-        """Read a tensor from wherever it comes."""
+        """Read a tensor from its source."""
         return self._read(name)
 
     def read_side_file(self, name: str) -> bytes:
@@ -147,12 +149,12 @@ class _Patched(Template):
 
 
 def num_directions(basis: LayerBasis) -> int:
-    """Directions of a layer's axis `models`, else of its larger truncated side; 0 where both sides are kept whole."""
+    """Return the number of directions of a layer's axis `models`, else of its larger truncated side; 0 if no side is truncated."""
     return basis.ranks.get("models", max(basis.ranks.values(), default=0))
 
 
 def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
-    """Keep the first `rank` numbers, or a core's leading corner (a side kept whole stays whole); zeros elsewhere."""
+    """Keep the first `rank` numbers, or a core's leading corner (complete along a side that is not truncated). Others are zero."""
     axes = ("models",) if "models" in basis.ranks else ("outputs", "inputs")
     corner = tuple(slice(rank if axis in basis.ranks else None) for axis in axes)
     kept = torch.zeros_like(values)
@@ -162,7 +164,7 @@ def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
 
 @own_settings()
 def mean_values(space: Subspace) -> dict[str, Tensor]:
-    """Coefficients of the mean: zeros, or where another center was removed, the average of the kept models'."""
+    """Return coefficients of the mean: zeros, or for another center the average of the stored models' coefficients."""
     zeros = {name: torch.zeros(basis.coefficient_shape) for name, basis in space.layers.items()}
     if space.manifest.center == "models":
         return zeros
@@ -174,14 +176,14 @@ def mean_values(space: Subspace) -> dict[str, Tensor]:
 
 
 def heads(model: Model) -> set[str]:
-    """Names of the tensors that are a task head: its weights, or the factors of its update."""
+    """Return the names of a task head's tensors: its weights, or the factors of its update."""
     modules = {key: update.module for update in model.updates.values() for key in (update.key_a, update.key_b)}
     return {name for name in model.tensors if is_task_head(modules.get(name, name.removeprefix(PEFT_PREFIX)))}
 
 
 @own_settings()
 def check_parent(space: Subspace, parent: Model) -> None:
-    """Raise MismatchError unless a parent has every layer in its shape; its task head may be another."""
+    """Raise MismatchError unless a parent has every layer in its shape. Its task head may differ."""
     for name, basis in space.layers.items():
         info = parent.tensors.get(name)
         if not is_task_head(name) and (info is None or info.shape != basis.layer.tensor_shape):
@@ -193,7 +195,7 @@ def check_parent(space: Subspace, parent: Model) -> None:
 
 
 def _differing(space: Subspace, zoo: Zoo) -> set[str]:
-    """Names of the layers that vary over the fitted models, and of the carried tensors that are not the same in all."""
+    """Return the names of layers with variance over the fitted models, and of carried tensors that differ between them."""
     fitted: Mapping[str, Mapping[str, object]] = space.report["layers"]
     names = {name for name in space.layers if fitted.get(name, {}).get("captured") is not None}
     contents: dict[str, set[str]] = {}
@@ -207,7 +209,7 @@ def _differing(space: Subspace, zoo: Zoo) -> set[str]:
 
 
 def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
-    """Tell whether a tensor, or the layer that it is a factor of, differs between models."""
+    """Tell whether a tensor, or the layer of a factor, differs between models."""
     layers = {name}
     for update in model.updates.values():
         if name in (update.key_a, update.key_b):
@@ -216,7 +218,7 @@ def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
 
 
 def _read_alike(parent: Model, name: str, model: Model) -> Tensor | None:
-    """Read the parent's tensor where it can stand in the model's place: the same shape, and both weights or both counts."""
+    """Read the parent's tensor if it can replace the model's: the same shape, and both are weights or both are counts."""
     found, own = parent.tensors.get(name), model.tensors[name]
     if found is None or found.shape != own.shape:
         return None

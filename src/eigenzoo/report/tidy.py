@@ -1,6 +1,6 @@
-"""Every number of a report as one long table: section, layer, model, series, x, y.
+"""Yield all numbers of a report as rows of one long table: section, layer, model, series, x, y.
 
-A section here is a figure of the page: the same rows, thinned to about forty ranks, are behind its download.
+A section is a figure of the page. The figure's download has the same rows at about forty ranks.
 """
 
 from __future__ import annotations
