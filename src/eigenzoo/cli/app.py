@@ -40,7 +40,7 @@ GOES_ON = {
     "fit": "; run the same command again to resume after the finished layers",
     "adapt": "; run the same command again to resume from the last checkpoint",
 }
-"""What a command does when it runs again after an interruption. All others start from the beginning."""
+"""Sentences on how a command continues after an interruption. All others start from the beginning."""
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals by which a terminal, a batch system and a lost connection end a command. Temporary folders are removed."""

@@ -78,9 +78,7 @@ def _nothing(length: int) -> Chance:
 
 
 def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed: int = 0) -> Chance:
-    """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance, from the moments alone. Cost: N³ per
-    draw.
-    """
+    """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance, from moments. Cost: N³ per draw."""
     centered = moments.shift_N is None
     length = moments.num_models - centered
     if moments.variance == 0:

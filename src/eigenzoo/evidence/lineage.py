@@ -163,8 +163,9 @@ def find_groups(cosines_NN: Tensor, copies: Mapping[int, int]) -> tuple[list[lis
 
 
 def _largest_gap(levels: Sequence[float]) -> float | None:
-    """Return the middle of the largest gap between levels of joining, with zero for unrelated models as the last level; None if it
-    is small.
+    """Return the middle of the largest gap between levels of joining, or None if it is small.
+
+    The last level is zero, for unrelated models.
     """
     falling = sorted(levels, reverse=True)
     if falling[-1] > 0:

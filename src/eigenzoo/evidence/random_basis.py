@@ -103,8 +103,9 @@ def _among_updates(basis: StackedBasis, update: Factors, mean: Factors, draw: to
 def _random_core(
     basis: LayerBasis, left: Tensor, right: Tensor | None, draw: torch.Generator
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Return random U (O, P) and V (I, Q), None for a side that is not truncated, and the core Uᵀ(left·right)V in K random shared
-    cores.
+    """Return random U (O, P) and V (I, Q), and the core Uᵀ(left·right)V in K random shared cores.
+
+    U or V is None for a side that is not truncated.
     """
     outputs, inputs = basis.layer.shape
     outputs_OP = _orthonormal(outputs, basis.ranks["outputs"], draw) if "outputs" in basis.ranks else None

@@ -283,9 +283,7 @@ def shown_place(pooled: Pooled) -> int | None:
 
 
 def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
-    """Return the index in each of the largest common rank up to 16. Folds of whole lineages are larger, so that the rest spans
-    less.
-    """
+    """Return the index in each of the largest common rank up to 16. Ranks across lineages can be fewer."""
     if across is None:
         return None
     both = [rank for rank in dealt.rank if rank in across.rank and rank <= TESTED_RANK]

@@ -25,8 +25,7 @@ TESTED_RANK = 16
 """Largest number of tested directions. It defines "low-dimensional" here and is the hypothesis' own number."""
 
 DISPERSION = 2.0
-"""Folds have models in common, so their captures are correlated. Measured, the variance is 1.3 to 1.9 times that of independent
-folds.
+"""Folds have models in common, so the measured variance of captures is 1.3 to 1.9 times that of independent folds.
 """
 
 LEFT_OUT_RANK = 16
@@ -183,17 +182,13 @@ def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[
 
 
 def unrelated_share(moments: LayerMoments, fitted: Tensor, held: Tensor, rank: int) -> float:
-    """Return the share of unrelated models of the same norms in the top `rank` directions of other such models, about their
-    mean.
-    """
+    """Return the share of unrelated models in the top `rank` directions of others with the same norms, about their mean."""
     found = _unrelated(moments, fitted, held)
     return _with_chance(up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0, rank, moments)
 
 
 def _unrelated(moments: LayerMoments, fitted: Tensor, held: Tensor) -> HeldOut:
-    """Hold out orthogonal models of the same norms, because with uneven norms mean and first direction are close to the largest
-    model.
-    """
+    """Hold out orthogonal models of the same norms. If these are uneven, mean and first direction lean to the largest one."""
     return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, held)
 
 

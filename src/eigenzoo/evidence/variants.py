@@ -64,9 +64,7 @@ class Variants:
         return _RandomlyRebuilt(self._space, self.zoo, replace(coefficients, values=self._mean), self._seed)
 
     def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
-        """Return the parent with the model's other contents; None if it is not known completely, as with a head of another
-        shape.
-        """
+        """Return the parent with the model's other contents; None if a part is not known, such as a head of another shape."""
         place = self.zoo.place(coefficients.name)
         model, read = self.zoo.models[place], self._reader(place)
         if read is None:

@@ -18,7 +18,7 @@ NO_SHARED_STRUCTURE, SHARED_MEAN = "no-shared-structure", "shared-mean"
 SHARED_LINEAGE, SHARED_SUBSPACE = "shared-lineage", "shared-subspace"
 NO_VARIANCE = "no-variance"
 CODES = (NO_SHARED_STRUCTURE, SHARED_MEAN, SHARED_LINEAGE, SHARED_SUBSPACE)
-"""Codes from the most to the least sceptical. Of two with equal weights the first is the verdict."""
+"""Codes from the most to the least sceptical. With equal weights the first one is the verdict."""
 
 SIGNIFICANCE = 1e-3
 """Probability that a layer of noise appears to share directions. Zoos have tens of layers."""
@@ -278,9 +278,9 @@ def judge_zoo(
 ) -> tuple[str, str, dict[str, int], dict[str, float]]:
     """Judge the zoo from its layers' codes and numbers of values, and from all layers together.
 
-    The verdict is the code of the layers with most values. If that is no structure or the mean, and all layers together show
-    directions that no single layer shows, it is theirs. Returns code, control, and for each code the number of layers and the share
-    of values.
+    The verdict is the code of the layers with most values. If all layers together show directions that no single layer shows, and
+    that code is not about directions, the verdict is theirs. Returns code, control, and for each code the number of layers and the
+    share of values.
     """
     varying = {name: found for name, found in codes.items() if found[0] != NO_VARIANCE}
     total = sum(num_values for _, num_values in varying.values())

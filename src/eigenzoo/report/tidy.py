@@ -135,7 +135,7 @@ def residuals(report: Report, thin: bool = False) -> Iterator[Row]:
 
 
 def size_rows(table: SizeTable) -> Iterator[Row]:
-    """What every rank and every threshold would weigh and lose."""
+    """Yield size and loss of every rank and every threshold."""
     for kind, rows in (("rank", table.by_rank), ("threshold", table.by_threshold)):
         for row in rows:
             at = row.rank if kind == "rank" else row.threshold

@@ -68,7 +68,9 @@ class RebuiltModel:
 
     @property
     def not_carried(self) -> tuple[str, ...]:
-        """Files beside the original's weights that are not written. Of many names the first are listed, weights before others."""
+        """Files beside the original's weights that are not written. If there are many, the first are listed, weights before
+        others.
+        """
         return self._template.not_carried
 
     @property

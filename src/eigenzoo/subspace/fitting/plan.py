@@ -123,7 +123,7 @@ class Plan:
         """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
 
         A row is left out if another one is not larger and does not lose more. So duplicates are left out too.
-        Of more than `most` rows, some between the smallest and the largest are left out.
+        If there are more than `most` rows, some between the smallest and the largest are left out.
         """
         front: list[PlanRow] = []
         for row in sorted(self.rows, key=lambda row: (row.bytes, row.residual, len(row.axes))):
