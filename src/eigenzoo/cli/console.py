@@ -99,17 +99,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     console = output()
     cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)] if cells else [0] * len(columns)
-    whole = [max(width, cell_len(column)) for width, column in zip(widths, columns, strict=True)]
-    if sum(whole) + GAP * (len(whole) - 1) <= console.width:
-        widths = whole
+    full_widths = [max(width, cell_len(column)) for width, column in zip(widths, columns, strict=True)]
+    if sum(full_widths) + GAP * (len(full_widths) - 1) <= console.width:
+        widths = full_widths
     else:  # headings of several words take several lines
         widths = [
             max(width, *map(cell_len, column.split() or [""])) for width, column in zip(widths, columns, strict=True)
         ]
     _shorten(widths, left, console.width)
     groups = _side_by_side(widths, left, console.width)
-    for place, group in enumerate(groups):
-        table = Table(title=title if place == 0 and title else None, title_justify="left", title_style="bold", box=None)
+    for number, group in enumerate(groups):
+        table = Table(
+            title=title if number == 0 and title else None, title_justify="left", title_style="bold", box=None
+        )
         table.pad_edge = False
         for column in group:
             side: JustifyMethod = "left" if column < left else "right"
@@ -126,10 +128,10 @@ def _shorten(widths: list[int], left: int, room: int) -> None:
         groups = _side_by_side(widths, left, room)
         return len(groups), any(sum(widths[column] + GAP for column in group) - GAP > room for group in groups)
 
-    whole = widths[:left]
-    widths[:left] = [min(width, SHORTEST) for width in whole]
+    full_widths = widths[:left]
+    widths[:left] = [min(width, SHORTEST) for width in full_widths]
     fewest = tables()
-    widths[:left] = whole
+    widths[:left] = full_widths
     while tables() > fewest:
         widths[max(range(left), key=lambda column: widths[column])] -= 1
 
@@ -138,13 +140,13 @@ def _side_by_side(widths: Sequence[int], left: int, room: int) -> list[list[int]
     """Assign columns to tables that fit the width. Each table begins with the columns of words."""
     words = list(range(left))
     start = sum(widths[column] + GAP for column in words)
-    groups, taken = [list(words)], start
+    groups, width = [list(words)], start
     for column in range(left, len(widths)):
-        if taken + widths[column] > room and len(groups[-1]) > len(words):
+        if width + widths[column] > room and len(groups[-1]) > len(words):
             groups.append(list(words))
-            taken = start
+            width = start
         groups[-1].append(column)
-        taken += widths[column] + GAP
+        width += widths[column] + GAP
     return groups
 
 

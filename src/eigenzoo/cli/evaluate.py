@@ -49,7 +49,7 @@ def command(
         measure = load_metric(metric, metric_arg)
         space = ez.load(bundle, base=base)
         held_out = space.open(models, allow_pickle=allow_pickle) if models else None
-        found = ez.evaluate(
+        measured = ez.evaluate(
             space,
             measure,
             held_out,
@@ -61,28 +61,28 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(found.to_dict())
+        print_json(measured.to_dict())
     else:
-        render(found)
+        render(measured)
 
 
-def render(found: FunctionEvidence) -> None:
+def render(measured: FunctionEvidence) -> None:
     """Print every variant's average and standard error, and the conclusion."""
-    whose = "held-out models" if found.heldout else "models, not all held out"
+    whose = "held-out models" if measured.heldout else "models, not all held out"
     say(
-        f"{found.metric} of {found.num_models} {whose}; the subspace was fitted to {counted(found.num_fitted, 'model')}"
+        f"{measured.metric} of {measured.num_models} {whose}; the subspace was fitted to {counted(measured.num_fitted, 'model')}"
     )
     print_table(
         "",
         ("variant", "average", "± standard error"),
-        [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
+        [(name, _number(mean), _number(error)) for name, mean, error in measured.averages],
     )
     say(
         "parent: the model before fine-tuning (of adapters: the base without an update). mean only: the zoo's mean. head only: the "
         "parent, or the mean, with the model's own head. random basis: as many random directions about the mean. without the "
         "first: rebuilt from the other directions. –: not measured (no parent is known, or all heads agree)."
     )
-    say(f"\n{found.sentence}")
+    say(f"\n{measured.sentence}")
 
 
 def parse_ranks(text: str | None) -> list[int] | None:
@@ -106,27 +106,27 @@ def load_metric(text: str, argument: str | None) -> Metric:
         raise UsageError(f"{text!r} does not name a function", where="--metric", rule="write module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    found = _called(
+    target = _called(
         f"module {module_name!r} cannot be imported",
         importlib.import_module,
         module_name,
         f"run the command in the folder with {module_name.replace('.', '/')}.py",
     )
     for part in function_name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(target, part):
             raise UsageError(
                 f"module {module_name!r} has no {function_name!r}",
                 where="--metric",
-                next_step=f"name a function of {getattr(found, '__file__', None) or 'it'}",
+                next_step=f"name a function of {getattr(target, '__file__', None) or 'it'}",
             )
-        found = getattr(found, part)
+        target = getattr(target, part)
     if argument is not None:
-        found = _called(f"{text} failed for {argument!r}", found, argument)
-    if not callable(found):
+        target = _called(f"{text} failed for {argument!r}", target, argument)
+    if not callable(target):
         raise UsageError(
             f"{text} is not a function", where="--metric", rule="a metric is called with the path of a model"
         )
-    measure: Metric = found
+    measure: Metric = target
     return measure
 
 

@@ -56,17 +56,17 @@ def command(
     """Test for a shared subspace, beyond chance, the mean and a common origin, and give a verdict."""
     import eigenzoo as ez
 
-    asked = options.parse_rule(rank)
+    rank_rule = options.parse_rule(rank)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
     ):
         source = opening.zoo_or_bundle(zoo, progress)
         sides = options.parse_axes(axes) or ()
-        found = ez.evidence(
+        evidence = ez.evidence(
             source,
             axes=sides,
-            rank=asked,
+            rank=rank_rule,
             center=center,
             seed=seed,
             suitability=suitability,
@@ -75,36 +75,37 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(found.to_dict())
+        print_json(evidence.to_dict())
     else:
-        render(found)
+        render(evidence)
 
 
-def render(found: Evidence, most: int = 40) -> None:
+def render(evidence: Evidence, most: int = 40) -> None:
     """Print the verdict, the controls, and the layers by role."""
     from eigenzoo.evidence.controls import controls
 
-    say(f"verdict: {found.verdict.code}", style="bold")
-    say(found.verdict.text)
+    say(f"verdict: {evidence.verdict.code}", style="bold")
+    say(evidence.verdict.text)
     say(
-        f"\n{counted(len(found.names), 'model')}, {counted(len(found.layers), 'layer')}, view {found.view}, center {found.center}"
+        f"\n{counted(len(evidence.names), 'model')}, {counted(len(evidence.layers), 'layer')}, view {evidence.view}, "
+        f"center {evidence.center}"
     )
-    for control in controls(found):
+    for control in controls(evidence):
         say(f"{control.name:>12}  {control.sentence}", hang=14)
     say("")
-    _render_roles(found, most)
-    _render_axes(found, most)
-    for group in found.lineage.groups[:5]:
+    _render_roles(evidence, most)
+    _render_axes(evidence, most)
+    for group in evidence.lineage.groups[:5]:
         say(f"common origin: {', '.join(group[:6])}{f', … ({len(group)} models)' if len(group) > 6 else ''}")
-    for first, other in found.lineage.duplicates[:5]:
+    for first, other in evidence.lineage.duplicates[:5]:
         say(f"copies: {first} and {other}")
-    if len(found.lineage.duplicates) > 5:
-        say(f"… and {counted(len(found.lineage.duplicates) - 5, 'more pair')} of copies")
-    for warning in found.warnings:
+    if len(evidence.lineage.duplicates) > 5:
+        say(f"… and {counted(len(evidence.lineage.duplicates) - 5, 'more pair')} of copies")
+    for warning in evidence.warnings:
         say(f"warning: {warning}")
 
 
-def _render_axes(found: Evidence, most: int) -> None:
+def _render_axes(evidence: Evidence, most: int) -> None:
     rows = [
         (
             name,
@@ -113,7 +114,7 @@ def _render_axes(found: Evidence, most: int) -> None:
             len(side.null),
             *(in_percent(sum(values[:16])) for values in (side.explained_variance_ratio, side.null)),
         )
-        for name, sides in found.axes.items()
+        for name, sides in evidence.axes.items()
         for axis, side in sides.items()
     ]
     if rows:
@@ -123,11 +124,11 @@ def _render_axes(found: Evidence, most: int) -> None:
         )
 
 
-def _render_roles(found: Evidence, most: int) -> None:
+def _render_roles(evidence: Evidence, most: int) -> None:
     from eigenzoo.weights.roles import role
 
     groups: dict[str, list[LayerEvidence]] = {}
-    for name, layer in found.layers.items():
+    for name, layer in evidence.layers.items():
         groups.setdefault(role(name), []).append(layer)
     largest = sorted(groups, key=lambda name: -sum(layer.layer.num_values for layer in groups[name]))[:most]
     print_table(
@@ -151,15 +152,17 @@ def _role_cells(layers: Sequence[LayerEvidence]) -> tuple[object, ...]:
     verdicts = ", ".join(
         f"{code} {sum(layer.code == code for layer in layers)}" if len(codes) > 1 else code for code in codes
     )
-    held = [layer.unseen for layer in varying if layer.unseen is not None]
-    if not varying or not held:
+    unseen_layers = [layer.unseen for layer in varying if layer.unseen is not None]
+    if not varying or not unseen_layers:
         return verdicts, "–", "–", "–", "–", "–", "–"
-    shared = sorted(set.intersection(*(set(unseen.rank) for unseen in held)))
-    rank = max((known for known in shared if known <= 16), default=shared[0] if shared else 0)
+    shared = sorted(set.intersection(*(set(unseen.rank) for unseen in unseen_layers)))
+    rank = max((number for number in shared if number <= 16), default=shared[0] if shared else 0)
     autos = sorted({layer.chance.auto for layer in varying})
 
     def mean(part: str) -> float:
-        return float(sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in held) / len(held))
+        return float(
+            sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in unseen_layers) / len(unseen_layers)
+        )
 
     return (
         verdicts,

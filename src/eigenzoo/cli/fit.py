@@ -52,13 +52,13 @@ def command(
     from eigenzoo.zoo.left_files import left_files
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
-    asked, chosen, num_bytes = (
+    rank_rule, chosen, num_bytes = (
         options.parse_rank(rank),
         options.parse_axes(axes),
         options.parse_bytes(budget, "--budget"),
     )
     # Options that contradict each other are refused before the zoo is opened.
-    resolve_options(asked, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
+    resolve_options(rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
@@ -67,7 +67,7 @@ def command(
         output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.fit(
             opened,
-            asked,
+            rank_rule,
             chosen,
             center=center,
             dtype=dtype,

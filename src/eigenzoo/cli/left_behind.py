@@ -54,8 +54,8 @@ def not_in_subspace(space: Subspace, models: Zoo) -> list[str]:
     """Return the layers of new models that a subspace lacks, except those that its own models have too."""
     from eigenzoo.zoo.matching import EXCLUDED
 
-    known = {item["tensor"] for item in space.report.get("left_out", ())}
-    return [item.tensor for item in models.left_out if item.reason == EXCLUDED and item.tensor not in known]
+    left_out = {item["tensor"] for item in space.report.get("left_out", ())}
+    return [item.tensor for item in models.left_out if item.reason == EXCLUDED and item.tensor not in left_out]
 
 
 def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:

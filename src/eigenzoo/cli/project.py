@@ -25,9 +25,9 @@ def command(
         projected = space.project_many(opened, progress=progress)
     besides = not_in_subspace(space, opened)
     if json:
-        found = {name: coefficients.to_dict() for name, coefficients in projected.items()}
+        residuals = {name: coefficients.to_dict() for name, coefficients in projected.items()}
         zeros = {zero.model: list(zero.modules) for zero in opened.zeros}
-        print_json({"models": found, "not_in_subspace": besides, "zero_updates": zeros})
+        print_json({"models": residuals, "not_in_subspace": besides, "zero_updates": zeros})
         return
     print_table(
         "share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²",

@@ -187,8 +187,10 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
     if not _cut(ranks) or ranks is None or space.view != "update" or not 0 < energy < math.inf:
         return f"{in_percent(outside)} of its energy is lost{_cut(ranks)}"
     # Excluded modules are truncated too, so their energy counts here.
-    whole = energy + sum(update.energy for name, update in ranks.layers.items() if name not in coefficients.energies)
-    outside, cut = max(outside, 0.0) * energy / whole, ranks.lost / whole
+    total_energy = energy + sum(
+        update.energy for name, update in ranks.layers.items() if name not in coefficients.energies
+    )
+    outside, cut = max(outside, 0.0) * energy / total_energy, ranks.lost / total_energy
     # The losses by projection and by truncation need not be orthogonal, so the triangle inequality bounds their sum.
     both = (math.sqrt(outside) + math.sqrt(cut)) ** 2
     return (

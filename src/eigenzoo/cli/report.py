@@ -73,7 +73,7 @@ def command(
     check_width(width, chosen)
     check_output(output, chosen, force)
     pages.require(chosen)
-    asked, sides = options.parse_rule(rank), options.parse_axes(axes) or ()
+    rank_rule, sides = options.parse_rule(rank), options.parse_axes(axes) or ()
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress, running.workers() as workers:
         source = opening.zoo_or_bundle(zoo, progress)
@@ -83,10 +83,10 @@ def command(
                 rule="models are rebuilt from a bundle",
                 next_step="run `eigenzoo fit` and name the bundle",
             )
-        found = ez.evidence(
+        evidence = ez.evidence(
             source,
             axes=sides,
-            rank=asked,
+            rank=rank_rule,
             center=center,
             seed=seed,
             suitability=suitability,
@@ -99,7 +99,7 @@ def command(
             held_out = source.open(models, allow_pickle=opening.allow_pickle) if models else None
             function = ez.evaluate(source, measure, held_out, parent=parent, seed=seed, progress=progress)
     document = present(
-        found,
+        evidence,
         source,
         title=Path(shown_url(zoo[0])).resolve().name,
         command=shlex.join(["eigenzoo", *(shown_url(word) for word in sys.argv[1:])]),
@@ -107,23 +107,23 @@ def command(
         function=function,
     )
     written = write(document, output, chosen, force, width)
-    say(found.verdict.text)
+    say(evidence.verdict.text)
     say(f"{written}: {output}")
 
 
-def choose_format(output: Path, asked: str | None) -> str:
+def choose_format(output: Path, chosen_format: str | None) -> str:
     """Return the given format, else that of the file's suffix.
 
     >>> choose_format(Path("zoo.md"), None)
     'md'
     """
-    if asked is None and not output.suffix:
+    if chosen_format is None and not output.suffix:
         raise UsageError(
             "the output has no suffix, so its format is unknown",
             where=f"--output {output}",
             next_step=f"write {output}.html for a page, or add --format png for a folder of figures",
         )
-    chosen = asked if asked is not None else output.suffix.lstrip(".").lower()
+    chosen = chosen_format if chosen_format is not None else output.suffix.lstrip(".").lower()
     chosen = {"htm": "html", "markdown": "md"}.get(chosen, chosen)
     if chosen not in FORMATS:
         raise UsageError(

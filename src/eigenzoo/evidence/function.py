@@ -207,11 +207,11 @@ def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
 
 def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Model | None:
     """Open the checkpoint for comparison, if there is one."""
-    known = space.base if space.view == "delta" else None
+    base = space.base if space.view == "delta" else None
     if parent is None:
-        return known
-    if known is not None and os.path.realpath(parent) == os.path.realpath(known.path):
-        return known
+        return base
+    if base is not None and os.path.realpath(parent) == os.path.realpath(base.path):
+        return base
     if space.view != "weight":
         whose = "the base" if space.view == "delta" else "the base model alone, with zero updates"
         raise UsageError(
@@ -220,9 +220,9 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
             rule=f"the models' parent is {whose}",
             next_step="leave the parent out",
         )
-    found = split_model(open_model(Path(parent)), space.manifest.split)
-    check_parent(space, found)
-    return found
+    checkpoint = split_model(open_model(Path(parent)), space.manifest.split)
+    check_parent(space, checkpoint)
+    return checkpoint
 
 
 def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ranks: Sequence[int]) -> Measured:
@@ -328,7 +328,7 @@ def _standard_error(figures: Sequence[float]) -> float | None:
     return statistics.stdev(figures) / math.sqrt(len(figures)) if len(figures) > 1 else None
 
 
-def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, known: str) -> str:
+def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, fitted_models: str) -> str:
     """Compare rebuilt models with the originals, and first name the controls that they do not clearly beat.
 
     Rebuilt models are clearly better than a control if the paired difference is more than twice its standard error. With
@@ -336,13 +336,17 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
     read off the control that is farthest from the originals.
     """
     originals, rebuilt = [_some(model.original) for model in models], [_some(model.rebuilt[rank]) for model in models]
-    found = {
+    figures_by_control = {
         "the mean alone": [model.mean for model in models],
         "a random basis": [model.random_basis[rank] for model in models],
         "the head alone": [model.head_only for model in models],
         "the parent alone": [model.parent for model in models],
     }
-    controls = {name: [_some(figure) for figure in figures] for name, figures in found.items() if None not in figures}
+    controls = {
+        name: [_some(figure) for figure in figures]
+        for name, figures in figures_by_control.items()
+        if None not in figures
+    }
     gaps = [statistics.fmean(originals) - statistics.fmean(figures) for figures in controls.values()]
     better = math.copysign(1, max(gaps, key=abs))
     not_beaten = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
@@ -361,7 +365,7 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
         of_mean = statistics.fmean(controls["the mean alone"])
         share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
         last = f"Rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
-    return f"{first}On {known}, the average of {metric} is {_listed(shown)}. {last}."
+    return f"{first}On {fitted_models}, the average of {metric} is {_listed(shown)}. {last}."
 
 
 def _is_better(figures: Sequence[float], others: Sequence[float], better: float) -> bool:

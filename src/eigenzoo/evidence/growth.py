@@ -46,17 +46,17 @@ def halves(moments: LayerMoments, rank: int, seed: int = 0) -> Halves | None:
         return None
     splits = NUM_SPLITS if num_models <= LARGE_ZOO else NUM_SPLITS_LARGE
     generator = torch.Generator().manual_seed(seed)
-    found = torch.zeros(splits, rank, dtype=torch.float64)
+    cosines_SK = torch.zeros(splits, rank, dtype=torch.float64)
     for split in range(splits):
         order = torch.randperm(num_models, generator=generator)
         cosines = half_cosines(moments.gram_NN, order[: num_models // 2], order[num_models // 2 :], rank)
-        found[split, : cosines.numel()] = cosines
+        cosines_SK[split, : cosines.numel()] = cosines
     null = random_cosines(rank, moments.num_values, seed=seed)
     return Halves(
         rank,
-        tuple(found.mean(0).tolist()),
-        tuple(found.quantile(0.05, dim=0).tolist()),
-        tuple(found.quantile(0.95, dim=0).tolist()),
+        tuple(cosines_SK.mean(0).tolist()),
+        tuple(cosines_SK.quantile(0.05, dim=0).tolist()),
+        tuple(cosines_SK.quantile(0.95, dim=0).tolist()),
         tuple(null.mean(0).tolist()),
         tuple(null.quantile(0.95, dim=0).tolist()),
         splits,
@@ -125,14 +125,14 @@ def layer_growth(moments: LayerMoments, seed: int = 0) -> LayerGrowth | None:
     captured, null = torch.zeros(2, draws, len(looked), dtype=torch.float64)
     for draw in range(draws):
         order = torch.randperm(num_models, generator=generator)
-        held, rest = order[looked[-1] :], order[: looked[-1]]
-        for place, size in enumerate(looked):
-            found = hold_out(moments.gram_NN, rest[:size], held)
+        left_out, rest = order[looked[-1] :], order[: looked[-1]]
+        for index, size in enumerate(looked):
+            capture = hold_out(moments.gram_NN, rest[:size], left_out)
             rank = min(RANK, size - 1)
-            if found.fitted_energy > 0:
-                in_sample[draw, place, : found.in_sample_K.numel()] = found.in_sample_K / found.fitted_energy
-            captured[draw, place] = up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0
-            null[draw, place] = unrelated_share(moments, rest[:size], held, rank)
+            if capture.fitted_energy > 0:
+                in_sample[draw, index, : capture.in_sample_K.numel()] = capture.in_sample_K / capture.fitted_energy
+            captured[draw, index] = up_to(capture.captured_K, rank) / capture.energy if capture.energy > 0 else 0.0
+            null[draw, index] = unrelated_share(moments, rest[:size], left_out, rank)
     return LayerGrowth(in_sample, captured, null)
 
 
@@ -146,7 +146,7 @@ def growth(layers: Sequence[tuple[LayerGrowth, float]], num_models: int) -> Grow
         for part in ("in_sample", "captured", "null")
     )
     looked = sizes(num_models)
-    at_rank = torch.stack([in_sample[:, place, min(RANK, size - 1) - 1] for place, size in enumerate(looked)], 1)
+    at_rank = torch.stack([in_sample[:, index, min(RANK, size - 1) - 1] for index, size in enumerate(looked)], 1)
     return Growth(
         looked,
         tuple(((in_sample < 0.9).sum(-1) + 1).double().mean(0).tolist()),

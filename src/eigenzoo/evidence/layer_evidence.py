@@ -135,12 +135,12 @@ def findings(
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 
 
-def subset(moments: LayerMoments, places: Tensor) -> LayerMoments:
+def subset(moments: LayerMoments, indices: Tensor) -> LayerMoments:
     """Return the moments of some of the models, about their own mean."""
     part = replace(
         moments,
-        gram_NN=moments.gram_NN[places][:, places],
-        cross_N=moments.cross_N[places],
+        gram_NN=moments.gram_NN[indices][:, indices],
+        cross_N=moments.cross_N[indices],
         entries=None,
         sums_N=None,
         singular_NR=None,

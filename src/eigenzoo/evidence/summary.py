@@ -121,7 +121,7 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         dealt=pool(dealt),
         contrasts=pool(dealt, contrasts=True),
         across=pool(across, contrasts=True) if across else None,
-        within=tuple(_group(varying, place) for place in range(groups)),
+        within=tuple(_group(varying, index) for index in range(groups)),
         directions=rule.directions(dealt),
         across_directions=rule.directions(across) if across else None,
         mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
@@ -133,10 +133,10 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
     )
 
 
-def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
+def _group(layers: Sequence[LayerEvidence], group_index: int) -> Group:
     """Judge a group by all layers together. A layer that is equal in all its models counts for its mean only."""
-    inside = [(layer.within[place], layer.layer.num_values) for layer in layers]
-    weighed = [found for (_, found), _ in inside if found is not None]
+    inside = [(layer.within[group_index], layer.layer.num_values) for layer in layers]
+    weighed = [sums for (_, sums), _ in inside if sums is not None]
     total = sum(num_values for _, num_values in inside)
     common = sum(findings.mean.common * num_values for (findings, _), num_values in inside) / total
     shared = sum(num_values for (findings, _), num_values in inside if findings.mean_is_shared)
@@ -155,17 +155,19 @@ def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
     parts = (("captured", "energy"), ("null", "energy"))
     if contrasts:
         parts = (("contrast", "contrast_energy"), ("contrast_null", "contrast_energy"))
-    known = [(layer.sums, layer.weight) for layer in layers if layer.sums.fitted > 0 and layer.sums.energy > 0]
-    if not known:
+    layers_with_sums = [
+        (layer.sums, layer.weight) for layer in layers if layer.sums.fitted > 0 and layer.sums.energy > 0
+    ]
+    if not layers_with_sums:
         return Pooled((), (), (), ())
-    rank = max((layer.rank for layer, _ in known), key=lambda ranks: ranks[-1])
-    total = sum(weight for _, weight in known)
+    rank = max((layer.rank for layer, _ in layers_with_sums), key=lambda ranks: ranks[-1])
+    total = sum(weight for _, weight in layers_with_sums)
 
     def shares(part: str, whole: str) -> tuple[float, ...]:
         return tuple(
             sum(
                 weight * _at(layer, getattr(layer, part), k) / max(getattr(layer, whole), SMALLEST)
-                for layer, weight in known
+                for layer, weight in layers_with_sums
             )
             / total
             for k in rank
@@ -176,7 +178,7 @@ def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
 
 def _at(layer: Capture, values: Sequence[float], rank: int) -> float:
     """Return a cumulative energy at the largest evaluated rank up to a given one."""
-    below = [value for known, value in zip(layer.rank, values, strict=True) if known <= rank]
+    below = [value for evaluated, value in zip(layer.rank, values, strict=True) if evaluated <= rank]
     return below[-1] if below else 0.0
 
 
@@ -192,8 +194,8 @@ def decide(
     codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
     together = None
     if summary.directions.shared:
-        found = summary.across_directions
-        gone = found is not None and not found.shared
+        across_directions = summary.across_directions
+        gone = across_directions is not None and not across_directions.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
     parts = (
@@ -238,19 +240,19 @@ def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
 def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     if decided_by == "variance":
         return f"The {num_models} models are copies of one model: no analysed layer differs between them."
-    found = _held(summary.dealt)
+    heldout = _held(summary.dealt)
     if code == rule.SHARED_SUBSPACE:
         within = _within(summary, lineage, num_models, view)
         strength = (
             "" if summary.directions.material else " This is more than chance, but too little to store models in."
         )
-        return f"Shared subspace{within}: {found}. {_mean(summary)}.{strength}"
+        return f"Shared subspace{within}: {heldout}. {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
-        places = shown_places(summary.contrasts, summary.across)
+        indices = shown_indices(summary.contrasts, summary.across)
         rest = " There are too few origins to test for more than that."
-        if summary.across is not None and places is not None:
-            dealt, across = places
+        if summary.across is not None and indices is not None:
+            dealt, across = indices
             rest = (
                 f" Models of different origin do not share it: the top {summary.across.rank[across]} directions explain "
                 f"{in_percent(summary.contrasts.captured[dealt])} of the variance of held-out models, but "
@@ -262,10 +264,10 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
             f"largest with {largest} of the {num_models} models).{rest}"
         )
     if code == rule.SHARED_MEAN:
-        return f"Shared mean, without a subspace beyond it. {_mean(summary)}. Around it, {found}."
+        return f"Shared mean, without a subspace beyond it. {_mean(summary)}. Around it, {heldout}."
     if num_models < MIN_MODELS:
         return f"No shared structure can be shown: {num_models} models are too few to hold any out. {_mean(summary)}."
-    return f"No shared structure: {found}. {_mean(summary)}."
+    return f"No shared structure: {heldout}. {_mean(summary)}."
 
 
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
@@ -276,13 +278,13 @@ def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> s
     return f", within the lineage of {largest} of the {num_models} models" if largest and summary.across is None else ""
 
 
-def shown_place(pooled: Pooled) -> int | None:
+def shown_index(pooled: Pooled) -> int | None:
     """Return the index of the rank in sentences: the largest up to 16."""
-    places = [place for place, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
-    return places[-1] if places else None
+    indices = [index for index, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
+    return indices[-1] if indices else None
 
 
-def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
+def shown_indices(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
     """Return the index in each of the largest common rank up to 16. Ranks across lineages can be fewer."""
     if across is None:
         return None
@@ -291,12 +293,12 @@ def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None
 
 
 def _held(pooled: Pooled) -> str:
-    place = shown_place(pooled)
-    if place is None:
+    index = shown_index(pooled)
+    if index is None:
         return "there are too few models to hold any out"
     return (
-        f"the top {pooled.rank[place]} directions of each layer explain {in_percent(pooled.captured[place])} of the variance "
-        f"of held-out models (in-sample {in_percent(pooled.in_sample[place])}, chance {in_percent(pooled.null[place])})"
+        f"the top {pooled.rank[index]} directions of each layer explain {in_percent(pooled.captured[index])} of the variance "
+        f"of held-out models (in-sample {in_percent(pooled.in_sample[index])}, chance {in_percent(pooled.null[index])})"
     )
 
 

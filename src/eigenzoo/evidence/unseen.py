@@ -72,15 +72,16 @@ class Capture:
     def ratio(self) -> tuple[float, ...]:
         """Captured energy of the contrasts over that of as many average directions, by rank."""
         return tuple(
-            found / (rank * self.cloud) if self.cloud > 0 else 0.0
-            for rank, found in zip(self.rank, self.contrast, strict=True)
+            captured / (rank * self.cloud) if self.cloud > 0 else 0.0
+            for rank, captured in zip(self.rank, self.contrast, strict=True)
         )
 
     @property
     def over_chance(self) -> tuple[float, ...]:
         """Captured energy of the contrasts over that of unrelated models in any k directions, by rank."""
         return tuple(
-            found / null if null > 0 else 0.0 for found, null in zip(self.contrast, self.contrast_null, strict=True)
+            captured / null if null > 0 else 0.0
+            for captured, null in zip(self.contrast, self.contrast_null, strict=True)
         )
 
 
@@ -136,19 +137,19 @@ def capture(
     num_models, gram_NN = moments.num_models, moments.gram_NN
     if num_models < MIN_MODELS or moments.variance == 0:
         return None
-    dealt = list(folds) if folds is not None else make_folds(num_models, num_folds(num_models), seed)
+    folds_held_out = list(folds) if folds is not None else make_folds(num_models, num_folds(num_models), seed)
     scaled_NN, level_N = scale_models(gram_NN) if scaled is None else scaled
-    found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
-    contrasts = [contrast(scaled_NN, level_N, others(num_models, held), held) for held in dealt]
-    rank = ranks_up_to(min(num_models - max(map(len, dealt)) - 1, moments.num_values))
-    energy = sum(fold.energy for fold in found)
+    captures = [hold_out(gram_NN, others(num_models, left_out), left_out) for left_out in folds_held_out]
+    contrasts = [contrast(scaled_NN, level_N, others(num_models, left_out), left_out) for left_out in folds_held_out]
+    rank = ranks_up_to(min(num_models - max(map(len, folds_held_out)) - 1, moments.num_values))
+    energy = sum(fold.energy for fold in captures)
     return Capture(
         rank=rank,
-        in_sample=_summed([fold.in_sample_K for fold in found], rank),
-        fitted=sum(fold.fitted_energy for fold in found),
-        captured=_summed([fold.captured_K for fold in found], rank),
+        in_sample=_summed([fold.in_sample_K for fold in captures], rank),
+        fitted=sum(fold.fitted_energy for fold in captures),
+        captured=_summed([fold.captured_K for fold in captures], rank),
         energy=energy,
-        null=tuple(share * energy for share in _null_shares(moments, dealt, rank)),
+        null=tuple(share * energy for share in _null_shares(moments, folds_held_out, rank)),
         contrast=_summed([fold.captured_K for fold in contrasts], rank),
         contrast_energy=sum(fold.energy for fold in contrasts),
         cloud=sum(fold.cloud for fold in contrasts),
@@ -170,26 +171,28 @@ def _summed(cumulative: Sequence[Tensor], rank: Sequence[int]) -> tuple[float, .
     return tuple(sum(up_to(fold_K, k) for fold_K in cumulative) for k in rank)
 
 
-def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
+def _null_shares(moments: LayerMoments, folds: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
     """Return captured shares of unrelated models at each rank, averaged over the folds. For a large zoo one fold is enough."""
-    few = dealt if moments.num_models <= LARGE_ZOO else dealt[:1]
-    found = [_unrelated(moments, others(moments.num_models, held), held) for held in few]
-    total = sum(fold.energy for fold in found)
-    limits = _summed([fold.captured_K for fold in found], rank)
+    few = folds if moments.num_models <= LARGE_ZOO else folds[:1]
+    unrelated = [_unrelated(moments, others(moments.num_models, left_out), left_out) for left_out in few]
+    total = sum(fold.energy for fold in unrelated)
+    limits = _summed([fold.captured_K for fold in unrelated], rank)
     return [
         _with_chance(limit / total if total > 0 else 0.0, k, moments) for k, limit in zip(rank, limits, strict=True)
     ]
 
 
-def unrelated_share(moments: LayerMoments, fitted: Tensor, held: Tensor, rank: int) -> float:
+def unrelated_share(moments: LayerMoments, fitted: Tensor, left_out: Tensor, rank: int) -> float:
     """Return the share of unrelated models in the top `rank` directions of others with the same norms, about their mean."""
-    found = _unrelated(moments, fitted, held)
-    return _with_chance(up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0, rank, moments)
+    unrelated = _unrelated(moments, fitted, left_out)
+    return _with_chance(
+        up_to(unrelated.captured_K, rank) / unrelated.energy if unrelated.energy > 0 else 0.0, rank, moments
+    )
 
 
-def _unrelated(moments: LayerMoments, fitted: Tensor, held: Tensor) -> HeldOut:
+def _unrelated(moments: LayerMoments, fitted: Tensor, left_out: Tensor) -> HeldOut:
     """Hold out orthogonal models of the same norms. If these are uneven, mean and first direction lean to the largest one."""
-    return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, held)
+    return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, left_out)
 
 
 def _with_chance(limit: float, rank: int, moments: LayerMoments) -> float:
@@ -251,15 +254,15 @@ def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: floa
     if total <= 0 or len(folds) < 2:
         return NO_SHARE
     removed = null = common = spread = pairs = 0.0
-    for held in folds:
-        fitted = others(moments.num_models, held)
-        block = raw_NN[held][:, fitted]
+    for left_out in folds:
+        fitted = others(moments.num_models, left_out)
+        block = raw_NN[left_out][:, fitted]
         mean_energy = float(raw_NN[fitted][:, fitted].mean())
-        removed += 2 * float(block.mean(1).sum()) - len(held) * mean_energy
-        null -= len(held) * float(energies_N[fitted].sum()) / len(fitted) ** 2
+        removed += 2 * float(block.mean(1).sum()) - len(left_out) * mean_energy
+        null -= len(left_out) * float(energies_N[fitted].sum()) / len(fitted) ** 2
         common += float(block.sum())
         pairs += block.numel()
-        spread += float(energies_N[held].sum() * energies_N[fitted].sum())
+        spread += float(energies_N[left_out].sum() * energies_N[fitted].sum())
     # Each pair occurs twice, once from either side.
     deviation = sqrt(2 * spread * max(cloud_share, 1 / moments.num_values))
     return MeanShare(
@@ -297,8 +300,8 @@ def secondary(sums: Capture | None, rank: int) -> Secondary | None:
     """
     if sums is None:
         return None
-    places = [place for place, known in enumerate(sums.rank) if known <= max(rank, 1)]
-    top = places[-1]
+    indices = [index for index, known in enumerate(sums.rank) if known <= max(rank, 1)]
+    top = indices[-1]
     if top + 1 >= len(sums.rank):
         return None
     between = sums.rank[top + 1] - sums.rank[top]

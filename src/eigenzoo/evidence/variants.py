@@ -65,8 +65,8 @@ class Variants:
 
     def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
         """Return the parent with the model's other contents; None if a part is not known, such as a head of another shape."""
-        place = self.zoo.place(coefficients.name)
-        model, read = self.zoo.models[place], self._reader(place)
+        index = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[index], self._reader(index)
         if read is None:
             return None
         unknown = [name for name in model.tensors if _differs(name, model, self._differing) and read(name) is None]
@@ -76,8 +76,8 @@ class Variants:
         """Return the parent, or the mean if no parent is known, with the model's own head; None if all heads agree."""
         if not self._has_heads:
             return None
-        place = self.zoo.place(coefficients.name)
-        model, read = self.zoo.models[place], self._reader(place)
+        index = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[index], self._reader(index)
         own = heads(model)
         if read is not None:
             other = read
@@ -91,18 +91,18 @@ class Variants:
         self, coefficients: Coefficients, layers: Mapping[str, LayerBasis], carried: Collection[str], read: Reader
     ) -> RebuiltModel:
         """Return a model of the mean's layers, tensors from `read`, and its own files."""
-        place = self.zoo.place(coefficients.name)
+        index = self.zoo.place(coefficients.name)
 
         def read_or_own(name: str) -> Tensor:
-            found = read(name)
-            return self.zoo.read_carried(place, name) if found is None else found
+            tensor = read(name)
+            return self.zoo.read_carried(index, name) if tensor is None else tensor
 
         template = _Patched(coefficients.template, carried, read_or_own)
         return RebuiltModel(coefficients.name, layers, self._mean, template, self._space.view, self._space.require_base)
 
-    def _reader(self, place: int) -> Reader | None:
+    def _reader(self, index: int) -> Reader | None:
         """Return a reader of the parent's tensors: those of its checkpoint, or factors of a zero update; None without a parent."""
-        model = self.zoo.models[place]
+        model = self.zoo.models[index]
         if model.updates:
             zeros = {update.key_b: model.tensors[update.key_b] for update in model.updates.values()}
             kept = {update.key_a for update in model.updates.values()}
@@ -125,8 +125,8 @@ class _RandomlyRebuilt(RebuiltModel):
         self._zoo, self._seed = zoo, seed
 
     def _rebuild(self, name: str) -> Tensor | Factors:
-        mean, place = super()._rebuild(name), self._zoo.place(self.name)
-        return rebuild_randomly(self._layers[name], self._zoo.stack(name), place, mean, self._seed)
+        mean, index = super()._rebuild(name), self._zoo.place(self.name)
+        return rebuild_randomly(self._layers[name], self._zoo.stack(name), index, mean, self._seed)
 
 
 class _Patched(Template):
@@ -200,10 +200,10 @@ def _differing(space: Subspace, zoo: Zoo) -> set[str]:
     for model in space.manifest.models:
         for name, content in model.carried.items():
             contents.setdefault(name, set()).add(content)
-    for place in range(len(zoo)):
-        for name in zoo.carried(place):
-            contents.setdefault(name, set()).add(tensor_id(zoo.read_carried(place, name)))
-    return names | {name for name, found in contents.items() if len(found) > 1}
+    for index in range(len(zoo)):
+        for name in zoo.carried(index):
+            contents.setdefault(name, set()).add(tensor_id(zoo.read_carried(index, name)))
+    return names | {name for name, tensor in contents.items() if len(tensor) > 1}
 
 
 def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
@@ -217,8 +217,8 @@ def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
 
 def _read_alike(parent: Model, name: str, model: Model) -> Tensor | None:
     """Read the parent's tensor if it can replace the model's: the same shape, and both are weights or both are counts."""
-    found, own = parent.tensors.get(name), model.tensors[name]
-    if found is None or found.shape != own.shape:
+    tensor, own = parent.tensors.get(name), model.tensors[name]
+    if tensor is None or tensor.shape != own.shape:
         return None
-    castable = found.dtype.is_floating_point and own.dtype.is_floating_point
-    return parent.read(name) if castable or found.dtype == own.dtype else None
+    castable = tensor.dtype.is_floating_point and own.dtype.is_floating_point
+    return parent.read(name) if castable or tensor.dtype == own.dtype else None

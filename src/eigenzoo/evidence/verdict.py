@@ -189,29 +189,29 @@ def _clearest(measures: Measures) -> tuple[bool, bool, float, float]:
 
 def _tried(layers: Sequence[Weighed]) -> list[Measures]:
     """Return the measures at every tried rank."""
-    known = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
-    total = sum(layer.weight for layer in known)
+    with_sums = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
+    total = sum(layer.weight for layer in with_sums)
     by_rank = {
         rank: having
         for rank in ranks_up_to(TESTED_RANK)
-        if (having := [layer for layer in known if rank in layer.sums.rank])
+        if (having := [layer for layer in with_sums if rank in layer.sums.rank])
         # Layers with fewer dimensions, such as biases, are left out at this rank.
         and 2 * sum(layer.weight for layer in having) >= total
     }
     if not by_rank:
         return []
-    effective = _effective(known)
-    num_models = min(layer.sums.num_models for layer in known)
+    effective = _effective(with_sums)
+    num_models = min(layer.sums.num_models for layer in with_sums)
     return [_at_rank(having, rank, len(by_rank), effective, num_models) for rank, having in by_rank.items()]
 
 
 def _effective(layers: Sequence[Weighed]) -> float | None:
     """Return the effective number of directions of a layer, or the weighted average over several."""
-    known = [(layer.excess, layer.weight) for layer in layers if layer.excess is not None]
-    if len(known) < len(layers):
+    measured = [(layer.excess, layer.weight) for layer in layers if layer.excess is not None]
+    if len(measured) < len(layers):
         return None
-    total = sum(weight for _, weight in known)
-    second, third = (sum(excess[part] * weight for excess, weight in known) / total for part in (0, 1))
+    total = sum(weight for _, weight in measured)
+    second, third = (sum(excess[part] * weight for excess, weight in measured) / total for part in (0, 1))
     return effective_directions(second, third)
 
 
@@ -223,14 +223,14 @@ def _at_rank(
     def average(values: Sequence[float]) -> float:
         return sum(value * layer.weight for value, layer in zip(values, layers, strict=True)) / total
 
-    places = [layer.sums.rank.index(rank) for layer in layers]
-    ratios = [layer.sums.ratio[place] for layer, place in zip(layers, places, strict=True)]
-    chances = [layer.sums.over_chance[place] for layer, place in zip(layers, places, strict=True)]
+    indices = [layer.sums.rank.index(rank) for layer in layers]
+    ratios = [layer.sums.ratio[index] for layer, index in zip(layers, indices, strict=True)]
+    chances = [layer.sums.over_chance[index] for layer, index in zip(layers, indices, strict=True)]
     shares = [
-        layer.sums.contrast[place] / layer.sums.contrast_energy for layer, place in zip(layers, places, strict=True)
+        layer.sums.contrast[index] / layer.sums.contrast_energy for layer, index in zip(layers, indices, strict=True)
     ]
-    against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
-    against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
+    against_cloud = min(1.0, num_tried * _p_value(layers, indices, ratios, [layer.cloud_edges for layer in layers]))
+    against_chance = min(1.0, num_tried * _p_value(layers, indices, chances, [layer.edges for layer in layers]))
     return Measures(
         rank, average(shares), average(chances), against_chance, average(ratios), against_cloud, effective, num_models
     )
@@ -238,16 +238,16 @@ def _at_rank(
 
 def _p_value(
     layers: Sequence[Weighed],
-    places: Sequence[int],
+    indices: Sequence[int],
     ratios: Sequence[float],
     edges: Sequence[tuple[float, ...] | None],
 ) -> float:
     """Return the one-sided p-value of Σ w·z / √Σ w² over all tests of all layers."""
     score = square = 0.0
-    for layer, place, ratio, edge in zip(layers, places, ratios, edges, strict=True):
-        deviates = [_deviate(ratio, layer.sums.freedom * layer.sums.rank[place])]
+    for layer, index, ratio, edge in zip(layers, indices, ratios, edges, strict=True):
+        deviates = [_deviate(ratio, layer.sums.freedom * layer.sums.rank[index])]
         if edge is not None:
-            deviates.append(edge[place])
+            deviates.append(edge[index])
         score += layer.weight * sum(deviates)
         square += layer.weight**2 * len(deviates)
     return erfc(score / sqrt(2 * square)) / 2
@@ -282,12 +282,12 @@ def judge_zoo(
     that code is not about directions, the verdict is theirs. Returns code, control, and for each code the number of layers and the
     share of values.
     """
-    varying = {name: found for name, found in codes.items() if found[0] != NO_VARIANCE}
+    varying = {name: verdict for name, verdict in codes.items() if verdict[0] != NO_VARIANCE}
     total = sum(num_values for _, num_values in varying.values())
-    layers = {code: sum(found == code for found, _ in codes.values()) for code in (*CODES, NO_VARIANCE)}
+    layers = {code: sum(verdict == code for verdict, _ in codes.values()) for code in (*CODES, NO_VARIANCE)}
     if not total:
         return SHARED_MEAN, "variance", layers, dict.fromkeys(CODES, 0.0)
-    values = {code: sum(num for found, num in varying.values() if found == code) / total for code in CODES}
+    values = {code: sum(num for verdict, num in varying.values() if verdict == code) / total for code in CODES}
     code = max(CODES, key=lambda each: (values[each], -CODES.index(each)))
     if code in (NO_SHARED_STRUCTURE, SHARED_MEAN) and together is not None:
         return *together, layers, values
