@@ -197,7 +197,7 @@ FILES: dict[str, Change] = {
     ),
     "a million names that are not carried": model(lambda m: m.update(not_carried=["n"] * 10**6)),
     "a side file that is a program": model(lambda m: m.update(side_files={"evil.py": "0" * 32})),
-    "a version of the future": lambda d: d.update(schema_version=2, new={}),
+    "a version of the future": lambda d: d.update(schema_version=3, new={}),
     "a version of 10^300": lambda d: d.update(schema_version=10**300),
     "a version that is a text": lambda d: d.update(schema_version="1"),
     "NaN": lambda d: d["report"].update(energy=float("nan")),
