@@ -11,6 +11,7 @@ from test_half_precision_bounds import lost, zoo  # noqa: F401 (a fixture)
 
 import eigenzoo as ez
 from builders import edit_model, random_stack, write_stacks
+from eigenzoo.adapt.maps import map_of
 from eigenzoo.errors import DataError
 from eigenzoo.formats.bundle.coded_tensors import CodedWriter
 from tolerance import tolerance
@@ -169,3 +170,31 @@ def test_rounded_coefficients_add_their_distance_to_the_loss(tmp_path):
     distance = (exact.all_coefficients["w"] - stored.all_coefficients["w"]).double().square().sum()
     more = stored.manifest.discarded["w"] - exact.manifest.discarded["w"]
     assert more == pytest.approx(float(distance), rel=tolerance(1, dtype=torch.float32) + 1e-4)
+
+
+@pytest.mark.parametrize("dtype", CODED)
+@pytest.mark.parametrize("rank", RANKS, ids="+".join)
+def test_maps_of_coefficients_are_those_that_rebuild(zoo, rank, dtype):  # noqa: F811
+    """Adaptation, attached modules and PEFT read a basis through `operator`: the same orthonormalised one."""
+    space = ez.fit(zoo, rank, dtype=dtype)
+    for layer, basis in space.layers.items():
+        values, layer_map = space.all_coefficients[layer][0], map_of(basis, torch.float64)
+        found = layer_map.matrix(values.double()) + layer_map.mean()
+        torch.testing.assert_close(found, dense(basis, values), rtol=0, atol=1e-5 * float(values.norm()))
+
+
+@pytest.mark.parametrize("dtype", CODED)
+def test_a_layer_in_spans_is_that_of_one_read(tmp_path, monkeypatch, dtype):
+    """Spans of whole rows do not end with blocks of 64; a reader's blocks do not begin with them."""
+    paths = write_stacks(tmp_path / "zoo", {"w": random_stack(8, (41, 7), 0)})
+    whole = ez.fit(paths, 3, dtype=dtype, cache=False)
+    monkeypatch.setattr("eigenzoo.passes.resources.MAX_LAYER_BYTES", 0)
+    monkeypatch.setattr("eigenzoo.zoo.stack.SPAN_BYTES", 8 * 8 * 7 * 5)
+    monkeypatch.setattr("eigenzoo.subspace.bases.flat.BLOCK_BYTES", 8 * 3 * 50)
+    parts = ez.fit(paths, 3, dtype=dtype, cache=False, workspace=tmp_path)
+    assert len(ez.open_zoo(paths).stack("w").spans()) > 5
+    for name in ("w/models", "w/mean"):
+        first, second = (space.layers["w"].tensors.read(name) for space in (whole, parts))
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole.all_coefficients["w"], parts.all_coefficients["w"], atol=1e-5, rtol=0)
+    assert parts.report["residual"] == pytest.approx(whole.report["residual"], rel=1e-6)
