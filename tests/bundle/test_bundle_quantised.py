@@ -78,6 +78,13 @@ def test_a_code_that_quantising_never_gives_is_found(sound, tmp_path):
     assert any("holds the code -128" in fault for fault in faults["orthonormality"])
 
 
+def test_weights_that_do_not_belong_to_the_quantised_factors_are_found(sound, tmp_path):
+    bundle = Path(shutil.copytree(sound["stacked", "nf4"], tmp_path / "bundle"))
+    edit_tensors(bundle, "basis.safetensors", lambda tensors: tensors["block.q/weights"].mul_(1.0001))
+    faults = {check.name: check.faults for check in ez.load(bundle).verify().checks if check.faults}
+    assert any("layer block.q: the basis deviates" in fault for fault in faults["orthonormality"])
+
+
 @pytest.mark.parametrize("form", ["flat", "tucker"])
 def test_directions_that_depend_on_each_other_are_found_and_not_used(sound, form, tmp_path):
     bundle = Path(shutil.copytree(sound[form, "nf4"], tmp_path / "bundle"))

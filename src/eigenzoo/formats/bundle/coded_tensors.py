@@ -147,13 +147,14 @@ def read_run(
 
     Raises BundleError for scales and codes that quantising never gives.
     """
+    again = "copy the whole bundle again"
     first, end = start // BLOCK, min(num_blocks(stop) * BLOCK, num_values)
     begin = first * BLOCK
     codes = read_flat(name, num_codes(begin, coding), num_codes(end, coding))
     scales = read_flat(name + SCALE, first, num_blocks(end))
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-        raise BundleError("scales are negative, NaN or Inf", where=f"tensor '{name}{SCALE}'")
+        raise BundleError("scales are negative, NaN or Inf", where=f"tensor '{name}{SCALE}'", next_step=again)
     if coding == INT8 and bool((codes < -LARGEST_CODE).any()):
         rule = f"codes lie between -{LARGEST_CODE} and {LARGEST_CODE}"
-        raise BundleError("holds the code -128", where=f"tensor '{name}'", rule=rule)
+        raise BundleError("holds the code -128", where=f"tensor '{name}'", rule=rule, next_step=again)
     return dequantise(codes, scales, coding, end - begin)[start - begin : stop - begin]
