@@ -270,7 +270,7 @@ CASES = [
     Case(
         "Coefficients that are too large for float16",
         fit_large_coefficients,
-        ("the largest number in float16", "tore coefficients in bfloat16"),
+        ("he largest number in float16", "tore coefficients in bfloat16"),
         fit_in_bfloat16,
     ),
     Case("A zoo where a bundle is expected", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),

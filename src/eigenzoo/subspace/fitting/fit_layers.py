@@ -314,9 +314,7 @@ class LayerPass:
         if result.spans:
             layer, removed = self.zoo.layers[name], result.moments.removed
             dtype, exact = self._options(name).torch_dtype, not self.options.coding
-            coefficients = write_flat(
-                layer, removed, result.spans, coefficients, dtype, self.writer, orthonormal=exact
-            )
+            coefficients = write_flat(layer, removed, result.spans, coefficients, dtype, self.writer, orthonormal=exact)
         if result.weights_NK is not None:
             stack = self.zoo.stack(name, precision=self._options(name).precision_of_products)
             assert isinstance(stack, UpdateStack)
