@@ -37,6 +37,7 @@ def command(
         float | None, typer.Option(help="Largest share of the energy to lose, such as 0.05.", show_default=False)
     ] = None,
     dtype: options.Dtype = "float32",
+    coefficients_dtype: options.CoefficientsDtype = "float32",
     solver: options.Solver = "exact",
     precision: options.Precision = "default",
     seed: options.Seed = 0,
@@ -58,7 +59,7 @@ def command(
         options.parse_bytes(budget, "--budget"),
     )
     # Options that contradict each other are refused before the zoo is opened.
-    resolve_options(rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
+    resolve_options(rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision, coefficients_dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
@@ -71,6 +72,7 @@ def command(
             chosen,
             center=center,
             dtype=dtype,
+            coefficients_dtype=coefficients_dtype,
             budget=num_bytes,
             max_error=max_error,
             seed=seed,

@@ -129,7 +129,12 @@ Split = Annotated[
         show_default=False,
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Dtype of the stored bases: float32, float64, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the stored bases: float32, float64, bfloat16, float16, int8 or nf4 (four bits).")
+]
+CoefficientsDtype = Annotated[
+    str, typer.Option(help="Dtype of the models' stored coefficients: float32, bfloat16 or float16.")
+]
 Device = Annotated[str, typer.Option(help="Device for matrix products: cpu, cuda or cuda:<number>.")]
 MaxMemory = Annotated[
     str | None,

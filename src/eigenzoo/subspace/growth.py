@@ -249,6 +249,7 @@ def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: 
         coefficients.template,
         source_record(new.models[index], root),
         [coefficients.energies[name] for name in space.layers] if energies else None,
+        space.manifest.coefficients_dtype,
     )
 
 

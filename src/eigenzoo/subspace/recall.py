@@ -139,7 +139,8 @@ def _bound_residuals(space: StoredSubspace, refitted: StoredSubspace, record: Mo
     bounds_L = torch.tensor(bounds, dtype=torch.float32)
     path = refitted.path / record.coefficients
     path.unlink()
-    write_coefficients(path, record.name, refitted.manifest.basis_id, StoredCoefficients(flat, bounds_L))
+    stored, manifest = StoredCoefficients(flat, bounds_L), refitted.manifest
+    write_coefficients(path, record.name, manifest.basis_id, stored, manifest.coefficients_dtype)
 
 
 def _contents(model: ModelRecord) -> Iterator[str]:

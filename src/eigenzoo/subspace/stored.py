@@ -36,7 +36,7 @@ from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis, StoredAs
 from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
 from eigenzoo.subspace.bundles.storage import num_models_stored, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.coefficients import Coefficients, outside_of, project_layers, share_of, with_templates
@@ -105,9 +105,9 @@ class StoredSubspace:
     @own_settings()
     def layers(self) -> Mapping[str, LayerBasis]:
         """Every layer's basis by name."""
-        files = open_basis(self.path)
+        files, stored = open_basis(self.path), StoredAs(self.manifest.coding, self.manifest.coefficients_dtype)
         return MappingProxyType(
-            {record.name: read_basis(record, self.manifest.center, files) for record in self.manifest.layers}
+            {record.name: read_basis(record, self.manifest.center, files, stored) for record in self.manifest.layers}
         )
 
     @cached_property
@@ -164,7 +164,10 @@ class StoredSubspace:
     def stored(self, record: ModelRecord) -> StoredCoefficients:
         """Read a model's coefficients file and check it against the layers."""
         basis, sizes = self.manifest.basis_id, (self._num_coefficients, len(self.layers))
-        return self._current(lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes))
+        dtype = self.manifest.coefficients_dtype
+        return self._current(
+            lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes, dtype)
+        )
 
     @cached_property
     def _num_coefficients(self) -> int:

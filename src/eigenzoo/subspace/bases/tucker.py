@@ -14,7 +14,7 @@ Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K shared c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from eigenzoo.subspace.bases.basis import (
     LayerBasis,
     Operator,
     Projection,
+    StoredAs,
     WholeTensorWriter,
     deviation_from_identity,
 )
@@ -136,7 +137,8 @@ class TuckerBasis(LayerBasis):
         full_core = _reduce_update(factors, outputs_OP, inputs_IQ)
         core = full_core - mean
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        rebuilt_core = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+        coefficients = self._rounded(coefficients)
+        rebuilt_core = mean + (coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
         return Projection(coefficients, _outside(energy, full_core, rebuilt_core, outputs_OP, inputs_IQ), energy)
 
     def _project_dense(
@@ -154,7 +156,8 @@ class TuckerBasis(LayerBasis):
         centered = matrix_OI - mean
         core = _reduce(centered, outputs_OP, inputs_IQ)
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        rebuilt_core = core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
+        coefficients = self._rounded(coefficients)
+        rebuilt_core = coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
         outside = float((centered - _expand(rebuilt_core, outputs_OP, inputs_IQ)).square().sum())
         return Projection(coefficients, outside, energy)
 
@@ -183,9 +186,10 @@ class TuckerBasis(LayerBasis):
         )
 
     def orthonormality(self) -> float:
-        """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
-        bases = [basis.T for basis in (self.side("outputs"), self.side("inputs")) if basis is not None]
-        shared_KPQ = self.shared()
+        """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores, as they are stored."""
+        plain = replace(self, stored=StoredAs())
+        bases = [basis.T for basis in (plain.side("outputs"), plain.side("inputs")) if basis is not None]
+        shared_KPQ = plain.shared()
         bases += [shared_KPQ.flatten(1)] if shared_KPQ is not None else []
         return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
 
@@ -202,7 +206,10 @@ class TuckerBasis(LayerBasis):
         size = self.layer.shape[0 if axis == "outputs" else 1]
         if not self.ranks[axis]:
             return torch.zeros(size, 0, dtype=torch.float64)
-        return self.tensors.read(self._name(axis)).double()
+        stored_SR = self.tensors.read(self._name(axis)).double()
+        if not self.stored.coding:
+            return stored_SR
+        return stored_SR @ self._orthonormalizer(stored_SR.T @ stored_SR).T
 
     def shared(self) -> Tensor | None:
         """Read the shared cores (K, P, Q) of axis `models` in float64."""
@@ -210,7 +217,11 @@ class TuckerBasis(LayerBasis):
             return None
         if not self.ranks["models"] or 0 in self.core_shape:
             return torch.zeros(self.ranks["models"], *self.core_shape, dtype=torch.float64)
-        return self.tensors.read(self._name("models")).double()
+        stored_KPQ = self.tensors.read(self._name("models")).double()
+        if not self.stored.coding:
+            return stored_KPQ
+        rows_KD = stored_KPQ.flatten(1)
+        return (self._orthonormalizer(rows_KD @ rows_KD.T) @ rows_KD).view_as(stored_KPQ)
 
 
 def _outside(

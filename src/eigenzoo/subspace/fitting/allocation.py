@@ -27,6 +27,7 @@ from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.fitting.bytes import (
+    ItemSizes,
     basis_bytes,
     coefficient_bytes,
     contents,
@@ -76,15 +77,15 @@ class LayerSpectra:
         """Return the rank at which an axis is complete."""
         return int(self.values[axis].numel())
 
-    def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: int) -> int:
+    def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: ItemSizes) -> int:
         """Return the bytes of the layer in a bundle: center, bases, and all models' coefficients."""
         axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
-        basis = basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks, num_models)
-        return basis + num_models * self.coefficient_bytes(ranks)
+        basis = basis_bytes(self.layer, ranks, axes, itemsize.basis, self.update_ranks, num_models)
+        return basis + num_models * self.coefficient_bytes(ranks, itemsize)
 
-    def coefficient_bytes(self, ranks: Mapping[str, int]) -> int:
+    def coefficient_bytes(self, ranks: Mapping[str, int], itemsize: ItemSizes) -> int:
         """Return the bytes of one model's coefficients."""
-        return coefficient_bytes(self.layer, ranks, tuple(ranks))
+        return coefficient_bytes(self.layer, ranks, tuple(ranks), itemsize.coefficient)
 
 
 def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
@@ -229,12 +230,14 @@ class Allocation:
             for name, layer in self.spectra.items()
             for axis in layer.values
         ):
-            if self.options.torch_dtype.itemsize >= 4:
+            if not self.options.rounds:
                 return None  # The remaining error is round-off of the products.
+            halved = self.options.coefficients_dtype
+            halved = "" if halved == "float32" else f" and coefficients in {halved}"
             raise BudgetError(
-                f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype} lose {measured:.2g}",
+                f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype}{halved} lose {measured:.2g}",
                 rule="the error of a bundle is that of the bases as they are stored",
-                next_step=f"use dtype float32, or an error bound above {measured:.2g}",
+                next_step=f"use dtype float32{' for both' if halved else ''}, or an error bound above {measured:.2g}",
             )
         return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
 
@@ -246,7 +249,7 @@ class Allocation:
         if self.options.budget is None:
             lost = sum(layer.error(ranks[name]) for name, layer in self.spectra.items())
             return lost / sum(layer.energy for layer in self.spectra.values())
-        itemsize = self.options.torch_dtype.itemsize
+        itemsize = self.options.itemsizes
         return self.fixed + sum(
             layer.num_bytes(ranks[name], self.num_models, itemsize) for name, layer in self.spectra.items()
         )
@@ -256,7 +259,7 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
     """Collect spectra if a budget or an error bound is given. Cost: one pass over the weights."""
     if not options.bounded:
         return Allocation(options, {}, {}, len(zoo), 0)
-    counted = overhead(zoo, options.axes, contents(zoo))
+    counted = overhead(zoo, options.axes, contents(zoo), options.itemsizes.basis)
     fixed = counted.shared + counted.per_model * len(zoo)
     _check_least(zoo, options, fixed)
     request = SpectraRequest(options.axes, options.center, options.precision_of_products, moments=True)
@@ -269,12 +272,12 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
 def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
     """Raise BudgetError, before any weight is read, for a budget smaller than rank 0 needs."""
     ranks = dict.fromkeys(options.axes, 0)
-    itemsize, least = options.torch_dtype.itemsize, fixed
+    itemsize, least = options.itemsizes, fixed
     for name, layer in zoo.layers.items():
         stack = zoo.stack(name)
         update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
-        least += basis_bytes(layer, ranks, options.axes, itemsize, update_ranks, len(zoo))
-        least += len(zoo) * coefficient_bytes(layer, ranks, options.axes)
+        least += basis_bytes(layer, ranks, options.axes, itemsize.basis, update_ranks, len(zoo))
+        least += len(zoo) * coefficient_bytes(layer, ranks, options.axes, itemsize.coefficient)
     _require_room(options.budget, least)
 
 
@@ -294,7 +297,7 @@ def spend(
     target: float | None = None,
 ) -> dict[str, dict[str, int]]:
     """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one."""
-    itemsize = options.torch_dtype.itemsize
+    itemsize = options.itemsizes
     budget, max_error = options.budget, options.max_error
     if target is not None:
         budget, max_error = (None, target) if budget is None else (int(target), None)
@@ -335,7 +338,7 @@ def spend(
 
 
 def _next(
-    layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: int
+    layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: ItemSizes
 ) -> tuple[float, str, str, int] | None:
     """Return the heap entry for one more direction of an axis: minus the gain per byte."""
     if rank >= layer.full_rank(axis):
