@@ -111,6 +111,19 @@ class StackedBasis(LayerBasis):
         factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI, noise=noise)
         return factors
 
+    def stored_ranks(self) -> list[int]:
+        """The rank of every update that the basis is made of: those of the fitted models, in their order."""
+        ranks: list[int] = self.tensors.read(self._name("ranks")).long().tolist()
+        return ranks
+
+    def stored_factors(self, place: int) -> tuple[Tensor, Tensor, float]:
+        """Read one of these updates as `UpdateStack.stored_factors` gave it: B (O, R), A (R, I), and its scale."""
+        ranks, (outputs, inputs) = self.stored_ranks(), self.layer.shape
+        start, stop = sum(ranks[:place]), sum(ranks[: place + 1])
+        b_RO = self.tensors.read_flat(self._name("factors_b"), start * outputs, stop * outputs).view(-1, outputs)
+        a_RI = self.tensors.read_flat(self._name("factors_a"), start * inputs, stop * inputs).view(-1, inputs)
+        return b_RO.T, a_RI, float(self.tensors.read(self._name("scales"))[place])
+
     def orthonormality(self) -> float:
         """Return the largest entry of |⟨V_j, V_k⟩ − δ_jk|, computed from the factors."""
         weights = self.tensors.read(self._name("weights"))[1:]
