@@ -16,7 +16,7 @@ from eigenzoo.linalg.lora import Factors
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.rebuilt import FULL, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
 from eigenzoo.zoo.zoo import Zoo
@@ -45,7 +45,7 @@ class Variants:
         values = {
             name: first_directions(self._space.layers[name], value, rank) for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def secondary(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
         """The model from all but its first `rank` coefficients; in those it is the mean."""
@@ -53,11 +53,11 @@ class Variants:
             name: value - first_directions(self._space.layers[name], value - self._mean[name], rank)
             for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def mean(self, coefficients: Coefficients) -> RebuiltModel:
         """The mean in the model's place."""
-        return self._space.rebuild(replace(coefficients, values=self._mean))
+        return self._space.rebuild(replace(coefficients, values=self._mean), max_lora_rank=FULL)
 
     def random(self, coefficients: Coefficients) -> RebuiltModel:
         """The model projected on random directions around the mean."""
