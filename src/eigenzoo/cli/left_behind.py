@@ -74,8 +74,8 @@ def say_beyond(projected: Mapping[str, Coefficients]) -> None:
     beyond = [name for name, found in projected.items() if max(found.residual, *found.residuals.values()) > 1]
     if beyond:
         say(
-            f"more than 100 %: {_listed(beyond)}. Each rebuilt model contains the zoo's mean, which is farther from these weights than "
-            "zero is. Such a model is probably not one of this zoo, or its changes are much smaller"
+            f"more than 100 %: {_listed(beyond)}. Each rebuilt model contains the zoo's mean, which is farther from these weights "
+            "than zero is. Such a model is probably not one of this zoo, or its changes are much smaller"
         )
 
 

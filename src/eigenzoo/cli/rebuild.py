@@ -69,8 +69,9 @@ def command(
         typer.Option(
             "--max-lora-rank",
             metavar="RANK|full",
-            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss. `full` writes "
-            "the whole rank. Default: the zoo's own rank, which loses no more than lies outside the subspace; for a file of `eigenzoo adapt` the whole rank.",
+            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss. `full` "
+            "writes the whole rank. Default: the zoo's own rank, which loses no more than lies outside the subspace; for a file of "
+            "`eigenzoo adapt` the whole rank.",
             show_default=False,
         ),
     ] = None,

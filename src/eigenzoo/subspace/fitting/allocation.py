@@ -45,8 +45,8 @@ from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
-"""Bytes of sides' moments, and again of cores, that stay in memory between the choice of ranks and the fit. Other moments are collected
-again, and other layers' ranks are chosen without cores.
+"""Bytes of sides' moments, and again of cores, that stay in memory between the choice of ranks and the fit. Others are collected
+again, and ranks of layers without cores are chosen by the sum of the tails.
 """
 
 SUMS_ROUND_OFF = 1e-12
@@ -327,7 +327,9 @@ def _collect_leading(zoo: Zoo, found: Allocation, workers: Workers, progress: Pr
             held += size
             tasks.append((name, ranks[name], moments))
     task = partial(leading_task, zoo, found.options.precision_of_products)
-    return {name: leading for (name, _, _), leading in workers.each("collecting cores", task, tasks, progress, what="layer")}
+    return {
+        name: leading for (name, _, _), leading in workers.each("collecting cores", task, tasks, progress, what="layer")
+    }
 
 
 def _core_bytes(layer: Layer, ranks: Mapping[str, int], num_models: int) -> int:
