@@ -12,7 +12,7 @@ from eigenzoo.errors import MismatchError
 from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors, cut_product
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
@@ -124,9 +124,18 @@ class _RandomlyRebuilt(RebuiltModel):
         super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
         self._zoo, self._seed = zoo, seed
 
-    def _rebuild(self, name: str) -> Tensor | Factors:
-        mean, place = super()._rebuild(name), self._zoo.place(self.name)
-        return rebuild_randomly(self._layers[name], self._zoo.stack(name), place, mean, self._seed)
+    def _rebuild(self, name: str) -> Tensor:
+        rebuilt = self._randomly(name, super()._rebuild(name))
+        assert not isinstance(rebuilt, tuple)
+        return rebuilt
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        rebuilt = self._randomly(name, super()._rebuild_update(name, None).factors)
+        assert isinstance(rebuilt, tuple)
+        return cut_product(*rebuilt, max_rank)
+
+    def _randomly(self, name: str, mean: Tensor | Factors) -> Tensor | Factors:
+        return rebuild_randomly(self._layers[name], self._zoo.stack(name), self._zoo.place(self.name), mean, self._seed)
 
 
 class _Patched(Template):

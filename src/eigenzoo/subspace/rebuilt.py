@@ -40,7 +40,7 @@ OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
 """Other formats that `save` can write, by the model's own format."""
 
 
-FULL = "full"
+FULL: Literal["full"] = "full"
 """As `max_lora_rank`: write every update at its whole rank."""
 
 MaxRank = int | Literal["full"] | None

@@ -6,6 +6,7 @@ rebuilt. A rebuilt update is a sum of many models' updates, so that its rank is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,7 +274,7 @@ class _Losses:
     def total(self) -> float:
         """What was lost before, and by how much both losses together may exceed their sum (Cauchy and Schwarz)."""
         earlier = self._earlier if self._is_known else self._before
-        return self._before + 2 * (earlier * self._later) ** 0.5
+        return self._before + 2 * math.sqrt(earlier * self._later)
 
     def energy(self, fitted: float) -> float:
         """Return the energy of all originals; without moments that of the `fitted` ones stands in the report alone."""

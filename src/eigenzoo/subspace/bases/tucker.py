@@ -23,7 +23,14 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Cut, Factors
-from eigenzoo.subspace.bases.basis import TUCKER, LayerBasis, Operator, Projection, WholeTensorWriter, deviation_from_identity
+from eigenzoo.subspace.bases.basis import (
+    TUCKER,
+    LayerBasis,
+    Operator,
+    Projection,
+    WholeTensorWriter,
+    deviation_from_identity,
+)
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 

@@ -86,7 +86,15 @@ def fit_layers(
     writer = BasisWriter(fitting.folder, list(zoo.layers), MAX_TENSORS[form], resume=fitting.work.lasts)
     try:
         layers = LayerPass(
-            zoo, options, per_layer, fitting.workers, writer, collected or {}, fitting.cache, fitting.work, leading or {}
+            zoo,
+            options,
+            per_layer,
+            fitting.workers,
+            writer,
+            collected or {},
+            fitting.cache,
+            fitting.work,
+            leading or {},
         )
         fitted, moments = layers.run(progress)
         basis = writer.finish()
@@ -235,8 +243,8 @@ class LayerPass:
                 continue
             collected = self._collected(name)
             if is_one_task(stack, options, resources):
-                task = partial(fit_task, self.zoo, name, options, resources, collected, self.leading.get(name))
-                yield (name, collected), [task]
+                leading = self.leading.get(name)
+                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected, leading)]
             else:
                 assert isinstance(stack, DenseStack)
                 request = MomentRequest(options.axes, options.center)
