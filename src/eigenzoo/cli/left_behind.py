@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eigenzoo.cli.console import say
@@ -10,6 +10,7 @@ from eigenzoo.display import counted
 
 if TYPE_CHECKING:
     from eigenzoo.records import ZeroUpdates
+    from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.left_files import LeftFile
     from eigenzoo.zoo.zoo import Zoo
@@ -65,6 +66,16 @@ def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
         say(
             f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}; they are not counted here and are carried "
             f"unchanged: {_listed(layers)}"
+        )
+
+
+def say_beyond(projected: Mapping[str, Coefficients]) -> None:
+    """Say why more than all of a model's energy can lie outside."""
+    beyond = [name for name, found in projected.items() if max(found.residual, *found.residuals.values()) > 1]
+    if beyond:
+        say(
+            f"more than 100 %: {_listed(beyond)}. Each rebuilt model contains the zoo's mean, which is farther from these weights "
+            "than zero is. Such a model is probably not one of this zoo, or its changes are much smaller"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -261,6 +261,23 @@ def _parse_rule(text: str) -> int | float | str:
             rule="a rank is a number, a share in (0, 1], or 'auto'",
             next_step=_as_share(text),
         ) from None
+
+
+def parse_max_rank(text: str | None) -> int | Literal["full"] | None:
+    """Read the largest rank of an update.
+
+    >>> parse_max_rank("16"), parse_max_rank("full"), parse_max_rank(None)
+    (16, 'full', None)
+    """
+    if text is None or text == "full":
+        return None if text is None else "full"
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise UsageError(
+            f"{text[:40]!r} is not a largest rank",
+            where="--max-lora-rank",
+            rule="it is a number of 1 or more, or 'full'",
+        )
+    return int(text)
 
 
 def _as_share(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar
-from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace, say_zero_updates
+from eigenzoo.cli.left_behind import not_in_subspace, say_beyond, say_not_in_subspace, say_zero_updates
 from eigenzoo.display import in_percent
 
 
@@ -42,5 +42,6 @@ def command(
             for name, coefficients in projected.items()
         ],
     )
+    say_beyond(projected)
     say_not_in_subspace(besides, opened.names)
     say_zero_updates(opened.zeros)

@@ -18,6 +18,7 @@ from eigenzoo.records import finite
 if TYPE_CHECKING:
     from eigenzoo.records import UpdateRanks
     from eigenzoo.subspace.coefficients import Coefficients
+    from eigenzoo.subspace.rebuilt import MaxRank
     from eigenzoo.subspace.subspace import Subspace
 
 
@@ -64,11 +65,13 @@ def command(
         ),
     ] = None,
     max_lora_rank: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--max-lora-rank",
-            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss.",
-            min=1,
+            metavar="RANK|full",
+            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss. `full` "
+            "writes the whole rank. Default: the zoo's own rank, which loses no more than lies outside the subspace; for a file of "
+            "`eigenzoo adapt` the whole rank.",
             show_default=False,
         ),
     ] = None,
@@ -84,6 +87,7 @@ def command(
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.rebuilt import MODEL
 
+    max_rank = options.parse_max_rank(max_lora_rank)
     check_free(output, force=force, foreign=recorded(MODEL))
     space = ez.load(bundle, base=base)
     if name not in space.names and is_adapter_file(Path(name)):
@@ -92,7 +96,7 @@ def command(
                 "--format does not apply to files from `eigenzoo adapt`", where=name, next_step="leave it out"
             )
         _rebuild_adapter(
-            space, name, output, model, like, max_lora_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
+            space, name, output, model, like, max_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
         )
         return
     if model is not None or like is not None:
@@ -109,7 +113,7 @@ def command(
             opened = space.open(name, allow_pickle=allow_pickle)
             coefficients, original = space.project(opened, progress=progress), opened.num_bytes
             besides = not_in_subspace(space, opened)
-        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_lora_rank)
+        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_rank)
         rebuilt.save(output, force=force, format=format, progress=progress)
         ranks, written = rebuilt.ranks(), _written(output)
     if json:
@@ -137,7 +141,7 @@ def command(
         )
     say_not_in_subspace(besides, [coefficients.name])
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
-    _say_sizes(ranks, written, original, max_lora_rank)
+    _say_sizes(ranks, written, original, max_rank)
 
 
 def _bytes_of(space: Subspace, name: str) -> int | None:
@@ -160,14 +164,21 @@ def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dic
     }
 
 
-def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_lora_rank: int | None) -> None:
-    """Print the bytes, for an adapter also its rank, and how to truncate a larger rank than the original's."""
+def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_rank: MaxRank) -> None:
+    """Print the bytes, for an adapter also its rank, why it was truncated or not, and the option for the other."""
     if ranks is None:
         say(in_bytes(written) + ("" if original is None else f" (the original: {in_bytes(original)})"))
         return
     before = f"rank {ranks.original}" + ("" if original is None else f", {in_bytes(original)}")
     say(f"rank {ranks.rank}, {in_bytes(written)} (the original: {before})")
-    if max_lora_rank is None and ranks.rank > ranks.original:
+    if max_rank is not None:
+        return
+    if ranks.rank < ranks.whole:
+        say(
+            "written at the zoo's own rank: the cut loses no more than lies outside the subspace. --max-lora-rank full keeps "
+            f"rank {ranks.whole}"
+        )
+    elif ranks.rank > ranks.original:
         say(f"to cut the rank, add --max-lora-rank {ranks.original}; it also prints the loss")
 
 
@@ -212,7 +223,7 @@ def _rebuild_adapter(
     output: Path,
     model: str | None,
     like: str | None,
-    max_lora_rank: int | None,
+    max_rank: MaxRank,
     *,
     mean_only: bool,
     fetch: bool,
@@ -228,7 +239,7 @@ def _rebuild_adapter(
             where=name,
             next_step="leave it out",
         )
-    rebuilt = rebuild(space, name, model=model, like=like, max_lora_rank=max_lora_rank)
+    rebuilt = rebuild(space, name, model=model, like=like, max_lora_rank=max_rank)
     rebuilt.save(output, force=force)
     ranks, written = rebuilt.ranks(), _written(output)
     if json:
@@ -236,4 +247,4 @@ def _rebuild_adapter(
         print_json({**document, **_sizes(ranks, written, None)})
         return
     say(f"{name} → {output}{_cut(ranks)}")
-    _say_sizes(ranks, written, None, max_lora_rank)
+    _say_sizes(ranks, written, None, max_rank)

@@ -273,6 +273,8 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     """Tell whether the zoo has one lineage: one base, or a group with nearly all models."""
     largest = len(lineage.groups[0]) if lineage.groups else 0
+    if view in ("delta", "update") and 0 < largest < num_models:
+        return f", within one base ({largest} of the {num_models} models have a closer common origin)"
     if view in ("delta", "update") or largest == num_models:
         return ", within one lineage"
     return f", within the lineage of {largest} of the {num_models} models" if largest and summary.across is None else ""
@@ -303,9 +305,11 @@ def _held(pooled: Pooled) -> str:
 
 
 def _mean(summary: Summary) -> str:
+    # A negative share looks like a fault to those who have not read how it is computed.
+    below = ": the mean of unrelated models adds energy" if summary.mean_null < 0 else ""
     return (
         f"The mean alone removes {in_percent(summary.mean_heldout)} of a held-out model's energy "
-        f"(chance {in_percent(summary.mean_null)})"
+        f"(chance {in_percent(summary.mean_null)}{below})"
     )
 
 

@@ -12,11 +12,11 @@ from eigenzoo.errors import MismatchError
 from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors, cut_product
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.rebuilt import FULL, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
 from eigenzoo.zoo.zoo import Zoo
@@ -45,7 +45,7 @@ class Variants:
         values = {
             name: first_directions(self._space.layers[name], value, rank) for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def secondary(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
         """Return the model without its first `rank` coefficients, which are those of the mean."""
@@ -53,11 +53,11 @@ class Variants:
             name: value - first_directions(self._space.layers[name], value - self._mean[name], rank)
             for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def mean(self, coefficients: Coefficients) -> RebuiltModel:
         """Return the mean with the model's other contents."""
-        return self._space.rebuild(replace(coefficients, values=self._mean))
+        return self._space.rebuild(replace(coefficients, values=self._mean), max_lora_rank=FULL)
 
     def random(self, coefficients: Coefficients) -> RebuiltModel:
         """Return the model projected on random directions around the mean."""
@@ -124,9 +124,18 @@ class _RandomlyRebuilt(RebuiltModel):
         super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
         self._zoo, self._seed = zoo, seed
 
-    def _rebuild(self, name: str) -> Tensor | Factors:
-        mean, index = super()._rebuild(name), self._zoo.place(self.name)
-        return rebuild_randomly(self._layers[name], self._zoo.stack(name), index, mean, self._seed)
+    def _rebuild(self, name: str) -> Tensor:
+        rebuilt = self._randomly(name, super()._rebuild(name))
+        assert not isinstance(rebuilt, tuple)
+        return rebuilt
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        rebuilt = self._randomly(name, super()._rebuild_update(name, None).factors)
+        assert isinstance(rebuilt, tuple)
+        return cut_product(*rebuilt, max_rank)
+
+    def _randomly(self, name: str, mean: Tensor | Factors) -> Tensor | Factors:
+        return rebuild_randomly(self._layers[name], self._zoo.stack(name), self._zoo.place(self.name), mean, self._seed)
 
 
 class _Patched(Template):

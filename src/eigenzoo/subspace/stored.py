@@ -42,7 +42,7 @@ from eigenzoo.subspace.bundles.storage import num_models_stored, read_basis, rea
 from eigenzoo.subspace.coefficients import Coefficients, outside_of, project_layers, share_of, with_templates
 from eigenzoo.subspace.moments.border import extended_inside
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
+from eigenzoo.subspace.rebuilt import MaxRank, OwnRanks, RebuiltModel, check_layout
 from eigenzoo.weights.renames import nearest
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
@@ -266,10 +266,8 @@ class StoredSubspace:
         """Selects exactly this subspace's layers of a model, with the zoo's splits and missing modules."""
         modules: list[ZooModule] = []
         if self.manifest.missing == "zero":
-            layouts = {record.layout: self.template(record.name).layout for record in self.manifest.models}
-            modules = [
-                module for layout in layouts.values() for module in modules_of(layout.format, layout.updates.values())
-            ]
+            layouts = [self.template(name).layout for name in self._named_layouts.values()]
+            modules = [module for layout in layouts for module in modules_of(layout.format, layout.updates.values())]
         return Selection(
             self.view,
             only=frozenset(self.layers),
@@ -324,13 +322,16 @@ class StoredSubspace:
         *,
         mean_only: bool = False,
         fetch: bool = False,
-        max_lora_rank: int | None = None,
+        max_lora_rank: MaxRank = None,
     ) -> RebuiltModel:
         """Rebuild a model from its coefficients or by name.
 
         `mean_only` returns the zoo's mean instead, as a control. `fetch` reads excluded tensors from the model's URL.
         `max_lora_rank` truncates each update of an adapter, also of excluded modules, to its best approximation of at most that
-        rank. `RebuiltModel.ranks` has the loss.
+        rank. "full" writes the whole rank. Default: `RebuiltModel.layer` and `factors` have the whole rank, and `RebuiltModel.save`
+        writes each update at the largest rank that the zoo has there. For a projected model this loses no more than lies outside
+        the subspace. Coefficients of which it loses more, and the mean, are written at the whole rank. `RebuiltModel.ranks` has
+        ranks and loss.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -357,7 +358,25 @@ class StoredSubspace:
             self.require_base,
             fetch,
             max_lora_rank,
+            None if mean_only else self._own_ranks(coefficients),
         )
+
+    def _own_ranks(self, coefficients: Coefficients) -> OwnRanks | None:
+        """The ranks that a projected adapter is written at; None for full weights, and for what is no projection."""
+        if self.view != "update" or not coefficients.residuals:
+            return None
+        return OwnRanks(self._largest_ranks, coefficients.outside, coefficients.residuals)
+
+    @cached_property
+    def _largest_ranks(self) -> Mapping[str, int]:
+        """The largest rank that the zoo's models have in each layer of updates."""
+        updates = [self.template(name).layout.updates for name in self._named_layouts.values()]
+        return {layer: max(update[layer].rank for update in updates) for layer in self.layers}
+
+    @property
+    def _named_layouts(self) -> Mapping[str, str]:
+        """One model of each layout."""
+        return {record.layout: record.name for record in self.manifest.models}
 
     @own_settings()
     def check_current(self) -> None:

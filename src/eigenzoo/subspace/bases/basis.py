@@ -21,7 +21,7 @@ from torch import Tensor
 from eigenzoo.errors import BundleError, DataError
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack
 
@@ -162,6 +162,10 @@ class LayerBasis(ABC):
     @abstractmethod
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Rebuild the layer: an (O, I) matrix in float64, or (B, A) factors of a LoRA update with the scale in B."""
+
+    def rebuild_update(self, coefficients: Tensor, max_rank: int | None = None) -> Cut:
+        """Rebuild a LoRA update, cut to a rank. Raises BundleError for a layer that is not an update."""
+        raise BundleError("is no LoRA update", where=f"layer '{self.layer.name}'")
 
     @abstractmethod
     def operator(self) -> Operator:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.records import Layer
 from eigenzoo.subspace.bases.basis import (
     MODEL_BYTES,
@@ -116,7 +116,11 @@ class StackedBasis(LayerBasis):
         return projections
 
     def rebuild(self, coefficients: Tensor) -> Factors:
-        """Return balanced factors of Σ w_n s_n B_n A_n with the least rank. Cost (O + I)·P² + P³."""
+        """Return the balanced factors of least rank of Σ w_n s_n B_n A_n; cost (O + I)·P² + P³."""
+        return self.rebuild_update(coefficients).factors
+
+    def rebuild_update(self, coefficients: Tensor, max_rank: int | None = None) -> Cut:
+        """Return that sum, cut to a rank."""
         weights = self.tensors.read(self._name("weights"))
         combined_N = (weights[0] + coefficients.double() @ weights[1:]) * self.tensors.read(self._name("scales"))
         owner_P = self._owner()
@@ -127,8 +131,20 @@ class StackedBasis(LayerBasis):
         noise = lora.ROUND_OFF * (
             float(self.tensors.read(self._name("products"))[0, 0]) + float(coefficients.double().square().sum())
         )
-        factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI, noise=noise)
-        return factors
+        return lora.cut_product(b_PO.T * combined_N[owner_P][used_P], a_PI, max_rank, noise)
+
+    def stored_ranks(self) -> list[int]:
+        """The rank of every update that the basis is made of: those of the fitted models, in their order."""
+        ranks: list[int] = self.tensors.read(self._name("ranks")).long().tolist()
+        return ranks
+
+    def stored_factors(self, place: int) -> tuple[Tensor, Tensor, float]:
+        """Read one of these updates as `UpdateStack.stored_factors` gave it: B (O, R), A (R, I), and its scale."""
+        ranks, (outputs, inputs) = self.stored_ranks(), self.layer.shape
+        start, stop = sum(ranks[:place]), sum(ranks[: place + 1])
+        b_RO = self.tensors.read_flat(self._name("factors_b"), start * outputs, stop * outputs).view(-1, outputs)
+        a_RI = self.tensors.read_flat(self._name("factors_a"), start * inputs, stop * inputs).view(-1, inputs)
+        return b_RO.T, a_RI, float(self.tensors.read(self._name("scales"))[place])
 
     def orthonormality(self) -> float:
         """Return the largest entry of |⟨V_j, V_k⟩ − δ_jk|, computed from the factors."""

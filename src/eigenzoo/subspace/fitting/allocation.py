@@ -2,7 +2,8 @@
 
 For one truncated axis a layer's error is exactly the tail of its spectrum. Each direction gains at most as much as the last, so the
 greedy order is optimal up to the last direction that fits. For several axes the sum of the tails is an upper bound of the error (De
-Lathauwer et al. 2000), and the choice uses this bound.
+Lathauwer et al. 2000). An error bound is met by this sum first. The cores at these ranks then give the error of all smaller
+ranks, and the fewest directions of the greedy order that meet the bound are kept.
 
 Spectra do not contain the rounding of bases to half precision, and headers are only estimated. Both are measured after the fit, and
 the bound is tightened by the excess (`Allocation.tightened`).
@@ -11,9 +12,11 @@ the bound is tightened by the excess (`Allocation.tightened`).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
+from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.fitting.bytes import (
     ItemSizes,
     basis_bytes,
@@ -34,6 +38,7 @@ from eigenzoo.subspace.fitting.bytes import (
     overhead,
 )
 from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.tucker_fit import leading_task, lost_at
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
@@ -41,7 +46,8 @@ from eigenzoo.zoo.stack import Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
-"""Bytes of sides' moments that stay in memory between the choice of ranks and the fit. Others are collected again.
+"""Bytes of sides' moments, and again of cores, that stay in memory between the choice of ranks and the fit. Others are collected
+again, and ranks of layers without cores are chosen by the sum of the tails.
 """
 
 SUMS_ROUND_OFF = 1e-12
@@ -193,6 +199,8 @@ class Allocation:
         spectra: of all layers.
         moments: of the layers whose moments the fit can use again.
         num_models, fixed: N, and the bytes of a bundle that do not depend on the ranks.
+        leading: with an error bound and several axes, the cores of these layers at the ranks that meet the bound by the sum of all
+            tails.
     """
 
     options: FitOptions
@@ -200,6 +208,7 @@ class Allocation:
     moments: Mapping[str, LayerMoments]
     num_models: int
     fixed: int
+    leading: Mapping[str, LeadingCores] = field(default_factory=dict)
 
     @property
     def bound(self) -> float | None:
@@ -210,7 +219,10 @@ class Allocation:
         """Return every layer's options, with ranks that meet `target` in place of the bound."""
         if not self.spectra:
             return {}
-        ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target)
+        steps: list[tuple[str, str]] = []
+        ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target, steps)
+        if self.leading and target is not None:
+            ranks = self._fewest(steps, target)
         return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
 
     def tightened(self, chosen: Mapping[str, FitOptions], measured: float, rounds: int) -> float | None:
@@ -241,14 +253,47 @@ class Allocation:
             )
         return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
 
+    def _fewest(self, steps: Sequence[tuple[str, str]], target: float) -> dict[str, dict[str, int]]:
+        """Return the ranks after as few of these steps as keep to an error: it falls with each step, so by bisection."""
+        allowed = target * self._energy * (1 - SUMS_ROUND_OFF)
+        lost: dict[tuple[str, tuple[int, ...]], float] = {}
+
+        def after(count: int) -> dict[str, dict[str, int]]:
+            ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in self.spectra.items()}
+            for name, axis in steps[:count]:
+                ranks[name][axis] += 1
+            return ranks
+
+        def lost_after(count: int) -> float:
+            total = 0.0
+            for name, ranks in after(count).items():
+                key = name, tuple(ranks.values())
+                if key not in lost:
+                    lost[key] = self._lost(name, ranks)
+                total += lost[key]
+            return total
+
+        counts = range(len(steps))
+        return after(bisect_left(counts, True, key=lambda count: lost_after(count) <= allowed))
+
+    def _lost(self, name: str, ranks: Mapping[str, int]) -> float:
+        """The energy that a layer loses at these ranks; where its cores are not known, at most."""
+        leading = self.leading.get(name)
+        if leading is None or not leading.holds(ranks):
+            return self.spectra[name].error(ranks)
+        return lost_at(leading, self.moments[name], ranks)
+
+    @property
+    def _energy(self) -> float:
+        return sum(layer.energy for layer in self.spectra.values())
+
     def _counted(self, chosen: Mapping[str, FitOptions]) -> float:
         """Return the estimate for the `chosen` ranks of the bounded quantity: bytes of a bundle, or lost share of the energy."""
         ranks = {
             name: {axis: int(chosen[name].rules[axis]) for axis in layer.values} for name, layer in self.spectra.items()
         }
         if self.options.budget is None:
-            lost = sum(layer.error(ranks[name]) for name, layer in self.spectra.items())
-            return lost / sum(layer.energy for layer in self.spectra.values())
+            return sum(self._lost(name, ranks[name]) for name in self.spectra) / self._energy
         itemsize = self.options.itemsizes
         return self.fixed + sum(
             layer.num_bytes(ranks[name], self.num_models, itemsize) for name, layer in self.spectra.items()
@@ -266,7 +311,36 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
     collected = collect_spectra(zoo, request, workers, cache, progress)
     moments = {name: layer.moments for name, layer in collected.items() if layer.moments is not None}
     spectra = {name: layer.spectra for name, layer in collected.items()}
-    return Allocation(options, spectra, moments, len(zoo), fixed)
+    found = Allocation(options, spectra, moments, len(zoo), fixed)
+    if options.max_error is None or len(options.axes) == 1:
+        return found
+    return replace(found, leading=_collect_leading(zoo, found, workers, progress))
+
+
+def _collect_leading(zoo: Zoo, found: Allocation, workers: Workers, progress: Progress) -> dict[str, LeadingCores]:
+    """Collect cores at the ranks that meet the error bound by the sum of all axes' losses, up to `SIDES_BYTES` in all.
+
+    The fit needs these cores anyway, so that no weight is read more often. Of further layers the sum decides.
+    """
+    ranks = spend(found.spectra, found.options, found.num_models, found.fixed)
+    tasks, held = [], 0
+    for name, moments in found.moments.items():
+        size = _core_bytes(zoo.layers[name], ranks[name], found.num_models)
+        if all(ranks[name].values()) and held + size <= SIDES_BYTES:
+            held += size
+            tasks.append((name, ranks[name], moments))
+    task = partial(leading_task, zoo, found.options.precision_of_products)
+    return {
+        name: leading for (name, _, _), leading in workers.each("collecting cores", task, tasks, progress, what="layer")
+    }
+
+
+def _core_bytes(layer: Layer, ranks: Mapping[str, int], num_models: int) -> int:
+    """Bytes of a layer's cores, of its bases, and of the mean of full weights."""
+    sizes = dict(zip(("outputs", "inputs"), layer.shape, strict=True))
+    core = prod(ranks.get(axis, size) for axis, size in sizes.items())
+    bases = sum(size * ranks[axis] for axis, size in sizes.items() if axis in ranks)
+    return 8 * (num_models * core + bases + (layer.num_values if layer.kind == "dense" else core))
 
 
 def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
@@ -295,8 +369,12 @@ def spend(
     num_models: int,
     fixed: int,
     target: float | None = None,
+    steps: list[tuple[str, str]] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one."""
+    """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one.
+
+    The layer and axis of each direction are added to `steps`.
+    """
     itemsize = options.itemsizes
     budget, max_error = options.budget, options.max_error
     if target is not None:
@@ -329,6 +407,8 @@ def spend(
         if budget is not None and spent + cost > budget:
             continue
         ranks[name], spent = grown, spent + cost
+        if steps is not None:
+            steps.append((name, axis))
         lost += (error := spectra[name].error(grown)) - errors[name]
         errors[name] = error
         entry = _next(spectra[name], name, axis, rank + 1, grown, num_models, itemsize)

@@ -143,7 +143,9 @@ def fit_as(
                 with work_folder(workspace_path, key) as (at_work, lasting):
                     work = Work(at_work if lasting else None, list(zoo.layers.values()))
                     fitting = Fitting(running, moments_cache, work, at_work / "bundle" if lasting else at_work)
-                    layers = fit_layers(zoo, options, per_layer, progress, fitting, allocation.moments)
+                    layers = fit_layers(
+                        zoo, options, per_layer, progress, fitting, allocation.moments, allocation.leading
+                    )
                     # The folder is made this late so that a kill leaves only the work, which the next fit resumes.
                     folder = TemporaryFolder(workspace)
                     unfinished.callback(folder.cleanup)

@@ -27,6 +27,7 @@ from eigenzoo.records import Progress
 from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, BasisTensors, LayerBasis, Projection, form_of, rounded
 from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis, write_flat
 from eigenzoo.subspace.bases.stacked import write_stacked
+from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.bundles.storage import layer_record, read_basis
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.fitting.options import FitOptions
@@ -76,8 +77,12 @@ def fit_layers(
     progress: Progress,
     fitting: Fitting,
     collected: Mapping[str, LayerMoments] | None = None,
+    leading: Mapping[str, LeadingCores] | None = None,
 ) -> FittedLayers:
-    """Fit layer after layer. Moments in `collected`, which include needed sides, are not collected again."""
+    """Fit layer after layer. Moments in `collected`, which include needed sides, are not collected again.
+
+    Neither are cores in `leading`, if they have at least the fitted ranks.
+    """
     form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
     names, num_tensors, resume = list(zoo.layers), MAX_TENSORS[form], fitting.work.lasts
     if options.coding:
@@ -86,7 +91,15 @@ def fit_layers(
         writer = BasisWriter(fitting.folder, names, num_tensors, resume=resume)
     try:
         layers = LayerPass(
-            zoo, options, per_layer, fitting.workers, writer, collected or {}, fitting.cache, fitting.work
+            zoo,
+            options,
+            per_layer,
+            fitting.workers,
+            writer,
+            collected or {},
+            fitting.cache,
+            fitting.work,
+            leading or {},
         )
         fitted, moments = layers.run(progress)
         basis = writer.finish()
@@ -183,6 +196,7 @@ class LayerPass:
         collected: moments that need not be collected again, including those of the sides if an axis needs them.
         cache: moments of earlier passes.
         work: layers that an interrupted fit has already written.
+        leading: cores that were collected for the choice of ranks.
     """
 
     zoo: Zoo
@@ -193,6 +207,7 @@ class LayerPass:
     collected: Mapping[str, LayerMoments]
     cache: MomentsCache
     work: Work
+    leading: Mapping[str, LeadingCores]
 
     def run(self, progress: Progress) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
         """Fit all layers. Only the Grams of their moments are kept."""
@@ -251,7 +266,8 @@ class LayerPass:
                 continue
             collected = self._collected(name)
             if is_one_task(stack, options, resources):
-                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected)]
+                leading = self.leading.get(name)
+                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected, leading)]
             else:
                 assert isinstance(stack, DenseStack)
                 request = MomentRequest(options.axes, options.center)
@@ -345,7 +361,12 @@ def is_one_task(stack: object, options: FitOptions, resources: Resources) -> boo
 
 
 def fit_task(
-    zoo: Zoo, name: str, options: FitOptions, resources: Resources, collected: LayerMoments | None = None
+    zoo: Zoo,
+    name: str,
+    options: FitOptions,
+    resources: Resources,
+    collected: LayerMoments | None = None,
+    leading: LeadingCores | None = None,
 ) -> LayerResult:
     """Fit one whole layer: moments, ranks, basis and coefficients. Axis `models` alone needs one read of the weights.
 
@@ -359,7 +380,7 @@ def fit_task(
         models_fit = fit_models(stack.layer, moments, options)
         return LayerResult(models_fit.fitted, _without_sides(moments), weights_NK=models_fit.weights_NK)
     tensors = BasisTensors()
-    fitted = fit_tucker(stack, moments, options, resources, tensors)
+    fitted = fit_tucker(stack, moments, options, resources, tensors, leading)
     return LayerResult(fitted, _without_sides(moments), tensors.tensors)
 
 
