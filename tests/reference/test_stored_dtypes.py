@@ -198,3 +198,13 @@ def test_a_layer_in_spans_is_that_of_one_read(tmp_path, monkeypatch, dtype):
         torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
     torch.testing.assert_close(whole.all_coefficients["w"], parts.all_coefficients["w"], atol=1e-5, rtol=0)
     assert parts.report["residual"] == pytest.approx(whole.report["residual"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stored", [{"coefficients_dtype": "bfloat16"}, {"dtype": "bfloat16"}, {"dtype": "int8"}], ids=str
+)
+def test_what_sides_lose_of_the_mean_is_not_a_loss_of_variance(zoo, stored):  # noqa: F811
+    """The mean of updates lies in their sides too: rounding that takes nothing leaves the stated variance where it was."""
+    exact, rounded = (ez.fit(zoo, SIDES, **options).report["layers"] for options in ({}, stored))
+    for name, layer in rounded.items():
+        assert layer["captured"] == pytest.approx(exact[name]["captured"], abs=1e-3)

@@ -158,12 +158,12 @@ def _stated_anew(
     fitted: FittedLayer, moments: LayerMoments, kind: str, coefficients: Tensor, outside_N: Tensor
 ) -> FittedLayer:
     """Return a fitted layer with these coefficients and residuals."""
-    energy = float(moments.energies_N.sum())
+    energy, lost_more = float(moments.energies_N.sum()), float(outside_N.sum() - fitted.outside_N.sum())
     bound = fitted.record.bound
     if bound is not None:
         # A better basis could also keep the energy that rounding has lost.
         total = energy if kind == "update" else moments.variance
-        bound = max(bound + float(outside_N.sum() - fitted.outside_N.sum()) / total, 0.0)
+        bound = max(bound + lost_more / total, 0.0)
     return replace(
         fitted,
         coefficients=coefficients,
@@ -171,18 +171,18 @@ def _stated_anew(
         record=replace(
             fitted.record,
             residual=float(outside_N.sum()) / energy if energy > 0 else 0.0,
-            captured=None if fitted.record.captured is None else _captured(fitted.record.captured, moments, outside_N),
+            captured=None if fitted.record.captured is None else _captured(fitted.record.captured, moments, lost_more),
             bound=bound,
         ),
     )
 
 
-def _captured(exact: float, moments: LayerMoments, outside_N: Tensor) -> float:
-    """Return the share of the variance in a rounded basis, between zero and that of the exact basis.
+def _captured(exact: float, moments: LayerMoments, lost_more: float) -> float:
+    """Return the share of the variance that is stored, when rounding has lost `lost_more` energy: at most the exact share.
 
-    The bases of updates' sides also contain the mean, and its loss does not count as loss of variance.
+    The whole loss would not do: for updates it also contains what the sides lose of the mean.
     """
-    return min(exact, max(1 - float(outside_N.sum()) / moments.variance, 0.0))
+    return min(exact, max(exact - lost_more / moments.variance, 0.0))
 
 
 @dataclass(frozen=True)
