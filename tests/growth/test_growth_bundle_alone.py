@@ -80,7 +80,7 @@ def test_the_true_loss_is_never_above_the_stated_one(tmp_path: Path, case: Case,
             share = float((originals[name][layer] - value).square().sum() / originals[name][layer].square().sum())
             assert share <= coefficients.residuals[layer] + FLOAT32, (name, layer)
     back = ez.open_zoo(
-        [grown.rebuild("m0").save(tmp_path / "back")], view=case.view, base=base_of(tmp_path / "zoo", case.view)
+        [grown.rebuild("m0", max_lora_rank="full").save(tmp_path / "back")], view=case.view, base=base_of(tmp_path / "zoo", case.view)
     )
     assert relative_gap({"back": rebuilt(grown)["m0"]}, truth(back)) <= FLOAT32
 
@@ -97,7 +97,7 @@ def test_new_models_inside_the_subspace_come_back_exactly(tmp_path: Path, view: 
     """A new model that is a rebuilt one lies inside: nothing of it is lost, with and without a refresh."""
     paths = write(tmp_path / "zoo", view)
     old = saved(ez.fit(ez.open_zoo(paths[:5], view=view), {"models": 3}), tmp_path / "old")
-    new = old.rebuild("m1").save(tmp_path / "new")
+    new = old.rebuild("m1", max_lora_rank="full").save(tmp_path / "new")
     delete(paths)
     expected = truth(ez.open_zoo([new], view=view)) if view != "factors" else truth(ez.open_zoo([new], view="factors"))
     for refresh in (False, True):
