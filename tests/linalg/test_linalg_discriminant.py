@@ -104,3 +104,29 @@ def test_a_direction_without_spread_in_the_examples_is_not_free() -> None:
     inside, outside = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
     assert float(found.distances(outside).min()) > 1e3 * float(found.distances(inside).max())
     assert bool(torch.isfinite(found.distances(outside)).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_blend_is_the_nearest_point_of_the_simplex(shape: tuple[int, int, int]) -> None:
+    """Karush, Kuhn and Tucker: moving weight to any group lowers the distance for none, and changes nothing for those in use."""
+    found = discriminant(drawn(shape))
+    mean = torch.cat(drawn(shape, seed=1)).mean(0, keepdim=True)
+    weights = found.blend(mean)
+    offsets = found.means_GD - found._whitened(mean)
+    slopes = offsets @ (weights @ offsets)
+    scale = float(offsets.square().sum())
+    assert float(weights.sum()) == pytest.approx(1, abs=tolerance(shape[0]))
+    assert float(weights.min()) >= 0
+    assert float(slopes.min()) >= float(weights @ slopes) - tolerance(shape[2] ** 2, scale=scale)
+    assert float(((slopes - weights @ slopes) * weights).abs().max()) < tolerance(shape[2] ** 2, scale=scale)
+
+
+def test_a_blend_of_means_is_found_again() -> None:
+    groups = drawn((4, 20, 9))
+    wanted = torch.tensor([0.5, 0.2, 0.0, 0.3], dtype=torch.float64)
+    found = discriminant(groups)
+    mixed = (wanted @ torch.stack([group.mean(0) for group in groups]))[None]
+    # The answer is the quotient of two sums, so its error is that of the means over the least singular value, about 1.
+    assert float((found.blend(mixed) - wanted).abs().max()) < 1e-10
+    assert float((found.blend(groups[1]) - torch.tensor([0.0, 1, 0, 0])).abs().max()) < 1e-10
+    assert torch.equal(discriminant([groups[0]]).blend(groups[1]), torch.ones(1).double())

@@ -42,7 +42,7 @@ def command(
     ] = ALPHA,
     output: Annotated[
         Path | None,
-        options.output("File for the average mixture of models over the answered inputs, for `eigenzoo rebuild`."),
+        options.output("File for one mixture of models for all answered inputs together, for `eigenzoo rebuild`."),
     ] = None,
     seed: options.Seed = 0,
     force: options.Force = False,
@@ -69,11 +69,11 @@ def command(
     shares = document["mixture"] or {}
     print_table(
         f"{counted(len(routing.models), 'input')}, {counted(len(routing.names), 'model')}",
-        ("model", "inputs", "share", "mean weight"),
+        ("model", "inputs", "share", "in the mixture"),
         [
-            (name, in_number(count), in_percent(count / len(routing.models)), in_percent(shares[name]))
+            (name, in_number(count), in_percent(count / len(routing.models)), in_percent(shares.get(name)))
             for name, count in sorted(document["models"].items(), key=lambda item: -item[1])
-            if count
+            if count or shares.get(name)
         ]
         + [("(no model)", in_number(routing.num_abstained), in_percent(1 - answered / len(routing.models)), "")],
     )

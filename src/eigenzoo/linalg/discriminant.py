@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 LEAST_SHRINKAGE = 1e-6
@@ -52,8 +54,23 @@ class Discriminant:
         blocks = torch.split(rows_XD, max(1, BLOCK // rows_XD.shape[1]))
         return torch.cat([self._distances(block) for block in blocks])
 
+    def blend(self, rows_XD: Tensor) -> Tensor:
+        """Return weights (G,), not negative, of sum 1: their average of the means is nearest, by d², to the rows' mean."""
+        mean_D = self._whitened(rows_XD.double().mean(0, keepdim=True))
+        offsets_DG = (self.means_GD - mean_D).T.numpy()
+        unit = float(np.linalg.norm(offsets_DG)) / len(self.means_GD) ** 0.5
+        if unit == 0:
+            return torch.full((len(self.means_GD),), 1 / len(self.means_GD), dtype=torch.float64)
+        # Of all w ≥ 0 with sum s the last row costs (s − 1)², so the best direction is that of the best weights of sum 1.
+        system = np.vstack([offsets_DG / unit, np.ones(offsets_DG.shape[1])])
+        weights, _ = nnls(system, np.append(np.zeros(len(offsets_DG)), 1.0))
+        return torch.from_numpy(weights / weights.sum())
+
+    def _whitened(self, rows_XD: Tensor) -> Tensor:
+        return _whiten(rows_XD.double() - self.origin_D, self.directions_RD, self.stretch_R, self.scale)
+
     def _distances(self, rows_XD: Tensor) -> Tensor:
-        whitened_XD = _whiten(rows_XD.double() - self.origin_D, self.directions_RD, self.stretch_R, self.scale)
+        whitened_XD = self._whitened(rows_XD)
         # Not by the squares of norms, which would lose the digits of rows near a mean.
         columns = [(whitened_XD - mean_D).square().sum(1) for mean_D in self.means_GD]
         return torch.stack(columns, 1)

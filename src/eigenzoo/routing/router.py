@@ -8,6 +8,9 @@ A third of the examples is held out from a second fit. It serves two purposes:
 * the temperature T of the weights, softmax(−d² / 2T) (Guo et al. 2017). Without it a few examples in many features make every
   input look certain.
 
+Inputs that come together have one mixture: the weights whose average of the models' means is nearest to the mean of the inputs. It
+is sharper than the average of the inputs' own weights, each of which is uncertain.
+
 The bundle's own coefficients do not help to tell inputs apart (docs/route.md has the figures), so only the mixtures use them.
 
 Legend: M models, N examples, D features, X inputs.
@@ -149,7 +152,9 @@ class Router:
             for place, p_value in zip(nearest_X, p_values_X.tolist(), strict=True)
         )
         weights_XM = torch.softmax(-distances_XM / (2 * self.temperature), 1)
-        return Routing(self.names, models, weights_XM, p_values_X, alpha, num)
+        answered_XD = rows_XD[p_values_X > alpha]
+        blend_M = self._chosen_by.blend(answered_XD) if len(answered_XD) else None
+        return Routing(self.names, models, weights_XM, p_values_X, alpha, num, blend_M)
 
     def _checked_alpha(self, alpha: float) -> float:
         if not 0 <= alpha < 1:

@@ -30,6 +30,8 @@ class Routing:
             for inputs that are drawn like the examples.
         alpha: the router abstains where the p-value is at most this: for at most this share of inputs drawn like the examples.
         num_calibration: held-out examples behind the p-values.
+        blend: (M,) weights that sum to 1: their average of the models' means is nearest to the mean of the answered inputs. None
+            where no input is answered.
     """
 
     names: tuple[str, ...]
@@ -38,6 +40,7 @@ class Routing:
     p_values: Tensor
     alpha: float
     num_calibration: int
+    blend: Tensor | None
 
     @property
     def num_abstained(self) -> int:
@@ -49,19 +52,18 @@ class Routing:
         return one_line(f"Routing({size}): {self.num_abstained} abstained at alpha={self.alpha:g}")
 
     def mixture(self, index: int | None = None) -> dict[str, float]:
-        """Return weights over models that sum to 1: of one input, or the average of all inputs that are answered.
+        """Return weights over models that sum to 1: of one input (`weights`), or of all answered inputs together (`blend`).
 
         Raises UsageError if the router abstains from all inputs, or if there is no such input.
         """
         if index is None:
-            chosen = torch.tensor([name is not None for name in self.models])
-            if not bool(chosen.any()):
+            if self.blend is None:
                 raise UsageError(
                     f"none of {counted(len(self.models), 'input')} belongs to a model",
                     rule=f"inputs with a p-value of at most alpha={self.alpha:g} are answered by no model",
                     next_step="add a model for them, or lower alpha",
                 )
-            row = self.weights[chosen].mean(0)
+            row = self.blend
         elif not -len(self.models) <= index < len(self.models):
             raise UsageError(f"there is no input {index}", rule=f"there are {counted(len(self.models), 'input')}")
         else:
@@ -92,7 +94,7 @@ class Routing:
             "alpha": self.alpha,
             "num_abstained": self.num_abstained,
             "models": counts,
-            "mixture": self.mixture() if self.num_abstained < len(self.models) else None,
+            "mixture": None if self.blend is None else self.mixture(),
             "inputs": inputs,
         }
 
