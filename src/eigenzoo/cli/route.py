@@ -83,4 +83,5 @@ def command(
     )
     if output is not None:
         say(f"\nmixture: {output} (keep the bundle: the file needs it)")
+        say("measure it first: one model is often better than a mixture (docs/route.md)")
         say(f"next: eigenzoo rebuild {bundle} {output} --like {largest} -o MODEL_FOLDER")
