@@ -80,7 +80,11 @@ def test_the_true_loss_is_never_above_the_stated_one(tmp_path: Path, case: Case,
             share = float((originals[name][layer] - value).square().sum() / originals[name][layer].square().sum())
             assert share <= coefficients.residuals[layer] + FLOAT32, (name, layer)
     back = ez.open_zoo(
-        [grown.rebuild("m0", max_lora_rank="full").save(tmp_path / "back")], view=case.view, base=base_of(tmp_path / "zoo", case.view)
+        [grown.rebuild("m0", max_lora_rank="full").save(tmp_path / "back")],
+        view=case.view,
+        base=base_of(tmp_path / "zoo", case.view),
+        view=case.view,
+        base=base_of(tmp_path / "zoo", case.view),
     )
     assert relative_gap({"back": rebuilt(grown)["m0"]}, truth(back)) <= FLOAT32
 
