@@ -38,8 +38,9 @@ def test_the_command_end_to_end(run: Run, tmp_path: Path) -> None:
     assert shown.code == 0
     assert "at most 5.00 % of inputs like the examples are left without a model" in " ".join(shown.out.split())
     assert "--like m1" in shown.out
-    assert run("rebuild", tmp_path / "bundle", output, "-o", tmp_path / "rebuilt", "--like", "m1").code == 0
-    space.rebuild(wanted.coefficients(space)).save(tmp_path / "direct")
+    whole = ("--like", "m1", "--max-lora-rank", "full")
+    assert run("rebuild", tmp_path / "bundle", output, "-o", tmp_path / "rebuilt", *whole).code == 0
+    space.rebuild(wanted.coefficients(space), max_lora_rank="full").save(tmp_path / "direct")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("rebuilt", "direct")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])

@@ -11,7 +11,7 @@ from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, say
 from eigenzoo.display import counted, in_number, in_percent
 
-# What routing.router says, without importing torch for the help.
+# The default of routing.router, without importing torch for the help.
 ALPHA = 0.05
 
 
