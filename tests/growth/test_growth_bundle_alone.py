@@ -83,8 +83,6 @@ def test_the_true_loss_is_never_above_the_stated_one(tmp_path: Path, case: Case,
         [grown.rebuild("m0", max_lora_rank="full").save(tmp_path / "back")],
         view=case.view,
         base=base_of(tmp_path / "zoo", case.view),
-        view=case.view,
-        base=base_of(tmp_path / "zoo", case.view),
     )
     assert relative_gap({"back": rebuilt(grown)["m0"]}, truth(back)) <= FLOAT32
 
