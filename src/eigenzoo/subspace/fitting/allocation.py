@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -26,17 +26,19 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
+from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, update_losses
 from eigenzoo.subspace.fitting.bytes import (
     basis_bytes,
     coefficient_bytes,
     contents,
     overhead,
 )
+from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.zoo.stack import Stack, UpdateStack
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
@@ -116,11 +118,14 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
 
 @dataclass(frozen=True)
 class Collected:
-    """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions."""
+    """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions, what models lose if they are
+    cut alone, and what sides keep of held-out models."""
 
     spectra: LayerSpectra
     moments: LayerMoments | None
     heldout: list[float] | None = None
+    alone: Losses | None = None
+    sides: Mapping[str, SideShares] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class SpectraRequest:
     moments: bool = False
     heldout: bool = False
     seed: int = 0
+    alone: bool = False
 
 
 def spectra_task(
@@ -147,7 +153,15 @@ def spectra_task(
     spectra = layer_spectra(stack, moments, request.axes)
     if not request.moments:
         moments = replace(moments, outputs=None, inputs=None)
-    return Collected(spectra, moments, heldout)
+    alone = None
+    if request.alone and moments.singular_NR is not None:
+        alone = update_losses(moments.singular_NR)
+    elif request.alone and isinstance(stack, DenseStack) and is_affordable(zoo):
+        alone = stack_losses(stack, zoo.view)
+    sides: Mapping[str, SideShares] = {}
+    if request.heldout and isinstance(stack, UpdateStack):
+        sides = heldout_sides(stack, moments, request.axes, resources, request.seed)
+    return Collected(spectra, moments, heldout, alone, sides)
 
 
 def collect_spectra(
