@@ -18,6 +18,7 @@ from eigenzoo.cli.plan import render
 from eigenzoo.display import in_bytes, in_percent
 from eigenzoo.records import AloneRow, plain
 from eigenzoo.subspace.fitting.alone import against_alone
+from eigenzoo.subspace.fitting.bytes import sizes
 from tolerance import tolerance
 
 MODULES = {"block.0.q": (96, 80), "block.1.q": (64, 112)}
@@ -289,3 +290,12 @@ def test_what_is_kept_of_models_held_out_is_what_the_fit_says(tmp_path: Path) ->
     assert row.heldout == pytest.approx(layer["heldout"], rel=1e-9)
     assert 0.3 < row.heldout < row.captured
     assert all(row.heldout is None for row in ez.plan(tmp_path, axes=["outputs"]).rows)
+
+
+def test_the_report_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    """Stacked factors have a table of weights, whose bytes grow with the square of the rank."""
+    root = write_zoo(tmp_path / "zoo", "adapters")
+    counted = sizes(ez.open_zoo(root))
+    for row in ez.plan(root, axes=("models",)).rows:
+        basis = sum(layer.basis(row.rank) + 9 * row.rank * layer.per_coefficient for layer in counted.layers.values())
+        assert counted.shared + 9 * counted.per_model + basis == row.bytes

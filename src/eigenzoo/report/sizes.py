@@ -1,6 +1,6 @@
 """Sizes: what a bundle of any rank would weigh, and what it would lose; one row for every place of the two sliders.
 
-    bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + N · k · per_coefficient)
+    bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + k² · per_pair + N · k · per_coefficient)
 
 A rank above the number of directions that a layer has means all of them; a layer without variance has none. Errors
 in-sample are exact. Held-out and chance are linear between the evaluated ranks, from 0 at rank 0 (the mean alone), and
@@ -67,6 +67,7 @@ class _Layer:
 
     fixed: int
     per_direction: int
+    per_pair: int
     per_coefficient: int
     variance: float
     kept_K3: Floats
@@ -103,7 +104,7 @@ def size_table(report: Report) -> SizeTable | None:
 
 
 def _layer(evidence: Mapping[str, Any] | None, size: Mapping[str, Any]) -> _Layer:
-    weights = (int(size.get("fixed") or 0), int(size.get("per_direction") or 0), int(size.get("per_coefficient") or 0))
+    weights = [int(size.get(key) or 0) for key in ("fixed", "per_direction", "per_pair", "per_coefficient")]
     if evidence is None or not evidence["variance"]:
         return _Layer(*weights, 0.0, np.zeros((1, 3)))
     values = np.nan_to_num(floats(evidence["explained_variance_ratio"]))
@@ -134,7 +135,7 @@ def _row(
 ) -> SizeRow:
     num_models: int = sizes["num_models"]
     basis = int(sizes["shared"] or 0) + sum(
-        layer.fixed + at * layer.per_direction for layer, at in zip(layers, ranks, strict=True)
+        layer.fixed + at * layer.per_direction + at**2 * layer.per_pair for layer, at in zip(layers, ranks, strict=True)
     )
     coefficients = sum(at * layer.per_coefficient for layer, at in zip(layers, ranks, strict=True))
     per_model = int(sizes["per_model"] or 0) + coefficients
