@@ -7,6 +7,7 @@ A document is plain JSON values, with these keys:
 * `function`: what `evaluate(...).to_dict()` gives, or None where no metric was run;
 * `sizes`: what a bundle of any rank weighs, or None: `whole_zoo`, `num_models`, `shared`, `per_model`, and for each of
   `layers` its `fixed`, `per_direction`, `per_pair` and `per_coefficient` bytes;
+* `rates`: bytes and shares kept of sides (`rows`), of models cut `alone`, and of the `bundle`, or None;
 * `models`: for each its `residual` (None without a bundle), `energy` and `source`;
 * `made_by`: `command`, `versions`, `date`, `seed`.
 

@@ -104,14 +104,16 @@ def size_table(report: Report) -> SizeTable | None:
 
 
 def _layer(evidence: Mapping[str, Any] | None, size: Mapping[str, Any]) -> _Layer:
-    weights = [int(size.get(key) or 0) for key in ("fixed", "per_direction", "per_pair", "per_coefficient")]
+    fixed, direction, pair, coefficient = (
+        int(size.get(key) or 0) for key in ("fixed", "per_direction", "per_pair", "per_coefficient")
+    )
     if evidence is None or not evidence["variance"]:
-        return _Layer(*weights, 0.0, np.zeros((1, 3)))
+        return _Layer(fixed, direction, pair, coefficient, 0.0, np.zeros((1, 3)))
     values = np.nan_to_num(floats(evidence["explained_variance_ratio"]))
     sums = np.concatenate([[0.0], np.cumsum(values[values > 0])])
     heldout = evidence["heldout"]
     curves = [_between(floats(heldout["rank"]), floats(heldout[key]), len(sums)) for key in ("captured", "null")]
-    return _Layer(*weights, float(evidence["variance"]), np.stack([sums, *curves], axis=1))
+    return _Layer(fixed, direction, pair, coefficient, float(evidence["variance"]), np.stack([sums, *curves], axis=1))
 
 
 def _between(ranks: Floats, values: Floats, length: int) -> Floats:

@@ -194,13 +194,17 @@ def named(row: AloneRow) -> str:
     return f"rank {row.rank}" + (" about the mean" if row.about == MEAN else "")
 
 
+def alone_of(report: Mapping[str, Any]) -> list[AloneRow]:
+    """Return the control from the report of a fit."""
+    return [AloneRow(**row) for row in report.get("alone") or ()]
+
+
 def against_alone(report: Mapping[str, Any]) -> AgainstAlone | None:
     """Compare a fitted bundle with the control, from the report of its fit; None where the control was not measured.
 
     More models are taken to lose as much, in the same basis.
     """
-    rows = [AloneRow(**row) for row in report.get("alone") or ()]
-    num_models = report.get("num_models")
+    rows, num_models = alone_of(report), report.get("num_models")
     # A bundle is a stranger's file, of which a manifest checks the rows and the bytes.
     if not rows or not isinstance(num_models, int) or num_models < 1:
         return None
