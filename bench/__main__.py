@@ -24,12 +24,22 @@ from bench.machine import describe
 from bench.pages import with_tables
 from bench.peers import PEERS
 from bench.sizes import SIZES, Size
+from bench.stored_bytes import run_bytes
 from bench.suite import Record, run_case
-from bench.tables import Table, adding_table, case_table, commands_table, console, growth_table, machine_line
+from bench.tables import (
+    Table,
+    adding_table,
+    bytes_table,
+    case_table,
+    commands_table,
+    console,
+    growth_table,
+    machine_line,
+)
 from eigenzoo.formats.output.whole import check_free_file, write_file
 
 PAGE = Path(__file__).parent / "README.md"
-PARTS = ("growth", "adding", "commands")
+PARTS = ("growth", "adding", "commands", "bytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -70,6 +80,7 @@ MAKERS: dict[str, Callable[[Any], Table]] = {
     "growth": growth_table,
     "adding": adding_table,
     "commands": commands_table,
+    "bytes": bytes_table,
 }
 
 
@@ -93,6 +104,9 @@ def _measured(asked: argparse.Namespace, size: Size, home: Path) -> Iterator[tup
         if not only or part in only:
             for threads in asked.threads:
                 yield part, part, run(plan, threads, home, size.repeats, limits)
+    if not only or "bytes" in only:
+        for plan in size.bytes:
+            yield "bytes", "bytes", run_bytes(plan, home)
 
 
 def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.collection import AdapterRecipe, CheckpointRecipe, Recipe
@@ -69,6 +70,16 @@ class CommandsPlan:
 
 
 @dataclass(frozen=True)
+class BytesPlan:
+    """One zoo of the nursery: its kind, how it is looked at, and the ranks of its bundles by axis."""
+
+    title: str
+    kind: str
+    view: str | None
+    ranks: tuple[Mapping[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Size:
     """A run of everything.
 
@@ -83,6 +94,7 @@ class Size:
     commands: CommandsPlan
     repeats: int
     seconds: float
+    bytes: tuple[BytesPlan, ...] = ()
 
 
 LONG = 30.0
@@ -90,6 +102,12 @@ LONG = 30.0
 TINY = AdapterRecipe(num_layers=2, hidden=256, kv=64, rank=4, planted=4)
 TINY_VIT = CheckpointRecipe(hidden=32, depth=1, mlp=64, image=32, num_labels=10, planted=4)
 FOUR, EIGHT = AdapterRecipe(num_layers=4), AdapterRecipe(num_layers=8)
+
+MODELS, SIDES = {"models": 16}, {"outputs": 16, "inputs": 16}
+BYTES = (
+    BytesPlan("LoRA of a small ViT", "digits-lora", None, (MODELS, SIDES)),
+    BytesPlan("Fine-tunes of a small ViT, as differences", "digits-vit", "delta", (MODELS, SIDES)),
+)
 
 SIZES = {
     "ci": Size(
@@ -113,6 +131,7 @@ SIZES = {
         CommandsPlan(FOUR, 40, 4),
         repeats=1,
         seconds=60,
+        bytes=BYTES,
     ),
     "full": Size(
         (
@@ -125,5 +144,6 @@ SIZES = {
         CommandsPlan(EIGHT, 100, 10),
         repeats=3,
         seconds=900,
+        bytes=BYTES,
     ),
 }

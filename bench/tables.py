@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from bench.adding import STEPS
 from bench.pages import markdown
 from bench.peers import PEERS
+from eigenzoo.display import in_percent
 
 Record = dict[str, Any]
 NONE = "–"
@@ -215,6 +216,28 @@ def commands_table(rows: Sequence[Record]) -> Table:
         f"the {number(float(first['said']))} s that reading every file takes in a process.",
         f"project, add and evaluate are given {first['new']} models more. The basis has {size(first['basis'])}.",
         "Beside: while other processes keep every processor busy.",
+    ]
+    return Table(title, notes, head, cells)
+
+
+def bytes_table(found: Record) -> Table:
+    """Ways to keep one zoo's models: bytes, energy that is lost, and what held-out models can do."""
+    head = ["kept as", "bytes a model", "bytes whole", "lost, fitted", "lost, held out", "accuracy, held out"]
+    cells = [
+        [
+            row["name"],
+            f"{row['per_model']:,.0f}",
+            f"{row['whole']:,.0f}",
+            in_percent(row["lost"]),
+            in_percent(row["held_out"]),
+            f"{row['score']:.3f} ± {row['spread']:.3f}",
+        ]
+        for row in found["rows"]
+    ]
+    title = f"{found['title']}: {found['fitted']} models fitted, {found['held_out']} held out"
+    notes = [
+        "Bytes whole: of all fitted models' files, or of the bundle without its moments. Lost: share of the energy of the layers.",
+        "Each by itself: layers rounded like bases (of fine-tunes the differences from the parent), all else as it is.",
     ]
     return Table(title, notes, head, cells)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,16 +84,16 @@ def write_adapter(folder: Path, place: int = 0, modules: Sequence[str] = tuple(M
     return folder
 
 
-def fit_small(folder: Path, form: str) -> ez.Subspace:
+def fit_small(folder: Path, form: str, **options: Any) -> ez.Subspace:
     """Fit a small zoo: `flat`, `tucker` or `stacked`."""
     adapters = form == "stacked"
     paths = [write_adapter(folder / f"m{n}", n) for n in range(4)] if adapters else write_models(folder)
-    return ez.fit(paths, {"models": 2, "outputs": 3} if form == "tucker" else {"models": 2}, cache=False)
+    return ez.fit(paths, {"models": 2, "outputs": 3} if form == "tucker" else {"models": 2}, cache=False, **options)
 
 
-def write_bundle(folder: Path, form: str) -> Path:
+def write_bundle(folder: Path, form: str, **options: Any) -> Path:
     """Write a small bundle."""
-    return fit_small(folder / "zoo", form).save(folder / "bundle")
+    return fit_small(folder / "zoo", form, **options).save(folder / "bundle")
 
 
 def read_all(model: Model) -> None:

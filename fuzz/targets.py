@@ -344,6 +344,18 @@ def bundle_basis_of_sides(folder: Path) -> Parser:
 
 
 @target
+def bundle_codes(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "stacked", dtype="nf4")
+    return of_file(SAFETENSORS, path / "basis.safetensors", samples.use_bundle(path))
+
+
+@target
+def bundle_codes_of_sides(folder: Path) -> Parser:
+    path = samples.write_bundle(folder, "tucker", dtype="int8", coefficients_dtype="float16")
+    return of_file(SAFETENSORS, path / "basis.safetensors", samples.use_bundle(path))
+
+
+@target
 def bundle_coefficients(folder: Path) -> Parser:
     path = samples.write_bundle(folder, "flat")
     return of_file(SAFETENSORS, path / "coefficients" / "m0.safetensors", samples.use_bundle(path))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,9 @@ NO_NOUN = re.compile(
     r"(?<!there )(?<!There )\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|larger\b|smaller\b|better\b|faster\b)"
 )
 """`X is no Y` is written `X is not a Y`. `There is no X` and comparisons are plain English."""
+
+PLAIN_PACKAGES = ("adapt", "cli", "evidence", "integrations", "nursery", "report", "subspace")
+"""Packages of which docstrings and comments are checked too."""
 
 LONGEST_HELP = 40
 """Words of a sentence in a help text."""
@@ -82,6 +88,24 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
                         yield node.lineno, text[:1].upper() + text[1:]
 
 
+def prose(source: str) -> Iterator[tuple[int, str]]:
+    """Find docstrings (of constants too) and comments, with their lines. Examples and indented tables are left out."""
+    for node in ast.walk(ast.parse(source)):
+        for child in getattr(node, "body", None) if isinstance(getattr(node, "body", None), list) else []:
+            if (
+                isinstance(child, ast.Expr)
+                and isinstance(child.value, ast.Constant)
+                and isinstance(child.value.value, str)
+            ):
+                for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(child.value.value)):
+                    if not paragraph.startswith(("    ", ">>>")):
+                        yield child.lineno, re.sub(r"`[^`]*`", "CODE", " ".join(paragraph.split()))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("# ")
+            yield token.start[0], text[:1].upper() + text[1:]
+
+
 def help_texts() -> Iterator[tuple[str, str]]:
     """Every help text by its command: of the command itself, and of each option and argument."""
     pending = [("eigenzoo", typer.main.get_command(app))]
@@ -117,6 +141,22 @@ def test_errors_are_written_in_plain_sentences() -> None:
     ]
     assert len(texts) > 500
     assert not [f"{place} {fault}" for place, text in texts for fault in faults(text)]
+
+
+@pytest.mark.parametrize("package", PLAIN_PACKAGES)
+def test_docstrings_and_comments_are_written_in_plain_sentences(package: str) -> None:
+    texts = [
+        (f"{path.relative_to(ROOT)}:{line}", text)
+        for path in sorted((ROOT / "src" / "eigenzoo" / package).rglob("*.py"))
+        for line, text in prose(path.read_text(encoding="utf-8"))
+    ]
+    assert len(texts) > 50
+    assert not [f"{place} {fault}" for place, text in texts for fault in faults(text)]
+
+
+def test_docstrings_and_comments_are_read_out_of_a_file() -> None:
+    source = '"""Of a bundle it\nreads `X`.\n\n    what  table\n"""\nN = 1  # what is read\n"""Numbers."""\n'
+    assert sorted(prose(source)) == [(1, "Of a bundle it reads CODE."), (6, "What is read"), (7, "Numbers.")]
 
 
 @pytest.mark.parametrize(

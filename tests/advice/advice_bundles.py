@@ -42,6 +42,41 @@ def load_changed(root: Path) -> None:
     ez.load(root / "bundle").rebuild("m1").state_dict()
 
 
+def load_damaged_scales(root: Path) -> None:
+    write_models(root)
+    shutil.copytree(ez.fit(root / "zoo", rank=2, dtype="nf4").save(root / "bundle"), root / "whole")
+    path = root / "bundle" / "basis.safetensors"
+    tensors = load(path.read_bytes())
+    for name in tensors:
+        if name.endswith(".scale"):
+            tensors[name].fill_(float("nan"))
+    path.unlink()
+    path.write_bytes(save(tensors))
+    ez.load(root / "bundle").rebuild("m1").state_dict()
+
+
+def copy_the_quantised_one_again(root: Path) -> None:
+    """The test copied it again, whole; `verify` finds no fault."""
+    shutil.rmtree(root / "bundle")
+    shutil.copytree(root / "whole", root / "bundle")
+    ez.load(root / "bundle").rebuild("m1").state_dict()
+    assert list(ez.load(root / "bundle").verify()) == []
+
+
+def fit_large_coefficients(root: Path) -> None:
+    write_models(root)
+    for path in (root / "zoo").glob("*/model.safetensors"):
+        tensors = load(path.read_bytes())
+        path.write_bytes(save({name: 1e6 * tensor for name, tensor in tensors.items()}, {"format": "pt"}))
+    run("fit", root / "zoo", "--rank", 2, "--coefficients-dtype", "float16", "-o", root / "bundle")
+
+
+def fit_in_bfloat16(root: Path) -> None:
+    """The test fitted with `--coefficients-dtype bfloat16`; `verify` finds no fault."""
+    run("fit", root / "zoo", "--rank", 2, "--coefficients-dtype", "bfloat16", "-o", root / "bundle")
+    assert list(ez.load(root / "bundle").verify()) == []
+
+
 def copy_it_again(root: Path) -> None:
     """The test copied it again, whole; the rebuilt models hold the files' values."""
     shutil.rmtree(root / "bundle")
@@ -225,6 +260,18 @@ CASES = [
         load_changed,
         ("does not match the hash in its name", "opy the whole bundle again"),
         copy_it_again,
+    ),
+    Case(
+        "A quantised bundle whose scales are damaged",
+        load_damaged_scales,
+        ("scales are negative, NaN or Inf", "opy the whole bundle again"),
+        copy_the_quantised_one_again,
+    ),
+    Case(
+        "Coefficients that are too large for float16",
+        fit_large_coefficients,
+        ("he largest number in float16", "tore coefficients in bfloat16"),
+        fit_in_bfloat16,
     ),
     Case("A zoo where a bundle is expected", load_a_zoo, ("eigenzoo fit ZOO -o BUNDLE",), fit_it),
     Case(

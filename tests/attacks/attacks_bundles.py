@@ -55,11 +55,13 @@ def honest_checksums(bundle: Path, name: str) -> None:
     (bundle / "manifest.json").write_text(json.dumps(document))
 
 
-def tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Sandbox], Sequence[Words]]:
+def tensors(
+    name: str, change: Callable[[dict[str, torch.Tensor]], object], kind: str = "bundle"
+) -> Callable[[Sandbox], Sequence[Words]]:
     """A bundle with other tensors in a file, checksum included."""
 
     def build(sandbox: Sandbox) -> Sequence[Words]:
-        bundle = sandbox.copy("bundle")
+        bundle = sandbox.copy(kind)
         path = bundle / name
         found = load_file(path)
         with safe_open(path, "pt") as file:
@@ -197,7 +199,7 @@ FILES: dict[str, Change] = {
     ),
     "a million names that are not carried": model(lambda m: m.update(not_carried=["n"] * 10**6)),
     "a side file that is a program": model(lambda m: m.update(side_files={"evil.py": "0" * 32})),
-    "a version of the future": lambda d: d.update(schema_version=2, new={}),
+    "a version of the future": lambda d: d.update(schema_version=3, new={}),
     "a version of 10^300": lambda d: d.update(schema_version=10**300),
     "a version that is a text": lambda d: d.update(schema_version="1"),
     "NaN": lambda d: d["report"].update(energy=float("nan")),
@@ -263,6 +265,29 @@ PARTS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object], frozens
     "moments that are NaN": ("moments.safetensors", lambda t: t["block.weight/gram"].fill_(float("nan")), ANY),
 }
 
+W = "block.weight/models"
+
+CODES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
+    "scales that are NaN": ("basis.safetensors", lambda t: t[f"{W}.scale"].fill_(float("nan"))),
+    "scales below zero": ("basis.safetensors", lambda t: t[f"{W}.scale"].neg_()),
+    "scales that are zero": ("basis.safetensors", lambda t: t[f"{W}.scale"].zero_()),
+    "no scales": ("basis.safetensors", lambda t: t.pop(f"{W}.scale")),
+    "more scales": ("basis.safetensors", lambda t: t.update({f"{W}.scale": torch.ones(99).bfloat16()})),
+    "scales in float64": ("basis.safetensors", lambda t: t.update({f"{W}.scale": t[f"{W}.scale"].double()})),
+    "fewer codes": ("basis.safetensors", lambda t: t.update({W: t[W][1:].clone()})),
+    "codes that are one": ("basis.safetensors", lambda t: t[W].fill_(0)),
+    "codes in eight bits": ("basis.safetensors", lambda t: t.update({W: t[W].to(torch.int8)})),
+    "directions in float32": ("basis.safetensors", lambda t: t.update({W: torch.eye(2, 56).view(2, 8, 7)})),
+    "coefficients in float32": (
+        "coefficients/m0.safetensors",
+        lambda t: t.update(coefficients=t["coefficients"].float()),
+    ),
+    "coefficients in bfloat16": (
+        "coefficients/m0.safetensors",
+        lambda t: t.update(coefficients=t["coefficients"].bfloat16()),
+    ),
+}
+
 TASKS: dict[str, Callable[[Sandbox], Sequence[Words]]] = {
     "other coefficients": task({}, coefficients=torch.zeros(10**6)),
     "NaN": task({}, coefficients=torch.full((4,), float("nan"))),
@@ -297,6 +322,10 @@ ATTACKS = [
         for what, (name, change, codes) in PARTS.items()
     ),
     *(
+        Attack(f"quantised bundle: {what}", tensors(name, change, "quantised_bundle"), ANY - SAFE)
+        for what, (name, change) in CODES.items()
+    ),
+    *(
         Attack(f"coefficients' header: {what}", header("coefficients/m0.safetensors", entry))
         for what, entry in {
             "2^62 values": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 2**64]},
@@ -306,7 +335,7 @@ ATTACKS = [
     ),
     *(
         Attack(f"{kind}, every file: {how}", damaged(kind, seed, how), ANY)
-        for seed, kind in enumerate(("bundle", "adapters_bundle", "tucker_bundle"))
+        for seed, kind in enumerate(("bundle", "adapters_bundle", "tucker_bundle", "quantised_bundle"))
         for how in ("cut", "turned")
     ),
     *(

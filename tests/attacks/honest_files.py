@@ -49,6 +49,11 @@ def make_adapters_bundle(path: Path, get: Get) -> None:
     ez.fit(get("adapters"), 2).save(path)
 
 
+def make_quantised_bundle(path: Path, get: Get) -> None:
+    """The checkpoints' bundle in four bits, coefficients in half precision."""
+    ez.fit(get("zoo"), 2, dtype="nf4", coefficients_dtype="float16").save(path)
+
+
 def make_tucker_bundle(path: Path, get: Get) -> None:
     """The checkpoints' bundle on all axes."""
     ez.fit(get("zoo"), {"outputs": 3, "inputs": 2, "models": 2}).save(path)
@@ -212,6 +217,7 @@ MAKERS: dict[str, Callable[[Path, Get], None]] = {
     "adapters": make_adapters,
     "adapters_bundle": make_adapters_bundle,
     "tucker_bundle": make_tucker_bundle,
+    "quantised_bundle": make_quantised_bundle,
     "task.safetensors": make_task,
     "base": make_base,
     "llama": make_llama,

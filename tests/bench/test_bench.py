@@ -141,7 +141,7 @@ def test_tables_are_printed_uncut(run, capsys):
 
 
 def test_the_page_has_a_place_for_every_table_of_size_full():
-    names = [*(case.name for case in SIZES["full"].cases), "growth", "adding", "commands"]
+    names = [*(case.name for case in SIZES["full"].cases), "growth", "adding", "commands", "bytes"]
     page = PAGE.read_text(encoding="utf-8")
     written = with_tables(page, {name: [f"table of {name}"] for name in names}, PAGE)
     assert all(f"<!-- {name} -->\ntable of {name}\n<!-- end of {name} -->" in written for name in names)

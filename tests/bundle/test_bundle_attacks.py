@@ -42,8 +42,8 @@ def flat(sound: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_a_newer_version_is_refused_by_name(flat: Path) -> None:
-    edit_manifest(flat, lambda document: document.update(schema_version=2, something_new={}))
-    with pytest.raises(ez.BundleError, match=r"schema version 2\..*Upgrade eigenzoo"):
+    edit_manifest(flat, lambda document: document.update(schema_version=3, something_new={}))
+    with pytest.raises(ez.BundleError, match=r"schema version 3\..*Upgrade eigenzoo"):
         ez.load(flat)
 
 
@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "extra key": (lambda d: d.update(more=1), "more: Extra inputs are not permitted"),
     "extra key within": (lambda d: d["layers"][0].update(more=1), r"layers\.0\.more: Extra inputs"),
     "no version": (lambda d: d.pop("schema_version"), "schema_version: Field required"),
-    "version 0": (lambda d: d.update(schema_version=0), "schema_version: Input should be 1"),
+    "version 0": (lambda d: d.update(schema_version=0), "schema_version: Input should be 1 or 2"),
     "file above": (lambda d: d["files"].update({"../secret": d["files"]["basis.safetensors"]}), r"holds '\.\.'"),
     "absolute file": (lambda d: d["files"].update({"/etc/passwd": d["files"]["basis.safetensors"]}), "is absolute"),
     "drive": (lambda d: d["files"].update({"C:/x": d["files"]["basis.safetensors"]}), "is absolute"),

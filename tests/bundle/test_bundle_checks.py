@@ -154,7 +154,7 @@ def test_schema_faults_are_refused_on_loading(bundle: Path) -> None:
     changes: list[tuple[Callable[[dict[str, object]], object], str]] = [
         (lambda document: document.pop("axes"), "axes: Field required"),
         (lambda document: document.__setitem__("more", 1), "more: Extra inputs"),
-        (lambda document: document.__setitem__("schema_version", 2), "has schema version 2"),
+        (lambda document: document.__setitem__("schema_version", 3), "has schema version 3"),
         (lambda document: document["discarded"].clear(), "discarded does not name the layers"),
     ]
     for place, (change, message) in enumerate(changes):

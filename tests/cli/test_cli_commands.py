@@ -16,7 +16,7 @@ from cli_runner import Run
 from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
-from builders import random_factors, read_update, write_adapter
+from builders import random_factors, read_update, seeded, write_adapter, write_model
 from eigenzoo.cli.console import progress_bar
 from eigenzoo.display import in_bytes, in_percent
 
@@ -86,6 +86,17 @@ def test_project_keeps_the_contract(run: Run, zoo: Path, bundle: Path) -> None:
     assert "share of the energy outside" in run("project", bundle, zoo / "m5").out
 
 
+def test_project_says_why_more_than_all_of_the_energy_lies_outside(run: Run, tmp_path: Path) -> None:
+    for place in range(4):
+        stack = {"w": 5 + torch.randn(8, 6, generator=seeded(place))}
+        write_model(tmp_path / "zoo" / f"m{place}", stack)
+    write_model(tmp_path / "stranger", {"w": torch.randn(8, 6, generator=seeded(9)) / 10})
+    assert run("fit", tmp_path / "zoo", "-o", tmp_path / "bundle", "--rank", 1).code == 0
+    said = " ".join(run("project", tmp_path / "bundle", tmp_path / "stranger", tmp_path / "zoo" / "m0").out.split())
+    assert "more than 100 %: stranger. Each rebuilt model contains the zoo's mean" in said
+    assert "more than 100 %" not in run("project", tmp_path / "bundle", tmp_path / "zoo" / "m0").out
+
+
 def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., str], tmp_path: Path) -> None:
     modules = {"layers.0.q": (48, 40), "layers.1.q": (40, 48)}
     for place in range(10):
@@ -99,9 +110,16 @@ def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., s
         document = run(*words, tmp_path / f"{folder}-json", "--json").json
         return said, document, (tmp_path / folder / "adapter_model.safetensors").stat().st_size
 
-    said, document, size = rebuilt("a1", "whole")
+    said, document, size = rebuilt("a1", "default")
+    assert f"rank 3, {in_bytes(size)} (the original: rank 3, {in_bytes(originals)})" in said
+    assert "written at the zoo's own rank" in said
+    assert "--max-lora-rank full keeps rank 30" in said
+    assert (document["lora"]["rank"], document["lora"]["whole_rank"]) == (3, 30)
+    assert f"{in_percent(document['residual'])} outside the subspace" in said
+    said, document, size = rebuilt("a1", "whole", "--max-lora-rank", "full")
     assert f"rank 30, {in_bytes(size)} (the original: rank 3, {in_bytes(originals)})" in said
-    assert "--max-lora-rank 3" in said
+    assert "--max-lora-rank" not in said
+    assert f"{in_percent(document['residual'])} of its energy is lost" in said
     assert (document["bytes"], document["original_bytes"]) == (size, originals)
     assert {key: document["lora"][key] for key in ("rank", "whole_rank", "original_rank", "loss")} == {
         "rank": 30,
@@ -126,7 +144,9 @@ def test_rebuild_says_rank_and_bytes_and_cuts(run: Run, refused: Callable[..., s
         assert "--max-lora-rank" not in said
         assert document["lora"]["loss"] == pytest.approx(expected.loss)
         assert set(document["lora"]["layers"]) == set(modules)
-    assert "max-lora-rank" in refused("rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "no", "--max-lora-rank", 0)
+    for wrong in (0, "fu", "1.5"):
+        words = "rebuild", tmp_path / "bundle", "a1", "-o", tmp_path / "no", "--max-lora-rank", wrong
+        assert f"--max-lora-rank: {str(wrong)!r} is not a largest rank" in " ".join(refused(*words).split())
 
 
 def test_the_loss_of_a_cut_counts_excluded_modules_too(run: Run, tmp_path: Path) -> None:

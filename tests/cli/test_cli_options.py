@@ -79,7 +79,7 @@ def test_ranks_and_axes(run: Run, zoo: Path, tmp_path: Path) -> None:
         (["--max-memory", "lots"], "--max-memory: 'lots' is not a number of bytes"),
         (["--max-memory", "2MB"], "Blocks need at least"),
         (["--device", "cuda"], "device 'cuda'"),
-        (["--dtype", "int8"], "int8"),
+        (["--dtype", "int4"], "int8, nf4"),
         (["--center", "median"], "median"),
         (["--view", "sideways"], "sideways"),
         (["--view", "delta"], "view 'delta' needs a base"),

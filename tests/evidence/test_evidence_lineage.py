@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 import eigenzoo as ez
 from builders import PREFIX, random_factors, seeded, write_adapter, write_model, write_stacks
 from eigenzoo.evidence.lineage import as_lineages, find_groups, stars
+from eigenzoo.evidence.summary import _mean, _within
 from tolerance import tolerance
 
 NUM_MODELS, NUM_SHARED, RANK = 30, 12, 4
@@ -212,3 +214,25 @@ def test_two_families_far_apart_are_found_whatever_their_layers(tmp_path: Path) 
         assert set(found.lineage.groups) == set(expected)
         assert list(map(len, found.lineage.groups)) == sorted(sizes, reverse=True)
         shutil.rmtree(tmp_path / str(number))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "view", "within"),
+    [
+        ((36, 12), "update", ", within one base (36 of the 72 models have a closer common origin)"),
+        ((36, 12), "delta", ", within one base (36 of the 72 models have a closer common origin)"),
+        ((72,), "update", ", within one lineage"),
+        ((), "update", ", within one lineage"),
+        ((70,), "weight", ", within the lineage of 70 of the 72 models"),
+    ],
+)
+def test_one_lineage_is_not_said_beside_a_part_of_the_models(sizes: tuple[int, ...], view: str, within: str) -> None:
+    groups = tuple(tuple(f"{size}-{place}" for place in range(size)) for size in sizes)
+    summary = SimpleNamespace(across=None)
+    assert _within(summary, SimpleNamespace(groups=groups), 72, view) == within  # type: ignore[arg-type]
+
+
+def test_chance_below_zero_has_a_word() -> None:
+    below, above = (_mean(SimpleNamespace(mean_heldout=0.5, mean_null=null)) for null in (-0.02, 0.01))  # type: ignore[arg-type]
+    assert below.endswith("(chance −2.00 %: the mean of unrelated models adds energy)")
+    assert above.endswith("(chance 1.00 %)")

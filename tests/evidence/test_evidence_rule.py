@@ -11,7 +11,7 @@ from evidence_zoos import find, layers, noise, normal, planted
 
 from eigenzoo.evidence import verdict as rule
 from eigenzoo.evidence.layer_evidence import findings
-from eigenzoo.evidence.summary import Pooled, shown_places
+from eigenzoo.evidence.summary import Pooled, shown_indices
 from eigenzoo.evidence.unseen import MeanShare
 from eigenzoo.evidence.verdict import Directions, Findings, Weighed, directions, judge, judge_zoo
 from eigenzoo.linalg.heldout import make_folds
@@ -135,7 +135,7 @@ def test_a_zoo_has_the_verdict_of_most_of_its_values(codes, together, code: str,
 )
 def test_sentences_compare_at_the_largest_rank_of_both_up_to_sixteen(dealt, across, places) -> None:
     pooled = [None if ranks is None else Pooled(ranks, ranks, ranks, ranks) for ranks in (dealt, across)]
-    assert shown_places(*pooled) == places
+    assert shown_indices(*pooled) == places
 
 
 def test_weights_that_vary_unevenly_or_together_are_no_subspace(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from builders import (
 )
 from eigenzoo.evidence.refit import hold_out
 from eigenzoo.passes.workers import local_workers
-from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
 
 
 def test_originals_are_measured_where_they_lie_and_all_else_is_gone_afterwards(tmp_path: Path) -> None:
@@ -97,13 +97,14 @@ REFITS: list[dict[str, Any]] = [
     {"rank": 0.8, "center": "none", "dtype": "float32"},
     {"rank": {"outputs": 2}, "solver": "sketch", "precision": "high"},
     {"rank": 3, "precision": "fast"},
+    {"rank": 3, "coefficients_dtype": "bfloat16"},
 ]
 
 
 def test_the_cases_change_every_option_once() -> None:
     """A new option of a fit needs a case here: else nothing shows that the second fit has it."""
     usual = {"rank": "auto", "center": "models", "dtype": "float32", "budget": None, "max_error": None, "seed": 0}
-    usual |= {"solver": "exact", "precision": "default"}
+    usual |= {"solver": "exact", "precision": "default", "coefficients_dtype": "float32"}
     changed = {
         key for case in REFITS for key, value in {"dtype": "float64", "seed": 5, **case}.items() if value != usual[key]
     }
@@ -130,8 +131,9 @@ def test_the_second_fit_has_the_options_of_the_first(
     assert found.heldout
     assert (found.num_models, found.num_fitted) == (2, 8)
     assert (found.mean.parent is None) == (view == "weight")
+    of_second, of_first = (recorded_options(one.manifest.options) for one in (fitted[0], space))
     for field in fields(FitOptions):
-        assert fitted[0].manifest.options[field.name] == space.manifest.options[field.name], field.name
+        assert getattr(of_second, field.name) == getattr(of_first, field.name), field.name
     assert fitted[0].manifest.options == space.manifest.options
     assert (fitted[0].view, fitted[0].axes, fitted[0].manifest.center) == (view, space.axes, space.manifest.center)
 

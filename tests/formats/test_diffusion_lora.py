@@ -262,7 +262,7 @@ def test_files_that_are_alike_are_described_once(tmp_path: Path, view: str) -> N
         ({f"{LINEAR}.lora_up.weight": torch.ones(8, 3, 1, 1)}, r"proj_in.*A must have shape \(rank, inputs, \*kernel\)"),
         ({f"{CONV}.lora_up.weight": torch.ones(4, 3, 3, 3)}, r"conv_in.*A must have shape \(rank, inputs, \*kernel\)"),
         ({f"{LINEAR}.lora_down.weight": torch.ones(3, 6, dtype=torch.int8)}, r"proj_in.*the factors have dtypes torch.int8"),
-        ({f"{LINEAR}.lora_down.weight": torch.ones(0, 6), f"{LINEAR}.lora_up.weight": torch.ones(8, 0)}, r"proj_in.*A must have shape"),
+        ({f"{LINEAR}.lora_down.weight": torch.ones(0, 6), f"{LINEAR}.lora_up.weight": torch.ones(8, 0)}, r"A must have shape"),
         ({f"{LINEAR}.dora_scale": torch.ones(8)}, r"dora_scale' belongs to DoRA.*[Mm]erge it into its base model"),
     ],
 )  # fmt: skip

@@ -16,7 +16,8 @@ from eigenzoo.subspace.fitting import bytes as counting
 from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
 
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = ["float32", "bfloat16", "float16", "int8", "nf4"]
+CODED = ("int8", "nf4")
 
 
 @pytest.fixture(scope="module", params=["full weights", "updates"])
@@ -51,16 +52,19 @@ def test_the_error_bound_holds_of_bases_as_they_are_stored(zoo, axes, dtype):
     assert space.report["residual"] <= bound
     # Coefficients are float32.
     assert lost(zoo, space) == pytest.approx(space.report["residual"], rel=1e-6, abs=1e-12)
-    ranks = [layer["rank"] for layer in space.report["layers"].values()]
-    least = [layer["rank"] for layer in plain.report["layers"].values()]
-    assert sum(sum(rank.values()) for rank in ranks) >= sum(sum(rank.values()) for rank in least)
+    # Quantised directions cost so much less beside coefficients that other layers get them.
+    if dtype not in CODED:
+        ranks = [layer["rank"] for layer in space.report["layers"].values()]
+        least = [layer["rank"] for layer in plain.report["layers"].values()]
+        assert sum(sum(rank.values()) for rank in ranks) >= sum(sum(rank.values()) for rank in least)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("axes", AXES, ids="+".join)
 def test_a_bound_that_rounding_alone_exceeds_is_refused(zoo, axes, dtype):
-    # Factors keep the dtype of their files, and a side that is kept whole has no basis.
-    if (zoo.view == "update") == (axes == ("models",)) and axes in AXES[:3]:
+    # Factors keep the dtype of their files unless they are quantised, and a side that is kept whole has no basis.
+    stacked = zoo.view == "update" and axes == ("models",)
+    if (zoo.view == "update") == (axes == ("models",)) and axes in AXES[:3] and not (stacked and dtype in CODED):
         assert ez.fit(zoo, axes=axes, max_error=1e-12, dtype=dtype).report["residual"] <= 1e-12
         return
     with pytest.raises(
@@ -95,7 +99,7 @@ def test_a_budget_for_which_there_is_no_room_is_refused_before_any_weight_is_rea
             ez.fit(zoo, axes=axes, budget=500)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_layers_without_a_direction_hold_no_variance(zoo, dtype):
     """Rounding must not make a share of less than nothing of it, which no manifest takes."""
     for axes in AXES:

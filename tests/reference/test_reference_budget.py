@@ -84,6 +84,15 @@ def test_the_error_bound_is_met_and_true(zoo, axes, max_error):
     assert lost / whole <= max_error + tolerance(1, dtype=torch.float32) ** 2 + 1e-10 * (zoo.view == "update")
 
 
+@pytest.mark.parametrize("axes", AXES[2:], ids="+".join)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.further)])
+@pytest.mark.parametrize("max_error", [0.3, pytest.param(0.1, marks=pytest.mark.further)])
+def test_an_error_bound_on_several_axes_is_met_by_what_is_lost(zoo, axes, dtype, max_error):
+    """And not by the sum of what each axis alone loses, which is larger. What is stated is true by the test above."""
+    space = ez.fit(zoo, axes=axes, max_error=max_error, dtype=dtype)
+    assert 0.95 * max_error <= space.report["residual"] <= max_error
+
+
 @pytest.mark.parametrize("max_error", [0.3, 0.05, 0.01])
 def test_an_error_bound_on_one_axis_is_met_with_no_direction_to_spare(tmp_path, max_error):
     stacks = falling_stacks()

@@ -224,6 +224,6 @@ def test_a_damaged_bundle_is_found_out(zoo: Path, tmp_path: Path) -> None:
 
 def test_a_newer_bundle_is_refused_by_its_version(zoo: Path, tmp_path: Path) -> None:
     manifest = ez.fit(zoo, rank=1).save(tmp_path / "bundle") / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 2}))
-    with pytest.raises(ez.BundleError, match=r"schema version 2.*reads schema versions up to 1.*pgrade eigenzoo"):
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 3}))
+    with pytest.raises(ez.BundleError, match=r"schema version 3.*reads schema versions up to 2.*pgrade eigenzoo"):
         ez.load(tmp_path / "bundle")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,8 @@ def test_updates_are_the_best_of_their_rank(tmp_path: Path, zoo: Path, axes: tup
 
 def test_ranks_of_axis_models_add_up_and_those_of_the_sides_do_not(zoo: Path) -> None:
     """Twelve adapters of ranks 2 and 3: what nobody was told before."""
-    summed = ez.fit(zoo, rank=8).rebuild("a1").ranks()
-    some = ez.fit(zoo, rank=8, axes=("models", "outputs", "inputs")).rebuild("a1").ranks()
+    summed = ez.fit(zoo, rank=8).rebuild("a1", max_lora_rank="full").ranks()
+    some = ez.fit(zoo, rank=8, axes=("models", "outputs", "inputs")).rebuild("a1", max_lora_rank="full").ranks()
     bounded = ez.fit(zoo, rank=8, axes=("outputs", "inputs")).rebuild("a1").ranks()
     assert summed is not None
     assert bounded is not None
@@ -175,9 +176,50 @@ def test_what_has_no_rank_is_refused(tmp_path: Path, zoo: Path) -> None:
 
 def test_a_saved_file_has_no_padding_left(tmp_path: Path, zoo: Path) -> None:
     space = ez.fit(zoo, rank=8)
-    sizes = {}
-    for rank in (None, 2):
+    sizes: dict[object, int] = {}
+    for rank in ("full", 2):
         folder = space.rebuild("a0", max_lora_rank=rank).save(tmp_path / str(rank))
         tensors = load_file(folder / "adapter_model.safetensors")
         sizes[rank] = sum(tensor.numel() for tensor in tensors.values())
-    assert sizes[None] == 15 * sizes[2]
+    assert sizes["full"] == 15 * sizes[2]
+
+
+@pytest.mark.parametrize("moments", [True, False], ids=["moments", "bare"])
+@pytest.mark.parametrize("axes", [("models",), ("models", "outputs", "inputs")], ids="+".join)
+def test_an_adapter_is_written_at_the_zoos_own_rank(
+    tmp_path: Path, zoo: Path, axes: tuple[str, ...], moments: bool
+) -> None:
+    """The original has that rank, so the best approximation of it is no farther off than the original (Eckart and Young)."""
+    ez.fit(zoo, rank=8, axes=axes).save(tmp_path / "bundle", moments=moments)
+    space = ez.load(tmp_path / "bundle")
+    # A model of the smaller rank too: the zoo's rank is the largest of all.
+    for name in ("a0", "a1"):
+        rebuilt = space.rebuild(name)
+        folder = rebuilt.save(tmp_path / f"{name}-out")
+        ranks = rebuilt.ranks()
+        assert ranks is not None
+        assert ranks == space.rebuild(name).ranks()
+        assert ranks.rank == json.loads((folder / "adapter_config.json").read_text())["r"] == 3
+        assert ranks.whole > 3
+        lost = outside = 0.0
+        for module in MODULES:
+            whole, original = rebuilt.layer(module), read_update(zoo / name, module)
+            expected, distance = best(whole, 3)
+            size = float(whole.norm())
+            assert (read_update(folder, module) - expected).norm() <= tolerance(10, dtype=torch.float32, scale=size)
+            lost, outside = lost + distance**2, outside + float((whole - original).square().sum())
+        assert ranks.lost == pytest.approx(lost, rel=1e-6)
+        assert 0 < lost <= outside
+
+
+def test_coefficients_that_were_changed_keep_the_whole_rank(tmp_path: Path, zoo: Path) -> None:
+    """A mixture of models is of no model's rank, and a cut of it loses more than the projection of one did."""
+    space = ez.fit(zoo, rank=11)
+    first, second = space.coefficients("a1"), space.coefficients("a3")
+    mixed = replace(first, values={name: (value + second.values[name]) / 2 for name, value in first.values.items()})
+    for model, mean_only in ((mixed, False), ("a1", True)):
+        rebuilt = space.rebuild(model, mean_only=mean_only)
+        folder, ranks = rebuilt.save(tmp_path / f"out{mean_only}"), rebuilt.ranks()
+        assert ranks is not None
+        assert ranks.loss == 0
+        assert ranks.rank == ranks.whole == json.loads((folder / "adapter_config.json").read_text())["r"] > 3

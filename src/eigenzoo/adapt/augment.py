@@ -68,8 +68,9 @@ class Augmentation:
         return (_room(basis.ranks["models"], sides[0] * sides[1], self.num),)
 
     def widen(self, layer: Map, name: str) -> None:
-        """Add the new directions to a layer's map, in place. Cost: K²·D + K·M·D products in float64; memory for (K + M)·D
-        values.
+        """Add the new directions to a layer's map, in place.
+
+        Cost: K²·D + K·M·D products in float64, and as much memory as the map.
         """
         if not self.num:
             return

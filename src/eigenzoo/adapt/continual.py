@@ -64,9 +64,7 @@ class Report:
 
     @cached_property
     def forgetting(self) -> dict[str, float]:
-        """For each task except the last step's, the best metric so far minus the current one (Chaudhry et al. 2018); never below
-        0.
-        """
+        """For each task except the last step's, its best metric minus the current one (Chaudhry et al. 2018), at least 0."""
         losses = {}
         for task, column in zip(self.tasks, zip(*self.values, strict=True), strict=True):
             measured = [value for value in column if value is not None]

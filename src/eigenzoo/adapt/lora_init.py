@@ -141,9 +141,7 @@ def _module(name: str) -> str:
 
 
 def _leading(layer: Map, values: Tensor, mean_OI: Tensor | None, rank: int) -> Tensor:
-    """Return the leading input directions (R, I) of N MᵀM + Σ_n L(c_n)ᵀL(c_n), with J maps from the coefficients' singular
-    vectors.
-    """
+    """Return the leading input directions (R, I) of N MᵀM + Σ_n L(c_n)ᵀL(c_n), by J singular vectors of all coefficients."""
     rows = values.flatten(1)
     _, singular_J, right_JK = torch.linalg.svd(rows, full_matrices=False)
     inputs = layer.shape[1]

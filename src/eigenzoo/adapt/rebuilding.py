@@ -29,9 +29,9 @@ from eigenzoo.formats.model import Model
 from eigenzoo.formats.side_files import CONFIG
 from eigenzoo.formats.writers import cast_to
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut
 from eigenzoo.subspace.coefficients import Coefficients
-from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.rebuilt import MaxRank, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.template import ZooTemplate
 
@@ -42,7 +42,7 @@ def rebuild(
     *,
     model: str | os.PathLike[str] | None = None,
     like: str | None = None,
-    max_lora_rank: int | None = None,
+    max_lora_rank: MaxRank = None,
 ) -> RebuiltModel:
     """Return the whole model of an adapter file. The cost is that of `Subspace.rebuild`.
 
@@ -99,15 +99,16 @@ def rebuild(
 class _Change(RebuiltModel):
     """A model whose layers are given weights plus L(c), without the mean."""
 
-    def _rebuild(self, name: str) -> Tensor | Factors:
+    def _rebuild(self, name: str) -> Tensor:
+        return map_of(self._layers[name], torch.float64).matrix(self._values[name].double())
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
         basis, values = self._layers[name], self._values[name].double()
         layer = map_of(basis, torch.float64)
-        if basis.layer.kind != "update":
-            return layer.matrix(values)
         factors = layer.factors(values, False)
         if factors is None:
             factors = layer.matrix(values), torch.eye(basis.layer.shape[1], dtype=torch.float64)
-        return lora.truncated(*factors)[0]
+        return lora.cut_product(*factors, max_rank)
 
 
 class _Filled(Template):

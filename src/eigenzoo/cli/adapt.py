@@ -1,4 +1,4 @@
-"""`eigenzoo adapt BUNDLE DATA -o FILE`: a new task for a few hundred numbers."""
+"""`eigenzoo adapt BUNDLE DATA -o FILE`: adapt a model to a new task by a few hundred numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenzoo.errors import UsageError
 if TYPE_CHECKING:
     from eigenzoo.integrations.classification import Adaptation
 
-# What adapt.trained, integrations.classification and its data say, without importing torch for the help.
+# Constants of adapt.trained, integrations.classification and its data, so that the help does not import torch.
 LEARNING_RATE, STEPS, BATCH_SIZE = 0.1, 200, 64
 
 
@@ -100,7 +100,7 @@ def command(
     with progress_bar(quiet=quiet or json) as progress:
         from eigenzoo.integrations.classification import adapt_classifier
 
-        found = adapt_classifier(
+        adaptation = adapt_classifier(
             bundle,
             data,
             model,
@@ -120,39 +120,39 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(found.to_dict())
+        print_json(adaptation.to_dict())
     else:
-        render(found, bundle)
+        render(adaptation, bundle)
 
 
-def render(found: Adaptation, bundle: str) -> None:
-    """Print what was trained, what it weighs beside the alternatives, and how well it does beside its controls."""
-    besides = f", {found.num_besides} of them besides the coefficients" if found.num_besides else ""
-    random = " in a random basis" if found.random_basis else ""
+def render(adaptation: Adaptation, bundle: str) -> None:
+    """Print the training, the sizes of file and alternatives, and the accuracy with its controls."""
+    besides = f", {adaptation.num_besides} of them besides the coefficients" if adaptation.num_besides else ""
+    random = " in a random basis" if adaptation.random_basis else ""
     say(
-        f"{found.num_trained} numbers trained{random}{besides}: {found.steps} steps on {found.num_train} items, "
-        f"loss {found.first_loss:.3g} → {found.last_loss:.3g}"
-        + (f" (resumed after {found.taken_up_at} steps)" if found.taken_up_at else "")
+        f"{adaptation.num_trained} numbers trained{random}{besides}: {adaptation.steps} steps on {adaptation.num_train} items, "
+        f"loss {adaptation.first_loss:.3g} → {adaptation.last_loss:.3g}"
+        + (f" (resumed after {adaptation.taken_up_at} steps)" if adaptation.taken_up_at else "")
     )
-    for note in found.notes:
+    for note in adaptation.notes:
         say(note)
     print_table(
         "",
-        (f"on {found.num_test} held-out items", "accuracy"),
+        (f"on {adaptation.num_test} held-out items", "accuracy"),
         [
-            (f"before, start {found.start}", in_percent(found.accuracy.start)),
-            ("the zoo's mean alone", in_percent(found.accuracy.mean)),
-            ("adapted", in_percent(found.accuracy.adapted)),
+            (f"before, start {adaptation.start}", in_percent(adaptation.accuracy.start)),
+            ("the zoo's mean alone", in_percent(adaptation.accuracy.mean)),
+            ("adapted", in_percent(adaptation.accuracy.adapted)),
         ],
     )
     sizes = [
-        (f"a LoRA of rank {found.lora_rank} of the same layers", in_bytes(found.lora_bytes)),
-        ("the full checkpoint", in_bytes(found.checkpoint_bytes)),
+        (f"a LoRA of rank {adaptation.lora_rank} of the same layers", in_bytes(adaptation.lora_bytes)),
+        ("the full checkpoint", in_bytes(adaptation.checkpoint_bytes)),
     ]
-    if found.file_bytes is not None:
-        sizes.insert(0, ("this file", in_bytes(found.file_bytes)))
+    if adaptation.file_bytes is not None:
+        sizes.insert(0, ("this file", in_bytes(adaptation.file_bytes)))
     print_table("", ("on disk", "bytes"), sizes)
-    if found.output is not None:
-        zero = " --model MODEL" if found.start == "zero" else ""
-        say(f"\nadapter file: {found.output} (keep the bundle: the file needs it)")
-        say(f"next: eigenzoo rebuild {bundle} {found.output} -o MODEL_FOLDER{zero}")
+    if adaptation.output is not None:
+        zero = " --model MODEL" if adaptation.start == "zero" else ""
+        say(f"\nadapter file: {adaptation.output} (keep the bundle: the file needs it)")
+        say(f"next: eigenzoo rebuild {bundle} {adaptation.output} -o MODEL_FOLDER{zero}")

@@ -1,4 +1,4 @@
-"""`eigenzoo add BUNDLE MODEL…`: more models in a bundle."""
+"""`eigenzoo add BUNDLE MODEL…`: add models to a bundle."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def command(
 
 
 def _lost(space: Subspace) -> str:
-    """What is lost of all models; in an imported bundle of the new ones alone, since of the others nobody knows."""
+    """Write the loss of all models, or for an imported bundle that of the new ones, because the loss of the others is unknown."""
     from eigenzoo.subspace.coefficients import share_of
 
     if "imported" not in space.report:

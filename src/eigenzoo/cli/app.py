@@ -1,4 +1,4 @@
-"""`eigenzoo`: the commands, and what happens when they fail."""
+"""`eigenzoo`: register the commands, and handle their errors."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ GOES_ON = {
     "fit": "; run the same command again to resume after the finished layers",
     "adapt": "; run the same command again to resume from the last checkpoint",
 }
-"""What a command does when it is run again after an interruption; all others begin anew."""
+"""Sentences on how a command continues after an interruption. All others start from the beginning."""
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
-"""What a terminal, a batch system and a lost connection send to end a command: temporary folders are removed on the way out."""
+"""Signals by which a terminal, a batch system and a lost connection end a command. Temporary folders are removed."""
 
 ClickException: type[Exception] = next(
     parent for parent in typer.BadParameter.__mro__ if parent.__name__ == "ClickException"
 )
-"""What typer raises for bad usage: click's own class, or since typer 0.26 that of the click inside it."""
+"""typer's exception for bad usage: click's own class, or since typer 0.26 that of its internal click."""
 
 app = typer.Typer(
     name="eigenzoo",
@@ -76,7 +76,7 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Define the options of the command itself."""
 
 
 for name, module in (
@@ -100,11 +100,10 @@ app.add_typer(nursery.app, name="nursery")
 
 
 def main() -> None:
-    """Run the command line; leaves with an exit code.
+    """Run the command line and exit with its code.
 
-    Deliberate refusals are one message on standard error and exit code 2. A signal that ends the command gives 128 and its number:
-    130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP. What of this process a command changes is given back: the handlers of signals
-    and the path of imports.
+    An error of eigenzoo is one message on standard error and exit code 2. A signal gives 128 plus its number: 130 for SIGINT, 143
+    for SIGTERM, 129 for SIGHUP. Signal handlers and the import path are restored.
     """
     path = list(sys.path)
     try:
@@ -117,17 +116,17 @@ def main() -> None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[list[int]]:
-    """Let the signals end the command by KeyboardInterrupt, and give the numbers of those that did; then put the handlers back.
+    """Convert the signals to KeyboardInterrupt, yield the numbers of received ones, and restore the handlers afterwards.
 
-    A signal that the process ignores stays ignored, as `nohup` and jobs in the background want it. Only the main thread has
-    handlers: in another one, and where a handler is not Python's own and could not be put back, nothing changes.
+    A signal that the process ignores stays ignored, as for `nohup` and background jobs. Handlers are changed only in the main
+    thread, and only if they are Python's own and can be restored.
     """
     received: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         received.append(number)
-        # Batch systems send two at once: the second must not end the cleaning up that the first began. A second Ctrl-C may.
-        # Python drops an exception that is raised in a finalizer, so the third signal raises again.
+        # Batch systems send two signals at once, and the second must not stop the clean-up after the first. A second Ctrl-C may.
+        # Python drops an exception in a finalizer, so the third signal raises again.
         if len(received) != 2 or number == signal.SIGINT:
             raise KeyboardInterrupt
 
@@ -147,7 +146,7 @@ def _stopped_by_signals() -> Iterator[list[int]]:
 
 
 def _interrupted(received: list[int]) -> int:
-    """Say that nothing was written, and what the same command then does; returns the exit code."""
+    """Print that nothing was written, and what the same command will do. Return the exit code."""
     command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     complain("interrupted: no output was written" + GOES_ON.get(command, ""))
     return 128 + (received[0] if received else signal.SIGINT)
@@ -155,7 +154,7 @@ def _interrupted(received: list[int]) -> int:
 
 def _run(received: list[int]) -> int:
     try:
-        # Outside its standalone mode click hands an exit code back instead of leaving with it.
+        # Outside its standalone mode click returns an exit code instead of exiting.
         code = app(prog_name="eigenzoo", standalone_mode=False)
         sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
@@ -169,13 +168,13 @@ def _run(received: list[int]) -> int:
         complain(f"{type(error).__name__}: {error}")
         return 2
     except BrokenPipeError:
-        # The reader has gone: what is still buffered must not fail once more when Python ends.
+        # The reader of the output is gone. Buffered output must not fail again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 2
-    # Newer versions of typer make this code of a KeyboardInterrupt, whatever the signal was.
+    # Newer versions of typer convert a KeyboardInterrupt to this code for any signal.
     if code == INTERRUPTED:
         return _interrupted(received)
     return code if isinstance(code, int) else 0

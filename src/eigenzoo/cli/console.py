@@ -1,4 +1,4 @@
-"""What commands print: tables and sentences on standard output, progress and complaints on standard error."""
+"""Print tables and sentences on standard output, and progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from eigenzoo.records import Progress as ProgressCallback
 from eigenzoo.records import no_progress
 
 LONGEST = 4000
-"""Characters of an error."""
+"""Largest number of characters of an error."""
 
 SHORTEST = 16
-"""Columns of words are not made narrower than this."""
+"""Least width of a column of words."""
 
 PIPE = 10_000
-"""Columns of a table that no terminal shows: nothing is cut or shortened."""
+"""Width of a table outside a terminal, so that nothing is shortened."""
 
 GAP = 2
-"""Spaces between two columns of a table."""
+"""Number of spaces between two columns of a table."""
 
 
 class _Output(Console):
-    """A console whose reader may leave: then the command ends quietly, as it does for plain writes."""
+    """A console for pipes. If the reader closes the pipe, the command ends without an error, as for plain writes."""
 
     def on_broken_pipe(self) -> None:
-        """Say so in Python's own way."""
+        """Raise Python's BrokenPipeError."""
         raise BrokenPipeError
 
 
 def output() -> Console:
-    """The console for results; as wide as it takes in a pipe, so that nothing is cut."""
+    """Return the console for results. In a pipe it is so wide that nothing is shortened."""
     return _Output(highlight=False, width=None if sys.stdout.isatty() else PIPE)
 
 
 def say(text: str, *, style: str = "", hang: int = 0) -> None:
-    """Print a sentence on a line of its own, below an empty one where it begins with a line end.
+    """Print a sentence on its own line, after an empty line if it begins with a newline.
 
-    On a terminal it is wrapped, and its further lines begin `hang` columns to the right.
+    On a terminal it is wrapped, and its other lines are indented by `hang` columns.
     """
     body = text.lstrip("\n")
     _print(output(), "\n" * (len(text) - len(body)) + one_line(body), style, hang)
 
 
 def _print(console: Console, text: str, style: str, hang: int = 0) -> None:
-    """Print text, on a terminal wrapped between words; a number stays with its unit, and a long path stays whole."""
+    """Print text, wrapped between words on a terminal. A number stays with its unit, and a long path is not broken."""
     if console.is_terminal:
         joined = re.sub(r"(?<=\d) (?=%|[kMGT]?B\b)", "\N{NO-BREAK SPACE}", text)
         lines = [
@@ -70,18 +70,18 @@ def _print(console: Console, text: str, style: str, hang: int = 0) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error: one line, whatever names it holds."""
+    """Print an error as one line, also if it contains names with line breaks."""
     line = one_line(text)
     line = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-    # A terminal that is gone (SIGHUP) changes no exit code.
+    # A closed terminal (SIGHUP) must not change the exit code.
     with suppress(OSError):
         _print(_Output(stderr=True, highlight=False), line, "red")
 
 
 def as_json(document: Mapping[str, Any]) -> str:
-    """Write a JSON document that no terminal is moved by."""
+    """Write a JSON document without terminal control characters."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    # JSON escapes most of what moves a terminal; the rest (C1 controls, half surrogates of odd file names) is escaped here.
+    # JSON escapes most control characters. The others (C1 controls, half surrogates of odd file names) are escaped here.
     return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text) + "\n"
 
 
@@ -91,25 +91,27 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> None:
-    """Print a table; the first `left` columns are words, the others numbers.
+    """Print a table. The first `left` columns are words, the others numbers.
 
-    Where it is wider than the terminal, words are shortened in their middle; where that is not enough, the numbers go on in
-    further tables below, each with the words again, which are then no shorter than saves a table. No cell is broken.
+    If it is wider than the terminal, words are shortened in the middle. If that is not enough, it is split into tables below each
+    other, each with the words, which are shortened only if this saves a table. No cell is broken.
     """
     console = output()
     cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)] if cells else [0] * len(columns)
-    whole = [max(width, cell_len(column)) for width, column in zip(widths, columns, strict=True)]
-    if sum(whole) + GAP * (len(whole) - 1) <= console.width:
-        widths = whole
-    else:  # headings of several words stand on several lines
+    full_widths = [max(width, cell_len(column)) for width, column in zip(widths, columns, strict=True)]
+    if sum(full_widths) + GAP * (len(full_widths) - 1) <= console.width:
+        widths = full_widths
+    else:  # headings of several words take several lines
         widths = [
             max(width, *map(cell_len, column.split() or [""])) for width, column in zip(widths, columns, strict=True)
         ]
     _shorten(widths, left, console.width)
     groups = _side_by_side(widths, left, console.width)
-    for place, group in enumerate(groups):
-        table = Table(title=title if place == 0 and title else None, title_justify="left", title_style="bold", box=None)
+    for number, group in enumerate(groups):
+        table = Table(
+            title=title if number == 0 and title else None, title_justify="left", title_style="bold", box=None
+        )
         table.pad_edge = False
         for column in group:
             side: JustifyMethod = "left" if column < left else "right"
@@ -120,36 +122,36 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def _shorten(widths: list[int], left: int, room: int) -> None:
-    """Narrow the widest columns of words until no narrower ones would save a table."""
+    """Narrow the widest columns of words as long as this saves a table."""
 
     def tables() -> tuple[int, bool]:
         groups = _side_by_side(widths, left, room)
         return len(groups), any(sum(widths[column] + GAP for column in group) - GAP > room for group in groups)
 
-    whole = widths[:left]
-    widths[:left] = [min(width, SHORTEST) for width in whole]
+    full_widths = widths[:left]
+    widths[:left] = [min(width, SHORTEST) for width in full_widths]
     fewest = tables()
-    widths[:left] = whole
+    widths[:left] = full_widths
     while tables() > fewest:
         widths[max(range(left), key=lambda column: widths[column])] -= 1
 
 
 def _side_by_side(widths: Sequence[int], left: int, room: int) -> list[list[int]]:
-    """Sort columns into tables that fit side by side; each begins with the columns of words."""
+    """Assign columns to tables that fit the width. Each table begins with the columns of words."""
     words = list(range(left))
     start = sum(widths[column] + GAP for column in words)
-    groups, taken = [list(words)], start
+    groups, width = [list(words)], start
     for column in range(left, len(widths)):
-        if taken + widths[column] > room and len(groups[-1]) > len(words):
+        if width + widths[column] > room and len(groups[-1]) > len(words):
             groups.append(list(words))
-            taken = start
+            width = start
         groups[-1].append(column)
-        taken += widths[column] + GAP
+        width += widths[column] + GAP
     return groups
 
 
 def _middle_out(text: str, width: int) -> str:
-    """Shorten text in its middle: names differ at their ends.
+    """Shorten text in the middle, because names differ at their ends.
 
     >>> _middle_out("model.layers.11.self_attn.q_proj", 15)
     'model.l….q_proj'
@@ -162,7 +164,7 @@ def _middle_out(text: str, width: int) -> str:
 
 @contextmanager
 def progress_bar(*, quiet: bool) -> Iterator[ProgressCallback]:
-    """Give a progress callback that draws bars on a terminal, and does nothing in a pipe."""
+    """Yield a progress callback that draws bars on a terminal and does nothing in a pipe."""
     if quiet or not sys.stderr.isatty():
         yield no_progress
         return

@@ -1,4 +1,4 @@
-"""`eigenzoo demo`: the whole loop on a zoo that is trained on the spot."""
+"""`eigenzoo demo`: train a zoo and run the whole loop on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from eigenzoo.evidence.function import FunctionEvidence
 
 HELD_OUT = 6
-"""One model in this many is kept out of the fit."""
+"""One of this many models is held out of the fit."""
 
 SCORES = ("original", "rebuilt", "mean", "parent", "random_basis")
 
@@ -69,11 +69,11 @@ def command(
             tell(f"1. training a zoo of kind {kind} on handwritten digits: one parent, many two-class tasks")
             nursery.make(kind, folder / "zoo", num_models=num_models, seed=seed, progress=progress)
             zoo = ez.open_zoo(folder / "zoo")
-            found = ez.inspect(zoo, progress=progress)
+            inspection = ez.inspect(zoo, progress=progress)
         if not json:
             tell("\n2. what is in it")
-            # The parent is left out on purpose, and the folder still has its temporary name.
-            inspect_command.render(replace(found, not_read=()), most=4, most_roles=8)
+            # The parent is left out intentionally, and the folder still has its temporary name.
+            inspect_command.render(replace(inspection, not_read=()), most=4, most_roles=8)
         held_out = zoo.names[HELD_OUT - 1 :: HELD_OUT]
         fitted = zoo.select(names=[name for name in zoo.names if name not in held_out])
         tell(f"\n3. fitting the shared subspace of {len(fitted)} of them; {len(held_out)} are held out")
@@ -132,7 +132,7 @@ def command(
 
 
 def foreign_to_a_demo(folder: Path) -> str:
-    """Name what in a folder is not part of a demo; "" if there is none. Its bundle may have grown, as the demo proposes."""
+    """Return the name of a file in a folder that is not part of a demo, or "". Its bundle may have grown, as the demo suggests."""
     from eigenzoo.formats.output.own import OTHER_KIND, find_stranger, list_files, recorded
     from eigenzoo.nursery.recipe import ZOO
     from eigenzoo.report.recognising import is_report
@@ -142,16 +142,16 @@ def foreign_to_a_demo(folder: Path) -> str:
         return OTHER_KIND
     parts = {"zoo": recorded(ZOO), "bundle": foreign_to_a_bundle}
     own = {name for name in list_files(folder) if name.partition("/")[0] in parts}
-    found = find_stranger(folder, {*own, "report.html"})
+    foreign_file = find_stranger(folder, {*own, "report.html"})
     for name, foreign in parts.items():
-        said = foreign(folder / name)
-        found = found or (said and f"its folder {name!r} {said}")
+        fault = foreign(folder / name)
+        foreign_file = foreign_file or (fault and f"its folder {name!r} {fault}")
     page = folder / "report.html"
-    return found or ("" if not page.exists() or is_report(page, "html") else "holds another 'report.html'")
+    return foreign_file or ("" if not page.exists() or is_report(page, "html") else "holds another 'report.html'")
 
 
 def _report_command(output: Path, kind: str, held_out: Sequence[str], seed: int) -> str:
-    """The command that makes the demo's page again."""
+    """Return the command that makes the demo's page again."""
     words = [
         "eigenzoo",
         "report",
@@ -173,12 +173,12 @@ def _silent(text: str) -> None:
 
 
 def _parent(kind: str, folder: Path) -> Path | None:
-    """The checkpoint that full weights started from; adapters know theirs."""
+    """Return the parent of full weights. Adapters name their own."""
     return folder / "zoo" / "_base" if kind == "digits-vit" else None
 
 
 def _rows(function: FunctionEvidence, projected: Mapping[str, Coefficients]) -> list[dict[str, Any]]:
-    """Per held-out model what it scores as it is, rebuilt, by the mean alone and by the parent, and what it lost."""
+    """Return for each held-out model the accuracies of original, rebuilt model, mean and parent, and the residual."""
     return [
         {
             "name": name,
@@ -215,11 +215,11 @@ def _render(rows: list[dict[str, Any]]) -> None:
 
 def _what_next(folder: Path, name: str) -> None:
     if which("eigenzoo"):
-        here = "eigenzoo"
+        program = "eigenzoo"
     elif Path(sys.argv[0]).name == "__main__.py":  # started as python -m eigenzoo
-        here = f"{shlex.quote(sys.executable)} -m eigenzoo"
+        program = f"{shlex.quote(sys.executable)} -m eigenzoo"
     else:
-        here = sys.argv[0]
+        program = sys.argv[0]
     commands = {
         f"plan {folder}/zoo": "compare axes and ranks by error and bytes",
         f"project {folder}/bundle {folder}/zoo/{name}": "print one model's residual; per layer with --json",
@@ -228,4 +228,4 @@ def _what_next(folder: Path, name: str) -> None:
     }
     say(f"\nEverything is in {folder}/. Try next:")
     for command, purpose in commands.items():
-        say(f"  {here} {command:<{max(map(len, commands))}}   {purpose}")
+        say(f"  {program} {command:<{max(map(len, commands))}}   {purpose}")

@@ -1,4 +1,4 @@
-"""`eigenzoo evaluate BUNDLE --metric module:function`: what rebuilt models can still do."""
+"""`eigenzoo evaluate BUNDLE --metric module:function`: measure rebuilt models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def command(
         measure = load_metric(metric, metric_arg)
         space = ez.load(bundle, base=base)
         held_out = space.open(models, allow_pickle=allow_pickle) if models else None
-        found = ez.evaluate(
+        measured = ez.evaluate(
             space,
             measure,
             held_out,
@@ -61,21 +61,21 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(found.to_dict())
+        print_json(measured.to_dict())
     else:
-        render(found)
+        render(measured)
 
 
-def render(found: FunctionEvidence) -> None:
-    """Print every variant's average and its standard error, then what follows."""
-    whose = "held-out models" if found.heldout else "models, not all held out"
+def render(measured: FunctionEvidence) -> None:
+    """Print every variant's average and standard error, and the conclusion."""
+    whose = "held-out models" if measured.heldout else "models, not all held out"
     say(
-        f"{found.metric} of {found.num_models} {whose}; the subspace was fitted to {counted(found.num_fitted, 'model')}"
+        f"{measured.metric} of {measured.num_models} {whose}; the subspace was fitted to {counted(measured.num_fitted, 'model')}"
     )
     print_table(
         "",
         ("variant", "average", "± standard error"),
-        [(name, _number(mean), _number(error)) for name, mean, error in found.averages],
+        [(name, _number(mean), _number(error)) for name, mean, error in measured.averages],
     )
     say(
         "parent: the model before fine-tuning (of adapters: the base without an update). mean only: the zoo's mean. head only: the "
@@ -83,7 +83,7 @@ def render(found: FunctionEvidence) -> None:
         "first: rebuilt from the other directions. cut alone: without sharing, by the model's own SVD. –: not measured (no "
         "parent is known, or all heads agree)."
     )
-    say(f"\n{found.sentence}")
+    say(f"\n{measured.sentence}")
 
 
 def parse_ranks(text: str | None) -> list[int] | None:
@@ -101,44 +101,44 @@ def parse_ranks(text: str | None) -> list[int] | None:
 
 
 def load_metric(text: str, argument: str | None) -> Metric:
-    """Import module:function, from the working folder first; with an argument, call it once for the metric."""
+    """Import module:function, first from the working folder. If it has an argument, call it once to get the metric."""
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"{text!r} does not name a function", where="--metric", rule="write module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    found = _called(
+    target = _called(
         f"module {module_name!r} cannot be imported",
         importlib.import_module,
         module_name,
         f"run the command in the folder with {module_name.replace('.', '/')}.py",
     )
     for part in function_name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(target, part):
             raise UsageError(
                 f"module {module_name!r} has no {function_name!r}",
                 where="--metric",
-                next_step=f"name a function of {getattr(found, '__file__', None) or 'it'}",
+                next_step=f"name a function of {getattr(target, '__file__', None) or 'it'}",
             )
-        found = getattr(found, part)
+        target = getattr(target, part)
     if argument is not None:
-        found = _called(f"{text} failed for {argument!r}", found, argument)
-    if not callable(found):
+        target = _called(f"{text} failed for {argument!r}", target, argument)
+    if not callable(target):
         raise UsageError(
             f"{text} is not a function", where="--metric", rule="a metric is called with the path of a model"
         )
-    measure: Metric = found
+    measure: Metric = target
     return measure
 
 
 def _called(what: str, function: Any, argument: str, absent: str = "") -> Any:
-    """Call the user's code; whatever it raises is told as what it is."""
+    """Call the user's code. Its errors are reported as errors of that code."""
     try:
         return function(argument)
     except EigenzooError:
         raise
     except (Exception, SystemExit) as error:
-        # A module that the user's module imports is not the one that was asked for.
+        # The missing module is one that the user's module imports.
         missing = isinstance(error, ModuleNotFoundError) and error.name == argument
         raise UsageError(
             f"{what} ({type(error).__name__}: {error})", where="--metric", next_step=absent if missing else ""

@@ -1,4 +1,4 @@
-"""`eigenzoo evidence ZOO|BUNDLE`: every control, and one verdict."""
+"""`eigenzoo evidence ZOO|BUNDLE`: run all controls and give a verdict."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def command(
     """Test for a shared subspace, beyond chance, the mean and a common origin, and give a verdict."""
     import eigenzoo as ez
 
-    asked = options.parse_rule(rank)
+    rank_rule = options.parse_rule(rank)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
     ):
         source = opening.zoo_or_bundle(zoo, progress)
         sides = options.parse_axes(axes) or ()
-        found = ez.evidence(
+        evidence = ez.evidence(
             source,
             axes=sides,
-            rank=asked,
+            rank=rank_rule,
             center=center,
             seed=seed,
             suitability=suitability,
@@ -76,37 +76,38 @@ def command(
             progress=progress,
         )
     if json:
-        print_json(found.to_dict())
+        print_json(evidence.to_dict())
     else:
-        render(found)
+        render(evidence)
 
 
-def render(found: Evidence, most: int = 40) -> None:
+def render(evidence: Evidence, most: int = 40) -> None:
     """Print the verdict, the controls, and the layers by role."""
     from eigenzoo.evidence.controls import controls
 
-    say(f"verdict: {found.verdict.code}", style="bold")
-    say(found.verdict.text)
+    say(f"verdict: {evidence.verdict.code}", style="bold")
+    say(evidence.verdict.text)
     say(
-        f"\n{counted(len(found.names), 'model')}, {counted(len(found.layers), 'layer')}, view {found.view}, center {found.center}"
+        f"\n{counted(len(evidence.names), 'model')}, {counted(len(evidence.layers), 'layer')}, view {evidence.view}, "
+        f"center {evidence.center}"
     )
-    for control in controls(found):
+    for control in controls(evidence):
         say(f"{control.name:>12}  {control.sentence}", hang=14)
     say("")
-    _render_roles(found, most)
-    _render_axes(found, most)
-    _render_sides(found)
-    for group in found.lineage.groups[:5]:
+    _render_roles(evidence, most)
+    _render_axes(evidence, most)
+    _render_sides(evidence)
+    for group in evidence.lineage.groups[:5]:
         say(f"common origin: {', '.join(group[:6])}{f', … ({len(group)} models)' if len(group) > 6 else ''}")
-    for first, other in found.lineage.duplicates[:5]:
+    for first, other in evidence.lineage.duplicates[:5]:
         say(f"copies: {first} and {other}")
-    if len(found.lineage.duplicates) > 5:
-        say(f"… and {counted(len(found.lineage.duplicates) - 5, 'more pair')} of copies")
-    for warning in found.warnings:
+    if len(evidence.lineage.duplicates) > 5:
+        say(f"… and {counted(len(evidence.lineage.duplicates) - 5, 'more pair')} of copies")
+    for warning in evidence.warnings:
         say(f"warning: {warning}")
 
 
-def _render_axes(found: Evidence, most: int) -> None:
+def _render_axes(evidence: Evidence, most: int) -> None:
     rows = [
         (
             name,
@@ -116,7 +117,7 @@ def _render_axes(found: Evidence, most: int) -> None:
             *(in_percent(sum(values[:16])) for values in (side.explained_variance_ratio, side.null)),
             in_percent(_up_to(side.heldout, 16)),
         )
-        for name, sides in found.axes.items()
+        for name, sides in evidence.axes.items()
         for axis, side in sides.items()
     ]
     if rows:
@@ -131,26 +132,26 @@ def _up_to(shares: SideShares | None, rank: int) -> float | None:
     return None if shares is None else shares.at("captured", rank)
 
 
-def _render_sides(found: Evidence) -> None:
+def _render_sides(evidence: Evidence) -> None:
     """Print what sides keep of held-out models at each rank, beside axis models."""
-    if not found.sides:
+    if not evidence.sides:
         return
-    ranks = sorted({rank for shares in found.sides.values() for rank in shares.rank})
+    ranks = sorted({rank for shares in evidence.sides.values() for rank in shares.rank})
     names = {"outputs": "outputs", "inputs": "inputs", "outputs,inputs": "both"}
-    cells = {rank: [in_percent(_up_to(shares, rank)) for shares in found.sides.values()] for rank in ranks}
+    cells = {rank: [in_percent(_up_to(shares, rank)) for shares in evidence.sides.values()] for rank in ranks}
     print_table(
         "sides, models held out",
-        ("rank", *(names[axes] for axes in found.sides), "axis models"),
-        [(rank, *cells[rank], in_percent(_models_share(found, rank))) for rank in ranks],
+        ("rank", *(names[axes] for axes in evidence.sides), "axis models"),
+        [(rank, *cells[rank], in_percent(_models_share(evidence, rank))) for rank in ranks],
     )
     say(
         "All columns: share of the variance about the mean of models left out of the fit, layers weighted by their variance."
     )
 
 
-def _models_share(found: Evidence, rank: int) -> float | None:
+def _models_share(evidence: Evidence, rank: int) -> float | None:
     """The same of axis models; None beyond the ranks that the folds span."""
-    layers = [layer for layer in found.layers.values() if layer.variance > 0 and layer.unseen is not None]
+    layers = [layer for layer in evidence.layers.values() if layer.variance > 0 and layer.unseen is not None]
     known = [
         (layer.unseen, layer.variance) for layer in layers if layer.unseen is not None and rank in layer.unseen.rank
     ]
@@ -160,11 +161,11 @@ def _models_share(found: Evidence, rank: int) -> float | None:
     return sum(unseen.captured[unseen.rank.index(rank)] * weight for unseen, weight in known) / total
 
 
-def _render_roles(found: Evidence, most: int) -> None:
+def _render_roles(evidence: Evidence, most: int) -> None:
     from eigenzoo.weights.roles import role
 
     groups: dict[str, list[LayerEvidence]] = {}
-    for name, layer in found.layers.items():
+    for name, layer in evidence.layers.items():
         groups.setdefault(role(name), []).append(layer)
     largest = sorted(groups, key=lambda name: -sum(layer.layer.num_values for layer in groups[name]))[:most]
     print_table(
@@ -188,15 +189,17 @@ def _role_cells(layers: Sequence[LayerEvidence]) -> tuple[object, ...]:
     verdicts = ", ".join(
         f"{code} {sum(layer.code == code for layer in layers)}" if len(codes) > 1 else code for code in codes
     )
-    held = [layer.unseen for layer in varying if layer.unseen is not None]
-    if not varying or not held:
+    unseen_layers = [layer.unseen for layer in varying if layer.unseen is not None]
+    if not varying or not unseen_layers:
         return verdicts, "–", "–", "–", "–", "–", "–"
-    shared = sorted(set.intersection(*(set(unseen.rank) for unseen in held)))
-    rank = max((known for known in shared if known <= 16), default=shared[0] if shared else 0)
+    shared = sorted(set.intersection(*(set(unseen.rank) for unseen in unseen_layers)))
+    rank = max((number for number in shared if number <= 16), default=shared[0] if shared else 0)
     autos = sorted({layer.chance.auto for layer in varying})
 
     def mean(part: str) -> float:
-        return float(sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in held) / len(held))
+        return float(
+            sum(getattr(unseen, part)[unseen.rank.index(rank)] for unseen in unseen_layers) / len(unseen_layers)
+        )
 
     return (
         verdicts,

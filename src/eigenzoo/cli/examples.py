@@ -1,4 +1,4 @@
-"""Examples at the end of each command's help, and the page that says more."""
+"""Examples at the end of each command's help, and a link to its page."""
 
 from __future__ import annotations
 

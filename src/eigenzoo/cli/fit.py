@@ -1,4 +1,4 @@
-"""`eigenzoo fit ZOO -o BUNDLE`: from models to a bundle."""
+"""`eigenzoo fit ZOO -o BUNDLE`: fit models and save a bundle."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def command(
         float | None, typer.Option(help="Largest share of the energy to lose, such as 0.05.", show_default=False)
     ] = None,
     dtype: options.Dtype = "float32",
+    coefficients_dtype: options.CoefficientsDtype = "float32",
     solver: options.Solver = "exact",
     precision: options.Precision = "default",
     seed: options.Seed = 0,
@@ -53,13 +54,13 @@ def command(
     from eigenzoo.zoo.left_files import left_files
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
-    asked, chosen, num_bytes = (
+    rank_rule, chosen, num_bytes = (
         options.parse_rank(rank),
         options.parse_axes(axes),
         options.parse_bytes(budget, "--budget"),
     )
     # Options that contradict each other are refused before the zoo is opened.
-    resolve_options(asked, chosen, center, dtype, num_bytes, max_error, seed, solver, precision)
+    resolve_options(rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision, coefficients_dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
@@ -68,10 +69,11 @@ def command(
         output.parent.mkdir(parents=True, exist_ok=True)
         space = ez.fit(
             opened,
-            asked,
+            rank_rule,
             chosen,
             center=center,
             dtype=dtype,
+            coefficients_dtype=coefficients_dtype,
             budget=num_bytes,
             max_error=max_error,
             seed=seed,
@@ -98,7 +100,7 @@ def command(
 
 
 def render(report: Mapping[str, Any], most: int = 100) -> None:
-    """Print a fit by role: in-sample beside held-out, the null and the mean's energy beside both."""
+    """Print a fit by role: in-sample and held-out share, the null, and the mean's energy."""
     say(
         f"{counted(report['num_models'], 'model')}, {counted(report['num_layers'], 'layer')}, "
         f"view {report['view']}, axes {', '.join(report['axes'])}, "
@@ -171,7 +173,7 @@ def _render_alone(report: Mapping[str, Any]) -> None:
 
 
 def render_bytes(sizes: Mapping[str, Any]) -> None:
-    """Print the bytes of the analysed layers and of the whole, and when the bundle pays."""
+    """Print the bytes of the analysed layers and of the whole bundle, and from how many models on it is smaller."""
     print_table(
         "",
         ("bytes", "zoo", "bundle", "ratio"),
@@ -207,7 +209,7 @@ def render_bytes(sizes: Mapping[str, Any]) -> None:
 
 
 def _ranks(layers: Sequence[Mapping[str, Any]]) -> str:
-    """Ranks per axis, as a range where layers differ."""
+    """Write the rank of each axis, as a range if layers differ."""
     parts = []
     for axis in layers[0]["rank"]:
         ranks = sorted({layer["rank"][axis] for layer in layers})

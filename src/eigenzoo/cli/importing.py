@@ -1,4 +1,4 @@
-"""`eigenzoo import FOLDER… -o BUNDLE`: another tool's subspace as a bundle."""
+"""`eigenzoo import FOLDER… -o BUNDLE`: convert another tool's subspace to a bundle."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def command(
 
 
 def render(report: Mapping[str, Any]) -> None:
-    """Print what was imported, what is to be known of it, and the bytes."""
+    """Print the imported subspace, its warnings, and the bytes."""
     ranks = sorted({rank for layer in report["layers"].values() for rank in layer["rank"].values()})
     directions = counted(ranks[0], "direction") if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]} directions"
     say(

@@ -1,4 +1,4 @@
-"""`eigenzoo inspect ZOO`: what a zoo holds."""
+"""`eigenzoo inspect ZOO`: list the contents of a zoo."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def command(
     import eigenzoo as ez
 
     with progress_bar(quiet=quiet or json) as progress:
-        found = ez.inspect(opening.zoo(zoo, progress), progress=progress)
+        inspection = ez.inspect(opening.zoo(zoo, progress), progress=progress)
     if json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
     else:
-        render(found)
-    if found.num_non_finite:
+        render(inspection)
+    if inspection.num_non_finite:
         raise typer.Exit(1)
 
 
-def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
-    """Print an inspection as tables; long lists are cut, and say by how much."""
+def render(inspection: Inspection, most: int = 12, most_roles: int = 100) -> None:
+    """Print an inspection as tables. Long lists are truncated and say how many are left out."""
     say(
-        f"{counted(found.num_models, 'model')}, {counted(found.num_layers, 'layer')}, view {found.view}: "
-        f"{in_bytes(found.analysed_bytes)} analysed of {in_bytes(found.whole_bytes)} in files"
+        f"{counted(inspection.num_models, 'model')}, {counted(inspection.num_layers, 'layer')}, view {inspection.view}: "
+        f"{in_bytes(inspection.analysed_bytes)} analysed of {in_bytes(inspection.whole_bytes)} in files"
     )
-    zeros = any(model.num_zeros for model in found.models)
+    zeros = any(model.num_zeros for model in inspection.models)
     print_table(
         "models",
         ("name", "format", "written by", "bytes", "values", "dtypes", "ranks", *(["zero updates"] if zeros else [])),
@@ -58,12 +58,12 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
                 ", ".join(map(str, model.ranks)) or "–",
                 *([model.num_zeros] if zeros else []),
             )
-            for model in found.models[:most]
+            for model in inspection.models[:most]
         ],
         left=3,
     )
-    _more(len(found.models), most, "models")
-    largest = sorted(range(len(found.roles)), key=lambda place: -found.roles[place].num_values)[:most_roles]
+    _more(len(inspection.models), most, "models")
+    largest = sorted(range(len(inspection.roles)), key=lambda index: -inspection.roles[index].num_values)[:most_roles]
     print_table(
         "layers of one model",
         ("role", "shape", "unfolding", "dtype", "layers", "values", "bytes", "ranks"),
@@ -78,39 +78,39 @@ def render(found: Inspection, most: int = 12, most_roles: int = 100) -> None:
                 in_bytes(row.num_bytes),
                 ", ".join(map(str, row.ranks)) or "–",
             )
-            for row in (found.roles[place] for place in sorted(largest))
+            for row in (inspection.roles[index] for index in sorted(largest))
         ],
         left=4,
     )
-    _more(len(found.roles), most_roles, "roles")
-    if found.left_out:
+    _more(len(inspection.roles), most_roles, "roles")
+    if inspection.left_out:
         print_table(
             "left out, carried unchanged",
             ("tensor", "why", "models"),
-            [(item.tensor, item.reason, item.num_models) for item in found.left_out[:most]],
+            [(item.tensor, item.reason, item.num_models) for item in inspection.left_out[:most]],
             left=3,
         )
-        _more(len(found.left_out), most, "tensors")
-    _render_faults(found)
+        _more(len(inspection.left_out), most, "tensors")
+    _render_faults(inspection)
 
 
-def _render_faults(found: Inspection) -> None:
+def _render_faults(inspection: Inspection) -> None:
     from eigenzoo.zoo.runs import say_runs
 
-    say_left_files(found.not_carried, found.num_models)
-    say_hidden(found.not_read)
-    for skipped in found.skipped:
+    say_left_files(inspection.not_carried, inspection.num_models)
+    say_hidden(inspection.not_read)
+    for skipped in inspection.skipped:
         say(f"skipped: {skipped.path}: {skipped.reason}")
-    for group in found.duplicates:
+    for group in inspection.duplicates:
         say(f"duplicates (same content): {', '.join(group)}")
-    for group in found.same_function:
+    for group in inspection.same_function:
         say(f"duplicates (same function): {', '.join(group)}")
-    if found.runs:
-        say(f"one run: {say_runs(found.runs, found.num_models)}")
-    for model in found.models:
+    if inspection.runs:
+        say(f"one run: {say_runs(inspection.runs, inspection.num_models)}")
+    for model in inspection.models:
         if model.num_non_finite:
             say(f"not finite: {model.num_non_finite} values of {model.name}, in {', '.join(model.non_finite_in[:5])}")
-    for warning in found.warnings:
+    for warning in inspection.warnings:
         say(f"warning: {warning}")
 
 

@@ -1,8 +1,8 @@
-"""What commands say of the files beside models that are not carried."""
+"""Print notes on files beside models that are not carried."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from eigenzoo.cli.console import say
@@ -10,16 +10,17 @@ from eigenzoo.display import counted
 
 if TYPE_CHECKING:
     from eigenzoo.records import ZeroUpdates
+    from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.subspace import Subspace
     from eigenzoo.zoo.left_files import LeftFile
     from eigenzoo.zoo.zoo import Zoo
 
 MOST = 12
-"""Names on one line."""
+"""Largest number of names on one line."""
 
 
 def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
-    """Name what rebuilt models lack, on one line; the warnings of a zoo name the weights among it once more."""
+    """Name the files that rebuilt models lack, on one line. A zoo's warnings name those with weights again."""
     if files:
         say(
             "not carried: "
@@ -33,13 +34,13 @@ def say_left_files(files: Sequence[LeftFile], num_models: int) -> None:
 
 
 def say_hidden(paths: Sequence[str]) -> None:
-    """Name the models that were passed over for their names."""
+    """Name the models that were skipped because of their names."""
     if paths:
         say(f"not read, because their names begin with '.' or '_': {_listed(paths)}; give the full path to read one")
 
 
 def say_left_of_model(names: Sequence[str], weights: Collection[str]) -> None:
-    """Name what one rebuilt model lacks of what lay beside the original; weights are a warning of their own."""
+    """Name the files beside the original that one rebuilt model lacks. Those with weights have their own warning."""
     others = [name for name in names if name not in weights]
     if others:
         say(f"not carried: {_listed(others)}")
@@ -54,17 +55,27 @@ def not_in_subspace(space: Subspace, models: Zoo) -> list[str]:
     """Return the layers of new models that a subspace lacks, except those that its own models have too."""
     from eigenzoo.zoo.matching import EXCLUDED
 
-    known = {item["tensor"] for item in space.report.get("left_out", ())}
-    return [item.tensor for item in models.left_out if item.reason == EXCLUDED and item.tensor not in known]
+    left_out = {item["tensor"] for item in space.report.get("left_out", ())}
+    return [item.tensor for item in models.left_out if item.reason == EXCLUDED and item.tensor not in left_out]
 
 
 def say_not_in_subspace(layers: Sequence[str], names: Sequence[str]) -> None:
-    """Name layers of new models that no number counts."""
+    """Name layers of new models that are not in any number."""
     if layers:
         whose = names[0] if len(names) == 1 else "these models"
         say(
             f"note: the subspace lacks {counted(len(layers), 'layer')} of {whose}; they are not counted here and are carried "
             f"unchanged: {_listed(layers)}"
+        )
+
+
+def say_beyond(projected: Mapping[str, Coefficients]) -> None:
+    """Say why more than all of a model's energy can lie outside."""
+    beyond = [name for name, found in projected.items() if max(found.residual, *found.residuals.values()) > 1]
+    if beyond:
+        say(
+            f"more than 100 %: {_listed(beyond)}. Each rebuilt model contains the zoo's mean, which is farther from these weights "
+            "than zero is. Such a model is probably not one of this zoo, or its changes are much smaller"
         )
 
 

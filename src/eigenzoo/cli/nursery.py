@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Train small real zoos on scikit-le
 
 @app.callback()
 def _nursery() -> None:
-    """Keep `make` a command of its own."""
+    """Make `make` a subcommand."""
 
 
 @app.command("make", epilog=epilog("nursery make"))

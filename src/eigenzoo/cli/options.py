@@ -1,4 +1,4 @@
-"""The options that commands share, and how their words become values."""
+"""Define the options that commands share, and parse their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def checked_seed(seed: int) -> int:
-    """Check an option `--seed`, before any work."""
+    """Check the option `--seed` before any work."""
     return check_seed(seed, where="--seed")
 
 
@@ -38,7 +38,7 @@ ZooArgument = Annotated[
 
 
 def _not_at_a_url(bundle: str) -> str:
-    """Refuse a bundle at a URL before a command does anything."""
+    """Raise for a bundle at a URL before a command does anything."""
     from eigenzoo.formats.remote.hub_bundle import bundle_id
 
     bundle_id(bundle)
@@ -129,7 +129,12 @@ Split = Annotated[
         show_default=False,
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Dtype of the stored bases: float32, float64, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the stored bases: float32, float64, bfloat16, float16, int8 or nf4 (four bits).")
+]
+CoefficientsDtype = Annotated[
+    str, typer.Option(help="Dtype of the models' stored coefficients: float32, bfloat16 or float16.")
+]
 Device = Annotated[str, typer.Option(help="Device for matrix products: cpu, cuda or cuda:<number>.")]
 MaxMemory = Annotated[
     str | None,
@@ -241,7 +246,7 @@ def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | 
 
 
 def parse_rule(text: str | None) -> int | float | str:
-    """Read a rank that is one for all axes; `auto` where none is given."""
+    """Read one rank for all axes; `auto` if none is given."""
     return "auto" if text is None else _parse_rule(text.strip())
 
 
@@ -258,8 +263,25 @@ def _parse_rule(text: str) -> int | float | str:
         ) from None
 
 
+def parse_max_rank(text: str | None) -> int | Literal["full"] | None:
+    """Read the largest rank of an update.
+
+    >>> parse_max_rank("16"), parse_max_rank("full"), parse_max_rank(None)
+    (16, 'full', None)
+    """
+    if text is None or text == "full":
+        return None if text is None else "full"
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= 1):
+        raise UsageError(
+            f"{text[:40]!r} is not a largest rank",
+            where="--max-lora-rank",
+            rule="it is a number of 1 or more, or 'full'",
+        )
+    return int(text)
+
+
 def _as_share(text: str) -> str:
-    """Say how a percentage is written as a share."""
+    """Explain how to write a percentage as a share."""
     percent = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?) ?%", text)
     return f"write {percent[1]} % as {float(percent[1]) / 100:g}" if percent else ""
 
@@ -284,7 +306,7 @@ def parse_bytes(text: str | None, option: str) -> int | None:
 
 @dataclass(frozen=True)
 class Opening:
-    """The options by which a zoo is opened."""
+    """The options for opening a zoo."""
 
     view: View = None
     base: Base = None
@@ -296,7 +318,7 @@ class Opening:
     missing: Missing = "error"
 
     def zoo(self, words: list[str], progress: Progress) -> Zoo:
-        """Open the zoo that a command's words name."""
+        """Open the zoo named by a command's arguments."""
         import eigenzoo as ez
 
         lists = {name: getattr(self, name) or () for name in ("include", "exclude", "split")}
@@ -321,7 +343,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Running:
-    """The options that say where a pass over the weights runs, and whether it is kept."""
+    """The options for where a pass over the weights runs, and for its cache."""
 
     device: Device = "cpu"
     max_memory: MaxMemory = None
@@ -330,7 +352,7 @@ class Running:
 
     @contextmanager
     def workers(self) -> Iterator[Workers]:
-        """Open the workers that a command asks for: threads of this process, or a cluster's processes."""
+        """Open a command's workers: threads of this process, or a cluster's processes."""
         from eigenzoo.passes.workers import local_workers
 
         num_bytes = parse_bytes(self.max_memory, "--max-memory")
@@ -345,7 +367,7 @@ class Running:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command whose groups of options are options of its own, as typer reads them."""
+    """Return a command in which groups of options are single options, for typer."""
     groups: dict[str, Any] = {}
     declared: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
@@ -373,5 +395,5 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def one_or_many(zoo: list[str]) -> str | list[str]:
-    """A single word may be a folder, a glob or a list; several are paths of models."""
+    """Return a single argument, which may be a folder, a glob or a list, or several as paths of models."""
     return zoo[0] if len(zoo) == 1 else zoo

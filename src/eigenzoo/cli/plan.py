@@ -1,4 +1,4 @@
-"""`eigenzoo plan ZOO`: error against bytes."""
+"""`eigenzoo plan ZOO`: compare error and bytes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def command(
     axes: options.Axes = None,
     center: options.Center = "models",
     dtype: options.Dtype = "float32",
+    coefficients_dtype: options.CoefficientsDtype = "float32",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -27,7 +28,7 @@ def command(
     from eigenzoo.subspace.fitting.plan import check_choices
 
     chosen = options.parse_axes(axes)
-    check_choices(chosen, center, dtype)
+    check_choices(chosen, center, dtype, coefficients_dtype)
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
@@ -37,6 +38,7 @@ def command(
             axes=chosen,
             center=center,
             dtype=dtype,
+            coefficients_dtype=coefficients_dtype,
             workers=workers,
             cache=running.cache,
             progress=progress,
@@ -48,7 +50,7 @@ def command(
 
 
 def _budget(size: int) -> str:
-    """Bytes as `--budget` reads them, rounded up."""
+    """Write bytes for `--budget`, rounded up."""
     return f"{-(-size // 1000)}kB"
 
 

@@ -1,10 +1,10 @@
-"""`eigenzoo project BUNDLE MODEL…`: how much of a model lies in the subspace."""
+"""`eigenzoo project BUNDLE MODEL…`: measure how much of a model is outside the subspace."""
 
 from __future__ import annotations
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar
-from eigenzoo.cli.left_behind import not_in_subspace, say_not_in_subspace, say_zero_updates
+from eigenzoo.cli.left_behind import not_in_subspace, say_beyond, say_not_in_subspace, say_zero_updates
 from eigenzoo.display import in_percent
 
 
@@ -25,9 +25,9 @@ def command(
         projected = space.project_many(opened, progress=progress)
     besides = not_in_subspace(space, opened)
     if json:
-        found = {name: coefficients.to_dict() for name, coefficients in projected.items()}
+        residuals = {name: coefficients.to_dict() for name, coefficients in projected.items()}
         zeros = {zero.model: list(zero.modules) for zero in opened.zeros}
-        print_json({"models": found, "not_in_subspace": besides, "zero_updates": zeros})
+        print_json({"models": residuals, "not_in_subspace": besides, "zero_updates": zeros})
         return
     print_table(
         "share of the energy outside the subspace, ‖X − X̂‖² / ‖X‖²",
@@ -42,5 +42,6 @@ def command(
             for name, coefficients in projected.items()
         ],
     )
+    say_beyond(projected)
     say_not_in_subspace(besides, opened.names)
     say_zero_updates(opened.zeros)

@@ -1,4 +1,4 @@
-"""`eigenzoo push BUNDLE org/name`: a bundle to the Hugging Face hub."""
+"""`eigenzoo push BUNDLE org/name`: push a bundle to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def command(
 
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
-    """Hide huggingface_hub's progress bars unless they are to be shown, and leave its switch as it was."""
+    """Hide huggingface_hub's progress bars unless they are wanted, and restore its setting."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if shown or are_progress_bars_disabled():

@@ -1,4 +1,4 @@
-"""`eigenzoo rebuild BUNDLE NAME -o DIR`: a model back, in the format it came in."""
+"""`eigenzoo rebuild BUNDLE NAME -o DIR`: rebuild a model in its original format."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from eigenzoo.records import finite
 if TYPE_CHECKING:
     from eigenzoo.records import UpdateRanks
     from eigenzoo.subspace.coefficients import Coefficients
+    from eigenzoo.subspace.rebuilt import MaxRank
     from eigenzoo.subspace.subspace import Subspace
 
 
@@ -64,11 +65,13 @@ def command(
         ),
     ] = None,
     max_lora_rank: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--max-lora-rank",
-            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss.",
-            min=1,
+            metavar="RANK|full",
+            help="Cut each LoRA update to its best approximation of at most this rank, such as 16, and print the loss. `full` "
+            "writes the whole rank. Default: the zoo's own rank, which loses no more than lies outside the subspace; for a file of "
+            "`eigenzoo adapt` the whole rank.",
             show_default=False,
         ),
     ] = None,
@@ -84,6 +87,7 @@ def command(
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.rebuilt import MODEL
 
+    max_rank = options.parse_max_rank(max_lora_rank)
     check_free(output, force=force, foreign=recorded(MODEL))
     space = ez.load(bundle, base=base)
     if name not in space.names and is_adapter_file(Path(name)):
@@ -92,7 +96,7 @@ def command(
                 "--format does not apply to files from `eigenzoo adapt`", where=name, next_step="leave it out"
             )
         _rebuild_adapter(
-            space, name, output, model, like, max_lora_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
+            space, name, output, model, like, max_rank, mean_only=mean_only, fetch=fetch, force=force, json=json
         )
         return
     if model is not None or like is not None:
@@ -109,7 +113,7 @@ def command(
             opened = space.open(name, allow_pickle=allow_pickle)
             coefficients, original = space.project(opened, progress=progress), opened.num_bytes
             besides = not_in_subspace(space, opened)
-        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_lora_rank)
+        rebuilt = space.rebuild(coefficients, mean_only=mean_only, fetch=fetch, max_lora_rank=max_rank)
         rebuilt.save(output, force=force, format=format, progress=progress)
         ranks, written = rebuilt.ranks(), _written(output)
     if json:
@@ -137,22 +141,22 @@ def command(
         )
     say_not_in_subspace(besides, [coefficients.name])
     say_left_of_model(rebuilt.not_carried, rebuilt.left_weights)
-    _say_sizes(ranks, written, original, max_lora_rank)
+    _say_sizes(ranks, written, original, max_rank)
 
 
 def _bytes_of(space: Subspace, name: str) -> int | None:
-    """Bytes of the weight files that a model of the bundle came from; None where it came from none."""
+    """Return the bytes of the original weight files of a model in the bundle; None without files."""
     files = next(model.source.files for model in space.manifest.models if model.name == name)
     return sum(file.bytes for file in files.values()) or None
 
 
 def _written(output: Path) -> int:
-    """Bytes of the weight files that were written."""
+    """Return the bytes of the written weight files."""
     return sum(path.stat().st_size for path in output.rglob("*.safetensors"))
 
 
 def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dict[str, object]:
-    """The sizes as JSON values; `lora` is null for full weights."""
+    """Return the sizes as JSON values; `lora` is null for full weights."""
     return {
         "bytes": written,
         "original_bytes": original,
@@ -160,25 +164,32 @@ def _sizes(ranks: UpdateRanks | None, written: int, original: int | None) -> dic
     }
 
 
-def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_lora_rank: int | None) -> None:
-    """Print the bytes, of an adapter its rank too, and how to cut a rank that has grown."""
+def _say_sizes(ranks: UpdateRanks | None, written: int, original: int | None, max_rank: MaxRank) -> None:
+    """Print the bytes, for an adapter also its rank, why it was truncated or not, and the option for the other."""
     if ranks is None:
         say(in_bytes(written) + ("" if original is None else f" (the original: {in_bytes(original)})"))
         return
     before = f"rank {ranks.original}" + ("" if original is None else f", {in_bytes(original)}")
     say(f"rank {ranks.rank}, {in_bytes(written)} (the original: {before})")
-    if max_lora_rank is None and ranks.rank > ranks.original:
+    if max_rank is not None:
+        return
+    if ranks.rank < ranks.whole:
+        say(
+            "written at the zoo's own rank: the cut loses no more than lies outside the subspace. --max-lora-rank full keeps "
+            f"rank {ranks.whole}"
+        )
+    elif ranks.rank > ranks.original:
         say(f"to cut the rank, add --max-lora-rank {ranks.original}; it also prints the loss")
 
 
 def _is_imported(space: Subspace, coefficients: Coefficients) -> bool:
-    """Whether a model's residual is against what another tool rebuilt, and not against the original."""
+    """Tell whether a model's residual is relative to another tool's rebuilt adapter, and not to the original."""
     sources = {model.name: model.source for model in space.manifest.models}
     return "imported" in space.report and coefficients.name in sources and not sources[coefficients.name].files
 
 
 def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None) -> str:
-    """What the rebuilt model lacks, the cut of its updates included; of an imported one, what is known of that."""
+    """Write the rebuilt model's loss, including truncated updates; for an imported model the known part."""
     if _is_imported(space, coefficients):
         return (
             f"as {space.report['imported']['tool']} rebuilds it; the error against the original is unknown{_cut(ranks)}"
@@ -186,10 +197,12 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
     outside, energy = coefficients.residual, sum(coefficients.energies.values())
     if not _cut(ranks) or ranks is None or space.view != "update" or not 0 < energy < math.inf:
         return f"{in_percent(outside)} of its energy is lost{_cut(ranks)}"
-    # Excluded modules are cut too, so their energy counts here.
-    whole = energy + sum(update.energy for name, update in ranks.layers.items() if name not in coefficients.energies)
-    outside, cut = max(outside, 0.0) * energy / whole, ranks.lost / whole
-    # What lies outside the subspace and what the cut takes need not be orthogonal: the triangle inequality bounds both together.
+    # Excluded modules are truncated too, so their energy counts here.
+    total_energy = energy + sum(
+        update.energy for name, update in ranks.layers.items() if name not in coefficients.energies
+    )
+    outside, cut = max(outside, 0.0) * energy / total_energy, ranks.lost / total_energy
+    # The losses by projection and by truncation need not be orthogonal, so the triangle inequality bounds their sum.
     both = (math.sqrt(outside) + math.sqrt(cut)) ** 2
     return (
         f"at most {in_percent(min(both, 1.0))} of its energy is lost: {in_percent(outside)} outside the subspace, "
@@ -198,7 +211,7 @@ def _lost(space: Subspace, coefficients: Coefficients, ranks: UpdateRanks | None
 
 
 def _cut(ranks: UpdateRanks | None) -> str:
-    """Say how much cutting the updates loses, or nothing if none was cut."""
+    """Write the loss by truncating updates, or "" if none was truncated."""
     if ranks is None or ranks.rank == ranks.whole:
         return ""
     return f" · cutting from rank {ranks.whole} loses {in_percent(ranks.loss)} of the updates' energy"
@@ -210,14 +223,14 @@ def _rebuild_adapter(
     output: Path,
     model: str | None,
     like: str | None,
-    max_lora_rank: int | None,
+    max_rank: MaxRank,
     *,
     mean_only: bool,
     fetch: bool,
     force: bool,
     json: bool,
 ) -> None:
-    """Rebuild the model that an adapter file stands for."""
+    """Rebuild the model of an adapter file."""
     from eigenzoo.adapt.rebuilding import rebuild
 
     if mean_only or fetch:
@@ -226,7 +239,7 @@ def _rebuild_adapter(
             where=name,
             next_step="leave it out",
         )
-    rebuilt = rebuild(space, name, model=model, like=like, max_lora_rank=max_lora_rank)
+    rebuilt = rebuild(space, name, model=model, like=like, max_lora_rank=max_rank)
     rebuilt.save(output, force=force)
     ranks, written = rebuilt.ranks(), _written(output)
     if json:
@@ -234,4 +247,4 @@ def _rebuild_adapter(
         print_json({**document, **_sizes(ranks, written, None)})
         return
     say(f"{name} → {output}{_cut(ranks)}")
-    _say_sizes(ranks, written, None, max_lora_rank)
+    _say_sizes(ranks, written, None, max_rank)

@@ -1,4 +1,4 @@
-"""`eigenzoo report ZOO|BUNDLE -o FILE`: the evidence as a page, a table, or figures."""
+"""`eigenzoo report ZOO|BUNDLE -o FILE`: write the evidence as a page, a table, or figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("png", "svg")
 KIND_OF_FIGURES = "figures"
-"""What the record of a folder of figures calls it; see `formats.output.own`."""
+"""Kind of output in the record of a folder of figures; see `formats.output.own`."""
 
 FORMATS = ("html", "md", "json", "csv", *FIGURES)
 
@@ -76,7 +76,7 @@ def command(
     check_width(width, chosen)
     check_output(output, chosen, force)
     pages.require(chosen)
-    asked, sides = options.parse_rule(rank), options.parse_axes(axes) or ()
+    rank_rule, sides = options.parse_rule(rank), options.parse_axes(axes) or ()
     measure = None if metric is None else load_metric(metric, metric_arg)
     with progress_bar(quiet=quiet) as progress, running.workers() as workers:
         source = opening.zoo_or_bundle(zoo, progress)
@@ -86,10 +86,10 @@ def command(
                 rule="models are rebuilt from a bundle",
                 next_step="run `eigenzoo fit` and name the bundle",
             )
-        found = ez.evidence(
+        evidence = ez.evidence(
             source,
             axes=sides,
-            rank=asked,
+            rank=rank_rule,
             center=center,
             seed=seed,
             suitability=suitability,
@@ -111,7 +111,7 @@ def command(
             held_out = source.open(models, allow_pickle=opening.allow_pickle) if models else None
             function = ez.evaluate(source, measure, held_out, parent=parent, seed=seed, progress=progress)
     document = present(
-        found,
+        evidence,
         source,
         title=Path(shown_url(zoo[0])).resolve().name,
         command=shlex.join(["eigenzoo", *(shown_url(word) for word in sys.argv[1:])]),
@@ -120,7 +120,7 @@ def command(
         plan=plan,
     )
     written = write(document, output, chosen, force, width)
-    say(found.verdict.text)
+    say(evidence.verdict.text)
     say(f"{written}: {output}")
 
 
@@ -132,19 +132,19 @@ def with_sides(zoo: Zoo, sides: Sequence[str]) -> bool:
     return bool(sides) or (zoo.view == "update" and small)
 
 
-def choose_format(output: Path, asked: str | None) -> str:
-    """Return the format that is asked for, else the one of the file's suffix.
+def choose_format(output: Path, chosen_format: str | None) -> str:
+    """Return the given format, else that of the file's suffix.
 
     >>> choose_format(Path("zoo.md"), None)
     'md'
     """
-    if asked is None and not output.suffix:
+    if chosen_format is None and not output.suffix:
         raise UsageError(
             "the output has no suffix, so its format is unknown",
             where=f"--output {output}",
             next_step=f"write {output}.html for a page, or add --format png for a folder of figures",
         )
-    chosen = asked if asked is not None else output.suffix.lstrip(".").lower()
+    chosen = chosen_format if chosen_format is not None else output.suffix.lstrip(".").lower()
     chosen = {"htm": "html", "markdown": "md"}.get(chosen, chosen)
     if chosen not in FORMATS:
         raise UsageError(
@@ -154,7 +154,7 @@ def choose_format(output: Path, asked: str | None) -> str:
 
 
 def check_width(width: float | None, format: str) -> None:
-    """Refuse a width that is out of range, or of a format that has none, before any work."""
+    """Raise for a width out of range, or for a format without a width, before any work."""
     from eigenzoo.report import check_width as check_range
 
     if width is None:
@@ -165,7 +165,7 @@ def check_width(width: float | None, format: str) -> None:
 
 
 def check_output(output: Path, format: str, force: bool) -> None:
-    """Refuse an output that exists, before any work."""
+    """Raise for an output that exists, before any work."""
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.report.recognising import is_report
@@ -177,7 +177,7 @@ def check_output(output: Path, format: str, force: bool) -> None:
 
 
 def write(document: Mapping[str, Any], output: Path, format: str, force: bool, width: float | None = None) -> str:
-    """Render a document and write it whole or not at all; say what was written."""
+    """Render a document, write it completely or not at all, and print the path."""
     from eigenzoo import report as pages
     from eigenzoo.formats.output.own import recorded, write_record
     from eigenzoo.formats.output.whole import new_folder, write_file

@@ -1,4 +1,4 @@
-"""`eigenzoo verify PATH`: whether a bundle is whole, and whether an adapter takes effect on its base."""
+"""`eigenzoo verify PATH`: check a bundle, and whether an adapter takes effect on its base."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def command(
         _verify_adapter(path, against, dry_load, allow_pickle=allow_pickle, json=json, quiet=quiet or json)
         return
     if find_id(path) is None:
-        _check_place(Path(path))
+        _check_path(Path(path))
     _verify_bundle(path, against, dry_load, allow_pickle=allow_pickle, json=json, quiet=quiet or json)
 
 
-def _check_place(path: Path) -> None:
-    """Refuse a path at which there is neither a bundle nor a model."""
+def _check_path(path: Path) -> None:
+    """Raise for a path that is neither a bundle nor a model."""
     from eigenzoo.formats.bundle.folder import MANIFEST
     from eigenzoo.formats.opening import is_model
     from eigenzoo.formats.paths import did_you_mean
@@ -82,10 +82,10 @@ def _check_place(path: Path) -> None:
             "there is no such file or folder", where=str(path), next_step=did_you_mean(path) or "check the name"
         )
     inner = sorted(path.iterdir()) if path.is_dir() else []
-    found = [entry.name for entry in inner if is_model(entry) or (entry / MANIFEST).is_file()]
-    if found:
+    inner_models = [entry.name for entry in inner if is_model(entry) or (entry / MANIFEST).is_file()]
+    if inner_models:
         raise UsageError(
-            f"this folder contains {len(found)} bundles or adapters, such as {found[0]!r}",
+            f"this folder contains {len(inner_models)} bundles or adapters, such as {inner_models[0]!r}",
             where=str(path),
             rule="verify checks one at a time",
             next_step="name one of them",
@@ -104,32 +104,32 @@ def _verify_bundle(
     from eigenzoo.formats.bundle.folder import MANIFEST
 
     base = None if against is None else _opened(against, allow_pickle)
-    found, num_models, num_layers = None, None, None
+    verification, num_models, num_layers = None, None, None
     try:
         space = ez.load(bundle)
         num_models, num_layers = len(space.names), len(space.layers)
         with progress_bar(quiet=quiet) as progress:
-            found = space.verify(against=base, loader=_loader(dry_load), progress=progress)
-        faults = list(found)
+            verification = space.verify(against=base, loader=_loader(dry_load), progress=progress)
+        faults = list(verification)
     except EigenzooError as error:
-        # A bundle that cannot even be loaded has failed the check; what is no bundle is bad input.
+        # A bundle that cannot be loaded has failed the check. A path that is not a bundle is bad input.
         if isinstance(error, UsageError) or not (Path(bundle) / MANIFEST).is_file():
             raise
         faults = [str(error)]
     document: dict[str, Any] = {
         "bundle": bundle,
-        "ok": found.ok if found is not None else False,
+        "ok": verification.ok if verification is not None else False,
         "num_models": num_models,
         "num_layers": num_layers,
         "faults": faults,
     }
-    held = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
-    whole = "whole"
-    if found is not None and found.undecided:
-        whole += f", and undecided whether it takes effect on {found.against}"
-    elif found is not None and found.against is not None:
-        whole += f", and {'fits' if 'mean' in found.changes else 'takes effect on'} {found.against}"
-    _tell(document, found, f"{bundle}: {held}", whole, json=json)
+    contents = "" if num_models is None else f"{num_models} models, {num_layers} layers, "
+    result = "whole"
+    if verification is not None and verification.undecided:
+        result += f", and undecided whether it takes effect on {verification.against}"
+    elif verification is not None and verification.against is not None:
+        result += f", and {'fits' if 'mean' in verification.changes else 'takes effect on'} {verification.against}"
+    _tell(document, verification, f"{bundle}: {contents}", result, json=json)
 
 
 def _verify_adapter(
@@ -148,14 +148,20 @@ def _verify_adapter(
             )
     base = None if against is None else _opened(against, allow_pickle)
     with progress_bar(quiet=quiet) as progress:
-        found = ez.verify_adapter(path, base, loader=_loader(dry_load), progress=progress)
-    num_layers = sum(len(layers) for layers in found.changes.values()) or None
-    document = {"bundle": None, "ok": found.ok, "num_models": 1, "num_layers": num_layers, "faults": list(found)}
-    held = "" if num_layers is None else f"{num_layers} modules, "
-    whole = "undamaged; --against BASE checks whether it takes effect"
+        verification = ez.verify_adapter(path, base, loader=_loader(dry_load), progress=progress)
+    num_layers = sum(len(layers) for layers in verification.changes.values()) or None
+    document = {
+        "bundle": None,
+        "ok": verification.ok,
+        "num_models": 1,
+        "num_layers": num_layers,
+        "faults": list(verification),
+    }
+    contents = "" if num_layers is None else f"{num_layers} modules, "
+    result = "undamaged; --against BASE checks whether it takes effect"
     if against is not None:
-        whole = f"{'undecided whether it ' if found.undecided else ''}takes effect on {found.against}"
-    _tell(document, found, f"{path}: {held}", whole, json=json)
+        result = f"{'undecided whether it ' if verification.undecided else ''}takes effect on {verification.against}"
+    _tell(document, verification, f"{path}: {contents}", result, json=json)
 
 
 def _opened(against: str, allow_pickle: bool) -> Model:
@@ -199,23 +205,25 @@ def group_notes(notes: Sequence[str]) -> list[str]:
     ]
 
 
-def _tell(document: dict[str, Any], found: Verification | None, subject: str, whole: str, *, json: bool) -> None:
-    if found is not None:
-        document = document | {key: value for key, value in found.to_dict().items() if key not in document}
+def _tell(
+    document: dict[str, Any], verification: Verification | None, subject: str, result: str, *, json: bool
+) -> None:
+    if verification is not None:
+        document = document | {key: value for key, value in verification.to_dict().items() if key not in document}
     faults = document["faults"]
     if json:
         print_json(document)
     else:
-        if found is not None:
-            rows = [(_mark(check), check.name, check.detail) for check in found.checks]
+        if verification is not None:
+            rows = [(_mark(check), check.name, check.detail) for check in verification.checks]
             print_table("", ("", "check", "result"), rows, left=3)
-            notes = group_notes(found.notes)
+            notes = group_notes(verification.notes)
             for note in notes[:SHOWN_NOTES]:
                 say(f"note: {note}")
             if len(notes) > SHOWN_NOTES:
                 say(f"note: {len(notes) - SHOWN_NOTES} more notes; --json lists all")
         for fault in faults:
             say(f"fault: {fault}")
-        say(subject + (whole if not faults else f"faults: {len(faults)}"))
+        say(subject + (result if not faults else f"faults: {len(faults)}"))
     if document["ok"] is not True:
         raise typer.Exit(1)

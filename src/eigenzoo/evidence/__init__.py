@@ -1,7 +1,7 @@
-"""Controls of what a zoo seems to show: each control returns a record; `evidence` runs them all.
+"""Test a zoo for a shared subspace with controls. Each control returns a record, and `evidence` runs all of them.
 
-The room and its main function have one name: `eigenzoo.evidence(zoo)` calls `eigenzoo.evidence.evidence.evidence`. `help` and
-`inspect.signature` of the room show that function's docstring and signature.
+The package and its main function have the same name: `eigenzoo.evidence(zoo)` calls `eigenzoo.evidence.evidence.evidence`. `help`
+and `inspect.signature` of the package show that function's docstring and signature.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROOM = __doc__
 
 
 class _Room(ModuleType):
-    """A package that can be called: importing any of its files puts the package in the place of the public function."""
+    """A callable package, because importing any of its files replaces the public function by the package."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return _function()(*args, **options)
@@ -35,7 +35,7 @@ class _Room(ModuleType):
 
 
 def _function() -> Callable[..., Any]:
-    # Importing the room itself is light: torch is imported when the function is called or shown.
+    # Importing the package is fast. torch is imported when the function is called or shown.
     from eigenzoo.evidence.evidence import evidence
 
     return evidence

@@ -1,4 +1,4 @@
-"""The alpha score of the subspace hypothesis's authors: is each model's own layer a power law, and are the models' exponents alike?
+"""Compute the alpha score of the subspace hypothesis's authors: is each model's own layer a power law with similar exponents?
 
     q = (1 − e^(−N/20)) · mean φ(α) · e^(−σ),   φ(α) = e^(−(α − 2)/2) for α in [2, 6], else 0
 
@@ -6,9 +6,9 @@
 σ the standard deviation of α over models, N their number. A layer is retained if the mean α is in [2, 6], σ is at most 1, at least
 half of the models are in range, and q is at least 0.2. A family (the layers of one role) has the geometric mean of its layers' q.
 
-Source: P. Kaushik et al. 2025 (arXiv:2512.05117), and what they have published since. Not said there, and chosen here: σ is that of
-the population (over N); N counts the models that have an exponent; a tail has at least four eigenvalues (`suitability.power_law`).
-This is another question than `suitability`, which fits the spectrum of the models among each other.
+Source: P. Kaushik et al. 2025 (arXiv:2512.05117), and their later publications. These do not specify three details, chosen here: σ
+    is that of the population (over N), N counts the models with an exponent, and a tail has at least four eigenvalues
+    (`suitability.power_law`). `suitability` answers another question: it fits the spectrum of the stacked models.
 
 Legend: N models, R singular values of one of them.
 """
@@ -29,7 +29,7 @@ from eigenzoo.weights.roles import role
 from eigenzoo.zoo.stack import DenseStack
 
 LOW, HIGH, SPREAD, SHARE, Q = 2.0, 6.0, 1.0, 0.5, 0.2
-"""Bounds of a retained layer, as the authors publish them."""
+"""The authors' published bounds of a retained layer."""
 
 SCALE = 20
 """Number of models at which the first factor is 1 − 1/e."""
@@ -53,14 +53,14 @@ class AlphaScore:
     """One layer's exponents.
 
     Attributes:
-        exponents: α of each model; None for one with fewer than four eigenvalues to fit.
+        exponents: α of each model; None for a model with fewer than four eigenvalues.
     """
 
     exponents: tuple[float | None, ...]
 
     @cached_property
     def fitted(self) -> tuple[float, ...]:
-        """The exponents of the models that have one."""
+        """The exponents that are not None."""
         return tuple(alpha for alpha in self.exponents if alpha is not None)
 
     @property
@@ -75,7 +75,7 @@ class AlphaScore:
 
     @property
     def share(self) -> float:
-        """Share of the exponents that are in range."""
+        """Share of the exponents in range."""
         return sum(LOW <= alpha <= HIGH for alpha in self.fitted) / len(self.fitted) if self.fitted else 0.0
 
     @property
@@ -87,7 +87,7 @@ class AlphaScore:
 
     @property
     def is_retained(self) -> bool:
-        """Whether the layer is retained by their rule."""
+        """Whether the authors' rule retains the layer."""
         mean, spread = self.mean, self.spread
         if mean is None or spread is None:
             return False
@@ -104,7 +104,7 @@ def phi(alpha: float) -> float:
 
 
 def alpha_score(spectra: OwnSpectra) -> AlphaScore:
-    """Fit every model's exponent; R² operations each."""
+    """Fit every model's exponent. Cost: R² operations each."""
     exponents = []
     for singular_R in spectra.singular_NR.double():
         values_R = singular_R.square()
@@ -121,9 +121,9 @@ def families(layers: Mapping[str, AlphaScore]) -> dict[str, float]:
 
 
 def own_spectra(stack: DenseStack, device: str = "cpu") -> OwnSpectra:
-    """Read every model's layer once, and take its singular values in float64: N·min(O, I)²·max(O, I) operations.
+    """Read every model's layer once, and compute its singular values in float64.
 
-    Memory: one model's layer, twice. Raises DataError, naming the model, for NaN and Inf.
+    Cost: N·min(O, I)²·max(O, I) operations. Memory: one model's layer, twice. Raises DataError, naming the model, for NaN and Inf.
     """
     rows = [torch.linalg.svdvals(stack.matrix(index).to(device, torch.float64)).cpu() for index in range(len(stack))]
     floor = (torch.finfo(torch.float64).eps * max(stack.layer.shape)) ** 2

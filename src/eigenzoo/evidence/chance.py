@@ -1,8 +1,7 @@
-"""Chance: is the centred spectrum steeper than that of models that share nothing?
+"""Compare a layer's centred spectrum with those of models that share nothing.
 
-Asked of the spectrum of one layer's stack. The controls are spectra of unrelated models: of even norms (iid), of the zoo's own
-norms (norm-matched), with each model's entries shuffled (permuted), and for LoRA updates with each model's singular values kept
-and its singular vectors random (spectrum-matched).
+The controls are spectra of unrelated models: with equal norms (iid), with the zoo's norms (norm-matched), with each model's entries
+shuffled (permuted), and for LoRA updates with each model's singular values and random singular vectors (spectrum-matched).
 """
 
 from __future__ import annotations
@@ -27,37 +26,37 @@ from eigenzoo.linalg.spectrum import effective_rank
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 LARGE_ZOO = 128
-"""From this many models on a spectrum averages itself, and fewer draws tell as much: its spread falls as N^(-2/3)."""
+"""From this many models on fewer draws are enough, because the spread of a spectrum falls as N^(-2/3)."""
 
 BAND = (0.05, 0.95)
-"""Quantiles of the null's draws that are given as its band."""
+"""Quantiles of the null's draws for its band."""
 
 EVEN = 1e-9
-"""Least standard deviation of the null: where k directions are all there are, every draw holds everything."""
+"""Least standard deviation of the null. If there are only k directions, the share in k directions is 1 in every draw."""
 
 LARGEST_DEVIATE = 20.0
-"""The most that a standard deviation estimated from draws can say."""
+"""Largest number of standard deviations, because these are estimated from draws."""
 
 SKEWNESS = 0.2935
-"""Of the Tracy–Widom law of real noise."""
+"""Skewness of the Tracy–Widom law of real noise."""
 
 LEAST_DIMENSIONS = 4
-"""In fewer dimensions every direction is a leading one."""
+"""Least number of dimensions. With fewer every direction is a leading one."""
 
 
 @dataclass(frozen=True)
 class Chance:
-    """A layer's spectrum beside chance.
+    """A layer's spectrum and its nulls.
 
     Attributes:
-        explained_variance_ratio: of the stack about its center, over the total; N − 1 values about the models' mean.
+        explained_variance_ratio: eigenvalues of the stack about its center over their total; N − 1 values about the models' mean.
         effective_rank: exp of the spectrum's entropy.
-        norm_matched: the mean spectrum of unrelated models of the same norms; `low` and `high`: its band.
-        iid: of unrelated models of one norm.
-        permuted: of the same models with each one's entries shuffled; None where the sums of entries are not known.
-        spectrum_matched: for LoRA updates, of random singular vectors; None for other layers.
-        auto: how many leading directions exceed the norm-matched null (parallel analysis).
-        var90: how many hold 90 % of the variance.
+        norm_matched: the mean spectrum of unrelated models with the same norms; `low` and `high`: its band.
+        iid: that of unrelated models with equal norms.
+        permuted: that of the same models with each one's entries shuffled; None if the sums of entries are not known.
+        spectrum_matched: for LoRA updates, that of random singular vectors; None for other layers.
+        auto: number of leading directions above the norm-matched null (parallel analysis).
+        var90: number of directions with 90 % of the variance.
     """
 
     explained_variance_ratio: tuple[float, ...]
@@ -73,13 +72,13 @@ class Chance:
 
 
 def _nothing(length: int) -> Chance:
-    """Return what a layer without variance has: zeros."""
+    """Return the zeros of a layer without variance."""
     zeros = (0.0,) * length
     return Chance(zeros, 0.0, zeros, zeros, zeros, zeros, None, None, 0, 0)
 
 
 def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed: int = 0) -> Chance:
-    """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance; from the moments alone. Cost: N³ a draw."""
+    """Compare a layer's spectrum (`values_K`, eigenvalues above round-off) with chance, from moments. Cost: N³ per draw."""
     centered = moments.shift_N is None
     length = moments.num_models - centered
     if moments.variance == 0:
@@ -113,11 +112,11 @@ def chance(moments: LayerMoments, values_K: Tensor, shape: tuple[int, int], seed
 
 
 def edges(scaled: tuple[Tensor, Tensor], rank: Sequence[int], dimensions: Sequence[float]) -> list[tuple[float, ...]]:
-    """Standard deviations by which the top k eigenvalues exceed those of unrelated models, for each k of `rank`.
+    """Return by how many standard deviations the top k eigenvalues exceed those of unrelated models, for each k of `rank`.
 
-    Every model is scaled to one norm (`scaled`, from `scale_models`), in the null as in the zoo, so that none outweighs the others.
-    `dimensions` are the numbers in which the models lie without direction: D, or fewer where their entries are related; each
-    has its own answer.
+    Every model is scaled to one norm (`scaled`, from `scale_models`), also in the null, so that none outweighs the others.
+    `dimensions` are the effective dimensions of unrelated models: D, or fewer if their entries are related. Each has its own
+    result.
     """
     places = torch.tensor(rank) - 1
     found = scaled_shares(*scaled).cumsum(0)[places]
@@ -133,7 +132,7 @@ def edges(scaled: tuple[Tensor, Tensor], rank: Sequence[int], dimensions: Sequen
 
 
 def _unskewed(deviates: Tensor) -> Tensor:
-    """Normal deviates of a gamma variable of the Tracy–Widom law's skewness: largest eigenvalues stray farther up than down.
+    """Return normal deviates of a gamma variable with the skewness of the Tracy–Widom law of largest eigenvalues.
 
     The cube root of a gamma variable is nearly normal (Wilson and Hilferty 1931).
     """
@@ -144,12 +143,12 @@ def _unskewed(deviates: Tensor) -> Tensor:
 
 
 def num_draws(num_models: int) -> int:
-    """How many draws of a null a zoo of this size needs."""
+    """Return the number of draws of a null for a zoo of this size."""
     return 20 if num_models <= LARGE_ZOO else 8
 
 
 def _listed(values: Tensor, length: int) -> tuple[float, ...]:
-    """A spectrum of exactly `length` values: zeros where a rank-deficient stack has none."""
+    """Return a spectrum of exactly `length` values, filled up with zeros."""
     padded = torch.zeros(length, dtype=torch.float64)
     padded[: min(length, values.numel())] = values[:length]
     return tuple(padded.tolist())
@@ -157,5 +156,5 @@ def _listed(values: Tensor, length: int) -> tuple[float, ...]:
 
 @lru_cache(maxsize=256)
 def _iid(num_models: int, num_values: int, centered: bool, draws: int, seed: int) -> tuple[float, ...]:
-    """The same for every layer of one size."""
+    """Return the iid null, which is the same for every layer of one size."""
     return tuple(iid_spectra(num_models, num_values, centered=centered, draws=draws, seed=seed).mean(0).tolist())

@@ -1,4 +1,4 @@
-"""The controls of a whole zoo as sentences: what was asked, its answer, what chance or the control gives, how sure it is."""
+"""Describe the controls of a whole zoo in sentences: question, result, the value of chance or of the control, and uncertainty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eigenzoo.display import counted, in_percent
 from eigenzoo.evidence.alpha_score import AlphaScore
 from eigenzoo.evidence.layer_evidence import LayerEvidence
 from eigenzoo.evidence.record import EvidenceRecord
-from eigenzoo.evidence.summary import groups_of, shown_place, shown_places
+from eigenzoo.evidence.summary import groups_of, shown_index, shown_indices
 from eigenzoo.evidence.unseen import num_folds
 from eigenzoo.evidence.verdict import lead, p_text
 from eigenzoo.linalg.heldout import NUM_FOLDS
@@ -18,7 +18,7 @@ from eigenzoo.linalg.heldout import NUM_FOLDS
 
 @dataclass(frozen=True)
 class Control:
-    """One control: the question, the statistic and its value, the control and its value, the uncertainty, and all in a sentence."""
+    """One control: question, statistic and its value, control and its value, uncertainty, and a sentence of them."""
 
     name: str
     question: str
@@ -31,7 +31,7 @@ class Control:
 
 
 def controls(record: EvidenceRecord) -> list[Control]:
-    """Describe each control of a zoo. Figures are averages over layers, weighted by number of values, unless stated otherwise."""
+    """Describe each control of a zoo. Figures are averages over layers weighted by number of values, unless stated otherwise."""
     varying = [layer for layer in record.layers.values() if layer.variance > 0]
     if not varying:
         return []
@@ -106,20 +106,20 @@ def _mean(record: EvidenceRecord) -> Control:
 
 def _unseen(record: EvidenceRecord) -> Control | None:
     pooled, test, measures = record.summary.dealt, record.summary.directions, record.summary.measures
-    place = shown_place(pooled)
-    if place is None:
+    index = shown_index(pooled)
+    if index is None:
         return None
-    captured, null = pooled.captured[place], pooled.null[place]
+    captured, null = pooled.captured[index], pooled.null[index]
     leading = "" if measures is None else f" {lead(measures)}"
     return Control(
         "unseen",
         "Do directions found on some models explain the others?",
-        f"share of held-out models' variance in the top {pooled.rank[place]} directions of each layer",
+        f"share of held-out models' variance in the top {pooled.rank[index]} directions of each layer",
         captured,
         "unrelated models with the same norms",
         null,
         f"{num_folds(len(record.names))} folds; p {p_text(test.p_value)} at {counted(test.rank, 'direction')}, all layers together",
-        f"The top {pooled.rank[place]} directions explain {in_percent(pooled.in_sample[place])} of the fitted models' variance and "
+        f"The top {pooled.rank[index]} directions explain {in_percent(pooled.in_sample[index])} of the fitted models' variance and "
         f"{in_percent(captured)} of held-out models'. Chance gives {in_percent(null)}.{leading} In-sample, {len(record.names) - 1} "
         f"directions always explain all {len(record.names)} models.",
     )
@@ -172,13 +172,13 @@ def _lineage(record: EvidenceRecord) -> Control:
     grouped = sum(map(len, origin.groups))
     value = control = None
     held = ""
-    places = shown_places(record.summary.contrasts, across)
-    if across is not None and places is not None:
-        place = places[1]
-        value, control = record.summary.contrasts.captured[places[0]], across.captured[place]
+    indices = shown_indices(record.summary.contrasts, across)
+    if across is not None and indices is not None:
+        index = indices[1]
+        value, control = record.summary.contrasts.captured[indices[0]], across.captured[index]
         held = (
-            f" The top {across.rank[place]} directions explain {in_percent(value)} of the variance of models held out at random "
-            f"and {in_percent(control)} of the variance of whole lineages held out (chance {in_percent(across.null[place])})."
+            f" The top {across.rank[index]} directions explain {in_percent(value)} of the variance of models held out at random "
+            f"and {in_percent(control)} of the variance of whole lineages held out (chance {in_percent(across.null[index])})."
         )
     elif len(origin.groups) == 1 and grouped == len(record.names):
         held = " All models have one origin, so no lineage can be held out."
@@ -247,7 +247,7 @@ def _suitability(record: EvidenceRecord) -> Control | None:
 
 
 def measured_scores(record: EvidenceRecord) -> dict[str, AlphaScore]:
-    """Return the authors' score of the layers that have one: models' own spectra at hand, and long enough to fit."""
+    """Return the authors' score of the layers with models' own spectra that are long enough to fit."""
     scores = {name: layer.alpha_score for name, layer in record.layers.items()}
     return {name: score for name, score in scores.items() if score is not None and score.fitted}
 

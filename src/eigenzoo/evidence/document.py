@@ -1,4 +1,4 @@
-"""Evidence as plain JSON values: the keys that docs/evidence.md lists, and no others."""
+"""Convert evidence to plain JSON values, with exactly the keys in docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def document(record: EvidenceRecord) -> dict[str, Any]:
 
 
 def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thresholds) -> dict[str, Any]:
-    spectrum, held = layer.chance, layer.unseen
+    spectrum, unseen = layer.chance, layer.unseen
     return {
         "shape": list(layer.layer.shape),
         "role": role(layer.layer.name),
@@ -75,13 +75,13 @@ def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
             for key in ("norm_matched", "low", "high", "iid", "permuted", "spectrum_matched")
         },
         "heldout": {
-            "rank": list(held.rank) if held else [],
-            "in_sample": list(held.in_sample) if held else [],
-            "captured": list(held.captured) if held else [],
-            "null": list(held.null) if held else [],
+            "rank": list(unseen.rank) if unseen else [],
+            "in_sample": list(unseen.in_sample) if unseen else [],
+            "captured": list(unseen.captured) if unseen else [],
+            "null": list(unseen.null) if unseen else [],
             "leave_one_out": {
-                "rank": list(held.left_out_rank) if held else [],
-                "captured": list(held.left_out) if held else [],
+                "rank": list(unseen.left_out_rank) if unseen else [],
+                "captured": list(unseen.left_out) if unseen else [],
             },
         },
         "mean": {key: getattr(layer.mean, key) for key in ("heldout", "null", "common", "deviations")},
@@ -104,11 +104,11 @@ def _layer(layer: LayerEvidence, axes: dict[str, AxisSpectrum], thresholds: Thre
 
 
 def _test(measures: Measures | None) -> dict[str, Any] | None:
-    """The rule's test on all layers together, with the figures that the verdict's text quotes; None where none are held out."""
+    """Return the rule's test on all layers together, with the figures of the verdict's text; None without held-out models."""
     if measures is None:
         return None
-    found = {key: getattr(measures, key) for key in TESTED}
-    return {**found, "effective": None if isinf(measures.effective or 0.0) else measures.effective}
+    figures = {key: getattr(measures, key) for key in TESTED}
+    return {**figures, "effective": None if isinf(measures.effective or 0.0) else measures.effective}
 
 
 def _pooled(pooled: Pooled) -> dict[str, Any]:
@@ -139,18 +139,18 @@ def _lineage(record: EvidenceRecord) -> dict[str, Any]:
 def _suitability(record: EvidenceRecord) -> dict[str, Any]:
     layers = [(name, layer.suitability) for name, layer in record.layers.items()]
     suited = [name for name, layer in layers if layer.is_suited(record.thresholds)]
-    known = [layer for _, layer in layers if layer.exponents]
+    fitted = [layer for _, layer in layers if layer.exponents]
     return {
         "thresholds": plain(record.thresholds),
         "retained": suited,
-        "num_layers": len(known),
-        "share": len(suited) / len(known) if known else 0.0,
+        "num_layers": len(fitted),
+        "share": len(suited) / len(fitted) if fitted else 0.0,
         "alpha_score": _alpha_scores(record),
     }
 
 
 def _alpha_score(score: AlphaScore | None) -> dict[str, Any] | None:
-    """The authors' score of a layer; None where the models' own spectra were not measured."""
+    """Return the authors' score of a layer; None if the models' own spectra were not measured."""
     if score is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""Evidence: test a zoo for a shared subspace, beyond chance, the mean and a common origin."""
+"""Test a zoo for a shared subspace beyond chance, the mean and a common origin."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from eigenzoo.zoo.zero_models import zero_models
 from eigenzoo.zoo.zoo import Zoo
 
 MAX_LINEAGE_FOLDS = 10
-"""Lineages are dealt to at most so many folds."""
+"""Largest number of folds of lineages."""
 
 SMALLEST_GROUP, MOST_GROUPS = 8, 5
-"""Groups that are looked at on their own: large enough to hold models out, and the largest few."""
+"""Largest number of groups with their own controls, the largest ones that are large enough to hold models out."""
 
 ONE_LINEAGE = 0.8
-"""A zoo of which one group holds this share has one lineage, and is judged by it: the strangers are too few to fit anything to."""
+"""From this share of models in one group on the zoo has one lineage and is judged by it, because too few others are left to fit."""
 
 MAP_DIMENSIONS = 3
 
 MOST_WARNINGS = 5
-"""Warnings that `repr` shows."""
+"""Number of warnings in `repr`."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def evidence(
     core = large[0] if large and len(large[0]) >= ONE_LINEAGE * len(places) else None
     several = core is None and origin.groups and len(lineages) > 1
     folds = make_grouped_folds(lineages, MAX_LINEAGE_FOLDS) if several else None
-    # A group that is the whole zoo, or nearly, has been looked at already.
+    # A group of all or nearly all models would repeat the controls of the zoo.
     groups = large[:MOST_GROUPS] if several else []
     layers = _measure_all(measured, folds, core, groups, rule, seed, progress)
     grown = [(layer.growth, layer.layer.num_values) for layer in layers.values() if layer.growth is not None]
@@ -211,14 +211,14 @@ def evidence(
 
 
 def _zero(measured: MomentSource) -> list[str]:
-    """Name the models that hold nothing, where they are at hand; a bundle's warnings have them already."""
+    """Name the models that are zero, for a zoo. A bundle's warnings already name them."""
     if measured.zoo is None:
         return []
     return zero_models(measured.zoo, {name: measured.moments(name).energies_N for name in measured.layers})
 
 
 def _gather(measured: MomentSource) -> tuple[Lineage, Tensor]:
-    """Cosines and duplicates over all layers, and the Gram of all layers together."""
+    """Return cosines and duplicates over all layers, and the Gram of all layers together."""
     num_models = len(measured.names)
     cosines = Cosines(num_models, measured.view)
     pooled = torch.zeros(num_models, num_models, dtype=torch.float64)
@@ -244,7 +244,7 @@ def _measure_all(
     seed: int,
     progress: Progress,
 ) -> dict[str, LayerEvidence]:
-    """Layers side by side: each is some forty small eigendecompositions, which torch's own threads only slow down."""
+    """Measure layers in parallel. Each needs about forty small eigendecompositions, which torch's own threads slow down."""
 
     def measure(name: str) -> LayerEvidence:
         layer, moments = measured.layers[name], measured.moments(name)
@@ -255,7 +255,7 @@ def _measure_all(
 
 
 def _map(pooled_NN: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """The models' first coefficients, all layers taken together as one."""
+    """Return the models' first coefficients for all layers together."""
     centered = center_gram(pooled_NN)
     values, vectors = eigenpairs(centered)
     kept = min(MAP_DIMENSIONS, values.numel())

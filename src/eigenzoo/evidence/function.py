@@ -1,12 +1,12 @@
-"""The control "function, not only geometry": what rebuilt models can still do, beside what simpler things in their place can.
+"""The control "function, not only geometry": measure rebuilt models and simpler replacements with a user's metric.
 
-A share of energy says how near weights are; a model far away may do the same, and one very near may do nothing. So a metric
-of the user's own is put to every held-out model, and to what takes its place:
+A share of energy measures the distance of weights. A distant model may have the same function, and a close one may have lost it. So
+the user's metric is computed for every held-out model and its replacements:
 
-    original      the model itself, where it lies
-    parent        what all models started from; for adapters the base model alone (their updates zero)
-    mean          the zoo's mean: no coefficient at all
-    head_only     the parent (or else the mean) under the model's own task head, which may do all the work
+    original      the model itself, at its own path
+    parent        the common start of all models; for adapters the base model alone (their updates zero)
+    mean          the zoo's mean, without coefficients
+    head_only     the parent (or else the mean) with the model's own task head, which may be all that matters
     rebuilt       the model from its first 1, 2, 4, … and all coefficients
     random_basis  the model projected on as many random directions around the mean
     secondary     the model without its first coefficients: do the leading directions carry the function?
@@ -45,16 +45,16 @@ from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
 
 Metric = Callable[[Path], float]
-"""Called with the folder (or the file, where the zoo's models are files) of one model in the zoo's own format."""
+"""Called with the folder of one model in the zoo's own format, or with its file if the zoo's models are files."""
 
 
 LARGEST = 1e150
-"""The largest figure of a metric whose averages and squares are still numbers."""
+"""Largest value of a metric whose averages and squares do not overflow."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure per variant; None where there is no such variant. Mappings go from ranks to figures."""
+    """One figure per variant, or None if there is no such variant. Mappings are from ranks to figures."""
 
     original: float | None
     parent: float | None
@@ -68,19 +68,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class FunctionEvidence:
-    """What held-out models, and what stands in their place, can do by a user's metric.
+    """A user's metric of held-out models and their replacements.
 
     Attributes:
         metric: the metric's name.
-        num_models: how many models were measured.
-        heldout: whether none of them is in the subspace.
-        num_fitted: how many models the subspace has.
-        ranks: the numbers of coefficients that models were rebuilt from; the last is all of them.
-        secondary_rank: how many leading coefficients `secondary` lacks; None for a subspace of rank 1.
-        models: per model the metric of every variant.
+        num_models: number of measured models.
+        heldout: whether none of them was used to fit the subspace.
+        num_fitted: number of models of the subspace.
+        ranks: numbers of coefficients of rebuilt models; the last is all of them.
+        secondary_rank: number of leading coefficients that `secondary` lacks; None for a subspace of rank 1.
+        models: the metric of every variant of each model.
         mean: the averages over the models.
         spread: the standard errors of these averages; None for a single model.
-        sentence: what follows, in words.
+        sentence: the conclusion.
         same_bytes_rank: the rank of models cut alone that takes no more bytes than the bundle; None where none does.
     """
 
@@ -98,7 +98,7 @@ class FunctionEvidence:
 
     @property
     def averages(self) -> list[tuple[str, float | None, float | None]]:
-        """What stands in a model's place, with the average of the metric and its standard error."""
+        """Return the replacements of a model with the average of the metric and its standard error."""
         mean, spread = self.mean, self.spread
         return [
             ("original", mean.original, spread.original),
@@ -215,12 +215,12 @@ def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
 
 
 def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Model | None:
-    """The checkpoint that models are compared with, if any."""
-    known = space.base if space.view == "delta" else None
+    """Open the checkpoint for comparison, if there is one."""
+    base = space.base if space.view == "delta" else None
     if parent is None:
-        return known
-    if known is not None and os.path.realpath(parent) == os.path.realpath(known.path):
-        return known
+        return base
+    if base is not None and os.path.realpath(parent) == os.path.realpath(base.path):
+        return base
     if space.view != "weight":
         whose = "the base" if space.view == "delta" else "the base model alone, with zero updates"
         raise UsageError(
@@ -229,9 +229,9 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
             rule=f"the models' parent is {whose}",
             next_step="leave the parent out",
         )
-    found = split_model(open_model(Path(parent)), space.manifest.split)
-    check_parent(space, found)
-    return found
+    checkpoint = split_model(open_model(Path(parent)), space.manifest.split)
+    check_parent(space, checkpoint)
+    return checkpoint
 
 
 def _measure(
@@ -269,13 +269,13 @@ def _measure(
 
 @own_settings()
 def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Path, where: str) -> Path | None:
-    """Save a variant under the original's own name; returns what a metric takes: a file where the original is one."""
+    """Save a variant under the original's name, and return the path for the metric: a file if the original is one."""
     try:
         with single_threaded():
             made = make()
             if made is None:
                 return None
-            # Not the name in the subspace: a bundle that others wrote may have made it up.
+            # The name in the subspace is not used, because it may come from an untrusted bundle.
             name = original.stem if original.is_file() else Path(os.path.abspath(original)).name
             folder = made.save(scratch / name)
     except EigenzooError as error:
@@ -284,17 +284,17 @@ def _saved(make: Callable[[], RebuiltModel | None], scratch: Path, original: Pat
 
 
 def secondary_rank(rank: int) -> int | None:
-    """How many leading directions are left out for the secondary ones: half of them; None for fewer than two."""
+    """Return how many leading directions `secondary` leaves out: half of them; None for fewer than two."""
     return rank // 2 if rank > 1 else None
 
 
 def _value(metric: Metric, path: Path, where: str) -> float:
-    """Call the metric; whatever it raises, or returns instead of a finite number, is told with its place."""
+    """Call the metric. Its errors and results that are not finite numbers are raised with model and variant."""
     try:
         value = float(metric(path))
     except EigenzooError as error:
         raise error.at(where) from error
-    # The metric is the user's code: its every failure is worth the model and the variant that it failed on.
+    # The metric is the user's code, and any of its errors needs the model and the variant.
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"the metric failed with {type(error).__name__}: {error}",
@@ -316,7 +316,7 @@ def _record(
     same_bytes: int | None = None,
 ) -> FunctionEvidence:
     models = list(measured.values())
-    function = getattr(metric, "func", metric)  # what functools.partial wraps
+    function = getattr(metric, "func", metric)  # the function that functools.partial wraps
     name = getattr(function, "__name__", None) or type(function).__name__
     mean, spread = _combined(models, statistics.fmean), _combined(models, _standard_error)
     half = secondary_rank(ranks[-1])
@@ -331,7 +331,7 @@ def _record(
 
 
 def _combined(models: Sequence[Measured], combine: Callable[[list[float]], float | None]) -> Measured:
-    """Combine every variant's figures over the models; None where a model has none."""
+    """Combine every variant's figures over the models; None if a model has none."""
 
     def over(figures: Iterable[float | None]) -> float | None:
         known = [figure for figure in figures if figure is not None]
@@ -353,21 +353,25 @@ def _standard_error(figures: Sequence[float]) -> float | None:
     return statistics.stdev(figures) / math.sqrt(len(figures)) if len(figures) > 1 else None
 
 
-def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, known: str) -> str:
-    """Say what rebuilt models can do beside the originals, and first which controls they do not clearly beat.
+def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int, fitted_models: str) -> str:
+    """Compare rebuilt models with the originals, and first name the controls that they do not clearly beat.
 
     Rebuilt models are clearly better than a control if the paired difference is more than twice its standard error. With
     few models a large difference can miss this, so the sentence does not call the control as good. Which side is better is
     read off the control that is farthest from the originals.
     """
     originals, rebuilt = [_some(model.original) for model in models], [_some(model.rebuilt[rank]) for model in models]
-    found = {
+    figures_by_control = {
         "the mean alone": [model.mean for model in models],
         "a random basis": [model.random_basis[rank] for model in models],
         "the head alone": [model.head_only for model in models],
         "the parent alone": [model.parent for model in models],
     }
-    controls = {name: [_some(figure) for figure in figures] for name, figures in found.items() if None not in figures}
+    controls = {
+        name: [_some(figure) for figure in figures]
+        for name, figures in figures_by_control.items()
+        if None not in figures
+    }
     gaps = [statistics.fmean(originals) - statistics.fmean(figures) for figures in controls.values()]
     better = math.copysign(1, max(gaps, key=abs))
     not_beaten = [name for name, figures in controls.items() if not _is_better(rebuilt, figures, better)]
@@ -386,7 +390,7 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
         of_mean = statistics.fmean(controls["the mean alone"])
         share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
         last = f"Rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
-    return f"{first}On {known}, the average of {metric} is {_listed(shown)}. {last}."
+    return f"{first}On {fitted_models}, the average of {metric} is {_listed(shown)}. {last}."
 
 
 def _alone_sentence(models: Sequence[Measured], rank: int, same_bytes: int | None) -> str:

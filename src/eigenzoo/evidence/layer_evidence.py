@@ -22,17 +22,17 @@ from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """One layer's controls, and what adds up over layers.
+    """One layer's controls, and the sums that are added over layers.
 
     Attributes:
-        layer: its name and shape.
+        layer: name and shape.
         energy, variance: Σ‖X‖² and Σ‖X − mean‖² over the models, the denominators.
-        chance, mean, unseen, halves, secondary, suitability, alpha_score, growth: the controls, each a record; None where there
-            are too few models, or where `alpha_score` was not measured. `Evidence.to_dict()` has them under the names of
-            docs/evidence.md: `unseen` as `heldout`, `halves` as `split_half`.
+        chance, mean, unseen, halves, secondary, suitability, alpha_score, growth: the controls' records; None if there are too few
+            models, or if `alpha_score` was not measured. `Evidence.to_dict()` has them under the names of docs/evidence.md:
+            `unseen` as `heldout`, `halves` as `split_half`.
         dealt, across: the rule's test with models held out at random (`test`), and with whole lineages held out (`test_across`).
-        weighed, across_weighed: the sums over folds behind them; within: test and sums of each large group alone.
-        code, decided_by: the verdict on the layer and the control that decided.
+        weighed, across_weighed: the sums over folds for these tests; within: test and sums of each large group alone.
+        code, decided_by: the layer's verdict and the control that decided it.
     """
 
     layer: Layer
@@ -71,14 +71,14 @@ def measure_layer(
     """Run every control on one layer's moments.
 
     Args:
-        layer: what it is.
-        moments: about any center: the spectrum is taken about it, all else about the models' mean.
-        lineages: folds of whole lineages, where there are groups and more than one lineage.
-        core: the models of the lineage that nearly all belong to, by which the layer is then judged.
-        groups: the models of the largest groups, which are looked at on their own.
-        rule: how many directions halves and secondary subspace are asked of.
-        seed: of draws, folds and halves.
-        spectra: every model's own singular values, where they are at hand.
+        layer: the layer's record.
+        moments: moments about any center. The spectrum is about this center, and all else about the models' mean.
+        lineages: folds of whole lineages, if there are groups and more than one lineage.
+        core: the models of a lineage with nearly all models. The layer is then judged by it.
+        groups: the models of the largest groups, which have their own controls.
+        rule: rank rule for halves and secondary subspace.
+        seed: seed of draws, folds and halves.
+        spectra: every model's own singular values, if they are available.
     """
     about_mean = recentered(moments)
     values_K, vectors_NK = eigenpairs(about_mean.centered_NN, about_mean.round_off)
@@ -118,11 +118,11 @@ def measure_layer(
 def findings(
     moments: LayerMoments, num_values: int, lineages: Sequence[Tensor] | None, seed: int
 ) -> tuple[verdict.Findings, verdict.Weighed | None]:
-    """Hold models out, fold by fold (five random ones, or whole lineages), and say what they show."""
+    """Hold models out fold by fold (five random folds, or whole lineages), and test them."""
     scaled = scale_models(moments.gram_NN)
     sums = capture(moments, lineages, seed, scaled)
     weighed, cloud = None, 0.0
-    # At one norm the models' energies are about one each, but held-out models that are copies of each other differ by round-off.
+    # All models have about one norm here, but copies among held-out models differ by round-off.
     if sums is not None and sums.contrast_energy > NO_VARIANCE * moments.num_models and sums.cloud > 0:
         cloud = sums.cloud / sums.contrast_energy
         edges = cloud_edges = excess = None
@@ -135,12 +135,12 @@ def findings(
     return verdict.Findings(verdict.directions([weighed] if weighed else []), share), weighed
 
 
-def subset(moments: LayerMoments, places: Tensor) -> LayerMoments:
+def subset(moments: LayerMoments, indices: Tensor) -> LayerMoments:
     """Return the moments of some of the models, about their own mean."""
     part = replace(
         moments,
-        gram_NN=moments.gram_NN[places][:, places],
-        cross_N=moments.cross_N[places],
+        gram_NN=moments.gram_NN[indices][:, indices],
+        cross_N=moments.cross_N[indices],
         entries=None,
         sums_N=None,
         singular_NR=None,

@@ -1,8 +1,8 @@
-"""Lineage: which models share an initialisation or a parent, and is what the zoo shares more than that?
+"""Find groups of models with a common initialisation or parent.
 
-Models of common origin have a common part, which shows as cosines far from zero: of the weights, or of LoRA's A-factors, which
-training moves least from their random start. Groups are found by average linkage; the cut lies in the largest gap between the
-levels at which clusters join, since origins are few and far apart while a mere subspace joins its models at every level.
+Models with a common origin have cosines far from zero, of their weights or of LoRA's A-factors, which training changes least.
+Groups are found by average linkage. The cut is in the largest gap between the levels at which clusters join, since origins are few
+and far apart, while models of a subspace join at every level.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from eigenzoo.records import Layer
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 GAP = 0.2
-"""Least gap between two levels of joining (cosines): smaller ones also open by chance in a subspace of few directions."""
+"""Least gap between two levels of joining (cosines). Smaller ones also occur by chance in a subspace of few directions."""
 
 SMALL_GAP, STANDS_OUT, ENOUGH_GAPS = 0.08, 5.0, 8
-"""A smaller gap will do where it is many times the next of many: origins that hold a tenth of the energy are origins."""
+"""A smaller gap is enough if it is many times the next of many gaps, because origins may have only a tenth of the energy."""
 
 FACTOR_A = ".lora_A"
 
 MOST_SHOWN = 10
-"""Groups whose sizes `repr` shows."""
+"""Number of groups with sizes in `repr`."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Lineage:
 
     Attributes:
         groups: names of the models of each group of two or more, the largest first.
-        duplicates: pairs of models that are one function: the first of them, and each other.
-        measure: what cosines are of: `weights` (about each model's mean entry), `differences` from the base, `A-factors`, or
+        duplicates: pairs of models that are the same function: the first one, and each other one.
+        measure: the compared values: `weights` (about each model's mean entry), `differences` from the base, `A-factors`, or
             `updates and A-factors`, the larger of the two.
         cosines: N × N, in the zoo's order of models; weighted over layers by their number of values.
-        order: the models clustered, for a picture.
-        level: the cosine at which groups are told apart; None where nothing joins.
+        order: clustered order of the models, for a picture.
+        level: the cosine that separates groups; None if nothing joins.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -70,13 +70,13 @@ class Cosines:
         self._parts = [_Average(num_models), _Average(num_models)]
 
     def add(self, layer: Layer, moments: LayerMoments) -> None:
-        """Add one layer; one that is equal in all models says nothing. Of a LoRA update also its A-factors."""
+        """Add one layer, for a LoRA update also its A-factors. A layer that is equal in all models is not added."""
         if self.view == "factors" and not layer.name.endswith(FACTOR_A):
             return
         if moments.variance > 0:
             raw_NN = moments.raw_NN
             if moments.sums_N is not None:
-                # Entries that are positive in every model, or gains about one, are no common origin.
+                # Entries that are positive in every model, or gains about one, do not indicate a common origin.
                 raw_NN = raw_NN - torch.outer(moments.sums_N, moments.sums_N) / layer.num_values
             self._parts[0].add(raw_NN, layer.num_values)
         if moments.starts_NN is not None:
@@ -84,7 +84,7 @@ class Cosines:
 
     @property
     def mean_NN(self) -> Tensor:
-        """The weighted mean over layers, the larger of updates' and A-factors'; the identity where no layer told anything."""
+        """The weighted mean over layers, the larger of updates' and A-factors'; the identity if no layer was added."""
         known = [part.mean_NN for part in self._parts if part.weight > 0]
         if not known:
             return torch.eye(self._parts[0].sum_NN.shape[0], dtype=torch.float64)
@@ -99,7 +99,7 @@ class _Average:
         self.weight = 0.0
 
     def add(self, gram_NN: Tensor, weight: float) -> None:
-        """Add the cosines of a Gram; one with a model of zero has none."""
+        """Add the cosines of a Gram. A Gram with a zero model has none."""
         norms_N = gram_NN.diagonal().clamp_min(0).sqrt()
         if float(norms_N.min()) > 0:
             self.sum_NN += weight * gram_NN / (norms_N[:, None] * norms_N)
@@ -112,7 +112,7 @@ class _Average:
 
 
 def lineage(names: Sequence[str], cosines: Cosines, pairs: Iterable[tuple[str, str]]) -> Lineage:
-    """Group the models of a zoo; `pairs` are those that are one function. Cost N² log N."""
+    """Group the models of a zoo. `pairs` are models that are the same function. Cost N² log N."""
     cosines_NN = cosines.mean_NN
     duplicates = stars(pairs)
     places = {name: place for place, name in enumerate(names)}
@@ -129,7 +129,7 @@ def lineage(names: Sequence[str], cosines: Cosines, pairs: Iterable[tuple[str, s
 
 
 def stars(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Keep of all pairs of duplicates those with the first of each set: 196 and not 19,306 for 197 copies.
+    """Select the pairs of duplicates with the first of each set: 196 instead of 19,306 for 197 copies.
 
     >>> stars([("a", "b"), ("a", "c"), ("b", "c")])
     (('a', 'b'), ('a', 'c'))
@@ -140,9 +140,9 @@ def stars(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 
 def find_groups(cosines_NN: Tensor, copies: Mapping[int, int]) -> tuple[list[list[int]], float | None]:
-    """Groups of two or more models, the largest first, and the cosine that tells them apart.
+    """Return groups of two or more models, the largest first, and the cosine that separates them.
 
-    Copies are one model while groups are looked for, so that what is equal does not hide what is only akin.
+    Copies count as one model during the search, so that they do not hide related models.
     """
     single = [place for place in range(cosines_NN.shape[0]) if place not in copies]
     level = None
@@ -163,7 +163,10 @@ def find_groups(cosines_NN: Tensor, copies: Mapping[int, int]) -> tuple[list[lis
 
 
 def _largest_gap(levels: Sequence[float]) -> float | None:
-    """The middle of the largest gap between levels of joining, unrelated models' zero the last of them; None where it is small."""
+    """Return the middle of the largest gap between levels of joining, or None if it is small.
+
+    The last level is zero, for unrelated models.
+    """
     falling = sorted(levels, reverse=True)
     if falling[-1] > 0:
         falling.append(0.0)
@@ -175,7 +178,7 @@ def _largest_gap(levels: Sequence[float]) -> float | None:
 
 
 def _tree(cosines_NN: Tensor) -> Any:
-    """The tree of average linkage, as SciPy's array: heights are one minus the cosine at which clusters join."""
+    """Return the tree of average linkage as SciPy's array. Heights are one minus the cosine at which clusters join."""
     from scipy.cluster.hierarchy import linkage
     from scipy.spatial.distance import squareform
 
@@ -191,7 +194,7 @@ def _leaves(cosines_NN: Tensor) -> list[int]:
 
 
 def as_lineages(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Every model's place, by lineage: the groups, and every other model as its own."""
+    """Return the models' indices by lineage: the groups, and every other model as its own lineage."""
     places = {name: place for place, name in enumerate(names)}
     grouped = [[places[name] for name in group] for group in groups]
     inside = {place for group in grouped for place in group}

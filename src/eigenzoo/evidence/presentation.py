@@ -1,4 +1,4 @@
-"""The document that the report room renders: evidence, sizes, residuals, a metric's figures, and what made it all."""
+"""Make the document for reports: evidence, sizes, residuals, a metric's figures, and its origin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("eigenzoo", "torch", "numpy", "scipy")
 
 
 def present(
-    found: Evidence,
+    evidence: Evidence,
     source: Zoo | Subspace,
     *,
     title: str,
@@ -34,25 +34,25 @@ def present(
     """Return the document: plain JSON values, as `eigenzoo.report` lists them.
 
     Args:
-        found: the evidence.
-        source: what it is of: a zoo, or a subspace, which adds the models' residuals.
-        title: what the zoo is called.
-        command, date: what made the document, and when.
-        function: what `evaluate` measured, if it did.
+        evidence: the evidence.
+        source: its source: a zoo, or a subspace, which adds the models' residuals.
+        title: title of the zoo.
+        command, date: command and date of the report.
+        function: the result of `evaluate`, if it was run.
         plan: sizes and errors of a zoo at other axes, and of models cut alone.
     """
     return {
         "title": title,
-        "evidence": found.to_dict(),
+        "evidence": evidence.to_dict(),
         "function": None if function is None else function.to_dict(),
         "sizes": _sizes(source),
-        "rates": _rates(found, source, plan),
+        "rates": _rates(evidence, source, plan),
         "models": _models(source),
         "made_by": {
             "command": command,
             "versions": {**{package: version(package) for package in PACKAGES}, "python": platform.python_version()},
             "date": date,
-            "seed": found.seed,
+            "seed": evidence.seed,
         },
     }
 
@@ -89,7 +89,7 @@ def _rates(found: Evidence, source: Zoo | Subspace, plan: Plan | None) -> dict[s
 
 
 def _sizes(source: Zoo | Subspace) -> dict[str, Any] | None:
-    """Bytes by rank; nothing for a bundle of other axes than the models'."""
+    """Return bytes by rank; None for a bundle with other axes than `models`."""
     try:
         return sizes(source).to_dict()
     except UsageError:

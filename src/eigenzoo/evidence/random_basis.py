@@ -1,6 +1,6 @@
-"""Random directions in place of a fitted layer's: as many, of the same form, around the same mean.
+"""Rebuild models from random directions of the same number and form as a fitted layer's, around the same mean.
 
-The mean of whatever is projected is added back, so that what random directions get right is what any directions would.
+The mean is removed before the projection and added back, so that the result shows what any directions capture.
 
 Legend: D values of one flattened layer, K directions, O outputs, I inputs, P kept outputs, Q kept inputs, R ranks.
 """
@@ -56,7 +56,8 @@ def project_randomly(
 ) -> Tensor:
     """Project a vector on `num_directions` random normal directions Z (K, D): Zᵀ(ZZᵀ)⁺Z·x, float64.
 
-    Z is drawn twice by the same generator and never held: the first sweep takes its Gram and Z·x, the second adds up.
+    Z is drawn twice by the same generator and is never in memory as a whole. The first sweep computes its Gram and Z·x, the second
+    the sum.
     """
     if not num_directions:
         return torch.zeros_like(values_D)
@@ -81,12 +82,12 @@ def _directions(
     per_block = max(1, block_bytes // (8 * num_directions))
     for start in range(0, num_values, per_block):
         stop = min(start + per_block, num_values)
-        # Drawn in float32, which is twice as fast, and as random.
+        # Drawn in float32, which is twice as fast.
         yield start, stop, torch.randn(num_directions, stop - start, generator=draw, dtype=torch.float32).double()
 
 
 def _among_updates(basis: StackedBasis, update: Factors, mean: Factors, draw: torch.Generator) -> Factors:
-    """M + Π(X − M) with Π on K random updates of the zoo's mean rank; all inner products by factors."""
+    """Return M + Π(X − M) with Π on K random updates of the zoo's mean rank. All inner products are of factors."""
     outputs, inputs = basis.layer.shape
     ranks_N = basis.tensors.read(f"{basis.layer.name}/ranks").double()
     rank = max(1, min(outputs, inputs, round(float(ranks_N.mean()))))
@@ -102,7 +103,10 @@ def _among_updates(basis: StackedBasis, update: Factors, mean: Factors, draw: to
 def _random_core(
     basis: LayerBasis, left: Tensor, right: Tensor | None, draw: torch.Generator
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Random U (O, P) and V (I, Q), None for a side kept whole, and the core Uᵀ(left·right)V, in K random shared cores."""
+    """Return random U (O, P) and V (I, Q), and the core Uᵀ(left·right)V in K random shared cores.
+
+    U or V is None for a side that is not truncated.
+    """
     outputs, inputs = basis.layer.shape
     outputs_OP = _orthonormal(outputs, basis.ranks["outputs"], draw) if "outputs" in basis.ranks else None
     inputs_IQ = _orthonormal(inputs, basis.ranks["inputs"], draw) if "inputs" in basis.ranks else None
@@ -130,13 +134,13 @@ def _sum(parts: Sequence[Factors]) -> Factors:
 
 
 def _least_rank(parts: Sequence[Factors]) -> Factors:
-    """Balanced factors of least rank of a sum of updates; what cancels in the sum is no rank of its own."""
+    """Return balanced factors of a sum of updates with the least rank. Round-off does not count as rank."""
     noise = lora.ROUND_OFF * sum(lora.energy(part) for part in parts)
     factors, _ = lora.truncated(*_sum(parts), noise=noise)
     return factors
 
 
 def _seeded(seed: int, layer: str) -> torch.Generator:
-    """A generator for one layer: the same for every model, and unlike that of any other layer."""
+    """Return a generator for one layer. It is the same for every model and differs between layers."""
     digest = hashlib.sha256(f"{seed} {layer}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,4 +1,4 @@
-"""What all controls found of one zoo, as a record that the rest of the room reads."""
+"""The record of all controls of one zoo, for the other files of the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenzoo.subspace.fitting.heldout_sides import SideShares
 
 @dataclass(frozen=True)
 class EvidenceRecord:
-    """What a zoo shows under every control. `evidence.Evidence`, the public record, describes the fields and adds methods."""
+    """Results of all controls. The public record `evidence.Evidence` describes the fields and adds methods."""
 
     names: tuple[str, ...]
     view: str

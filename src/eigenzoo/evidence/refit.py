@@ -1,4 +1,4 @@
-"""Models that a subspace was not fitted to: one fold of its own, held out of a second fit, or others that are told apart."""
+"""Open models outside a subspace's fit: one fold of its own models, held out of a second fit, or given models after a check."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.zoo import Zoo
 
 SAME_MODEL = 1e-3
-"""Distance of two models' coefficients over their distance from the mean, below which they are one model: more than
-float32 and half precision leave, and less than any training."""
+"""Two models are the same below this distance of their coefficients over their distance from the mean. It is above the round-off of
+float32 and half precision, and below the change by any training.
+"""
 
 
 def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> tuple[Subspace, Zoo]:
-    """Fit the subspace again to four folds of five of its own models, and open the fifth; `running` is how, as of `fit_as`."""
+    """Fit the subspace again to four of five folds of its own models, and open the fifth. For `running` see `fit_as`."""
     if len(space.names) < 3:
         raise UsageError(
             f"{len(space.names)} models are too few to hold any out",
@@ -49,7 +50,7 @@ def hold_out(space: Subspace, seed: int, progress: Progress, **running: Any) -> 
 
 
 def _fit_again(space: Subspace, rest: Zoo, **running: Any) -> Subspace:
-    """Fit fewer models with all options of the first fit; a number of directions is at most what they span."""
+    """Fit fewer models with all options of the first fit. A number of directions is limited to what they span."""
     options = recorded_options(space.manifest.options)
     rule = options.rules.get("models")
     if isinstance(rule, int):
@@ -60,7 +61,7 @@ def _fit_again(space: Subspace, rest: Zoo, **running: Any) -> Subspace:
 
 @own_settings()
 def is_known(space: Subspace, projected: Iterable[Coefficients]) -> bool:
-    """Tell whether one of the models is in the subspace already, by whatever name: the same coefficients, the same residuals."""
+    """Tell whether one of the models is in the subspace under any name, by its coefficients and residuals."""
 
     def flat(values: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([values[name].flatten().double() for name in space.layers])

@@ -1,4 +1,4 @@
-"""Where evidence gets its moments: a zoo's weights, read once, or a bundle, whose moments are all that is read."""
+"""Get the moments for evidence from a zoo's weights, read once, or from a bundle without reading anything else."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
 LARGE_SIDE = 2048
-"""One draw of the null is enough above: the spectrum averages itself, and a draw costs size³."""
+"""Above this size one draw of the null is enough, because its spread is small, and a draw costs size³."""
 
 
 @dataclass(frozen=True)
 class AxisSpectrum:
-    """Spectrum of a layer's outputs or inputs beside that of unrelated noise; about which center they are taken is named.
+    """Spectrum of a layer's outputs or inputs, its null of unrelated noise, and its center.
 
     Attributes:
         explained_variance_ratio: eigenvalues over their total.
-        null: the same of independent noise with the models' energies.
-        center: what was removed; `none` for LoRA updates, whose sides hold the mean too.
+        null: the same for independent noise with the models' energies.
+        center: the removed center; `none` for LoRA updates, whose sides contain the mean.
         heldout: shares of the variance about the mean that the leading directions keep, of models left out of the fit; None
             where it was not measured.
     """
@@ -63,7 +63,7 @@ class MomentSource(Protocol):
 
     @property
     def center(self) -> str:
-        """What is removed before the spectrum."""
+        """The center that is removed before the spectrum."""
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -71,11 +71,11 @@ class MomentSource(Protocol):
 
     @property
     def zoo(self) -> Zoo | None:
-        """The models themselves, where they are at hand."""
+        """The models, if they are available."""
 
     @property
     def warnings(self) -> Sequence[str]:
-        """What a reader of any figure must know."""
+        """Warnings that apply to all figures."""
 
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:
@@ -85,17 +85,17 @@ class MomentSource(Protocol):
         """Return a layer's moments."""
 
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
-        """Return the spectra of the layer's sides that were asked for."""
+        """Return the spectra of the layer's requested sides."""
 
     def sides(self, layer: str) -> Mapping[str, SideShares]:
         """Return the shares of held-out models that the sides keep, by axis and for both together."""
 
     def spectra(self, layer: str) -> OwnSpectra | None:
-        """Return every model's own singular values, where they are at hand."""
+        """Return every model's own singular values, if they are available."""
 
 
 class ZooMoments:
-    """The moments of a zoo: one pass over the weights, sides' spectra taken at once and their moments let go."""
+    """The moments of a zoo by one pass over the weights. Moments of sides are reduced to spectra at once."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class ZooMoments:
         self._spectra: dict[str, OwnSpectra] = {}
         task = partial(_layer_moments, zoo, tuple(axes), center, seed, workers.resources)
         known = {} if axes else {name: kept for name in zoo.layers if (kept := cache.get(name, center, DEFAULT))}
-        # Updates have their own spectra in their moments.
+        # The moments of updates contain their own spectra.
         wanted = {name for name, layer in zoo.layers.items() if suitability and layer.kind != "update"}
         spectra = partial(_own_spectra, zoo, workers.resources)
         for name, found in workers.in_order(
@@ -144,7 +144,7 @@ class ZooMoments:
         return self._moments[layer]
 
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
-        """Return the spectra of the sides that were asked for."""
+        """Return the spectra of the requested sides."""
         return self._axes[layer]
 
     def sides(self, layer: str) -> Mapping[str, SideShares]:
@@ -152,7 +152,7 @@ class ZooMoments:
         return self._sides[layer]
 
     def spectra(self, layer: str) -> OwnSpectra | None:
-        """Return every model's own singular values: of updates, and where they were asked for."""
+        """Return every model's own singular values: always for updates, else on request."""
         return self._spectra.get(layer) or _of_updates(self._moments[layer])
 
 
@@ -163,7 +163,7 @@ def _own_spectra(zoo: Zoo, resources: Resources, name: str) -> OwnSpectra:
 
 
 def _of_updates(moments: LayerMoments) -> OwnSpectra | None:
-    """What moments keep of updates."""
+    """Return the updates' singular values in moments."""
     return None if moments.singular_NR is None else OwnSpectra(moments.singular_NR, moments.round_off)
 
 
@@ -185,7 +185,7 @@ def _layer_moments(
 
 
 class BundleMoments:
-    """The moments that a bundle keeps; no weight file is touched."""
+    """The stored moments of a bundle. No weight file is read."""
 
     def __init__(self, space: Subspace) -> None:
         self.names, self.view, self.center = space.names, space.view, space.manifest.center
@@ -199,7 +199,7 @@ class BundleMoments:
         return self._space.moments(layer)
 
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
-        """Return nothing: a bundle keeps the models' Gram alone."""
+        """Return {}: a bundle has the models' Gram only."""
         return {}
 
     def sides(self, layer: str) -> Mapping[str, SideShares]:
@@ -207,12 +207,12 @@ class BundleMoments:
         return {}
 
     def spectra(self, layer: str) -> OwnSpectra | None:
-        """Return every update's own singular values, where the bundle's moments have them."""
+        """Return every update's own singular values, if the bundle's moments have them."""
         return _of_updates(self._space.moments(layer))
 
 
 def _inexact(space: Subspace) -> list[str]:
-    """Warn where models were added without the old ones' files: what they share outside the old subspace is not known."""
+    """Warn if models were added without the old ones' files, because their relations outside the old subspace are unknown."""
     if space.report.get("growth", {}).get("exact", True):
         return []
     return [
@@ -238,9 +238,9 @@ def open_source(
     cache: bool = True,
     suitability: bool = False,
 ) -> MomentSource:
-    """Open what evidence is asked of: a zoo (opened, or what `open_zoo` takes), a subspace, or the folder of a bundle."""
+    """Open the source of evidence: a zoo (opened, or anything that `open_zoo` accepts), a subspace, or the folder of a bundle."""
     if workers is None:
-        # Evidence of a bundle runs no task, so a device that this machine lacks does no harm.
+        # Evidence of a bundle runs no task, so a missing device does not matter.
         check_name(device)
         check_memory(max_memory)
     if isinstance(source, str | os.PathLike) and names_a_bundle(source):

@@ -1,8 +1,8 @@
-"""Layer suitability: is a layer's spectrum a power law of the exponent that trained layers have?
+"""Judge the suitability of layers: is a layer's spectrum a power law with an exponent like those of trained layers?
 
-Eigenvalues λ ≥ x_min with density ∝ λ^(−α): α by maximum likelihood, x_min where the Kolmogorov–Smirnov distance is least (Clauset,
-Shalizi and Newman 2009). Trained layers have α between about 2 and 6 (Martin and Mahoney 2021). A layer has one exponent per
-random half of the zoo; layers whose exponents lie in range, agree, and do so often enough are suited for a shared subspace.
+Eigenvalues λ ≥ x_min have a density ∝ λ^(−α). α is fitted by maximum likelihood, and x_min has the least Kolmogorov–Smirnov
+distance (Clauset, Shalizi and Newman 2009). Trained layers have α between about 2 and 6 (Martin and Mahoney 2021). A layer has one
+exponent per random half of the zoo. It is suited for a shared subspace if enough of its exponents are in range and agree.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from eigenzoo.linalg.gram import center_gram
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 MIN_TAIL = 4
-"""Fewer eigenvalues above x_min fit any exponent."""
+"""Least number of eigenvalues above x_min. Fewer fit any exponent."""
 
 AT_ONCE = 2**19
-"""Distances that are computed at once."""
+"""Number of distances that are computed at once."""
 
 NUM_HALVES = 8
 NUM_HALVES_LARGE = 4
@@ -30,7 +30,7 @@ NUM_HALVES_LARGE = 4
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a suited layer's exponents must fulfil: mean in [low, high], spread at most, share in range and q at least."""
+    """Conditions for a suited layer's exponents: mean in [low, high], largest spread, least share in range and least q."""
 
     low: float = 2.0
     high: float = 6.0
@@ -44,8 +44,8 @@ class Suitability:
     """A layer's exponents.
 
     Attributes:
-        exponent, xmin, num_values: of the whole zoo's spectrum, its smallest eigenvalue in the fit, and how many are in it.
-        exponents: of random halves of the zoo; mean and spread (standard deviation) are theirs.
+        exponent, xmin, num_values: exponent of the whole zoo's spectrum, smallest eigenvalue in the fit, and number of them.
+        exponents: exponents of random halves of the zoo, with their mean and spread (standard deviation).
     """
 
     exponent: float | None
@@ -64,12 +64,12 @@ class Suitability:
         return pstdev(self.exponents) if self.exponents else None
 
     def share(self, thresholds: Thresholds) -> float:
-        """Share of the halves whose exponent is in range."""
+        """Share of the halves with an exponent in range."""
         inside = sum(thresholds.low <= exponent <= thresholds.high for exponent in self.exponents)
         return inside / len(self.exponents) if self.exponents else 0.0
 
     def q(self, thresholds: Thresholds) -> float:
-        """Share in range over one plus the spread: 1 where all halves agree inside the range, 0 where none is inside."""
+        """Share in range over one plus the spread: 1 if all halves agree and are in range, 0 if none is in range."""
         return self.share(thresholds) / (1 + (self.spread or 0.0))
 
     def is_suited(self, thresholds: Thresholds) -> bool:
@@ -89,7 +89,7 @@ NOTHING = Suitability(None, None, 0, ())
 
 
 def suitability(moments: LayerMoments, values_K: Tensor, seed: int = 0) -> Suitability:
-    """Fit the exponents of a layer's spectrum (`values_K`, above round-off), and of those of random halves of the zoo."""
+    """Fit the exponents of a layer's spectrum (`values_K`, above round-off) and of spectra of random halves of the zoo."""
     if moments.variance == 0:
         return NOTHING
     exponent, xmin, num_values = power_law(values_K)
@@ -103,10 +103,10 @@ def suitability(moments: LayerMoments, values_K: Tensor, seed: int = 0) -> Suita
 
 
 def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
-    """Exponent α and x_min of a continuous power law, and how many values are at or above x_min; None for too few values.
+    """Return exponent α and x_min of a continuous power law, and the number of values from x_min on; None for too few values.
 
-    Agrees with the package `powerlaw` (Alstott et al. 2014) to round-off. Every value but the largest ones is tried as x_min: K²
-    operations, several candidates at once, so that memory stays below a few tens of MB.
+    Agrees with the package `powerlaw` (Alstott et al. 2014) to round-off. Every value except the largest ones is tried as x_min.
+    Cost: K² operations, with several candidates at once, so that memory stays below a few tens of MB.
     """
     rising = values_K[values_K > 0].double().flip(0)
     num = rising.numel()
@@ -128,9 +128,9 @@ def power_law(values_K: Tensor) -> tuple[float | None, float | None, int]:
 
 
 def _distances(starts: Tensor, logs: Tensor, alphas: Tensor, counts: Tensor) -> Tensor:
-    """Kolmogorov–Smirnov distances of some candidates for x_min."""
+    """Return Kolmogorov–Smirnov distances of some candidates for x_min."""
     places = torch.arange(logs.numel())[None, :] - starts[:, None]
     theory = 1 - torch.exp((1 - alphas[starts])[:, None] * (logs[None, :] - logs[starts, None]))
-    # Two whole numbers divided would be of the default dtype.
+    # A quotient of two integers would have the default dtype.
     empirical = places.double() / counts[starts, None]
     return torch.where(places >= 0, (theory - empirical).abs(), torch.zeros(())).amax(1)

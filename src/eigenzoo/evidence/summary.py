@@ -1,4 +1,4 @@
-"""All layers together: pooled figures, and the verdict in one sentence."""
+"""Pool all layers' figures, and write the verdict in one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eigenzoo.evidence.unseen import MIN_MODELS, TESTED_RANK, Capture
 from eigenzoo.evidence.verdict import why_gone, why_mean, why_not_shared, why_shared
 
 SMALLEST = 1e-300
-"""Stands for zero energy in a denominator: held-out models that are copies of each other have no contrast."""
+"""Replaces zero energy in a denominator, because held-out models that are copies of each other have no contrast."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Pooled:
     """Shares of the variance, averaged over layers by their number of values.
 
     Attributes:
-        rank: directions per layer.
-        in_sample, captured, null: shares of the fitted models' variance, of the held-out models', and what unrelated models give.
+        rank: number of directions per layer.
+        in_sample, captured, null: shares of the variance of fitted, held-out and unrelated models.
     """
 
     rank: tuple[int, ...]
@@ -33,12 +33,12 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Group:
-    """The held-out controls inside one group of common origin, all layers together.
+    """The held-out controls inside one group of common origin, over all layers.
 
     Attributes:
         pooled: shares of the variance about the group's own mean.
-        mean: mean inner product of two of its models over a model's energy.
-        code: what the group would be called as a zoo of its own.
+        mean: mean inner product of two of its models divided by a model's energy.
+        code: the verdict on the group as a zoo.
     """
 
     pooled: Pooled
@@ -52,9 +52,10 @@ class Summary:
 
     Attributes:
         energy, variance: Σ over layers.
-        mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: what the mean of the others removes of a
-            held-out model's, mean_null: the same of unrelated models; averages over layers with variance, as all below.
-        mean_common, mean_across: what two models have in common over a model's energy, of all models and across lineages.
+        mean_energy: share of a layer's energy in the mean, in-sample; mean_heldout: share of a held-out model's energy that the
+            others' mean removes; mean_null: the same for unrelated models. These and all below are averages over layers with
+            variance.
+        mean_common, mean_across: inner product of two models over a model's energy, for all models and across lineages.
         dealt: held-out models; contrasts: the same seen from their own mean; across: held-out lineages, likewise, where there
             are several; within: inside each large group.
         directions, across_directions: the test on all layers together; measures, across_measures: the figures that decide it.
@@ -83,9 +84,9 @@ class Verdict:
 
     Attributes:
         code: `no-shared-structure`, `shared-mean`, `shared-lineage` or `shared-subspace`.
-        text: the same in a sentence, with figures.
+        text: the verdict as a sentence with figures.
         decided_by: the control that decided.
-        layers: how many layers have each code (`no-variance` among them).
+        layers: number of layers by code, including `no-variance`.
         values: share of the values of all layers with variance that lie in layers of each code.
     """
 
@@ -97,7 +98,7 @@ class Verdict:
 
 
 def summarize(layers: Sequence[LayerEvidence]) -> Summary:
-    """Average over layers, each weighted by its number of values: a bias of few dimensions has few, whatever its energy."""
+    """Average over layers weighted by their number of values, so that a bias has a small weight for any energy."""
     varying = [layer for layer in layers if layer.variance > 0]
 
     def average(shares: Sequence[float]) -> float:
@@ -120,7 +121,7 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
         dealt=pool(dealt),
         contrasts=pool(dealt, contrasts=True),
         across=pool(across, contrasts=True) if across else None,
-        within=tuple(_group(varying, place) for place in range(groups)),
+        within=tuple(_group(varying, index) for index in range(groups)),
         directions=rule.directions(dealt),
         across_directions=rule.directions(across) if across else None,
         mean_across=average([layer.across.mean.common if layer.across else 0.0 for layer in varying])
@@ -132,10 +133,10 @@ def summarize(layers: Sequence[LayerEvidence]) -> Summary:
     )
 
 
-def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
-    """Judge a group by all layers together, as a zoo of weak signs is; a layer equal in all its models tells of its mean alone."""
-    inside = [(layer.within[place], layer.layer.num_values) for layer in layers]
-    weighed = [found for (_, found), _ in inside if found is not None]
+def _group(layers: Sequence[LayerEvidence], group_index: int) -> Group:
+    """Judge a group by all layers together. A layer that is equal in all its models counts for its mean only."""
+    inside = [(layer.within[group_index], layer.layer.num_values) for layer in layers]
+    weighed = [sums for (_, sums), _ in inside if sums is not None]
     total = sum(num_values for _, num_values in inside)
     common = sum(findings.mean.common * num_values for (findings, _), num_values in inside) / total
     shared = sum(num_values for (findings, _), num_values in inside if findings.mean_is_shared)
@@ -147,25 +148,26 @@ def _group(layers: Sequence[LayerEvidence], place: int) -> Group:
 
 
 def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
-    """Average shares over layers by weight, at the ranks of the longest one; a layer of fewer dimensions counts with all it has.
+    """Average shares over layers by weight, at the ranks of the longest one. A layer with fewer dimensions counts with all of them.
 
-    With `contrasts`, held-out models are seen from their own mean: where lineages are held out, the fitted models' mean
-    would bring their lineage in.
+    With `contrasts`, held-out models are measured about their own mean, because the fitted models' mean contains their lineages.
     """
     parts = (("captured", "energy"), ("null", "energy"))
     if contrasts:
         parts = (("contrast", "contrast_energy"), ("contrast_null", "contrast_energy"))
-    known = [(layer.sums, layer.weight) for layer in layers if layer.sums.fitted > 0 and layer.sums.energy > 0]
-    if not known:
+    layers_with_sums = [
+        (layer.sums, layer.weight) for layer in layers if layer.sums.fitted > 0 and layer.sums.energy > 0
+    ]
+    if not layers_with_sums:
         return Pooled((), (), (), ())
-    rank = max((layer.rank for layer, _ in known), key=lambda ranks: ranks[-1])
-    total = sum(weight for _, weight in known)
+    rank = max((layer.rank for layer, _ in layers_with_sums), key=lambda ranks: ranks[-1])
+    total = sum(weight for _, weight in layers_with_sums)
 
     def shares(part: str, whole: str) -> tuple[float, ...]:
         return tuple(
             sum(
                 weight * _at(layer, getattr(layer, part), k) / max(getattr(layer, whole), SMALLEST)
-                for layer, weight in known
+                for layer, weight in layers_with_sums
             )
             / total
             for k in rank
@@ -175,8 +177,8 @@ def pool(layers: Sequence[rule.Weighed], *, contrasts: bool = False) -> Pooled:
 
 
 def _at(layer: Capture, values: Sequence[float], rank: int) -> float:
-    """A cumulative energy at a rank: that of the largest known rank at or below it."""
-    below = [value for known, value in zip(layer.rank, values, strict=True) if known <= rank]
+    """Return a cumulative energy at the largest evaluated rank up to a given one."""
+    below = [value for evaluated, value in zip(layer.rank, values, strict=True) if evaluated <= rank]
     return below[-1] if below else 0.0
 
 
@@ -188,12 +190,12 @@ def decide(
     view: str,
     note: str = "",
 ) -> Verdict:
-    """Apply the rule of `verdict` to all layers, and say it; with a note that its reader must have seen."""
+    """Apply the rule of `verdict` to all layers, and write the verdict with a note on its limits."""
     codes = {name: (layer.code, layer.layer.num_values) for name, layer in layers.items()}
     together = None
     if summary.directions.shared:
-        found = summary.across_directions
-        gone = found is not None and not found.shared
+        across_directions = summary.across_directions
+        gone = across_directions is not None and not across_directions.shared
         together = (rule.SHARED_LINEAGE, "lineage") if gone else (rule.SHARED_SUBSPACE, "unseen")
     code, decided_by, counts, values = rule.judge_zoo(codes, together)
     parts = (
@@ -206,7 +208,7 @@ def decide(
 
 
 def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> str:
-    """Name the condition of the rule that was met or missed by all layers together."""
+    """Name the condition of the rule that all layers together meet or miss."""
     measures, across = summary.measures, summary.across_measures
     if code == rule.SHARED_LINEAGE:
         if across is None or summary.across_directions is None or summary.mean_across is None:
@@ -223,7 +225,7 @@ def _why(code: str, summary: Summary, layers: Mapping[str, LayerEvidence]) -> st
 
 
 def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
-    """Name the condition that the largest layer of the verdict meets, where layers do alone what they do not together."""
+    """Name the condition that the largest layer of the verdict meets, if single layers meet one and all together do not."""
     alone = [layer for layer in layers.values() if layer.code == code and layer.weighed is not None]
     largest = max(alone, key=lambda layer: layer.layer.num_values, default=None)
     measures = rule.deciding([largest.weighed]) if largest is not None and largest.weighed is not None else None
@@ -238,19 +240,19 @@ def _why_largest(code: str, layers: Mapping[str, LayerEvidence]) -> str:
 def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     if decided_by == "variance":
         return f"The {num_models} models are copies of one model: no analysed layer differs between them."
-    found = _held(summary.dealt)
+    heldout = _held(summary.dealt)
     if code == rule.SHARED_SUBSPACE:
         within = _within(summary, lineage, num_models, view)
         strength = (
             "" if summary.directions.material else " This is more than chance, but too little to store models in."
         )
-        return f"Shared subspace{within}: {found}. {_mean(summary)}.{strength}"
+        return f"Shared subspace{within}: {heldout}. {_mean(summary)}.{strength}"
     if code == rule.SHARED_LINEAGE:
         largest = len(lineage.groups[0]) if lineage.groups else 0
-        places = shown_places(summary.contrasts, summary.across)
+        indices = shown_indices(summary.contrasts, summary.across)
         rest = " There are too few origins to test for more than that."
-        if summary.across is not None and places is not None:
-            dealt, across = places
+        if summary.across is not None and indices is not None:
+            dealt, across = indices
             rest = (
                 f" Models of different origin do not share it: the top {summary.across.rank[across]} directions explain "
                 f"{in_percent(summary.contrasts.captured[dealt])} of the variance of held-out models, but "
@@ -262,28 +264,30 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
             f"largest with {largest} of the {num_models} models).{rest}"
         )
     if code == rule.SHARED_MEAN:
-        return f"Shared mean, without a subspace beyond it. {_mean(summary)}. Around it, {found}."
+        return f"Shared mean, without a subspace beyond it. {_mean(summary)}. Around it, {heldout}."
     if num_models < MIN_MODELS:
         return f"No shared structure can be shown: {num_models} models are too few to hold any out. {_mean(summary)}."
-    return f"No shared structure: {found}. {_mean(summary)}."
+    return f"No shared structure: {heldout}. {_mean(summary)}."
 
 
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
-    """Say whether the zoo has one lineage: one base, or a group with nearly all models."""
+    """Tell whether the zoo has one lineage: one base, or a group with nearly all models."""
     largest = len(lineage.groups[0]) if lineage.groups else 0
+    if view in ("delta", "update") and 0 < largest < num_models:
+        return f", within one base ({largest} of the {num_models} models have a closer common origin)"
     if view in ("delta", "update") or largest == num_models:
         return ", within one lineage"
     return f", within the lineage of {largest} of the {num_models} models" if largest and summary.across is None else ""
 
 
-def shown_place(pooled: Pooled) -> int | None:
-    """The rank that sentences quote: the largest up to 16."""
-    places = [place for place, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
-    return places[-1] if places else None
+def shown_index(pooled: Pooled) -> int | None:
+    """Return the index of the rank in sentences: the largest up to 16."""
+    indices = [index for index, rank in enumerate(pooled.rank) if rank <= TESTED_RANK]
+    return indices[-1] if indices else None
 
 
-def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
-    """Where the largest rank up to 16 that both have stands in each: folds of whole lineages are larger, and span less."""
+def shown_indices(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None:
+    """Return the index in each of the largest common rank up to 16. Ranks across lineages can be fewer."""
     if across is None:
         return None
     both = [rank for rank in dealt.rank if rank in across.rank and rank <= TESTED_RANK]
@@ -291,19 +295,21 @@ def shown_places(dealt: Pooled, across: Pooled | None) -> tuple[int, int] | None
 
 
 def _held(pooled: Pooled) -> str:
-    place = shown_place(pooled)
-    if place is None:
+    index = shown_index(pooled)
+    if index is None:
         return "there are too few models to hold any out"
     return (
-        f"the top {pooled.rank[place]} directions of each layer explain {in_percent(pooled.captured[place])} of the variance "
-        f"of held-out models (in-sample {in_percent(pooled.in_sample[place])}, chance {in_percent(pooled.null[place])})"
+        f"the top {pooled.rank[index]} directions of each layer explain {in_percent(pooled.captured[index])} of the variance "
+        f"of held-out models (in-sample {in_percent(pooled.in_sample[index])}, chance {in_percent(pooled.null[index])})"
     )
 
 
 def _mean(summary: Summary) -> str:
+    # A negative share looks like a fault to those who have not read how it is computed.
+    below = ": the mean of unrelated models adds energy" if summary.mean_null < 0 else ""
     return (
         f"The mean alone removes {in_percent(summary.mean_heldout)} of a held-out model's energy "
-        f"(chance {in_percent(summary.mean_null)})"
+        f"(chance {in_percent(summary.mean_null)}{below})"
     )
 
 

@@ -1,9 +1,8 @@
-"""Unseen models: does what is found on some models, their mean and their directions, hold the others?
+"""Test unseen models: how much of them do the mean and the directions of other models contain?
 
-In-sample beside held out, cross-validated and leave-one-out, all from the Gram. Chance is stated twice. A held-out model seen
-from the fitted models' mean (`captured`, what a user meets) is compared with unrelated models of the same norms. Held-out
-models seen from their own mean (`contrast`) share nothing with the fitted ones, so that chance is exact there; that is what
-is tested.
+In-sample, cross-validated and leave-one-out shares all follow from the Gram. Chance is stated twice. A held-out model about the
+fitted models' mean (`captured`, the user's case) is compared with unrelated models of the same norms. Held-out models about their
+own mean (`contrast`) have no mean in common with the fitted ones, so that their chance is exact. These are tested.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from eigenzoo.linalg.heldout import NUM_FOLDS, HeldOut, contrast, hold_out, leav
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
 MIN_MODELS = 4
-"""Fewer leave no two models to hold out and two to fit on."""
+"""Least number of models: two to hold out and two to fit."""
 
 TESTED_RANK = 16
-"""The most directions that are tested: what "low-dimensional" means here, the hypothesis' own number."""
+"""Largest number of tested directions. It defines "low-dimensional" here and is the hypothesis' own number."""
 
 DISPERSION = 2.0
-"""Folds share models, so their captures vary together: measured variance over that of independent folds is 1.3 to 1.9."""
+"""Folds have models in common, so the measured variance of captures is 1.3 to 1.9 times that of independent folds.
+"""
 
 LEFT_OUT_RANK = 16
 LEFT_OUT_RANK_LARGE = 4
@@ -35,17 +35,17 @@ LARGE_ZOO = 200
 
 @dataclass(frozen=True)
 class Capture:
-    """Sums over folds, per rank: what is said of a layer's held-out models, and what verdicts are made of.
+    """Sums over folds by rank, for a layer's held-out figures and its verdict.
 
     Attributes:
         rank: the ranks.
-        in_sample, fitted: energy captured of the fitted models at each rank, and all of it.
+        in_sample, fitted: captured energy of the fitted models at each rank, and their whole energy.
         captured, energy: the same of held-out models about the fitted mean.
-        null: energy that unrelated models of the same norms would have captured of them (`captured`).
-        contrast, contrast_energy: of held-out models about their own mean, every model at one norm.
-        cloud: energy of the contrasts along a direction of no distinction: the fitted models' average one.
+        null: `captured` for unrelated models of the same norms.
+        contrast, contrast_energy: the same for held-out models about their own mean, with all models at one norm.
+        cloud: energy of the contrasts along an average direction of the fitted models.
         freedom: degrees of freedom of the contrasts, per direction.
-        dimensions: in how many dimensions unrelated models of such entries lie: D where all entries vary alike.
+        dimensions: effective dimension of unrelated models with such entries; D if all entries have equal variance.
         num_values, num_models: D and N.
     """
 
@@ -65,34 +65,35 @@ class Capture:
 
     @property
     def contrast_null(self) -> tuple[float, ...]:
-        """The energy that any k directions hold of unrelated models' contrasts, k / D in as many dimensions, per rank."""
+        """The energy of unrelated models' contrasts in any k directions, k / D of the whole in D dimensions, by rank."""
         return tuple(min(rank / self.dimensions, 1.0) * self.contrast_energy for rank in self.rank)
 
     @property
     def ratio(self) -> tuple[float, ...]:
-        """Captured of the contrasts over what as many directions of no distinction hold, per rank."""
+        """Captured energy of the contrasts over that of as many average directions, by rank."""
         return tuple(
-            found / (rank * self.cloud) if self.cloud > 0 else 0.0
-            for rank, found in zip(self.rank, self.contrast, strict=True)
+            captured / (rank * self.cloud) if self.cloud > 0 else 0.0
+            for rank, captured in zip(self.rank, self.contrast, strict=True)
         )
 
     @property
     def over_chance(self) -> tuple[float, ...]:
-        """Captured of the contrasts over what any k directions hold of unrelated models, per rank."""
+        """Captured energy of the contrasts over that of unrelated models in any k directions, by rank."""
         return tuple(
-            found / null if null > 0 else 0.0 for found, null in zip(self.contrast, self.contrast_null, strict=True)
+            captured / null if null > 0 else 0.0
+            for captured, null in zip(self.contrast, self.contrast_null, strict=True)
         )
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Shares of the variance that the top k directions hold, in-sample and of models left out of the fit.
+    """Shares of the variance in the top k directions, in-sample and for models left out of the fit.
 
     Attributes:
         rank: the ranks: powers of two and the largest that the smallest fold spans.
         in_sample, captured: shares of the fitted and of the held-out models' energy about the fitted mean, five folds.
-        null: `captured` of unrelated models of the same norms.
-        left_out_rank, left_out: the same with every model left out once.
+        null: `captured` for unrelated models of the same norms.
+        left_out_rank, left_out: ranks and shares with every model left out once.
     """
 
     rank: tuple[int, ...]
@@ -115,7 +116,7 @@ def ranks_up_to(largest: int) -> tuple[int, ...]:
 
 
 def num_folds(num_models: int) -> int:
-    """How many folds are held out in turn: five, and fewer where a fold would have less than two models; none below four.
+    """Return the number of folds: five, or fewer if a fold would have less than two models; 0 for fewer than four models.
 
     >>> num_folds(100), num_folds(6), num_folds(3)
     (5, 3, 0)
@@ -129,26 +130,26 @@ def capture(
     seed: int = 0,
     scaled: tuple[Tensor, Tensor] | None = None,
 ) -> Capture | None:
-    """Hold out each fold in turn, and add up; None for fewer than `MIN_MODELS` models and without variance. Cost folds · N³.
+    """Hold out each fold in turn and sum over the folds. None for fewer than `MIN_MODELS` models and without variance.
 
-    `scaled` is what `scale_models` makes of the Gram, where it is known already.
+    `scaled` is the result of `scale_models` on the Gram, if it is already known. Cost folds · N³.
     """
     num_models, gram_NN = moments.num_models, moments.gram_NN
     if num_models < MIN_MODELS or moments.variance == 0:
         return None
-    dealt = list(folds) if folds is not None else make_folds(num_models, num_folds(num_models), seed)
+    folds_held_out = list(folds) if folds is not None else make_folds(num_models, num_folds(num_models), seed)
     scaled_NN, level_N = scale_models(gram_NN) if scaled is None else scaled
-    found = [hold_out(gram_NN, others(num_models, held), held) for held in dealt]
-    contrasts = [contrast(scaled_NN, level_N, others(num_models, held), held) for held in dealt]
-    rank = ranks_up_to(min(num_models - max(map(len, dealt)) - 1, moments.num_values))
-    energy = sum(fold.energy for fold in found)
+    captures = [hold_out(gram_NN, others(num_models, left_out), left_out) for left_out in folds_held_out]
+    contrasts = [contrast(scaled_NN, level_N, others(num_models, left_out), left_out) for left_out in folds_held_out]
+    rank = ranks_up_to(min(num_models - max(map(len, folds_held_out)) - 1, moments.num_values))
+    energy = sum(fold.energy for fold in captures)
     return Capture(
         rank=rank,
-        in_sample=_summed([fold.in_sample_K for fold in found], rank),
-        fitted=sum(fold.fitted_energy for fold in found),
-        captured=_summed([fold.captured_K for fold in found], rank),
+        in_sample=_summed([fold.in_sample_K for fold in captures], rank),
+        fitted=sum(fold.fitted_energy for fold in captures),
+        captured=_summed([fold.captured_K for fold in captures], rank),
         energy=energy,
-        null=tuple(share * energy for share in _null_shares(moments, dealt, rank)),
+        null=tuple(share * energy for share in _null_shares(moments, folds_held_out, rank)),
         contrast=_summed([fold.captured_K for fold in contrasts], rank),
         contrast_energy=sum(fold.energy for fold in contrasts),
         cloud=sum(fold.cloud for fold in contrasts),
@@ -160,45 +161,47 @@ def capture(
 
 
 def dimensions(moments: LayerMoments) -> float:
-    """Dimensions in which unrelated models lie whose entries vary independently, each as it does; D where that is not known."""
+    """Return the effective dimension of unrelated models with independent entries of the same variances; D if it is not known."""
     known = moments.entries if moments.entries else moments.num_values
     return float(max(1.0, min(known, moments.num_values)))
 
 
 def _summed(cumulative: Sequence[Tensor], rank: Sequence[int]) -> tuple[float, ...]:
-    """Add up cumulative energies of several folds at each rank."""
+    """Sum cumulative energies of several folds at each rank."""
     return tuple(sum(up_to(fold_K, k) for fold_K in cumulative) for k in rank)
 
 
-def _null_shares(moments: LayerMoments, dealt: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
-    """Shares captured of unrelated models at each rank, on average over the folds; of a large zoo one fold tells enough."""
-    few = dealt if moments.num_models <= LARGE_ZOO else dealt[:1]
-    found = [_unrelated(moments, others(moments.num_models, held), held) for held in few]
-    total = sum(fold.energy for fold in found)
-    limits = _summed([fold.captured_K for fold in found], rank)
+def _null_shares(moments: LayerMoments, folds: Sequence[Tensor], rank: Sequence[int]) -> list[float]:
+    """Return captured shares of unrelated models at each rank, averaged over the folds. For a large zoo one fold is enough."""
+    few = folds if moments.num_models <= LARGE_ZOO else folds[:1]
+    unrelated = [_unrelated(moments, others(moments.num_models, left_out), left_out) for left_out in few]
+    total = sum(fold.energy for fold in unrelated)
+    limits = _summed([fold.captured_K for fold in unrelated], rank)
     return [
         _with_chance(limit / total if total > 0 else 0.0, k, moments) for k, limit in zip(rank, limits, strict=True)
     ]
 
 
-def unrelated_share(moments: LayerMoments, fitted: Tensor, held: Tensor, rank: int) -> float:
-    """Share of unrelated models of the same norms that the top `rank` directions of others of them hold, about their mean."""
-    found = _unrelated(moments, fitted, held)
-    return _with_chance(up_to(found.captured_K, rank) / found.energy if found.energy > 0 else 0.0, rank, moments)
+def unrelated_share(moments: LayerMoments, fitted: Tensor, left_out: Tensor, rank: int) -> float:
+    """Return the share of unrelated models in the top `rank` directions of others with the same norms, about their mean."""
+    unrelated = _unrelated(moments, fitted, left_out)
+    return _with_chance(
+        up_to(unrelated.captured_K, rank) / unrelated.energy if unrelated.energy > 0 else 0.0, rank, moments
+    )
 
 
-def _unrelated(moments: LayerMoments, fitted: Tensor, held: Tensor) -> HeldOut:
-    """Hold out orthogonal models of the same norms: the mean of uneven norms leans to the largest, as the first direction does."""
-    return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, held)
+def _unrelated(moments: LayerMoments, fitted: Tensor, left_out: Tensor) -> HeldOut:
+    """Hold out orthogonal models of the same norms. If these are uneven, mean and first direction lean to the largest one."""
+    return hold_out(torch.diag(moments.gram_NN.diagonal().clamp_min(0)), fitted, left_out)
 
 
 def _with_chance(limit: float, rank: int, moments: LayerMoments) -> float:
-    """Add what chance gives in finite dimensions."""
+    """Add the share by chance in finite dimensions."""
     return min(1.0, limit + (1 - limit) * min(rank / dimensions(moments), 1.0))
 
 
 def unseen(sums: Capture | None, values_K: Tensor, vectors_NK: Tensor) -> Unseen | None:
-    """Turn the sums over folds into shares, and add leave-one-out from the centred Gram's eigenpairs."""
+    """Convert the sums over folds to shares, and add leave-one-out from the centred Gram's eigenpairs."""
     if sums is None:
         return None
     largest = LEFT_OUT_RANK if vectors_NK.shape[0] <= LARGE_ZOO else LEFT_OUT_RANK_LARGE
@@ -216,14 +219,14 @@ def unseen(sums: Capture | None, values_K: Tensor, vectors_NK: Tensor) -> Unseen
 
 @dataclass(frozen=True)
 class MeanShare:
-    """How much of the models is what all have in common, before any direction is spent.
+    """How much of the models is their common mean, without any direction.
 
     Attributes:
-        share: of the stack's energy, N·‖mean‖² / Σ‖X_n‖², in-sample: 1/N even where models share nothing.
-        common: the same without that bias: the mean inner product of two models over the mean energy of one.
-        heldout: share of a held-out model's energy that subtracting the others' mean removes; below zero where it adds.
-        null: `heldout` of models that share nothing.
-        deviations: how many standard deviations of chance `common` lies above zero.
+        share: share of the stack's energy, N·‖mean‖² / Σ‖X_n‖², in-sample; 1/N even if models share nothing.
+        common: the share without this bias: mean inner product of two models over the mean energy of one.
+        heldout: share of a held-out model's energy that subtracting the others' mean removes; negative if it adds energy.
+        null: `heldout` for models that share nothing.
+        deviations: `common` in standard deviations of chance.
     """
 
     share: float
@@ -237,13 +240,13 @@ NO_SHARE = MeanShare(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: float) -> MeanShare:
-    """Measure the mean on models held out of it, a fold at a time; from the Gram alone.
+    """Measure the mean on held-out models, one fold at a time, from the Gram alone.
 
     Args:
-        moments: of one layer.
-        folds: the models that are held out together; whole lineages, where the question is what lineages share.
-        cloud_share: share of a model's variance along another's direction: its inverse is the number of dimensions in
-            which chance has room, and so says how large inner products of unrelated models are.
+        moments: moments of one layer.
+        folds: models that are held out together; whole lineages for the mean across lineages.
+        cloud_share: share of a model's variance along another's direction. Its inverse is the effective dimension, which gives the
+            size of inner products of unrelated models.
     """
     raw_NN = moments.raw_NN
     energies_N = moments.energies_N
@@ -251,16 +254,16 @@ def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: floa
     if total <= 0 or len(folds) < 2:
         return NO_SHARE
     removed = null = common = spread = pairs = 0.0
-    for held in folds:
-        fitted = others(moments.num_models, held)
-        block = raw_NN[held][:, fitted]
+    for left_out in folds:
+        fitted = others(moments.num_models, left_out)
+        block = raw_NN[left_out][:, fitted]
         mean_energy = float(raw_NN[fitted][:, fitted].mean())
-        removed += 2 * float(block.mean(1).sum()) - len(held) * mean_energy
-        null -= len(held) * float(energies_N[fitted].sum()) / len(fitted) ** 2
+        removed += 2 * float(block.mean(1).sum()) - len(left_out) * mean_energy
+        null -= len(left_out) * float(energies_N[fitted].sum()) / len(fitted) ** 2
         common += float(block.sum())
         pairs += block.numel()
-        spread += float(energies_N[held].sum() * energies_N[fitted].sum())
-    # Each pair is met twice, once from either side.
+        spread += float(energies_N[left_out].sum() * energies_N[fitted].sum())
+    # Each pair occurs twice, once from either side.
     deviation = sqrt(2 * spread * max(cloud_share, 1 / moments.num_values))
     return MeanShare(
         moments.mean_share,
@@ -273,14 +276,13 @@ def mean_share(moments: LayerMoments, folds: Sequence[Tensor], cloud_share: floa
 
 @dataclass(frozen=True)
 class Secondary:
-    """Whether anything is shared outside the top k directions: those from k + 1 to `upto`, measured as the top ones are.
+    """Whether anything is shared outside the top k directions: figures of the directions from k + 1 to `upto`.
 
     Attributes:
         rank: k.
-        upto: the last direction looked at: 2k, or the largest rank that the folds span.
-        in_sample, captured, null: shares of the variance of the fitted models, of held-out models, and of unrelated ones, that
-            these directions hold.
-        ratio: captured of held-out models over what as many directions of no distinction hold.
+        upto: the last direction: 2k, or the largest rank that the folds span.
+        in_sample, captured, null: shares of the variance of fitted, held-out and unrelated models in these directions.
+        ratio: captured energy of held-out models over that of as many average directions.
     """
 
     rank: int
@@ -292,14 +294,14 @@ class Secondary:
 
 
 def secondary(sums: Capture | None, rank: int) -> Secondary | None:
-    """Measure what is outside the top `rank`; from the sums over folds. None where the folds span no more than that.
+    """Measure the directions after the top `rank`, from the sums over folds. None if the folds do not span more.
 
-    Ranks are looked at on the grid of the folds: `rank` counts as the largest one at or below it.
+    `rank` is rounded down to a rank of the folds' grid.
     """
     if sums is None:
         return None
-    places = [place for place, known in enumerate(sums.rank) if known <= max(rank, 1)]
-    top = places[-1]
+    indices = [index for index, known in enumerate(sums.rank) if known <= max(rank, 1)]
+    top = indices[-1]
     if top + 1 >= len(sums.rank):
         return None
     between = sums.rank[top + 1] - sums.rank[top]

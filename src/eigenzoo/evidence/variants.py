@@ -1,4 +1,4 @@
-"""What is measured in a held-out model's place: its parent, the mean, its own head alone, truncations, random directions."""
+"""Make the replacements of a held-out model: its parent, the mean, its own head alone, truncations, random directions."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from eigenzoo.errors import MismatchError
 from eigenzoo.evidence.random_basis import rebuild_randomly
 from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
-from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors, cut_product
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.alone import against_alone, is_affordable, is_cut
-from eigenzoo.subspace.rebuilt import RebuiltModel
+from eigenzoo.subspace.rebuilt import FULL, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
 from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 Reader = Callable[[str], Tensor | None]
-"""Reads a tensor of another model by its name; None where that model has none that fits."""
+"""Reads a tensor of another model by its name; None if that model has no fitting one."""
 
 
 class Variants:
-    """Makes every variant of a zoo's models; nothing is computed before a variant is saved.
+    """Makes every variant of a zoo's models. Nothing is computed before a variant is saved.
 
     Attributes:
         zoo: the models, opened by the subspace.
-        rank: directions of the layer that has most.
+        rank: largest number of directions of a layer.
     """
 
     def __init__(self, space: Subspace, zoo: Zoo, parent: Model | None, seed: int) -> None:
@@ -44,26 +43,26 @@ class Variants:
         self._has_heads = any(_differs(name, model, self._differing) for model in zoo.models for name in heads(model))
 
     def rebuilt(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
-        """The model from its first `rank` coefficients of every layer."""
+        """Return the model from its first `rank` coefficients of every layer."""
         values = {
             name: first_directions(self._space.layers[name], value, rank) for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def secondary(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
-        """The model from all but its first `rank` coefficients; in those it is the mean."""
+        """Return the model without its first `rank` coefficients, which are those of the mean."""
         values = {
             name: value - first_directions(self._space.layers[name], value - self._mean[name], rank)
             for name, value in coefficients.values.items()
         }
-        return self._space.rebuild(replace(coefficients, values=values))
+        return self._space.rebuild(replace(coefficients, values=values), max_lora_rank=FULL)
 
     def mean(self, coefficients: Coefficients) -> RebuiltModel:
-        """The mean in the model's place."""
-        return self._space.rebuild(replace(coefficients, values=self._mean))
+        """Return the mean with the model's other contents."""
+        return self._space.rebuild(replace(coefficients, values=self._mean), max_lora_rank=FULL)
 
     def random(self, coefficients: Coefficients) -> RebuiltModel:
-        """The model projected on random directions around the mean."""
+        """Return the model projected on random directions around the mean."""
         return _RandomlyRebuilt(self._space, self.zoo, replace(coefficients, values=self._mean), self._seed)
 
     def alone(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
@@ -71,20 +70,20 @@ class Variants:
         return _CutAlone(self._space, self.zoo, replace(coefficients, values=self._mean), rank)
 
     def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
-        """The parent in the model's place; None where it is not known whole, as with a head of another shape."""
-        place = self.zoo.place(coefficients.name)
-        model, read = self.zoo.models[place], self._reader(place)
+        """Return the parent with the model's other contents; None if a part is not known, such as a head of another shape."""
+        index = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[index], self._reader(index)
         if read is None:
             return None
         unknown = [name for name in model.tensors if _differs(name, model, self._differing) and read(name) is None]
         return None if unknown else self._put_together(coefficients, {}, model.tensors, read)
 
     def head_only(self, coefficients: Coefficients) -> RebuiltModel | None:
-        """The parent's body, or the mean's where no parent is known, under the model's own head; None where heads agree."""
+        """Return the parent, or the mean if no parent is known, with the model's own head; None if all heads agree."""
         if not self._has_heads:
             return None
-        place = self.zoo.place(coefficients.name)
-        model, read = self.zoo.models[place], self._reader(place)
+        index = self.zoo.place(coefficients.name)
+        model, read = self.zoo.models[index], self._reader(index)
         own = heads(model)
         if read is not None:
             other = read
@@ -97,19 +96,19 @@ class Variants:
     def _put_together(
         self, coefficients: Coefficients, layers: Mapping[str, LayerBasis], carried: Collection[str], read: Reader
     ) -> RebuiltModel:
-        """A model of the mean's layers and of tensors that `read` gives, or else its own files."""
-        place = self.zoo.place(coefficients.name)
+        """Return a model of the mean's layers, tensors from `read`, and its own files."""
+        index = self.zoo.place(coefficients.name)
 
         def read_or_own(name: str) -> Tensor:
-            found = read(name)
-            return self.zoo.read_carried(place, name) if found is None else found
+            tensor = read(name)
+            return self.zoo.read_carried(index, name) if tensor is None else tensor
 
         template = _Patched(coefficients.template, carried, read_or_own)
         return RebuiltModel(coefficients.name, layers, self._mean, template, self._space.view, self._space.require_base)
 
-    def _reader(self, place: int) -> Reader | None:
-        """Reads the parent's tensors: those of its checkpoint, or factors whose update is zero; None for no parent."""
-        model = self.zoo.models[place]
+    def _reader(self, index: int) -> Reader | None:
+        """Return a reader of the parent's tensors: those of its checkpoint, or factors of a zero update; None without a parent."""
+        model = self.zoo.models[index]
         if model.updates:
             zeros = {update.key_b: model.tensors[update.key_b] for update in model.updates.values()}
             kept = {update.key_a for update in model.updates.values()}
@@ -125,15 +124,24 @@ class Variants:
 
 
 class _RandomlyRebuilt(RebuiltModel):
-    """A model seen through random directions around the mean."""
+    """A model rebuilt from random directions around the mean."""
 
     def __init__(self, space: Subspace, zoo: Zoo, mean: Coefficients, seed: int) -> None:
         super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
         self._zoo, self._seed = zoo, seed
 
-    def _rebuild(self, name: str) -> Tensor | Factors:
-        mean, place = super()._rebuild(name), self._zoo.place(self.name)
-        return rebuild_randomly(self._layers[name], self._zoo.stack(name), place, mean, self._seed)
+    def _rebuild(self, name: str) -> Tensor:
+        rebuilt = self._randomly(name, super()._rebuild(name))
+        assert not isinstance(rebuilt, tuple)
+        return rebuilt
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        rebuilt = self._randomly(name, super()._rebuild_update(name, None).factors)
+        assert isinstance(rebuilt, tuple)
+        return cut_product(*rebuilt, max_rank)
+
+    def _randomly(self, name: str, mean: Tensor | Factors) -> Tensor | Factors:
+        return rebuild_randomly(self._layers[name], self._zoo.stack(name), self._zoo.place(self.name), mean, self._seed)
 
 
 class _CutAlone(RebuiltModel):
@@ -143,17 +151,19 @@ class _CutAlone(RebuiltModel):
         super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
         self._zoo, self._rank = zoo, rank
 
-    def _rebuild(self, name: str) -> Tensor | Factors:
-        stack, place = self._zoo.stack(name), self._zoo.place(self.name)
-        if isinstance(stack, UpdateStack):
-            b_OR, a_RI = (factor.double() for factor in stack.factors(place))
-            return lora.cut((b_OR, a_RI), self._rank)[0]
-        own_OI = stack.matrix(place).double()
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        stack = self._zoo.stack(name)
+        assert isinstance(stack, UpdateStack)
+        b_OR, a_RI = (factor.double() for factor in stack.factors(self._zoo.place(self.name)))
+        return cut_product(b_OR, a_RI, self._rank if max_rank is None else min(self._rank, max_rank))
+
+    def _rebuild(self, name: str) -> Tensor:
+        stack = self._zoo.stack(name)
+        assert not isinstance(stack, UpdateStack)
+        own_OI = stack.matrix(self._zoo.place(self.name)).double()
         if not is_cut(stack.layer, self._rank):
             return own_OI
-        mean = super()._rebuild(name)
-        assert not isinstance(mean, tuple)
-        mean_OI = mean.view_as(own_OI)
+        mean_OI = super()._rebuild(name).view_as(own_OI)
         left, values, right = torch.linalg.svd(own_OI - mean_OI, full_matrices=False)
         cut_OI: Tensor = (left[:, : self._rank] * values[: self._rank]) @ right[: self._rank]
         return mean_OI + cut_OI
@@ -182,7 +192,7 @@ def alone_ranks_of(space: Subspace, zoo: Zoo) -> tuple[tuple[int, ...], int | No
 
 
 class _Patched(Template):
-    """A model's template in which some tensors, layers too, are read from elsewhere."""
+    """A model's template in which some tensors, also layers, come from another reader."""
 
     def __init__(self, own: Template, carried: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self.layout, self.config, self.metadata = own.layout, own.config, own.metadata
@@ -190,7 +200,7 @@ class _Patched(Template):
         self._own, self._read = own, read
 
     def read_carried(self, name: str) -> Tensor:
-        """Read a tensor from wherever it comes."""
+        """Read a tensor from its source."""
         return self._read(name)
 
     def read_side_file(self, name: str) -> bytes:
@@ -199,12 +209,12 @@ class _Patched(Template):
 
 
 def num_directions(basis: LayerBasis) -> int:
-    """Directions of a layer's axis `models`, else of its larger truncated side; 0 where both sides are kept whole."""
+    """Return the number of directions of a layer's axis `models`, else of its larger truncated side; 0 if no side is truncated."""
     return basis.ranks.get("models", max(basis.ranks.values(), default=0))
 
 
 def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
-    """Keep the first `rank` numbers, or a core's leading corner (a side kept whole stays whole); zeros elsewhere."""
+    """Keep the first `rank` numbers, or a core's leading corner (complete along a side that is not truncated). Others are zero."""
     axes = ("models",) if "models" in basis.ranks else ("outputs", "inputs")
     corner = tuple(slice(rank if axis in basis.ranks else None) for axis in axes)
     kept = torch.zeros_like(values)
@@ -214,7 +224,7 @@ def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:
 
 @own_settings()
 def mean_values(space: Subspace) -> dict[str, Tensor]:
-    """Coefficients of the mean: zeros, or where another center was removed, the average of the kept models'."""
+    """Return coefficients of the mean: zeros, or for another center the average of the stored models' coefficients."""
     zeros = {name: torch.zeros(basis.coefficient_shape) for name, basis in space.layers.items()}
     if space.manifest.center == "models":
         return zeros
@@ -226,14 +236,14 @@ def mean_values(space: Subspace) -> dict[str, Tensor]:
 
 
 def heads(model: Model) -> set[str]:
-    """Names of the tensors that are a task head: its weights, or the factors of its update."""
+    """Return the names of a task head's tensors: its weights, or the factors of its update."""
     modules = {key: update.module for update in model.updates.values() for key in (update.key_a, update.key_b)}
     return {name for name in model.tensors if is_task_head(modules.get(name, name.removeprefix(PEFT_PREFIX)))}
 
 
 @own_settings()
 def check_parent(space: Subspace, parent: Model) -> None:
-    """Raise MismatchError unless a parent has every layer in its shape; its task head may be another."""
+    """Raise MismatchError unless a parent has every layer in its shape. Its task head may differ."""
     for name, basis in space.layers.items():
         info = parent.tensors.get(name)
         if not is_task_head(name) and (info is None or info.shape != basis.layer.tensor_shape):
@@ -245,21 +255,21 @@ def check_parent(space: Subspace, parent: Model) -> None:
 
 
 def _differing(space: Subspace, zoo: Zoo) -> set[str]:
-    """Names of the layers that vary over the fitted models, and of the carried tensors that are not the same in all."""
+    """Return the names of layers with variance over the fitted models, and of carried tensors that differ between them."""
     fitted: Mapping[str, Mapping[str, object]] = space.report["layers"]
     names = {name for name in space.layers if fitted.get(name, {}).get("captured") is not None}
     contents: dict[str, set[str]] = {}
     for model in space.manifest.models:
         for name, content in model.carried.items():
             contents.setdefault(name, set()).add(content)
-    for place in range(len(zoo)):
-        for name in zoo.carried(place):
-            contents.setdefault(name, set()).add(tensor_id(zoo.read_carried(place, name)))
-    return names | {name for name, found in contents.items() if len(found) > 1}
+    for index in range(len(zoo)):
+        for name in zoo.carried(index):
+            contents.setdefault(name, set()).add(tensor_id(zoo.read_carried(index, name)))
+    return names | {name for name, tensor in contents.items() if len(tensor) > 1}
 
 
 def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
-    """Tell whether a tensor, or the layer that it is a factor of, differs between models."""
+    """Tell whether a tensor, or the layer of a factor, differs between models."""
     layers = {name}
     for update in model.updates.values():
         if name in (update.key_a, update.key_b):
@@ -268,9 +278,9 @@ def _differs(name: str, model: Model, differing: Collection[str]) -> bool:
 
 
 def _read_alike(parent: Model, name: str, model: Model) -> Tensor | None:
-    """Read the parent's tensor where it can stand in the model's place: the same shape, and both weights or both counts."""
-    found, own = parent.tensors.get(name), model.tensors[name]
-    if found is None or found.shape != own.shape:
+    """Read the parent's tensor if it can replace the model's: the same shape, and both are weights or both are counts."""
+    tensor, own = parent.tensors.get(name), model.tensors[name]
+    if tensor is None or tensor.shape != own.shape:
         return None
-    castable = found.dtype.is_floating_point and own.dtype.is_floating_point
-    return parent.read(name) if castable or found.dtype == own.dtype else None
+    castable = tensor.dtype.is_floating_point and own.dtype.is_floating_point
+    return parent.read(name) if castable or tensor.dtype == own.dtype else None

@@ -1,7 +1,7 @@
-"""The verdict: one of four words, by a rule that is written down in docs/evidence.md with the reason of every threshold.
+"""Decide the verdict, one of four codes. docs/evidence.md has the rule, with the reason of every threshold.
 
-A layer is judged on models held out of the fit, once with models dealt to folds at random, and where groups of common origin were
-found once more with whole lineages held out together: what is gone then was lineage.
+A layer is judged on models held out of the fit, with models assigned to folds at random. If groups of common origin were found, it
+is judged again with whole lineages held out together. Structure that is then gone belonged to lineages.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ NO_SHARED_STRUCTURE, SHARED_MEAN = "no-shared-structure", "shared-mean"
 SHARED_LINEAGE, SHARED_SUBSPACE = "shared-lineage", "shared-subspace"
 NO_VARIANCE = "no-variance"
 CODES = (NO_SHARED_STRUCTURE, SHARED_MEAN, SHARED_LINEAGE, SHARED_SUBSPACE)
-"""From the most to the least sceptical: on equal weights the former is said."""
+"""Codes from the most to the least sceptical. With equal weights the first one is the verdict."""
 
 SIGNIFICANCE = 1e-3
-"""Chance that a layer of noise is found to share directions; zoos have tens of layers."""
+"""Probability that a layer of noise appears to share directions. Zoos have tens of layers."""
 
 DISTINCT = 1.1
-"""Leading directions hold this many times what an average one does, or they are no directions but a cloud."""
+"""Least ratio of the energy in leading directions to that in average ones. Otherwise the models are a cloud without directions."""
 
 FEW = 0.5
-"""… and they are few: at most this many times the number of models. Weights that merely vary together (the nine entries of a
-kernel, say) have as many directions as there are kernels, and lean on all of them."""
+"""Largest effective number of directions as a multiple of the number of models. Weights that only vary together, such as the nine
+entries of a kernel, have as many directions as kernels and use all of them.
+"""
 
 FEWER_THAN_MODELS = 1.0
-"""A cloud of more directions than there are models is not of low dimension, whatever it holds."""
+"""A cloud of more directions than models does not have a low dimension, for any captured share."""
 
 MATERIAL_SHARE, MATERIAL_RATIO = 0.05, 2.0
-"""Few directions that hold this share of unseen models, and this many times chance, are a subspace even if the cloud is flat."""
+"""Few directions with this share of unseen models, and this multiple of chance, are a subspace even if no direction leads."""
 
 MEAN_SHARE, MEAN_DEVIATIONS = 0.05, 4.0
-"""The mean counts from this share of a model's energy on, this many standard deviations away from none."""
+"""Least share of a model's energy in the mean, and its least number of standard deviations above zero."""
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """What directions are judged by: one layer's held-out energies, its spectrum's edges, and its weight (its number of values).
+    """Input for judging directions: one layer's held-out energies, its spectrum's edges, and its weight (its number of values).
 
     Attributes:
         sums: energies of held-out models.
-        edges: how many standard deviations the top k eigenvalues lie above those of unrelated models of the same norms, k as in
-            `sums.rank`; None where whole lineages are held out, which says nothing new of the spectrum.
-        cloud_edges: the same above those of a cloud without directions.
-        excess: second and third moments of what the models have beyond isotropic noise; None where lineages are held out.
+        edges: standard deviations of the top k eigenvalues above those of unrelated models of the same norms, with k in
+            `sums.rank`; None if whole lineages are held out, which does not change the spectrum.
+        cloud_edges: the same relative to a cloud without directions.
+        excess: second and third moments of the models beyond isotropic noise; None if lineages are held out.
     """
 
     sums: Capture
@@ -61,17 +62,17 @@ class Weighed:
 
 @dataclass(frozen=True)
 class Directions:
-    """Whether unseen models lie along the fitted ones' leading directions.
+    """Whether unseen models are along the fitted ones' leading directions.
 
     Attributes:
-        shared: the answer; `distinct` and `material` are the two ways to it.
-        rank: the number of directions at which it is clearest.
-        p_value: of spectrum and held-out models together at that rank, times the number of ranks tried; against a cloud
-            without directions where they are distinct, else against unrelated models.
-        ratio: captured of held-out models over what as many average directions hold.
-        effective: how many equal directions a cloud of such second and third moments has; None where lineages are held out,
-            or where no direction leads.
-        held: whether they would be material, had they not to be fewer than the models: pairs of akin models hold each other.
+        shared: the result: `distinct` or `material`.
+        rank: the number of directions with the clearest result.
+        p_value: p-value of spectrum and held-out models together at that rank, times the number of ranks tried; against a cloud
+            without directions if they are distinct, else against unrelated models.
+        ratio: captured energy of held-out models over that of as many average directions.
+        effective: number of equal directions of a cloud with these second and third moments; None if lineages are held out, or if
+            no direction leads.
+        held: whether they would be material without the limit by the number of models, which excludes pairs of related models.
     """
 
     shared: bool
@@ -86,15 +87,15 @@ class Directions:
 
 @dataclass(frozen=True)
 class Measures:
-    """What the rule compares with its limits, of one layer or several together, at one number of directions.
+    """Figures of one layer or several together at one number of directions, which the rule compares with its limits.
 
     Attributes:
         rank: the number of directions.
-        share, over_chance: what they hold of held-out models about their own mean, and that over what any directions would.
-        p_chance: of that share and the spectrum's edge together, against unrelated models.
-        ratio, p_cloud: what they hold over what as many average directions do, and its p-value against a cloud without directions.
-        effective: the effective number of directions; infinite where none leads, None where lineages are held out.
-        num_models: how many models there are.
+        share, over_chance: captured share of held-out models about their own mean, and its multiple of chance.
+        p_chance: p-value of that share and the spectrum's edge together, against unrelated models.
+        ratio, p_cloud: captured energy over that of as many average directions, and its p-value against a cloud without directions.
+        effective: the effective number of directions; infinite if none leads, None if lineages are held out.
+        num_models: the number of models.
 
     p-values are multiplied by the number of ranks tried.
     """
@@ -109,7 +110,7 @@ class Measures:
     num_models: int
 
     def is_few(self, share: float) -> bool:
-        """Whether the effective number of directions is at most this share of the models, as far as it is measured."""
+        """Tell whether the effective number of directions is at most this share of the models, or is not measured."""
         return self.effective is None or self.effective / self.num_models <= share
 
     @property
@@ -119,12 +120,12 @@ class Measures:
 
     @property
     def held(self) -> bool:
-        """Whether the directions hold enough, however many there are."""
+        """Whether the directions capture enough, for any number of them."""
         return self.p_chance < SIGNIFICANCE and self.share >= MATERIAL_SHARE and self.over_chance >= MATERIAL_RATIO
 
     @property
     def material(self) -> bool:
-        """Whether the directions hold enough, and are fewer than the models."""
+        """Whether the directions capture enough and are fewer than the models."""
         return self.held and self.is_few(FEWER_THAN_MODELS)
 
     @property
@@ -138,22 +139,22 @@ NOWHERE = Directions(False, False, False, 0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Findings:
-    """What held-out models say, under one way of dealing them to folds."""
+    """Results of held-out models for one assignment to folds."""
 
     directions: Directions
     mean: MeanShare
 
     @property
     def mean_is_shared(self) -> bool:
-        """Whether the mean holds more than chance, and enough of it."""
+        """Whether the mean captures enough, and more than chance."""
         return self.mean.common >= MEAN_SHARE and self.mean.deviations >= MEAN_DEVIATIONS
 
 
 def directions(layers: Sequence[Weighed]) -> Directions:
     """Judge one layer, or several together.
 
-    Two tests that are independent where nothing is shared, of the spectrum's edge in-sample and of held-out models, are added up
-    as normal deviates, over layers by weight (Stouffer 1949); the best of a few ranks counts, and pays for the choice.
+    The tests of the spectrum's edge in-sample and of held-out models are independent if nothing is shared. They are added as normal
+    deviates, over layers by weight (Stouffer 1949). The best of a few ranks counts, with a correction for the choice.
     """
     tried = _tried(layers)
     if not tried:
@@ -172,9 +173,10 @@ def directions(layers: Sequence[Weighed]) -> Directions:
 
 
 def deciding(layers: Sequence[Weighed]) -> Measures | None:
-    """Return the measures that explain the answer of `directions`; None where no models can be held out.
+    """Return the measures that explain the result of `directions`; None if no models can be held out.
 
-    Where directions are shared, the clearest rank; else one where they hold enough and are too many, if there is one.
+    If directions are shared, they are those of the clearest rank, else of a rank with too many directions that capture enough, if
+    there is one.
     """
     tried = _tried(layers)
     shared = any(each.distinct or each.material for each in tried)
@@ -186,30 +188,30 @@ def _clearest(measures: Measures) -> tuple[bool, bool, float, float]:
 
 
 def _tried(layers: Sequence[Weighed]) -> list[Measures]:
-    """Measure at every rank that is tried."""
-    known = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
-    total = sum(layer.weight for layer in known)
+    """Return the measures at every tried rank."""
+    with_sums = [layer for layer in layers if layer.sums.freedom > 0 and layer.sums.cloud > 0]
+    total = sum(layer.weight for layer in with_sums)
     by_rank = {
         rank: having
         for rank in ranks_up_to(TESTED_RANK)
-        if (having := [layer for layer in known if rank in layer.sums.rank])
-        # A bias of few dimensions has no sixteen directions; the layers that have them speak for the zoo.
+        if (having := [layer for layer in with_sums if rank in layer.sums.rank])
+        # Layers with fewer dimensions, such as biases, are left out at this rank.
         and 2 * sum(layer.weight for layer in having) >= total
     }
     if not by_rank:
         return []
-    effective = _effective(known)
-    num_models = min(layer.sums.num_models for layer in known)
+    effective = _effective(with_sums)
+    num_models = min(layer.sums.num_models for layer in with_sums)
     return [_at_rank(having, rank, len(by_rank), effective, num_models) for rank, having in by_rank.items()]
 
 
 def _effective(layers: Sequence[Weighed]) -> float | None:
-    """Effective directions of a layer, on average over several by weight."""
-    known = [(layer.excess, layer.weight) for layer in layers if layer.excess is not None]
-    if len(known) < len(layers):
+    """Return the effective number of directions of a layer, or the weighted average over several."""
+    measured = [(layer.excess, layer.weight) for layer in layers if layer.excess is not None]
+    if len(measured) < len(layers):
         return None
-    total = sum(weight for _, weight in known)
-    second, third = (sum(excess[part] * weight for excess, weight in known) / total for part in (0, 1))
+    total = sum(weight for _, weight in measured)
+    second, third = (sum(excess[part] * weight for excess, weight in measured) / total for part in (0, 1))
     return effective_directions(second, third)
 
 
@@ -221,14 +223,14 @@ def _at_rank(
     def average(values: Sequence[float]) -> float:
         return sum(value * layer.weight for value, layer in zip(values, layers, strict=True)) / total
 
-    places = [layer.sums.rank.index(rank) for layer in layers]
-    ratios = [layer.sums.ratio[place] for layer, place in zip(layers, places, strict=True)]
-    chances = [layer.sums.over_chance[place] for layer, place in zip(layers, places, strict=True)]
+    indices = [layer.sums.rank.index(rank) for layer in layers]
+    ratios = [layer.sums.ratio[index] for layer, index in zip(layers, indices, strict=True)]
+    chances = [layer.sums.over_chance[index] for layer, index in zip(layers, indices, strict=True)]
     shares = [
-        layer.sums.contrast[place] / layer.sums.contrast_energy for layer, place in zip(layers, places, strict=True)
+        layer.sums.contrast[index] / layer.sums.contrast_energy for layer, index in zip(layers, indices, strict=True)
     ]
-    against_cloud = min(1.0, num_tried * _p_value(layers, places, ratios, [layer.cloud_edges for layer in layers]))
-    against_chance = min(1.0, num_tried * _p_value(layers, places, chances, [layer.edges for layer in layers]))
+    against_cloud = min(1.0, num_tried * _p_value(layers, indices, ratios, [layer.cloud_edges for layer in layers]))
+    against_chance = min(1.0, num_tried * _p_value(layers, indices, chances, [layer.edges for layer in layers]))
     return Measures(
         rank, average(shares), average(chances), against_chance, average(ratios), against_cloud, effective, num_models
     )
@@ -236,29 +238,29 @@ def _at_rank(
 
 def _p_value(
     layers: Sequence[Weighed],
-    places: Sequence[int],
+    indices: Sequence[int],
     ratios: Sequence[float],
     edges: Sequence[tuple[float, ...] | None],
 ) -> float:
-    """One-sided p of Σ w·z / √Σ w² over all tests of all layers."""
+    """Return the one-sided p-value of Σ w·z / √Σ w² over all tests of all layers."""
     score = square = 0.0
-    for layer, place, ratio, edge in zip(layers, places, ratios, edges, strict=True):
-        deviates = [_deviate(ratio, layer.sums.freedom * layer.sums.rank[place])]
+    for layer, index, ratio, edge in zip(layers, indices, ratios, edges, strict=True):
+        deviates = [_deviate(ratio, layer.sums.freedom * layer.sums.rank[index])]
         if edge is not None:
-            deviates.append(edge[place])
+            deviates.append(edge[index])
         score += layer.weight * sum(deviates)
         square += layer.weight**2 * len(deviates)
     return erfc(score / sqrt(2 * square)) / 2
 
 
 def _deviate(ratio: float, freedom: float) -> float:
-    """The normal deviate of a χ² over its degrees of freedom (Wilson and Hilferty 1931)."""
+    """Return the normal deviate of a χ² over its degrees of freedom (Wilson and Hilferty 1931)."""
     spread = 2 / (9 * freedom)
     return float((ratio ** (1 / 3) - (1 - spread)) / sqrt(spread)) if ratio > 0 else -sqrt(1 / spread)
 
 
 def judge(dealt: Findings, across: Findings | None) -> tuple[str, str]:
-    """Return the code, and the control that decided: models dealt at random, and whole lineages held out where there are any."""
+    """Return the code and the control that decided, from random folds, and from held-out lineages if there are any."""
     gone = across is not None and not across.directions.shared
     if gone and (dealt.directions.shared or dealt.directions.held):
         return SHARED_LINEAGE, "lineage"
@@ -276,15 +278,16 @@ def judge_zoo(
 ) -> tuple[str, str, dict[str, int], dict[str, float]]:
     """Judge the zoo from its layers' codes and numbers of values, and from all layers together.
 
-    The code of the layers that hold most values; where that is no structure or the mean, but all layers together show directions
-    that none shows alone, that. Returns code, control, and per code the count of layers and the share of values.
+    The verdict is the code of the layers with most values. If all layers together show directions that no single layer shows, and
+    that code is not about directions, the verdict is theirs. Returns code, control, and for each code the number of layers and the
+    share of values.
     """
-    varying = {name: found for name, found in codes.items() if found[0] != NO_VARIANCE}
+    varying = {name: verdict for name, verdict in codes.items() if verdict[0] != NO_VARIANCE}
     total = sum(num_values for _, num_values in varying.values())
-    layers = {code: sum(found == code for found, _ in codes.values()) for code in (*CODES, NO_VARIANCE)}
+    layers = {code: sum(verdict == code for verdict, _ in codes.values()) for code in (*CODES, NO_VARIANCE)}
     if not total:
         return SHARED_MEAN, "variance", layers, dict.fromkeys(CODES, 0.0)
-    values = {code: sum(num for found, num in varying.values() if found == code) / total for code in CODES}
+    values = {code: sum(num for verdict, num in varying.values() if verdict == code) / total for code in CODES}
     code = max(CODES, key=lambda each: (values[each], -CODES.index(each)))
     if code in (NO_SHARED_STRUCTURE, SHARED_MEAN) and together is not None:
         return *together, layers, values
@@ -301,7 +304,7 @@ DECIDED_BY = {
 
 
 def why_shared(measures: Measures) -> str:
-    """Name the condition that was met: leading directions (distinct), or directions that explain enough (material)."""
+    """Name the condition that was met: leading directions (distinct), or directions that capture enough (material)."""
     if measures.distinct:
         return _sentence(
             f"{_leading(measures)} (needed: at least {DISTINCT:g}; p {p_text(measures.p_cloud)}, needed: "
@@ -315,7 +318,7 @@ def why_shared(measures: Measures) -> str:
 
 
 def lead(measures: Measures) -> str:
-    """Say how far the leading directions are above average ones, and how often a cloud without directions has as much."""
+    """Write the ratio of the leading directions to average ones, and how often a cloud without directions reaches it."""
     return _sentence(f"{_leading(measures)} (p {p_text(measures.p_cloud)}).")
 
 
@@ -359,7 +362,7 @@ def why_gone(measures: Measures) -> str:
 
 
 def why_mean(common: float, *, shared: bool) -> str:
-    """Name the condition by which the mean counts or does not, from the energy that two models share."""
+    """Name the condition by which the mean counts or not, from the energy that two models share."""
     said = f"Two models share {in_percent(common)} of a model's energy on average"
     if shared or common < MEAN_SHARE:
         return f"{said} (needed: at least {_limit(MEAN_SHARE)})."
@@ -410,7 +413,7 @@ def _directions(measures: Measures) -> str:
         return "an unmeasured number of directions"
     if isinf(number):
         return "directions of which none leads"
-    # The estimate of two unbiased traces can fall below the one direction that there must be.
+    # The estimate from two unbiased traces can be less than one direction, which is impossible.
     return f"{number:.3g} effective directions" if number >= 1 else "a single effective direction"
 
 
@@ -429,7 +432,7 @@ def _listed(parts: list[str]) -> str:
 
 
 def p_text(value: float) -> str:
-    """Write a p-value; floats end where it does not.
+    """Write a p-value. Values below the range of floats are written as a bound.
 
     >>> p_text(0.034), p_text(0.0)
     ('= 0.03', '< 1e-300')

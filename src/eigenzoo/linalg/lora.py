@@ -7,6 +7,8 @@ of an update is in its B. All sums are float64, because products of small factor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,39 +67,77 @@ def output_factor(factors: Factors) -> Tensor:
     return factor_OR
 
 
+class Cut(NamedTuple):
+    """A product of factors, cut to a rank.
+
+    Attributes:
+        factors: balanced factors of what is kept.
+        energies_P: squared singular values of the product, descending, as many as its own rank.
+        energy: ‖left · right‖², with what lies below the own rank.
+    """
+
+    factors: Factors
+    energies_P: Tensor
+    energy: float
+
+    @property
+    def whole(self) -> int:
+        """The rank of the product, above round-off."""
+        return self.energies_P.numel()
+
+    @property
+    def lost(self) -> float:
+        """The energy that the cut leaves out; zero where it keeps the whole rank."""
+        return float(self.energies_P[self.factors[1].shape[0] :].sum())
+
+
+def cut_product(left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None, noise: float = 0.0) -> Cut:
+    """Return the best approximation of rank `max_rank` of the product left · right by balanced factors (Eckart and Young 1936).
+
+    The product's own rank is the least that leaves out at most `TRUNCATION` of the energy, or the energy `noise` (round-off of
+    what cancelled in the product, which its own energy does not show); rank 1 with zeros for a zero product. A side that is shorter
+    than P is not turned by a QR: the core is then as small without it. The eigenvectors are those of the core's smaller Gram, in a
+    third of the time of an SVD; what they are projected on is the product itself, so that singular values down to `TRUNCATION`
+    are right. Float64; cost (O + I)·P² + min(O, I, P)³.
+    """
+    q_left, core = torch.linalg.qr(left_OP) if left_OP.shape[0] > left_OP.shape[1] else (None, left_OP)
+    q_right, r_right = torch.linalg.qr(right_PI.T) if right_PI.shape[1] > right_PI.shape[0] else (None, right_PI.T)
+    core = core @ r_right.T
+    # The energy as well as the values: where their squares overflow, no rank could be told from another.
+    total = float(core.square().sum())
+    if not isfinite(total):
+        raise DataError("factors contain NaN or Inf, or their product overflows", rule="an update has finite values")
+    wide = core.shape[0] <= core.shape[1]
+    thin_SL = core if wide else core.T
+    values_S, vectors_SS = torch.linalg.eigh(thin_SL @ thin_SL.T)
+    energies_S = values_S.flip(0).clamp_min(0)
+    tails = total - energies_S.cumsum(0)
+    whole = max(1, min(energies_S.numel(), int((tails > max(TRUNCATION * total, noise)).sum()) + 1))
+    rank = whole if max_rank is None else min(whole, max_rank)
+    kept_SR = vectors_SS.flip(1)[:, :rank]
+    root_R = energies_S[:rank].sqrt().sqrt()
+    other_RL = (kept_SR.T @ thin_SL) / root_R.where(root_R > 0, torch.ones_like(root_R))[:, None]
+    left, right = (kept_SR * root_R, other_RL) if wide else (other_RL.T, (kept_SR * root_R).T)
+    factors = left if q_left is None else q_left @ left, right if q_right is None else right @ q_right.T
+    return Cut(factors, energies_S[:whole], total)
+
+
 def truncated(
     left_OP: Tensor, right_PI: Tensor, max_rank: int | None = None, noise: float = 0.0
 ) -> tuple[Factors, float]:
-    """Return the balanced factors of least rank of the product left · right, and the share of energy that they leave out.
-
-    QR of both sides, SVD of the small core. The rank is the least that leaves out at most `TRUNCATION` of the energy, or
-    the energy `noise` (round-off of what cancelled in the product, which its own energy does not show), or `max_rank` where
-    that is less; rank 1 with zeros for a zero product. Float64; cost (O + I)·P² + P³.
-    """
-    q_left, r_left = torch.linalg.qr(left_OP)
-    q_right, r_right = torch.linalg.qr(right_PI.T)
-    core_PP = r_left @ r_right.T
-    # The energy as well as the values: where their squares overflow, no rank could be told from another.
-    if not bool(core_PP.square().sum().isfinite()):
-        raise DataError("factors contain NaN or Inf, or their product overflows", rule="an update has finite values")
-    u_PP, values_P, vt_PP = torch.linalg.svd(core_PP, full_matrices=False)
-    energies_P = values_P.square()
-    total = float(energies_P.sum())
-    tails = total - energies_P.cumsum(0)
-    rank = max(1, min(values_P.numel(), int((tails > max(TRUNCATION * total, noise)).sum()) + 1))
-    rank = rank if max_rank is None else min(rank, max_rank)
-    root_R = values_P[:rank].sqrt()
-    left_out = max(float(tails[rank - 1]), 0.0) / total if total > 0 and rank < values_P.numel() else 0.0
-    return ((q_left @ u_PP[:, :rank]) * root_R, root_R[:, None] * (vt_PP[:rank] @ q_right.T)), left_out
+    """Return the factors of `cut_product`, and the share of energy that they leave out."""
+    cut = cut_product(left_OP, right_PI, max_rank, noise)
+    kept = float(cut.energies_P[: cut.factors[1].shape[0]].sum())
+    whole_side = cut.factors[1].shape[0] >= min(*left_OP.shape, right_PI.shape[1])
+    return cut.factors, max(cut.energy - kept, 0.0) / cut.energy if cut.energy > 0 and not whole_side else 0.0
 
 
 def cut(factors: Factors, max_rank: int) -> tuple[Factors, float]:
     """Return the factors of the best approximation of rank `max_rank` of BA, and ‖BA − M̂‖²: the energy that it leaves out.
 
-    Factors of at most that rank come back as they are. QR of both sides and SVD of the core (Eckart and Young 1936); BA is
-    never formed. Float64; cost (O + I)·R² + R³.
+    Factors of at most that rank come back as they are; BA is never formed where it is larger than they are.
     """
     if factors[1].shape[0] <= max_rank:
         return factors, 0.0
-    factors_cut, share = truncated(*factors, max_rank)
-    return factors_cut, share * energy(factors)
+    found = cut_product(*factors, max_rank)
+    return found.factors, found.lost

@@ -1,14 +1,14 @@
-"""Reports: records in, one self-contained page out.
+"""Render reports: plain JSON values become one self-contained page, tables or figures.
 
 A document is plain JSON values, with these keys:
 
-* `title`: what the zoo is called;
-* `evidence`: what `Evidence.to_dict()` gives;
-* `function`: what `evaluate(...).to_dict()` gives, or None where no metric was run;
-* `sizes`: what a bundle of any rank weighs, or None: `whole_zoo`, `num_models`, `shared`, `per_model`, and for each of
+* `title`: title of the zoo;
+* `evidence`: the result of `Evidence.to_dict()`;
+* `function`: the result of `evaluate(...).to_dict()`, or None without a metric;
+* `sizes`: the bytes of a bundle of any rank, or None: `whole_zoo`, `num_models`, `shared`, `per_model`, and for each of
   `layers` its `fixed`, `per_direction`, `per_pair` and `per_coefficient` bytes;
-* `rates`: bytes and shares kept of sides (`rows`), of models cut `alone`, and of the `bundle`, or None;
-* `models`: for each its `residual` (None without a bundle), `energy` and `source`;
+* `rates`: bytes and kept shares of sides (`rows`), of models cut `alone`, and of the `bundle`, or None;
+* `models`: `residual` (None without a bundle), `energy` and `source` of each;
 * `made_by`: `command`, `versions`, `date`, `seed`.
 
 Needs the extra `report`; importing this package does not.
@@ -26,19 +26,19 @@ from eigenzoo.errors import require as require_libraries
 __all__ = ["check_width", "render_csv", "render_html", "render_markdown", "require", "write_figures"]
 
 LIBRARIES = {"html": ("plotly", "jinja2", "matplotlib"), "png": ("matplotlib",), "svg": ("matplotlib",)}
-"""What a format needs besides numpy."""
+"""Libraries for each format, besides numpy."""
 
 NARROWEST, WIDEST = 6.0, 100.0
-"""Widths of a figure in centimetres; a column of a journal has about 8.5, a page 17."""
+"""Smallest and largest width of a figure in centimetres. A column of a journal has about 8.5, a page 17."""
 
 Document = Mapping[str, Any]
 
 
 def render_html(document: Document) -> str:
-    """Return one HTML page that needs no network: verdict, controls, tables, and figures that move.
+    """Return one HTML page that needs no network: verdict, controls, tables and interactive figures.
 
-    5 MB for a small zoo, most of it plotly.js; below 15 MB for 500 models of 200 layers. It can be read without JavaScript
-    and shows every name of the document as text only. The same document gives the same page.
+    5 MB for a small zoo, most of it plotly.js; below 15 MB for 500 models of 200 layers. The page can be read without JavaScript.
+    Every name in the document is shown as text only. The same document gives the same page.
 
     Raises:
         UsageError: the document holds no evidence, or a library is missing.
@@ -50,7 +50,7 @@ def render_html(document: Document) -> str:
 
 
 def render_markdown(document: Document) -> str:
-    """Return verdict, controls, every table and each figure's summary as Markdown, with every name inert in it.
+    """Return verdict, controls, all tables and figures' summaries as Markdown, with names escaped.
 
     Raises:
         UsageError: the document holds no evidence.
@@ -61,10 +61,9 @@ def render_markdown(document: Document) -> str:
 
 
 def render_csv(document: Document) -> str:
-    """Return every number as one long table: section, layer, model, series, x, y; docs/report.md lists what each holds.
+    """Return all numbers as one long table: section, layer, model, series, x, y. docs/report.md describes the columns.
 
-    Numbers are those of the document, in full; a text cell that a spreadsheet would take for a formula gets a leading
-    apostrophe.
+    Numbers have all digits of the document. A text cell that a spreadsheet would read as a formula gets a leading apostrophe.
 
     Raises:
         UsageError: the document holds no evidence.
@@ -80,10 +79,10 @@ def write_figures(
     formats: Sequence[str] = ("png", "svg"),
     width: float | None = None,
 ) -> list[Path]:
-    """Write every figure of the page that the document has numbers for, as files for papers; return their paths.
+    """Write every figure of the page with numbers in the document as files for papers. Return their paths.
 
     Args:
-        width: of each figure in centimetres, from 6 to 100: 8.5 fits a column of a journal. By default 11 to 16 cm.
+        width: width of each figure in centimetres, from 6 to 100: 8.5 fits a column of a journal. Default: 11 to 16 cm.
 
     Raises:
         UsageError: a format that is not png, svg or pdf; a width out of range; the document holds no evidence, or a library
@@ -99,11 +98,11 @@ def write_figures(
 
 
 def check_width(width: float) -> None:
-    """Raise UsageError for a width of figures, in centimetres, that letters do not fit into or that takes much memory."""
+    """Raise UsageError for a width of figures in centimetres that is too small for letters or takes too much memory."""
     if not NARROWEST <= width <= WIDEST:
         raise UsageError(f"a width of {width:g} cm", rule=f"figures are {NARROWEST:g} to {WIDEST:g} cm wide")
 
 
 def require(format: str) -> None:
-    """Raise UsageError where a library for this format is missing: before anything is measured for it."""
+    """Raise UsageError if a library for this format is missing, before anything is measured."""
     require_libraries(*LIBRARIES.get(format, ()), where="eigenzoo.report", extra="report")

@@ -1,4 +1,4 @@
-"""CSV: the whole report as one long table, and each figure's part of it. No text cell can be taken for a formula."""
+"""Write the whole report, or the numbers of one figure, as one long CSV table. Text cells cannot be read as formulas."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from eigenzoo.report.sizes import size_table
 from eigenzoo.report.tidy import HEADER, MAKERS, Cell, Row, size_rows
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What makes a spreadsheet read a cell as a formula."""
+"""First characters for which a spreadsheet reads a cell as a formula."""
 
 LINK_LIMIT = 24_000
-"""Characters of CSV up to which a figure's download is a plain link; larger ones are packed and need JavaScript."""
+"""Largest CSV in characters for a plain download link. Larger ones are compressed and need JavaScript."""
 
 
 def render_csv(document: Mapping[str, Any]) -> str:
-    """Write every number of a document as one long table: section, layer, model, series, x, y.
+    """Write all numbers of a document as one long table: section, layer, model, series, x, y.
 
-    Numbers are those of the document, in full. A text cell that a spreadsheet would take for a formula gets a leading
-    apostrophe.
+    Numbers have all digits of the document. A text cell that a spreadsheet would read as a formula gets a leading apostrophe.
     """
     return write_csv(all_rows(read_document(document)))
 
 
 def all_rows(report: Report) -> Iterator[Row]:
-    """The verdict, then every section."""
+    """Yield the rows of the verdict, then those of every section."""
     verdict = report.evidence["verdict"]
     for series in ("code", "decided_by", "text"):
         yield "verdict", "", "", series, "", verdict[series]
@@ -47,7 +46,7 @@ def all_rows(report: Report) -> Iterator[Row]:
 
 
 def section_csv(report: Report, section: str) -> str:
-    """One section at about forty ranks and six digits, as the page shows it."""
+    """Write one section at about forty ranks and six digits, like the page."""
     if section == "sizes":
         table = size_table(report)
         rows: Iterable[Row] = () if table is None else size_rows(table)
@@ -57,7 +56,7 @@ def section_csv(report: Report, section: str) -> str:
 
 
 def write_csv(rows: Iterable[Row]) -> str:
-    """Write rows that have a value below the header."""
+    """Write the header and all rows with a value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(HEADER)
@@ -66,7 +65,7 @@ def write_csv(rows: Iterable[Row]) -> str:
 
 
 def safe_cell(cell: Cell) -> Cell:
-    """Guard a text cell against being read as a formula; numbers stay as they are.
+    """Prevent a text cell from being read as a formula. Numbers are not changed.
 
     >>> safe_cell("=1+1"), safe_cell(-1.0), safe_cell("h.0")
     ("'=1+1", -1.0, 'h.0')
@@ -75,12 +74,12 @@ def safe_cell(cell: Cell) -> Cell:
 
 
 def data_link(text: str) -> str:
-    """Make a link that holds the CSV itself."""
+    """Make a link that contains the CSV."""
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(text.encode()).decode("ascii")
 
 
 def packed(text: str) -> str:
-    """Pack CSV for the page: gzip in base64, the same bytes for the same text."""
+    """Compress CSV for the page: gzip in base64, with the same bytes for the same text."""
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode("ascii")
 
 

@@ -1,7 +1,7 @@
-"""Curves over ranks: of one layer, and averaged over all layers by their number of values.
+"""Compute curves over ranks, of one layer or averaged over all layers by number of values.
 
-Every curve of a spectrum is a share of the layer's whole variance about the mean, never of the kept part. Over all
-layers they are averaged as the evidence averages: each layer counts by its number of values, whatever its energy.
+Every curve of a spectrum is a share of the layer's whole variance about the mean, never of the kept part. Averages over layers
+follow the evidence: each layer counts by its number of values and not by its energy.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from eigenzoo.report.document import Report
 from eigenzoo.report.numbers import Floats, Ranks, floats, log_ranks
 
 Curves = dict[str, Floats]
-"""Curves by name; `rank` holds their x."""
+"""Curves by name; `rank` has their x."""
 
 NULLS = ("norm_matched", "iid", "permuted", "spectrum_matched")
 
 
 def full_spectrum(layer: Mapping[str, Any]) -> Curves:
-    """All curves of a layer's spectrum at every rank; those that the evidence lacks are left out."""
+    """Return all curves of a layer's spectrum at every rank. Curves that the evidence lacks are left out."""
     values = floats(layer["explained_variance_ratio"])
     found: Curves = {"rank": np.arange(1.0, len(values) + 1), "spectrum": values}
     found |= {name: floats(layer["null"][name]) for name in (*NULLS, "low", "high") if layer["null"][name]}
@@ -29,7 +29,7 @@ def full_spectrum(layer: Mapping[str, Any]) -> Curves:
 
 
 def fitted(curve: Floats, length: int) -> Floats:
-    """Cut a curve, or continue it by nothing."""
+    """Truncate a curve, or extend it with NaN."""
     return np.concatenate([curve[:length], np.full(max(length - len(curve), 0), np.nan)])
 
 
@@ -40,25 +40,25 @@ def with_cumulative(curves: Curves) -> Curves:
 
 
 def thinned(curves: Curves, ranks: Ranks | None = None) -> Curves:
-    """Keep about forty log-spaced ranks."""
+    """Select about forty log-spaced ranks."""
     kept = log_ranks(len(curves["rank"])) if ranks is None else ranks
     return {name: curve[kept - 1] for name, curve in curves.items()}
 
 
 def varying(report: Report) -> list[dict[str, Any]]:
-    """The layers that vary at all: only they have spectra."""
+    """Return the layers with variance. Only they have spectra."""
     return [layer for layer in report.layers.values() if layer["variance"] and layer["explained_variance_ratio"]]
 
 
 def weight(layer: Mapping[str, Any]) -> float:
-    """How much a layer counts in an average: by its number of values."""
+    """Return the weight of a layer in an average: its number of values."""
     return float(layer["num_values"] or 1)
 
 
 def all_layers_spectrum(report: Report) -> Curves:
-    """Spectra averaged over all layers, with the layers' tenth and ninetieth percentile of the spectrum.
+    """Return spectra averaged over all layers, with the layers' 10th and 90th percentile of the spectrum.
 
-    A null is given only where every varying layer has it: else its average would be over other layers.
+    A null is included only if every varying layer has it. Otherwise its average would be over other layers.
     """
     layers = varying(report)
     if not layers:
@@ -77,25 +77,25 @@ def all_layers_spectrum(report: Report) -> Curves:
 
 
 def heldout_curves(layer: Mapping[str, Any]) -> Curves:
-    """What fitted, held-out and unrelated models keep of their variance, by rank."""
+    """Return the kept shares of the variance of fitted, held-out and unrelated models, by rank."""
     heldout = layer["heldout"]
     names = {"in_sample": "in_sample", "captured": "heldout", "null": "null"}
     return {"rank": floats(heldout["rank"]), **{to: floats(heldout[key]) for key, to in names.items()}}
 
 
 def all_layers_heldout(report: Report) -> Curves:
-    """The same over all layers, as the evidence sums it up."""
+    """Return the same curves over all layers, from the evidence's summary."""
     return heldout_curves({"heldout": report.evidence["summary"]})
 
 
 def leave_one_out(layer: Mapping[str, Any]) -> Curves:
-    """What one left-out model keeps of its variance, by rank."""
+    """Return the kept share of the variance of one left-out model, by rank."""
     left = layer["heldout"]["leave_one_out"]
     return {"rank": floats(left["rank"]), "heldout": floats(left["captured"])}
 
 
 def all_layers_leave_one_out(report: Report) -> Curves:
-    """Leave-one-out averaged over all layers, at the ranks that all of them have."""
+    """Return leave-one-out curves averaged over all layers, at the ranks that all of them have."""
     known = [(leave_one_out(layer), weight(layer)) for layer in varying(report)]
     known = [(curves, counts) for curves, counts in known if len(curves["rank"])]
     if not known:
@@ -107,7 +107,7 @@ def all_layers_leave_one_out(report: Report) -> Curves:
 
 
 def halves_curves(layer: Mapping[str, Any]) -> Curves:
-    """Cosines of the principal angles between the subspaces of two halves, by direction."""
+    """Return cosines of the principal angles between the subspaces of two halves, by direction."""
     halves = layer["split_half"]
     found = {"cosine": floats(halves["cosines"])}
     found |= {name: floats(halves[name]) for name in ("low", "high")}
@@ -117,7 +117,7 @@ def halves_curves(layer: Mapping[str, Any]) -> Curves:
 
 
 def all_layers_halves(report: Report) -> Curves:
-    """Cosines averaged over all layers; at each direction the layers that have so many."""
+    """Return cosines averaged over all layers, for each direction over the layers that have it."""
     known = [(halves_curves(layer), weight(layer)) for layer in varying(report)]
     length = max((len(curves["rank"]) for curves, _ in known), default=0)
     found: Curves = {"rank": np.arange(1.0, length + 1)}

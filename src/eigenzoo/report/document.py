@@ -1,8 +1,7 @@
-"""The document that a report is made from: read once, its gaps filled, its text made harmless to show.
+"""Read the document of a report once, fill in missing keys, and make its text safe to show.
 
-A document holds plain JSON values only: `evidence` (what `Evidence.to_dict()` gives), and where there are such things
-`function` (a metric on rebuilt models), `sizes`, `models` and `made_by`. Everything that may be missing is filled in
-here, so that the rest of the room reads keys without asking.
+A document has plain JSON values only: `evidence` (the result of `Evidence.to_dict()`), and optionally `function` (a metric of
+rebuilt models), `sizes`, `models` and `made_by`. Missing keys are filled in here, so that the rest of the room can read every key.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from eigenzoo.display import natural_order, one_line
 from eigenzoo.errors import UsageError
 
 USUAL_RANK = 16
-"""The rank that single numbers are given at where the evidence names none: the paper's."""
+"""The rank of single numbers if the evidence has none: the paper's."""
 
 _LAYER: dict[str, Any] = {
     "shape": [],
@@ -163,11 +162,11 @@ _SIZES: dict[str, Any] = {"whole_zoo": 0, "num_models": 0, "shared": 0, "per_mod
 
 @dataclass(frozen=True)
 class Report:
-    """A document that was read: every key is there, every number is finite or None, every text is printable.
+    """A document after reading: it has every key, every number is finite or None, and every text is printable.
 
     Attributes:
         layers: by name, ordered by role and depth.
-        rank: the rank at which single numbers are given.
+        rank: the rank of single numbers.
     """
 
     title: str
@@ -182,7 +181,7 @@ class Report:
 
     @property
     def by_name(self) -> dict[str, dict[str, Any]]:
-        """The layers ordered by name, as lists and tables show them."""
+        """The layers ordered by name, for lists and tables."""
         return {name: self.layers[name] for name in sorted(self.layers, key=natural_order)}
 
 
@@ -190,7 +189,7 @@ def read_document(document: Mapping[str, Any]) -> Report:
     """Check, clean and complete a document.
 
     Raises:
-        UsageError: it holds no evidence, or its evidence no layers.
+        UsageError: it has no evidence, or its evidence has no layers.
     """
     evidence = document.get("evidence")
     if not isinstance(evidence, Mapping) or not isinstance(evidence.get("layers"), Mapping):
@@ -239,7 +238,7 @@ def read_rates(rates: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean(value: Any) -> Any:
-    """Make text printable and numbers finite or None, all through a document.
+    """Make all texts of a document printable and all numbers finite or None.
 
     >>> clean({"a\\x1b": [1.0, float("nan")]})
     {'a�': [1.0, None]}
@@ -252,7 +251,7 @@ def clean(value: Any) -> Any:
         cleaned: dict[str, Any] = {}
         for key, item in value.items():
             name = one_line(key)
-            while name in cleaned:  # two names that differ only in what cannot be shown
+            while name in cleaned:  # two names that differ only in characters that cannot be shown
                 name += "′"
             cleaned[name] = clean(item)
         return cleaned
@@ -262,7 +261,7 @@ def clean(value: Any) -> Any:
 
 
 def fill(template: Any, value: Any) -> Any:
-    """Give a value the keys of its template where it lacks them; a None takes the template's own value."""
+    """Add missing keys of a template to a value. None is replaced by the template's value."""
     if value is None:
         return fill(template, {}) if isinstance(template, dict) else list(template) if template == [] else template
     if isinstance(template, dict) and isinstance(value, Mapping):
@@ -271,7 +270,7 @@ def fill(template: Any, value: Any) -> Any:
 
 
 def in_order(layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Order layers by role, roles as they first appear, and by depth."""
+    """Order layers by role, in order of first appearance, and by depth."""
     roles: dict[str, int] = {}
     for layer in layers.values():
         roles.setdefault(layer["role"], len(roles))
@@ -284,7 +283,7 @@ def in_order(layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def chosen_rank(evidence: Mapping[str, Any]) -> int:
-    """The rank of growth where it was evaluated; else the largest evaluated rank up to 16."""
+    """Return the rank of growth if it was evaluated, else the largest evaluated rank up to 16."""
     ranks = evidence["summary"]["rank"]
     if evidence["growth"]["rank"] and (not ranks or evidence["growth"]["rank"] in ranks):
         return int(evidence["growth"]["rank"])
@@ -292,6 +291,6 @@ def chosen_rank(evidence: Mapping[str, Any]) -> int:
 
 
 def has_similarity(report: Report) -> bool:
-    """Whether there is a whole matrix of cosines."""
+    """Tell whether there is a complete matrix of cosines."""
     size, cosines = len(report.evidence["names"]), report.evidence["lineage"]["cosines"]
     return size > 1 and len(cosines) == size and all(len(row) == size for row in cosines)

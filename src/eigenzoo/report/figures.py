@@ -32,7 +32,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """What is drawn of one column of a table.
+    """A drawing of one column of a table.
 
     Attributes:
         kind: `line`; `curve` (a line without signs); `band` (from the column `low`); `points` (one for each layer); `bar`;
@@ -55,7 +55,7 @@ class Mark:
 
     @property
     def name(self) -> str:
-        """What legends call it."""
+        """Return its name in legends."""
         return self.label or SERIES[self.look].name
 
 
@@ -260,7 +260,7 @@ def role_map(report: Report) -> Figure | None:
 
 
 def layer_ranks(report: Report) -> Figure | None:
-    """What each layer keeps at each rank."""
+    """Describe the kept shares of each layer at each rank."""
     if not any(layer["heldout"]["rank"] for layer in report.layers.values()):
         return None
     shares = [
@@ -514,7 +514,7 @@ def suitability(report: Report) -> Figure | None:
 
 
 def secondary(report: Report) -> Figure | None:
-    """What comes after the first k directions."""
+    """Describe the directions after the first k."""
     known = [layer["secondary"] for layer in report.layers.values() if layer["secondary"]["rank"] is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""Tables of function: what a user's metric says of original, rebuilt and control models."""
+"""Make tables of a user's metric for original, rebuilt and control models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINGLE = {
 
 
 def outcomes(record: dict[str, Any], secondary_rank: int | None) -> Iterator[tuple[str, float | None]]:
-    """The outcomes of a record in the order in which they are shown, with their labels."""
+    """Return the outcomes of a record with their labels, in the order of the table."""
     for key, label in SINGLE.items():
         yield label, record[key]
     for key, label in (("rebuilt", "rebuilt"), ("random_basis", "random basis"), ("alone", "each cut alone")):
@@ -29,7 +29,7 @@ def outcomes(record: dict[str, Any], secondary_rank: int | None) -> Iterator[tup
 
 
 def function_table(report: Report) -> Table | None:
-    """The metric averaged over models, with its standard error, and what each is short of the originals."""
+    """Make the table of the metric averaged over models, with its standard error and its difference from the originals."""
     function = report.function
     if function is None:
         return None
@@ -48,7 +48,7 @@ def function_table(report: Report) -> Table | None:
 
 
 def function_model_table(report: Report) -> Table | None:
-    """The metric of every model."""
+    """Make the table of every model's metric."""
     function = report.function
     if function is None or not function["models"]:
         return None

@@ -1,4 +1,4 @@
-"""The report as Markdown: verdict, controls, every table, and each figure's summary."""
+"""Write the report as Markdown: verdict, controls, all tables, and figures' summaries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenzoo.report.tables import Table, control_table, verdict_table
 
 
 def render_markdown(document: Mapping[str, Any]) -> str:
-    """Write a document as Markdown, with every name inert in it.
+    """Write a document as Markdown, with names escaped.
 
     Raises:
         UsageError: the document holds no evidence.
@@ -49,7 +49,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def table_lines(table: Table) -> Iterator[str]:
-    """Write a table, its name above and its note below."""
+    """Write a table with its name above and its note below."""
     yield f"\n**{markdown_text(table.title)}**\n"
     rules = ["---:" if kind == "number" else "---" for kind in table.kinds]
     yield f"| {' | '.join(map(markdown_text, table.columns))} |"

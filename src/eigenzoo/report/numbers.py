@@ -1,4 +1,4 @@
-"""Numbers: how they are rounded, weighted over layers and thinned out."""
+"""Round numbers, average them over layers, and select ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Ranks = NDArray[np.int64]
 
 
 def floats(values: Iterable[Any] | None) -> Floats:
-    """Make an array of a list, with NaN for what is missing."""
+    """Make an array of a list, with NaN for missing values."""
     known = () if values is None else values
     return np.array([math.nan if value is None else value for value in known], dtype=np.float64)
 
 
 def rounded(values: Iterable[Any] | None, digits: int = 4) -> list[float | None]:
-    """Round to significant digits for the page; what is missing stays None.
+    """Round to significant digits for the page. Missing values are None.
 
     >>> rounded([0.123456, None, 12345678])
     [0.1235, None, 12350000.0]
@@ -31,7 +31,7 @@ def rounded(values: Iterable[Any] | None, digits: int = 4) -> list[float | None]
 
 @cache
 def log_ranks(num_ranks: int, limit: int = 40) -> Ranks:
-    """About `limit` ranks from 1 to `num_ranks`, evenly spaced on a log scale; all of them where they are no more.
+    """Return about `limit` ranks from 1 to `num_ranks`, evenly spaced on a log scale, or all if there are not more.
 
     >>> log_ranks(3), len(log_ranks(499))
     (array([1, 2, 3]), 40)
@@ -47,20 +47,20 @@ def log_ranks(num_ranks: int, limit: int = 40) -> Ranks:
 
 
 def at_rank(ranks: Sequence[int], values: Sequence[Any], rank: int) -> float | None:
-    """The value at the largest evaluated rank up to `rank`."""
+    """Return the value at the largest evaluated rank up to `rank`."""
     known = [(at, value) for at, value in zip(ranks, values, strict=False) if at <= rank and value is not None]
     return float(max(known)[1]) if known else None
 
 
 def weighted_mean(values: Sequence[Any], weights: Sequence[float]) -> float | None:
-    """Average over what is known; None where nothing is."""
+    """Average the values that are not missing; None if all are."""
     known, weight = floats(values), floats(weights)
     there = np.isfinite(known) & (weight > 0)
     return float(np.average(known[there], weights=weight[there])) if there.any() else None
 
 
 def quantile(values: Iterable[Any], share: float) -> float | None:
-    """A quantile of what is known."""
+    """Return a quantile of the values that are not missing."""
     known = floats(values)
     known = known[np.isfinite(known)]
     return float(np.quantile(known, share)) if len(known) else None

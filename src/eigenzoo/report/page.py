@@ -1,6 +1,6 @@
-"""The page: one HTML file that needs nothing else, neither network nor JavaScript to be read.
+"""Write the page: one HTML file that can be read without network and without JavaScript.
 
-Scripts run only if their hash is named by the page's own policy, so that no name in a document can become one.
+Scripts run only if the page's own policy contains their hash, so that no name in a document can become a script.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POLICY = (
 )
 
 ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
-"""What could end a script element, or a line of a script, inside a JSON string."""
+"""Characters that could end a script element, or a line of a script, inside a JSON string."""
 
 
 def render_html(document: Mapping[str, Any]) -> str:
@@ -47,7 +47,7 @@ def render_html(document: Mapping[str, Any]) -> str:
     Args:
         document: plain JSON values; see `eigenzoo.report`.
 
-    The page holds plotly.js (4.8 MB), its numbers at about forty ranks and four digits, and static figures and tables for
+    The page contains plotly.js (4.8 MB), its numbers at about forty ranks and four digits, and static figures and tables for
     readers without JavaScript. The same document gives the same page.
 
     Raises:
@@ -94,7 +94,7 @@ def render_html(document: Mapping[str, Any]) -> str:
 
 
 def downloads(report: Report, figures: Mapping[str, Figure]) -> tuple[dict[str, str], dict[str, str]]:
-    """The CSV of every section that a figure shows: short ones as links, long ones packed."""
+    """Return the CSV of every section with a figure: short ones as links, long ones compressed."""
     links, packs = {}, {}
     for section in dict.fromkeys(figure.section for figure in figures.values()):
         text = section_csv(report, section)
@@ -106,7 +106,7 @@ def downloads(report: Report, figures: Mapping[str, Figure]) -> tuple[dict[str, 
 
 
 def still(report: Report, figure: Figure) -> str:
-    """A static figure as the source of an image."""
+    """Return a static figure as the source of an image."""
     return "data:image/svg+xml;base64," + base64.b64encode(drawn(report, figure, "svg")).decode("ascii")
 
 
@@ -120,7 +120,7 @@ def unbroken(value: Any) -> Any:
 
 
 def breakable(text: str) -> Markup:
-    """Let a long name break after its dots and slashes.
+    """Permit line breaks in a long name after its dots and slashes.
 
     >>> breakable("a.b<i>")
     Markup('a.<wbr>b&lt;i&gt;')
@@ -129,7 +129,7 @@ def breakable(text: str) -> Markup:
 
 
 def policy(*scripts: str) -> str:
-    """The content security policy that lets these inline scripts run, and nothing else."""
+    """Return the content security policy that permits these inline scripts only."""
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts)
     return POLICY.format(hashes=" ".join(f"'sha256-{digest}'" for digest in hashes))
 

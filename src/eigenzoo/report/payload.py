@@ -1,4 +1,4 @@
-"""What the page's scripts draw from: one JSON document, thinned and rounded."""
+"""Make the data of the page's scripts: one JSON document with selected ranks and rounded numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_SHADES = 255
 
 
 def payload(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | None) -> Json:
-    """Everything that is drawn; only what a figure needs."""
+    """Return the data of all figures."""
     makers = {
         "rolemap": role_map,
         "similarity": similarity,
@@ -77,12 +77,12 @@ def table_columns(table: str, report: Report) -> Json:
 
 
 def all_roles(report: Report) -> list[str]:
-    """The roles in the layers' order."""
+    """Return the roles in the layers' order."""
     return list(dict.fromkeys(layer["role"] for layer in report.layers.values()))
 
 
 def role_map(report: Report) -> Json:
-    """Cells of role × depth: which layers fall into each, and their averages."""
+    """Return the layers of each cell of role × depth, and their averages."""
     depths = sorted({layer["depth"] for layer in report.layers.values() if layer["depth"] is not None})
     columns: list[int | None] = [*depths]
     if any(layer["depth"] is None for layer in report.layers.values()):
@@ -104,7 +104,7 @@ def role_map(report: Report) -> Json:
 
 
 def similarity(report: Report) -> Json:
-    """The matrix of cosines in clustered order: one byte each, in equal steps over the range of their colours."""
+    """Return the matrix of cosines in clustered order: one byte each, in equal steps over the range of their colours."""
     found = clustered(report)
     shades = np.round(NUM_SHADES * (found.cosines_NN - found.low) / (found.high - found.low)).clip(0, NUM_SHADES)
     return {
@@ -116,7 +116,7 @@ def similarity(report: Report) -> Json:
 
 
 def model_map(report: Report) -> Json:
-    """The models' first coefficients, with their lineage groups."""
+    """Return the models' first coefficients, with their lineage groups."""
     groups = report.evidence["lineage"]["groups"]
     group_of = {name: number for number, group in enumerate(groups) if len(group) > 1 for name in group}
     points = [[name, group_of.get(name), *rounded(place)] for name, place in report.evidence["map"].items()]
@@ -124,7 +124,7 @@ def model_map(report: Report) -> Json:
 
 
 def suitability(report: Report) -> Json:
-    """Every layer's exponents."""
+    """Return every layer's exponents."""
     return {"exponents": [rounded(exponents(layer)) for layer in report.layers.values()]}
 
 
@@ -135,7 +135,7 @@ def residual_names(report: Report) -> list[str]:
 
 
 def size_data(sizes: SizeTable, report: Report) -> Json:
-    """Both sliders' places, one list per number."""
+    """Return one list per number over the positions of both sliders."""
 
     def rows(of: tuple[SizeRow, ...]) -> Json:
         return {

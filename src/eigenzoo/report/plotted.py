@@ -97,7 +97,7 @@ def growth(report: Report) -> Entries:
 
 
 def secondary(report: Report) -> Entries:
-    """What the directions after the first k keep."""
+    """Return the kept shares of the directions after the first k."""
     for name, layer in report.layers.items():
         found = layer["secondary"]
         yield name, {key: floats([found[key]]) for key in ("rank", "in_sample", "captured", "null")}

@@ -1,4 +1,4 @@
-"""Whether a file is a report: one that may be replaced by another."""
+"""Recognise a report, which another report may replace."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from eigenzoo.report.tidy import HEADER
 
 START = 2**22
-"""Bytes in which a page says who wrote it, and Markdown has its verdict."""
+"""Number of first bytes that contain a page's generator or Markdown's verdict."""
 
 MAX_BYTES = 2**28
-"""Of a JSON document; the largest known is a tenth of it."""
+"""Largest size of a JSON document. The largest real one has a tenth of it."""
 
 MARKS = {
     "html": ('<meta name="generator" content="eigenzoo">',),
@@ -22,7 +22,7 @@ KEYS = frozenset({"title", "evidence", "function", "sizes", "models", "made_by"}
 
 
 def is_report(path: Path, format: str) -> bool:
-    """Tell whether a file is a report in this format; a file that cannot be read is not."""
+    """Tell whether a file is a report in this format. A file that cannot be read is not."""
     try:
         if format == "json":
             return path.stat().st_size <= MAX_BYTES and _keys(path.read_bytes()) >= KEYS

@@ -1,4 +1,4 @@
-"""The order of a report: sections, what leads each, and what it holds. Page and Markdown both follow it."""
+"""Define the sections of a report, their order and their contents, for page and Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenzoo.report.tables import Table
 
 @dataclass(frozen=True)
 class Section:
-    """A section: figures and tables, and the name of what moves on the page, if anything does."""
+    """A section: figures and tables, and the name of its control on the page, if it has one."""
 
     name: str
     short: str
@@ -27,12 +27,12 @@ class Section:
 
     @property
     def by_layer(self) -> bool:
-        """Whether any of its figures follows the choice of a layer."""
+        """Whether one of its figures depends on the chosen layer."""
         return any(figure.by_layer for figure in self.figures)
 
 
 def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable | None) -> list[Section]:
-    """All sections after verdict, controls and zoo, which have forms of their own."""
+    """Return all sections after verdict, controls and zoo, which have their own forms."""
 
     def make(
         name: str,

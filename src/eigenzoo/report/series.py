@@ -1,4 +1,4 @@
-"""How each kind of number looks, the same in every figure of the page and on paper: its name, colour, dashes and sign."""
+"""Name, colour, dashes and symbol of each kind of number, the same in all figures of the page and on paper."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Series:
     """One kind of number.
 
     Attributes:
-        name: what legends call it.
+        name: its name in legends.
         colour: the page's variable of its colour.
-        dash: as plotly calls it.
-        symbol: as plotly calls it; empty where it is drawn without signs.
-        width: of its line on the page, in pixels.
+        dash: plotly's name of its dashes.
+        symbol: plotly's name of its symbol; empty for none.
+        width: width of its line on the page in pixels.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Similarity of the models: the matrix of cosines in clustered order, and the range of its colours."""
+"""Order the matrix of the models' cosines by clusters, and choose the range of its colours."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from eigenzoo.report.numbers import Floats, floats
 
 @dataclass(frozen=True)
 class Similarity:
-    """The matrix as it is drawn.
+    """The matrix for drawing.
 
     Attributes:
-        names: of the models, similar ones side by side.
+        names: names of the models, similar ones side by side.
         cosines_NN: rows and columns in that order.
         low, high: the least and the largest cosine between different models, in hundredths, rounded outwards; both as far from
             zero as the farther one where a cosine is negative. Colours run from one to the other.
@@ -30,7 +30,7 @@ class Similarity:
 
 
 def clustered(report: Report) -> Similarity:
-    """Put the matrix of a report that has one into clustered order."""
+    """Return the matrix of a report in clustered order, if it has one."""
     names, found = report.evidence["names"], report.evidence["lineage"]
     order = found["order"] if sorted(found["order"]) == list(range(len(names))) else list(range(len(names)))
     cosines_NN = np.nan_to_num(np.stack([floats(row) for row in found["cosines"]]))[np.ix_(order, order)]
@@ -46,7 +46,7 @@ def colour_range(cosines_NN: Floats) -> tuple[float, float]:
     ((0.93, 0.94), (-0.2, 0.2))
     """
     between = cosines_NN[~np.eye(len(cosines_NN), dtype=bool)].clip(-1, 1)
-    # Round-off of a cosine that is a hundredth must not move it to the next one.
+    # Round-off must not move a cosine of whole hundredths to the next one.
     low = round(float(np.floor(100 * between.min() + 1e-6))) / 100
     high = round(float(np.ceil(100 * between.max() - 1e-6))) / 100
     if low < 0:

@@ -1,10 +1,10 @@
-"""Sizes: what a bundle of any rank would weigh, and what it would lose; one row for every place of the two sliders.
+"""Compute size and loss of a bundle of any rank, with one row for every position of the two sliders.
 
     bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + k² · per_pair + N · k · per_coefficient)
 
-A rank above the number of directions that a layer has means all of them; a layer without variance has none. Errors
-in-sample are exact. Held-out and chance are linear between the evaluated ranks, from 0 at rank 0 (the mean alone), and
-level after the last.
+A rank larger than a layer's number of directions means all of them. A layer without variance has none. Errors in-sample are exact.
+Held-out and chance are interpolated linearly between the evaluated ranks, from 0 at rank 0 (the mean alone), and are constant after
+the last.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from eigenzoo.report.numbers import Floats, floats
 
 THRESHOLDS: tuple[float, ...] = (*(share / 100 for share in range(1, 100)), 0.995, 0.999)
 TOLERANCE = 1e-9
-"""Round-off of a running sum: a threshold is met when it is missed by no more."""
+"""Round-off of a running sum. A threshold that is missed by at most this counts as met."""
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """One place of a slider.
+    """One position of a slider.
 
     Attributes:
-        rank: the rank asked for in every layer; None where a threshold chose the ranks.
-        threshold: the share of its variance that each layer keeps at least; None where a rank was asked for.
+        rank: the chosen rank of every layer; None if a threshold chose the ranks.
+        threshold: the least kept share of each layer's variance; None if a rank was chosen.
         ranks: the ranks of the varying layers, sorted.
-        in_sample, heldout, null: shares of all variance about the mean that are kept.
-        residual: share of all energy, mean included, that is lost in-sample.
+        in_sample, heldout, null: kept shares of all variance about the mean.
+        residual: lost share of all energy, mean included, in-sample.
         per_model: bytes that one more model adds.
-        break_even_models: from how many models on the bundle is smaller than their files; None if never.
+        break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
     """
 
     rank: int | None
@@ -63,7 +63,7 @@ class SizeTable:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What sizes need of a layer; `kept_K3` holds its shares kept in-sample, held out and by chance at ranks 0, 1, …."""
+    """A layer's input of sizes. `kept_K3` has its kept shares in-sample, held out and by chance at ranks 0, 1, …."""
 
     fixed: int
     per_direction: int
@@ -74,16 +74,16 @@ class _Layer:
 
     @property
     def largest(self) -> int:
-        """The rank at which the layer is complete."""
+        """Return the rank at which the layer is complete."""
         return len(self.kept_K3) - 1
 
     def rank_for(self, threshold: float) -> int:
-        """The least rank that keeps a share of the variance."""
+        """Return the least rank that keeps a share of the variance."""
         return min(int(np.searchsorted(self.kept_K3[:, 0], threshold - TOLERANCE)), self.largest)
 
 
 def size_table(report: Report) -> SizeTable | None:
-    """Work out every place of both sliders; None where the document has no sizes."""
+    """Compute every position of both sliders; None if the document has no sizes."""
     sizes = report.sizes
     if sizes is None or not sizes["layers"]:
         return None
@@ -117,7 +117,7 @@ def _layer(evidence: Mapping[str, Any] | None, size: Mapping[str, Any]) -> _Laye
 
 
 def _between(ranks: Floats, values: Floats, length: int) -> Floats:
-    """A curve at ranks 0, 1, …, from its evaluated ranks."""
+    """Interpolate a curve at ranks 0, 1, … from its evaluated ranks."""
     length_known = min(len(ranks), len(values))
     ranks, values = ranks[:length_known], values[:length_known]
     there = np.isfinite(values)
@@ -160,7 +160,7 @@ def _row(
 
 
 def _shares(layers: Sequence[_Layer], ranks: Sequence[int]) -> tuple[float | None, float | None, float | None]:
-    """What is kept of the variance of the layers that know, weighted by it."""
+    """Return the kept share of the variance, over the layers with values."""
     kept = np.array([layer.kept_K3[rank] for layer, rank in zip(layers, ranks, strict=True) if layer.variance])
     weights = floats(layer.variance for layer in layers if layer.variance)
     shares: list[float | None] = []

@@ -1,4 +1,4 @@
-"""Static figures by matplotlib: for papers, and on the page where there is no JavaScript.
+"""Draw static figures with matplotlib, for papers and for the page without JavaScript.
 
 One colour and one sign per kind of number, all through: Okabe and Ito's palette, which the colour-blind can tell apart.
 """
@@ -38,14 +38,14 @@ from eigenzoo.report.suitability import limits
 FORMATS = ("png", "svg", "pdf")
 
 CENTIMETRES = 2.54
-"""Of an inch, which matplotlib counts in."""
+"""Centimetres per inch, matplotlib's unit."""
 
 BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 GREY, INK = "#767b84", "#24262b"
 SHADES = LinearSegmentedColormap.from_list("shades", ["#eef3f7", "#7fb0cf", "#004b77"])
 SIGNED = LinearSegmentedColormap.from_list("signed", [VERMILLION, "#ffffff", BLUE])
 
-STYLE: Any = {  # matplotlib types its keys one by one
+STYLE: Any = {  # matplotlib declares each key's type
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
@@ -97,13 +97,13 @@ def _style(name: str) -> dict[str, Any]:
 
 
 SMALLEST_LETTERS, LARGEST_LETTERS = 0.7, 1.6
-"""Bounds of what letters are scaled by: 9 points become 6 to 14."""
+"""Bounds of the scale of letters: 9 points become 6 to 14."""
 
 MOST_NAMES = 40
-"""Layers whose names can be read beside their rows."""
+"""Largest number of layers with readable names beside their rows."""
 
 MOST_GROUPS = 12
-"""Lineage groups that a legend holds."""
+"""Largest number of lineage groups in a legend."""
 
 
 def write_figures(
@@ -159,7 +159,7 @@ def _lay_out(canvas: Canvas, kind: str) -> None:
 
 
 def _letters(scale: float) -> dict[str, Any]:
-    """Sizes of letters for a figure that is so much larger or smaller than usual: they follow within limits that can be read."""
+    """Return sizes of letters for a figure of another size. They are scaled within readable limits."""
     factor = min(max(scale, SMALLEST_LETTERS), LARGEST_LETTERS)
     sizes = ("font.size", "axes.titlesize", "legend.fontsize", "lines.linewidth", "lines.markersize")
     return {name: factor * STYLE[name] for name in sizes}
@@ -167,7 +167,7 @@ def _letters(scale: float) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A name may hold letters that no font here has; they are then drawn as boxes, which is no reason to complain."""
+    """Hide matplotlib's warnings about letters without a glyph, which are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""The verdict in plain words, the four numbers that belong together, and the controls."""
+"""Write the verdict as a sentence, the four main numbers, and the controls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Key:
-    """One of the numbers at the top: its label, its value, and of what it is a share."""
+    """One of the numbers at the top: its label, its value, and its denominator."""
 
     label: str
     value: str
@@ -53,7 +53,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Control:
-    """One control: question, statistic, control, uncertainty, and its sentence; places of both on a bar from 0 to 1."""
+    """One control: question, statistic, control, uncertainty, its sentence, and positions of both values on a bar from 0 to 1."""
 
     name: str
     question: str
@@ -77,7 +77,7 @@ class Fact:
 
 
 def headline(report: Report) -> str:
-    """The verdict as one plain sentence."""
+    """Write the verdict as one sentence."""
     code = report.evidence["verdict"]["code"]
     if code == "shared-subspace":
         return _shared(report)
@@ -99,13 +99,13 @@ def _shared(report: Report) -> str:
 
 
 def decider(report: Report) -> str:
-    """The control that decided, in words."""
+    """Name the control that decided."""
     name = str(report.evidence["verdict"]["decided_by"])
     return DECIDERS.get(name, name)
 
 
 def keys(report: Report) -> list[Key]:
-    """Held out, in-sample, chance and the mean, none without the others; and a metric of rebuilt models where one was measured."""
+    """Return held out, in-sample, chance and the mean, always together, and the metric of rebuilt models if it was measured."""
     summary, rank = report.evidence["summary"], report.rank
     shares = [at_rank(summary["rank"], summary[key], rank) for key in ("in_sample", "captured", "null")]
     return [
@@ -120,7 +120,7 @@ def keys(report: Report) -> list[Key]:
 
 
 def _function_key(report: Report) -> Iterator[Key]:
-    """The metric of rebuilt models at the rank of the other numbers, or the largest measured one below it."""
+    """Return the metric of rebuilt models at the rank of the other numbers, or at the largest measured one below it."""
     function = report.function
     if function is None or not function["mean"]["rebuilt"]:
         return
@@ -141,7 +141,7 @@ def _function_key(report: Report) -> Iterator[Key]:
 
 
 def controls(report: Report) -> list[Control]:
-    """The controls in the evidence's order."""
+    """Return the controls in the evidence's order."""
     decided = report.evidence["verdict"]["decided_by"]
     return [_control(control, control["name"] == decided) for control in report.evidence["controls"]]
 
@@ -164,7 +164,7 @@ def _control(control: Mapping[str, Any], decided: bool) -> Control:
 
 
 def facts(report: Report) -> list[Fact]:
-    """What was looked at."""
+    """Return facts about the zoo."""
     evidence, summary = report.evidence, report.evidence["summary"]
     values = sum(layer["num_values"] or 0 for layer in report.layers.values())
     energy, variance = summary["energy"] or 0.0, summary["variance"] or 0.0
@@ -192,7 +192,7 @@ def facts(report: Report) -> list[Fact]:
 
 
 def provenance(report: Report) -> list[Fact]:
-    """What made the report."""
+    """Return the report's command, versions, date and seed."""
     made_by = report.made_by
     found = [Fact("command", made_by["command"]), Fact("date", str(made_by["date"]))]
     found += [Fact("seed", str(made_by["seed"]))] if made_by["seed"] is not None else []

@@ -1,4 +1,4 @@
-"""Tables of a report, as text cells: the same for the page and for Markdown."""
+"""Make the tables of a report from text cells, for page and Markdown."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ VERDICTS = {
     "shared-subspace": "a shared subspace",
     "no-variance": "the models do not differ",
 }
-"""Plain words for the codes of verdicts."""
+"""Verdicts' codes in words."""
 
 FOLDED = 24
-"""Rows from which a table is folded away on the page."""
+"""Number of rows from which on the page folds a table."""
 
 LONG_NAME = 20
-"""Letters from which a name wants a wide column."""
+"""Number of letters from which on a name needs a wide column."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Table:
     """A table of text.
 
     Attributes:
-        title: what it is; also its accessible name.
+        title: its title, also for screen readers.
         columns: headers; a header ends with its denominator or unit where it has one.
-        kinds: of each column: `words`, `number`, or `prose`, which wants room.
+        kinds: kind of each column: `words`, `number`, or `prose`, which needs a wide column.
         rows: cells.
-        note: what a reader must know, in a sentence.
+        note: a remark, as a sentence.
     """
 
     title: str
@@ -49,12 +49,12 @@ class Table:
 
     @property
     def folded(self) -> bool:
-        """Whether it is long enough to be folded away."""
+        """Whether it is long enough to be folded."""
         return len(self.rows) > FOLDED
 
     @property
     def long_names(self) -> bool:
-        """Whether its first column wants room."""
+        """Whether its first column needs to be wide."""
         return max(len(row[0]) for row in self.rows) > LONG_NAME
 
 
@@ -67,9 +67,9 @@ def table(
     prose: bool = False,
     note: str = "",
 ) -> Table | None:
-    """Make a table of `words` columns of words and, after numbers, one of prose; None where it has no rows.
+    """Make a table of `words` columns of words, then numbers and one column of prose; None without rows.
 
-    Columns that hold nothing are left out.
+    Empty columns are left out.
     """
     made = [tuple(row) for row in rows]
     if not made:
@@ -87,7 +87,7 @@ def table(
 
 
 def in_words(code: str) -> str:
-    """Say a verdict's code in words."""
+    """Write a verdict's code in words."""
     return VERDICTS.get(code, code.replace("-", " ") or NONE)
 
 
@@ -97,7 +97,7 @@ def shape_text(shape: Sequence[Any]) -> str:
 
 
 def layer_table(report: Report) -> Table | None:
-    """Every layer with its single numbers and its sentence."""
+    """Make the table of every layer's single numbers and sentence."""
     rank = report.rank
     columns = (
         "layer",
@@ -146,7 +146,7 @@ def _layer_row(name: str, layer: dict[str, Any], rank: int) -> tuple[str, ...]:
 
 
 def layer_sentence(name: str, report: Report) -> str:
-    """What a layer shows, in words: the evidence's own sentence, or its numbers."""
+    """Describe a layer by the evidence's own sentence, or by its numbers."""
     layer, rank = report.layers[name], report.rank
     if layer["sentence"] or not layer["variance"]:
         return str(layer["sentence"] or "All models have the same values here.")
@@ -160,7 +160,7 @@ def layer_sentence(name: str, report: Report) -> str:
 
 
 def verdict_table(report: Report) -> Table | None:
-    """How many layers, and how much of all values, each verdict has."""
+    """Make the table of the number of layers and the share of values of each verdict."""
     verdict = report.evidence["verdict"]
     rows = [
         (in_words(code), in_number(count), in_percent(verdict["values"].get(code)))
@@ -172,7 +172,7 @@ def verdict_table(report: Report) -> Table | None:
 
 
 def control_table(report: Report) -> Table | None:
-    """The controls as one table."""
+    """Make the table of the controls."""
     rows = [
         (
             control["name"],
@@ -191,13 +191,13 @@ def control_table(report: Report) -> Table | None:
 
 
 def statistic_text(control: Mapping[str, Any], key: str) -> str:
-    """Write a control's value: a share as percent, all else as a number."""
+    """Write a control's value: shares in percent, others as numbers."""
     value = control[key]
     return in_percent(value) if control["statistic"].startswith("share") else in_number(value)
 
 
 def group_table(report: Report) -> Table | None:
-    """The lineage groups and their members."""
+    """Make the table of the lineage groups and their members."""
     rows = [
         (f"group {number}", in_number(len(group)), ", ".join(group))
         for number, group in enumerate(report.evidence["lineage"]["groups"], 1)
@@ -206,13 +206,13 @@ def group_table(report: Report) -> Table | None:
 
 
 def duplicate_table(report: Report) -> Table | None:
-    """Pairs of models that are the same."""
+    """Make the table of pairs of equal models."""
     rows = [tuple(pair[:2]) for pair in report.evidence["lineage"]["duplicates"]]
     return table("Duplicates", ("model", "the same as"), rows, words=2)
 
 
 def lineage_table(report: Report) -> Table | None:
-    """What holds across whole lineages held out, and within each."""
+    """Make the table of results across held-out lineages, and within each lineage."""
     found, rows = report.evidence["lineage"], []
     across = found["across"]
     if across["rank"]:
@@ -237,7 +237,7 @@ def _lineage_cells(record: dict[str, Any], rank: int) -> tuple[str, ...]:
 
 
 def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
-    """Shares of variance at one rank that bear like names, each with the reason why it differs from the others."""
+    """Make the table of shares of variance with similar names at one rank, each with the reason why it differs from the others."""
     rank, summary, num = report.rank, report.evidence["summary"], report.evidence["num_models"]
     folded, fitted = (at_rank(summary["rank"], summary[key], rank) for key in ("captured", "in_sample"))
     chance = at_rank(summary["rank"], summary["null"], rank)
@@ -274,7 +274,7 @@ def share_table(report: Report, sizes: SizeTable | None) -> Table | None:
 
 
 def growth_table(report: Report) -> Table | None:
-    """How rank and capture change with the number of models."""
+    """Make the table of rank and capture by number of models."""
     found = report.evidence["growth"]
     length = len(found["num_models"])
     keys = ("var90_rank", "in_sample", "captured", "spread", "null")
@@ -344,7 +344,7 @@ def rate_table(report: Report) -> Table | None:
 
 
 def size_row_table(sizes: SizeTable) -> Table | None:
-    """Sizes at the powers of two, and at four thresholds."""
+    """Make the table of sizes at the powers of two and at four thresholds."""
     largest = len(sizes.by_rank) - 1
     ranks = sorted({0, *(2**power for power in range(32) if 2**power < largest), largest})
     rows = [(f"rank {rank}" if rank else "the mean alone", *_size_cells(sizes.by_rank[rank])) for rank in ranks]
@@ -385,7 +385,7 @@ def _size_cells(row: SizeRow) -> tuple[str, ...]:
 
 
 def rank_range(ranks: Sequence[int]) -> str:
-    """Write the least and largest of sorted ranks.
+    """Write the range of sorted ranks.
 
     >>> rank_range((3, 3)), rank_range((1, 4, 9))
     ('3', '1 to 9')
@@ -396,7 +396,7 @@ def rank_range(ranks: Sequence[int]) -> str:
 
 
 def suitability_table(report: Report) -> Table | None:
-    """Every layer's exponents beside the rule."""
+    """Make the table of every layer's exponents and the rule."""
     score = report.evidence["suitability"]
     limit, retained = limits(score["thresholds"]), set(score["retained"])
     rows = [
@@ -435,7 +435,7 @@ def suitability_table(report: Report) -> Table | None:
 
 
 def _alpha_cells(found: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The authors' score of a layer."""
+    """Return the cells of the authors' score of a layer."""
     if found is None:
         return "not measured", NONE, NONE, NONE
     verdict = "retained" if found["retained"] else "left out"
@@ -454,7 +454,7 @@ def _alpha_note(score: Mapping[str, Any] | None) -> str:
 
 
 def secondary_table(report: Report) -> Table | None:
-    """What the directions after the first k hold, by layer."""
+    """Make the table of the directions after the first k, by layer."""
     rows = [
         (name, _span(found), *(in_percent(found[key]) for key in ("in_sample", "captured", "null")))
         for name, found in ((name, layer["secondary"]) for name, layer in report.by_name.items())
@@ -465,13 +465,13 @@ def secondary_table(report: Report) -> Table | None:
 
 
 def _span(found: Mapping[str, Any]) -> str:
-    """Which directions a secondary subspace holds."""
+    """Write the range of directions of a secondary subspace."""
     last = NONE if found["upto"] is None else in_number(found["upto"])
     return f"{found['rank'] + 1:,} to {last}" if found["upto"] else f"after {found['rank']:,}"
 
 
 def residual_table(report: Report) -> Table | None:
-    """Every model's share of energy outside the fitted subspace, largest first."""
+    """Make the table of every model's share of energy outside the fitted subspace, largest first."""
     known = [(name, model) for name, model in report.models.items() if model["residual"] is not None]
     known.sort(key=lambda item: -item[1]["residual"])
     rows = [

@@ -1,6 +1,6 @@
-"""Every number of a report as one long table: section, layer, model, series, x, y.
+"""Yield all numbers of a report as rows of one long table: section, layer, model, series, x, y.
 
-A section here is a figure of the page: the same rows, thinned to about forty ranks, are behind its download.
+A section is a figure of the page. The figure's download has the same rows at about forty ranks.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def sides(report: Report, thin: bool = False) -> Iterator[Row]:
 
 
 def size_rows(table: SizeTable) -> Iterator[Row]:
-    """What every rank and every threshold would weigh and lose."""
+    """Yield size and loss of every rank and every threshold."""
     for kind, rows in (("rank", table.by_rank), ("threshold", table.by_threshold)):
         for row in rows:
             at = row.rank if kind == "rank" else row.threshold

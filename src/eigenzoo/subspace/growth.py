@@ -4,6 +4,8 @@
     available                exact              old coefficients unchanged  as if fitted at once
     gone                     exact inside the   old coefficients unchanged  optimal for what the bundle still
                              kept subspace                                  knows; the loss is bounded and stated
+    gone, form `stacked`     exact inside the   old coefficients unchanged  as if fitted at once: the basis holds
+                             kept subspace                                  the fitted models' own factors
 
 Legend: N old models, M new ones, R the reference (see `moments`).
 """
@@ -34,7 +36,7 @@ from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import joined, provenance
 from eigenzoo.subspace.bundles.source_records import Relocation, source_record
 from eigenzoo.subspace.bundles.storage import link_all, write_model, write_moments
-from eigenzoo.subspace.coefficients import Coefficients, project_layers, with_templates
+from eigenzoo.subspace.coefficients import Coefficients, project_layers, share_of, with_templates
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit_layers import Fitting, fit_layers
 from eigenzoo.subspace.fitting.options import FitOptions, recorded_options
@@ -45,7 +47,7 @@ from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.duplicates import find_copies, find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments, recentered
 from eigenzoo.subspace.moments.moments_cache import opened_cache
-from eigenzoo.subspace.recall import RecalledModel, restore_records
+from eigenzoo.subspace.recall import recall, restore_records
 from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo
@@ -60,7 +62,7 @@ class Growth:
 
     Attributes:
         added: names of the new models.
-        exact: whether the old models' files were read.
+        exact: whether the old models' files were read, or their factors from the bundle.
         refreshed: whether the basis was fitted again.
         discarded: lost energy Σ‖X − X̂‖² of all models and layers; an upper bound if `exact` is False and the basis was refreshed.
         statement: a sentence about this, and why the old files were not read; without paths.
@@ -249,6 +251,7 @@ def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: 
         coefficients.template,
         source_record(new.models[index], root),
         [coefficients.energies[name] for name in space.layers] if energies else None,
+        space.manifest.coefficients_dtype,
     )
 
 
@@ -285,12 +288,14 @@ def _with_growth(
     return manifest.model_copy(update={"report": report})
 
 
-def _refresh(why: str) -> str:
+def _refresh(why: str, exact: bool) -> str:
+    if not why:
+        return "fitted anew on all models' files"
+    if exact:
+        return f"fitted anew on all models: {why}, but the bundle holds the old models' own factors"
     return (
         f"fitted anew on what the bundle knows of the old models, since {why}; discarded is an upper bound of all that they have "
         "lost"
-        if why
-        else "fitted anew on all models' files"
     )
 
 
@@ -313,11 +318,11 @@ def _refreshed(
     started: float,
     workspace: str | os.PathLike[str] | None,
 ) -> Space:
-    """Fit the basis again, to the old files and their moments or to the rebuilt old models."""
-    old_models = originals
+    """Fit the basis again, to the old files and their moments or to the old models as the bundle has them."""
+    old_models, whole = originals, None
     if old_models is None:
-        recalled = [RecalledModel(space.coefficients(name), space.rebuild(name), space.path) for name in space.names]
-        old_models = Zoo(recalled, space.names, space.selection, new.base)
+        recalled = recall(space)
+        old_models, whole = Zoo(recalled.models, space.names, space.selection, new.base), recalled.whole
         moments = None
     zoo = _joined(space, old_models, new)
     folder = TemporaryFolder(workspace)
@@ -327,7 +332,7 @@ def _refreshed(
             fitting = Fitting(workers, moments_cache, Work(), root)
             layers = fit_layers(zoo, _options(space), _layer_options(space), progress, fitting, _usable(space, moments))
             manifest = write_subspace(zoo, _options(space), layers, root, started)
-        manifest = _after_refresh(space, new, manifest, why, Path(folder.name))
+        manifest = _after_refresh(space, new, manifest, why, whole, Path(folder.name))
     except BaseException:
         folder.cleanup()
         raise
@@ -343,26 +348,37 @@ def _usable(space: StoredSubspace, moments: Mapping[str, LayerMoments] | None) -
     return {name: recentered(layer) for name, layer in (moments or {}).items()}
 
 
-def _after_refresh(space: StoredSubspace, new: Zoo, manifest: Manifest, why: str, root: Path) -> Manifest:
-    """Restore the records of recalled models, and add their earlier loss."""
+def _after_refresh(
+    space: StoredSubspace, new: Zoo, manifest: Manifest, why: str, whole: frozenset[str] | None, root: Path
+) -> Manifest:
+    """Restore the records of recalled models, and add the earlier loss of those that were not `whole`.
+
+    What is lost is a share of the originals' energy, and so never more than all of it: of axis `models` a loss of this order
+    adds up exactly, and for sides a bound above the energy tells no more than that all may be lost.
+    """
     discarded = dict(manifest.discarded)
     report = dict(manifest.report)
     if "imported" in space.report:
         # The loss of the other tool stays unknown.
         report |= {key: space.report[key] for key in ("imported", "warnings")}
-    if why:
-        models = restore_records(space, manifest, root)
-        lost = {name: (space.manifest.discarded[name] ** 0.5 + discarded[name] ** 0.5) ** 2 for name in discarded}
-        discarded = lost
+    if whole is not None:
+        restored = restore_records(space, manifest, root, whole)
+        energies = restored.energies
+        discarded = {name: min(discarded[name] + restored.lost[name], energies[name]) for name in discarded}
         sizes = space.report["bytes"]
         counted = count_bytes(
-            root, models, len(space.layers), sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes
+            root, restored.models, len(space.layers), sizes["zoo"] + new.layer_bytes, sizes["whole_zoo"] + new.num_bytes
         )
-        report["bytes"] = vars(counted)
-        report["residual"] = sum(lost.values()) / report["energy"] if report["energy"] > 0 else 0.0
-        manifest = manifest.model_copy(update={"models": models, "discarded": discarded})
+        report |= {"bytes": vars(counted), "energy": sum(energies.values())}
+        report["residual"] = share_of(sum(discarded.values()), report["energy"])
+        report["layers"] = {
+            name: {**layer, "energy": energies[name], "residual": share_of(discarded[name], energies[name])}
+            for name, layer in report["layers"].items()
+        }
+        manifest = manifest.model_copy(update={"models": restored.models, "discarded": discarded})
+    exact = not why or whole == frozenset(space.names)
     report[PROVENANCE] = joined(space.report, provenance(new))
-    growth = Growth(new.names, not why, True, sum(discarded.values()), _refresh(why))
+    growth = Growth(new.names, exact, True, sum(discarded.values()), _refresh(why, exact))
     return manifest.model_copy(update={"report": {**report, "growth": plain(growth)}})
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.side_files import weights_among
 from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, UpdateRank, UpdateRanks, no_progress
@@ -35,6 +38,45 @@ MODEL = "model"
 
 OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
 """Other formats that `save` can write, by the model's own format."""
+
+
+FULL: Literal["full"] = "full"
+"""As `max_lora_rank`: write every update at its whole rank."""
+
+MaxRank = int | Literal["full"] | None
+
+FLOAT32 = 1e-9
+"""Share of an update's energy that float32 coefficients and bases may change: thousands of eps², for sums of many directions."""
+
+
+@dataclass(frozen=True)
+class OwnRanks:
+    """The ranks that a projected adapter is written at unless a rank is asked for.
+
+    The original X has at most these ranks, so that the best approximation of X̂ of such a rank is no farther from X̂ than X is
+    (Eckart and Young 1936): the cut loses no more than the projection. Coefficients that were changed since have no such bound.
+
+    Attributes:
+        ranks: of each layer, the largest rank of the zoo's updates.
+        outside: of each layer ‖X − X̂‖²; nothing where energies are not known.
+        residuals: of each layer ‖X − X̂‖² / ‖X‖².
+    """
+
+    ranks: Mapping[str, int]
+    outside: Mapping[str, float]
+    residuals: Mapping[str, float]
+
+    def allows(self, cuts: Mapping[str, Cut]) -> bool:
+        """Tell whether cuts to these ranks lose no more than the projection, but for round-off."""
+        lost, energy = sum(cut.lost for cut in cuts.values()), sum(cut.energy for cut in cuts.values())
+        return lost <= sum(self._outside(name, cut) for name, cut in cuts.items()) + FLOAT32 * energy
+
+    def _outside(self, name: str, cut: Cut) -> float:
+        if self.outside:
+            return self.outside[name]
+        # ‖X̂‖ ≥ ‖X‖ − ‖X − X̂‖ bounds the energy that the share is one of.
+        root = self.residuals[name] ** 0.5
+        return inf if root >= 1 else (root / (1 - root)) ** 2 * cut.energy
 
 
 class RebuiltModel:
@@ -53,12 +95,15 @@ class RebuiltModel:
         view: str,
         base: Callable[[], Model],
         fetch: bool = False,
-        max_lora_rank: int | None = None,
+        max_lora_rank: MaxRank = None,
+        own: OwnRanks | None = None,
     ) -> None:
-        if max_lora_rank is not None:
+        if max_lora_rank not in (None, FULL):
             _check_max_rank(max_lora_rank, template.layout, name)
-        self.name, self._fetch, self._max_rank = name, fetch, max_lora_rank
-        self._ranks: dict[str, UpdateRank] = {}
+        self.name, self._fetch = name, fetch
+        self._max_rank = max_lora_rank if isinstance(max_lora_rank, int) else None
+        self._own = own if max_lora_rank is None else None
+        self._ranks: UpdateRanks | None = None
         self._layers, self._values, self._template = layers, values, template
         self._view, self._base = view, base
 
@@ -68,7 +113,9 @@ class RebuiltModel:
 
     @property
     def not_carried(self) -> tuple[str, ...]:
-        """Files beside the original's weights that are not written. Of many names the first are listed, weights before others."""
+        """Files beside the original's weights that are not written. If there are many, the first are listed, weights before
+        others.
+        """
         return self._template.not_carried
 
     @property
@@ -80,44 +127,43 @@ class RebuiltModel:
     @own_settings()
     def layer(self, name: str) -> Tensor:
         """Return one rebuilt layer as a tensor of its shape in the files, float64; a LoRA update as the product B·A."""
-        rebuilt = self._rebuild(name)
-        if isinstance(rebuilt, tuple):
-            b_OR, a_RI = self._cut(name, rebuilt)
+        if self._layers[name].layer.kind == "update":
+            b_OR, a_RI = self.factors(name)
             return b_OR @ a_RI
-        return rebuilt.reshape(self._layers[name].layer.tensor_shape)
+        return self._rebuild(name).reshape(self._layers[name].layer.tensor_shape)
 
     @own_settings()
     def factors(self, name: str) -> Factors:
-        """Return one rebuilt LoRA update as (B, A) in float64, with the scale in B."""
-        rebuilt = self._rebuild(name)
-        if not isinstance(rebuilt, tuple):
-            raise BundleError("is no LoRA update", where=f"layer '{name}'")
-        return self._cut(name, rebuilt)
+        """Return one rebuilt LoRA update as (B, A) in float64, with the scale in B.
+
+        It has its whole rank unless `max_lora_rank` is a number.
+        """
+        return self._cut(name, self._max_rank).factors
 
     def ranks(self) -> UpdateRanks | None:
-        """Return the rank of each update of a rebuilt adapter, that of the original, and the loss by `max_lora_rank`.
+        """Return the rank of each update of a rebuilt adapter as `save` writes it, beside the original's, and what a cut loses.
 
-        None for a model of full weights. Updates that were not computed before are rebuilt.
+        None for a model of full weights. An adapter that was not saved before is rebuilt for it.
         """
-        updates = self._template.layout.updates
-        for module in updates:
-            if module not in self._ranks:
-                self.adapter_factors(module)
-        return UpdateRanks({module: self._ranks[module] for module in updates}) if updates else None
+        if self._template.layout.updates and self._ranks is None:
+            with local_workers() as workers:
+                self._written(workers, no_progress)
+        return self._ranks
 
-    def _cut(self, module: str, factors: Factors) -> Factors:
-        """Truncate an update to the largest permitted rank, and record the loss for `ranks`."""
-        full_rank = factors[1].shape[0]
-        truncated, lost = (factors, 0.0) if self._max_rank is None else lora.cut(factors, self._max_rank)
-        original = self._template.layout.updates[module].rank
-        self._ranks[module] = UpdateRank(truncated[1].shape[0], full_rank, original, lora.energy(factors), lost)
-        return truncated
-
-    def _rebuild(self, name: str) -> Tensor | Factors:
+    @own_settings()
+    def _cut(self, name: str, max_rank: int | None) -> Cut:
         try:
-            return self._layers[name].rebuild(self._values[name])
+            return self._rebuild_update(name, max_rank)
         except DataError as error:
             raise error.at(f"layer '{name}' of {self.name}") from None
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        return self._layers[name].rebuild_update(self._values[name], max_rank)
+
+    def _rebuild(self, name: str) -> Tensor:
+        rebuilt = self._layers[name].rebuild(self._values[name])
+        assert not isinstance(rebuilt, tuple)
+        return rebuilt
 
     @own_settings()
     def save(
@@ -134,7 +180,7 @@ class RebuiltModel:
         model has its keys and α, a rank for each layer, and diffusers' file name. A bare state dict keeps its file name. `force`
         replaces a folder that contains only a rebuilt model, unchanged. `format` chooses other keys: `diffusers` or `kohya` for
         LoRAs of diffusion models, `mlx-lm` for PEFT's adapters. Layers are rebuilt on one thread per core, a few ahead of the
-        writer. Updates have at most the rank `max_lora_rank` of `Subspace.rebuild`.
+        writer. Updates have at most the rank `max_lora_rank` of `Subspace.rebuild`, which explains the default.
         """
         target = Path(folder)
         kind = self._template.layout.format
@@ -208,8 +254,7 @@ class RebuiltModel:
     def _save_adapter(self, folder: Path, family: str | None, workers: Workers, progress: Progress) -> None:
         template = self._template
         layout = template.layout
-        modules = list(layout.updates)
-        factors = dict(workers.each("rebuilding updates", self.adapter_factors, modules, progress))
+        factors = self._written(workers, progress)
         used = {key for update in layout.updates.values() for key in update.keys}
         left = [name for name in layout.tensors if name not in template.carried and name not in used]
         carried = [name for name in (*template.carried, *left) if name not in used]
@@ -228,10 +273,35 @@ class RebuiltModel:
             return
         write_lora(folder, layout, config, factors, others=others, metadata=metadata, side_files=side_files)
 
+    def _written(self, workers: Workers, progress: Progress) -> dict[str, Factors]:
+        """B and A of each module as they are written, and their ranks, which are kept."""
+        stage, updates, own = "rebuilding updates", self._template.layout.updates, self._own
+
+        def run(ranks: Mapping[str, int | None]) -> dict[str, Cut]:
+            cuts = workers.each(stage, lambda module: self._adapter_cut(module, ranks.get(module)), updates, progress)
+            return dict(cuts)
+
+        cuts = {}
+        if own is not None:
+            # Cuts first, which are small.
+            cuts = run({module: max(own.ranks[module], updates[module].rank) for module in self._layers})
+        if own is None or not own.allows({module: cuts[module] for module in self._layers}):
+            cuts = run(dict.fromkeys(updates, self._max_rank))
+        self._ranks = UpdateRanks(
+            {
+                module: UpdateRank(cut.factors[1].shape[0], cut.whole, updates[module].rank, cut.energy, cut.lost)
+                for module, cut in cuts.items()
+            }
+        )
+        return {module: cut.factors for module, cut in cuts.items()}
+
     def adapter_factors(self, module: str) -> Factors:
         """Return B and A of one module, from the subspace or, if it was excluded, from the carried tensors."""
+        return self._adapter_cut(module, self._max_rank).factors
+
+    def _adapter_cut(self, module: str, max_rank: int | None) -> Cut:
         if module in self._layers:
-            return self.factors(module)
+            return self._cut(module, max_rank)
         update = self._template.layout.updates[module]
         names = (f"{module}.lora_B", f"{module}.lora_A")
         keys, shapes = (update.key_b, update.key_a), ((update.shape[0], update.rank), (update.rank, update.shape[1]))
@@ -239,7 +309,13 @@ class RebuiltModel:
             self.layer(name) if name in self._layers else self._carried(key)
             for name, key in zip(names, keys, strict=True)
         )
-        return self._cut(module, (b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])))
+        factors = b_OR.reshape(shapes[0]), a_RI.reshape(shapes[1])
+        if max_rank is not None and update.rank > max_rank:
+            # A carried factor that has more rows than its rank is still of the rank that its file says.
+            cut = lora.cut_product(factors[0].double(), factors[1].double(), max_rank)
+            rest = cut.energies_P.new_zeros(update.rank - cut.whole)
+            return cut._replace(energies_P=torch.cat([cut.energies_P, rest]))
+        return Cut(factors, torch.zeros(update.rank), lora.energy(factors))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of a rebuilt checkpoint by its name in the files, in the files' dtypes."""
@@ -253,7 +329,7 @@ class RebuiltModel:
         return {layout.names.get(name, name): self._read(name) for name in layout.tensors}
 
 
-def _check_max_rank(max_lora_rank: int, layout: ModelLayout, name: str) -> None:
+def _check_max_rank(max_lora_rank: int | str | None, layout: ModelLayout, name: str) -> None:
     if not layout.updates:
         raise UsageError(
             f"a largest LoRA rank of {max_lora_rank} for a {layout.format}",
@@ -261,12 +337,12 @@ def _check_max_rank(max_lora_rank: int, layout: ModelLayout, name: str) -> None:
             rule="only LoRA updates have a rank",
             next_step="leave out max_lora_rank (--max-lora-rank)",
         )
-    if max_lora_rank < 1:
+    if not isinstance(max_lora_rank, int) or max_lora_rank < 1:
         raise RankError(
             f"max_lora_rank is {max_lora_rank}",
             where=name,
             rule="an update has a rank of 1 or more",
-            next_step="name one",
+            next_step="name one, or 'full' for the whole rank",
         )
 
 

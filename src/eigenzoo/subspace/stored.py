@@ -36,13 +36,13 @@ from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.splitting import split_model
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import LayerBasis, StoredAs
 from eigenzoo.subspace.bundles.source_records import is_at_hand, source_path
 from eigenzoo.subspace.bundles.storage import num_models_stored, read_basis, read_moments, split_coefficients
 from eigenzoo.subspace.coefficients import Coefficients, outside_of, project_layers, share_of, with_templates
 from eigenzoo.subspace.moments.border import extended_inside
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
-from eigenzoo.subspace.rebuilt import RebuiltModel, check_layout
+from eigenzoo.subspace.rebuilt import MaxRank, OwnRanks, RebuiltModel, check_layout
 from eigenzoo.weights.renames import nearest
 from eigenzoo.zoo.matching import Selection
 from eigenzoo.zoo.sources import Source
@@ -105,9 +105,9 @@ class StoredSubspace:
     @own_settings()
     def layers(self) -> Mapping[str, LayerBasis]:
         """Every layer's basis by name."""
-        files = open_basis(self.path)
+        files, stored = open_basis(self.path), StoredAs(self.manifest.coding, self.manifest.coefficients_dtype)
         return MappingProxyType(
-            {record.name: read_basis(record, self.manifest.center, files) for record in self.manifest.layers}
+            {record.name: read_basis(record, self.manifest.center, files, stored) for record in self.manifest.layers}
         )
 
     @cached_property
@@ -164,7 +164,10 @@ class StoredSubspace:
     def stored(self, record: ModelRecord) -> StoredCoefficients:
         """Read a model's coefficients file and check it against the layers."""
         basis, sizes = self.manifest.basis_id, (self._num_coefficients, len(self.layers))
-        return self._current(lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes))
+        dtype = self.manifest.coefficients_dtype
+        return self._current(
+            lambda: read_coefficients(self.path, record.coefficients, record.name, basis, *sizes, dtype)
+        )
 
     @cached_property
     def _num_coefficients(self) -> int:
@@ -263,10 +266,8 @@ class StoredSubspace:
         """Selects exactly this subspace's layers of a model, with the zoo's splits and missing modules."""
         modules: list[ZooModule] = []
         if self.manifest.missing == "zero":
-            layouts = {record.layout: self.template(record.name).layout for record in self.manifest.models}
-            modules = [
-                module for layout in layouts.values() for module in modules_of(layout.format, layout.updates.values())
-            ]
+            layouts = [self.template(name).layout for name in self._named_layouts.values()]
+            modules = [module for layout in layouts for module in modules_of(layout.format, layout.updates.values())]
         return Selection(
             self.view,
             only=frozenset(self.layers),
@@ -321,13 +322,16 @@ class StoredSubspace:
         *,
         mean_only: bool = False,
         fetch: bool = False,
-        max_lora_rank: int | None = None,
+        max_lora_rank: MaxRank = None,
     ) -> RebuiltModel:
         """Rebuild a model from its coefficients or by name.
 
         `mean_only` returns the zoo's mean instead, as a control. `fetch` reads excluded tensors from the model's URL.
         `max_lora_rank` truncates each update of an adapter, also of excluded modules, to its best approximation of at most that
-        rank. `RebuiltModel.ranks` has the loss.
+        rank. "full" writes the whole rank. Default: `RebuiltModel.layer` and `factors` have the whole rank, and `RebuiltModel.save`
+        writes each update at the largest rank that the zoo has there. For a projected model this loses no more than lies outside
+        the subspace. Coefficients of which it loses more, and the mean, are written at the whole rank. `RebuiltModel.ranks` has
+        ranks and loss.
         """
         coefficients = self.coefficients(model) if isinstance(model, str) else model
         values = dict(coefficients.values)
@@ -354,7 +358,25 @@ class StoredSubspace:
             self.require_base,
             fetch,
             max_lora_rank,
+            None if mean_only else self._own_ranks(coefficients),
         )
+
+    def _own_ranks(self, coefficients: Coefficients) -> OwnRanks | None:
+        """The ranks that a projected adapter is written at; None for full weights, and for what is no projection."""
+        if self.view != "update" or not coefficients.residuals:
+            return None
+        return OwnRanks(self._largest_ranks, coefficients.outside, coefficients.residuals)
+
+    @cached_property
+    def _largest_ranks(self) -> Mapping[str, int]:
+        """The largest rank that the zoo's models have in each layer of updates."""
+        updates = [self.template(name).layout.updates for name in self._named_layouts.values()]
+        return {layer: max(update[layer].rank for update in updates) for layer in self.layers}
+
+    @property
+    def _named_layouts(self) -> Mapping[str, str]:
+        """One model of each layout."""
+        return {record.layout: record.name for record in self.manifest.models}
 
     @own_settings()
     def check_current(self) -> None:

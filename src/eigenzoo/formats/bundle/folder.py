@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+import torch
 from torch import Tensor
 
 from eigenzoo.errors import BundleError, FormatError, UnsafePathError
@@ -88,9 +89,15 @@ class StoredCoefficients(NamedTuple):
 
 
 def read_coefficients(
-    root: Path, file: str, model: str, basis_id: str, num_coefficients: int, num_layers: int
+    root: Path,
+    file: str,
+    model: str,
+    basis_id: str,
+    num_coefficients: int,
+    num_layers: int,
+    dtype: str = "float32",
 ) -> StoredCoefficients:
-    """Read one model's small file, checked against the layers."""
+    """Read one model's small file, checked against the layers and the dtype of coefficients; they come in float32."""
     where = f"{root}/{file}"
     try:
         opened = SafetensorsFile(root / file, root)
@@ -98,7 +105,10 @@ def read_coefficients(
         raise
     except FormatError as error:
         raise BundleError(error.what, where=where, rule=error.rule, next_step=error.next_step) from error
-    expected = {"coefficients": ("F32", (num_coefficients,)), "residual": ("F32", (num_layers,))}
+    expected = {
+        "coefficients": (dtype_name(getattr(torch, dtype)), (num_coefficients,)),
+        "residual": ("F32", (num_layers,)),
+    }
     tensors = {name: (dtype_name(info.dtype), info.shape) for name, info in opened.tensors.items()}
     if tensors != expected and tensors != expected | {"energy": ("F64", (num_layers,))}:
         raise BundleError(f"holds {tensors}", where=where, rule=f"the layers of this bundle need tensors {expected}")
@@ -110,9 +120,8 @@ def read_coefficients(
             where=where,
             rule=f"the manifest says {model!r}",
         )
-    return StoredCoefficients(
-        *(opened.read(name) for name in ("coefficients", "residual", "energy") if name in tensors)
-    )
+    found = [opened.read(name) for name in ("coefficients", "residual", "energy") if name in tensors]
+    return StoredCoefficients(found[0].float(), *found[1:])
 
 
 def file_fault(path: Path, manifest: Manifest, name: str) -> str | None:
@@ -185,9 +194,11 @@ def coefficient_file(model: str) -> str:
     return f"coefficients/{encoded}.safetensors"
 
 
-def write_coefficients(path: Path, model: str, basis_id: str, stored: StoredCoefficients) -> None:
-    """Write one model's small file, which need not be on the disk yet when this returns."""
-    values = {"coefficients": stored.values.float(), "residual": stored.residuals_L.float()}
+def write_coefficients(
+    path: Path, model: str, basis_id: str, stored: StoredCoefficients, dtype: str = "float32"
+) -> None:
+    """Write one model's small file, coefficients in `dtype`; it need not be on the disk yet when this returns."""
+    values = {"coefficients": stored.values.to(getattr(torch, dtype)), "residual": stored.residuals_L.float()}
     if stored.energies_L is not None:
         values["energy"] = stored.energies_L.double()
     layout = [TensorLayout(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in values.items()]

@@ -10,9 +10,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from eigenzoo.errors import BundleError, UnsafePathError, UsageError
 from eigenzoo.formats.model import MAX_NAME
 from eigenzoo.formats.paths import relative_name
+from eigenzoo.linalg.quantised import CODINGS
 from eigenzoo.weights.splits import SplitRule, parse_split
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The largest version that is read. A bundle whose bases and coefficients are as in version 1 is written as version 1."""
+
+BASIS_DTYPES = Literal["float64", "float32", "bfloat16", "float16", "int8", "nf4"]
+COEFFICIENT_DTYPES = Literal["float32", "bfloat16", "float16"]
 
 
 def _safe_name(name: str) -> str:
@@ -131,7 +136,8 @@ class _Options(BaseModel):
     axes: list[Literal["models", "outputs", "inputs"]]
     rules: dict[str, Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1)] | Literal["auto"]]
     center: Literal["models", "columns", "none", "global"]
-    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    dtype: BASIS_DTYPES
+    coefficients_dtype: COEFFICIENT_DTYPES = "float32"
     split: list[Annotated[str, AfterValidator(_split_rule)]] = []
     missing: Literal["error", "zero"] = "error"
     budget: Count | None
@@ -191,13 +197,13 @@ def _check_report(report: dict[str, Any]) -> dict[str, Any]:
 class Manifest(_Strict):
     """The whole manifest."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     eigenzoo_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z.+!-]{1,64}$")]
     basis_id: Sha256
     view: Literal["weight", "delta", "update", "factors"]
     axes: list[Literal["models", "outputs", "inputs"]]
     center: Literal["models", "columns", "none", "global"]
-    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    dtype: BASIS_DTYPES
     options: Annotated[dict[str, Any], AfterValidator(_check_options)]
     base: SourceRecord | None
     layers: Annotated[list[LayerRecord], Field(min_length=1)]
@@ -216,8 +222,20 @@ class Manifest(_Strict):
         """`zero` where a module that an adapter lacks counts as an update of zero, else `error`."""
         return str(self.options.get("missing", "error"))
 
+    @property
+    def coding(self) -> str:
+        """How bases are quantised: `int8` or `nf4`, else ""."""
+        return self.dtype if self.dtype in CODINGS else ""
+
+    @property
+    def coefficients_dtype(self) -> str:
+        """The dtype of the models' coefficients."""
+        return str(self.options.get("coefficients_dtype", "float32"))
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        if self.schema_version < needed_version(self.dtype, self.coefficients_dtype):
+            raise ValueError("schema version 1 has no bases in int8 or nf4, and no coefficients in half precision")
         for what, names in (
             ("layer", [layer.name for layer in self.layers]),
             ("model", [model.name for model in self.models]),
@@ -227,6 +245,11 @@ class Manifest(_Strict):
         if set(self.discarded) != {layer.name for layer in self.layers}:
             raise ValueError("discarded does not name the layers")
         return self
+
+
+def needed_version(dtype: str, coefficients_dtype: str) -> int:
+    """Return the least schema version that has bases and coefficients of these dtypes."""
+    return 2 if dtype in CODINGS or coefficients_dtype != "float32" else 1
 
 
 def make_manifest(**fields: Any) -> Manifest:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from eigenzoo.errors import BundleError, DataError
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack
 
@@ -81,6 +82,14 @@ class TensorWriter(WholeTensorWriter, Protocol):
 
 
 @dataclass(frozen=True)
+class StoredAs:
+    """How a bundle stores what a layer needs: `coding` of quantised bases (else ""), dtype of coefficients."""
+
+    coding: str = ""
+    coefficients_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Projection:
     """One model's layer in a basis: its coefficients, ‖X − X̂‖², and ‖X‖²."""
 
@@ -117,6 +126,8 @@ class LayerBasis(ABC):
         ranks: number of kept directions, by truncated axis.
         center: the removed center; see `weights.views.CENTERS`.
         tensors: reader of the basis. Its tensors' names begin with the layer's name.
+        stored: how the bundle stores bases and coefficients. Quantised bases are orthonormalised when they are read
+            (`orthonormalizer`), and coefficients are rounded to their dtype.
     """
 
     form: ClassVar[str]
@@ -125,6 +136,7 @@ class LayerBasis(ABC):
     ranks: Mapping[str, int]
     center: str
     tensors: TensorReader
+    stored: StoredAs = field(default=StoredAs(), kw_only=True)
 
     @property
     @abstractmethod
@@ -151,6 +163,10 @@ class LayerBasis(ABC):
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Rebuild the layer: an (O, I) matrix in float64, or (B, A) factors of a LoRA update with the scale in B."""
 
+    def rebuild_update(self, coefficients: Tensor, max_rank: int | None = None) -> Cut:
+        """Rebuild a LoRA update, cut to a rank. Raises BundleError for a layer that is not an update."""
+        raise BundleError("is no LoRA update", where=f"layer '{self.layer.name}'")
+
     @abstractmethod
     def operator(self) -> Operator:
         """Read the whole basis into memory as an operator on coefficients."""
@@ -163,6 +179,13 @@ class LayerBasis(ABC):
         """Return the stored center M, broadcastable over (O, I), or zero if none is stored."""
         return torch.zeros(1, 1, dtype=torch.float64)
 
+    def _rounded(self, coefficients: Tensor) -> Tensor:
+        """Coefficients as they are stored; float32 ones stay as they are."""
+        return rounded(coefficients, self.stored.coefficients_dtype, self.layer.name)
+
+    def _orthonormalizer(self, gram_KK: Tensor) -> Tensor:
+        return orthonormalizer(gram_KK, self.layer.name)
+
     def _name(self, part: str) -> str:
         return f"{self.layer.name}/{part}"
 
@@ -174,8 +197,42 @@ def deviation_from_identity(gram_KK: Tensor) -> float:
     return float((gram_KK - torch.eye(gram_KK.shape[0], dtype=gram_KK.dtype)).abs().max())
 
 
-ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3}
-"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries)."""
+def rounded(coefficients: Tensor, dtype: str, layer: str) -> Tensor:
+    """Return coefficients with the values that half precision holds, in their own dtype; those for float32 as they are."""
+    if dtype == "float32":
+        return coefficients
+    values = coefficients.to(getattr(torch, dtype)).to(coefficients.dtype)
+    if not bool(torch.isfinite(values).all()):
+        largest = float(coefficients.abs().max())
+        raise DataError(
+            f"a coefficient of {largest:.3g}",
+            where=f"layer '{layer}'",
+            rule=f"the largest number in {dtype} is {torch.finfo(getattr(torch, dtype)).max:.3g}",
+            next_step="store coefficients in bfloat16 or float32",
+        )
+    return values
+
+
+def orthonormalizer(gram_KK: Tensor, layer: str) -> Tensor:
+    """Return L⁻¹ (K, K), with LLᵀ the Gram of directions V that quantising has moved: the rows of L⁻¹V are orthonormal."""
+    lower_KK, fault = torch.linalg.cholesky_ex(gram_KK)
+    if int(fault) or not bool(torch.isfinite(lower_KK).all()):
+        raise BundleError(
+            "directions depend on each other",
+            where=f"layer '{layer}'",
+            rule="quantised directions are linearly independent",
+            next_step="fit with another dtype, such as int8, or with fewer directions; copy a damaged bundle again",
+        )
+    identity_KK = torch.eye(len(gram_KK), dtype=gram_KK.dtype)
+    inverse_KK: Tensor = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False)
+    return inverse_KK
+
+
+ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3, "int8": 1e-1, "nf4": 0.7}
+"""Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries).
+
+Of quantised bases it is that of the stored values, before a reader orthonormalises them: it detects damage and no more.
+"""
 
 
 def is_finite(files: BasisFiles, name: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -107,11 +108,14 @@ def write_flat(
     coefficients_NK: Tensor,
     dtype: torch.dtype,
     writer: TensorWriter,
+    *,
+    orthonormal: bool = True,
 ) -> Tensor:
     """Write the center and the directions span by span, and return the coefficients.
 
     Round-off of the Gram makes the directions of small eigenvalues not orthogonal. One Cholesky step makes them orthonormal again.
-    The coefficients are multiplied by the inverse, so that C·V does not change.
+    The coefficients are multiplied by the inverse, so that C·V does not change. Not if `orthonormal` is false: a reader
+    orthonormalises quantised directions.
     """
     num_kept = coefficients_NK.shape[1]
     if removed is not None and float(removed.abs().max()) > 0:
@@ -130,7 +134,7 @@ def write_flat(
             continue
         for number, direction in enumerate(span.directions_KD):
             writer.write_flat(f"{layer.name}/models", number * layer.num_values + span.start, direction)
-    if deviation_from_identity(gram_KK) <= _orthonormal(dtype):
+    if not orthonormal or deviation_from_identity(gram_KK) <= _orthonormal(dtype):
         return coefficients_NK
     return _orthonormalize(writer, f"{layer.name}/models", gram_KK, coefficients_NK, layer.num_values, dtype)
 
@@ -226,12 +230,13 @@ class FlatBasis(LayerBasis):
                 center(values_NR, first, last)
                 for part, directions_KB in blocks(first, last):
                     coefficients_NK += kernels.long_product(values_NR[:, part], directions_KB)
+            coefficients_NK, weights_NK = self._of_products(coefficients_NK)
             for first, last in ranges:
                 if len(ranges) > 1:
                     values_NR = read(first, last)
                     center(values_NR, first, last)
                 for part, directions_KB in blocks(first, last):
-                    kernels.subtract(values_NR[:, part], kernels.product(coefficients_NK.to(dtype), directions_KB))
+                    kernels.subtract(values_NR[:, part], kernels.product(weights_NK.to(dtype), directions_KB))
                 outside_N += kernels.row_energies(values_NR)
         return [
             Projection(coefficients_K, outside, energy)
@@ -244,23 +249,45 @@ class FlatBasis(LayerBasis):
         """Return M + Σ c_k V_k."""
         matrix_OI = self.removed().expand(self.layer.shape).clone()
         flat = matrix_OI.view(-1)
+        weights = coefficients.double()
+        weights = weights if self._upright is None else weights @ self._upright
         for start, stop, directions in self._blocks():
-            flat[start:stop] += coefficients.double() @ directions
+            flat[start:stop] += weights @ directions
         return matrix_OI
 
     def orthonormality(self) -> float:
-        """Largest entry of |VVᵀ − 1|."""
+        """Largest entry of |VVᵀ − 1|, with V as it is stored."""
+        return deviation_from_identity(self._gram())
+
+    def _gram(self) -> Tensor:
+        """VVᵀ of the directions as they are stored."""
         num_kept = self.ranks["models"]
         gram_KK = torch.zeros(num_kept, num_kept, dtype=torch.float64)
         for _, _, directions in self._blocks():
             gram_KK += directions @ directions.T
-        return deviation_from_identity(gram_KK)
+        return gram_KK
+
+    @cached_property
+    def _upright(self) -> Tensor | None:
+        """What turns stored directions into orthonormal ones, where they are quantised; reads the basis once."""
+        return self._orthonormalizer(self._gram()) if self.stored.coding else None
+
+    def _of_products(self, products_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return coefficients of products with stored directions, as they are stored, and the weights of stored directions."""
+        upright_KK = self._upright
+        if upright_KK is None:
+            rounded_NK = self._rounded(products_NK)
+            return rounded_NK, rounded_NK
+        rounded_NK = self._rounded(products_NK @ upright_KK.T)
+        return rounded_NK, rounded_NK @ upright_KK
 
     def operator(self) -> Operator:
-        """Return the whole-layer directions in their stored dtype, and the mean."""
+        """Return the whole-layer directions in their stored dtype (quantised ones in float32), and the mean."""
         directions = torch.zeros(0, *self.layer.shape)
         if self.ranks["models"]:
             directions = self.tensors.read(self._name("models"))
+            if self._upright is not None:
+                directions = torch.tensordot(self._upright.to(directions.dtype), directions, 1)
         return Operator(table=directions, offset=self.removed())
 
     def removed(self) -> Tensor:

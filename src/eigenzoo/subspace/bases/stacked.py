@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
+from eigenzoo.records import Layer
 from eigenzoo.subspace.bases.basis import (
     MODEL_BYTES,
     STACKED,
@@ -27,16 +28,20 @@ from eigenzoo.subspace.bases.basis import (
     Projection,
     TensorWriter,
     deviation_from_identity,
+    orthonormalizer,
 )
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack, UpdateStack
 
 
-def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor, writer: TensorWriter) -> None:
+def write_stacked(
+    stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor, writer: TensorWriter, coding: str = ""
+) -> None:
     """Write factors, owners, scales and weights. Factors keep their dtype and are written one model at a time.
 
     The directions are V_k = Σ_n w_nk (X_n − M). Their weights over the uncentred updates are therefore w_k minus the sum of w_k
-    times the weights of M.
+    times the weights of M. With a `coding` the writer quantises the factors. The weights then make orthonormal directions of the
+    quantised factors, which takes all factors of the layer in float64 and P²·(O + I) products.
     """
     layer, ranks, num_models = stack.layer, stack.ranks, len(stack)
     dtype = getattr(torch, layer.dtype)
@@ -53,12 +58,26 @@ def write_stacked(stack: UpdateStack, moments: LayerMoments, weights_NK: Tensor,
         writer.write_flat(f"{layer.name}/factors_b", first * outputs, b_OR.T.contiguous().to(dtype).view(-1))
         writer.write_flat(f"{layer.name}/factors_a", first * inputs, a_RI.contiguous().to(dtype).view(-1))
         first += ranks[index]
+    raw_NN = moments.raw_NN
+    if coding:
+        raw_NN = _written_products(layer, ranks, scales_N.tolist(), writer)
+        directions_KN = orthonormalizer(directions_KN @ raw_NN @ directions_KN.T, layer.name) @ directions_KN
     writer.append(f"{layer.name}/ranks", torch.tensor(ranks, dtype=torch.int32))
     writer.append(f"{layer.name}/scales", scales_N)
-    writer.append(f"{layer.name}/weights", torch.cat([mean_N[None], directions_KN]))
-    raw_NN = moments.raw_NN
     weights = torch.cat([mean_N[None], directions_KN])
+    writer.append(f"{layer.name}/weights", weights)
     writer.append(f"{layer.name}/products", weights @ raw_NN @ weights.T)
+
+
+def _written_products(layer: Layer, ranks: Sequence[int], scales: Sequence[float], writer: TensorWriter) -> Tensor:
+    """Return ⟨X_i, X_j⟩ (N, N) of all models' updates as they were written."""
+    rows_b, rows_a = (
+        writer.read_flat(f"{layer.name}/{part}", 0, sum(ranks) * size).double().view(-1, size)
+        for part, size in zip(("factors_b", "factors_a"), layer.shape, strict=True)
+    )
+    models = zip(torch.split(rows_b, list(ranks)), torch.split(rows_a, list(ranks)), scales, strict=True)
+    factors = [(b_RO.T * scale, a_RI) for b_RO, a_RI, scale in models]
+    return lora.inner_products(factors, factors)
 
 
 @dataclass(frozen=True)
@@ -90,14 +109,18 @@ class StackedBasis(LayerBasis):
             along = weights @ self._inner_products(factors)
             coefficients_MK = (along[1:] - products[1:, :1]).T
             for update, along_mean, coefficients in zip(factors, along[0].tolist(), coefficients_MK, strict=True):
-                energy = lora.energy(update)
-                inside = float(coefficients.square().sum())
+                energy, stored = lora.energy(update), self._rounded(coefficients.clone())
+                inside = float((stored * (2 * coefficients - stored)).sum())
                 outside = energy - 2 * along_mean + float(products[0, 0]) - inside
-                projections.append(Projection(coefficients.clone(), max(outside, 0.0), energy))
+                projections.append(Projection(stored, max(outside, 0.0), energy))
         return projections
 
     def rebuild(self, coefficients: Tensor) -> Factors:
-        """Return balanced factors of Σ w_n s_n B_n A_n with the least rank. Cost (O + I)·P² + P³."""
+        """Return the balanced factors of least rank of Σ w_n s_n B_n A_n; cost (O + I)·P² + P³."""
+        return self.rebuild_update(coefficients).factors
+
+    def rebuild_update(self, coefficients: Tensor, max_rank: int | None = None) -> Cut:
+        """Return that sum, cut to a rank."""
         weights = self.tensors.read(self._name("weights"))
         combined_N = (weights[0] + coefficients.double() @ weights[1:]) * self.tensors.read(self._name("scales"))
         owner_P = self._owner()
@@ -108,8 +131,20 @@ class StackedBasis(LayerBasis):
         noise = lora.ROUND_OFF * (
             float(self.tensors.read(self._name("products"))[0, 0]) + float(coefficients.double().square().sum())
         )
-        factors, _ = lora.truncated(b_PO.T * combined_N[owner_P][used_P], a_PI, noise=noise)
-        return factors
+        return lora.cut_product(b_PO.T * combined_N[owner_P][used_P], a_PI, max_rank, noise)
+
+    def stored_ranks(self) -> list[int]:
+        """The rank of every update that the basis is made of: those of the fitted models, in their order."""
+        ranks: list[int] = self.tensors.read(self._name("ranks")).long().tolist()
+        return ranks
+
+    def stored_factors(self, place: int) -> tuple[Tensor, Tensor, float]:
+        """Read one of these updates as `UpdateStack.stored_factors` gave it: B (O, R), A (R, I), and its scale."""
+        ranks, (outputs, inputs) = self.stored_ranks(), self.layer.shape
+        start, stop = sum(ranks[:place]), sum(ranks[: place + 1])
+        b_RO = self.tensors.read_flat(self._name("factors_b"), start * outputs, stop * outputs).view(-1, outputs)
+        a_RI = self.tensors.read_flat(self._name("factors_a"), start * inputs, stop * inputs).view(-1, inputs)
+        return b_RO.T, a_RI, float(self.tensors.read(self._name("scales"))[place])
 
     def orthonormality(self) -> float:
         """Return the largest entry of |⟨V_j, V_k⟩ − δ_jk|, computed from the factors."""

@@ -14,19 +14,21 @@ Legend: N models, O outputs, I inputs, P kept outputs, Q kept inputs, K shared c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from eigenzoo.linalg import lora
-from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.subspace.bases.basis import (
     TUCKER,
     LayerBasis,
     Operator,
     Projection,
+    StoredAs,
     WholeTensorWriter,
     deviation_from_identity,
 )
@@ -40,6 +42,43 @@ class Cores:
 
     cores_NPQ: Tensor
     mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class LeadingCores:
+    """All models' cores between the leading eigenvectors of the sides: at any smaller ranks they are their first rows and columns.
+
+    Attributes:
+        outputs_OP, inputs_IQ: the eigenvectors; None for a side that is not truncated.
+        cores: between these.
+        is_update: whether the mean is a core too.
+    """
+
+    outputs_OP: Tensor | None
+    inputs_IQ: Tensor | None
+    cores: Cores
+    is_update: bool
+
+    def holds(self, ranks: Mapping[str, int]) -> bool:
+        """Tell whether there are so many eigenvectors."""
+        sides = {"outputs": self.outputs_OP, "inputs": self.inputs_IQ}
+        return all(side is None or ranks.get(axis, side.shape[0]) <= side.shape[1] for axis, side in sides.items())
+
+    def at(self, ranks: Mapping[str, int]) -> LeadingCores:
+        """Return bases and cores at these ranks of the sides; a side that they do not name is whole, and needs no basis."""
+        cores_NPQ, mean = self.cores.cores_NPQ, self.cores.mean if self.is_update else None
+        parts = [cores_NPQ] if mean is None else [cores_NPQ, mean]
+        outputs_OP, inputs_IQ = self.outputs_OP, self.inputs_IQ
+        if outputs_OP is not None:
+            rank = ranks.get("outputs")
+            parts = [outputs_OP @ part if rank is None else part[..., :rank, :] for part in parts]
+            outputs_OP = None if rank is None else outputs_OP[:, :rank]
+        if inputs_IQ is not None:
+            rank = ranks.get("inputs")
+            parts = [part @ inputs_IQ.T if rank is None else part[..., :rank] for part in parts]
+            inputs_IQ = None if rank is None else inputs_IQ[:, :rank]
+        cores = Cores(parts[0], parts[1] if mean is not None else self.cores.mean)
+        return LeadingCores(outputs_OP, inputs_IQ, cores, self.is_update)
 
 
 def stack_mean(stack: DenseStack) -> Tensor:
@@ -136,7 +175,8 @@ class TuckerBasis(LayerBasis):
         full_core = _reduce_update(factors, outputs_OP, inputs_IQ)
         core = full_core - mean
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        rebuilt_core = mean + (core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
+        coefficients = self._rounded(coefficients)
+        rebuilt_core = mean + (coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
         return Projection(coefficients, _outside(energy, full_core, rebuilt_core, outputs_OP, inputs_IQ), energy)
 
     def _project_dense(
@@ -154,21 +194,29 @@ class TuckerBasis(LayerBasis):
         centered = matrix_OI - mean
         core = _reduce(centered, outputs_OP, inputs_IQ)
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        rebuilt_core = core if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
+        coefficients = self._rounded(coefficients)
+        rebuilt_core = coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
         outside = float((centered - _expand(rebuilt_core, outputs_OP, inputs_IQ)).square().sum())
         return Projection(coefficients, outside, energy)
 
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Return M + U C Vᵀ, or the balanced factors of least rank of U (C̄ + C) Vᵀ."""
-        outputs_OP, inputs_IQ, shared_KPQ = self.side("outputs"), self.side("inputs"), self.shared()
-        core = coefficients.double()
-        if shared_KPQ is not None:
-            core = torch.tensordot(core, shared_KPQ, 1)
-        if self.layer.kind != "update":
-            return self.removed() + _expand(core, outputs_OP, inputs_IQ)
-        mean = self.removed()
+        if self.layer.kind == "update":
+            return self.rebuild_update(coefficients).factors
+        return self.removed() + _expand(self._core(coefficients), self.side("outputs"), self.side("inputs"))
+
+    def rebuild_update(self, coefficients: Tensor, max_rank: int | None = None) -> Cut:
+        """Return U (C̄ + C) Vᵀ by balanced factors, cut to a rank."""
+        core, mean = self._core(coefficients), self.removed()
         noise = lora.ROUND_OFF * float(core.square().sum() + mean.square().sum())
-        return _update_factors(core + mean, outputs_OP, inputs_IQ, noise)
+        whole = _update_factors(core + mean, self.side("outputs"), self.side("inputs"), noise)
+        # Not of the core: stored bases are orthonormal to their own round-off alone.
+        return lora.cut_product(*whole, max_rank)
+
+    def _core(self, coefficients: Tensor) -> Tensor:
+        """A model's core without the mean (P, Q), float64."""
+        shared_KPQ = self.shared()
+        return coefficients.double() if shared_KPQ is None else torch.tensordot(coefficients.double(), shared_KPQ, 1)
 
     def operator(self) -> Operator:
         """Return the bases of the sides and the shared cores between them. The mean of updates is also a core."""
@@ -183,9 +231,10 @@ class TuckerBasis(LayerBasis):
         )
 
     def orthonormality(self) -> float:
-        """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores."""
-        bases = [basis.T for basis in (self.side("outputs"), self.side("inputs")) if basis is not None]
-        shared_KPQ = self.shared()
+        """Largest entry of |VVᵀ − 1| over the bases of the sides and the shared cores, as they are stored."""
+        plain = replace(self, stored=StoredAs())
+        bases = [basis.T for basis in (plain.side("outputs"), plain.side("inputs")) if basis is not None]
+        shared_KPQ = plain.shared()
         bases += [shared_KPQ.flatten(1)] if shared_KPQ is not None else []
         return max((deviation_from_identity(basis @ basis.T) for basis in bases), default=0.0)
 
@@ -202,7 +251,10 @@ class TuckerBasis(LayerBasis):
         size = self.layer.shape[0 if axis == "outputs" else 1]
         if not self.ranks[axis]:
             return torch.zeros(size, 0, dtype=torch.float64)
-        return self.tensors.read(self._name(axis)).double()
+        stored_SR = self.tensors.read(self._name(axis)).double()
+        if not self.stored.coding:
+            return stored_SR
+        return stored_SR @ self._orthonormalizer(stored_SR.T @ stored_SR).T
 
     def shared(self) -> Tensor | None:
         """Read the shared cores (K, P, Q) of axis `models` in float64."""
@@ -210,7 +262,11 @@ class TuckerBasis(LayerBasis):
             return None
         if not self.ranks["models"] or 0 in self.core_shape:
             return torch.zeros(self.ranks["models"], *self.core_shape, dtype=torch.float64)
-        return self.tensors.read(self._name("models")).double()
+        stored_KPQ = self.tensors.read(self._name("models")).double()
+        if not self.stored.coding:
+            return stored_KPQ
+        rows_KD = stored_KPQ.flatten(1)
+        return (self._orthonormalizer(rows_KD @ rows_KD.T) @ rows_KD).view_as(stored_KPQ)
 
 
 def _outside(
@@ -228,10 +284,10 @@ def _expand(core: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -
 
 
 def _update_factors(core_PQ: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None, noise: float) -> Factors:
-    """Return balanced factors of U·C·Vᵀ from the SVD of the core."""
+    """Balanced factors of U·C·Vᵀ: those of the core, carried to the sides."""
     identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
     if core_PQ.numel():
-        (left, right), _ = lora.truncated(identity, core_PQ, noise=noise)
+        left, right = lora.cut_product(identity, core_PQ, noise=noise).factors
     else:
         left, right = core_PQ.new_zeros(core_PQ.shape[0], 1), core_PQ.new_zeros(1, core_PQ.shape[1])
     b_OR = left if outputs_OP is None else outputs_OP @ left

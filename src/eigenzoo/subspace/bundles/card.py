@@ -85,7 +85,7 @@ def card_text(manifest: Manifest) -> str:
         f"# A shared weight subspace of {len(manifest.models)} model{'' if len(manifest.models) == 1 else 's'}",
         "",
         f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
-        f"center `{manifest.center}`, bases in {manifest.dtype}.",
+        f"center `{manifest.center}`, bases in {manifest.dtype}{_coefficients(manifest)}.",
         "",
         "```bash",
         *_commands(manifest),
@@ -167,6 +167,11 @@ def _base_lines(manifest: Manifest) -> list[str]:
     return [*lines, ""] if lines else []
 
 
+def _coefficients(manifest: Manifest) -> str:
+    """Name the dtype of coefficients where it is not the default."""
+    return "" if manifest.coefficients_dtype == "float32" else f", coefficients in {manifest.coefficients_dtype}"
+
+
 def _commands(manifest: Manifest) -> list[str]:
     """Return the commands that make such a bundle: a fit, or an import, and growth."""
     if "imported" not in manifest.report:
@@ -187,6 +192,8 @@ def _fit_command(manifest: Manifest) -> str:
     if manifest.base is not None:
         words += ["--base", _hub_id(manifest.base) or "BASE"]
     words += ["--axes", ",".join(manifest.axes), "--center", manifest.center, "--dtype", manifest.dtype]
+    if manifest.coefficients_dtype != "float32":
+        words += ["--coefficients-dtype", manifest.coefficients_dtype]
     chosen = [("--budget", options["budget"]), ("--max-error", options["max_error"])]
     if all(value is None for _, value in chosen):
         words += ["--rank", ",".join(f"{axis}={rule}" for axis, rule in options["rules"].items())]

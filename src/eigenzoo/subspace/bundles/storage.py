@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eigenzoo.errors import BundleError
 from eigenzoo.formats.bundle.basis_files import BasisFiles
+from eigenzoo.formats.bundle.coded_tensors import CODED_PARTS, SCALE, CodedTensors, code_shape, is_coded
 from eigenzoo.formats.bundle.contents import ContentStore, Template, put_template
 from eigenzoo.formats.bundle.folder import (
     MOMENTS,
@@ -28,8 +29,9 @@ from eigenzoo.formats.bundle.manifest import LayerRecord, ModelRecord, SourceRec
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.writers import TensorLayout, write_tensors
+from eigenzoo.linalg.quantised import SCALES, code_dtype, num_blocks
 from eigenzoo.records import Layer
-from eigenzoo.subspace.bases.basis import FLAT, STACKED, LayerBasis
+from eigenzoo.subspace.bases.basis import FLAT, STACKED, LayerBasis, StoredAs, TensorReader
 from eigenzoo.subspace.bases.flat import FlatBasis
 from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
@@ -57,8 +59,15 @@ def layer_record(layer: Layer, form: str, ranks: Mapping[str, int], has_mean: bo
     )
 
 
-def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasis:
-    """Return a layer's basis after its tensors' shapes are checked against the record."""
+def read_basis(
+    record: LayerRecord,
+    center: str,
+    files: BasisFiles,
+    stored: StoredAs | None = None,
+    tensors: TensorReader | None = None,
+) -> LayerBasis:
+    """Return a layer's basis after its tensors' shapes are checked against the record. `tensors` reads it instead of the files."""
+    stored = stored or StoredAs()
     layer = Layer(
         record.name,
         record.kind,
@@ -71,20 +80,26 @@ def read_basis(record: LayerRecord, center: str, files: BasisFiles) -> LayerBasi
     ranks: dict[str, int] = dict(record.ranks)  # type: ignore[arg-type]
     basis: LayerBasis
     if record.form == STACKED:
-        basis = StackedBasis(layer, ranks, center, files)
+        basis = StackedBasis(layer, ranks, center, tensors or files, stored=stored)
     elif record.form == FLAT:
-        basis = FlatBasis(layer, ranks, center, files, has_mean=record.has_mean)
+        basis = FlatBasis(layer, ranks, center, tensors or files, has_mean=record.has_mean, stored=stored)
     else:
-        basis = TuckerBasis(layer, ranks, center, files, has_mean=record.has_mean)
-    _check_dtypes(layer.name, files)
-    _check_shapes(basis, files, record.has_mean)
-    return basis
+        basis = TuckerBasis(layer, ranks, center, tensors or files, has_mean=record.has_mean, stored=stored)
+    _check_dtypes(layer.name, files, stored.coding)
+    shapes = _checked_shapes(basis, files, record.has_mean)
+    if not stored.coding:
+        return basis
+    return replace(basis, tensors=CodedTensors(basis.tensors, stored.coding, shapes))
 
 
-def _check_dtypes(layer: str, files: BasisFiles) -> None:
-    """Raise BundleError unless ranks are integers, tables are float64 and bases are floating-point."""
+def _check_dtypes(layer: str, files: BasisFiles, coding: str) -> None:
+    """Raise BundleError unless ranks are integers, tables are float64, bases are floating-point, and codes those of the coding."""
     for part, dtype in files.dtypes(layer).items():
-        if part == "ranks":
+        if coding and part in CODED_PARTS:
+            fits, rule = dtype == code_dtype(coding), f"codes of {coding} are {dtype_name(code_dtype(coding))}"
+        elif coding and part.endswith(SCALE):
+            fits, rule = dtype == SCALES, f"scales are {dtype_name(SCALES)}"
+        elif part == "ranks":
             fits, rule = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool), "ranks are integers"
         elif part in ("scales", "weights", "products"):
             fits, rule = dtype == torch.float64, "scales, weights and products are float64"
@@ -94,11 +109,12 @@ def _check_dtypes(layer: str, files: BasisFiles) -> None:
             raise BundleError(f"dtype {dtype_name(dtype)}", where=f"tensor '{layer}/{part}'", rule=rule)
 
 
-def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
-    layer, ranks = basis.layer, basis.ranks
+def _checked_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's parts, by the names of their tensors; raises BundleError where a header says another."""
+    layer, ranks, coding = basis.layer, basis.ranks, basis.stored.coding
     expected: dict[str, tuple[int, ...]] = {}
     if isinstance(basis, StackedBasis):
-        rows, num_models = _stacked_sizes(layer.name, files)
+        rows, num_models = _stacked_sizes(layer, files, coding)
         size = 1 + ranks["models"]
         expected = {
             "factors_b": (rows, layer.shape[0]),
@@ -115,12 +131,16 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
         }
         if "models" in ranks:
             expected["models"] = (ranks["models"], *basis.core_shape)
-    for part, shape in expected.items():
-        if prod(shape) and files.shape(f"{layer.name}/{part}") != shape:
+    named = {f"{layer.name}/{part}": shape for part, shape in expected.items()}
+    stored = named
+    if coding:
+        coded = {name: shape for name, shape in named.items() if is_coded(name)}
+        scales = {name + SCALE: (num_blocks(prod(shape)),) for name, shape in coded.items()}
+        stored = {**named, **{name: code_shape(shape, coding) for name, shape in coded.items()}, **scales}
+    for name, shape in stored.items():
+        if prod(shape) and files.shape(name) != shape:
             raise BundleError(
-                f"shape {list(files.shape(f'{layer.name}/{part}'))}",
-                where=f"tensor '{layer.name}/{part}'",
-                rule=f"the manifest says {list(shape)}",
+                f"shape {list(files.shape(name))}", where=f"tensor '{name}'", rule=f"the manifest says {list(shape)}"
             )
     if has_mean and not isinstance(basis, StackedBasis):
         full_shape = basis.core_shape if isinstance(basis, TuckerBasis) and layer.kind == "update" else layer.shape
@@ -131,11 +151,16 @@ def _check_shapes(basis: LayerBasis, files: BasisFiles, has_mean: bool) -> None:
                 where=f"tensor '{layer.name}/mean'",
                 rule=f"it is broadcast to {list(full_shape)}",
             )
+    return named
 
 
-def _stacked_sizes(layer: str, files: BasisFiles) -> tuple[int, int]:
+def _stacked_sizes(record: Layer, files: BasisFiles, coding: str) -> tuple[int, int]:
     """Return the rows of the stacked factors and the number of models, after checking that the ranks add up."""
+    layer = record.name
     factors, models = files.shape(f"{layer}/factors_b"), files.shape(f"{layer}/ranks")
+    if len(models) == 1 and coding:
+        # Codes may be flat: their number of rows is what the ranks say, and their shape is compared with it.
+        factors = (int(files.read(f"{layer}/ranks").long().sum()), record.shape[0])
     if len(factors) != 2 or len(models) != 1:
         raise BundleError(f"shapes {list(factors)} and {list(models)}", where=f"tensors '{layer}/factors_b' and ranks")
     ranks = files.read(f"{layer}/ranks").long()
@@ -239,8 +264,9 @@ def write_model(
     template: Template,
     source: SourceRecord,
     energies: Sequence[float] | None = None,
+    dtype: str = "float32",
 ) -> ModelRecord:
-    """Write one model's coefficients and contents, and return its record.
+    """Write one model's coefficients, in `dtype`, and contents, and return its record.
 
     `energies` are given if the moments do not contain them.
     """
@@ -248,7 +274,7 @@ def write_model(
     flat = torch.cat([value.reshape(-1).float() for value in values]) if values else torch.zeros(0)
     energies_L = None if energies is None else torch.tensor(energies, dtype=torch.float64)
     stored = StoredCoefficients(flat, torch.tensor(residuals, dtype=torch.float32), energies_L)
-    write_coefficients(folder / file, name, basis_id, stored)
+    write_coefficients(folder / file, name, basis_id, stored, dtype)
     contents = put_template(ContentStore(folder / "rest"), template)
     return ModelRecord.model_validate({"name": name, "coefficients": file, "source": source, **contents})
 

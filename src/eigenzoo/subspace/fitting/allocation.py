@@ -2,7 +2,8 @@
 
 For one truncated axis a layer's error is exactly the tail of its spectrum. Each direction gains at most as much as the last, so the
 greedy order is optimal up to the last direction that fits. For several axes the sum of the tails is an upper bound of the error (De
-Lathauwer et al. 2000), and the choice uses this bound.
+Lathauwer et al. 2000). An error bound is met by this sum first. The cores at these ranks then give the error of all smaller
+ranks, and the fewest directions of the greedy order that meet the bound are kept.
 
 Spectra do not contain the rounding of bases to half precision, and headers are only estimated. Both are measured after the fit, and
 the bound is tightened by the excess (`Allocation.tightened`).
@@ -11,9 +12,11 @@ the bound is tightened by the excess (`Allocation.tightened`).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,8 +29,10 @@ from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
+from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, update_losses
 from eigenzoo.subspace.fitting.bytes import (
+    ItemSizes,
     basis_bytes,
     coefficient_bytes,
     contents,
@@ -35,6 +40,7 @@ from eigenzoo.subspace.fitting.bytes import (
 )
 from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
 from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.tucker_fit import leading_task, lost_at
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
@@ -42,7 +48,8 @@ from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
-"""Bytes of sides' moments that stay in memory between the choice of ranks and the fit. Others are collected again.
+"""Bytes of sides' moments, and again of cores, that stay in memory between the choice of ranks and the fit. Others are collected
+again, and ranks of layers without cores are chosen by the sum of the tails.
 """
 
 SUMS_ROUND_OFF = 1e-12
@@ -78,15 +85,15 @@ class LayerSpectra:
         """Return the rank at which an axis is complete."""
         return int(self.values[axis].numel())
 
-    def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: int) -> int:
+    def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: ItemSizes) -> int:
         """Return the bytes of the layer in a bundle: center, bases, and all models' coefficients."""
         axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
-        basis = basis_bytes(self.layer, ranks, axes, itemsize, self.update_ranks, num_models)
-        return basis + num_models * self.coefficient_bytes(ranks)
+        basis = basis_bytes(self.layer, ranks, axes, itemsize.basis, self.update_ranks, num_models)
+        return basis + num_models * self.coefficient_bytes(ranks, itemsize)
 
-    def coefficient_bytes(self, ranks: Mapping[str, int]) -> int:
+    def coefficient_bytes(self, ranks: Mapping[str, int], itemsize: ItemSizes) -> int:
         """Return the bytes of one model's coefficients."""
-        return coefficient_bytes(self.layer, ranks, tuple(ranks))
+        return coefficient_bytes(self.layer, ranks, tuple(ranks), itemsize.coefficient)
 
 
 def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
@@ -206,6 +213,8 @@ class Allocation:
         spectra: of all layers.
         moments: of the layers whose moments the fit can use again.
         num_models, fixed: N, and the bytes of a bundle that do not depend on the ranks.
+        leading: with an error bound and several axes, the cores of these layers at the ranks that meet the bound by the sum of all
+            tails.
     """
 
     options: FitOptions
@@ -213,6 +222,7 @@ class Allocation:
     moments: Mapping[str, LayerMoments]
     num_models: int
     fixed: int
+    leading: Mapping[str, LeadingCores] = field(default_factory=dict)
 
     @property
     def bound(self) -> float | None:
@@ -223,7 +233,10 @@ class Allocation:
         """Return every layer's options, with ranks that meet `target` in place of the bound."""
         if not self.spectra:
             return {}
-        ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target)
+        steps: list[tuple[str, str]] = []
+        ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target, steps)
+        if self.leading and target is not None:
+            ranks = self._fewest(steps, target)
         return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
 
     def tightened(self, chosen: Mapping[str, FitOptions], measured: float, rounds: int) -> float | None:
@@ -243,14 +256,50 @@ class Allocation:
             for name, layer in self.spectra.items()
             for axis in layer.values
         ):
-            if self.options.torch_dtype.itemsize >= 4:
+            if not self.options.rounds:
                 return None  # The remaining error is round-off of the products.
+            halved = self.options.coefficients_dtype
+            halved = "" if halved == "float32" else f" and coefficients in {halved}"
             raise BudgetError(
-                f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype} lose {measured:.2g}",
+                f"an error bound of {bound:g}, but with all directions bases in {self.options.dtype}{halved} lose {measured:.2g}",
                 rule="the error of a bundle is that of the bases as they are stored",
-                next_step=f"use dtype float32, or an error bound above {measured:.2g}",
+                next_step=f"use dtype float32{' for both' if halved else ''}, or an error bound above {measured:.2g}",
             )
         return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
+
+    def _fewest(self, steps: Sequence[tuple[str, str]], target: float) -> dict[str, dict[str, int]]:
+        """Return the ranks after as few of these steps as keep to an error: it falls with each step, so by bisection."""
+        allowed = target * self._energy * (1 - SUMS_ROUND_OFF)
+        lost: dict[tuple[str, tuple[int, ...]], float] = {}
+
+        def after(count: int) -> dict[str, dict[str, int]]:
+            ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in self.spectra.items()}
+            for name, axis in steps[:count]:
+                ranks[name][axis] += 1
+            return ranks
+
+        def lost_after(count: int) -> float:
+            total = 0.0
+            for name, ranks in after(count).items():
+                key = name, tuple(ranks.values())
+                if key not in lost:
+                    lost[key] = self._lost(name, ranks)
+                total += lost[key]
+            return total
+
+        counts = range(len(steps))
+        return after(bisect_left(counts, True, key=lambda count: lost_after(count) <= allowed))
+
+    def _lost(self, name: str, ranks: Mapping[str, int]) -> float:
+        """The energy that a layer loses at these ranks; where its cores are not known, at most."""
+        leading = self.leading.get(name)
+        if leading is None or not leading.holds(ranks):
+            return self.spectra[name].error(ranks)
+        return lost_at(leading, self.moments[name], ranks)
+
+    @property
+    def _energy(self) -> float:
+        return sum(layer.energy for layer in self.spectra.values())
 
     def _counted(self, chosen: Mapping[str, FitOptions]) -> float:
         """Return the estimate for the `chosen` ranks of the bounded quantity: bytes of a bundle, or lost share of the energy."""
@@ -258,9 +307,8 @@ class Allocation:
             name: {axis: int(chosen[name].rules[axis]) for axis in layer.values} for name, layer in self.spectra.items()
         }
         if self.options.budget is None:
-            lost = sum(layer.error(ranks[name]) for name, layer in self.spectra.items())
-            return lost / sum(layer.energy for layer in self.spectra.values())
-        itemsize = self.options.torch_dtype.itemsize
+            return sum(self._lost(name, ranks[name]) for name in self.spectra) / self._energy
+        itemsize = self.options.itemsizes
         return self.fixed + sum(
             layer.num_bytes(ranks[name], self.num_models, itemsize) for name, layer in self.spectra.items()
         )
@@ -270,25 +318,54 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
     """Collect spectra if a budget or an error bound is given. Cost: one pass over the weights."""
     if not options.bounded:
         return Allocation(options, {}, {}, len(zoo), 0)
-    counted = overhead(zoo, options.axes, contents(zoo))
+    counted = overhead(zoo, options.axes, contents(zoo), options.itemsizes.basis)
     fixed = counted.shared + counted.per_model * len(zoo)
     _check_least(zoo, options, fixed)
     request = SpectraRequest(options.axes, options.center, options.precision_of_products, moments=True)
     collected = collect_spectra(zoo, request, workers, cache, progress)
     moments = {name: layer.moments for name, layer in collected.items() if layer.moments is not None}
     spectra = {name: layer.spectra for name, layer in collected.items()}
-    return Allocation(options, spectra, moments, len(zoo), fixed)
+    found = Allocation(options, spectra, moments, len(zoo), fixed)
+    if options.max_error is None or len(options.axes) == 1:
+        return found
+    return replace(found, leading=_collect_leading(zoo, found, workers, progress))
+
+
+def _collect_leading(zoo: Zoo, found: Allocation, workers: Workers, progress: Progress) -> dict[str, LeadingCores]:
+    """Collect cores at the ranks that meet the error bound by the sum of all axes' losses, up to `SIDES_BYTES` in all.
+
+    The fit needs these cores anyway, so that no weight is read more often. Of further layers the sum decides.
+    """
+    ranks = spend(found.spectra, found.options, found.num_models, found.fixed)
+    tasks, held = [], 0
+    for name, moments in found.moments.items():
+        size = _core_bytes(zoo.layers[name], ranks[name], found.num_models)
+        if all(ranks[name].values()) and held + size <= SIDES_BYTES:
+            held += size
+            tasks.append((name, ranks[name], moments))
+    task = partial(leading_task, zoo, found.options.precision_of_products)
+    return {
+        name: leading for (name, _, _), leading in workers.each("collecting cores", task, tasks, progress, what="layer")
+    }
+
+
+def _core_bytes(layer: Layer, ranks: Mapping[str, int], num_models: int) -> int:
+    """Bytes of a layer's cores, of its bases, and of the mean of full weights."""
+    sizes = dict(zip(("outputs", "inputs"), layer.shape, strict=True))
+    core = prod(ranks.get(axis, size) for axis, size in sizes.items())
+    bases = sum(size * ranks[axis] for axis, size in sizes.items() if axis in ranks)
+    return 8 * (num_models * core + bases + (layer.num_values if layer.kind == "dense" else core))
 
 
 def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
     """Raise BudgetError, before any weight is read, for a budget smaller than rank 0 needs."""
     ranks = dict.fromkeys(options.axes, 0)
-    itemsize, least = options.torch_dtype.itemsize, fixed
+    itemsize, least = options.itemsizes, fixed
     for name, layer in zoo.layers.items():
         stack = zoo.stack(name)
         update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
-        least += basis_bytes(layer, ranks, options.axes, itemsize, update_ranks, len(zoo))
-        least += len(zoo) * coefficient_bytes(layer, ranks, options.axes)
+        least += basis_bytes(layer, ranks, options.axes, itemsize.basis, update_ranks, len(zoo))
+        least += len(zoo) * coefficient_bytes(layer, ranks, options.axes, itemsize.coefficient)
     _require_room(options.budget, least)
 
 
@@ -306,9 +383,13 @@ def spend(
     num_models: int,
     fixed: int,
     target: float | None = None,
+    steps: list[tuple[str, str]] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one."""
-    itemsize = options.torch_dtype.itemsize
+    """Raise ranks one direction at a time, best gain per byte first. `target` replaces the bound by a tighter one.
+
+    The layer and axis of each direction are added to `steps`.
+    """
+    itemsize = options.itemsizes
     budget, max_error = options.budget, options.max_error
     if target is not None:
         budget, max_error = (None, target) if budget is None else (int(target), None)
@@ -340,6 +421,8 @@ def spend(
         if budget is not None and spent + cost > budget:
             continue
         ranks[name], spent = grown, spent + cost
+        if steps is not None:
+            steps.append((name, axis))
         lost += (error := spectra[name].error(grown)) - errors[name]
         errors[name] = error
         entry = _next(spectra[name], name, axis, rank + 1, grown, num_models, itemsize)
@@ -349,7 +432,7 @@ def spend(
 
 
 def _next(
-    layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: int
+    layer: LayerSpectra, name: str, axis: str, rank: int, ranks: Mapping[str, int], num_models: int, itemsize: ItemSizes
 ) -> tuple[float, str, str, int] | None:
     """Return the heap entry for one more direction of an axis: minus the gain per byte."""
     if rank >= layer.full_rank(axis):

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from eigenzoo.errors import UsageError
 from eigenzoo.formats.bundle.basis_files import header_room
 from eigenzoo.formats.bundle.contents import canonical_json, tensor_id
-from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, open_basis, write_manifest
+from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, write_manifest
 from eigenzoo.formats.bundle.manifest import MAX_LEFT, FileRecord, Manifest, ModelRecord, SourceRecord
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.side_files import listed_first
+from eigenzoo.linalg.quantised import value_bytes
 from eigenzoo.records import ByteCount, Layer, plain
 from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, form_of
 from eigenzoo.subspace.bundles.card import write_card
@@ -32,6 +33,15 @@ from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 COEFFICIENT_BYTES = 4
+
+
+class ItemSizes(NamedTuple):
+    """Bytes of a value of bases, with its share of a scale where they are quantised, and of a coefficient."""
+
+    basis: float
+    coefficient: int = COEFFICIENT_BYTES
+
+
 FILE_OVERHEAD = 280
 """Measured bytes of the header of one model's file in a bundle, without its name."""
 
@@ -60,32 +70,38 @@ def basis_bytes(
     layer: Layer,
     ranks: Mapping[str, int],
     axes: Sequence[str],
-    itemsize: int,
+    itemsize: float,
     update_ranks: int = 0,
     num_models: int = 0,
 ) -> int:
-    """Return the bytes of a layer's center and bases, or for form `stacked` of ΣR = `update_ranks` factors and the table."""
+    """Return the bytes of a layer's center and bases, or for form `stacked` of ΣR = `update_ranks` factors and the table.
+
+    Factors keep the dtype of their files, unless bases are quantised.
+    """
     outputs, inputs = layer.shape
     if tuple(axes) == ("models",):
         if layer.kind == "update":
-            factors = update_ranks * (outputs + inputs) * torch.finfo(getattr(torch, layer.dtype)).bits // 8
+            own = torch.finfo(getattr(torch, layer.dtype)).bits // 8
+            factors = ceil(update_ranks * (outputs + inputs) * (itemsize if itemsize < 2 else own))
             rows = 1 + ranks["models"]
             return factors + 8 * (rows * (num_models + rows) + num_models) + 4 * num_models
-        return layer.num_values * (max(itemsize, 4) + itemsize * ranks["models"])
+        return ceil(layer.num_values * (max(itemsize, 4) + itemsize * ranks["models"]))
     kept_outputs, kept_inputs = ranks.get("outputs", outputs), ranks.get("inputs", inputs)
     core = kept_outputs * kept_inputs
     mean = core if layer.kind == "update" else layer.num_values
     sides = (outputs * kept_outputs if kept_outputs < outputs else 0) + (
         inputs * kept_inputs if kept_inputs < inputs else 0
     )
-    return max(itemsize, 4) * mean + itemsize * (sides + ranks.get("models", 0) * core)
+    return ceil(max(itemsize, 4) * mean + itemsize * (sides + ranks.get("models", 0) * core))
 
 
-def coefficient_bytes(layer: Layer, ranks: Mapping[str, int], axes: Sequence[str]) -> int:
+def coefficient_bytes(
+    layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int = COEFFICIENT_BYTES
+) -> int:
     """Return the bytes of one model's coefficients in a layer."""
     if "models" in axes:
-        return COEFFICIENT_BYTES * ranks["models"]
-    return COEFFICIENT_BYTES * ranks.get("outputs", layer.shape[0]) * ranks.get("inputs", layer.shape[1])
+        return itemsize * ranks["models"]
+    return itemsize * ranks.get("outputs", layer.shape[0]) * ranks.get("inputs", layer.shape[1])
 
 
 def break_even(fixed: int, per_model: float, zoo_per_model: float) -> int | None:
@@ -126,9 +142,9 @@ def contents(zoo: Zoo) -> Contents:
     return Contents(sum(sizes.values()) - unshared, unshared)
 
 
-def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents) -> Overhead:
-    """Count headers, the manifest, and carried contents."""
-    num_tensors = MAX_TENSORS[form_of({layer.kind for layer in zoo.layers.values()}, axes)]
+def overhead(zoo: Zoo, axes: tuple[str, ...], carried: Contents, itemsize: float = 4) -> Overhead:
+    """Count headers, the manifest, and carried contents. Quantised bases (`itemsize` below 2) also have scales."""
+    num_tensors = MAX_TENSORS[form_of({layer.kind for layer in zoo.layers.values()}, axes)] * (2 if itemsize < 2 else 1)
     layers = header_room(list(zoo.layers), num_tensors) + sum(
         MANIFEST_PER_LAYER + 4 * len(name.encode()) for name in zoo.layers
     )
@@ -269,10 +285,12 @@ def sizes(source: Zoo | StoredSubspace) -> Sizes:
     return _of_zoo(source) if isinstance(source, Zoo) else _of_bundle(source)
 
 
-def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: int) -> LayerSizes:
-    fixed, one, two = (basis_bytes(layer, {"models": k}, MODELS, itemsize, update_ranks, num_models) for k in range(3))
-    per_pair = (two - 2 * one + fixed) // 2
-    return LayerSizes(fixed, one - fixed - per_pair, per_pair=per_pair)
+def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: ItemSizes) -> LayerSizes:
+    fixed, one, two = (
+        basis_bytes(layer, {"models": k}, MODELS, itemsize.basis, update_ranks, num_models) for k in range(3)
+    )
+    per_pair = (two - 2 * one + fixed) // 2 if layer.kind == "update" else 0
+    return LayerSizes(fixed, one - fixed - per_pair, itemsize.coefficient, per_pair)
 
 
 def _of_zoo(zoo: Zoo) -> Sizes:
@@ -281,7 +299,7 @@ def _of_zoo(zoo: Zoo) -> Sizes:
     for name, layer in zoo.layers.items():
         stack = zoo.stack(name)
         ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
-        layers[name] = _layer_sizes(layer, ranks, len(zoo), torch.float32.itemsize)
+        layers[name] = _layer_sizes(layer, ranks, len(zoo), ItemSizes(torch.float32.itemsize))
     return Sizes(zoo.num_bytes, len(zoo), fixed.shared, fixed.per_model, layers)
 
 
@@ -290,16 +308,17 @@ def _of_bundle(space: StoredSubspace) -> Sizes:
         raise UsageError(
             f"a bundle of axes {', '.join(space.axes)}", rule="sizes by rank are those of axis models alone"
         )
-    itemsize: int = getattr(torch, space.manifest.dtype).itemsize
+    manifest = space.manifest
+    basis_size = value_bytes(manifest.coding) if manifest.coding else getattr(torch, manifest.dtype).itemsize
+    itemsize = ItemSizes(basis_size, getattr(torch, manifest.coefficients_dtype).itemsize)
     counted, num_models = space.report["bytes"], len(space.names)
-    files = open_basis(space.path)
     layers = {}
     layer_bytes = coefficients = 0
     for name, basis in space.layers.items():
-        ranks = files.shape(f"{name}/factors_b")[0] if basis.form == STACKED else 0
+        ranks = int(basis.tensors.read(f"{name}/ranks").sum()) if basis.form == STACKED else 0
         layers[name] = _layer_sizes(basis.layer, ranks, num_models, itemsize)
         layer_bytes += layers[name].basis(basis.ranks["models"])
-        coefficients += basis.ranks["models"] * COEFFICIENT_BYTES
+        coefficients += basis.ranks["models"] * itemsize.coefficient
     per_model = counted["per_model"] - coefficients
     shared = counted["whole_bundle"] - num_models * counted["per_model"] - layer_bytes
     return Sizes(counted["whole_zoo"], num_models, max(shared, 0), per_model, layers)

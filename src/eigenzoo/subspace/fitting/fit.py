@@ -36,6 +36,7 @@ def fit(
     *,
     center: str = "models",
     dtype: str = "float32",
+    coefficients_dtype: str = "float32",
     budget: int | None = None,
     max_error: float | None = None,
     seed: int = 0,
@@ -61,10 +62,12 @@ def fit(
             larger than a layer's dimension keeps all of the layer.
         axes: any of `models`, `outputs`, `inputs`. Default: the axes in `rank`, else `models`.
         center: what to subtract first: the models' mean, its `columns` means, `none`, or one `global` scalar.
-        dtype: dtype of the stored bases.
+        dtype: dtype of the stored bases: "float32", "float64", "bfloat16" or "float16", or in blocks of 64 with a scale each
+            "int8" (8.25 bits a value) or "nf4" (4.25). A mean is at least float32.
+        coefficients_dtype: dtype of the stored coefficients: "float32", "bfloat16" or "float16".
         budget: largest size of the whole bundle in bytes. The ranks of all layers are chosen for the smallest error.
-        max_error: largest share of the analysed energy to lose, with the bases as stored. The ranks are chosen by the same rule
-            for the fewest bytes.
+        max_error: largest share of the analysed energy to lose, with bases and coefficients as stored. The ranks are chosen by
+            the same rule for the fewest bytes.
         seed: seed of the null's draws and of the folds.
         view, base, include, exclude: as in `open_zoo`. Values given here replace those of an opened zoo.
         solver: solver for the bases of `outputs` and `inputs`: "exact", from their moments, or "sketch", a randomised range
@@ -84,15 +87,15 @@ def fit(
 
     Raises:
         RankError, BudgetError, MismatchError, DataError: with layer, model, rule and next step. BudgetError is raised before any
-            weight is read if means and headers alone exceed the budget, and at the end if half precision alone exceeds the error
-            bound.
+            weight is read if means and headers alone exceed the budget, and at the end if rounding what is stored alone exceeds
+            the error bound.
 
     Cost: one read of the weights, N²·D products per layer for the moments and K·N·D for the basis. Layers larger than
     `resources.MAX_LAYER_BYTES` are read a second time, and so are all layers with a budget or an error bound. Memory: a few blocks,
     the moments, and one layer's cores. The in-sample error is optimal for one axis (Eckart–Young) and within √(number of axes)
     of the optimum for several.
     """
-    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision)
+    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision, coefficients_dtype)
     check_resources(workers, max_memory, device, workspace)
     return fit_as(
         opened(zoo, view, base, include, exclude),
@@ -140,7 +143,9 @@ def fit_as(
                 with work_folder(workspace_path, key) as (at_work, lasting):
                     work = Work(at_work if lasting else None, list(zoo.layers.values()))
                     fitting = Fitting(running, moments_cache, work, at_work / "bundle" if lasting else at_work)
-                    layers = fit_layers(zoo, options, per_layer, progress, fitting, allocation.moments)
+                    layers = fit_layers(
+                        zoo, options, per_layer, progress, fitting, allocation.moments, allocation.leading
+                    )
                     # The folder is made this late so that a kill leaves only the work, which the next fit resumes.
                     folder = TemporaryFolder(workspace)
                     unfinished.callback(folder.cleanup)

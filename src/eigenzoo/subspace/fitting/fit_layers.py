@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from eigenzoo.formats.bundle.basis_files import BasisFiles, BasisWriter
+from eigenzoo.formats.bundle.coded_tensors import CodedWriter
 from eigenzoo.linalg.block_sums import center_rows, exact_mean
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Call, Workers
 from eigenzoo.records import Progress
-from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, BasisTensors, LayerBasis, Projection, form_of
+from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, BasisTensors, LayerBasis, Projection, form_of, rounded
 from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis, write_flat
 from eigenzoo.subspace.bases.stacked import write_stacked
+from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.bundles.storage import layer_record, read_basis
 from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, weight_losses
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
@@ -76,20 +78,40 @@ def fit_layers(
     progress: Progress,
     fitting: Fitting,
     collected: Mapping[str, LayerMoments] | None = None,
+    leading: Mapping[str, LeadingCores] | None = None,
 ) -> FittedLayers:
-    """Fit layer after layer. Moments in `collected`, which include needed sides, are not collected again."""
+    """Fit layer after layer. Moments in `collected`, which include needed sides, are not collected again.
+
+    Neither are cores in `leading`, if they have at least the fitted ranks.
+    """
     form = form_of({layer.kind for layer in zoo.layers.values()}, options.axes)
-    writer = BasisWriter(fitting.folder, list(zoo.layers), MAX_TENSORS[form], resume=fitting.work.lasts)
+    names, num_tensors, resume = list(zoo.layers), MAX_TENSORS[form], fitting.work.lasts
+    if options.coding:
+        writer: BasisWriter = CodedWriter(fitting.folder, names, num_tensors, options.coding, resume=resume)
+    else:
+        writer = BasisWriter(fitting.folder, names, num_tensors, resume=resume)
     try:
         layers = LayerPass(
-            zoo, options, per_layer, fitting.workers, writer, collected or {}, fitting.cache, fitting.work
+            zoo,
+            options,
+            per_layer,
+            fitting.workers,
+            writer,
+            collected or {},
+            fitting.cache,
+            fitting.work,
+            leading or {},
         )
         fitted, moments = layers.run(progress)
         basis = writer.finish()
     finally:
         writer.close()
-    if options.torch_dtype.itemsize < 4:
+    if options.coding or options.torch_dtype.itemsize < 4:
         fitted |= _as_stored(zoo, fitted, moments, options, basis, fitting.workers, progress)
+    elif options.coefficients_dtype != "float32":
+        fitted = {
+            name: _rounded(layer, moments[name], zoo.layers[name].kind, options) for name, layer in fitted.items()
+        }
     return FittedLayers(fitted, moments, basis, fitting.folder)
 
 
@@ -102,52 +124,66 @@ def _as_stored(
     workers: Workers,
     progress: Progress,
 ) -> dict[str, FittedLayer]:
-    """Project all models again onto bases rounded to half precision, so that the stated errors are those of the stored bases."""
+    """Project all models again onto rounded bases, so that the stated errors are those of the stored bases."""
     bases = {}
     for name, layer in fitted.items():
-        # Stacked factors keep the dtype of their files, so that nothing is rounded.
-        if layer.form != STACKED:
+        # Stacked factors keep the dtype of their files unless they are quantised, so that nothing is rounded.
+        if layer.form != STACKED or options.coding:
             record = layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean)
-            bases[name] = replace(read_basis(record, options.center, files), tensors=StoredLayer(files, name))
+            bases[name] = read_basis(record, options.center, files, options.stored_as, StoredLayer(files, name))
     task = partial(stored_task, zoo, options.precision_of_products)
     stage, layers = "projecting on stored bases", bases.items()
     projected = workers.each(stage, task, layers, progress, lambda layer: files.num_bytes(layer[0]), "layer")
-    return {
-        name: _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, projections)
-        for (name, _), projections in projected
+    found = {
+        name: _rounded(layer, moments[name], zoo.layers[name].kind, options)
+        for name, layer in fitted.items()
+        if name not in bases
     }
+    for (name, _), projections in projected:
+        outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
+        coefficients = torch.stack([projection.coefficients for projection in projections])
+        found[name] = _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, coefficients, outside_N)
+    return found
+
+
+def _rounded(fitted: FittedLayer, moments: LayerMoments, kind: str, options: FitOptions) -> FittedLayer:
+    """A fitted layer with its coefficients as they are stored: in an orthonormal basis their rounding adds to what is lost."""
+    stored = rounded(fitted.coefficients, options.coefficients_dtype, fitted.name)
+    if stored is fitted.coefficients:
+        return fitted
+    more_N = (stored.double() - fitted.coefficients.double()).flatten(1).square().sum(1)
+    return _stated_anew(fitted, moments, kind, stored, fitted.outside_N + more_N)
 
 
 def _stated_anew(
-    fitted: FittedLayer, moments: LayerMoments, kind: str, projections: Sequence[Projection]
+    fitted: FittedLayer, moments: LayerMoments, kind: str, coefficients: Tensor, outside_N: Tensor
 ) -> FittedLayer:
-    """Return a fitted layer with the coefficients and residuals of these projections."""
-    outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
-    energy = float(moments.energies_N.sum())
+    """Return a fitted layer with these coefficients and residuals."""
+    energy, lost_more = float(moments.energies_N.sum()), float(outside_N.sum() - fitted.outside_N.sum())
     bound = fitted.record.bound
     if bound is not None:
         # A better basis could also keep the energy that rounding has lost.
         total = energy if kind == "update" else moments.variance
-        bound = max(bound + float(outside_N.sum() - fitted.outside_N.sum()) / total, 0.0)
+        bound = max(bound + lost_more / total, 0.0)
     return replace(
         fitted,
-        coefficients=torch.stack([projection.coefficients for projection in projections]),
+        coefficients=coefficients,
         outside_N=outside_N,
         record=replace(
             fitted.record,
             residual=float(outside_N.sum()) / energy if energy > 0 else 0.0,
-            captured=None if fitted.record.captured is None else _captured(fitted.record.captured, moments, outside_N),
+            captured=None if fitted.record.captured is None else _captured(fitted.record.captured, moments, lost_more),
             bound=bound,
         ),
     )
 
 
-def _captured(exact: float, moments: LayerMoments, outside_N: Tensor) -> float:
-    """Return the share of the variance in a rounded basis, between zero and that of the exact basis.
+def _captured(exact: float, moments: LayerMoments, lost_more: float) -> float:
+    """Return the share of the variance that is stored, when rounding has lost `lost_more` energy: at most the exact share.
 
-    The bases of updates' sides also contain the mean, and its loss does not count as loss of variance.
+    The whole loss would not do: for updates it also contains what the sides lose of the mean.
     """
-    return min(exact, max(1 - float(outside_N.sum()) / moments.variance, 0.0))
+    return min(exact, max(exact - lost_more / moments.variance, 0.0))
 
 
 @dataclass(frozen=True)
@@ -161,6 +197,7 @@ class LayerPass:
         collected: moments that need not be collected again, including those of the sides if an axis needs them.
         cache: moments of earlier passes.
         work: layers that an interrupted fit has already written.
+        leading: cores that were collected for the choice of ranks.
     """
 
     zoo: Zoo
@@ -171,6 +208,7 @@ class LayerPass:
     collected: Mapping[str, LayerMoments]
     cache: MomentsCache
     work: Work
+    leading: Mapping[str, LeadingCores]
 
     def run(self, progress: Progress) -> tuple[dict[str, FittedLayer], dict[str, LayerMoments]]:
         """Fit all layers. Only the Grams of their moments are kept."""
@@ -229,7 +267,8 @@ class LayerPass:
                 continue
             collected = self._collected(name)
             if is_one_task(stack, options, resources):
-                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected)]
+                leading = self.leading.get(name)
+                yield (name, collected), [partial(fit_task, self.zoo, name, options, resources, collected, leading)]
             else:
                 assert isinstance(stack, DenseStack)
                 request = MomentRequest(options.axes, options.center)
@@ -274,7 +313,13 @@ class LayerPass:
         width = options.torch_dtype.itemsize * (models_fit.weights_NK.shape[1] + 1)
         spans = (results[0] for _, results in self.workers.in_order(tasks, lambda key: width * (key[1][1] - key[1][0])))
         coefficients_NK = write_flat(
-            stack.layer, moments.removed, spans, models_fit.fitted.coefficients, options.torch_dtype, self.writer
+            stack.layer,
+            moments.removed,
+            spans,
+            models_fit.fitted.coefficients,
+            options.torch_dtype,
+            self.writer,
+            orthonormal=not options.coding,
         )
         return LayerResult(replace(models_fit.fitted, coefficients=coefficients_NK), moments)
 
@@ -285,13 +330,12 @@ class LayerPass:
             self.writer.append(part, tensor)
         if result.spans:
             layer, removed = self.zoo.layers[name], result.moments.removed
-            coefficients = write_flat(
-                layer, removed, result.spans, coefficients, self._options(name).torch_dtype, self.writer
-            )
+            dtype, exact = self._options(name).torch_dtype, not self.options.coding
+            coefficients = write_flat(layer, removed, result.spans, coefficients, dtype, self.writer, orthonormal=exact)
         if result.weights_NK is not None:
             stack = self.zoo.stack(name, precision=self._options(name).precision_of_products)
             assert isinstance(stack, UpdateStack)
-            write_stacked(stack, result.moments, result.weights_NK, self.writer)
+            write_stacked(stack, result.moments, result.weights_NK, self.writer, self.options.coding)
         return coefficients
 
 
@@ -318,7 +362,12 @@ def is_one_task(stack: object, options: FitOptions, resources: Resources) -> boo
 
 
 def fit_task(
-    zoo: Zoo, name: str, options: FitOptions, resources: Resources, collected: LayerMoments | None = None
+    zoo: Zoo,
+    name: str,
+    options: FitOptions,
+    resources: Resources,
+    collected: LayerMoments | None = None,
+    leading: LeadingCores | None = None,
 ) -> LayerResult:
     """Fit one whole layer: moments, ranks, basis and coefficients. Axis `models` alone needs one read of the weights.
 
@@ -333,7 +382,7 @@ def fit_task(
         models_fit = fit_models(stack.layer, moments, options)
         return LayerResult(models_fit.fitted, _without_sides(moments), weights_NK=models_fit.weights_NK)
     tensors = BasisTensors()
-    fitted = fit_tucker(stack, moments, options, resources, tensors)
+    fitted = fit_tucker(stack, moments, options, resources, tensors, leading)
     if alone and isinstance(stack, DenseStack):
         fitted = replace(fitted, alone=stack_losses(stack, zoo.view))
     return LayerResult(fitted, _without_sides(moments), tensors.tensors)

@@ -24,7 +24,7 @@ NULL_DRAWS = 200
 
 
 NULL_MODELS = 256
-"""Largest number of models in that null. Of more models a part is used."""
+"""Largest number of models in that null. If there are more, a part of them is used."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,19 @@ import torch
 from eigenzoo.errors import BudgetError, RankError, UsageError
 from eigenzoo.linalg.block_sums import DEFAULT, FAST, HIGH, PRECISIONS
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
+from eigenzoo.linalg.quantised import CODINGS, value_bytes
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
+from eigenzoo.records import plain
 from eigenzoo.seeds import check_seed
+from eigenzoo.subspace.bases.basis import StoredAs
+from eigenzoo.subspace.fitting.bytes import ItemSizes
 from eigenzoo.subspace.moments.sketched import SketchPlan
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 
 Rank = RankRule | Mapping[str, RankRule]
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+FLOATS = ("float32", "float64", "bfloat16", "float16")
+DTYPES = (*FLOATS, *CODINGS)
+COEFFICIENT_DTYPES = ("float32", "bfloat16", "float16")
 EXACT, SKETCH = "exact", "sketch"
 SOLVERS = (EXACT, SKETCH)
 
@@ -36,6 +42,7 @@ class FitOptions:
         seed: seed of the null, the folds and the sketches.
         solver: the bases of `outputs` and `inputs` come from their moments or from sketches of them.
         precision: precision of products: `high`, `default` or `fast` (see `linalg.block_sums`).
+        coefficients_dtype: dtype of the models' stored coefficients.
     """
 
     axes: tuple[str, ...]
@@ -47,6 +54,7 @@ class FitOptions:
     seed: int
     solver: str = EXACT
     precision: str = DEFAULT
+    coefficients_dtype: str = "float32"
 
     @property
     def sketch(self) -> SketchPlan | None:
@@ -73,9 +81,43 @@ class FitOptions:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of the stored bases."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
+        """The dtype of the stored bases; float32 for quantised ones, which their writer quantises."""
+        dtype: torch.dtype = torch.float32 if self.coding else getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def coding(self) -> str:
+        """How bases are quantised, else ""."""
+        return self.dtype if self.dtype in CODINGS else ""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether storing loses more than float32 does."""
+        return bool(self.coding) or self.torch_dtype.itemsize < 4 or self.coefficients_dtype != "float32"
+
+    @property
+    def stored_as(self) -> StoredAs:
+        """How a bundle stores bases and coefficients."""
+        return StoredAs(self.coding, self.coefficients_dtype)
+
+    @property
+    def itemsizes(self) -> ItemSizes:
+        """Bytes of a value of bases and of coefficients."""
+        return item_sizes(self.dtype, self.coefficients_dtype)
+
+
+def item_sizes(dtype: str, coefficients_dtype: str) -> ItemSizes:
+    """Return the bytes of a value of bases and of coefficients in these dtypes."""
+    basis = value_bytes(dtype) if dtype in CODINGS else getattr(torch, dtype).itemsize
+    return ItemSizes(basis, getattr(torch, coefficients_dtype).itemsize)
+
+
+def plain_options(options: FitOptions) -> dict[str, Any]:
+    """Return options as a manifest records them: without the dtype of coefficients where it is the default."""
+    found: dict[str, Any] = plain(options)
+    if options.coefficients_dtype == "float32":
+        del found["coefficients_dtype"]
+    return found
 
 
 def resolve_options(
@@ -88,6 +130,7 @@ def resolve_options(
     seed: int,
     solver: str = EXACT,
     precision: str = DEFAULT,
+    coefficients_dtype: str = "float32",
 ) -> FitOptions:
     """Resolve a user's options. Raises UsageError for options that contradict each other."""
     if budget is not None and max_error is not None:
@@ -120,6 +163,7 @@ def resolve_options(
         seed,
         solver,
         check_choice(precision, PRECISIONS, "precision"),
+        check_choice(coefficients_dtype, COEFFICIENT_DTYPES, "coefficients dtype"),
     )
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from eigenzoo.display import counted, html_table, in_bytes, in_percent
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
@@ -19,10 +17,10 @@ from eigenzoo.subspace.fitting.allocation import (
     collect_spectra,
 )
 from eigenzoo.subspace.fitting.alone import alone_rows, named
-from eigenzoo.subspace.fitting.bytes import Overhead, break_even, contents, overhead
+from eigenzoo.subspace.fitting.bytes import ItemSizes, Overhead, break_even, contents, overhead
 from eigenzoo.subspace.fitting.fit import check_resources, opened
 from eigenzoo.subspace.fitting.heldout_sides import pooled_sides
-from eigenzoo.subspace.fitting.options import DTYPES, check_center
+from eigenzoo.subspace.fitting.options import COEFFICIENT_DTYPES, DTYPES, check_center, item_sizes
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
 from eigenzoo.zoo.sources import Source
@@ -147,7 +145,7 @@ class Plan:
         """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
 
         A row is left out if another one is not larger and does not lose more. So duplicates are left out too.
-        Of more than `most` rows, some between the smallest and the largest are left out.
+        If there are more than `most` rows, some between the smallest and the largest are left out.
         """
         front: list[PlanRow] = []
         for row in sorted(self.rows, key=lambda row: (row.bytes, row.residual, len(row.axes))):
@@ -197,6 +195,7 @@ def plan(
     axes: Sequence[str] | None = None,
     center: str = "models",
     dtype: str = "float32",
+    coefficients_dtype: str = "float32",
     device: str = "cpu",
     max_memory: int | None = None,
     workers: Workers | None = None,
@@ -206,7 +205,7 @@ def plan(
     """Compare axes and ranks by error and bytes, with one pass over the weights and without a basis.
 
     One pass serves all choices of axes and ranks. Axis `models` alone needs no pass if its moments are in the cache. The error
-    of rounding bases to half precision is not included.
+    of rounding bases or coefficients is not included.
 
     Args:
         zoo: an opened zoo, or anything that `open_zoo` accepts.
@@ -214,14 +213,15 @@ def plan(
             products and an O³ eigendecomposition; pass `models` alone to avoid them.
         center: what to subtract first.
         dtype: dtype of the stored bases.
+        coefficients_dtype: dtype of the stored coefficients.
         device: device of products: "cpu" or "cuda".
         max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
         workers: workers for the tasks instead of this process's threads.
         cache: read and write moments in the user's cache folder.
         progress: called as progress(stage, done, total).
     """
-    choices = check_choices(axes, center, dtype)
-    itemsize: int = getattr(torch, dtype).itemsize
+    choices = check_choices(axes, center, dtype, coefficients_dtype)
+    itemsize = item_sizes(dtype, coefficients_dtype)
     check_resources(workers, max_memory, device)
     source = opened(zoo)
     check_center(center, source.view)
@@ -237,7 +237,7 @@ def plan(
     spectra = {name: layer.spectra for name, layer in layers.items()}
     energy = sum(layer.energy for layer in spectra.values())
     carried = contents(source)
-    overheads = {choice: overhead(source, choice, carried) for choice in choices}
+    overheads = {choice: overhead(source, choice, carried, itemsize.basis) for choice in choices}
     update_ranks = _update_ranks(source)
     rows = [
         _row(layers, choice, rank, source, itemsize, energy, overheads[choice], center, update_ranks)
@@ -262,10 +262,13 @@ def _choice(row: PlanRow | AloneRow) -> str:
     return f"axes {', '.join(row.axes)} at rank {row.rank}"
 
 
-def check_choices(axes: Sequence[str] | None, center: str, dtype: str) -> tuple[tuple[str, ...], ...]:
+def check_choices(
+    axes: Sequence[str] | None, center: str, dtype: str, coefficients_dtype: str = "float32"
+) -> tuple[tuple[str, ...], ...]:
     """Return the choices of axes to compare. Raises UsageError for axes that a plan does not support."""
     check_choice(center, CENTERS, "center")
     check_choice(dtype, DTYPES, "dtype")
+    check_choice(coefficients_dtype, COEFFICIENT_DTYPES, "coefficients dtype")
     return CHOICES if axes is None else (check_axes(axes),)
 
 
@@ -283,7 +286,7 @@ def _row(
     axes: tuple[str, ...],
     rank: int,
     zoo: Zoo,
-    itemsize: int,
+    itemsize: ItemSizes,
     energy: float,
     overhead_bytes: Overhead,
     center: str,
@@ -295,7 +298,7 @@ def _row(
         ranks = {axis: min(rank, layer.full_rank(axis)) for axis in axes if axis in layer.values}
         lost += layer.error(ranks)
         num_bytes += layer.num_bytes(ranks, num_models, itemsize)
-        per_model += layer.coefficient_bytes(ranks)
+        per_model += layer.coefficient_bytes(ranks, itemsize)
         if name in update_ranks:
             sides = [side_rank for axis, side_rank in ranks.items() if axis != "models"]
             update_rank = sum(update_ranks[name]) if "models" in ranks else max(update_ranks[name])

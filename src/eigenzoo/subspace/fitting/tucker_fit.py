@@ -18,12 +18,13 @@ from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
 from eigenzoo.subspace.bases.basis import TUCKER, WholeTensorWriter
-from eigenzoo.subspace.bases.tucker import Cores, collect_cores, write_tucker
+from eigenzoo.subspace.bases.tucker import Cores, LeadingCores, collect_cores, write_tucker
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, models_axis
 from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
 from eigenzoo.subspace.moments.collecting import LARGEST_SIDE, collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+from eigenzoo.zoo.zoo import Zoo
 
 LARGEST_HELD_OUT = 2048
 """Largest side with a held-out share. A second eigendecomposition of a larger one takes seconds. Sketches have no limit.
@@ -31,9 +32,17 @@ LARGEST_HELD_OUT = 2048
 
 
 def fit_tucker(
-    stack: Stack, moments: LayerMoments, options: FitOptions, resources: Resources, writer: WholeTensorWriter
+    stack: Stack,
+    moments: LayerMoments,
+    options: FitOptions,
+    resources: Resources,
+    writer: WholeTensorWriter,
+    leading: LeadingCores | None = None,
 ) -> FittedLayer:
-    """Fit axes `outputs` and `inputs` from their moments, then axis `models` from the cores."""
+    """Axes `outputs` and `inputs` from their moments, then axis `models` from the cores.
+
+    Cores that the choice of ranks has collected are not collected again.
+    """
     ranks: dict[str, int] = {}
     reasons: dict[str, str] = {}
     bases: dict[str, Tensor | None] = {"outputs": None, "inputs": None}
@@ -48,7 +57,11 @@ def fit_tucker(
             # A side that is not truncated needs no basis: U = 1.
             if choice.rank < moment.size:
                 ranks[axis], bases[axis] = choice.rank, basis
-    cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
+    if leading is not None and leading.holds(ranks):
+        found = leading.at(ranks)
+        bases, cores = {"outputs": found.outputs_OP, "inputs": found.inputs_IQ}, found.cores
+    else:
+        cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
     coefficients, shared_KPQ = cores.cores_NPQ, None
     if "models" in options.axes:
         choice, coefficients, shared_KPQ = _shared_cores(cores, moments, options)
@@ -71,6 +84,38 @@ def fit_tucker(
         outside_N,
         record,
     )
+
+
+def leading_task(zoo: Zoo, precision: str, layer: tuple[str, Mapping[str, int], LayerMoments]) -> LeadingCores:
+    """Collect one layer's cores between so many eigenvectors of its sides: one pass over its weights."""
+    name, ranks, moments = layer
+    stack = zoo.stack(name, precision=precision)
+    bases = {
+        axis: side.eigenvectors().basis(ranks[axis])
+        for axis, side in (("outputs", moments.outputs), ("inputs", moments.inputs))
+        if side is not None and axis in ranks
+    }
+    outputs_OP, inputs_IQ = bases.get("outputs"), bases.get("inputs")
+    cores = collect_cores(stack, moments, outputs_OP, inputs_IQ)
+    return LeadingCores(outputs_OP, inputs_IQ, cores, isinstance(stack, UpdateStack))
+
+
+def lost_at(leading: LeadingCores, moments: LayerMoments, ranks: Mapping[str, int]) -> float:
+    """Return the energy that a fit of these ranks loses, as `fit_tucker` counts it."""
+    cores_NPQ = leading.cores.cores_NPQ[:, : ranks.get("outputs"), : ranks.get("inputs")].flatten(1)
+    kept_N = cores_NPQ.square().sum(1)
+    if not leading.is_update:
+        lost = float((moments.centered_NN.diagonal() - kept_N).clamp_min(0).sum())
+    else:
+        mean = leading.cores.mean
+        whole = cores_NPQ
+        if mean is not None:
+            whole = cores_NPQ + mean[: ranks.get("outputs"), : ranks.get("inputs")].flatten()
+        lost = float((moments.energies_N - whole.square().sum(1)).clamp_min(0).sum())
+    if "models" in ranks:
+        values_N = torch.linalg.eigvalsh(cores_NPQ @ cores_NPQ.T).flip(0)
+        lost += float(values_N[ranks["models"] :].clamp_min(0).sum())
+    return lost
 
 
 def _side(

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, make_manifest
+from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord, make_manifest, needed_version
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
 from eigenzoo.passes.machine import peak_memory
-from eigenzoo.records import FitReport, plain
+from eigenzoo.records import FitReport
 from eigenzoo.subspace.bases.basis import STACKED
 from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import provenance
@@ -24,7 +24,7 @@ from eigenzoo.subspace.fitting.alone import Losses, alone_rows, update_losses
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit_layers import FittedLayers
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
-from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.options import FitOptions, plain_options
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.template import ZooTemplate
@@ -39,17 +39,17 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
         for path in sorted(layers.folder.iterdir()):
             link_or_copy(path, folder / path.name)
     basis_id = identify(layers.basis)
-    models = write_models(zoo, fitted, collected, basis_id, folder)
+    models = write_models(zoo, fitted, collected, basis_id, folder, options.coefficients_dtype)
     write_moments(folder, collected)
     return make_manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=needed_version(options.dtype, options.coefficients_dtype),
         eigenzoo_version=version("eigenzoo"),
         basis_id=basis_id,
         view=zoo.view,
         axes=list(options.axes),
         center=options.center,
         dtype=options.dtype,
-        options={**plain(options), **zoo_options(zoo)},
+        options={**plain_options(options), **zoo_options(zoo)},
         base=source_record(zoo.base, folder) if zoo.view == "delta" and zoo.base is not None else None,
         layers=[
             layer_record(zoo.layers[name], layer.form, layer.ranks, layer.has_mean) for name, layer in fitted.items()
@@ -72,9 +72,14 @@ def zoo_options(zoo: Zoo) -> dict[str, object]:
 
 
 def write_models(
-    zoo: Zoo, fitted: Mapping[str, FittedLayer], moments: Mapping[str, LayerMoments], basis_id: str, folder: Path
+    zoo: Zoo,
+    fitted: Mapping[str, FittedLayer],
+    moments: Mapping[str, LayerMoments],
+    basis_id: str,
+    folder: Path,
+    dtype: str = "float32",
 ) -> list[ModelRecord]:
-    """Write every model's coefficients and contents."""
+    """Write every model's coefficients, in `dtype`, and contents."""
     shares = {
         name: layer.outside_N / moments[name].energies_N.clamp_min(torch.finfo(torch.float64).tiny)
         for name, layer in fitted.items()
@@ -88,6 +93,7 @@ def write_models(
             [float(share_N[index]) for share_N in shares.values()],
             ZooTemplate(zoo, index),
             source_record(zoo.models[index], folder),
+            dtype=dtype,
         )
         for index, name in enumerate(zoo.names)
     ]
@@ -132,7 +138,7 @@ def _losses(layer: FittedLayer, moments: LayerMoments) -> Losses | None:
 
 
 def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[str]:
-    if options.dtype == "float32" or not any(layer.form == STACKED for layer in fitted):
+    if options.dtype == "float32" or options.coding or not any(layer.form == STACKED for layer in fitted):
         return []
     return [f"dtype {options.dtype} has no effect on axis models of updates: the factors keep the dtype of their files"]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from eigenzoo.errors import FormatError, UsageError
 from eigenzoo.formats.bundle.basis_files import BasisWriter
 from eigenzoo.formats.bundle.folder import file_record
-from eigenzoo.formats.bundle.manifest import SCHEMA_VERSION, Manifest, ModelRecord, SourceRecord, make_manifest
+from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord, SourceRecord, make_manifest
 from eigenzoo.formats.paths import list_folder
 from eigenzoo.formats.subspaces.adapter_like import AdapterLike, made_like, read_like, templates
 from eigenzoo.formats.subspaces.factors import FACTORS, ForeignSubspace
@@ -38,7 +38,7 @@ from eigenzoo.subspace.bases.basis import FLAT, MAX_TENSORS, TUCKER, BasisTensor
 from eigenzoo.subspace.bases.flat import ORTHONORMAL
 from eigenzoo.subspace.bundles.storage import identify, write_model
 from eigenzoo.subspace.fitting.bytes import count_bytes
-from eigenzoo.subspace.fitting.options import FitOptions
+from eigenzoo.subspace.fitting.options import FitOptions, plain_options
 from eigenzoo.subspace.imports.imported_layers import ImportedLayer, factor_layer, import_flat, import_side, scaled
 from eigenzoo.subspace.moments.duplicates import find_copies
 from eigenzoo.subspace.subspace import Subspace
@@ -176,14 +176,14 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
     center = "models" if form == FLAT else "none"
     options = FitOptions(foreign.axes, dict(most), center, "float32", None, None, 0)
     return make_manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=1,
         eigenzoo_version=version("eigenzoo"),
         basis_id=basis_id,
         view="factors",
         axes=list(foreign.axes),
         center=center,
         dtype="float32",
-        options=plain(options),
+        options=plain_options(options),
         base=None,
         layers=[layer.record for layer in layers.values()],
         models=models,

@@ -307,7 +307,7 @@ def bordered(moments: LayerMoments, border: Tensor, cross: Tensor, shift: Tensor
 def extended_inside(
     moments: LayerMoments, coefficients_NK: Tensor, energies_M: Tensor, outside_M: Tensor
 ) -> LayerMoments:
-    """Extend the moments of the first models to all. Of the last M the energies ‖X‖² and ‖X − X̂‖² are given.
+    """Extend the moments of the first models to all. The energies ‖X‖² and ‖X − X̂‖² of the last M are given.
 
     A bundle alone gives this for models that were added after the old models' files were gone. Inner products inside the kept
     subspace are those of coefficients (N, K). Inner products outside of it are unknown and counted as zero.
