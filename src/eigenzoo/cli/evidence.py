@@ -128,7 +128,7 @@ def _render_axes(evidence: Evidence, most: int) -> None:
 
 
 def _up_to(shares: SideShares | None, rank: int) -> float | None:
-    """What the sides keep of held-out models at the largest measured rank up to this one."""
+    """Return the share of held-out models that sides keep at the largest measured rank up to this one."""
     return None if shares is None else shares.at("captured", rank)
 
 

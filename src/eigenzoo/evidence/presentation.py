@@ -58,7 +58,7 @@ def present(
 
 
 def _rates(found: Evidence, source: Zoo | Subspace, plan: Plan | None) -> dict[str, Any] | None:
-    """What sides keep for their bytes, what models cut alone keep, and the bundle itself; shares of the variance about the mean."""
+    """Return bytes and kept shares of the variance about the mean: of sides, of models cut alone, and of the bundle."""
     energy, variance = found.summary.energy, found.summary.variance
     if energy <= 0 or variance <= 0:
         return None

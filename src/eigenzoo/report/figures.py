@@ -469,7 +469,7 @@ def rate_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
 
 
 def side_shares(report: Report) -> Figure | None:
-    """What sides keep of held-out models, beside axis models."""
+    """The share of held-out models that sides keep, beside axis models."""
     sides = report.evidence["summary"]["sides"]
     if not sides:
         return None

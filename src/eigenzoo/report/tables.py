@@ -289,7 +289,7 @@ def growth_table(report: Report) -> Table | None:
 
 
 def side_table(report: Report) -> Table | None:
-    """What sides keep of fitted and of held-out models, by rank."""
+    """Shares of fitted and held-out models that sides keep, by rank."""
     sides = report.evidence["summary"]["sides"]
     ranks = sorted({rank for found in sides.values() for rank in found["rank"]})
     rows = [
@@ -320,7 +320,7 @@ def rate_table(report: Report) -> Table | None:
         return None
     known = [(f"axes {row['axes'].replace(',', ', ')}", row) for row in rates["rows"]]
     about = {"zero": "each model cut alone", "mean": "each cut alone about the mean, stored once"}
-    # What is cut alone is fitted to no other model, so that new ones lose as much.
+    # Models cut alone are fitted to no other model, so that new ones lose as much.
     known += [(about.get(row["about"], ""), {**row, "heldout": row["captured"]}) for row in rates["alone"]]
     if rates["bundle"] is not None:
         known.append((f"this bundle, axes {rates['bundle']['axes'].replace(',', ', ')}", rates["bundle"]))

@@ -148,7 +148,7 @@ def rates(report: Report, thin: bool = False) -> Iterator[Row]:
 
 
 def sides(report: Report, thin: bool = False) -> Iterator[Row]:
-    """What sides keep of fitted and of held-out models, all layers by their variance."""
+    """Shares of fitted and held-out models that sides keep, all layers by their variance."""
     for axes, found in report.evidence["summary"]["sides"].items():
         for series in ("in_sample", "captured"):
             for rank, value in zip(found["rank"], found[series], strict=False):

@@ -1,7 +1,7 @@
 """The control without sharing: what models weigh and lose if each layer is cut to a lower rank by its own SVD.
 
-LoRA updates are cut as they are: the moments hold their singular values. Of full weights the deviation from the models' mean is
-cut, which is then stored once, and of differences from a base also the difference itself. Singular values of full weights are not
+LoRA updates are cut as they are: the moments hold their singular values. For full weights, the deviation from the models' mean
+is cut, and the mean is stored once. Differences from a base are also cut themselves. Singular values of full weights are not
 in the moments. They are taken where that is cheap (`is_affordable`), and else the control is not measured.
 
 Legend: N models, O outputs, I inputs, R singular values.

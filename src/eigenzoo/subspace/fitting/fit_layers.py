@@ -424,7 +424,7 @@ def _fit_dense(
 
 
 def _losses_of_rows(stack: DenseStack, spans: Sequence[Tensor], view: str) -> Losses:
-    """What models cut alone lose, from the centred rows of all spans of a layer."""
+    """Return the losses of models that are cut alone, from the centred rows of all spans of a layer."""
     shape, num_models = stack.layer.shape, len(stack)
     deviations = (torch.cat([rows_ED[index] for rows_ED in spans]).cpu().view(shape) for index in range(num_models))
     mean_OI = None
