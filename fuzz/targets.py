@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from json import dumps as json_text
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import eigenzoo as ez
@@ -21,6 +22,7 @@ from eigenzoo.adapt import adapter_file, search_state, unfinished
 from eigenzoo.cli import options
 from eigenzoo.errors import EigenzooError
 from eigenzoo.formats.bundle.manifest import parse_manifest
+from eigenzoo.formats.feature_file import read_inputs
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout, layout_of
 from eigenzoo.formats.opening import open_model
@@ -103,6 +105,22 @@ def safetensors(folder: Path) -> Parser:
             file.read(name)
 
     return of_file(SAFETENSORS, path, use)
+
+
+@target
+def features(folder: Path) -> Parser:
+    seeds = []
+    for values in (np.eye(3), np.asfortranarray(np.ones((2, 3), np.uint16))):
+        stream = io.BytesIO()
+        np.save(stream, values)
+        seeds.append(stream.getvalue())
+    path = folder / "inputs.npy"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        read_inputs(path)
+
+    return Parser(BYTES, seeds, read)
 
 
 @target

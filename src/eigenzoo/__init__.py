@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from eigenzoo.evidence.evidence import Evidence, evidence
     from eigenzoo.evidence.function import evaluate
+    from eigenzoo.routing.router import Router, route
+    from eigenzoo.routing.routing import Routing
     from eigenzoo.subspace.bundles.loading import load
     from eigenzoo.subspace.coefficients import Coefficients
     from eigenzoo.subspace.fitting.fit import fit
@@ -62,6 +64,8 @@ _ERRORS = (
 _HOMES = {
     "Coefficients": "subspace.coefficients",
     "RebuiltModel": "subspace.rebuilt",
+    "Router": "routing.router",
+    "Routing": "routing.routing",
     "Subspace": "subspace.subspace",
     "Zoo": "zoo.zoo",
     "Evidence": "evidence.evidence",
@@ -73,6 +77,7 @@ _HOMES = {
     "load": "subspace.bundles.loading",
     "open_zoo": "zoo.zoo",
     "plan": "subspace.fitting.plan",
+    "route": "routing.router",
     "verify_adapter": "zoo.adapter_verifying",
     **dict.fromkeys(_ERRORS, "errors"),
 }
@@ -90,6 +95,8 @@ __all__ = [
     "RankError",
     "RebuiltModel",
     "ResourceError",
+    "Router",
+    "Routing",
     "Subspace",
     "UnsafePathError",
     "UnsupportedError",
@@ -104,6 +111,7 @@ __all__ = [
     "load",
     "open_zoo",
     "plan",
+    "route",
     "verify_adapter",
 ]
 

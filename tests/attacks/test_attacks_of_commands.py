@@ -7,6 +7,7 @@ import attacks_beside
 import attacks_diffusion
 import attacks_factors
 import attacks_imports
+import attacks_route
 import attacks_verify
 import attacks_words
 import pytest
@@ -19,6 +20,7 @@ FAMILIES = (
     attacks_imports,
     attacks_diffusion,
     attacks_factors,
+    attacks_route,
     attacks_words,
 )
 ATTACKS = [attack for family in FAMILIES for attack in family.ATTACKS]

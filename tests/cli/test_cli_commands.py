@@ -30,6 +30,7 @@ COMMANDS = [
     "project",
     "rebuild",
     "add",
+    "route",
     "verify",
     "demo",
     "nursery",

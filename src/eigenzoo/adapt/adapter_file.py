@@ -103,6 +103,20 @@ def save_moved(
     return _write(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
 
 
+def save_mixture(
+    values: Mapping[str, Tensor],
+    space: Subspace,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> Path:
+    """Write coefficients that no module was trained for, such as a mixture of models; the zoo's mean is part of their weights."""
+    tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in space.layers])}
+    metadata = {"format": FORMAT, "basis": space.manifest.basis_id, "mean": "true", **(about or {})}
+    return _write(Path(path), tensors, metadata, force)
+
+
 def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = False) -> AdapterFile:
     """Read an adapter file. Raises BundleError if it belongs to another basis, and FormatError if it is not an adapter file.
 

@@ -28,6 +28,7 @@ from eigenzoo.cli import (
     push,
     rebuild,
     report,
+    route,
     verify,
 )
 from eigenzoo.cli.console import complain
@@ -88,6 +89,7 @@ for name, module in (
     ("project", project),
     ("rebuild", rebuild),
     ("add", add),
+    ("route", route),
     ("import", importing),
     ("verify", verify),
     ("evaluate", evaluate),

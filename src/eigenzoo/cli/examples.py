@@ -39,6 +39,14 @@ EXAMPLES: dict[str, Examples] = {
     "add": Examples(
         ("add bundle adapters/new1 adapters/new2 -o grown", "add bundle new1 -o grown --refresh"), "api.md"
     ),
+    "route": Examples(
+        (
+            "route bundle inputs.npy --examples labelled.safetensors",
+            "route bundle inputs.npy --examples labelled.safetensors -o mix.safetensors",
+            "route bundle inputs.npy --examples labelled.safetensors --alpha 0.01 --json",
+        ),
+        "route.md",
+    ),
     "import": Examples(
         ("import vlora/ -o bundle --like adapters/one", "import components/ -o bundle --alpha 32"), "import.md"
     ),
