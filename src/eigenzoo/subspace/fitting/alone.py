@@ -92,7 +92,7 @@ def is_cut(layer: Layer, rank: int) -> bool:
 def alone_rows(zoo: Zoo, losses: Mapping[str, Losses | None], energy: float) -> tuple[AloneRow, ...]:
     """Return the control at powers of two below the largest rank; nothing where a layer was not measured.
 
-    `energy` is Σ‖X‖² of all layers. What is cut keeps the dtype of its files; the mean is at least float32.
+    `energy` is Σ‖X‖² of all layers. Factors have the dtype of the files; the mean is at least float32.
     """
     known = {name: layer for name, layer in losses.items() if layer is not None}
     if energy <= 0 or len(known) < len(zoo.layers):

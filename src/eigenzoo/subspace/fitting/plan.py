@@ -105,7 +105,7 @@ class Plan:
     def for_many(self) -> PlanRow | AloneRow | None:
         """The choice, or the control, for many more models, whose common part costs nothing: the most kept for one model's bytes.
 
-        What a bundle keeps is what it keeps of models left out of the fit: a choice for which that is not known is not considered.
+        The share that a bundle keeps is that of models left out of the fit. A choice for which it is not known is not considered.
         None where nothing keeps a larger share of the models' differences than it takes of their bytes.
         """
         rows: tuple[PlanRow | AloneRow, ...] = (*self.rows, *self.alone)
