@@ -225,9 +225,30 @@ class LayerFit:
 
 
 @dataclass(frozen=True)
+class AloneRow:
+    """The control without sharing: every layer of every model cut to a lower rank by its own SVD.
+
+    Attributes:
+        rank: the rank to which layers of a larger one are cut; a layer that its factors would not make smaller stays whole.
+        residual: share of the analysed energy that is lost, exact.
+        bytes: of all models then; other tensors and headers stay as they are.
+        per_model: bytes of one of them, without what is there once.
+        about: `zero`: the update, or the difference from the base, is cut itself; `mean`: its deviation from the models' mean is
+            cut, and the mean is stored once.
+    """
+
+    rank: int
+    residual: float
+    bytes: int
+    per_model: int = 0
+    about: str = "zero"
+
+
+@dataclass(frozen=True)
 class FitReport:
     """What a fit did: per layer ranks and captured energy; Σ‖X‖² of all analysed layers (`energy`) and the share of it that is
-    lost (`residual`, in-sample); duplicates in function; bytes; time (s) and peak memory (bytes)."""
+    lost (`residual`, in-sample); duplicates in function; bytes; time (s) and peak memory (bytes); the control without sharing
+    (`alone`; empty where it was not measured)."""
 
     num_models: int
     num_layers: int
@@ -244,6 +265,7 @@ class FitReport:
     warnings: tuple[str, ...]
     seconds: float
     peak_memory: int
+    alone: tuple[AloneRow, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""

@@ -74,7 +74,9 @@ def test_json_is_the_document_of_the_evidence(run: Run, zoo: Path, tmp_path: Pat
         if row.rank > 2:  # the ranks that both layers have: a rank above what a layer has means all of it
             continue
         layers = sum(
-            layer["fixed"] + row.rank * (layer["per_direction"] + sizes["num_models"] * layer["per_coefficient"])
+            layer["fixed"]
+            + row.rank
+            * (layer["per_direction"] + row.rank * layer["per_pair"] + sizes["num_models"] * layer["per_coefficient"])
             for layer in sizes["layers"].values()
         )
         assert sizes["shared"] + sizes["num_models"] * sizes["per_model"] + layers == row.bytes

@@ -16,7 +16,9 @@ import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.cli.plan import render
 from eigenzoo.display import in_bytes, in_percent
-from eigenzoo.subspace.fitting.plan import AloneRow
+from eigenzoo.records import AloneRow, plain
+from eigenzoo.subspace.fitting.alone import against_alone
+from eigenzoo.subspace.fitting.bytes import sizes
 from tolerance import tolerance
 
 MODULES = {"block.0.q": (96, 80), "block.1.q": (64, 112)}
@@ -231,7 +233,20 @@ def test_adapters_cut_alone_are_the_control_of_sharing(
     text = capsys.readouterr().out
     assert "→ The best bundle for its bytes: `--axes" in text
     assert "Cut to rank 1, the adapters alone keep more for their bytes than any bundle" in text
-    assert "Without a bundle" not in run("plan", write_zoo(tmp_path / "weights", "weights")).out
+    text = run("plan", write_zoo(tmp_path / "weights", "weights")).out
+    assert "Without a bundle" not in text
+    assert "With the models' mean stored once, each model's deviation from it cut by its own SVD: rank 1: " in text
+
+
+def test_the_json_of_fit_has_the_comparison_with_models_cut_alone(run: Run, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    document = run("fit", write_zoo(tmp_path / "zoo", "adapters"), "-o", bundle, "--rank", 3, "--json").json
+    assert [row["rank"] for row in document["alone"]] == [1, 2, 4]
+    found = against_alone(ez.load(bundle).report)
+    assert found is not None
+    assert document["against_alone"] == plain(found)
+    text = run("fit", tmp_path / "zoo", "-o", bundle, "--rank", 3, "--force").out
+    assert f"without sharing: {' '.join(found.sentences)}" in text
 
 
 def test_the_budget_of_the_advice_is_one_that_fit_takes(run: Run, tmp_path: Path) -> None:
@@ -275,3 +290,12 @@ def test_what_is_kept_of_models_held_out_is_what_the_fit_says(tmp_path: Path) ->
     assert row.heldout == pytest.approx(layer["heldout"], rel=1e-9)
     assert 0.3 < row.heldout < row.captured
     assert all(row.heldout is None for row in ez.plan(tmp_path, axes=["outputs"]).rows)
+
+
+def test_the_report_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    """Stacked factors have a table of weights, whose bytes grow with the square of the rank."""
+    root = write_zoo(tmp_path / "zoo", "adapters")
+    counted = sizes(ez.open_zoo(root))
+    for row in ez.plan(root, axes=("models",)).rows:
+        basis = sum(layer.basis(row.rank) + 9 * row.rank * layer.per_coefficient for layer in counted.layers.values())
+        assert counted.shared + 9 * counted.per_model + basis == row.bytes

@@ -81,6 +81,8 @@ def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> N
         "rebuilt, rank 2",
         "random basis of 2",
         "without the first 1",
+        "cut alone to rank 1",
+        "cut alone to rank 2",
     ]
     found = ez.evaluate(ez.load("bundle"), load_metric("own_metrics:norm", None), "zoo/m[56]")
     row = next(line for line in lines if line.startswith("original"))

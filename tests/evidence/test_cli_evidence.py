@@ -91,7 +91,12 @@ def test_sides_are_shown_where_they_are_asked_for(run: Run, tmp_path: Path) -> N
     assert sum(found.null[:16]) < 0.9, "a side that sixteen directions hold would prove little"
     shares = [f"{100 * sum(values[:16]):.1f}" for values in (found.explained_variance_ratio, found.null)]
     row = next(line.split() for line in out.splitlines() if line.split()[:3] == ["w", "outputs", "models"])
-    assert row == ["w", "outputs", "models", "40", shares[0], "%", shares[1], "%"]
+    assert found.heldout is not None
+    held = f"{100 * found.heldout.at('captured', 16):.1f}"
+    assert row == ["w", "outputs", "models", "40", shares[0], "%", shares[1], "%", held, "%"]
+    table = out[out.index("sides, models held out") :]
+    row = next(line.split() for line in table.splitlines() if line.startswith("16 "))
+    assert row == ["16", held, "%", "–"]
     assert "outputs" not in run(*paths)[1]
 
 

@@ -17,6 +17,7 @@ from builders import (
     write_model,
 )
 from eigenzoo.evidence.function import FunctionEvidence
+from eigenzoo.evidence.variants import alone_ranks_of
 from tolerance import ONE_IMAGE
 
 KEYS = {
@@ -30,8 +31,9 @@ KEYS = {
     "mean",
     "spread",
     "sentence",
+    "same_bytes_rank",
 }
-VARIANTS = {"original", "parent", "mean", "head_only", "rebuilt", "random_basis", "secondary"}
+VARIANTS = {"original", "parent", "mean", "head_only", "rebuilt", "random_basis", "secondary", "alone"}
 
 
 def distances(paths: list[Path]) -> Callable[[Path], float]:
@@ -85,9 +87,12 @@ def described(tmp_path: Path, figures: Mapping[str, Any]) -> FunctionEvidence:
     """The record of a metric that gives each variant the figure it is told, one per held-out model."""
     paths, _ = write_zoo(tmp_path, "weight")
     parent = write_model(tmp_path / "_parent", {name: torch.ones(shape) for name, shape in SHAPES.items()})
-    order = ["original", "parent", "mean", "rebuilt", "random"]
+    space = ez.fit(paths[:5], 1)
+    ranks, _ = alone_ranks_of(space, space.open(paths[5:8]))
+    order = ["original", "parent", "mean", "rebuilt", "random", *["alone"] * len(ranks)]
+    figures = {"alone": figures["rebuilt"], **figures}
     told = iter([figures[variant][place] for place in range(3) for variant in order])
-    return ez.evaluate(ez.fit(paths[:5], 1), lambda path: next(told), paths[5:8], parent=parent)
+    return ez.evaluate(space, lambda path: next(told), paths[5:8], parent=parent)
 
 
 def test_the_sentence_of_a_subspace_that_carries_the_function(tmp_path: Path) -> None:
@@ -96,8 +101,18 @@ def test_the_sentence_of_a_subspace_that_carries_the_function(tmp_path: Path) ->
     assert found.sentence == (
         "On 3 models held out of a fit to 5, the average of <lambda> is 0.95 for the originals, 0.9 rebuilt at rank 1, 0.45 with "
         "the mean alone, 0.5 with a random basis and 0.5 with the parent alone. Rebuilt models recover 90 % of the gap "
-        "between the mean alone and the originals."
+        "between the mean alone and the originals. Each model cut alone to rank 4, which takes no more bytes than this bundle, "
+        "has 0.9. Neither is clearly nearer to the originals."
     )
+
+
+def test_the_sentence_says_whether_cutting_alone_is_better(tmp_path: Path) -> None:
+    figures = {"original": [0.9, 0.96, 0.99], "parent": [0.5, 0.6, 0.4], "mean": [0.5, 0.4, 0.45]}
+    figures |= {"rebuilt": [0.7, 0.74, 0.75], "random": [0.52, 0.48, 0.5]}
+    found = described(tmp_path / "better", {**figures, "alone": [0.9, 0.95, 0.98]})
+    assert found.sentence.endswith(" has 0.943. So cutting each model alone is better.")
+    found = described(tmp_path / "worse", {**figures, "alone": [0.5, 0.56, 0.55]})
+    assert found.sentence.endswith(" has 0.537. Rebuilt models are nearer to the originals.")
 
 
 def test_a_metric_of_which_less_is_better_is_understood(tmp_path: Path) -> None:
@@ -114,7 +129,7 @@ def test_the_sentence_begins_with_the_controls_that_are_not_beaten(tmp_path: Pat
     assert found.sentence.startswith(
         "Rebuilt models are not clearly better than the mean alone or the parent alone (by two standard errors). On 3 models"
     )
-    assert found.sentence.endswith("The mean alone leaves no gap to recover.")
+    assert "The mean alone leaves no gap to recover." in found.sentence
 
 
 def test_a_difference_within_its_noise_is_none(tmp_path: Path) -> None:

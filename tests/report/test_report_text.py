@@ -106,7 +106,11 @@ def test_numbers_are_not_guarded():
 def test_markdown_says_verdict_controls_and_numbers(document):
     text = render_markdown(document)
     evidence = document["evidence"]
-    assert text.startswith("# digits-vit: These models share a low-dimensional subspace.")
+    captured = evidence["summary"]["captured"][evidence["summary"]["rank"].index(4)]
+    assert text.startswith(
+        "# digits-vit: These models share directions, but 4 directions per layer keep only "
+        f"{100 * captured:.1f} % of held-out models' variance."
+    )
     assert evidence["verdict"]["text"] in text
     assert "Decided by: models held out of the fit." in text
     for control in evidence["controls"]:
@@ -120,6 +124,17 @@ def test_markdown_says_verdict_controls_and_numbers(document):
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {name} | a shared subspace |")]
     assert f"| {100 * layer['heldout']['captured'][place]:.1f} % |" in row
     assert f"| {layer['rank']['var90']} |" in row
+
+
+def test_no_subspace_is_called_low_dimensional_that_keeps_less_than_half_of_held_out_models(document):
+    summary = {**document["evidence"]["summary"]}
+    for share, start in ((0.5, "a low-dimensional subspace: "), (0.1, "directions, but ")):
+        summary["captured"] = [share] * len(summary["rank"])
+        text = render_markdown({**document, "evidence": {**document["evidence"], "summary": summary}})
+        kept = f"4 directions per layer keep {'' if share == 0.5 else 'only '}{100 * share:.1f} % of held-out models' variance."
+        assert text.startswith(f"# digits-vit: These models share {start}{kept}")
+    text = render_markdown({**document, "evidence": {**document["evidence"], "summary": {**summary, "captured": []}}})
+    assert text.startswith("# digits-vit: These models share directions.\n")
 
 
 def test_markdown_tables_are_whole(document):

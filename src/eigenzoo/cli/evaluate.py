@@ -80,7 +80,8 @@ def render(measured: FunctionEvidence) -> None:
     say(
         "parent: the model before fine-tuning (of adapters: the base without an update). mean only: the zoo's mean. head only: the "
         "parent, or the mean, with the model's own head. random basis: as many random directions about the mean. without the "
-        "first: rebuilt from the other directions. –: not measured (no parent is known, or all heads agree)."
+        "first: rebuilt from the other directions. cut alone: without sharing, by the model's own SVD. –: not measured (no "
+        "parent is known, or all heads agree)."
     )
     say(f"\n{measured.sentence}")
 

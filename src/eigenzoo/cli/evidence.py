@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from eigenzoo import Evidence
     from eigenzoo.evidence.layer_evidence import LayerEvidence
+    from eigenzoo.subspace.fitting.heldout_sides import SideShares
 
 Axes = Annotated[
     str | None,
@@ -95,6 +96,7 @@ def render(evidence: Evidence, most: int = 40) -> None:
     say("")
     _render_roles(evidence, most)
     _render_axes(evidence, most)
+    _render_sides(evidence)
     for group in evidence.lineage.groups[:5]:
         say(f"common origin: {', '.join(group[:6])}{f', … ({len(group)} models)' if len(group) > 6 else ''}")
     for first, other in evidence.lineage.duplicates[:5]:
@@ -113,15 +115,50 @@ def _render_axes(evidence: Evidence, most: int) -> None:
             side.center,
             len(side.null),
             *(in_percent(sum(values[:16])) for values in (side.explained_variance_ratio, side.null)),
+            in_percent(_up_to(side.heldout, 16)),
         )
         for name, sides in evidence.axes.items()
         for axis, side in sides.items()
     ]
     if rows:
-        columns = ("layer", "axis", "center", "size", "variance in the top 16", "… chance")
+        columns = ("layer", "axis", "center", "size", "energy in the top 16", "… chance", "variance held out")
         print_table(
             "sides of the layers" + (f", the first {most}" if len(rows) > most else ""), columns, rows[:most], left=3
         )
+
+
+def _up_to(shares: SideShares | None, rank: int) -> float | None:
+    """Return the share of held-out models that sides keep at the largest measured rank up to this one."""
+    return None if shares is None else shares.at("captured", rank)
+
+
+def _render_sides(evidence: Evidence) -> None:
+    """Print what sides keep of held-out models at each rank, beside axis models."""
+    if not evidence.sides:
+        return
+    ranks = sorted({rank for shares in evidence.sides.values() for rank in shares.rank})
+    names = {"outputs": "outputs", "inputs": "inputs", "outputs,inputs": "both"}
+    cells = {rank: [in_percent(_up_to(shares, rank)) for shares in evidence.sides.values()] for rank in ranks}
+    print_table(
+        "sides, models held out",
+        ("rank", *(names[axes] for axes in evidence.sides), "axis models"),
+        [(rank, *cells[rank], in_percent(_models_share(evidence, rank))) for rank in ranks],
+    )
+    say(
+        "All columns: share of the variance about the mean of models left out of the fit, layers weighted by their variance."
+    )
+
+
+def _models_share(evidence: Evidence, rank: int) -> float | None:
+    """The same of axis models; None beyond the ranks that the folds span."""
+    layers = [layer for layer in evidence.layers.values() if layer.variance > 0 and layer.unseen is not None]
+    known = [
+        (layer.unseen, layer.variance) for layer in layers if layer.unseen is not None and rank in layer.unseen.rank
+    ]
+    if not known or len(known) < len(layers):
+        return None
+    total = sum(weight for _, weight in known)
+    return sum(unseen.captured[unseen.rank.index(rank)] * weight for unseen, weight in known) / total
 
 
 def _render_roles(evidence: Evidence, most: int) -> None:

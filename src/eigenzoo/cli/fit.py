@@ -49,6 +49,7 @@ def command(
     import eigenzoo as ez
     from eigenzoo.formats.output.whole import check_free
     from eigenzoo.subspace.bundles.card import foreign_to_a_bundle
+    from eigenzoo.subspace.fitting.alone import against_alone
     from eigenzoo.subspace.fitting.options import resolve_options
     from eigenzoo.zoo.left_files import left_files
 
@@ -88,6 +89,8 @@ def command(
     report = {**ez.load(output).report, **{key: space.report[key] for key in ("seconds", "peak_memory")}}
     left = left_files(opened.models)
     if json:
+        beside = against_alone(report)
+        report["against_alone"] = None if beside is None else plain(beside)
         print_json({**report, "not_carried": plain(left), "not_read": list(opened.hidden)})
         return
     render(report)
@@ -150,6 +153,23 @@ def _render_rest(report: Mapping[str, Any]) -> None:
     if "seconds" in report:
         lost += f" · {report['seconds']:.1f} s · peak memory {in_bytes(report['peak_memory'])}"
     say(lost)
+    _render_alone(report)
+
+
+def _render_alone(report: Mapping[str, Any]) -> None:
+    """Print the bundle beside models that are cut alone."""
+    from eigenzoo.subspace.fitting.alone import against_alone
+
+    if report["residual"] <= 0 or "imported" in report or "growth" in report:
+        return
+    beside = against_alone(report)
+    if beside is None:
+        if report["num_models"] > 1 and report["view"] in ("weight", "delta"):
+            say(
+                "without sharing: not measured (each model cut alone by its own SVD; weights this large would take minutes)"
+            )
+        return
+    say(f"without sharing: {' '.join(beside.sentences)}")
 
 
 def render_bytes(sizes: Mapping[str, Any]) -> None:

@@ -54,6 +54,33 @@ def _budget(size: int) -> str:
     return f"{-(-size // 1000)}kB"
 
 
+ABOUT = {
+    "zero": "Without a bundle, each {each} cut to a lower rank by its own SVD",
+    "mean": "With the models' mean stored once, each model's deviation from it cut by its own SVD",
+}
+
+
+def _render_alone(made: Plan, each: str) -> None:
+    """Print the control without sharing, and whether it is better."""
+    for about, words in ABOUT.items():
+        cuts = "; ".join(
+            f"rank {row.rank}: {in_bytes(row.bytes)}, {in_percent(row.residual)} lost"
+            for row in made.alone
+            if row.about == about
+        )
+        if cuts:
+            say(f"{words.format(each=each)}: {cuts}.")
+    alone = made.better_alone
+    if alone is not None:
+        about = " about their mean" if alone.about == "mean" else ""
+        say(
+            f"Cut to rank {alone.rank}{about}, the {each}s alone keep more for their bytes than any bundle in the table: "
+            "sharing does not save bytes here."
+        )
+    if not made.alone and made.view in ("weight", "delta"):
+        say("Not measured: each model cut alone by its own SVD. For weights this large it would take minutes.")
+
+
 def render(made: Plan) -> None:
     """Print a plan as one table."""
     say(
@@ -107,16 +134,9 @@ def render(made: Plan) -> None:
         say(
             "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."
         )
-    if made.alone:
-        cuts = "; ".join(
-            f"rank {row.rank}: {in_bytes(row.bytes)}, {in_percent(row.residual)} lost" for row in made.alone
-        )
-        say(f"Without a bundle, each adapter cut to a lower rank by its own SVD: {cuts}.")
-    if alone is not None:
-        say(
-            f"Cut to rank {alone.rank}, the adapters alone keep more for their bytes than any bundle in the table: "
-            "sharing does not save bytes here."
-        )
+    _render_alone(made, "adapter" if adapters else "model")
+    if made.advice:
+        say(made.advice)
     if len(shown) < len(made.rows):
         say(
             f"The table shows {len(shown)} of {len(made.rows)} choices. The others lie between these, or are larger without a "

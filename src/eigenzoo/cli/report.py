@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from eigenzoo.cli.console import as_json, progress_bar, say
 from eigenzoo.cli.evaluate import load_metric
 from eigenzoo.cli.evidence import Axes, Rank, Suitability
 from eigenzoo.errors import UsageError
+
+if TYPE_CHECKING:
+    from eigenzoo.zoo.zoo import Zoo
 
 FIGURES = ("png", "svg")
 KIND_OF_FIGURES = "figures"
@@ -94,6 +97,15 @@ def command(
             cache=running.cache,
             progress=progress,
         )
+        plan = None
+        if not isinstance(source, ez.Subspace):
+            plan = ez.plan(
+                source,
+                axes=None if with_sides(source, sides) else ("models",),
+                workers=workers,
+                cache=running.cache,
+                progress=progress,
+            )
         function = None
         if measure is not None and isinstance(source, ez.Subspace):
             held_out = source.open(models, allow_pickle=opening.allow_pickle) if models else None
@@ -105,10 +117,19 @@ def command(
         command=shlex.join(["eigenzoo", *(shown_url(word) for word in sys.argv[1:])]),
         date=date.today().isoformat(),
         function=function,
+        plan=plan,
     )
     written = write(document, output, chosen, force, width)
     say(evidence.verdict.text)
     say(f"{written}: {output}")
+
+
+def with_sides(zoo: Zoo, sides: Sequence[str]) -> bool:
+    """Whether the report compares the sides too: of small adapters, whose factors are read fast, and where they are asked for."""
+    from eigenzoo.subspace.fitting.tucker_fit import LARGEST_HELD_OUT
+
+    small = all(max(layer.shape) <= LARGEST_HELD_OUT for layer in zoo.layers.values())
+    return bool(sides) or (zoo.view == "update" and small)
 
 
 def choose_format(output: Path, chosen_format: str | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from eigenzoo.cli import options
 from eigenzoo.cli.console import print_json, print_table, progress_bar, say
+from eigenzoo.display import counted
 from eigenzoo.errors import EigenzooError, UsageError
 
 if TYPE_CHECKING:
@@ -181,6 +184,27 @@ def _mark(check: Check) -> str:
     return "ok" if check.ok else "FAULT"
 
 
+def group_notes(notes: Sequence[str]) -> list[str]:
+    """Put notes together that differ by the model and by numbers only.
+
+    >>> group_notes(["model a: q: changes 1.3 times", "model b: q: changes 2 times", "other dtypes"])
+    ['model a: q: changes 1.3 times (and 1 note like it of other models; --json lists all)', 'other dtypes']
+    """
+    groups: dict[str, list[str]] = {}
+    for note in notes:
+        alike = re.sub(r"\d[\d.,]*", "#", re.sub(r"^model .*?: ", "", note))
+        groups.setdefault(alike, []).append(note)
+    return [
+        group[0]
+        + (
+            f" (and {counted(len(group) - 1, 'note')} like it of other models; --json lists all)"
+            if len(group) > 1
+            else ""
+        )
+        for group in groups.values()
+    ]
+
+
 def _tell(
     document: dict[str, Any], verification: Verification | None, subject: str, result: str, *, json: bool
 ) -> None:
@@ -193,10 +217,11 @@ def _tell(
         if verification is not None:
             rows = [(_mark(check), check.name, check.detail) for check in verification.checks]
             print_table("", ("", "check", "result"), rows, left=3)
-            for note in verification.notes[:SHOWN_NOTES]:
+            notes = group_notes(verification.notes)
+            for note in notes[:SHOWN_NOTES]:
                 say(f"note: {note}")
-            if len(verification.notes) > SHOWN_NOTES:
-                say(f"note: {len(verification.notes) - SHOWN_NOTES} more notes; --json lists all")
+            if len(notes) > SHOWN_NOTES:
+                say(f"note: {len(notes) - SHOWN_NOTES} more notes; --json lists all")
         for fault in faults:
             say(f"fault: {fault}")
         say(subject + (result if not faults else f"faults: {len(faults)}"))

@@ -50,6 +50,7 @@ def document(record: EvidenceRecord) -> dict[str, Any]:
             "energy": summary.energy,
             "test": _test(summary.measures),
             "test_across": _test(summary.across_measures),
+            "sides": {axes: plain(shares) for axes, shares in record.sides.items()},
         },
         "controls": [plain(control) for control in controls(record)],
         "runs": [list(group) for group in record.runs],

@@ -30,6 +30,7 @@ from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
+from eigenzoo.subspace.fitting.heldout_sides import pooled_sides
 from eigenzoo.subspace.moments.duplicates import find_duplicates
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import CENTERS, check_axes, check_choice
@@ -70,6 +71,7 @@ class Evidence(EvidenceRecord):
         verdict: the verdict on the zoo.
         warnings: warnings that apply to all figures.
         runs: groups of models that are checkpoints of one training run.
+        sides: shares of held-out models that the sides keep, over all layers by their variance; for axes that were asked for.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,6 +204,7 @@ def evidence(
             layers, summary, origin, len(measured.names), measured.view, say_runs(measured.runs, len(places))
         ),
         runs=measured.runs,
+        sides=pooled_sides((measured.sides(name), layer.variance) for name, layer in layers.items()),
         warnings=(*measured.warnings, *_zero(measured)),
         seconds=time.perf_counter() - started,
     )

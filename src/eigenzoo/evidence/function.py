@@ -10,6 +10,7 @@ the user's metric is computed for every held-out model and its replacements:
     rebuilt       the model from its first 1, 2, 4, … and all coefficients
     random_basis  the model projected on as many random directions around the mean
     secondary     the model without its first coefficients: do the leading directions carry the function?
+    alone         the model cut to a low rank by its own SVD, without any sharing: at 1, 2, and at as many bytes as the bundle takes
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from eigenzoo.display import counted, html_table, one_line
 from eigenzoo.errors import DataError, EigenzooError, UsageError
 from eigenzoo.evidence.refit import hold_out, is_known
-from eigenzoo.evidence.variants import Variants, check_parent
+from eigenzoo.evidence.variants import Variants, alone_ranks_of, check_parent
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
 from eigenzoo.formats.splitting import split_model
@@ -62,6 +63,7 @@ class Measured:
     rebuilt: Mapping[int, float | None]
     random_basis: Mapping[int, float | None]
     secondary: float | None
+    alone: Mapping[int, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class FunctionEvidence:
         mean: the averages over the models.
         spread: the standard errors of these averages; None for a single model.
         sentence: the conclusion.
+        same_bytes_rank: the rank of models cut alone that takes no more bytes than the bundle; None where none does.
     """
 
     metric: str
@@ -91,6 +94,7 @@ class FunctionEvidence:
     mean: Measured
     spread: Measured
     sentence: str
+    same_bytes_rank: int | None = None
 
     @property
     def averages(self) -> list[tuple[str, float | None, float | None]]:
@@ -107,6 +111,7 @@ class FunctionEvidence:
                 for rank, value in mean.random_basis.items()
             ),
             (f"without the first {self.secondary_rank or '…'}", mean.secondary, spread.secondary),
+            *((f"cut alone to rank {rank}", value, spread.alone[rank]) for rank, value in mean.alone.items()),
         ]
 
     def __repr__(self) -> str:
@@ -163,8 +168,11 @@ def evaluate(
     `parent` is None if it is not known completely: its head has another shape, or adapters carry tensors of their own.
     `head_only` is None if all models share one head.
 
-    Cost: 6 + log2(rank) calls of the metric per model. Disk: one model at a time, in a temporary folder. Memory: one layer and
-    a block, with adapters a layer's factors. Random directions of full weights: two draws of rank · values numbers per model.
+    Each model is also cut alone to low ranks by its own SVD (full weights: its deviation from the mean, where that is
+    cheap), without any sharing.
+
+    Cost: up to 9 + log2(rank) calls of the metric per model. Disk: one model at a time, in a temporary folder. Memory: one layer
+    and a block, with adapters a layer's factors. Random directions of full weights: two draws of rank · values numbers per model.
 
     Raises:
         UsageError: the metric raises or does not return a number, or the models' files no longer exist and `models` is not given.
@@ -189,11 +197,12 @@ def evaluate(
     full = variants.rank
     powers = [2**power for power in range(full.bit_length())]
     chosen = tuple(sorted({min(rank, full) for rank in (powers if checked is None else checked)} | {full}))
+    alone_ranks, same_bytes = alone_ranks_of(fitted, zoo)
     measured = {}
     for number, (name, coefficients) in enumerate(projected.items()):
-        measured[name] = _measure(variants, coefficients, metric, chosen)
+        measured[name] = _measure(variants, coefficients, metric, chosen, alone_ranks)
         progress("measuring models", number + 1, len(projected))
-    return _record(metric, measured, chosen, heldout, len(fitted.names))
+    return _record(metric, measured, chosen, heldout, len(fitted.names), same_bytes)
 
 
 def _checked_ranks(ranks: Sequence[int] | None) -> list[int] | None:
@@ -225,8 +234,10 @@ def _open_parent(space: Subspace, parent: str | os.PathLike[str] | None) -> Mode
     return checkpoint
 
 
-def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ranks: Sequence[int]) -> Measured:
-    """Measure the variants of one model one by one."""
+def _measure(
+    variants: Variants, coefficients: Coefficients, metric: Metric, ranks: Sequence[int], alone_ranks: Sequence[int]
+) -> Measured:
+    """Measure every variant of one model, one after the other."""
     original = variants.zoo.models[variants.zoo.place(coefficients.name)].path
 
     def measured(variant: str, make: Callable[[], RebuiltModel | None]) -> float | None:
@@ -249,6 +260,10 @@ def _measure(variants: Variants, coefficients: Coefficients, metric: Metric, ran
         secondary=None
         if half is None
         else measured(f"without the first {half}", lambda: variants.secondary(coefficients, half)),
+        alone={
+            rank: measured(f"cut alone to rank {rank}", partial(variants.alone, coefficients, rank))
+            for rank in alone_ranks
+        },
     )
 
 
@@ -293,7 +308,12 @@ def _value(metric: Metric, path: Path, where: str) -> float:
 
 
 def _record(
-    metric: Metric, measured: Mapping[str, Measured], ranks: tuple[int, ...], heldout: bool, num_fitted: int
+    metric: Metric,
+    measured: Mapping[str, Measured],
+    ranks: tuple[int, ...],
+    heldout: bool,
+    num_fitted: int,
+    same_bytes: int | None = None,
 ) -> FunctionEvidence:
     models = list(measured.values())
     function = getattr(metric, "func", metric)  # the function that functools.partial wraps
@@ -302,8 +322,12 @@ def _record(
     half = secondary_rank(ranks[-1])
     which = f"{len(models)} model{'s' if len(models) > 1 else ''}"
     known = f"held out of a fit to {num_fitted}" if heldout else "not all held out (some are in the subspace)"
-    sentence = _sentence(models, mean, name, ranks[-1], f"{which} {known}")
-    return FunctionEvidence(name, len(models), heldout, num_fitted, ranks, half, measured, mean, spread, sentence)
+    sentence = _sentence(models, mean, name, ranks[-1], f"{which} {known}") + _alone_sentence(
+        models, ranks[-1], same_bytes
+    )
+    return FunctionEvidence(
+        name, len(models), heldout, num_fitted, ranks, half, measured, mean, spread, sentence, same_bytes
+    )
 
 
 def _combined(models: Sequence[Measured], combine: Callable[[list[float]], float | None]) -> Measured:
@@ -321,6 +345,7 @@ def _combined(models: Sequence[Measured], combine: Callable[[list[float]], float
         rebuilt={rank: over(model.rebuilt[rank] for model in models) for rank in models[0].rebuilt},
         random_basis={rank: over(model.random_basis[rank] for model in models) for rank in models[0].random_basis},
         secondary=over(model.secondary for model in models),
+        alone={rank: over(model.alone[rank] for model in models) for rank in models[0].alone},
     )
 
 
@@ -366,6 +391,28 @@ def _sentence(models: Sequence[Measured], mean: Measured, metric: str, rank: int
         share = (statistics.fmean(rebuilt) - of_mean) / (statistics.fmean(originals) - of_mean)
         last = f"Rebuilt models recover {100 * share:.0f} % of the gap between the mean alone and the originals"
     return f"{first}On {fitted_models}, the average of {metric} is {_listed(shown)}. {last}."
+
+
+def _alone_sentence(models: Sequence[Measured], rank: int, same_bytes: int | None) -> str:
+    """Compare rebuilt models with models cut alone at as many bytes: which is nearer to the originals, by two standard errors."""
+    found = [model.alone.get(same_bytes) for model in models] if same_bytes is not None else [None]
+    if None in found:
+        return ""
+    alone = [_some(figure) for figure in found]
+    originals = [_some(model.original) for model in models]
+    gaps, own_gaps = (
+        [abs(original - figure) for original, figure in zip(originals, figures, strict=True)]
+        for figures in ([_some(model.rebuilt[rank]) for model in models], alone)
+    )
+    verdict = "Neither is clearly nearer to the originals"
+    if _is_better(gaps, own_gaps, 1.0):
+        verdict = "So cutting each model alone is better"
+    elif _is_better(own_gaps, gaps, 1.0):
+        verdict = "Rebuilt models are nearer to the originals"
+    return (
+        f" Each model cut alone to rank {same_bytes}, which takes no more bytes than this bundle, has "
+        f"{statistics.fmean(alone):.3g}. {verdict}."
+    )
 
 
 def _is_better(figures: Sequence[float], others: Sequence[float], better: float) -> bool:

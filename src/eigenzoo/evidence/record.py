@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eigenzoo.evidence.growth import Growth
 from eigenzoo.evidence.layer_evidence import LayerEvidence
@@ -10,6 +10,7 @@ from eigenzoo.evidence.lineage import Lineage
 from eigenzoo.evidence.source import AxisSpectrum
 from eigenzoo.evidence.suitability import Thresholds
 from eigenzoo.evidence.summary import Summary, Verdict
+from eigenzoo.subspace.fitting.heldout_sides import SideShares
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,4 @@ class EvidenceRecord:
     warnings: tuple[str, ...]
     seconds: float
     runs: tuple[tuple[str, ...], ...] = ()
+    sides: dict[str, SideShares] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from eigenzoo.passes.resources import Resources, check_memory, check_name
 from eigenzoo.passes.workers import Workers, check_workers, opened_workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bundles.loading import load
+from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
@@ -39,11 +40,14 @@ class AxisSpectrum:
         explained_variance_ratio: eigenvalues over their total.
         null: the same for independent noise with the models' energies.
         center: the removed center; `none` for LoRA updates, whose sides contain the mean.
+        heldout: shares of the variance about the mean that the leading directions keep, of models left out of the fit; None
+            where it was not measured.
     """
 
     explained_variance_ratio: tuple[float, ...]
     null: tuple[float, ...]
     center: str
+    heldout: SideShares | None = None
 
 
 class MomentSource(Protocol):
@@ -83,6 +87,9 @@ class MomentSource(Protocol):
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return the spectra of the layer's requested sides."""
 
+    def sides(self, layer: str) -> Mapping[str, SideShares]:
+        """Return the shares of held-out models that the sides keep, by axis and for both together."""
+
     def spectra(self, layer: str) -> OwnSpectra | None:
         """Return every model's own singular values, if they are available."""
 
@@ -106,6 +113,7 @@ class ZooMoments:
         self.runs = training_runs(run_paths(zoo.models, zoo.names))
         self._moments: dict[str, LayerMoments] = {}
         self._axes: dict[str, dict[str, AxisSpectrum]] = {}
+        self._sides: dict[str, dict[str, SideShares]] = {}
         self._spectra: dict[str, OwnSpectra] = {}
         task = partial(_layer_moments, zoo, tuple(axes), center, seed, workers.resources)
         known = {} if axes else {name: kept for name in zoo.layers if (kept := cache.get(name, center, DEFAULT))}
@@ -122,7 +130,9 @@ class ZooMoments:
             )
             for name in zoo.layers
         ):
-            self._moments[name], self._axes[name] = (known[name], {}) if name in known else found[0]
+            self._moments[name], self._axes[name], self._sides[name] = (
+                (known[name], {}, {}) if name in known else found[0]
+            )
             if name in wanted:
                 self._spectra[name] = found[-1]
             if not axes:
@@ -136,6 +146,10 @@ class ZooMoments:
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return the spectra of the requested sides."""
         return self._axes[layer]
+
+    def sides(self, layer: str) -> Mapping[str, SideShares]:
+        """Return the shares of held-out models that the sides keep."""
+        return self._sides[layer]
 
     def spectra(self, layer: str) -> OwnSpectra | None:
         """Return every model's own singular values: always for updates, else on request."""
@@ -155,18 +169,19 @@ def _of_updates(moments: LayerMoments) -> OwnSpectra | None:
 
 def _layer_moments(
     zoo: Zoo, axes: tuple[str, ...], center: str, seed: int, resources: Resources, name: str
-) -> tuple[LayerMoments, dict[str, AxisSpectrum]]:
-    """Collect one layer's moments, and compute the spectra of its sides before their moments are dropped."""
+) -> tuple[LayerMoments, dict[str, AxisSpectrum], dict[str, SideShares]]:
+    """Collect one layer's moments, take the spectra of its sides before they are let go, and hold models out of them."""
     stack = zoo.stack(name)
     whole = collect(stack, axes, center, resources)
     about = "none" if isinstance(stack, UpdateStack) else center
     columns = sum(stack.ranks) / len(stack) if isinstance(stack, UpdateStack) else None
+    shares = heldout_sides(stack, whole, axes, resources, seed) if center == "models" else {}
     spectra = {
-        axis: _axis_spectrum(side, whole, axis, about, columns, seed)
+        axis: replace(_axis_spectrum(side, whole, axis, about, columns, seed), heldout=shares.get(axis))
         for axis, side in (("outputs", whole.outputs), ("inputs", whole.inputs))
         if side is not None
     }
-    return replace(whole, outputs=None, inputs=None), spectra
+    return replace(whole, outputs=None, inputs=None), spectra, shares
 
 
 class BundleMoments:
@@ -185,6 +200,10 @@ class BundleMoments:
 
     def axes(self, layer: str) -> Mapping[str, AxisSpectrum]:
         """Return {}: a bundle has the models' Gram only."""
+        return {}
+
+    def sides(self, layer: str) -> Mapping[str, SideShares]:
+        """Return nothing: for held-out shares of sides, models are read."""
         return {}
 
     def spectra(self, layer: str) -> OwnSpectra | None:

@@ -16,9 +16,11 @@ from eigenzoo.linalg.lora import Cut, Factors, cut_product
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.fitting.alone import against_alone, is_affordable, is_cut
 from eigenzoo.subspace.rebuilt import FULL, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import PEFT_PREFIX, is_task_head
+from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 Reader = Callable[[str], Tensor | None]
@@ -62,6 +64,10 @@ class Variants:
     def random(self, coefficients: Coefficients) -> RebuiltModel:
         """Return the model projected on random directions around the mean."""
         return _RandomlyRebuilt(self._space, self.zoo, replace(coefficients, values=self._mean), self._seed)
+
+    def alone(self, coefficients: Coefficients, rank: int) -> RebuiltModel:
+        """The model with every layer cut to a rank by its own SVD."""
+        return _CutAlone(self._space, self.zoo, replace(coefficients, values=self._mean), rank)
 
     def parent(self, coefficients: Coefficients) -> RebuiltModel | None:
         """Return the parent with the model's other contents; None if a part is not known, such as a head of another shape."""
@@ -136,6 +142,53 @@ class _RandomlyRebuilt(RebuiltModel):
 
     def _randomly(self, name: str, mean: Tensor | Factors) -> Tensor | Factors:
         return rebuild_randomly(self._layers[name], self._zoo.stack(name), self._zoo.place(self.name), mean, self._seed)
+
+
+class _CutAlone(RebuiltModel):
+    """A model whose updates, or deviations from the mean, are cut to a rank one by one."""
+
+    def __init__(self, space: Subspace, zoo: Zoo, mean: Coefficients, rank: int) -> None:
+        super().__init__(mean.name, space.layers, mean.values, mean.template, space.view, space.require_base)
+        self._zoo, self._rank = zoo, rank
+
+    def _rebuild_update(self, name: str, max_rank: int | None) -> Cut:
+        stack = self._zoo.stack(name)
+        assert isinstance(stack, UpdateStack)
+        b_OR, a_RI = (factor.double() for factor in stack.factors(self._zoo.place(self.name)))
+        return cut_product(b_OR, a_RI, self._rank if max_rank is None else min(self._rank, max_rank))
+
+    def _rebuild(self, name: str) -> Tensor:
+        stack = self._zoo.stack(name)
+        assert not isinstance(stack, UpdateStack)
+        own_OI = stack.matrix(self._zoo.place(self.name)).double()
+        if not is_cut(stack.layer, self._rank):
+            return own_OI
+        mean_OI = super()._rebuild(name).view_as(own_OI)
+        left, values, right = torch.linalg.svd(own_OI - mean_OI, full_matrices=False)
+        cut_OI: Tensor = (left[:, : self._rank] * values[: self._rank]) @ right[: self._rank]
+        return mean_OI + cut_OI
+
+
+def alone_ranks_of(space: Subspace, zoo: Zoo) -> tuple[tuple[int, ...], int | None]:
+    """The ranks at which models are cut alone: 1, 2, and the one that takes no more bytes than the bundle; and that one.
+
+    None at all where no layer would be smaller, and for full weights whose SVD is not cheap.
+    """
+    layers = zoo.layers.values()
+    if any(layer.kind == "dense" for layer in layers) and not is_affordable(zoo):
+        return (), None
+    largest = max(
+        max(stack.ranks) - 1
+        if isinstance(stack := zoo.stack(layer.name), UpdateStack)
+        else (layer.num_values - 1) // sum(layer.shape)
+        for layer in layers
+    )
+    about = "zero" if all(layer.kind == "update" for layer in layers) else "mean"
+    found = against_alone(
+        {**space.report, "alone": [row for row in space.report.get("alone", ()) if row["about"] == about]}
+    )
+    same = found.same_bytes.rank if found is not None and found.same_bytes is not None else None
+    return tuple(sorted(rank for rank in {1, 2, same or 1} if rank <= largest)), same
 
 
 class _Patched(Template):

@@ -6,7 +6,8 @@ A document is plain JSON values, with these keys:
 * `evidence`: the result of `Evidence.to_dict()`;
 * `function`: the result of `evaluate(...).to_dict()`, or None without a metric;
 * `sizes`: the bytes of a bundle of any rank, or None: `whole_zoo`, `num_models`, `shared`, `per_model`, and for each of
-  `layers` its `fixed`, `per_direction` and `per_coefficient` bytes;
+  `layers` its `fixed`, `per_direction`, `per_pair` and `per_coefficient` bytes;
+* `rates`: bytes and kept shares of sides (`rows`), of models cut `alone`, and of the `bundle`, or None;
 * `models`: `residual` (None without a bundle), `energy` and `source` of each;
 * `made_by`: `command`, `versions`, `date`, `seed`.
 

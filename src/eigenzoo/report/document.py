@@ -103,6 +103,7 @@ _EVIDENCE: dict[str, Any] = {
         "variance": 0.0,
         "energy": 0.0,
         "test": None,
+        "sides": {},
     },
     "controls": [],
     "warnings": [],
@@ -128,6 +129,7 @@ _OUTCOME: dict[str, Any] = {
     "rebuilt": {},
     "random_basis": {},
     "secondary": None,
+    "alone": {},
 }
 
 _FUNCTION: dict[str, Any] = {
@@ -141,7 +143,19 @@ _FUNCTION: dict[str, Any] = {
     "mean": _OUTCOME,
     "spread": _OUTCOME,
     "sentence": "",
+    "same_bytes_rank": None,
 }
+
+_RATE: dict[str, Any] = {
+    "axes": "",
+    "about": "zero",
+    "rank": None,
+    "bytes": 0,
+    "per_model": 0,
+    "captured": None,
+    "heldout": None,
+}
+_RATES: dict[str, Any] = {"num_models": 0, "rows": [], "alone": [], "bundle": None, "sentences": []}
 
 _SIZES: dict[str, Any] = {"whole_zoo": 0, "num_models": 0, "shared": 0, "per_model": 0, "layers": {}}
 
@@ -160,6 +174,7 @@ class Report:
     layers: dict[str, dict[str, Any]]
     function: dict[str, Any] | None
     sizes: dict[str, Any] | None
+    rates: dict[str, Any] | None
     models: dict[str, dict[str, Any]]
     made_by: dict[str, Any]
     rank: int
@@ -199,6 +214,7 @@ def read_document(document: Mapping[str, Any]) -> Report:
         layers,
         None if cleaned.get("function") is None else read_function(cleaned["function"]),
         None if cleaned.get("sizes") is None else fill(_SIZES, cleaned["sizes"]),
+        None if cleaned.get("rates") is None else read_rates(cleaned["rates"]),
         models,
         made_by,
         chosen_rank(evidence),
@@ -209,6 +225,15 @@ def read_function(function: Mapping[str, Any]) -> dict[str, Any]:
     """Fill a function record, model by model."""
     filled: dict[str, Any] = fill(_FUNCTION, function)
     filled["models"] = {name: fill(_OUTCOME, outcome) for name, outcome in filled["models"].items()}
+    return filled
+
+
+def read_rates(rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the record of sizes and errors, row by row."""
+    filled: dict[str, Any] = fill(_RATES, rates)
+    for key in ("rows", "alone"):
+        filled[key] = [fill(_RATE, row) for row in filled[key]]
+    filled["bundle"] = None if filled["bundle"] is None else fill(_RATE, filled["bundle"])
     return filled
 
 

@@ -441,6 +441,59 @@ def size_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
     )
 
 
+def rate_curve(report: Report, sizes: SizeTable | None) -> Figure | None:
+    """Error against bytes of all axes, and of models cut alone."""
+    rates = report.rates
+    if rates is None or not (rates["alone"] or rates["rows"] or rates["bundle"]):
+        return None
+    models = (Mark("curve", "lost", "heldout", "axis_models"),) if sizes is not None else ()
+    return Figure(
+        "rates",
+        "Error against size, with and without sharing",
+        "Share of the variance about the mean that is lost of models left out of the fit, against the bytes of all "
+        f"{counted(rates['num_models'], 'model')}; one point per rank. Each model cut alone by its own SVD is the control without "
+        "sharing: it is not fitted to other models, so it loses as much of new ones.",
+        " ".join(rates["sentences"]) or "Models cut alone were not measured.",
+        "rates",
+        Axis("bytes of all models", "bytes"),
+        Axis("share of variance lost, held out", "share"),
+        (
+            *models,
+            *(Mark("line", f"rates_{axes}", "lost", axes) for axes in plotted.SIDES),
+            Mark("line", f"rates_{plotted.BOTH}", "lost", "both"),
+            Mark("line", "alone_zero", "lost", "alone"),
+            Mark("line", "alone_mean", "lost", "alone_mean"),
+            Mark("line", "bundle", "lost", "bundle"),
+        ),
+    )
+
+
+def side_shares(report: Report) -> Figure | None:
+    """The share of held-out models that sides keep, beside axis models."""
+    sides = report.evidence["summary"]["sides"]
+    if not sides:
+        return None
+    said = [
+        f"{axes.replace(',', ' and ')} {in_percent(at_rank(found['rank'], found['captured'], report.rank))}"
+        for axes, found in sides.items()
+    ]
+    return Figure(
+        "sides",
+        "What sides keep of held-out models",
+        "Share of the variance about the mean of models left out of the fit, by the directions kept of each layer's outputs, "
+        "inputs, or both; layers weighted by their variance. Axis models: layers weighted by their number of values.",
+        f"At rank {report.rank}: {', '.join(said)}.",
+        "sides",
+        RANK,
+        SHARE,
+        (
+            *(Mark("line", f"kept_{axes}", "captured", axes) for axes in plotted.SIDES),
+            Mark("line", f"kept_{plotted.BOTH}", "captured", "both"),
+            Mark("line", "heldout", "heldout", "axis_models"),
+        ),
+    )
+
+
 def suitability(report: Report) -> Figure | None:
     """Power-law exponents by layer."""
     means = [float(floats(found).mean()) for found in map(exponents, report.layers.values()) if found]
@@ -502,6 +555,7 @@ def function_curve(report: Report) -> Figure | None:
         (
             *(Mark("level", "controls", name, name) for name in plotted.CONTROLS),
             Mark("line", "random_basis", "random_basis", "null", "random basis", error="spread"),
+            Mark("line", "alone", "alone", "alone", "each cut alone to that rank", error="spread"),
             Mark("line", "rebuilt", "rebuilt", "heldout", "rebuilt", error="spread"),
         ),
     )
@@ -529,6 +583,7 @@ SIMPLE: dict[str, Callable[[Report], Figure | None]] = {
     "cumulative": cumulative,
     "axes": axes,
     "heldout": heldout,
+    "sides": side_shares,
     "mean": mean,
     "rolemap": role_map,
     "layerranks": layer_ranks,
@@ -546,5 +601,8 @@ SIMPLE: dict[str, Callable[[Report], Figure | None]] = {
 
 def all_figures(report: Report, sizes: SizeTable | None) -> dict[str, Figure]:
     """The figures that the document has numbers for."""
-    found = {name: make(report) for name, make in SIMPLE.items()} | {"sizes": size_curve(report, sizes)}
+    found = {name: make(report) for name, make in SIMPLE.items()} | {
+        "sizes": size_curve(report, sizes),
+        "rates": rate_curve(report, sizes),
+    }
     return {name: figure for name, figure in found.items() if figure is not None}

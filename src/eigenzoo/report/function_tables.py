@@ -21,7 +21,7 @@ def outcomes(record: dict[str, Any], secondary_rank: int | None) -> Iterator[tup
     """Return the outcomes of a record with their labels, in the order of the table."""
     for key, label in SINGLE.items():
         yield label, record[key]
-    for key, label in (("rebuilt", "rebuilt"), ("random_basis", "random basis")):
+    for key, label in (("rebuilt", "rebuilt"), ("random_basis", "random basis"), ("alone", "each cut alone")):
         for rank in sorted(record[key], key=int):
             yield f"{label}, rank {rank}", record[key][rank]
     after = "" if secondary_rank is None else f", rank {secondary_rank}"

@@ -7,6 +7,7 @@ a table of the whole zoo yields one entry, named by an empty text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ Entries = Iterator[tuple[str, Curves]]
 
 ALL_LAYERS = "(all layers)"
 SIDES = ("outputs", "inputs")
+BOTH = "outputs,inputs"
 CONTROLS = ("original", "parent", "mean", "head_only", "secondary")
 """Values of a metric that have no rank."""
 
@@ -147,6 +149,45 @@ def lost(report: Report) -> Entries:
     yield "", {"bytes": floats(row.bytes for row in rows), **shares, "whole_zoo": floats([table.whole_zoo or None])}
 
 
+def rates(axes: str) -> Callable[[Report], Entries]:
+    """Share of held-out models' variance that sides lose, by the bytes of the bundle."""
+
+    def made(report: Report) -> Entries:
+        yield "", _lost([row for row in (report.rates or {"rows": []})["rows"] if row["axes"] == axes], "heldout")
+
+    return made
+
+
+def cut_alone(about: str) -> Callable[[Report], Entries]:
+    """Share of the variance that models cut alone lose, by the bytes of all of them."""
+
+    def made(report: Report) -> Entries:
+        yield "", _lost([row for row in (report.rates or {"alone": []})["alone"] if row["about"] == about], "captured")
+
+    return made
+
+
+def this_bundle(report: Report) -> Entries:
+    """The bundle that the report is of."""
+    own = (report.rates or {"bundle": None})["bundle"]
+    yield "", _lost([own] if own is not None else [], "heldout")
+
+
+def _lost(rows: list[dict[str, Any]], kept: str) -> Curves:
+    known = [row for row in rows if row[kept] is not None]
+    return {"bytes": floats(row["bytes"] for row in known), "lost": floats(1 - row[kept] for row in known)}
+
+
+def kept_by_sides(axes: str) -> Callable[[Report], Entries]:
+    """Share of variance that sides keep of fitted and held-out models."""
+
+    def made(report: Report) -> Entries:
+        found = report.evidence["summary"]["sides"].get(axes) or {"rank": [], "in_sample": [], "captured": []}
+        yield "", {key: floats(found[key]) for key in ("rank", "in_sample", "captured")}
+
+    return made
+
+
 def residuals(report: Report) -> Entries:
     """Residuals of the models, largest first."""
     known = sorted(
@@ -165,9 +206,13 @@ TABLES: dict[str, Callable[[Report], Entries]] = {
     "growth": growth,
     "secondary": secondary,
     "exponents": halves_exponents,
-    **{series: metric(series) for series in ("rebuilt", "random_basis")},
+    **{series: metric(series) for series in ("rebuilt", "random_basis", "alone")},
     "controls": metric_controls,
     "lost": lost,
+    **{f"rates_{axes}": rates(axes) for axes in (*SIDES, BOTH)},
+    **{f"alone_{about}": cut_alone(about) for about in ("zero", "mean")},
+    "bundle": this_bundle,
+    **{f"kept_{axes}": kept_by_sides(axes) for axes in (*SIDES, BOTH)},
     "residuals": residuals,
 }
 SECTIONS = {

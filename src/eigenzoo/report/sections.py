@@ -54,8 +54,8 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
             "Held out",
             "Held-out models against fitted ones",
             _HELDOUT,
-            "heldout mean",
-            (tables.share_table(report, sizes),),
+            "heldout sides mean",
+            (tables.share_table(report, sizes), tables.side_table(report)),
         ),
         make("layers", "Layers", "Layers", _layers_lead(report), "rolemap layerranks", (tables.layer_table(report),)),
         make(
@@ -73,9 +73,9 @@ def all_sections(report: Report, figures: Mapping[str, Figure], sizes: SizeTable
             "sizes",
             "Sizes",
             "Size against error",
-            _SIZES if sizes else _NO_SIZES,
-            "sizes",
-            (tables.size_row_table(sizes) if sizes else None,),
+            _sizes_lead(report, sizes),
+            "rates sizes",
+            (tables.rate_table(report), tables.size_row_table(sizes) if sizes else None),
             "sizes" if sizes else "",
         ),
         make(
@@ -121,9 +121,8 @@ _MAP = "Models that are close together here are similar in the zoo's largest dir
 _GROWTH = "With more models, the dimension of a shared subspace levels off. Without one, every model adds a direction of its own."
 _HALVES = "If all models share a subspace, each half of them gives the same one."
 _SIZES = (
-    "Size and error of a bundle with axis models, at any rank. For adapters, other axes need fewer bytes: "
-    "the command plan compares them. Geometry is not function: a small error in the weights can be a large error "
-    "of the model, and the other way round."
+    "Size and error with and without sharing, and of a bundle with axis models at any rank. Geometry is not function: a small "
+    "error in the weights can be a large error of the model, and the other way round."
 )
 _NO_SIZES = "The document has no file sizes, so bytes cannot be shown."
 _SUITABILITY = (
@@ -134,6 +133,10 @@ _SUITABILITY = (
     "no loss."
 )
 _SECONDARY = "If models share only the first directions, the next ones explain no more of held-out models than chance."
+
+
+def _sizes_lead(report: Report, sizes: SizeTable | None) -> str:
+    return _SIZES if sizes or report.rates else _NO_SIZES
 
 
 def _layers_lead(report: Report) -> str:

@@ -1,6 +1,6 @@
 """Compute size and loss of a bundle of any rank, with one row for every position of the two sliders.
 
-    bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + N · k · per_coefficient)
+    bytes(k) = shared + per_model · N + Σ over layers (fixed + k · per_direction + k² · per_pair + N · k · per_coefficient)
 
 A rank larger than a layer's number of directions means all of them. A layer without variance has none. Errors in-sample are exact.
 Held-out and chance are interpolated linearly between the evaluated ranks, from 0 at rank 0 (the mean alone), and are constant after
@@ -67,6 +67,7 @@ class _Layer:
 
     fixed: int
     per_direction: int
+    per_pair: int
     per_coefficient: int
     variance: float
     kept_K3: Floats
@@ -103,14 +104,16 @@ def size_table(report: Report) -> SizeTable | None:
 
 
 def _layer(evidence: Mapping[str, Any] | None, size: Mapping[str, Any]) -> _Layer:
-    weights = (int(size.get("fixed") or 0), int(size.get("per_direction") or 0), int(size.get("per_coefficient") or 0))
+    fixed, direction, pair, coefficient = (
+        int(size.get(key) or 0) for key in ("fixed", "per_direction", "per_pair", "per_coefficient")
+    )
     if evidence is None or not evidence["variance"]:
-        return _Layer(*weights, 0.0, np.zeros((1, 3)))
+        return _Layer(fixed, direction, pair, coefficient, 0.0, np.zeros((1, 3)))
     values = np.nan_to_num(floats(evidence["explained_variance_ratio"]))
     sums = np.concatenate([[0.0], np.cumsum(values[values > 0])])
     heldout = evidence["heldout"]
     curves = [_between(floats(heldout["rank"]), floats(heldout[key]), len(sums)) for key in ("captured", "null")]
-    return _Layer(*weights, float(evidence["variance"]), np.stack([sums, *curves], axis=1))
+    return _Layer(fixed, direction, pair, coefficient, float(evidence["variance"]), np.stack([sums, *curves], axis=1))
 
 
 def _between(ranks: Floats, values: Floats, length: int) -> Floats:
@@ -134,7 +137,7 @@ def _row(
 ) -> SizeRow:
     num_models: int = sizes["num_models"]
     basis = int(sizes["shared"] or 0) + sum(
-        layer.fixed + at * layer.per_direction for layer, at in zip(layers, ranks, strict=True)
+        layer.fixed + at * layer.per_direction + at**2 * layer.per_pair for layer, at in zip(layers, ranks, strict=True)
     )
     coefficients = sum(at * layer.per_coefficient for layer, at in zip(layers, ranks, strict=True))
     per_model = int(sizes["per_model"] or 0) + coefficients

@@ -268,7 +268,8 @@ def _scale(axes: Axes, which: str, scale: str, largest: float) -> None:
         axes.minorticks_off()
     elif scale == "bytes":
         axes.set_xscale("log")
-        ticks_of_bytes = _log_ticks(*axes.get_xlim(), 10.0**4)
+        found = _log_ticks(*axes.get_xlim(), 10.0**4)
+        ticks_of_bytes = found if len(found) > 1 else list(axes.get_xlim())  # sizes that are nearly the same
         axes.set_xticks(ticks_of_bytes, [in_bytes(tick) for tick in ticks_of_bytes])
         axes.minorticks_off()
     elif scale == "count":

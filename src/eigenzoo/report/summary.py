@@ -15,9 +15,11 @@ HEADLINES = {
     "no-shared-structure": "These models share no subspace beyond chance.",
     "shared-mean": "These models share only their mean.",
     "shared-lineage": "These models share what their lineages share.",
-    "shared-subspace": "These models share a low-dimensional subspace.",
     "no-variance": "These models do not differ.",
 }
+
+LOW_DIMENSIONAL = 0.5
+"""Share of held-out models' variance from which few directions are called a low-dimensional subspace."""
 
 DECIDERS = {
     "chance": "against chance",
@@ -77,7 +79,23 @@ class Fact:
 def headline(report: Report) -> str:
     """Write the verdict as one sentence."""
     code = report.evidence["verdict"]["code"]
+    if code == "shared-subspace":
+        return _shared(report)
     return HEADLINES.get(code, f"Verdict: {in_words(code)}.")
+
+
+def _shared(report: Report) -> str:
+    """A subspace is called low-dimensional only if few directions keep most of models that it was not fitted to."""
+    summary, rank = report.evidence["summary"], report.rank
+    share = at_rank(summary["rank"], summary["captured"], rank)
+    if share is None:
+        return "These models share directions."
+    kept = f"{counted(rank, 'direction')} per layer keep{'s' if rank == 1 else ''}"
+    if share >= LOW_DIMENSIONAL:
+        return (
+            f"These models share a low-dimensional subspace: {kept} {in_percent(share)} of held-out models' variance."
+        )
+    return f"These models share directions, but {kept} only {in_percent(share)} of held-out models' variance."
 
 
 def decider(report: Report) -> str:

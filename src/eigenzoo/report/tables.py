@@ -288,6 +288,61 @@ def growth_table(report: Report) -> Table | None:
     return table("Growth with the number of models", columns, rows, words=0)
 
 
+def side_table(report: Report) -> Table | None:
+    """Shares of fitted and held-out models that sides keep, by rank."""
+    sides = report.evidence["summary"]["sides"]
+    ranks = sorted({rank for found in sides.values() for rank in found["rank"]})
+    rows = [
+        (
+            f"{rank:,}",
+            *(
+                in_percent(at_rank(found["rank"], found[key], rank))
+                for found in sides.values()
+                for key in ("in_sample", "captured")
+            ),
+        )
+        for rank in ranks
+    ]
+    columns = (
+        "rank",
+        *(f"{axes.replace(',', ' and ')}, {kind}" for axes in sides for kind in ("in-sample", "held out")),
+    )
+    note = (
+        "Shares of the variance about the mean of fitted models, one fold held out; layers weighted by their variance."
+    )
+    return table("What sides keep", columns, rows, words=0, note=note) if rows else None
+
+
+def rate_table(report: Report) -> Table | None:
+    """Sizes and errors of sides, of models cut alone, and of the bundle, by their bytes."""
+    rates = report.rates
+    if rates is None:
+        return None
+    known = [(f"axes {row['axes'].replace(',', ', ')}", row) for row in rates["rows"]]
+    about = {"zero": "each model cut alone", "mean": "each cut alone about the mean, stored once"}
+    # Models cut alone are fitted to no other model, so that new ones lose as much.
+    known += [(about.get(row["about"], ""), {**row, "heldout": row["captured"]}) for row in rates["alone"]]
+    if rates["bundle"] is not None:
+        known.append((f"this bundle, axes {rates['bundle']['axes'].replace(',', ', ')}", rates["bundle"]))
+    known.sort(key=lambda pair: pair[1]["bytes"])
+    rows = [
+        (
+            name,
+            in_number(row["rank"]),
+            in_bytes(row["bytes"]),
+            in_bytes(row["per_model"]),
+            *(in_percent(None if row[key] is None else 1 - row[key]) for key in ("captured", "heldout")),
+        )
+        for name, row in known
+    ]
+    columns = ("what", "rank", "all models", "one more model", "variance lost, in-sample", "… held out")
+    note = (
+        "Models cut alone are fitted to no other model: new ones lose as much. Shares of the variance about the mean."
+    )
+    note += " Axis models has a table of its own." if report.sizes is not None else ""
+    return table("Sizes and errors, with and without sharing", columns, rows, note=note) if rows else None
+
+
 def size_row_table(sizes: SizeTable) -> Table | None:
     """Make the table of sizes at the powers of two and at four thresholds."""
     largest = len(sizes.by_rank) - 1

@@ -122,7 +122,7 @@ def function(report: Report, thin: bool = False) -> Iterator[Row]:
     for model, outcome in {**known, **report.function["models"]}.items():
         for series in CONTROLS:
             yield "function", "", model, series, "", outcome[series]
-        for series in ("rebuilt", "random_basis"):
+        for series in ("rebuilt", "random_basis", "alone"):
             for rank, value in outcome[series].items():
                 yield "function", "", model, series, int(rank), value
 
@@ -132,6 +132,27 @@ def residuals(report: Report, thin: bool = False) -> Iterator[Row]:
     for model, record in report.models.items():
         yield "residuals", "", model, "residual", "", record["residual"]
         yield "residuals", "", model, "energy", "", record["energy"]
+
+
+def rates(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Bytes and shares kept of sides, of models cut alone, and of the bundle."""
+    found = report.rates
+    if found is None:
+        return
+    rows = [(row["axes"], row) for row in found["rows"]]
+    rows += [("alone" if row["about"] == "zero" else "alone_about_mean", row) for row in found["alone"]]
+    rows += [] if found["bundle"] is None else [("bundle", found["bundle"])]
+    for name, row in rows:
+        for series in ("bytes", "per_model", "captured", "heldout"):
+            yield "rates", "", "", f"{name}_{series}", "" if row["rank"] is None else row["rank"], row[series]
+
+
+def sides(report: Report, thin: bool = False) -> Iterator[Row]:
+    """Shares of fitted and held-out models that sides keep, all layers by their variance."""
+    for axes, found in report.evidence["summary"]["sides"].items():
+        for series in ("in_sample", "captured"):
+            for rank, value in zip(found["rank"], found[series], strict=False):
+                yield "sides", "", "", f"{axes}_{series}", rank, value
 
 
 def size_rows(table: SizeTable) -> Iterator[Row]:
@@ -162,4 +183,6 @@ MAKERS: dict[str, Maker] = {
     "secondary": plotted_rows("secondary"),
     "function": function,
     "residuals": residuals,
+    "rates": rates,
+    "sides": sides,
 }

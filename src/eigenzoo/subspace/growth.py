@@ -281,6 +281,7 @@ def _with_growth(
         "bytes": vars(counted),
         "growth": plain(growth),
         "energy": energy,
+        "alone": [],
         PROVENANCE: joined(space.report, provenance(new)),
     }
     report["residual"] = sum(manifest.discarded.values()) / energy if energy > 0 else 0.0

@@ -162,6 +162,16 @@ class _LayerReport(BaseModel):
     heldout: Annotated[float, Field(allow_inf_nan=False)] | None
 
 
+class _AloneRow(_Strict):
+    """The control without sharing at one rank (`records.AloneRow`)."""
+
+    rank: Annotated[int, Field(ge=1)]
+    residual: Energy
+    bytes: Count
+    per_model: Count
+    about: Literal["zero", "mean"]
+
+
 class _Report(BaseModel):
     """What saving, growing and the card read again of a fit's report; versions may add others."""
 
@@ -171,6 +181,7 @@ class _Report(BaseModel):
     energy: Energy
     residual: Energy
     layers: dict[str, _LayerReport]
+    alone: list[_AloneRow] = []
 
 
 def _check_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,15 @@ function logTicks([low, high], most) {
   return ticks;
 }
 
+// Bytes on a log axis.
+function bytesAxis(c, title, values) {
+  const all = values.filter((value) => value > 0).map(Math.log10);
+  const range = [Math.min(...all) - 0.05, Math.max(...all) + 0.05];
+  const found = logTicks(range, NARROW.matches ? 1.2 : 3);
+  const ticks = found.length > 1 ? found : range.map((at) => 10 ** at); // sizes that are nearly the same
+  return axis(c, title, { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
+}
+
 // Shares on a log axis, down to a ten-millionth of the largest.
 function logShareAxis(c, title, curves) {
   const all = curves.flat().filter((value) => value !== null && value > 0);

@@ -35,6 +35,7 @@ function scaled(c, { label, scale }, data = [], horizontal = false) {
   const largest = Math.max(1, ...data.flatMap((trace) => (horizontal ? trace.x : trace.y)));
   if (scale === "rank") return rankAxis(c, largest, label);
   if (scale === "count") return countAxis(c, label, largest, horizontal ? {} : { rangemode: "tozero", showgrid: true });
+  if (scale === "bytes") return bytesAxis(c, label, data.flatMap((trace) => trace.x));
   if (scale === "log share") return logShareAxis(c, label, data.map((trace) => trace.y));
   return axis(c, label, { share: { tickformat: ".2~%", rangemode: "tozero" }, cosine: { range: [0, 1.04] } }[scale]);
 }

@@ -38,10 +38,7 @@ figures.sizes = (c) => {
       font: { color: c.muted, size: 12 },
     }];
   }
-  const all = [zoo, ...rows.bytes].filter((value) => value > 0).map(Math.log10);
-  const range = [Math.min(...all) - 0.05, Math.max(...all) + 0.05];
-  const ticks = logTicks(range, NARROW.matches ? 1.2 : 3);
-  const x = axis(c, DATA.figures.sizes.x.label, { type: "log", range, tickvals: ticks, ticktext: ticks.map(bytes), showgrid: false });
+  const x = bytesAxis(c, DATA.figures.sizes.x.label, [zoo, ...rows.bytes]);
   return { data, layout: layout(c, x, scaled(c, DATA.figures.sizes.y), more) };
 };
 

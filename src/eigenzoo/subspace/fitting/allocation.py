@@ -30,6 +30,7 @@ from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bases.tucker import LeadingCores
+from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, update_losses
 from eigenzoo.subspace.fitting.bytes import (
     ItemSizes,
     basis_bytes,
@@ -37,12 +38,13 @@ from eigenzoo.subspace.fitting.bytes import (
     contents,
     overhead,
 )
+from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.fitting.tucker_fit import leading_task, lost_at
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.zoo.stack import Stack, UpdateStack
+from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
@@ -123,11 +125,14 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
 
 @dataclass(frozen=True)
 class Collected:
-    """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions."""
+    """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions, what models lose if they are
+    cut alone, and what sides keep of held-out models."""
 
     spectra: LayerSpectra
     moments: LayerMoments | None
     heldout: list[float] | None = None
+    alone: Losses | None = None
+    sides: Mapping[str, SideShares] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ class SpectraRequest:
     moments: bool = False
     heldout: bool = False
     seed: int = 0
+    alone: bool = False
 
 
 def spectra_task(
@@ -154,7 +160,15 @@ def spectra_task(
     spectra = layer_spectra(stack, moments, request.axes)
     if not request.moments:
         moments = replace(moments, outputs=None, inputs=None)
-    return Collected(spectra, moments, heldout)
+    alone = None
+    if request.alone and moments.singular_NR is not None:
+        alone = update_losses(moments.singular_NR)
+    elif request.alone and isinstance(stack, DenseStack) and is_affordable(zoo):
+        alone = stack_losses(stack, zoo.view)
+    sides: Mapping[str, SideShares] = {}
+    if request.heldout and isinstance(stack, UpdateStack):
+        sides = heldout_sides(stack, moments, request.axes, resources, request.seed)
+    return Collected(spectra, moments, heldout, alone, sides)
 
 
 def collect_spectra(

@@ -239,11 +239,19 @@ def _content_ids(model: ModelRecord) -> list[str]:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Bytes of one layer: of its mean, of each direction (to first order in the rank), and of each coefficient."""
+    """Bytes of one layer: of its mean, of each direction, of each pair of directions, and of each coefficient.
+
+    At rank k its basis has fixed + k · per_direction + k² · per_pair bytes: stacked factors have a table of weights.
+    """
 
     fixed: int
     per_direction: int
     per_coefficient: int = COEFFICIENT_BYTES
+    per_pair: int = 0
+
+    def basis(self, rank: int) -> int:
+        """Bytes of the layer's basis at a rank."""
+        return self.fixed + rank * self.per_direction + rank**2 * self.per_pair
 
 
 @dataclass(frozen=True)
@@ -278,8 +286,11 @@ def sizes(source: Zoo | StoredSubspace) -> Sizes:
 
 
 def _layer_sizes(layer: Layer, update_ranks: int, num_models: int, itemsize: ItemSizes) -> LayerSizes:
-    fixed, one = (basis_bytes(layer, {"models": k}, MODELS, itemsize.basis, update_ranks, num_models) for k in (0, 1))
-    return LayerSizes(fixed, one - fixed, itemsize.coefficient)
+    fixed, one, two = (
+        basis_bytes(layer, {"models": k}, MODELS, itemsize.basis, update_ranks, num_models) for k in range(3)
+    )
+    per_pair = (two - 2 * one + fixed) // 2 if layer.kind == "update" else 0
+    return LayerSizes(fixed, one - fixed - per_pair, itemsize.coefficient, per_pair)
 
 
 def _of_zoo(zoo: Zoo) -> Sizes:
@@ -306,7 +317,7 @@ def _of_bundle(space: StoredSubspace) -> Sizes:
     for name, basis in space.layers.items():
         ranks = int(basis.tensors.read(f"{name}/ranks").sum()) if basis.form == STACKED else 0
         layers[name] = _layer_sizes(basis.layer, ranks, num_models, itemsize)
-        layer_bytes += layers[name].fixed + basis.ranks["models"] * layers[name].per_direction
+        layer_bytes += layers[name].basis(basis.ranks["models"])
         coefficients += basis.ranks["models"] * itemsize.coefficient
     per_model = counted["per_model"] - coefficients
     shared = counted["whole_bundle"] - num_models * counted["per_model"] - layer_bytes

@@ -8,7 +8,7 @@ Legend: N models, K kept directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eigenzoo.formats.bundle.basis_files import BasisFiles, BasisWriter
 from eigenzoo.formats.bundle.coded_tensors import CodedWriter
-from eigenzoo.linalg.block_sums import center_rows
+from eigenzoo.linalg.block_sums import center_rows, exact_mean
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Call, Workers
 from eigenzoo.records import Progress
@@ -29,6 +29,7 @@ from eigenzoo.subspace.bases.flat import SpanBasis, orthonormalized, span_basis,
 from eigenzoo.subspace.bases.stacked import write_stacked
 from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.bundles.storage import layer_record, read_basis
+from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, weight_losses
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, fit_models
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.fitting.tucker_fit import fit_tucker
@@ -373,21 +374,31 @@ def fit_task(
     If the moments of that axis are given, only the basis is computed.
     """
     stack = zoo.stack(name, precision=options.precision_of_products)
+    alone = isinstance(stack, DenseStack) and is_affordable(zoo)
     if isinstance(stack, DenseStack) and options.axes == ("models",):
-        return _fit_dense(stack, options, resources, collected)
+        return _fit_dense(stack, options, resources, collected, zoo.view if alone else None)
     moments = collected or collect(stack, options.axes, options.center, resources, sketch=options.sketch)
     if options.axes == ("models",):
         models_fit = fit_models(stack.layer, moments, options)
         return LayerResult(models_fit.fitted, _without_sides(moments), weights_NK=models_fit.weights_NK)
     tensors = BasisTensors()
     fitted = fit_tucker(stack, moments, options, resources, tensors, leading)
+    if alone and isinstance(stack, DenseStack):
+        fitted = replace(fitted, alone=stack_losses(stack, zoo.view))
     return LayerResult(fitted, _without_sides(moments), tensors.tensors)
 
 
 def _fit_dense(
-    stack: DenseStack, options: FitOptions, resources: Resources, collected: LayerMoments | None
+    stack: DenseStack,
+    options: FitOptions,
+    resources: Resources,
+    collected: LayerMoments | None,
+    alone: str | None = None,
 ) -> LayerResult:
-    """Read a layer once, and compute the moments and the basis from the same rows in memory."""
+    """Read a layer once, and compute the moments and the basis from the same rows in memory.
+
+    With `alone`, the zoo's view, the rows also give what each model loses if it is cut alone.
+    """
     request = MomentRequest(options.axes, options.center)
     inputs = stack.layer.shape[1]
     with loaded_spans(stack, resources) as spans:
@@ -397,6 +408,10 @@ def _fit_dense(
             moments = dense_moments(stack, sums, request, resources.device)
         else:
             moments, rows = collected, _centered(spans, stack)
+        losses = None
+        if alone is not None:
+            rows = list(rows)
+            losses = _losses_of_rows(stack, [rows_ED for _, _, rows_ED in rows], alone)
         models_fit = fit_models(stack.layer, moments, options)
         dtype = options.torch_dtype
         bases = [
@@ -404,8 +419,18 @@ def _fit_dense(
             for start, _, rows_ED in rows
         ]
     orthonormal, coefficients_NK = orthonormalized(bases, models_fit.fitted.coefficients, dtype)
-    fitted = replace(models_fit.fitted, coefficients=coefficients_NK)
+    fitted = replace(models_fit.fitted, coefficients=coefficients_NK, alone=losses)
     return LayerResult(fitted, _without_sides(moments), spans=tuple(orthonormal))
+
+
+def _losses_of_rows(stack: DenseStack, spans: Sequence[Tensor], view: str) -> Losses:
+    """Return the losses of models that are cut alone, from the centred rows of all spans of a layer."""
+    shape, num_models = stack.layer.shape, len(stack)
+    deviations = (torch.cat([rows_ED[index] for rows_ED in spans]).cpu().view(shape) for index in range(num_models))
+    mean_OI = None
+    if view == "delta":
+        mean_OI = torch.cat([exact_mean(rows_ED, num_models) for rows_ED in spans]).cpu().view(shape)
+    return weight_losses(deviations, mean_OI, stack.layer)
 
 
 def _centered(spans: Iterable[tuple[int, int, Tensor]], stack: DenseStack) -> Iterator[tuple[int, int, Tensor]]:

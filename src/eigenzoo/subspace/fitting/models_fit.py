@@ -15,6 +15,7 @@ from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.records import Layer, LayerFit
 from eigenzoo.subspace.bases.basis import FLAT, STACKED
+from eigenzoo.subspace.fitting.alone import Losses
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 
@@ -28,7 +29,8 @@ NULL_MODELS = 256
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer's form and ranks, its coefficients (N, …) in float64, the lost energy of each model, and its record."""
+    """A layer's form and ranks, its coefficients (N, …) in float64, the lost energy of each model, its record, and what models lose
+    if they are cut alone (of full weights, where it was measured)."""
 
     name: str
     form: str
@@ -37,6 +39,7 @@ class FittedLayer:
     coefficients: Tensor
     outside_N: Tensor
     record: LayerFit
+    alone: Losses | None = None
 
 
 @dataclass(frozen=True)

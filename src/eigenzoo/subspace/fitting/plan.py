@@ -9,15 +9,17 @@ from typing import Any
 from eigenzoo.display import counted, html_table, in_bytes, in_percent
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
-from eigenzoo.records import Progress, no_progress, plain
+from eigenzoo.records import AloneRow, Progress, no_progress, plain
 from eigenzoo.subspace.fitting.allocation import (
     Collected,
     LayerSpectra,
     SpectraRequest,
     collect_spectra,
 )
+from eigenzoo.subspace.fitting.alone import alone_rows, named
 from eigenzoo.subspace.fitting.bytes import ItemSizes, Overhead, break_even, contents, overhead
 from eigenzoo.subspace.fitting.fit import check_resources, opened
+from eigenzoo.subspace.fitting.heldout_sides import pooled_sides
 from eigenzoo.subspace.fitting.options import COEFFICIENT_DTYPES, DTYPES, check_center, item_sizes
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
@@ -42,8 +44,9 @@ class PlanRow:
         axes, rank: the choice; a rank larger than a layer's dimension means the whole layer.
         residual: lost share of the analysed energy, in-sample; exact for one axis, an upper bound for more.
         exact: whether `residual` is exact.
-        captured, heldout: for axis and center `models`, the share of the variance about the mean that is kept, in-sample and
-            of models left out of the fit (as many of five folds as hold 40 models); elsewhere None, since only a fit can tell.
+        captured, heldout: for center `models`, the share of the variance about the mean that is kept, in-sample and of models left
+            out of the fit: for axis models all models in-sample, and as many of five folds as hold 40 models; for sides of LoRA
+            updates one fold of five, as `fit` has it. Elsewhere None, since only a fit can tell.
         bytes: of the whole bundle with headers and carried tensors, without moments; within a few percent of the saved one.
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
@@ -66,25 +69,10 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
-class AloneRow:
-    """The control without sharing: every LoRA update truncated by its own SVD.
-
-    Attributes:
-        rank: the rank to which updates of a larger rank are truncated.
-        residual: lost share of the analysed energy, exact.
-        bytes: of all models' truncated files. Other tensors and headers are unchanged.
-    """
-
-    rank: int
-    residual: float
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The zoo's size, the controls (the mean alone, every adapter truncated alone), and the choices.
+    """The zoo's size, the controls (the mean alone, models cut alone), and the choices.
 
-    `alone` is empty for full weights and for updates of rank 1.
+    `alone` is empty for updates of rank 1, and for full weights so large that their singular values are not cheap.
     """
 
     num_models: int
@@ -97,11 +85,11 @@ class Plan:
 
     @property
     def better_alone(self) -> AloneRow | None:
-        """The control that is better than every choice by the measure of `recommended`, or None."""
-        best = max(self.alone, key=self._gain, default=None)
+        """The control that keeps more for its bytes than every choice, by the measure of `recommended`; None without one."""
+        best = self.alone_for_bytes
         if best is None or self._gain(best) <= max((self._gain(row) for row in self.rows), default=0.0):
             return None
-        return best if self._gain(best) > 0 else None
+        return best
 
     @property
     def recommended(self) -> PlanRow | None:
@@ -113,9 +101,45 @@ class Plan:
         best, row = max(((self._gain(row), row) for row in self.rows), key=lambda pair: pair[0], default=(0.0, None))
         return row if best > 0 else None
 
+    @property
+    def for_many(self) -> PlanRow | AloneRow | None:
+        """The choice, or the control, for many more models, whose common part costs nothing: the most kept for one model's bytes.
+
+        The share that a bundle keeps is that of models left out of the fit. A choice for which it is not known is not considered.
+        None where nothing keeps a larger share of the models' differences than it takes of their bytes.
+        """
+        rows: tuple[PlanRow | AloneRow, ...] = (*self.rows, *self.alone)
+        kept, row = max(((self._gain_of_many(row), row) for row in rows), key=lambda pair: pair[0], default=(0.0, None))
+        return row if kept > 0 else None
+
+    def _gain_of_many(self, row: PlanRow | AloneRow) -> float:
+        kept = row.heldout or 0.0 if isinstance(row, PlanRow) else 1 - self._lost(row)
+        return kept - row.per_model * self.num_models / self.whole_zoo
+
+    @property
+    def alone_for_bytes(self) -> AloneRow | None:
+        """The control that keeps the most for its bytes; None where none keeps a larger share than it takes."""
+        best = max(self.alone, key=self._gain, default=None)
+        return best if best is not None and self._gain(best) > 0 else None
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what to do for few bytes now, for many more models, and without sharing; empty where nothing helps."""
+        alone, many = self.alone_for_bytes, self.for_many
+        now = self.better_alone or self.recommended
+        parts = [] if now is None else [f"for bytes now, {_choice(now)}, {in_bytes(now.bytes)} in all"]
+        if many is not None:
+            parts.append(f"for many more models, {_choice(many)}, {in_bytes(many.per_model)} for each")
+        if alone is not None and isinstance(now, PlanRow):
+            parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all")
+        return f"Advice: {'; '.join(parts)}." if parts else ""
+
     def _gain(self, row: PlanRow | AloneRow) -> float:
-        lost = row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
-        return 1 - lost - row.bytes / self.whole_zoo
+        return 1 - self._lost(row) - row.bytes / self.whole_zoo
+
+    def _lost(self, row: PlanRow | AloneRow) -> float:
+        """Share of Σ‖X − mean‖² that is lost."""
+        return row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
 
     def shortlist(self, most: int = MOST_ROWS) -> tuple[PlanRow, ...]:
         """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
@@ -202,13 +226,13 @@ def plan(
     source = opened(zoo)
     check_center(center, source.view)
     sides = tuple(axis for axis in AXES if axis != "models" and any(axis in choice for choice in choices))
-    heldout = ("models",) in choices and center == "models"
+    heldout = any(choice == ("models",) or "models" not in choice for choice in choices) and center == "models"
     with (
         opened_workers(workers, max_memory, device) as running,
         opened_cache(source, cache, running.resources.device) as moments_cache,
     ):
         # The models' Gram is always collected, because the mean's energy is needed.
-        request = SpectraRequest(("models", *sides), center, heldout=heldout)
+        request = SpectraRequest(("models", *sides), center, heldout=heldout, alone=True)
         layers = collect_spectra(source, request, running, moments_cache, progress)
     spectra = {name: layer.spectra for name, layer in layers.items()}
     energy = sum(layer.energy for layer in spectra.values())
@@ -222,8 +246,20 @@ def plan(
     ]
     mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(
-        len(source), len(spectra), source.view, source.num_bytes, mean_only, tuple(rows), _alone(layers, source, energy)
+        len(source),
+        len(spectra),
+        source.view,
+        source.num_bytes,
+        mean_only,
+        tuple(rows),
+        alone_rows(source, {name: layer.alone for name, layer in layers.items()}, energy),
     )
+
+
+def _choice(row: PlanRow | AloneRow) -> str:
+    if isinstance(row, AloneRow):
+        return f"each model cut alone to {named(row)}"
+    return f"axes {', '.join(row.axes)} at rank {row.rank}"
 
 
 def check_choices(
@@ -288,32 +324,14 @@ def _update_ranks(zoo: Zoo) -> dict[str, tuple[int, ...]]:
     return {name: stack.ranks for name, stack in stacks.items() if isinstance(stack, UpdateStack)}
 
 
-def _alone(layers: Mapping[str, Collected], zoo: Zoo, energy: float) -> tuple[AloneRow, ...]:
-    """Compute the control at powers of two below the largest rank, from the singular values in the moments."""
-    updates = [
-        (layer.spectra.layer, layer.moments.singular_NR)
-        for layer in layers.values()
-        if layer.moments is not None and layer.moments.singular_NR is not None
-    ]
-    update_ranks = _update_ranks(zoo)
-    if len(updates) < len(layers) or energy <= 0:
-        return ()
-    values = sum(sum(layer.shape) * sum(update_ranks[layer.name]) for layer, _ in updates)
-    rows = []
-    for rank in (2**power for power in range(32) if 2**power < max(max(ranks) for ranks in update_ranks.values())):
-        lost = sum(float(singular_NR[:, rank:].square().sum()) for _, singular_NR in updates)
-        num_kept = sum(
-            sum(layer.shape) * sum(min(rank, each) for each in update_ranks[layer.name]) for layer, _ in updates
-        )
-        rows.append(AloneRow(rank, lost / energy, zoo.num_bytes - round(zoo.layer_bytes * (1 - num_kept / values))))
-    return tuple(rows)
-
-
 def _captures(
     layers: Mapping[str, Collected], axes: tuple[str, ...], rank: int, center: str
 ) -> tuple[float | None, float | None]:
     """Return the kept shares of the variance, in-sample and held out, over all layers weighted by their variance."""
     variance = sum(layer.spectra.about_mean for layer in layers.values())
+    if center == "models" and "models" not in axes:
+        pooled = pooled_sides((layer.sides, layer.spectra.variance) for layer in layers.values()).get(",".join(axes))
+        return (None, None) if pooled is None else (pooled.at("in_sample", rank), pooled.at("captured", rank))
     if axes != ("models",) or center != "models" or variance <= 0:
         return None, None
     captured = sum(float(layer.spectra.values["models"][:rank].sum()) for layer in layers.values())

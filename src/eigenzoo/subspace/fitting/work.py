@@ -94,7 +94,14 @@ class Work:
         record, tensors = document["record"], document["tensors"]
         fit = {**record["fit"], "shape": tuple(record["fit"]["shape"])}
         fitted = FittedLayer(
-            layer.name, record["form"], record["ranks"], record["has_mean"], coefficients, outside_N, LayerFit(**fit)
+            layer.name,
+            record["form"],
+            record["ranks"],
+            record["has_mean"],
+            coefficients,
+            outside_N,
+            LayerFit(**fit),
+            record["alone"],
         )
         if document["digest"] != digest([record, tensors, document["basis"], checksum(_values(fitted, moments))]):
             raise ValueError("other values than were written")
@@ -112,7 +119,8 @@ class Work:
         path.unlink(missing_ok=True)
         entries = [(name, value.dtype, value.shape) for name, value in values.items()]
         write_file(path, entries, values.values(), {REFERENCE: str(moments.num_reference)}, sync=False)
-        record = {"form": fitted.form, "ranks": fitted.ranks, "has_mean": fitted.has_mean, "fit": plain(fitted.record)}
+        record = {key: plain(getattr(fitted, key)) for key in ("form", "ranks", "has_mean", "alone")}
+        record["fit"] = plain(fitted.record)
         tensors = [(name, dtype_name(dtype), list(shape)) for name, dtype, shape in writer.tensors_of(fitted.name)]
         document = {"record": record, "tensors": tensors, "basis": writer.sizes()}
         document["digest"] = digest([*document.values(), checksum(values)])

@@ -20,6 +20,7 @@ from eigenzoo.subspace.bundles.provenance import KEY as PROVENANCE
 from eigenzoo.subspace.bundles.provenance import provenance
 from eigenzoo.subspace.bundles.source_records import source_record
 from eigenzoo.subspace.bundles.storage import identify, layer_record, link_or_copy, write_model, write_moments
+from eigenzoo.subspace.fitting.alone import Losses, alone_rows, update_losses
 from eigenzoo.subspace.fitting.bytes import count_bytes
 from eigenzoo.subspace.fitting.fit_layers import FittedLayers
 from eigenzoo.subspace.fitting.models_fit import FittedLayer
@@ -128,7 +129,12 @@ def _report(
         ),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
+        alone=alone_rows(zoo, {name: _losses(layer, moments[name]) for name, layer in fitted.items()}, energy),
     )
+
+
+def _losses(layer: FittedLayer, moments: LayerMoments) -> Losses | None:
+    return layer.alone if moments.singular_NR is None else update_losses(moments.singular_NR)
 
 
 def _dtype_warnings(options: FitOptions, fitted: Iterable[FittedLayer]) -> list[str]:
