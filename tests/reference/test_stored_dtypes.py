@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from test_half_precision_bounds import lost, zoo  # noqa: F401 (a fixture)
 
 import eigenzoo as ez
-from builders import edit_model, random_stack, write_stacks
+from builders import edit_model, random_factors, random_stack, write_adapter, write_stacks
 from eigenzoo.adapt.maps import map_of
 from eigenzoo.errors import DataError
 from eigenzoo.formats.bundle.coded_tensors import CodedWriter
@@ -208,3 +209,16 @@ def test_what_sides_lose_of_the_mean_is_not_a_loss_of_variance(zoo, stored):  # 
     exact, rounded = (ez.fit(zoo, SIDES, **options).report["layers"] for options in ({}, stored))
     for name, layer in rounded.items():
         assert layer["captured"] == pytest.approx(exact[name]["captured"], abs=1e-3)
+
+
+@pytest.mark.parametrize("stored", [{"dtype": "nf4"}, {"coefficients_dtype": "bfloat16"}], ids=str)
+def test_a_refresh_without_files_states_no_less_than_is_lost(tmp_path, stored):
+    """Factors in four bits are not the models': what a refresh takes for them is what the bundle rebuilds."""
+    updates = [random_factors({"w": (12, 9)}, 2, seed=place) for place in range(8)]
+    paths = [write_adapter(tmp_path / f"m{place}", update) for place, update in enumerate(updates)]
+    bundle = ez.fit(paths[:6], 4, **stored).save(tmp_path / "bundle")
+    kept = [Path(shutil.move(path, tmp_path / "kept" / path.name)) for path in paths[:6]]
+    grown = ez.load(ez.load(bundle).add(paths[6:], refresh=True).save(tmp_path / "grown"))
+    assert grown.report["growth"]["exact"] == ("dtype" not in stored)  # unrounded factors are the models
+    assert not [check.name for check in grown.verify().checks if check.faults]
+    assert lost(ez.open_zoo([*kept, *paths[6:]]), grown) <= grown.report["residual"] * (1 + 1e-6)

@@ -22,7 +22,7 @@ CODINGS = (INT8, NF4)
 SCALES = torch.bfloat16
 
 LARGEST_CODE = 127
-"""Of int8; −128 is not used, so that codes are symmetric."""
+"""Largest code of int8. −128 is not used, so that codes are symmetric."""
 
 NF4_LEVELS = (
     -1.0,

@@ -1,6 +1,6 @@
 """Bases in eight or four bits: quantised as they are written, and read as float32 again.
 
-Of a part that is quantised, `<layer>/<part>` holds the codes and `<layer>/<part>.scale` the scales; see docs/bundle-format.md.
+A quantised part has its codes in `<layer>/<part>` and its scales in `<layer>/<part>.scale`; see docs/bundle-format.md.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def orthonormalizer(gram_KK: Tensor, layer: str) -> Tensor:
 ORTHONORMAL = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 1e-1, "float16": 1e-3, "int8": 1e-1, "nf4": 0.7}
 """Largest deviation from orthonormality that `verify` accepts, per dtype of the basis: about 10 · eps · √(entries).
 
-Of quantised bases it is that of the stored values, before a reader orthonormalises them: it detects damage and no more.
+For quantised bases it is the deviation of the stored values, before a reader orthonormalises them. It detects damage only.
 """
 
 

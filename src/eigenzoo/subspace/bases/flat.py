@@ -269,7 +269,7 @@ class FlatBasis(LayerBasis):
 
     @cached_property
     def _upright(self) -> Tensor | None:
-        """What turns stored directions into orthonormal ones, where they are quantised; reads the basis once."""
+        """Matrix that makes stored directions orthonormal, or None if they are not quantised. Reads the basis once."""
         return self._orthonormalizer(self._gram()) if self.stored.coding else None
 
     def _of_products(self, products_NK: Tensor) -> tuple[Tensor, Tensor]:
