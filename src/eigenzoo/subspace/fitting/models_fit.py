@@ -28,7 +28,7 @@ NULL_MODELS = 256
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer's form and ranks, its coefficients (N, …) in float64, the lost energy of each model, and its record."""
+    """A layer's form and ranks, its stored coefficients (N, …) in float64, the lost energy of each model, and its record."""
 
     name: str
     form: str
