@@ -2,8 +2,8 @@
 
 One safetensors file. Tensors:
 
-* `coefficients`: float32, of all layers in the order of the bundle, row-major. Of low-rank cores: their two factors, whose product
-  contains the mean's core if the mean of updates is part of the weights;
+* `coefficients`: float32, of all layers in the order of the bundle, row-major. Low-rank cores are stored as their two
+  factors, whose product contains the mean's core if the mean of updates is part of the weights;
 * `besides.<name>`: other trained parameters.
 
 Metadata:

@@ -137,7 +137,7 @@ def _leading_rows(matrix_MQ: Tensor, used_RQ: Tensor, lengths: Tensor) -> Tensor
 
 
 _NOTHING = 1e-5
-"""Of the zoo's own factors: what is shorter is round-off of a core that has less than the rank."""
+"""Share of the zoo's own factors' lengths below which a factor is round-off of a core of a lower rank."""
 
 
 @dataclass(frozen=True)

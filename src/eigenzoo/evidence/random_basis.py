@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg import lora, low_rank
+from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
+from eigenzoo.linalg.low_rank import LowRank
 from eigenzoo.subspace.bases.basis import CORES, LayerBasis
 from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
@@ -117,9 +118,8 @@ def _random_core(
     else:
         core = core @ (right if inputs_IQ is None else right @ inputs_IQ)
     if CORES in basis.ranks:
-        core = low_rank.multiply(
-            low_rank.factor(core[None], basis.ranks[CORES]), (core.shape[0], core.shape[1]), basis.ranks[CORES]
-        )[0]
+        form = LowRank((core.shape[0], core.shape[1]), basis.ranks[CORES])
+        core = form.matrices(form.numbers(core))
     if "models" in basis.ranks:
         core = project_randomly(core.flatten(), basis.ranks["models"], draw).view_as(core)
     return outputs_OP, inputs_IQ, core
