@@ -2,7 +2,8 @@
 
 One safetensors file. Tensors:
 
-* `coefficients`: float32, of all layers in the order of the bundle, row-major;
+* `coefficients`: float32, of all layers in the order of the bundle, row-major. Low-rank cores are stored as their two
+  factors, whose product contains the mean's core if the mean of updates is part of the weights;
 * `besides.<name>`: other trained parameters.
 
 Metadata:
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class AdapterFile:
         mean: whether the zoo's mean is part of the weights.
         about: the metadata.
         augmentation: additional random directions; `values` contains their coefficients too.
+        numbers: the values as they are trained and stored: two factors of low-rank cores.
     """
 
     values: Mapping[str, Tensor]
@@ -61,6 +63,7 @@ class AdapterFile:
     mean: bool
     about: Mapping[str, str]
     augmentation: Augmentation = NONE
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save(
@@ -74,7 +77,7 @@ def save(
 
     `about` is additional metadata; see the top of the file. `force` replaces an existing adapter file, but no other file.
     """
-    values = adapted.coefficients()
+    values = adapted.numbers()
     tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in adapted.space.layers])}
     tensors |= {BESIDES + name: parameter.detach().cpu().contiguous() for name, parameter in adapted.besides.items()}
     metadata = {
@@ -97,7 +100,9 @@ def save_moved(
     about: Mapping[str, str],
 ) -> Path:
     """Write the contents of a file again, with coefficients of another subspace and without random directions. Return its path."""
-    tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in space.layers])}
+    forms = {name: basis.low_rank(mean=file.mean) for name, basis in space.layers.items()}
+    numbers = [values[name] if form is None else form.numbers(values[name]) for name, form in forms.items()]
+    tensors = {"coefficients": torch.cat([part.reshape(-1).float() for part in numbers])}
     tensors |= {BESIDES + name: tensor.contiguous() for name, tensor in file.besides.items()}
     metadata = {name: text for name, text in file.about.items() if name not in _described(Augmentation(1))}
     return _write(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
@@ -141,8 +146,11 @@ def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = Fal
             rule="the bundle alone does not rebuild them",
             next_step="attach with augment and seed of the file, load it, and detach",
         )
+    mean = file.metadata.get("mean") == "true"
     shapes = {name: augmentation.shape(basis) for name, basis in space.layers.items()}
-    expected = sum(prod(shape) for shape in shapes.values())
+    forms = {name: augmentation.form(basis, mean=mean) for name, basis in space.layers.items()}
+    sizes = [form.num_numbers if form is not None else prod(shapes[name]) for name, form in forms.items()]
+    expected = sum(sizes)
     if info.shape != (expected,):
         raise BundleError(
             f"holds {info.shape[0]} coefficients", where=str(path), rule=f"the bundle's layers have {expected}"
@@ -151,9 +159,12 @@ def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = Fal
     if not bool(torch.isfinite(flat).all()):
         raise BundleError("holds coefficients that are NaN or Inf", where=str(path))
     besides = {name.removeprefix(BESIDES): file.read(name) for name in file.tensors if name.startswith(BESIDES)}
-    parts = torch.split(flat, [prod(shape) for shape in shapes.values()])
-    values = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    return AdapterFile(values, besides, file.metadata.get("mean") == "true", file.metadata, augmentation)
+    numbers = {
+        name: part if forms[name] is not None else part.view(shapes[name])
+        for name, part in zip(shapes, torch.split(flat, sizes), strict=True)
+    }
+    values = {name: part if (form := forms[name]) is None else form.matrices(part) for name, part in numbers.items()}
+    return AdapterFile(values, besides, mean, file.metadata, augmentation, numbers)
 
 
 def is_adapter_file(path: Path) -> bool:
@@ -192,7 +203,8 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
                 rule=f"the module has {list(parameter.shape)}",
                 next_step="load it into a module like the one that was trained",
             )
-    adapted.set_coefficients(file.values)
+    for name, weight in adapted.weights.items():
+        weight.trained.set_numbers(file.numbers[name])
     with torch.no_grad():
         for name, parameter in adapted.besides.items():
             parameter.copy_(file.besides[name])

@@ -32,7 +32,7 @@ from eigenzoo.adapt.places import (
     trained_by_others,
     weight_at,
 )
-from eigenzoo.adapt.trained import MEAN, Coefficients, Start, find_start, scales_of, without_autocast
+from eigenzoo.adapt.trained import MEAN, Coefficients, Start, begin, find_start, scales_of, without_autocast
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
@@ -76,8 +76,12 @@ class Adapted:
         """Return every layer's current coefficients."""
         return {name: weight.trained().detach().cpu() for name, weight in self.weights.items()}
 
+    def numbers(self) -> dict[str, Tensor]:
+        """Return what is trained of every layer as it is now: its coefficients, or the factors of low-rank cores."""
+        return {name: weight.trained.numbers().detach().cpu() for name, weight in self.weights.items()}
+
     def set_coefficients(self, values: Mapping[str, Tensor]) -> None:
-        """Set every layer's coefficients.
+        """Set every layer's coefficients. Low-rank cores are set to the nearest ones of their rank.
 
         Raises UsageError for other layers than the module's, and MismatchError for other shapes. Then nothing has changed.
         """
@@ -86,7 +90,7 @@ class Adapted:
                 f"coefficients of the layers {', '.join(sorted(values)[:3]) or '(none)'}",
                 rule=f"the module has coefficients in {len(self.weights)} layers, all of which are set",
             )
-        _check_shapes(values, {name: tuple(weight.trained.start.shape) for name, weight in self.weights.items()})
+        _check_shapes(values, {name: tuple(weight.trained().shape) for name, weight in self.weights.items()})
         for name, weight in self.weights.items():
             weight.trained.set(values[name])
 
@@ -236,12 +240,17 @@ def _weights(
     with opened_workers(workers) as running:
         jobs = ((name, [partial(map_of, space.layers[name], dtypes[name])]) for name in places)
         for name, (layer,) in running.in_order(jobs):
-            values = space.all_coefficients[name][0]
-            shape, scales = augmentation.shape(space.layers[name]), scales_of(space.all_coefficients[name])
-            smallest = float(scales.min()) if scales.numel() else 1.0
-            trained = Coefficients(
-                padded(begun.values.get(name, torch.zeros_like(values)).float(), shape), padded(scales, shape, smallest)
-            )
+            basis, rows = space.layers[name], space.all_coefficients[name]
+            shape = augmentation.shape(basis)
+            values = padded(begun.values.get(name, torch.zeros_like(rows[0])).float(), shape)
+            # Random sides have the mean beside them.
+            form, zoo = (augmentation.form(basis, mean=mean) for mean in (begun.mean and generator is None, True))
+            if form is not None and zoo is not None:
+                values, scales = begin(values, padded(rows, (len(rows), *shape)), form, zoo)
+            else:
+                scales = scales_of(rows)
+                scales = padded(scales, shape, float(scales.min()) if scales.numel() else 1.0)
+            trained = Coefficients(values, scales, form)
             if generator is not None:
                 layer.randomize(generator)
             augmentation.widen(layer, name)

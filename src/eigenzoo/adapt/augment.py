@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eigenzoo.adapt.maps import Map
 from eigenzoo.errors import UsageError
+from eigenzoo.linalg.low_rank import LowRank
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bases.flat import FlatBasis
@@ -67,6 +68,11 @@ class Augmentation:
             return sides[0], sides[1]
         return (_room(basis.ranks["models"], sides[0] * sides[1], self.num),)
 
+    def form(self, basis: LayerBasis, *, mean: bool) -> LowRank | None:
+        """Return how low-rank cores are kept with these directions; None for other coefficients. See `LayerBasis.low_rank`."""
+        found = basis.low_rank(mean=mean)
+        return found if found is None or not self.num else widened(found, self.shape(basis))
+
     def widen(self, layer: Map, name: str) -> None:
         """Add the new directions to a layer's map, in place.
 
@@ -97,6 +103,13 @@ def padded(values: Tensor, shape: tuple[int, ...], filling: float = 0.0) -> Tens
     wide = values.new_full(shape, filling)
     wide[tuple(slice(size) for size in values.shape)] = values
     return wide
+
+
+def widened(form: LowRank, shape: tuple[int, ...]) -> LowRank:
+    """Return the form of low-rank cores of a larger shape; the center in the first corner."""
+    rows, columns = shape
+    center = None if form.center is None else padded(form.center.expand(form.shape), (rows, columns))
+    return LowRank((rows, columns), form.rank, center)
 
 
 def _room(num_kept: int, size: int, num: int) -> int:

@@ -269,6 +269,9 @@ def move(adapter: AdapterFile, old: Subspace, new: Subspace) -> tuple[dict[str, 
         units = torch.zeros(new.layers[name].coefficient_shape, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             (values[name],) = torch.autograd.grad((after.matrix(units) * target).sum(), units)
+        form = new.layers[name].low_rank(mean=adapter.mean)
+        if form is not None:
+            values[name] = form.matrices(form.numbers(values[name]))
         outside += float((target - after.matrix(values[name])).square().sum())
         energy += float(change.square().sum())
     return values, outside / energy if energy > 0 else float(outside > 0)

@@ -257,6 +257,12 @@ def _numbers(adapted: Adapted, over: str, patterns: Sequence[str], leading: int 
         )
     trained = {name: weight.trained for name, weight in adapted.weights.items()}
     if over == MODELS and leading is None:
+        if any(layer.form is not None for layer in trained.values()):
+            raise UsageError(
+                f"over {MODELS!r} with low-rank cores",
+                rule="sums of models are not of their rank",
+                next_step=f"search over {COEFFICIENTS!r}",
+            )
         rows_NA = torch.cat([_models_theta(adapted, name, name in chosen) for name in trained], 1)
         rows_NA = rows_NA / len(rows_NA) ** 0.5
         return _Numbers(len(rows_NA), lambda z_EN: z_EN @ rows_NA)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.errors import UsageError
+from eigenzoo.linalg.low_rank import LowRank, multiply
 from eigenzoo.seeds import check_seed
 from eigenzoo.subspace.subspace import Subspace
 
@@ -53,28 +54,90 @@ class KeepsDtype(nn.Module):
 class Coefficients(KeepsDtype):
     """One layer's coefficients of any shape. They stay float32 if the model is converted to another dtype.
 
+    Low-rank cores are trained as what they are kept as: the numbers c are those of two factors, and the coefficients their product.
+
     Attributes:
         theta: the trained parameter; zero at the start.
         start, scales: c_start and s.
+        center: of low-rank cores the mean, where it is part of the matrix that the factors make.
     """
 
     start: Tensor
     scales: Tensor
+    center: Tensor | None
 
-    def __init__(self, start: Tensor, scales: Tensor) -> None:
+    def __init__(self, start: Tensor, scales: Tensor, form: LowRank | None = None) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.zeros_like(start))
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
+        center = None if form is None or form.center is None else form.center.to(start)
+        self.register_buffer("center", center, persistent=False)
+        self._form = form
+
+    @property
+    def form(self) -> LowRank | None:
+        """How the numbers make coefficients that are low-rank cores; None where they are the coefficients."""
+        return None if self._form is None else replace(self._form, center=self.center)
 
     def forward(self) -> Tensor:
-        """Return c."""
+        """Return the coefficients."""
+        numbers = self.numbers()
+        if self._form is None:
+            return numbers
+        cores = multiply(numbers, self._form.shape, self._form.rank)
+        return cores if self.center is None else cores - self.center
+
+    def numbers(self) -> Tensor:
+        """Return c, what files hold."""
         return self.start + self.scales * self.theta
 
     def set(self, values: Tensor) -> None:
-        """Set θ so that the coefficients are c."""
+        """Set θ so that these are the coefficients, or so that low-rank cores are the nearest ones of their rank."""
+        values = values.to(self.start)
+        self.set_numbers(values if self.form is None else self.form.numbers(values))
+
+    def set_numbers(self, numbers: Tensor) -> None:
+        """Set θ so that c is given."""
         with torch.no_grad():
-            self.theta.copy_((values.to(self.start) - self.start) / self.scales)
+            self.theta.copy_((numbers.to(self.start) - self.start) / self.scales)
+
+
+def begin(values: Tensor, rows: Tensor, form: LowRank, zoo: LowRank) -> tuple[Tensor, Tensor]:
+    """Return c_start and s of low-rank cores, from the core to begin with (P, Q) and those of all models (N, P, Q), float32.
+
+    Both factors have the spread of the zoo's own, whose cores are kept by `zoo`. A start of a lower rank, such as a change of
+    nothing, leaves columns of the left factor zero. The rows of the right factor that they meet are put where the zoo's cores have
+    most of their energy besides, so that gradients reach both factors. Cost: SVDs of all models' cores.
+    """
+    rank, (num_rows, num_columns) = form.rank, form.shape
+    sides = [num_rows * rank, rank * num_columns]
+    left, right = torch.split(form.numbers(values.double()), sides)
+    left_PR, right_RQ = left.view(num_rows, rank), right.view(rank, num_columns)
+    numbers_NC = zoo.numbers(rows.double())
+    squares_NRQ = torch.split(numbers_NC, sides, -1)[1].view(-1, rank, num_columns).square()
+    lengths_R = squares_NRQ.sum(-1).mean(0).sqrt()
+    fresh_R = right_RQ.square().sum(1).sqrt() <= _NOTHING * lengths_R.max()
+    if bool(fresh_R.any()):
+        left_PR[:, fresh_R] = 0
+        whole = zoo.matrices(numbers_NC) if zoo.center is None else zoo.matrices(numbers_NC) + zoo.center
+        right_RQ[fresh_R] = _leading_rows(whole.flatten(0, 1), right_RQ[~fresh_R], lengths_R[fresh_R])
+    return torch.cat([left_PR.flatten(), right_RQ.flatten()]).float(), scales_of(numbers_NC)
+
+
+def _leading_rows(matrix_MQ: Tensor, used_RQ: Tensor, lengths: Tensor) -> Tensor:
+    """The leading right singular vectors of a matrix, orthogonal to rows that are used already, at these lengths (1 for zero)."""
+    rest_MQ = matrix_MQ
+    if len(used_RQ):
+        basis_QR = torch.linalg.qr(used_RQ.T)[0]
+        rest_MQ = matrix_MQ - matrix_MQ @ basis_QR @ basis_QR.T
+    vectors_QQ = torch.linalg.eigh(rest_MQ.T @ rest_MQ)[1].flip(1)
+    rows: Tensor = torch.where(lengths > 0, lengths, 1.0)[:, None] * vectors_QQ.T[: len(lengths)]
+    return rows
+
+
+_NOTHING = 1e-5
+"""Share of the zoo's own factors' lengths below which a factor is round-off of a core of a lower rank."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def command(
     max_error: Annotated[
         float | None, typer.Option(help="Largest share of the energy to lose, such as 0.05.", show_default=False)
     ] = None,
+    core_rank: options.CoreRank = None,
     dtype: options.Dtype = "float32",
     coefficients_dtype: options.CoefficientsDtype = "float32",
     solver: options.Solver = "exact",
@@ -54,13 +55,16 @@ def command(
     from eigenzoo.zoo.left_files import left_files
 
     check_free(output, force=force, foreign=foreign_to_a_bundle)
-    rank_rule, chosen, num_bytes = (
+    rank_rule, chosen, num_bytes, cores = (
         options.parse_rank(rank),
         options.parse_axes(axes),
         options.parse_bytes(budget, "--budget"),
+        options.parse_core_rank(core_rank),
     )
     # Options that contradict each other are refused before the zoo is opened.
-    resolve_options(rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision, coefficients_dtype)
+    resolve_options(
+        rank_rule, chosen, center, dtype, num_bytes, max_error, seed, solver, precision, coefficients_dtype, cores
+    )
     with (
         progress_bar(quiet=quiet or json) as progress,
         running.workers() as workers,
@@ -79,6 +83,7 @@ def command(
             seed=seed,
             solver=solver,
             precision=precision,
+            core_rank=cores,
             workers=workers,
             cache=running.cache,
             progress=progress,

@@ -101,6 +101,14 @@ Rank = Annotated[
         show_default=False,
     ),
 ]
+CoreRank = Annotated[
+    str | None,
+    typer.Option(
+        help="Cut each model's core to this rank, with axes outputs,inputs, and store it as two small factors: a number, or auto "
+        "(the cut loses no more than the sides). Default: whole cores.",
+        show_default=False,
+    ),
+]
 Center = Annotated[
     str,
     typer.Option(
@@ -243,6 +251,16 @@ def parse_rank(text: str | None) -> int | float | str | dict[str, int | float | 
             )
         rules[axis] = _parse_rule(rule)
     return rules
+
+
+def parse_core_rank(text: str | None) -> int | str | None:
+    """Read the rank of cores: a number, or `auto`."""
+    if text is None:
+        return None
+    rule = _parse_rule(text.strip())
+    if isinstance(rule, float):
+        raise RankError(f"{text!r} is not a core rank", rule="a core rank is a number of 1 or more, or 'auto'")
+    return rule
 
 
 def parse_rule(text: str | None) -> int | float | str:

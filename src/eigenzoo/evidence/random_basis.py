@@ -15,7 +15,8 @@ from torch import Tensor
 
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.linalg.low_rank import LowRank
+from eigenzoo.subspace.bases.basis import CORES, LayerBasis
 from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack, UpdateStack
@@ -29,7 +30,8 @@ def rebuild_randomly(
     Π is an orthogonal projection on `basis`'s number of directions, drawn by the seed and the layer's name, so that all
     models share it. Form `flat`: K normal directions in D dimensions, two draws of K·D numbers and K²·D products, one
     block in memory. Form `stacked`: K normal low-rank updates of the zoo's mean rank, by their Gram. Form `tucker`: random
-    bases of the sides that have one, and K random shared cores between them with axis `models`.
+    bases of the sides that have one, and K random shared cores between them with axis `models`; low-rank
+    cores have the rank of the fit.
     """
     draw = _seeded(seed, basis.layer.name)
     if isinstance(mean, tuple):
@@ -115,6 +117,9 @@ def _random_core(
         core = core if inputs_IQ is None else core @ inputs_IQ
     else:
         core = core @ (right if inputs_IQ is None else right @ inputs_IQ)
+    if CORES in basis.ranks:
+        form = LowRank((core.shape[0], core.shape[1]), basis.ranks[CORES])
+        core = form.matrices(form.numbers(core))
     if "models" in basis.ranks:
         core = project_randomly(core.flatten(), basis.ranks["models"], draw).view_as(core)
     return outputs_OP, inputs_IQ, core

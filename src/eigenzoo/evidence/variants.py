@@ -14,7 +14,7 @@ from eigenzoo.formats.bundle.contents import Template, tensor_id
 from eigenzoo.formats.model import Model
 from eigenzoo.linalg.lora import Cut, Factors, cut_product
 from eigenzoo.passes.settings import own_settings
-from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.bases.basis import CORES, LayerBasis
 from eigenzoo.subspace.coefficients import Coefficients
 from eigenzoo.subspace.fitting.alone import against_alone, is_affordable, is_cut
 from eigenzoo.subspace.rebuilt import FULL, RebuiltModel
@@ -210,7 +210,8 @@ class _Patched(Template):
 
 def num_directions(basis: LayerBasis) -> int:
     """Return the number of directions of a layer's axis `models`, else of its larger truncated side; 0 if no side is truncated."""
-    return basis.ranks.get("models", max(basis.ranks.values(), default=0))
+    sides = [rank for axis, rank in basis.ranks.items() if axis != CORES]
+    return basis.ranks.get("models", max(sides, default=0))
 
 
 def first_directions(basis: LayerBasis, values: Tensor, rank: int) -> Tensor:

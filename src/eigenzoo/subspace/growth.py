@@ -192,7 +192,7 @@ def _extended(
     try:
         _link_files(space, root, moments=inside)
         records = [
-            _write_projected(root, space, new, coefficients, energies=moments is None)
+            _write_projected(root, space, new, coefficients, projections, energies=moments is None)
             for coefficients in projected.values()
         ]
         if moments is not None:
@@ -238,9 +238,17 @@ def _duplicates(
     return [*old_pairs, *find_copies(new, grown.names, grown.all_coefficients)]
 
 
-def _write_projected(root: Path, space: StoredSubspace, new: Zoo, coefficients: Coefficients, *, energies: bool) -> Any:
+def _write_projected(
+    root: Path,
+    space: StoredSubspace,
+    new: Zoo,
+    coefficients: Coefficients,
+    projections: Mapping[str, list[Projection]],
+    *,
+    energies: bool,
+) -> Any:
     index = new.place(coefficients.name)
-    values = [coefficients.values[name] for name in space.layers]
+    values = [projections[name][index].stored for name in space.layers]
     residuals = [coefficients.residuals[name] for name in space.layers]
     return write_model(
         root,
@@ -395,7 +403,9 @@ def _layer_options(space: StoredSubspace) -> dict[str, FitOptions]:
     return {
         name: replace(
             _options(space),
-            rules={axis: basis.ranks.get(axis, basis.layer.shape[sizes.get(axis, 0)]) for axis in space.axes},
+            rules={
+                axis: basis.ranks.get(axis, basis.layer.shape[sizes.get(axis, 0)]) for axis in _options(space).rules
+            },
         )
         for name, basis in space.layers.items()
     }

@@ -289,7 +289,7 @@ def _write_bounds(refitted: StoredSubspace, record: ModelRecord, before: Coeffic
         # Where the originals' energy is not known, their rebuilt selves' stands for it.
         lost = share_of(after.outside[layer], before.energies.get(layer, after.energies[layer]))
         bounds.append((before.residuals[layer] ** 0.5 + lost**0.5) ** 2)
-    flat = torch.cat([after.values[layer].reshape(-1) for layer in refitted.layers])
+    flat = refitted.stored(record).values
     energies_L = (
         torch.tensor([before.energies[layer] for layer in refitted.layers], dtype=torch.float64)
         if before.energies

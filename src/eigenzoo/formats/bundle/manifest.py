@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -65,7 +66,7 @@ class LayerRecord(_Strict):
     unfolding: Literal["scalar", "vector", "matrix", "kernel"]
     dtype: Literal["float64", "float32", "bfloat16", "float16"]
     num_bytes: Count
-    ranks: dict[Literal["models", "outputs", "inputs"], Count]
+    ranks: dict[Literal["models", "outputs", "inputs", "cores"], Count]
     has_mean: bool
 
     @model_validator(mode="after")
@@ -81,9 +82,11 @@ class LayerRecord(_Strict):
         for axis, size in (("outputs", self.shape[0]), ("inputs", self.shape[1])):
             if self.ranks.get(axis, 0) > size:  # type: ignore[call-overload]
                 raise ValueError(f"rank {self.ranks[axis]} of {size} {axis}")  # type: ignore[index]
-        core = self.ranks.get("outputs", self.shape[0]) * self.ranks.get("inputs", self.shape[1])
-        if self.ranks.get("models", 0) > core:
-            raise ValueError(f"{self.ranks['models']} directions of {core} dimensions")
+        sides = (self.ranks.get("outputs", self.shape[0]), self.ranks.get("inputs", self.shape[1]))
+        if self.ranks.get("models", 0) > prod(sides):
+            raise ValueError(f"{self.ranks['models']} directions of {prod(sides)} dimensions")
+        if "cores" in self.ranks and ("models" in self.ranks or not 0 < self.ranks["cores"] * sum(sides) < prod(sides)):
+            raise ValueError(f"cores of rank {self.ranks['cores']} with ranks {dict(self.ranks)} of shape {self.shape}")
         if self.form == "flat" and self.kind != "dense":
             raise ValueError("form flat is for full weights")
         if self.form == "stacked" and self.kind != "update":
@@ -234,8 +237,10 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        if self.schema_version < needed_version(self.dtype, self.coefficients_dtype):
-            raise ValueError("schema version 1 has no bases in int8 or nf4, and no coefficients in half precision")
+        if self.schema_version < needed_version(self.layers, self.dtype, self.coefficients_dtype):
+            raise ValueError(
+                "schema version 1 has no low-rank cores, no bases in int8 or nf4, and no coefficients in half precision"
+            )
         for what, names in (
             ("layer", [layer.name for layer in self.layers]),
             ("model", [model.name for model in self.models]),
@@ -247,14 +252,17 @@ class Manifest(_Strict):
         return self
 
 
-def needed_version(dtype: str, coefficients_dtype: str) -> int:
-    """Return the least schema version that has bases and coefficients of these dtypes."""
-    return 2 if dtype in CODINGS or coefficients_dtype != "float32" else 1
+def needed_version(layers: Sequence[LayerRecord], dtype: str, coefficients_dtype: str) -> int:
+    """Return the least schema version that has such layers, and bases and coefficients of these dtypes."""
+    has_cores = any("cores" in layer.ranks for layer in layers)
+    return 2 if has_cores or dtype in CODINGS or coefficients_dtype != "float32" else 1
 
 
 def make_manifest(**fields: Any) -> Manifest:
-    """Make a manifest, every field checked."""
-    return Manifest.model_validate(fields)
+    """Make a manifest of the least schema version that describes it, every field checked."""
+    coefficients_dtype = fields["options"].get("coefficients_dtype", "float32")
+    least = needed_version(fields["layers"], fields["dtype"], coefficients_dtype)
+    return Manifest.model_validate({"schema_version": least, **fields})
 
 
 def parse_manifest(document: dict[str, Any], where: str) -> Manifest:

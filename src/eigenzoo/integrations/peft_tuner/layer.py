@@ -23,6 +23,7 @@ from eigenzoo.adapt.maps import Map, Stages, apply, dense, follow
 from eigenzoo.adapt.trained import Coefficients, without_autocast
 from eigenzoo.errors import DataError, UnsupportedError
 from eigenzoo.integrations.peft_tuner.registration import BaseTunerLayer, check_adapters_to_merge
+from eigenzoo.linalg.low_rank import LowRank
 
 LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
 """Kinds of layers. The last one is convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA ignores."""
@@ -43,7 +44,7 @@ class SavedCoefficients(Coefficients):
     """
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        values = self.theta if self.theta.is_meta else self()
+        values = self.theta if self.theta.is_meta else self.numbers()
         destination[prefix + "coefficients"] = values if keep_vars else values.detach()
 
     def _load_from_state_dict(
@@ -76,8 +77,9 @@ class Part:
     """One basis of an adapter in a layer: its coefficients' start and scales, and how to read it.
 
     Attributes:
-        begin: initial coefficients.
+        begin: initial values of the trained numbers.
         scales: see `eigenzoo.adapt.trained`.
+        form: how low-rank cores follow from the numbers, their two factors; None for other coefficients.
         mean: whether ΔW contains the zoo's mean.
         key: key of the basis among those of the same layer.
         freeze: function that reads the basis. It is called if the layer does not have the basis yet.
@@ -86,6 +88,7 @@ class Part:
 
     begin: Tensor
     scales: Tensor
+    form: LowRank | None
     mean: bool
     key: str
     freeze: Callable[[], Map]
@@ -136,7 +139,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if part.mean and self._basis(part.key).offset is None:
                 self._basis(part.key).offset = part.offset()
                 self._basis(part.key).cast(device, dtype)
-            coefficients = SavedCoefficients(part.begin.to(device), part.scales.to(device))
+            coefficients = SavedCoefficients(part.begin.to(device), part.scales.to(device), part.form)
             getattr(self, name)[adapter] = coefficients
             uses[name] = _Use(part.key, part.mean)
         self.eigenzoo_uses[adapter] = uses

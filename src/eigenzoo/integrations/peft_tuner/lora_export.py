@@ -102,13 +102,16 @@ def _of_files(config: EigenzooConfig, state: Mapping[str, Tensor], folder: Path)
         stages = []
         for part, layer in place.parts.items():
             key = f"{MODEL}{module}.{part}.coefficients"
-            if key not in state or tuple(state[key].shape) != space.layers[layer].coefficient_shape:
-                raise FormatError(f"{key} is missing, or of another shape", where=str(folder))
-            frozen = freeze(space.layers[layer], transposed=place.transposed(space.view), dtype=torch.float64)
             mean = config.start != ZERO or part == "eigenzoo_a"
+            form = space.layers[layer].low_rank(mean=mean)
+            expected = space.layers[layer].coefficient_shape if form is None else (form.num_numbers,)
+            if key not in state or tuple(state[key].shape) != expected:
+                raise FormatError(f"{key} is missing, or of another shape", where=str(folder))
+            numbers = state[key].double()
+            frozen = freeze(space.layers[layer], transposed=place.transposed(space.view), dtype=torch.float64)
             offset = space.layers[layer].removed() if space.layers[layer].layer.kind != "update" else None
             frozen.offset = offset.expand(space.layers[layer].layer.shape) if mean and offset is not None else None
-            stages.append(frozen.chains(state[key].double(), mean))
+            stages.append(frozen.chains(numbers if form is None else form.matrices(numbers), mean))
         yield module, stages
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from eigenzoo.adapt.maps import dense_mean, freeze
-from eigenzoo.adapt.trained import ZERO, Start, scales_of
+from eigenzoo.adapt.trained import ZERO, Start, begin, scales_of
 from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
 from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle, start_of
 from eigenzoo.integrations.peft_tuner.layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
@@ -54,10 +54,16 @@ class _Attaching:
     def _part(self, place: Place, part: str, layer: str, module: nn.Module) -> Part:
         rows_NK, basis = self.space.all_coefficients[layer], self.space.layers[layer]
         seed = None if self.seed is None else layer_seed(self.seed, layer)
+        mean = _mean(self.start, part)
+        values, scales = self.start.values.get(layer, torch.zeros_like(rows_NK[0])).float(), scales_of(rows_NK)
+        form, zoo = basis.low_rank(mean=mean and seed is None), basis.low_rank()
+        if form is not None and zoo is not None:
+            values, scales = begin(values, rows_NK, form, zoo)
         return Part(
-            begin=self.start.values.get(layer, torch.zeros_like(rows_NK[0])).float(),
-            scales=scales_of(rows_NK),
-            mean=_mean(self.start, part),
+            begin=values,
+            scales=scales,
+            form=form,
+            mean=mean,
             key=f"{self.space.manifest.basis_id[:16]}-{part}" + ("" if seed is None else f"-{self.seed}"),
             freeze=partial(freeze, basis, transposed=place.transposed(self.space.view), seed=seed),
             offset=partial(self._offset, layer, module),

@@ -22,11 +22,15 @@ from eigenzoo.errors import BundleError, DataError
 from eigenzoo.formats.bundle.basis_files import BasisFiles
 from eigenzoo.formats.writers import all_finite
 from eigenzoo.linalg.lora import Cut, Factors
+from eigenzoo.linalg.low_rank import LowRank
 from eigenzoo.records import Layer
 from eigenzoo.zoo.stack import BLOCK_BYTES, Stack
 
 MODEL_BYTES = 256 * 2**20
 """Bytes of models that a projection keeps in memory at once."""
+
+CORES = "cores"
+"""What is called beside the axes in ranks and rules: the rank of each model's core."""
 
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
 MAX_TENSORS = {FLAT: 2, TUCKER: 4, STACKED: 6}
@@ -91,11 +95,17 @@ class StoredAs:
 
 @dataclass(frozen=True)
 class Projection:
-    """One model's layer in a basis: its coefficients, ‖X − X̂‖², and ‖X‖²."""
+    """One model's layer in a basis: its coefficients, ‖X − X̂‖², and ‖X‖²; the factors of a core that is kept as two."""
 
     coefficients: Tensor
     outside: float
     energy: float
+    factors: Tensor | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        """The numbers that a bundle holds."""
+        return self.coefficients if self.factors is None else self.factors
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class LayerBasis(ABC):
 
     Attributes:
         layer: the layer's record.
-        ranks: number of kept directions, by truncated axis.
+        ranks: number of kept directions, by truncated axis; also the rank of `cores` that are stored as two factors.
         center: the removed center; see `weights.views.CENTERS`.
         tensors: reader of the basis. Its tensors' names begin with the layer's name.
         stored: how the bundle stores bases and coefficients. Quantised bases are orthonormalised when they are read
@@ -147,6 +157,20 @@ class LayerBasis(ABC):
     def num_coefficients(self) -> int:
         """Number of coefficients of one model in this layer."""
         return prod(self.coefficient_shape)
+
+    def low_rank(self, *, mean: bool = True) -> LowRank | None:
+        """How files keep coefficients that are low-rank cores; None for all others, which are kept as they are.
+
+        Without `mean`, of coefficients that are a change of other weights than the mean.
+        """
+        return None
+
+    def read_coefficients(self, numbers: Tensor) -> Tensor:
+        """Return the coefficients (…, *coefficient_shape) that the numbers of models' files (…, num_coefficients) stand for."""
+        form = self.low_rank()
+        if form is not None:
+            return form.matrices(numbers)
+        return numbers.reshape(*numbers.shape[:-1], *self.coefficient_shape)
 
     @abstractmethod
     def project_all(self, stack: Stack) -> list[Projection]:

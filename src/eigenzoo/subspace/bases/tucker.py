@@ -6,6 +6,9 @@ An axis that is not truncated has no basis (U = 1). With axis `models` every cor
 model is k numbers. U and V come from the moments of the stack, the shared cores from the cores. This is a sequentially truncated
 higher-order SVD (Vannieuwenhoven et al. 2012). Its error is never larger than with every axis truncated from the full stack.
 
+Without axis `models` each core can be cut to a low rank and stored as two factors (`linalg.low_rank`): C of full weights, the whole
+C̄ + C of updates, so that a rebuilt update has this rank.
+
 The mean of updates is stored as a core, C̄ = UᵀX̄V, which needs no dense matrix. So their bases come from moments about zero, which
 contain the directions of the mean with their energy.
 
@@ -21,9 +24,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg import lora
+from eigenzoo.linalg import lora, low_rank
 from eigenzoo.linalg.lora import Cut, Factors
+from eigenzoo.linalg.low_rank import LowRank
 from eigenzoo.subspace.bases.basis import (
+    CORES,
     TUCKER,
     LayerBasis,
     Operator,
@@ -31,6 +36,7 @@ from eigenzoo.subspace.bases.basis import (
     StoredAs,
     WholeTensorWriter,
     deviation_from_identity,
+    rounded,
 )
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
@@ -42,6 +48,11 @@ class Cores:
 
     cores_NPQ: Tensor
     mean: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, Q)."""
+        return self.cores_NPQ.shape[1], self.cores_NPQ.shape[2]
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,15 @@ def collect_cores(stack: Stack, moments: LayerMoments, outputs_OP: Tensor | None
     return Cores(cores_NPQ, removed if float(removed.abs().max()) > 0 else None)
 
 
+def cut_cores(cores_NPQ: Tensor, rank: int, dtype: str, layer: str) -> tuple[Tensor, Tensor]:
+    """Return the factors (N, R·(P + Q)) of every core's best approximation as `dtype` stores them, and the cores that they make.
+
+    Raises DataError for factors that half precision cannot hold.
+    """
+    numbers = rounded(low_rank.factor(cores_NPQ, rank).float(), dtype, layer)
+    return numbers, low_rank.multiply(numbers.double(), (cores_NPQ.shape[1], cores_NPQ.shape[2]), rank)
+
+
 def _reduce(matrix_OI: Tensor, outputs_OP: Tensor | None, inputs_IQ: Tensor | None) -> Tensor:
     core = matrix_OI if outputs_OP is None else outputs_OP.T @ matrix_OI
     return core if inputs_IQ is None else core @ inputs_IQ
@@ -151,6 +171,26 @@ class TuckerBasis(LayerBasis):
         """(K,) with axis `models`, else (P, Q)."""
         return (self.ranks["models"],) if "models" in self.ranks else self.core_shape
 
+    @property
+    def num_coefficients(self) -> int:
+        """K, P·Q, or with cores of rank R the R·(P + Q) of their factors."""
+        form = self.low_rank(mean=False)
+        return super().num_coefficients if form is None else form.num_numbers
+
+    def low_rank(self, *, mean: bool = True) -> LowRank | None:
+        """Factors of cores; of updates that include the mean, of the cores with the mean's."""
+        if CORES not in self.ranks:
+            return None
+        has_center = mean and self.has_mean and self.layer.kind == "update"
+        return LowRank(self.core_shape, self.ranks[CORES], self.removed() if has_center else None)
+
+    def _cut(self, core: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The core that is kept of a core (P, Q), and its factors where it is kept as such, as they are stored."""
+        if CORES not in self.ranks:
+            return core, None
+        factors, kept = cut_cores(core[None], self.ranks[CORES], self.stored.coefficients_dtype, self.layer.name)
+        return kept[0], factors[0]
+
     def project_all(self, stack: Stack) -> list[Projection]:
         """Project one model's layer after another: its core, then the core's coordinates in the shared cores.
 
@@ -173,11 +213,13 @@ class TuckerBasis(LayerBasis):
         factors = stack.factors(index)
         energy = lora.energy(factors)
         full_core = _reduce_update(factors, outputs_OP, inputs_IQ)
-        core = full_core - mean
+        kept_core, numbers = self._cut(full_core)
+        core = kept_core - mean
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        coefficients = self._rounded(coefficients)
+        coefficients = coefficients if numbers is not None else self._rounded(coefficients)
         rebuilt_core = mean + (coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1))
-        return Projection(coefficients, _outside(energy, full_core, rebuilt_core, outputs_OP, inputs_IQ), energy)
+        outside = _outside(energy, full_core, rebuilt_core, outputs_OP, inputs_IQ)
+        return Projection(coefficients, outside, energy, numbers)
 
     def _project_dense(
         self,
@@ -192,12 +234,12 @@ class TuckerBasis(LayerBasis):
         matrix_OI = stack.matrix(index).double()
         energy = float(matrix_OI.square().sum())
         centered = matrix_OI - mean
-        core = _reduce(centered, outputs_OP, inputs_IQ)
+        core, numbers = self._cut(_reduce(centered, outputs_OP, inputs_IQ))
         coefficients = core if shared_KPQ is None else shared_KPQ.flatten(1) @ core.flatten()
-        coefficients = self._rounded(coefficients)
+        coefficients = coefficients if numbers is not None else self._rounded(coefficients)
         rebuilt_core = coefficients if shared_KPQ is None else torch.tensordot(coefficients, shared_KPQ, 1)
         outside = float((centered - _expand(rebuilt_core, outputs_OP, inputs_IQ)).square().sum())
-        return Projection(coefficients, outside, energy)
+        return Projection(coefficients, outside, energy, numbers)
 
     def rebuild(self, coefficients: Tensor) -> Tensor | Factors:
         """Return M + U C Vᵀ, or the balanced factors of least rank of U (C̄ + C) Vᵀ."""

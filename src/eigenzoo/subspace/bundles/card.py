@@ -85,7 +85,7 @@ def card_text(manifest: Manifest) -> str:
         f"# A shared weight subspace of {len(manifest.models)} model{'' if len(manifest.models) == 1 else 's'}",
         "",
         f"Made by eigenzoo {manifest.eigenzoo_version}: view `{manifest.view}`, axes `{', '.join(manifest.axes)}`, "
-        f"center `{manifest.center}`, bases in {manifest.dtype}{_coefficients(manifest)}.",
+        f"center `{manifest.center}`, bases in {manifest.dtype}{_coefficients(manifest)}{_core_ranks(manifest)}.",
         "",
         "```bash",
         *_commands(manifest),
@@ -119,6 +119,15 @@ def card_text(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _core_ranks(manifest: Manifest) -> str:
+    """Say to which ranks cores are cut."""
+    ranks = sorted({layer.ranks["cores"] for layer in manifest.layers if "cores" in layer.ranks})
+    if not ranks:
+        return ""
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return f", each model's cores cut to rank {shown} and kept as two factors"
 
 
 def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:

@@ -283,9 +283,7 @@ def split_coefficients(flat: Tensor, layers: Mapping[str, LayerBasis]) -> dict[s
     """Split one model's vector, or the vectors of many models (N, …), into the layers' coefficients."""
     values, start = {}, 0
     for name, basis in layers.items():
-        values[name] = flat[..., start : start + basis.num_coefficients].reshape(
-            *flat.shape[:-1], *basis.coefficient_shape
-        )
+        values[name] = basis.read_coefficients(flat[..., start : start + basis.num_coefficients])
         start += basis.num_coefficients
     return values
 

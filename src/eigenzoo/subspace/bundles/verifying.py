@@ -15,7 +15,7 @@ from eigenzoo.formats.model import Model
 from eigenzoo.passes.workers import Workers, local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import ORTHONORMAL, STACKED, LayerBasis, is_finite
-from eigenzoo.subspace.bundles.storage import identify
+from eigenzoo.subspace.bundles.storage import identify, split_coefficients
 from eigenzoo.subspace.bundles.verifying_against import checks_against
 from eigenzoo.subspace.rebuilt import check_layout
 from eigenzoo.subspace.stored import StoredSubspace
@@ -139,7 +139,9 @@ def _coefficient_faults(space: StoredSubspace, record: ModelRecord) -> list[str]
     except EigenzooError as error:
         return [str(error)]
     faults = []
-    if not bool(torch.isfinite(stored.values).all()):
+    # Of cores that are kept as factors the product may overflow though these are finite.
+    values = split_coefficients(stored.values, space.layers)
+    if not all(bool(torch.isfinite(coefficients).all()) for coefficients in values.values()):
         faults.append(f"model {record.name}: coefficients are NaN or Inf")
     # The residual share of a model that is zero up to round-off may be infinite.
     energies_L = torch.zeros(1) if stored.energies_L is None else stored.energies_L

@@ -46,6 +46,7 @@ def fit(
     exclude: Sequence[str] | None = None,
     solver: str = "exact",
     precision: str = "default",
+    core_rank: int | str | None = None,
     device: str = "cpu",
     max_memory: int | None = None,
     workers: Workers | None = None,
@@ -74,6 +75,9 @@ def fit(
             finder with a stated bound that does not form an outputs × outputs matrix.
         precision: precision of products: "high" (float64), "default" (float32 about the models' mean, summed in float64; small
             layers in float64) or "fast" (bfloat16 products with float32 sums).
+        core_rank: with axes `outputs` and `inputs`, the rank that each model's core is cut to, or "auto": the least at which all
+            models of a layer lose no more by the cut than by the sides. A core of P × Q is then stored as two factors of
+            R·(P + Q) numbers, where these are fewer. Rebuilt updates have at most this rank.
         device: device of products: "cpu", "cuda" or "cuda:<number>".
         max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
         workers: workers for the tasks instead of this process's threads, such as a cluster (`integrations.cluster`).
@@ -95,7 +99,9 @@ def fit(
     the moments, and one layer's cores. The in-sample error is optimal for one axis (Eckart–Young) and within √(number of axes)
     of the optimum for several.
     """
-    options = resolve_options(rank, axes, center, dtype, budget, max_error, seed, solver, precision, coefficients_dtype)
+    options = resolve_options(
+        rank, axes, center, dtype, budget, max_error, seed, solver, precision, coefficients_dtype, core_rank
+    )
     check_resources(workers, max_memory, device, workspace)
     return fit_as(
         opened(zoo, view, base, include, exclude),

@@ -141,7 +141,7 @@ def _as_stored(
     }
     for (name, _), projections in projected:
         outside_N = torch.tensor([projection.outside for projection in projections], dtype=torch.float64)
-        coefficients = torch.stack([projection.coefficients for projection in projections])
+        coefficients = torch.stack([projection.stored for projection in projections])
         found[name] = _stated_anew(fitted[name], moments[name], zoo.layers[name].kind, coefficients, outside_N)
     return found
 

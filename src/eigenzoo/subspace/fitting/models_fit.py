@@ -29,8 +29,10 @@ NULL_MODELS = 256
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer's form and ranks, its coefficients (N, …) in float64, the lost energy of each model, its record, and what models lose
-    if they are cut alone (of full weights, where it was measured)."""
+    """A layer's form and ranks, its stored coefficients (N, …) in float64, the lost energy of each model, and its record.
+
+    For full weights also what models lose if they are cut alone, if it was measured.
+    """
 
     name: str
     form: str

@@ -15,7 +15,7 @@ from eigenzoo.linalg.quantised import CODINGS, value_bytes
 from eigenzoo.linalg.rank import AUTO, RankRule, check_rule
 from eigenzoo.records import plain
 from eigenzoo.seeds import check_seed
-from eigenzoo.subspace.bases.basis import StoredAs
+from eigenzoo.subspace.bases.basis import CORES, StoredAs
 from eigenzoo.subspace.fitting.bytes import ItemSizes
 from eigenzoo.subspace.moments.sketched import SketchPlan
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice
@@ -24,6 +24,7 @@ Rank = RankRule | Mapping[str, RankRule]
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 DTYPES = (*FLOATS, *CODINGS)
 COEFFICIENT_DTYPES = ("float32", "bfloat16", "float16")
+SIDES = ("outputs", "inputs")
 EXACT, SKETCH = "exact", "sketch"
 SOLVERS = (EXACT, SKETCH)
 
@@ -34,7 +35,7 @@ class FitOptions:
 
     Attributes:
         axes: the truncated axes.
-        rules: a rank rule for each axis.
+        rules: a rank rule for each axis, and for `cores` if each model's core is cut to a rank.
         center: the center that is removed before the moments.
         dtype: dtype of the stored bases.
         budget: largest size of the whole bundle in bytes, or None.
@@ -61,7 +62,7 @@ class FitOptions:
         """The sides to sketch, or None for the exact solver."""
         if self.solver != SKETCH:
             return None
-        ranks = {axis: rule for axis, rule in self.rules.items() if axis != "models" and isinstance(rule, int)}
+        ranks = {axis: rule for axis, rule in self.rules.items() if axis in SIDES and isinstance(rule, int)}
         return SketchPlan(ranks, self.seed)
 
     @property
@@ -131,6 +132,7 @@ def resolve_options(
     solver: str = EXACT,
     precision: str = DEFAULT,
     coefficients_dtype: str = "float32",
+    core_rank: int | str | None = None,
 ) -> FitOptions:
     """Resolve a user's options. Raises UsageError for options that contradict each other."""
     if budget is not None and max_error is not None:
@@ -145,6 +147,8 @@ def resolve_options(
     seed = check_seed(seed)
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
+    if core_rank is not None:
+        rules[CORES] = _check_core_rank(core_rank, chosen, budget is not None or max_error is not None)
     if check_choice(solver, SOLVERS, "solver") == SKETCH:
         _check_sketch(chosen, rules, budget is not None or max_error is not None)
     if precision == FAST and 1.0 in rules.values() and any(isinstance(rule, float) for rule in rules.values()):
@@ -209,6 +213,26 @@ def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided:
                 rule="shares and 'auto' are chosen by whole spectra, and a sketch holds the leading directions alone",
                 next_step=f"give a number, such as rank={{{axis!r}: 64}}, or use solver 'exact'",
             )
+
+
+def _check_core_rank(core_rank: Any, axes: tuple[str, ...], decided: bool) -> RankRule:
+    """Return the rule of the cores; raises RankError for what is no rank, and UsageError where there are no cores to cut."""
+    rule = check_rule(core_rank)
+    if isinstance(rule, float) or rule == 0:
+        raise RankError(f"core rank {core_rank!r}", rule="a core rank is a number of 1 or more, or 'auto'")
+    if set(axes) != set(SIDES):
+        raise UsageError(
+            f"a core rank with axes {', '.join(axes)}",
+            rule="cores lie between truncated outputs and inputs, one of each model",
+            next_step="use axes=('outputs', 'inputs'), or leave the core rank out",
+        )
+    if decided:
+        raise UsageError(
+            "a core rank with a budget or an error bound",
+            rule="these choose the ranks of sides alone",
+            next_step="give the ranks of the sides, such as rank=64, or leave the core rank out",
+        )
+    return rule
 
 
 def _axes_of(rank: Rank | None) -> tuple[str, ...]:

@@ -11,14 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from eigenzoo.linalg import lora, low_rank
 from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
 from eigenzoo.linalg.nulls import axis_null
-from eigenzoo.linalg.rank import AUTO, RankChoice, choose_rank
+from eigenzoo.linalg.rank import AUTO, RankChoice, RankRule, choose_rank
 from eigenzoo.linalg.side import SideMoment
 from eigenzoo.linalg.spectrum import eigenpairs
 from eigenzoo.passes.resources import Resources
-from eigenzoo.subspace.bases.basis import TUCKER, WholeTensorWriter
-from eigenzoo.subspace.bases.tucker import Cores, LeadingCores, collect_cores, write_tucker
+from eigenzoo.subspace.bases.basis import CORES, TUCKER, WholeTensorWriter
+from eigenzoo.subspace.bases.tucker import Cores, LeadingCores, collect_cores, cut_cores, write_tucker
 from eigenzoo.subspace.fitting.models_fit import FittedLayer, describe_fit, models_axis
 from eigenzoo.subspace.fitting.options import SKETCH, FitOptions
 from eigenzoo.subspace.moments.collecting import LARGEST_SIDE, collect
@@ -63,12 +64,24 @@ def fit_tucker(
     else:
         cores = collect_cores(stack, moments, bases["outputs"], bases["inputs"])
     coefficients, shared_KPQ = cores.cores_NPQ, None
+    kept_N = coefficients.flatten(1).square().sum(1)
+    lost_N = torch.zeros_like(kept_N)
     if "models" in options.axes:
         choice, coefficients, shared_KPQ = _shared_cores(cores, moments, options)
         ranks["models"], reasons["models"] = choice.rank, choice.reason
+        kept_N, lost_N = (kept := coefficients.square().sum(1)), kept_N - kept
+    elif CORES in options.rules:
+        choice = _core_rank(options.rules[CORES], cores, stack, moments)
+        reasons[CORES] = choice.reason
+        if low_rank.pays(cores.shape, choice.rank):
+            ranks[CORES] = choice.rank
+            coefficients, lost_N = _cut(cores, stack, choice.rank, options)
+            kept_N = kept_N - lost_N
     write_tucker(stack.layer.name, cores, bases["outputs"], bases["inputs"], shared_KPQ, options.torch_dtype, writer)
-    captured, outside_N = _tucker_energies(stack, moments, cores, coefficients)
+    captured, outside_N = _tucker_energies(stack, moments, cores, kept_N, lost_N)
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
+    if CORES in options.rules:
+        shown[CORES] = ranks.get(CORES, min(cores.shape))
     heldout = None
     if options.center == "models":
         heldout = tucker_capture(stack, moments, ranks, options, resources)
@@ -170,17 +183,46 @@ def _shared_cores(cores: Cores, moments: LayerMoments, options: FitOptions) -> t
     return choice, vectors_NK * roots_K, shared_KD.view(choice.rank, *cores.cores_NPQ.shape[1:])
 
 
-def _tucker_energies(stack: Stack, moments: LayerMoments, cores: Cores, coefficients: Tensor) -> tuple[float, Tensor]:
+def _core_rank(rule: RankRule, cores: Cores, stack: Stack, moments: LayerMoments) -> RankChoice:
+    """The rank that every model's core is cut to; that of whole cores where factors of the rank take no fewer numbers."""
+    full, reason = min(cores.shape), "as asked"
+    if rule == AUTO:
+        whole_NPQ = _whole(cores, stack)
+        about = moments.energies_N if isinstance(stack, UpdateStack) else moments.centered_NN.diagonal()
+        energy = float(whole_NPQ.square().sum())
+        allowed = max(float(about.sum()) - energy, lora.ROUND_OFF * energy)
+        rule = max(1, int((low_rank.tails(whole_NPQ) > allowed).sum()))
+        reason = "the least at which the cut loses no more than the sides"
+    if not low_rank.pays(cores.shape, int(rule)):
+        return RankChoice(full, f"kept whole: two factors of rank {rule} take no fewer numbers")
+    return RankChoice(int(rule), reason)
+
+
+def _whole(cores: Cores, stack: Stack) -> Tensor:
+    """The cores that are cut: of updates with their mean."""
+    return cores.cores_NPQ if cores.mean is None or isinstance(stack, DenseStack) else cores.cores_NPQ + cores.mean
+
+
+def _cut(cores: Cores, stack: Stack, rank: int, options: FitOptions) -> tuple[Tensor, Tensor]:
+    """All models' factors as they are stored, and the energy that each loses by the cut."""
+    whole_NPQ = _whole(cores, stack)
+    factors, kept_NPQ = cut_cores(whole_NPQ, rank, options.coefficients_dtype, stack.layer.name)
+    return factors.double(), (whole_NPQ - kept_NPQ).flatten(1).square().sum(1)
+
+
+def _tucker_energies(
+    stack: Stack, moments: LayerMoments, cores: Cores, kept_N: Tensor, lost_N: Tensor
+) -> tuple[float, Tensor]:
     """Return the kept centred energy, and each model's lost energy ‖X − X̂‖².
 
     The lost part is orthogonal to the kept part, so energies subtract. For updates the mean is part of the core.
+
+    Args:
+        kept_N, lost_N: each model's energy that is kept of its core, and lost of it.
     """
-    kept_N = coefficients.flatten(1).square().sum(1)
     if isinstance(stack, DenseStack):
         return float(kept_N.sum()), (moments.centered_NN.diagonal() - kept_N).clamp_min(0)
-    whole = cores.cores_NPQ if cores.mean is None else cores.cores_NPQ + cores.mean
-    lost_in_models_N = cores.cores_NPQ.flatten(1).square().sum(1) - kept_N
-    outside_N = moments.energies_N - whole.flatten(1).square().sum(1) + lost_in_models_N
+    outside_N = moments.energies_N - _whole(cores, stack).flatten(1).square().sum(1) + lost_N
     return float(kept_N.sum()), outside_N.clamp_min(0)
 
 
@@ -211,13 +253,17 @@ def tucker_capture(
         if side is not None and axis in ranks
     }
     outputs_OP, inputs_IQ = bases.get("outputs"), bases.get("inputs")
-    cores = collect_cores(stack, moments, outputs_OP, inputs_IQ).cores_NPQ.flatten(1)
+    collected = collect_cores(stack, moments, outputs_OP, inputs_IQ)
+    cores = collected.cores_NPQ.flatten(1)
     # The moments are about the mean of all models. A held-out model is measured about the mean of the fitted models only.
     cores = cores - cores[fitted].mean(0)
     total = _centered_energy(moments.centered_NN, fitted, heldout)
     if "models" in ranks:
         return float(_inside(cores[fitted], cores[heldout], ranks["models"]) / total)
-    return float(cores[heldout].square().sum() / total)
+    kept = cores[heldout].square().sum()
+    if CORES in ranks:
+        kept = kept - _cut(collected, stack, ranks[CORES], options)[1][heldout].sum()
+    return float(kept / total)
 
 
 def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:

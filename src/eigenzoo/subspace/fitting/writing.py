@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord, make_manifest, needed_version
+from eigenzoo.formats.bundle.manifest import Manifest, ModelRecord, make_manifest
 from eigenzoo.linalg.block_sums import FAST
 from eigenzoo.linalg.kernels import BFLOAT16_ROUND_OFF
 from eigenzoo.linalg.rank import AUTO
@@ -42,7 +42,6 @@ def write_subspace(zoo: Zoo, options: FitOptions, layers: FittedLayers, folder: 
     models = write_models(zoo, fitted, collected, basis_id, folder, options.coefficients_dtype)
     write_moments(folder, collected)
     return make_manifest(
-        schema_version=needed_version(options.dtype, options.coefficients_dtype),
         eigenzoo_version=version("eigenzoo"),
         basis_id=basis_id,
         view=zoo.view,

@@ -176,7 +176,6 @@ def _write(foreign: ForeignSubspace, like: AdapterLike, folder: Path, progress: 
     center = "models" if form == FLAT else "none"
     options = FitOptions(foreign.axes, dict(most), center, "float32", None, None, 0)
     return make_manifest(
-        schema_version=1,
         eigenzoo_version=version("eigenzoo"),
         basis_id=basis_id,
         view="factors",
