@@ -1,4 +1,4 @@
-"""What a router says of inputs, and the mixture of models that answers them together."""
+"""A router's answers for inputs, and the mixture of models that answers them together."""
 
 from __future__ import annotations
 

@@ -361,7 +361,7 @@ def _after_refresh(
 ) -> Manifest:
     """Restore the records of recalled models, and add the earlier loss of those that were not `whole`.
 
-    What is lost is a share of the originals' energy, and so never more than all of it: of axis `models` a loss of this order
+    The loss is a share of the originals' energy, so never more than all of it: of axis `models` a loss of this order
     adds up exactly, and for sides a bound above the energy tells no more than that all may be lost.
     """
     discarded = dict(manifest.discarded)

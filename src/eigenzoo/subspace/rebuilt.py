@@ -53,7 +53,7 @@ FLOAT32 = 1e-9
 class OwnRanks:
     """The ranks that a projected adapter is written at unless a rank is asked for.
 
-    The original X has at most these ranks, so that the best approximation of X̂ of such a rank is no farther from X̂ than X is
+    The original X has at most these ranks, so that the best approximation of X̂ of such a rank is not farther from X̂ than X is
     (Eckart and Young 1936): the cut loses no more than the projection. Coefficients that were changed since have no such bound.
 
     Attributes:

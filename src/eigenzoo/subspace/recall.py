@@ -133,7 +133,7 @@ class StoredModel(RecalledModel):
 
 @dataclass(frozen=True)
 class Recalled:
-    """What a bundle knows of its models: all of them by their order, and the names of those that are whole."""
+    """The models that a bundle recalls, in order, and the names of those that are whole."""
 
     models: Sequence[Model]
     whole: frozenset[str]
@@ -272,7 +272,7 @@ class _Losses:
 
     @property
     def total(self) -> float:
-        """What was lost before, and by how much both losses together may exceed their sum (Cauchy and Schwarz)."""
+        """Return the earlier loss, plus the most by which both losses together can exceed their sum (Cauchy and Schwarz)."""
         earlier = self._earlier if self._is_known else self._before
         return self._before + 2 * math.sqrt(earlier * self._later)
 

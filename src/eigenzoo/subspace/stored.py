@@ -362,7 +362,7 @@ class StoredSubspace:
         )
 
     def _own_ranks(self, coefficients: Coefficients) -> OwnRanks | None:
-        """The ranks that a projected adapter is written at; None for full weights, and for what is no projection."""
+        """Return the ranks at which a projected adapter is written, or None for full weights and for other coefficients."""
         if self.view != "update" or not coefficients.residuals:
             return None
         return OwnRanks(self._largest_ranks, coefficients.outside, coefficients.residuals)

@@ -30,7 +30,7 @@ MODEL_BYTES = 256 * 2**20
 """Bytes of models that a projection keeps in memory at once."""
 
 CORES = "cores"
-"""What is called beside the axes in ranks and rules: the rank of each model's core."""
+"""The name of the cores in ranks and rules, beside the axes: the rank of each model's core."""
 
 FLAT, TUCKER, STACKED = "flat", "tucker", "stacked"
 MAX_TENSORS = {FLAT: 2, TUCKER: 4, STACKED: 6}

@@ -139,7 +139,7 @@ def _coefficient_faults(space: StoredSubspace, record: ModelRecord) -> list[str]
     except EigenzooError as error:
         return [str(error)]
     faults = []
-    # Of cores that are kept as factors the product may overflow though these are finite.
+    # The product of finite factors of a core can overflow.
     values = split_coefficients(stored.values, space.layers)
     if not all(bool(torch.isfinite(coefficients).all()) for coefficients in values.values()):
         faults.append(f"model {record.name}: coefficients are NaN or Inf")

@@ -334,7 +334,7 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
 def _collect_leading(zoo: Zoo, found: Allocation, workers: Workers, progress: Progress) -> dict[str, LeadingCores]:
     """Collect cores at the ranks that meet the error bound by the sum of all axes' losses, up to `SIDES_BYTES` in all.
 
-    The fit needs these cores anyway, so that no weight is read more often. Of further layers the sum decides.
+    The fit needs these cores anyway, so that no weight is read more often. For the other layers the sum decides.
     """
     ranks = spend(found.spectra, found.options, found.num_models, found.fixed)
     tasks, held = [], 0

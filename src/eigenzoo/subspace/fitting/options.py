@@ -216,7 +216,7 @@ def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided:
 
 
 def _check_core_rank(core_rank: Any, axes: tuple[str, ...], decided: bool) -> RankRule:
-    """Return the rule of the cores; raises RankError for what is no rank, and UsageError where there are no cores to cut."""
+    """Return the rule of the cores; raises RankError for an invalid rank, and UsageError if there are no cores to cut."""
     rule = check_rule(core_rank)
     if isinstance(rule, float) or rule == 0:
         raise RankError(f"core rank {core_rank!r}", rule="a core rank is a number of 1 or more, or 'auto'")
