@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zoo_checks import weight_file
+from zoo_checks import DIGITS, weight_file
 
 import eigenzoo as ez
 from eigenzoo.errors import UsageError
-from eigenzoo.nursery import KINDS, accuracy, metric
+from eigenzoo.nursery import accuracy, metric
 from tolerance import ONE_IMAGE
 
 Hasty = Callable[..., Any]
@@ -21,7 +21,7 @@ Hasty = Callable[..., Any]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIGITS)
 def test_a_rebuilt_model_is_measured_wherever_it_lies(hasty: Hasty, kind: str, tmp_path: Path) -> None:
     zoo = hasty(kind)
     # Of four models three directions are all there are: what is rebuilt is the model.

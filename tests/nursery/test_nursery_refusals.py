@@ -148,7 +148,7 @@ def test_a_model_with_a_weight_missing_is_not_filled_at_random(hasty: Hasty, tmp
     weights = load_file(file)
     del weights[sorted(weights)[3]]
     save_file(dict(weights), file, metadata={"format": "pt"})
-    with pytest.raises(MismatchError, match=r"this digits-vit is incomplete|missing or too many|not the weights of"):
+    with pytest.raises(MismatchError, match=r"this model is incomplete|missing or too many|not the weights of"):
         accuracy(copy, task=TASK, base=zoo.folder / "_base" if kind == "digits-lora" else None)
 
 

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
-from zoo_checks import ONE_KIND, weight_file
+from zoo_checks import DIGITS, ONE_KIND, weight_file
 
 from eigenzoo.formats.paths import OUTPUT_RECORD
-from eigenzoo.nursery import KINDS, accuracy, digits
+from eigenzoo.nursery import accuracy, digits
 from eigenzoo.nursery.lora import TARGETS, LoraKind
 from eigenzoo.nursery.making import choose_children, make_zoo
 from eigenzoo.nursery.recipe import plan_zoo
@@ -36,7 +36,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIGITS)
 def test_layout_metadata_and_recipe(hasty: Hasty, kind: str) -> None:
     zoo = hasty(kind)
     recipe = json.loads((zoo.folder / "zoo.json").read_text())
@@ -59,7 +59,7 @@ def test_layout_metadata_and_recipe(hasty: Hasty, kind: str) -> None:
         assert facts["task"].replace("5-against-5:", "").replace(",", "") == name.removeprefix("task-")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIGITS)
 def test_models_learn_and_are_measured_from_disk_as_they_were_in_training(hasty: Hasty, kind: str) -> None:
     zoo = hasty(kind)
     assert zoo.recipe.mean_test_accuracy > 0.85
@@ -153,7 +153,7 @@ def test_initialisations_are_shared_or_own(hasty: Hasty, kind: str, own_init: bo
 
 
 def test_defaults_of_own_init() -> None:
-    assert {kind: plan_zoo(kind, None, 0, False, False, None).own_init for kind in KINDS} == {
+    assert {kind: plan_zoo(kind, None, 0, False, False, None).own_init for kind in DIGITS} == {
         "digits-vit": False,
         "digits-lora": True,
         "digits-cnn": False,

@@ -8,7 +8,10 @@ import pytest
 
 from eigenzoo.nursery import KINDS
 
-ONE_KIND = [pytest.param(kind, marks=[] if kind == "digits-cnn" else pytest.mark.slow) for kind in KINDS]
+DIGITS = tuple(kind for kind in KINDS if kind.startswith("digits"))
+"""The kinds that need no encoder; `test_nursery_docstrings.py` is about the other."""
+
+ONE_KIND = [pytest.param(kind, marks=[] if kind == "digits-cnn" else pytest.mark.slow) for kind in DIGITS]
 """All kinds of zoos, of which training them once more is slow but for the smallest."""
 
 

@@ -62,7 +62,7 @@ EXAMPLES: dict[str, Examples] = {
     "report": Examples(("report adapters/ -o report.html", "report bundle -o figures --format png"), "report.md"),
     "demo": Examples(("demo", "demo -o demo-lora --kind digits-lora"), "findings.md"),
     "nursery make": Examples(
-        ("nursery make digits-vit -o zoo", "nursery make digits-lora -o adapters --num-models 30"), "findings.md"
+        ("nursery make digits-vit -o zoo", "nursery make docstrings-lora -o adapters --num-models 30"), "findings.md"
     ),
 }
 

@@ -12,7 +12,7 @@ from eigenzoo.cli.console import print_json, progress_bar, say
 from eigenzoo.cli.examples import epilog
 from eigenzoo.display import in_percent
 
-app = typer.Typer(no_args_is_help=True, help="Train small real zoos on scikit-learn's handwritten digits.")
+app = typer.Typer(no_args_is_help=True, help="Train small real zoos on handwritten digits or on Python's docstrings.")
 
 
 @app.callback()
@@ -24,7 +24,11 @@ def _nursery() -> None:
 def command(
     kind: Annotated[
         str,
-        typer.Argument(help="Kind of zoo: digits-vit, digits-lora or digits-cnn.", metavar="KIND", show_default=False),
+        typer.Argument(
+            help="Kind of zoo: digits-vit, digits-lora, digits-cnn or docstrings-lora.",
+            metavar="KIND",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, options.output("Folder to write the zoo to.")],
     num_models: options.NumModels = None,
@@ -51,12 +55,20 @@ def command(
     same_task: Annotated[
         bool, typer.Option("--same-task", help="Train all models on one task, each with its own order of batches.")
     ] = False,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a BERT encoder with its tokenizer (docstrings-lora). Default: all-MiniLM-L6-v2 of the extra text.",
+            show_default=False,
+        ),
+    ] = None,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a small zoo in about a minute. Every model is a real checkpoint or adapter, with its task in the metadata."""
+    """Train a small zoo. Takes about a minute, docstrings-lora some minutes. Models are real checkpoints or adapters."""
     from eigenzoo import nursery
+    from eigenzoo.nursery.recipe import HELD_OUT
 
     with progress_bar(quiet=quiet or json) as progress:
         recipe = nursery.make(
@@ -69,6 +81,7 @@ def command(
             own_init=own_init,
             permuted=permuted,
             same_task=same_task,
+            encoder=encoder,
             force=force,
             progress=progress,
         )
@@ -79,4 +92,8 @@ def command(
             f"{recipe.plan.num_models} models of kind {recipe.plan.kind} in {output}: test accuracy "
             f"{in_percent(recipe.mean_test_accuracy)}, training accuracy {in_percent(recipe.mean_train_accuracy)}"
         )
+        if recipe.plan.num_held_out:
+            say(
+                f"{recipe.plan.num_held_out} more models in {output / HELD_OUT} have other tasks and texts: hold them out of a fit"
+            )
         say(f"next: eigenzoo inspect {output}")

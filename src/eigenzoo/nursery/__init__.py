@@ -1,11 +1,15 @@
-"""Train small real zoos in under a minute on one core, from data that scikit-learn includes.
+"""Train small real zoos from data that Python and scikit-learn include.
 
-Every model learns to split the ten handwritten digits into five against five, in one of 126 ways. Each model has its own way, or
-all have the same one. Kinds:
+Every model learns to split ten classes into five against five, in one of 126 ways. Each model has its own way, or all have the same
+one. Kinds:
 
-* `digits-vit`: fine-tunes of one tiny vision transformer, as transformers checkpoints;
+* `digits-vit`: fine-tunes of one tiny vision transformer on handwritten digits, as transformers checkpoints;
 * `digits-lora`: LoRA adapters of such a transformer, as PEFT adapters;
-* `digits-cnn`: small convolutional networks from scratch, as bare safetensors files.
+* `digits-cnn`: small convolutional networks from scratch, as bare safetensors files;
+* `docstrings-lora`: LoRA adapters of a pretrained encoder of texts, on passages of the standard library's docstrings. Its models
+  that are held out, in `_heldout`, learn other tasks on other passages. Needs the extra `text`, which has the encoder.
+
+The digits' zoos take less than a minute on one core, that of docstrings some minutes.
 
 Needs the extra `nursery`; importing this package does not.
 """
@@ -36,6 +40,7 @@ def make(
     own_init: bool | None = None,
     permuted: bool = False,
     same_task: bool = False,
+    encoder: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Recipe:
@@ -43,7 +48,7 @@ def make(
 
     Args:
         num_models: number of tasks, drawn by the seed from the 126, or of runs of one task, also up to 126. Default: 72 (36 with
-            random labels), and 100 for networks from scratch.
+            random labels), 100 for networks from scratch, and 60 for adapters of an encoder of texts, besides 12 that are held out.
         random_labels: each model memorises 128 training images whose labels its own seed has shuffled.
         train_head: `digits-vit` only: also train the two-class head. Otherwise all models keep one random head.
         own_init: an initialisation per model. By default adapters draw their own A, and networks from scratch share
@@ -51,8 +56,9 @@ def make(
         permuted: `digits-cnn` only: permute each network's hidden channels after training, in its own order. Its outputs do not
             change, but its weights no longer correspond to those of other networks.
         same_task: all models learn the first task of the seed, each with its own order of batches. Excludes random labels.
+        encoder: `docstrings-lora` only: folder of a BERT encoder with its tokenizer. Default: all-MiniLM-L6-v2 of the extra `text`.
         force: replace an unchanged zoo of the nursery at `out`.
-        progress: called as progress(stage, done, total) with stages `pretraining` and `models`.
+        progress: called as progress(stage, done, total) with stages `pretraining`, `passages` and `models`.
 
     The zoo contains one folder (or `.safetensors` file) per model. Its name is that of its task (`task-01234`: the class that
     contains 0), or `task-01234-run-007` if all have the same task. `_base` is the parent with the models' two-class head, and
@@ -66,7 +72,17 @@ def make(
             range, a library that is missing.
         OutputError: `out` exists and is not to be, or may not be, replaced.
     """
-    plan = plan_zoo(kind, num_models, seed, random_labels, train_head, own_init, permuted=permuted, same_task=same_task)
+    plan = plan_zoo(
+        kind,
+        num_models,
+        seed,
+        random_labels,
+        train_head,
+        own_init,
+        permuted=permuted,
+        same_task=same_task,
+        encoder=None if encoder is None else os.fspath(encoder),
+    )
     require("sklearn", "transformers", "peft", where="eigenzoo.nursery", extra="nursery")
     from eigenzoo.nursery.making import make_zoo
 
@@ -87,7 +103,9 @@ def accuracy(
     inside its zoo, or rebuilt beside it, needs no `base`. An adapter elsewhere needs it: see `metric`. A parent is measured on the
     given `task`, with the head of its children.
 
-    Takes about 20 ms, an adapter 50. Nothing is downloaded.
+    A task of docstrings, such as `docstrings:0,1,2,3,4` (`…;held-out`), is measured on the 500 passages that the zoo holds for it.
+
+    Takes about 20 ms, an adapter 50; an adapter of an encoder of texts two seconds. Nothing is downloaded.
 
     Raises:
         UsageError: a task or parent is neither recorded nor given.

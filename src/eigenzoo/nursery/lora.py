@@ -8,6 +8,7 @@ name relative to the working folder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from eigenzoo.nursery.recipe import PARENT as BASE
 from eigenzoo.nursery.recipe import Plan
 from eigenzoo.nursery.training import Weights
 from eigenzoo.nursery.vit import run
@@ -24,20 +26,19 @@ from eigenzoo.passes.process import quietly
 RANK = 4
 ALPHA = 8
 TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
-PARENT = "../_base"
 
 
 class LoraKind:
     """Starts, runs and saves the adapters of a `digits-lora` zoo."""
 
-    def __init__(self, plan: Plan, parent: Any) -> None:
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+    def __init__(
+        self, plan: Plan, parent: Any, *, rank: int = RANK, alpha: int = ALPHA, targets: Sequence[str] = TARGETS
+    ) -> None:
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         with quietly():
             self.model: Any = get_peft_model(parent, config).eval()
-        # Set afterwards, since get_peft_model writes the name of a loaded parent there, and this parent has none.
-        config.base_model_name_or_path = PARENT
         # PEFT converts it to a set, whose order on disk would differ from run to run.
-        config.target_modules = list(TARGETS)
+        config.target_modules = list(targets)
         self._plan = plan
         self._trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
 
@@ -58,7 +59,8 @@ class LoraKind:
         return {name: weights[name].detach().clone() for name in self._trained}
 
     def save(self, weights: Weights, folder: Path, name: str) -> Path:
-        """Write one adapter with PEFT and return its weight file."""
+        """Write one adapter with PEFT, to its path in the zoo's folder, and return its weight file."""
+        self.model.peft_config["default"].base_model_name_or_path = "../" * len(Path(name).parts) + BASE
         with torch.no_grad():
             for key, weight in self.model.named_parameters():
                 if key in weights:

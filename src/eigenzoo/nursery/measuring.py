@@ -12,18 +12,20 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import ViTForImageClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
 
 from eigenzoo.errors import FormatError, MismatchError, UsageError
-from eigenzoo.nursery import digits
+from eigenzoo.nursery import digits, docstrings
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.digits import Task
+from eigenzoo.nursery.recipe import PASSAGES
 from eigenzoo.nursery.training import share
 from eigenzoo.passes.draws import preserve_generators
 from eigenzoo.passes.process import quietly
 
 _ADAPTER = "adapter_model.safetensors"
 _CHECKPOINT = "model.safetensors"
+_AT_ONCE = 250
 
 
 def measure(path: Path, task: str | None, base: Path | None) -> float:
@@ -33,6 +35,8 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
     asked = task if task is not None else recorded
     if asked is None:
         raise UsageError("the file's metadata has no task", where=str(weights), next_step="pass task='5-against-5:...'")
+    if docstrings.is_task(asked):
+        return _measure_texts(weights, docstrings.Task.parse(asked), base)
     data, wanted = digits.load(), Task.parse(asked)
     images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
     # Models are built with random weights before they are loaded. The caller's random state must not change.
@@ -41,6 +45,25 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
         answer = model(images)
     logits = answer if isinstance(answer, torch.Tensor) else answer.logits
     return share(logits.argmax(-1), labels)
+
+
+def _measure_texts(weights: Path, task: docstrings.Task, base: Path | None) -> float:
+    """Return the accuracy of an adapter of an encoder of texts, or of the encoder itself, on the zoo's own passages."""
+    from eigenzoo.nursery.encoder import label, tokens_of
+
+    is_adapter = weights.name == _ADAPTER
+    parent = base if base is not None else (_recorded_base(weights.parent) if is_adapter else weights.parent)
+    passages, part = docstrings.read_passages(parent / PASSAGES), task.part("test")
+    with preserve_generators(), torch.no_grad():
+        reader: Any = BertForSequenceClassification
+        folder = weights.parent
+        model = _load_adapter(folder, parent, reader) if is_adapter else _load_checkpoint(folder, reader)
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(parent, local_files_only=True, trust_remote_code=False)
+            tokens = tokens_of(tokenizer, passages.texts[part])
+            parts = tokens.split(_AT_ONCE)  # type: ignore[no-untyped-call]
+            answers = [model(input_ids=each).logits for each in parts]
+    return share(torch.cat(answers).argmax(-1), label(task, torch.tensor(passages.groups[part])))
 
 
 def _weight_file(path: Path) -> Path:
@@ -78,23 +101,22 @@ def _load(weights: Path, base: Path | None) -> Any:
     return net.eval()
 
 
-def _load_checkpoint(folder: Path) -> Any:
+def _load_checkpoint(folder: Path, reader: Any = ViTForImageClassification) -> Any:
     """Load with transformers, and raise if it would fill weights with random values."""
-    reader: Any = ViTForImageClassification
     with quietly():
         model, found = reader.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     wrong = {problem: sorted(map(str, names)) for problem, names in found.items() if names}
     if wrong:
-        raise MismatchError(f"this digits-vit is incomplete: {wrong}", where=str(folder))
+        raise MismatchError(f"this model is incomplete: {wrong}", where=str(folder))
     return model.eval()
 
 
-def _load_adapter(folder: Path, base: Path) -> Any:
+def _load_adapter(folder: Path, base: Path, reader: Any = ViTForImageClassification) -> Any:
     """Load with PEFT, and raise if some of the adapter's layers keep their initial values."""
     with quietly():
-        parent = _load_checkpoint(base)
+        parent = _load_checkpoint(base, reader)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(parent, str(folder))

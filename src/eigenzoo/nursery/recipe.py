@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from platform import python_version
 from typing import Any
 
 from eigenzoo.errors import UsageError
@@ -15,6 +16,14 @@ MOST_ZOOS = 2**31
 """Largest seed of a zoo. Each zoo has its own `NUM_TASKS` seeds for its models, which torch must accept."""
 
 PARENT = "_base"
+HELD_OUT = "_heldout"
+"""Folder of a zoo's held-out models, which `open_zoo` passes over: name it to use them."""
+
+PASSAGES = "passages.json"
+"""File in the parent's folder with the passages that a zoo's tasks are about."""
+
+DOCSTRINGS = "docstrings-lora"
+NUM_HELD_OUT = 12
 RECIPE = "zoo.json"
 ZOO = "zoo"
 """Kind of output in the folder's record; see `formats.output.own`."""
@@ -37,7 +46,7 @@ PRETRAINING = Schedule(steps=800, batch_size=64, learning_rate=3e-3)
 
 @dataclass(frozen=True)
 class Defaults:
-    """Default options of a kind, and which options it has."""
+    """Default options of a kind, which options it has, and how many models it trains at once."""
 
     num_models: int
     num_shuffled_models: int
@@ -46,6 +55,8 @@ class Defaults:
     options: frozenset[str]
     own_init: bool = False
     pretraining: Schedule | None = None
+    num_held_out: int = 0
+    at_once: int = 32
 
 
 # One core trains this many in about 40 s. Some tasks remain for models outside the zoo. Memorising shuffled labels takes 320 steps,
@@ -56,7 +67,7 @@ DEFAULTS: Mapping[str, Defaults] = {
         num_shuffled_models=36,
         schedule=Schedule(128, 32, 1.5e-3),
         shuffled_schedule=Schedule(320, 32, 1.5e-3),
-        options=frozenset({"train_head"}),
+        options=frozenset({"train_head", "random_labels", "same_task"}),
         pretraining=PRETRAINING,
     ),
     "digits-lora": Defaults(
@@ -64,7 +75,7 @@ DEFAULTS: Mapping[str, Defaults] = {
         num_shuffled_models=36,
         schedule=Schedule(128, 32, 1e-2),
         shuffled_schedule=Schedule(320, 32, 1e-2),
-        options=frozenset({"own_init"}),
+        options=frozenset({"own_init", "random_labels", "same_task"}),
         own_init=True,
         pretraining=PRETRAINING,
     ),
@@ -73,7 +84,18 @@ DEFAULTS: Mapping[str, Defaults] = {
         num_shuffled_models=100,
         schedule=Schedule(400, 32, 1e-2),
         shuffled_schedule=Schedule(600, 32, 1e-2),
-        options=frozenset({"own_init", "permuted"}),
+        options=frozenset({"own_init", "permuted", "random_labels", "same_task"}),
+    ),
+    # Two layers of a real encoder take a hundred times the work of a digits' ViT.
+    DOCSTRINGS: Defaults(
+        num_models=60,
+        num_shuffled_models=0,
+        schedule=Schedule(100, 16, 1e-2),
+        shuffled_schedule=Schedule(100, 16, 1e-2),
+        options=frozenset({"own_init", "encoder"}),
+        own_init=True,
+        num_held_out=NUM_HELD_OUT,
+        at_once=12,
     ),
 }
 
@@ -92,6 +114,8 @@ class Plan:
     same_task: bool
     schedule: Schedule
     pretraining: Schedule | None
+    num_held_out: int = 0
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,24 +167,29 @@ def plan_zoo(
     *,
     permuted: bool = False,
     same_task: bool = False,
+    encoder: str | None = None,
 ) -> Plan:
     """Resolve the defaults. Raises UsageError for options that the kind does not support."""
     if kind not in DEFAULTS:
         raise UsageError(f"there is no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")
     defaults = DEFAULTS[kind]
+    asked = {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted}
+    only_digits = {"random_labels": random_labels, "same_task": same_task}
+    _refuse_options(kind, {**asked, **only_digits, "encoder": encoder is not None})
     if num_models is None:
         num_models = defaults.num_shuffled_models if random_labels else defaults.num_models
-    if not 1 <= num_models <= NUM_TASKS:
+    most = NUM_TASKS - defaults.num_held_out
+    if not 1 <= num_models <= most:
         raise UsageError(
             f"{num_models} models are not possible",
             where=kind,
             rule=f"a zoo has {NUM_TASKS} seeds for its models"
             if same_task
-            else f"ten digits can be split into five against five in {NUM_TASKS} ways, one model each",
-            next_step=f"ask for 1 to {NUM_TASKS} models, or make a second zoo with another seed",
+            else f"ten classes can be split into five against five in {NUM_TASKS} ways, one model each"
+            + (f", and {defaults.num_held_out} are held out" if defaults.num_held_out else ""),
+            next_step=f"ask for 1 to {most} models, or make a second zoo with another seed",
         )
     seed = check_seed(seed, MOST_ZOOS, where=kind)
-    _refuse_options(kind, {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted})
     if same_task and random_labels:
         raise UsageError(
             "same_task and random_labels exclude each other",
@@ -179,6 +208,8 @@ def plan_zoo(
         same_task,
         defaults.shuffled_schedule if random_labels else defaults.schedule,
         defaults.pretraining,
+        defaults.num_held_out,
+        encoder,
     )
 
 
@@ -186,9 +217,12 @@ def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
     """Raise UsageError for an option that the kind does not have, with the reason."""
     reasons = {
         "train_head": "its adapters hold LoRA weights alone"
-        if kind == "digits-lora"
+        if kind in ("digits-lora", DOCSTRINGS)
         else "it trains all weights anyway",
         "own_init": "its models are fine-tunes of one parent",
+        "encoder": "its models are of images",
+        "random_labels": "its models learn the true groups",
+        "same_task": "its models learn one task each",
         "permuted": "its models keep the order of their one parent; only digits-cnn is permuted",
     }
     for option, wanted in asked.items():
@@ -197,5 +231,5 @@ def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries on which the numbers depend."""
-    return {package: version(package) for package in _PACKAGES}
+    """Return the versions of the libraries on which the numbers depend, and of Python, whose docstrings are read."""
+    return {package: version(package) for package in _PACKAGES} | {"python": python_version()}

@@ -18,7 +18,7 @@ from eigenzoo.nursery.recipe import Schedule
 
 Weights = dict[str, Tensor]
 Forward = Callable[[Weights, Tensor], Tensor]
-"""One model's weights and images (n, 1, 8, 8) -> logits (n, classes)."""
+"""One model's weights and images (n, 1, 8, 8), or features of passages (n, T, H) -> logits (n, classes)."""
 
 
 def train(
@@ -65,10 +65,12 @@ def rate(schedule: Schedule, step: int) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def predict(forward: Forward, weights: Weights, images: Tensor) -> Tensor:
-    """Return the predicted classes (N, n) of N stacked models for the same images."""
+def predict(forward: Forward, weights: Weights, images: Tensor, at_once: int | None = None) -> Tensor:
+    """Return the predicted classes (N, n) of N stacked models for the same images, `at_once` of them in one call."""
+    answer = vmap(forward, in_dims=(0, None))
     with torch.no_grad():
-        return vmap(forward, in_dims=(0, None))(weights, images).argmax(-1)
+        parts = images.split(at_once or len(images))  # type: ignore[no-untyped-call]
+        return torch.cat([answer(weights, part).argmax(-1) for part in parts], 1)
 
 
 def share(predicted: Tensor, labels: Tensor) -> float:
