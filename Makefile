@@ -27,10 +27,14 @@ test-more: .venv/test
 	@$(MAKE) --no-print-directory test-kernels
 
 test-kernels: .venv/test
-	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 5 minutes on two cores."
-	@$(BIN)/python tests/kernels.py -n auto --dist loadfile
+	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 4 minutes on two cores."
+	@$(BIN)/python tests/kernels.py
 
-test-all: test test-more
+# Both in one run: what its tests share is imported, collected and built once.
+test-all: .venv/test
+	@echo "Running every test, then all numerical tests by three kernels. This takes about 25 minutes on two cores."
+	@$(PYTEST) -m "not (further and numerical)"
+	@$(MAKE) --no-print-directory test-kernels
 
 check: .venv/check
 	@echo "Checking style, types and imports. This takes about a minute."

@@ -1,4 +1,4 @@
-"""Run the numerical tests by other kernels than this processor's own: `python tests/kernels.py`, each in a process of its own.
+"""Run the numerical tests by other kernels than this processor's own: `python tests/kernels.py`, all kernels at once.
 
 Products and decompositions round otherwise on other processors: OpenBLAS (numpy, scipy), MKL (torch's) and torch itself choose
 their code when they are loaded. A bound that holds by one kernel alone is no bound.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
+from zlib import crc32
 
 import torch
 
@@ -23,6 +27,9 @@ NUMERICAL = (
     "roundtrip/test_gauge.py",
 )
 """Folders and files whose statements are about products, decompositions and what is made of them."""
+
+NUM_SHARES = 6
+"""Of further rows, for one, two or three kernels."""
 
 LEVELS = ("DEFAULT", "AVX2", "AVX512")
 """What a processor may execute, by torch's names, each with all before it."""
@@ -49,6 +56,9 @@ class Kernel:
         """The variables that choose it."""
         return {"OPENBLAS_CORETYPE": self.openblas, "ATEN_CPU_CAPABILITY": self.torch, "MKL_CBWR": self.mkl}
 
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.environment.items())
+
 
 KERNELS = (
     Kernel("SkylakeX", "avx512", "AVX512", "AVX512"),
@@ -68,19 +78,55 @@ def why_not(kernel: Kernel) -> str:
     return ""
 
 
+def share_of(nodeid: str) -> int:
+    """Which share of all further rows a row is in; it shows the same as other rows of its test, and one kernel runs it."""
+    return crc32(nodeid[::-1].encode()) % NUM_SHARES
+
+
+def shares_of(place: int, num_kernels: int) -> range:
+    """Shares that one kernel of several runs."""
+    return range(place, NUM_SHARES, num_kernels)
+
+
+def chosen(place: int, num_kernels: int) -> str:
+    """Select the tests of one kernel of several: every test, but of its further rows an equal part.
+
+    >>> chosen(0, 2)
+    'numerical and not slow and (not further or further(share=0) or further(share=2) or further(share=4))'
+    """
+    rows = " or ".join(f"further(share={share})" for share in shares_of(place, num_kernels))
+    return f"numerical and not slow and (not further or {rows})"
+
+
 def main() -> int:
     """Run pytest once per kernel, with this program's arguments; returns how many runs failed."""
-    failed, paths = 0, [f"tests/{name}" for name in ("test_kernels.py", *NUMERICAL)]
+    usable = []
     for kernel in KERNELS:
-        named = " ".join(f"{name}={value}" for name, value in kernel.environment.items())
         if reason := why_not(kernel):
-            print(f"skipped: {named}: {reason}", flush=True)
-            continue
-        print(f"numerical tests with {named}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical and not slow", *sys.argv[1:], *paths]
-        failed += (
-            subprocess.run(command, cwd=ROOT, env={**os.environ, **kernel.environment}, check=False).returncode != 0
-        )
+            print(f"skipped: {kernel}: {reason}", flush=True)
+        else:
+            usable.append(kernel)
+    paths = [f"tests/{name}" for name in ("test_kernels.py", *NUMERICAL)]
+    # A process of its own per kernel imports and collects once; more only where there are processors for them.
+    workers = (os.cpu_count() or 1) // max(len(usable), 1)
+    spread = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    failed, running = 0, []
+    with ExitStack() as outputs:
+        for place, kernel in enumerate(usable):
+            print(f"numerical tests with {kernel}", flush=True)
+            rows = chosen(place, len(usable))
+            command = [sys.executable, "-m", "pytest", "-q", "-m", rows, *spread, *sys.argv[1:], *paths]
+            # Their output waits in files: nobody could read the lines of several runs among each other.
+            output = outputs.enter_context(TemporaryFile())
+            environment = {**os.environ, **kernel.environment}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            running.append((kernel, process, output))
+        for kernel, process, output in running:
+            failed += process.wait() != 0
+            print(f"with {kernel}:", flush=True)
+            output.seek(0)
+            shutil.copyfileobj(output, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
     return failed
 
 

@@ -10,6 +10,8 @@ from zlib import crc32
 
 import pytest
 
+from kernels import share_of
+
 TESTS = Path(__file__).parent
 WHOLE = tuple(TESTS / name for name in ("advice", "attacks", "cli", "verify"))
 """Here each row is a claim of its own, or a sample is taken already."""
@@ -33,7 +35,7 @@ def mark_further(items: Iterable[pytest.Item]) -> None:
         for row in rows[1:]:
             # By their names and not by their places: each third place of a table of three axes would be one axis.
             if crc32(row.nodeid.encode()) % every:
-                row.add_marker(pytest.mark.further)
+                row.add_marker(pytest.mark.further(share=share_of(row.nodeid)))
 
 
 def slow_but(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:

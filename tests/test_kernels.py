@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from threadpoolctl import threadpool_info
 
-from kernels import KERNELS, why_not
+from kernels import KERNELS, share_of, shares_of, why_not
 
 ASKED = os.environ.get("OPENBLAS_CORETYPE")
 
@@ -42,3 +42,11 @@ def test_a_kernel_that_the_processor_cannot_execute_is_left_out_with_its_reason(
     reasons = {kernel.openblas: why_not(kernel) for kernel in KERNELS}
     assert {name for name, reason in reasons.items() if reason} == left_out
     assert all(machine in reason or here in reason for reason in reasons.values() if reason)
+
+
+@pytest.mark.parametrize("num_kernels", [1, 2, 3])
+def test_every_further_row_is_run_by_one_kernel(num_kernels: int) -> None:
+    shares = [share_of(f"tests/test_x.py::test_y[{row}]") for row in range(600)]
+    runs = [sum(shares.count(share) for share in shares_of(place, num_kernels)) for place in range(num_kernels)]
+    assert sum(runs) == len(shares)
+    assert min(runs) > 0.8 * len(shares) / num_kernels

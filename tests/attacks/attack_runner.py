@@ -47,6 +47,13 @@ PLAIN = [
     "eigenzoo.subspace.imports.importing",
     "eigenzoo.zoo.adapter_verifying",
     "huggingface_hub",
+    # Imported where they are needed: by reports, evidence, cards, and every command.
+    *[
+        "matplotlib.backends.backend_svg",
+        "scipy.cluster.hierarchy",
+        "huggingface_hub.repocard_data",
+        "pydantic.type_adapter",
+    ],
 ]
 ADAPT = [
     *PLAIN,

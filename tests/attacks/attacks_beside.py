@@ -29,7 +29,8 @@ def named(ending: str, what: str) -> Callable[[Sandbox], Sequence[Words]]:
             ("inspect", zoo),
             ("inspect", zoo, "--json"),
             ("fit", zoo, "-o", "out", "--rank", 1),
-            ("report", zoo, "-o", "out.html"),
+            # "beside, the outputs" reads the page of such a zoo.
+            ("report", zoo, "-o", "out.md"),
             ("evidence", zoo, "--json"),
             ("project", sandbox.copy("bundle"), zoo / "m0"),
         ]

@@ -39,8 +39,14 @@ class Opened:
     def draw_all(self) -> None:
         """Scroll to every figure, so that it is drawn."""
         for name in self.page.eval_on_selector_all(".plot", "boxes => boxes.map((box) => box.id)"):
-            self.page.locator(f"#{name}").scroll_into_view_if_needed()
-            self.page.wait_for_selector(f"#{name}[data-drawn]")
+            self.draw(name)
+
+    def draw(self, name: str) -> Any:
+        """Scroll to one figure, so that it is drawn."""
+        plot = self.page.locator(f"#{name}")
+        plot.scroll_into_view_if_needed()
+        self.page.wait_for_selector(f"#{name}[data-drawn]")
+        return plot
 
     def move(self, slider: str, value: float) -> None:
         """Drag a slider."""
@@ -84,8 +90,13 @@ def show(browser, page, tmp_path):
     return opened
 
 
-@pytest.mark.parametrize("kind", ["subspace", "nothing", "lineage", "hostile", "small"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("kind", "theme"),
+    [
+        *((kind, "light") for kind in ("subspace", "nothing", "lineage", "small")),
+        *((kind, "dark") for kind in ("subspace", "hostile")),
+    ],
+)
 def test_a_page_draws_everything_without_a_word_and_asks_nobody(show, kind, theme):
     with show(kind, color_scheme=theme) as opened:
         opened.draw_all()
@@ -100,8 +111,7 @@ def test_figures_wait_until_they_are_seen(show):
     with show("subspace") as opened:
         opened.page.wait_for_timeout(300)
         assert opened.page.locator("#plot-residuals[data-drawn]").count() == 0
-        opened.page.locator("#plot-residuals").scroll_into_view_if_needed()
-        opened.page.wait_for_selector("#plot-residuals[data-drawn]")
+        opened.draw("plot-residuals")
 
 
 def weigh(document: dict[str, Any], ranks: dict[str, int]) -> int:
@@ -171,9 +181,7 @@ def test_thresholds_of_suitability_follow_the_rule(show, page):
 def test_hovering_shows_values(show, page):
     document, _ = page("subspace")
     with show("subspace") as opened:
-        opened.draw_all()
-        plot = opened.page.locator("#plot-heldout")
-        plot.scroll_into_view_if_needed()
+        plot = opened.draw("plot-heldout")
         box = plot.locator(".nsewdrag").first.bounding_box()
         opened.page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] * 0.5)
         opened.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.5)
@@ -187,9 +195,7 @@ def test_hovering_shows_values(show, page):
 
 def test_hovering_a_map_names_layers_as_text(show):
     with show("hostile") as opened:
-        opened.draw_all()
-        plot = opened.page.locator("#plot-layerranks")
-        plot.scroll_into_view_if_needed()
+        plot = opened.draw("plot-layerranks")
         box = plot.locator(".nsewdrag").first.bounding_box()
         for step in (0.02, 0.021):
             opened.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * step)
@@ -222,7 +228,7 @@ def test_choosing_a_quantity_redraws_the_map(show, page):
     document, _ = page("subspace")
     script = "document.getElementById('plot-rolemap').data[0].z"
     with show("subspace") as opened:
-        opened.draw_all()
+        opened.draw("plot-rolemap")
         opened.page.select_option("#choice-rolemap", "var90")
         layers = read_document(document).layers
         drawn = [value for row in opened.page.evaluate(script) for value in row]
@@ -253,7 +259,7 @@ def test_hostile_names_stay_text(show):
 def test_numbers_and_pictures_can_be_taken_away(show, page, tmp_path):
     report = read_document(page("lineage")[0])
     with show("lineage") as opened:
-        opened.draw_all()
+        opened.draw("plot-scree")
         for section in ("spectrum", "growth"):
             with opened.page.expect_download() as waiting:
                 opened.page.locator(f"#{section} .tool", has_text="Data (CSV)").first.click()
@@ -271,7 +277,7 @@ def test_numbers_and_pictures_can_be_taken_away(show, page, tmp_path):
 def test_the_theme_follows_the_system_and_the_button(show):
     paper = "document.getElementById('plot-scree').layout.paper_bgcolor"
     with show("subspace", color_scheme="dark") as opened:
-        opened.draw_all()
+        opened.draw("plot-scree")
         dark = opened.page.evaluate("getComputedStyle(document.body).backgroundColor"), opened.page.evaluate(paper)
         opened.page.locator("#theme").click()
         light = opened.page.evaluate("getComputedStyle(document.body).backgroundColor"), opened.page.evaluate(paper)
@@ -330,8 +336,7 @@ def test_a_table_that_is_scrolled_keeps_its_names(show):
         assert box.locator("tbody th").first.bounding_box()["x"] - left < 2
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["subspace", "lineage"])
+@pytest.mark.parametrize(("kind", "theme"), [("subspace", "light"), ("lineage", "dark")])
 def test_a4_has_every_figure_and_every_table_whole(show, kind, theme):
     # A4 less the margins: 182 mm at 96 pixels an inch.
     with show(kind, viewport={"width": 688, "height": 1009}, color_scheme=theme) as opened:
@@ -350,8 +355,7 @@ def test_a4_has_every_figure_and_every_table_whole(show, kind, theme):
 def test_figures_follow_a_change_of_width(show):
     width = "document.querySelector('#plot-similarity .heatmaplayer image').getBoundingClientRect().width"
     with show("lineage") as opened:
-        opened.page.locator("#plot-similarity").scroll_into_view_if_needed()
-        opened.page.wait_for_selector("#plot-similarity[data-drawn]")
+        opened.draw("plot-similarity")
         wide = opened.page.evaluate(width)
         opened.page.set_viewport_size({"width": 390, "height": 900})
         opened.page.wait_for_function(f"{width} > 200 && {width} < 390")
@@ -359,8 +363,7 @@ def test_figures_follow_a_change_of_width(show):
         opened.page.wait_for_function(f"Math.abs({width} - {wide}) < 2")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 390)])
 def test_nothing_serious_stands_in_anybodys_way(show, theme, width):
     from axe_playwright_python.sync_playwright import Axe
 
@@ -393,8 +396,6 @@ def test_screenshots_of_both_themes_differ(show, tmp_path):
 def test_five_hundred_models_of_two_hundred_layers_open(show, page):
     page("large")
     with show("large") as opened:
-        opened.page.locator("#plot-scree").scroll_into_view_if_needed()
-        opened.page.wait_for_selector("#plot-scree[data-drawn]")
         opened.draw_all()
         assert opened.said == []
         assert re.search("500 models", opened.page.locator("#verdict").inner_text())
