@@ -45,7 +45,7 @@ GROUPS: Mapping[str, str] = {
     "debugging": "unittest doctest pdb bdb",
     "files": "pathlib shutil tarfile zipfile _pyio os tempfile gzip bz2 lzma",
 }
-"""What modules are about, and their names; the number of a group is its place here."""
+"""The subject of each group of modules, and their names. A group's number is its position here."""
 
 _PREFIX, _HELD_OUT = "docstrings:", ";held-out"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -160,7 +160,7 @@ def load() -> Passages:
         rest = iter(found)
         for part, wanted in PARTS.items():
             chosen: list[str] = []
-            # What a docstring has too many of is left out: its other passages are in this part.
+            # Surplus passages of a docstring are left out, because its other passages are in this part.
             while len(chosen) < wanted and (docstring := next(rest, None)) is not None:
                 chosen += docstring[: wanted - len(chosen)]
             if len(chosen) < wanted:

@@ -50,7 +50,7 @@ class Child:
 
 
 class Data(Protocol):
-    """What models are trained on and measured on, by their task."""
+    """Training and test data of each task."""
 
     def training_set(self, task: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and labels; tasks that are trained together have the same inputs."""
