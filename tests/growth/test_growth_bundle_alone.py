@@ -23,6 +23,8 @@ from growth_zoos import (
 )
 
 import eigenzoo as ez
+from builders import random_factors, write_adapter
+from eigenzoo.subspace.fitting.alone import against_alone
 from tolerance import tolerance
 
 FLOAT32 = tolerance(64, dtype=torch.float32)
@@ -92,6 +94,22 @@ def test_the_true_loss_is_never_above_the_stated_one(tmp_path: Path, case: Case,
         for file in old.files():
             if file.startswith(("basis", "coefficients/")):
                 assert (grown.path / file).read_bytes() == (old.path / file).read_bytes(), file
+
+
+def test_models_without_files_have_no_control_of_models_cut_alone(tmp_path: Path) -> None:
+    """The control weighs models' files. Without the old ones, the new ones' bytes are not those of the zoo."""
+    modules = {"block.q": (24, 16)}
+    paths = [
+        write_adapter(tmp_path / "zoo" / f"m{place}", random_factors(modules, 4, seed=place)) for place in range(7)
+    ]
+    old = saved(ez.fit(paths[:6], 3), tmp_path / "old")
+    assert old.report["alone"]
+    with_files = old.add(paths[6:], refresh=True)
+    assert all(0 < row["bytes"] < with_files.report["bytes"]["whole_zoo"] for row in with_files.report["alone"])
+    delete(paths[:6])
+    grown = saved(old.add(paths[6:], refresh=True), tmp_path / "grown")
+    assert grown.report["alone"] == []
+    assert against_alone(grown.report) is None
 
 
 @pytest.mark.parametrize("view", ["weight", "update", "factors"])

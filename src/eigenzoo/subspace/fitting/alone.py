@@ -90,12 +90,13 @@ def is_cut(layer: Layer, rank: int) -> bool:
 
 
 def alone_rows(zoo: Zoo, losses: Mapping[str, Losses | None], energy: float) -> tuple[AloneRow, ...]:
-    """Return the control at powers of two below the largest rank; nothing where a layer was not measured.
+    """Return the control at powers of two below the largest rank; nothing where a layer was not measured, or models have no files.
 
     `energy` is Σ‖X‖² of all layers. Factors have the dtype of the files; the mean is at least float32.
     """
     known = {name: layer for name, layer in losses.items() if layer is not None}
-    if energy <= 0 or len(known) < len(zoo.layers):
+    has_files = all(model.weight_files() for model in zoo.models)
+    if energy <= 0 or len(known) < len(zoo.layers) or not has_files:
         return ()
     rows = []
     for about in (ZERO, MEAN):
