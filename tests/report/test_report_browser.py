@@ -181,6 +181,7 @@ def test_thresholds_of_suitability_follow_the_rule(show, page):
 def test_hovering_shows_values(show, page):
     document, _ = page("subspace")
     with show("subspace") as opened:
+        opened.draw_all()  # figures that are drawn later would move this one away from the mouse
         plot = opened.draw("plot-heldout")
         box = plot.locator(".nsewdrag").first.bounding_box()
         opened.page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] * 0.5)
@@ -195,6 +196,7 @@ def test_hovering_shows_values(show, page):
 
 def test_hovering_a_map_names_layers_as_text(show):
     with show("hostile") as opened:
+        opened.draw_all()  # figures that are drawn later would move this one away from the mouse
         plot = opened.draw("plot-layerranks")
         box = plot.locator(".nsewdrag").first.bounding_box()
         for step in (0.02, 0.021):
