@@ -9,6 +9,8 @@ import torch
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
+from eigenzoo.adapt import adapter_file
+from eigenzoo.adapt.rebuilding import rebuild
 from eigenzoo.routing.routing import mix
 from routing_data import Tasks
 from tolerance import tolerance
@@ -51,6 +53,20 @@ def test_a_mixture_of_one_model_is_that_model(space: ez.Subspace) -> None:
     assert mixed.name == "m1"
     assert all(torch.equal(mixed.values[layer], alone.values[layer]) for layer in space.layers)
     assert mixed.residual == pytest.approx(alone.residual)
+
+
+def test_the_file_of_a_mixture_of_low_rank_cores_has_the_nearest_of_their_rank(tmp_path: Path) -> None:
+    for number in range(5):
+        write_adapter(tmp_path / "zoo" / f"m{number}", random_factors(MODULES, 2, number), alpha=4)
+    space = ez.fit(tmp_path / "zoo", axes=("outputs", "inputs"), rank=7, core_rank=2)
+    mixed = mix(space, {"m0": 0.6, "m1": 0.4})
+    file = adapter_file.save_mixture(mixed.values, space, tmp_path / "mix.safetensors")
+    whole, found = space.rebuild(mixed), rebuild(space, file)
+    for layer in space.layers:
+        left, values, right = torch.linalg.svd(whole.layer(layer))
+        nearest = left[:, :2] * values[:2] @ right[:2]
+        assert float(values[2]) > 0.1 * float(values[0]), "a mixture within the rank would prove nothing"
+        assert float((found.layer(layer) - nearest).norm()) < tolerance(16, dtype=torch.float32, scale=float(values[0]))
 
 
 @pytest.mark.parametrize("weights", [{}, {"m0": 0.4}, {"m0": 1.5, "m1": -0.5}, {"m0": float("nan")}], ids=str)

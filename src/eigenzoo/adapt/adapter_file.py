@@ -100,9 +100,7 @@ def save_moved(
     about: Mapping[str, str],
 ) -> Path:
     """Write the contents of a file again, with coefficients of another subspace and without random directions. Return its path."""
-    forms = {name: basis.low_rank(mean=file.mean) for name, basis in space.layers.items()}
-    numbers = [values[name] if form is None else form.numbers(values[name]) for name, form in forms.items()]
-    tensors = {"coefficients": torch.cat([part.reshape(-1).float() for part in numbers])}
+    tensors = {"coefficients": _flat(values, space, mean=file.mean)}
     tensors |= {BESIDES + name: tensor.contiguous() for name, tensor in file.besides.items()}
     metadata = {name: text for name, text in file.about.items() if name not in _described(Augmentation(1))}
     return _write(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
@@ -116,8 +114,11 @@ def save_mixture(
     force: bool = False,
     about: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write coefficients that no module was trained for, such as a mixture of models; the zoo's mean is part of their weights."""
-    tensors = {"coefficients": torch.cat([values[name].reshape(-1).float() for name in space.layers])}
+    """Write coefficients that no module was trained for, such as a mixture of models; the zoo's mean is part of their weights.
+
+    Low-rank cores become the nearest ones of their rank: a mixture of models has a higher rank than each of them.
+    """
+    tensors = {"coefficients": _flat(values, space, mean=True)}
     metadata = {"format": FORMAT, "basis": space.manifest.basis_id, "mean": "true", **(about or {})}
     return _write(Path(path), tensors, metadata, force)
 
@@ -208,6 +209,13 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
     with torch.no_grad():
         for name, parameter in adapted.besides.items():
             parameter.copy_(file.besides[name])
+
+
+def _flat(values: Mapping[str, Tensor], space: Subspace, *, mean: bool) -> Tensor:
+    """The numbers that a file holds of coefficients, in the order of the bundle; of low-rank cores the nearest of their rank."""
+    forms = {name: basis.low_rank(mean=mean) for name, basis in space.layers.items()}
+    numbers = [values[name] if form is None else form.numbers(values[name]) for name, form in forms.items()]
+    return torch.cat([part.reshape(-1).float() for part in numbers])
 
 
 def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool) -> Path:

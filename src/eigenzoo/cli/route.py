@@ -83,5 +83,7 @@ def command(
     )
     if output is not None:
         say(f"\nmixture: {output} (keep the bundle: the file needs it)")
+        if any("cores" in basis.ranks for basis in space.layers.values()):
+            say("its cores are cut to the rank of the bundle's cores: the average of models has a higher one")
         say("measure it first: one model is often better than a mixture (docs/route.md)")
         say(f"next: eigenzoo rebuild {bundle} {output} --like {largest} -o MODEL_FOLDER")
