@@ -89,6 +89,12 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "discarded negative": (lambda d: d["discarded"].update({"block.weight": -1.0}), "greater than or equal to 0"),
     "discarded of no layer": (lambda d: d["discarded"].pop("block.weight"), "discarded does not name the layers"),
     "report without bytes": (lambda d: d["report"].pop("bytes"), "bytes"),
+    "provenance of text": (lambda d: d["report"].update(provenance="mit"), r"report\.provenance: Input should be"),
+    "no provenance but null": (lambda d: d["report"].update(provenance=None), r"report\.provenance: Input should be"),
+    "licences of a list": (lambda d: d["report"]["provenance"].update(licences=[]), r"provenance\.licences: Input"),
+    "bases of a number": (lambda d: d["report"]["provenance"].update(bases=1), r"provenance\.bases: Input"),
+    "imported of text": (lambda d: d["report"].update(imported="vlora"), r"report\.imported: Input should be"),
+    "imported by nothing": (lambda d: d["report"].update(imported={}), r"report\.imported\.tool: Field required"),
     "options without axes": (lambda d: d["options"].pop("axes"), "axes"),
     "options of text": (lambda d: d["options"]["rules"].update(models="many"), "rules"),
 }

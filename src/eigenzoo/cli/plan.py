@@ -149,6 +149,6 @@ def render(made: Plan) -> None:
     )
     if adapters:
         say(
-            "LoRA rank: rank of a rebuilt update. Axes outputs and inputs never raise it. Axis models adds the ranks of all "
-            "models, up to the rank of the other axes. `rebuild --max-lora-rank R` cuts it."
+            "LoRA rank: the rank at which `rebuild` writes an adapter, at most the largest of the zoo. `rebuild --max-lora-rank R` "
+            "cuts it further; `full` writes the whole update, of which axis models adds the ranks of all models."
         )

@@ -175,6 +175,19 @@ class _AloneRow(_Strict):
     about: Literal["zero", "mean"]
 
 
+class _Provenance(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    licences: dict[str, Any] = {}
+    bases: list[Any] = []
+
+
+class _Imported(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    tool: str
+
+
 class _Report(BaseModel):
     """What saving, growing and the card read again of a fit's report; versions may add others."""
 
@@ -185,6 +198,8 @@ class _Report(BaseModel):
     residual: Energy
     layers: dict[str, _LayerReport]
     alone: list[_AloneRow] = []
+    provenance: _Provenance = _Provenance()
+    imported: _Imported = _Imported(tool="")
 
 
 def _check_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -149,8 +149,7 @@ def _front_matter(manifest: Manifest, licences: Mapping[str, list[str]]) -> str:
 
 def _licences(manifest: Manifest) -> dict[str, list[str]]:
     """Return the names of the models under each licence, the unknown licence last."""
-    licence_of = (manifest.report.get(KEY) or {}).get("licences")
-    licence_of = licence_of if isinstance(licence_of, dict) else {}
+    licence_of = manifest.report.get(KEY, {}).get("licences", {})
     names_by_licence: dict[str, list[str]] = {}
     for model in manifest.models:
         names_by_licence.setdefault(str(licence_of.get(model.name) or UNKNOWN), []).append(model.name)
@@ -159,10 +158,9 @@ def _licences(manifest: Manifest) -> dict[str, list[str]]:
 
 def _bases(manifest: Manifest) -> list[dict[str, str]]:
     """Return the records of base models. Records that are not well formed are left out."""
-    records = (manifest.report.get(KEY) or {}).get("bases")
     return [
         {key: str(base.get(key, "")) for key in ("id", "revision", "licence")}
-        for base in (records if isinstance(records, list) else [])
+        for base in manifest.report.get(KEY, {}).get("bases", [])
         if isinstance(base, dict) and parse_id(base.get("id")) is not None
     ]
 
@@ -194,7 +192,7 @@ def _commands(manifest: Manifest) -> list[str]:
 
 def _fit_command(manifest: Manifest) -> str:
     """Return the command of the fit. Local paths are replaced by placeholders."""
-    options, provenance = manifest.options, manifest.report.get(KEY) or {}
+    options, provenance = manifest.options, manifest.report.get(KEY, {})
     ids = list(dict.fromkeys(_hub_id(model.source) for model in manifest.models))
     zoo = ids if len(ids) <= MAX_NAMED and "" not in ids else ["ZOO"]
     words = ["eigenzoo", "fit", *zoo, "--view", manifest.view]

@@ -34,7 +34,7 @@ def provenance(zoo: Zoo) -> dict[str, Any]:
 
 def joined(report: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
     """Add the provenance of new models to that of a report."""
-    old = report.get(KEY) or {}
+    old = report.get(KEY, {})
     bases = [*old.get("bases", []), *(base for base in added["bases"] if base not in old.get("bases", []))]
     return {**added, **old, "licences": {**old.get("licences", {}), **added["licences"]}, "bases": bases}
 

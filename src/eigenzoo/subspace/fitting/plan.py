@@ -51,8 +51,8 @@ class PlanRow:
         ratio: bytes of the zoo's files over `bytes`.
         per_model: bytes that one more model adds.
         break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
-        lora_rank: the largest rank that a rebuilt LoRA update can have; None for full weights. Axes outputs and inputs bound
-            it by their rank and by the rank of the model's own update; axis models adds up the ranks of all models.
+        lora_rank: the largest rank at which `RebuiltModel.save` writes an update by default: at most that of the zoo's updates and
+            that of the sides. None for full weights.
     """
 
     axes: tuple[str, ...]
@@ -301,8 +301,7 @@ def _row(
         per_model += layer.coefficient_bytes(ranks, itemsize)
         if name in update_ranks:
             sides = [side_rank for axis, side_rank in ranks.items() if axis != "models"]
-            update_rank = sum(update_ranks[name]) if "models" in ranks else max(update_ranks[name])
-            lora_ranks.append(max(1, min(*zoo.layers[name].shape, update_rank, *sides)))
+            lora_ranks.append(max(1, min(*zoo.layers[name].shape, max(update_ranks[name]), *sides)))
     num_bytes += overhead_bytes.per_model * num_models
     return PlanRow(
         axes,
