@@ -317,6 +317,6 @@ def test_no_basis_weighs_more_than_is_said_before_it_is_made(tmp_path: Path, vie
         tensors += [span.directions_KD] if span.mean_D is None else [span.directions_KD, span.mean_D]
     with local_workers(num=1) as workers:
         layers = fit_layers.LayerPass(
-            zoo, options, {}, workers, BasisWriter(tmp_path, [name], 6), {}, MomentsCache(zoo, None), Work()
+            zoo, options, {}, workers, BasisWriter(tmp_path, [name], 6), {}, MomentsCache(zoo, None), Work(), {}
         )
         assert sum(tensor.nbytes for tensor in tensors) <= layers._weight((name, None))
