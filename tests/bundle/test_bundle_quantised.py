@@ -98,7 +98,7 @@ def test_directions_that_depend_on_each_other_are_found_and_not_used(sound, form
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema_version=1), "schema version 1 has no bases in int8 or nf4"),
+        (lambda d: d.update(schema_version=1), "schema version 1 has no low-rank cores, no bases in int8 or nf4"),
         (lambda d: d.update(dtype="int8"), "Codes of int8 are I8"),
         (lambda d: d.update(dtype="float32"), "Bases are floating-point"),
         (lambda d: d["options"].update(coefficients_dtype="float64"), "coefficients_dtype"),
