@@ -96,6 +96,24 @@ def test_the_true_loss_is_never_above_the_stated_one(tmp_path: Path, case: Case,
                 assert (grown.path / file).read_bytes() == (old.path / file).read_bytes(), file
 
 
+@pytest.mark.parametrize(
+    ("view", "rank", "dtype"), [("weight", 3, "nf4"), ("update", 4, "nf4"), ("update", 3, "int8")]
+)
+def test_rounded_bundles_lose_no_more_than_they_state(tmp_path: Path, view: str, rank: int, dtype: str) -> None:
+    """What rounding loses of the models is correlated with their coefficients: both losses do not add up."""
+    case = Case(view, {"rank": {"models": rank}, "dtype": dtype})
+    paths = write(tmp_path / "zoo", view)
+    whole = open_case(tmp_path / "zoo", case, paths)
+    originals = truth(whole)
+    old = saved(ez.fit(whole.select(names=whole.names[:5]), **case.options), tmp_path / "old")
+    new = open_case(tmp_path / "zoo", case, paths[5:])
+    delete(paths[:5])
+    grown = saved(old.add(new, refresh=True), tmp_path / "grown")
+    found, all_energy = lost(grown, originals), energy(originals)
+    for layer in grown.layers:
+        assert found[layer] <= grown.manifest.discarded[layer] + FLOAT32 * all_energy, layer
+
+
 def test_models_without_files_have_no_control_of_models_cut_alone(tmp_path: Path) -> None:
     """The control weighs models' files. Without the old ones, the new ones' bytes are not those of the zoo."""
     modules = {"block.q": (24, 16)}

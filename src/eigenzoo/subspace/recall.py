@@ -1,7 +1,7 @@
 """Read models back from a bundle as if they were files, for a zoo whose own files are gone.
 
-A basis of form `stacked` holds the fitted models' own factors: these models come back whole. All others come back as they are
-rebuilt. A rebuilt update is a sum of many models' updates, so that its rank is its own, and mostly larger than the original's.
+A basis of form `stacked` that is not quantised holds the fitted models' own factors: these models come back whole. All others come
+back as they are rebuilt. A rebuilt update is a sum of many models' updates, so that its rank is its own, and mostly larger than the original's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from eigenzoo.subspace.bases.stacked import StackedBasis
 from eigenzoo.subspace.bundles.source_records import Relocation
 from eigenzoo.subspace.bundles.storage import link_or_copy
 from eigenzoo.subspace.coefficients import Coefficients, project_layers, share_of
+from eigenzoo.subspace.fitting.options import recorded_options
 from eigenzoo.subspace.rebuilt import RebuiltModel
 from eigenzoo.subspace.stored import StoredSubspace
 from eigenzoo.zoo.zoo import Zoo
@@ -155,7 +156,8 @@ def _stored_models(space: StoredSubspace) -> list[StoredModel]:
     After a refresh on rebuilt models, or an import, a basis holds other factors.
     """
     bases = [basis for basis in space.layers.values() if isinstance(basis, StackedBasis)]
-    if len(bases) < len(space.layers):
+    # Quantised factors are near the models', and not theirs.
+    if len(bases) < len(space.layers) or space.manifest.coding:
         return []
     num_stored = min(len(space.names), *(len(basis.stored_ranks()) for basis in bases))
     models = [StoredModel(space, place) for place in range(num_stored)]
@@ -185,9 +187,11 @@ def num_orthogonal(space: StoredSubspace) -> int:
 
     Those that a basis of axis `models` was fitted to, because what PCA leaves out of them is uncorrelated with their coefficients:
     Σₙ cₙ (Xₙ − X̂ₙ) = 0, and X̂ₙ − X̂'ₙ is an affine function of cₙ. Sides have no such law, and neither have models that
-    were projected later.
+    were projected later, or rounded bases and coefficients, whose loss is correlated with the coefficients.
     """
     if space.axes != ("models",) or space.manifest.center not in ("models", "none"):
+        return 0
+    if recorded_options(space.manifest.options).rounds:
         return 0
     counts = [len(basis.stored_ranks()) for basis in space.layers.values() if isinstance(basis, StackedBasis)]
     if counts:
