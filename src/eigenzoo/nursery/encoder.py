@@ -184,31 +184,36 @@ class TextKind(LoraKind):
 
 
 class _Layer:
-    """One layer of BERT with LoRA on the projections of its attention, for tokens without padding."""
+    """One layer of BERT with LoRA on the projections of its attention."""
 
     def __init__(self, layer: Any, prefix: str) -> None:
         self._layer, self._prefix = layer, prefix
-        self._heads = layer.attention.self.num_attention_heads
         # PEFT has put its own layers around these.
         self._plain = {name: layer.attention.get_submodule(name).base_layer for name in PROJECTIONS}
 
     def __call__(self, weights: Weights, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Return the layer's output at the tokens `wanted`, which attend to all of `hidden`."""
-        inputs = zip(PROJECTIONS, (wanted, hidden, hidden), strict=False)
-        queries, keys, values = (self._split(self._adapted(weights, name, given)) for name, given in inputs)
-        shares = torch.softmax(queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]), -1)
-        attended = (shares @ values).transpose(-2, -3).flatten(-2)
-        attended = self._adapted(weights, PROJECTIONS[-1], attended)
-        attended = self._layer.attention.output.LayerNorm(attended + wanted)
-        inner = self._layer.intermediate(attended)
-        result: Tensor = self._layer.output.LayerNorm(self._layer.output.dense(inner) + attended)
-        return result
 
-    def _adapted(self, weights: Weights, name: str, hidden: Tensor) -> Tensor:
-        a_RI, b_OR = (weights[f"{self._prefix}{name}.lora_{side}.default.weight"] for side in "AB")
-        plain: Tensor = self._plain[name](hidden)
-        return plain + (hidden @ a_RI.T @ b_OR.T) * (ALPHA / RANK)
+        def project(name: str, given: Tensor) -> Tensor:
+            a_RI, b_OR = (weights[f"{self._prefix}{name}.lora_{side}.default.weight"] for side in "AB")
+            plain: Tensor = self._plain[name](given)
+            return plain + (given @ a_RI.T @ b_OR.T) * (ALPHA / RANK)
 
-    def _split(self, part: Tensor) -> Tensor:
-        """(…, T, H) -> (…, heads, T, H / heads)."""
-        return part.reshape(*part.shape[:-1], self._heads, -1).transpose(-2, -3)
+        return run_layer(self._layer, hidden, wanted, project)
+
+
+def run_layer(layer: Any, hidden: Tensor, wanted: Tensor, project: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Return a BERT layer's output at the tokens `wanted` (…, W, H), which attend to all of `hidden` (…, T, H), none of it padding.
+
+    `project` applies one of `PROJECTIONS`.
+    """
+    heads = layer.attention.self.num_attention_heads
+    inputs = zip(PROJECTIONS, (wanted, hidden, hidden), strict=False)
+    projected = (project(name, given) for name, given in inputs)
+    # (…, T, H) -> (…, heads, T, H / heads)
+    queries, keys, values = (part.reshape(*part.shape[:-1], heads, -1).transpose(-2, -3) for part in projected)
+    shares = torch.softmax(queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]), -1)
+    attended = project(PROJECTIONS[-1], (shares @ values).transpose(-2, -3).flatten(-2))
+    attended = layer.attention.output.LayerNorm(attended + wanted)
+    result: Tensor = layer.output.LayerNorm(layer.output.dense(layer.intermediate(attended)) + attended)
+    return result
