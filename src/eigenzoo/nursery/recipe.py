@@ -90,8 +90,8 @@ DEFAULTS: Mapping[str, Defaults] = {
     DOCSTRINGS: Defaults(
         num_models=60,
         num_shuffled_models=0,
-        schedule=Schedule(100, 16, 1e-2),
-        shuffled_schedule=Schedule(100, 16, 1e-2),
+        schedule=Schedule(128, 16, 3e-3),
+        shuffled_schedule=Schedule(128, 16, 3e-3),
         options=frozenset({"own_init", "encoder"}),
         own_init=True,
         num_held_out=NUM_HELD_OUT,
