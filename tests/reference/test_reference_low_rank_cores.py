@@ -229,12 +229,10 @@ def test_held_out_models_are_cut_as_well(weights, rank):
     fitted = stack_NOI[np.concatenate(rest)]
     mean_OI = fitted.mean(0)
     left, right = (axis_basis(fitted - mean_OI, axis, 5) for axis in AXES)
-    about_all = stack_NOI.mean(0)
     kept = total = 0.0
     for matrix in stack_NOI[held]:
-        # Cores are cut about the mean of all models, as the fit cuts them, and measured from that of the fitted ones.
-        core = left.T @ (matrix - about_all) @ right
-        inside = float(((left.T @ (matrix - mean_OI) @ right) ** 2).sum())
-        kept += inside - float(((core - best(core, rank)) ** 2).sum())
+        # About the mean of the fitted models alone: that of all models already knows the held-out ones.
+        core = left.T @ (matrix - mean_OI) @ right
+        kept += float((core**2).sum()) - float(((core - best(core, rank)) ** 2).sum())
         total += float(((matrix - mean_OI) ** 2).sum())
     assert space.report["layers"]["w"]["heldout"] == pytest.approx(kept / total, abs=tolerance(4, dtype=torch.float32))

@@ -262,7 +262,9 @@ def tucker_capture(
         return float(_inside(cores[fitted], cores[heldout], ranks["models"]) / total)
     kept = cores[heldout].square().sum()
     if CORES in ranks:
-        kept = kept - _cut(collected, stack, ranks[CORES], options)[1][heldout].sum()
+        # The cores that a fit to the others would cut; those of updates have their mean whatever it is.
+        about = replace(collected, cores_NPQ=cores.view_as(collected.cores_NPQ)) if isinstance(stack, DenseStack) else collected
+        kept = kept - _cut(about, stack, ranks[CORES], options)[1][heldout].sum()
     return float(kept / total)
 
 
