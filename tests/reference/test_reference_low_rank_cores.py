@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import eigenzoo as ez
 from builders import random_factors, random_stack, read_update, write_adapter, write_stacks
 from eigenzoo.errors import RankError, UsageError
+from eigenzoo.subspace.fitting.alone import against_alone
 from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
 from tolerance import tolerance
 
@@ -236,3 +237,26 @@ def test_held_out_models_are_cut_as_well(weights, rank):
         kept += float((core**2).sum()) - float(((core - best(core, rank)) ** 2).sum())
         total += float(((matrix - mean_OI) ** 2).sum())
     assert space.report["layers"]["w"]["heldout"] == pytest.approx(kept / total, abs=tolerance(4, dtype=torch.float32))
+
+
+def test_what_the_cut_loses_of_the_mean_of_adapters_is_no_loss_of_variance(tmp_path):
+    """Of adapters that are mostly their mean, a cut can lose more than all that they vary by."""
+    shared = random_factors({"q": (14, 12)}, 4, 100)["q"]
+    noise = [random_factors({"q": (14, 12)}, 4, place)["q"] for place in range(6)]
+    updates = [{"q": tuple(x + 0.2 * y for x, y in zip(shared, own, strict=True))} for own in noise]
+    paths = [write_adapter(tmp_path / f"m{place}", update) for place, update in enumerate(updates)]
+    space = ez.fit(paths, axes=AXES, rank=8, core_rank=1)
+    record = space.report["layers"]["q"]
+    originals_NOI = np.stack([read_update(path, "q") for path in paths])
+    rebuilt_NOI = np.stack([space.rebuild(name).layer("q").numpy() for name in space.names])
+    lost_NOI = originals_NOI - rebuilt_NOI
+    varying = float(((originals_NOI - originals_NOI.mean(0)) ** 2).sum())
+    assert float((lost_NOI**2).sum()) > varying
+    kept = 1 - float(((lost_NOI - lost_NOI.mean(0)) ** 2).sum()) / varying
+    assert 0 < kept < 1
+    assert record["captured"] == pytest.approx(kept, abs=tolerance(16, dtype=torch.float32))
+    assert record["heldout"] < record["captured"]
+    unseen = against_alone(space.report).unseen_residual
+    assert unseen == pytest.approx(
+        space.report["residual"] + (kept - record["heldout"]) * varying / float((originals_NOI**2).sum()), rel=1e-4
+    )

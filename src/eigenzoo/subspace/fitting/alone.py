@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.display import counted, in_bytes, in_percent
-from eigenzoo.records import AloneRow, Layer, weighted_share
+from eigenzoo.records import AloneRow, Layer
 from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
@@ -244,9 +244,9 @@ def _as_good(
 
 
 def _unseen_residual(report: Mapping[str, Any]) -> float | None:
-    """Share of the energy that models left out of the fit lose: what they vary by, outside the subspace."""
+    """Share of the energy that models left out of the fit lose: more than the fitted ones by what less is kept of their variance."""
     layers = [layer for layer in report["layers"].values() if layer["captured"] is not None]
-    share, energy = weighted_share(layers, "heldout"), report["energy"]
-    if share is None or energy <= 0 or any(layer["heldout"] is None for layer in layers):
+    if not layers or report["energy"] <= 0 or any(layer["heldout"] is None for layer in layers):
         return None
-    return float((1 - share) * sum(layer["variance"] for layer in layers) / energy)
+    more = sum((layer["captured"] - layer["heldout"]) * layer["variance"] for layer in layers)
+    return float(report["residual"] + more / report["energy"])

@@ -75,8 +75,11 @@ def fit_tucker(
         reasons[CORES] = choice.reason
         if low_rank.pays(cores.shape, choice.rank):
             ranks[CORES] = choice.rank
-            coefficients, lost_N = _cut(cores, stack, choice.rank, options)
-            kept_N = kept_N - lost_N
+            coefficients, errors_NPQ = _cut(cores, stack, choice.rank, options)
+            lost_N = errors_NPQ.flatten(1).square().sum(1)
+            # What updates lose of their mean by the cut is a loss of energy, and not of what they vary by.
+            varying_NPQ = errors_NPQ - errors_NPQ.mean(0) if _has_mean(cores, stack) else errors_NPQ
+            kept_N = kept_N - varying_NPQ.flatten(1).square().sum(1)
     write_tucker(stack.layer.name, cores, bases["outputs"], bases["inputs"], shared_KPQ, options.torch_dtype, writer)
     captured, outside_N = _tucker_energies(stack, moments, cores, kept_N, lost_N)
     shown = {axis: ranks.get(axis, stack.layer.shape[0 if axis == "outputs" else 1]) for axis in options.axes}
@@ -198,16 +201,21 @@ def _core_rank(rule: RankRule, cores: Cores, stack: Stack, moments: LayerMoments
     return RankChoice(int(rule), reason)
 
 
+def _has_mean(cores: Cores, stack: Stack) -> bool:
+    """Whether the cores that are cut contain the mean: those of updates."""
+    return cores.mean is not None and isinstance(stack, UpdateStack)
+
+
 def _whole(cores: Cores, stack: Stack) -> Tensor:
     """The cores that are cut: of updates with their mean."""
-    return cores.cores_NPQ if cores.mean is None or isinstance(stack, DenseStack) else cores.cores_NPQ + cores.mean
+    return cores.cores_NPQ + cores.mean if _has_mean(cores, stack) else cores.cores_NPQ
 
 
 def _cut(cores: Cores, stack: Stack, rank: int, options: FitOptions) -> tuple[Tensor, Tensor]:
-    """All models' factors as they are stored, and the energy that each loses by the cut."""
+    """All models' factors as they are stored, and what each core loses by the cut (N, P, Q)."""
     whole_NPQ = _whole(cores, stack)
     factors, kept_NPQ = cut_cores(whole_NPQ, rank, options.coefficients_dtype, stack.layer.name)
-    return factors.double(), (whole_NPQ - kept_NPQ).flatten(1).square().sum(1)
+    return factors.double(), whole_NPQ - kept_NPQ
 
 
 def _tucker_energies(
@@ -221,9 +229,9 @@ def _tucker_energies(
         kept_N, lost_N: each model's energy that is kept of its core, and lost of it.
     """
     if isinstance(stack, DenseStack):
-        return float(kept_N.sum()), (moments.centered_NN.diagonal() - kept_N).clamp_min(0)
+        return max(float(kept_N.sum()), 0.0), (moments.centered_NN.diagonal() - kept_N).clamp_min(0)
     outside_N = moments.energies_N - _whole(cores, stack).flatten(1).square().sum(1) + lost_N
-    return float(kept_N.sum()), outside_N.clamp_min(0)
+    return max(float(kept_N.sum()), 0.0), outside_N.clamp_min(0)
 
 
 def tucker_capture(
@@ -262,9 +270,12 @@ def tucker_capture(
         return float(_inside(cores[fitted], cores[heldout], ranks["models"]) / total)
     kept = cores[heldout].square().sum()
     if CORES in ranks:
-        # The cores that a fit to the others would cut; those of updates have their mean whatever it is.
-        about = replace(collected, cores_NPQ=cores.view_as(collected.cores_NPQ)) if isinstance(stack, DenseStack) else collected
-        kept = kept - _cut(about, stack, ranks[CORES], options)[1][heldout].sum()
+        # The cores that a fit to the others would cut: of full weights about its own mean. Those of updates contain the mean.
+        is_update = _has_mean(collected, stack)
+        about = collected if is_update else replace(collected, cores_NPQ=cores.view_as(collected.cores_NPQ))
+        errors_NPQ = _cut(about, stack, ranks[CORES], options)[1]
+        of_mean = errors_NPQ[fitted].mean(0) if is_update else 0.0
+        kept = kept - (errors_NPQ[heldout] - of_mean).square().sum()
     return float(kept / total)
 
 
