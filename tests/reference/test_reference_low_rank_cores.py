@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import eigenzoo as ez
 from builders import random_factors, random_stack, read_update, write_adapter, write_stacks
 from eigenzoo.errors import RankError, UsageError
-from eigenzoo.subspace.fitting.alone import against_alone
 from eigenzoo.linalg.heldout import NUM_FOLDS, make_folds
+from eigenzoo.subspace.fitting.alone import against_alone
 from tolerance import tolerance
 
 AXES = ("outputs", "inputs")

@@ -244,7 +244,7 @@ def _as_good(
 
 
 def _unseen_residual(report: Mapping[str, Any]) -> float | None:
-    """Share of the energy that models left out of the fit lose: more than the fitted ones by what less is kept of their variance."""
+    """Share of the energy that models left out of the fit lose: that of the fitted ones, and the difference in variance kept."""
     layers = [layer for layer in report["layers"].values() if layer["captured"] is not None]
     if not layers or report["energy"] <= 0 or any(layer["heldout"] is None for layer in layers):
         return None
