@@ -17,6 +17,7 @@ from builders import random_factors, write_adapter
 
 Change = Callable[[dict[str, Any]], object]
 MODULES = {"block.q": (9, 8), "block.v": (8, 9)}
+SIDES_OF_2_17 = {"shape": [2**17, 2**17], "tensor_shape": [2**17, 2**17], "ranks": {"cores": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,8 @@ def ranks(**changed: int) -> Change:
         (ranks(cores=2**62), "cores of rank 4611686018427387904"),
         (ranks(cores=-2), "greater than or equal to 0"),
         (ranks(models=1), "cores of rank 2 with ranks"),
+        # 1 MB of factors that stand for 128 GiB.
+        (lambda document: document["layers"][0].update(SIDES_OF_2_17), "cores of rank 1 with ranks"),
         (lambda document: document.update(schema_version=1), "schema version 1 has no low-rank cores"),
         (lambda document: document["layers"][0].update(form="stacked"), "form stacked with ranks of"),
     ],

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 
+LARGEST = 2**26
+"""Numbers of the largest matrix that is kept as factors, which are multiplied in memory: a small file must not ask for much of it."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """How matrices are kept as factors.
@@ -54,8 +58,8 @@ def num_numbers(shape: tuple[int, int], rank: int) -> int:
 
 
 def pays(shape: tuple[int, int], rank: int) -> bool:
-    """Tell whether the factors take fewer numbers than the matrix."""
-    return num_numbers(shape, rank) < shape[0] * shape[1]
+    """Tell whether the factors take fewer numbers than the matrix, and the matrix is none too large to make from them."""
+    return num_numbers(shape, rank) < shape[0] * shape[1] <= LARGEST
 
 
 def factor(matrices_NPQ: Tensor, rank: int) -> Tensor:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from eigenzoo.errors import BundleError, UnsafePathError, UsageError
 from eigenzoo.formats.model import MAX_NAME
 from eigenzoo.formats.paths import relative_name
+from eigenzoo.linalg.low_rank import pays
 from eigenzoo.linalg.quantised import CODINGS
 from eigenzoo.weights.splits import SplitRule, parse_split
 
@@ -85,7 +86,7 @@ class LayerRecord(_Strict):
         sides = (self.ranks.get("outputs", self.shape[0]), self.ranks.get("inputs", self.shape[1]))
         if self.ranks.get("models", 0) > prod(sides):
             raise ValueError(f"{self.ranks['models']} directions of {prod(sides)} dimensions")
-        if "cores" in self.ranks and ("models" in self.ranks or not 0 < self.ranks["cores"] * sum(sides) < prod(sides)):
+        if "cores" in self.ranks and ("models" in self.ranks or not self.ranks["cores"] or not pays(sides, self.ranks["cores"])):
             raise ValueError(f"cores of rank {self.ranks['cores']} with ranks {dict(self.ranks)} of shape {self.shape}")
         if self.form == "flat" and self.kind != "dense":
             raise ValueError("form flat is for full weights")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -197,7 +198,8 @@ def _core_rank(rule: RankRule, cores: Cores, stack: Stack, moments: LayerMoments
         rule = max(1, int((low_rank.tails(whole_NPQ) > allowed).sum()))
         reason = "the least at which the cut loses no more than the sides"
     if not low_rank.pays(cores.shape, int(rule)):
-        return RankChoice(full, f"kept whole: two factors of rank {rule} take no fewer numbers")
+        why = f"more than {low_rank.LARGEST:,} numbers" if prod(cores.shape) > low_rank.LARGEST else ""
+        return RankChoice(full, f"kept whole: {why or f'two factors of rank {rule} take no fewer numbers'}")
     return RankChoice(int(rule), reason)
 
 
@@ -208,7 +210,7 @@ def _has_mean(cores: Cores, stack: Stack) -> bool:
 
 def _whole(cores: Cores, stack: Stack) -> Tensor:
     """The cores that are cut: of updates with their mean."""
-    return cores.cores_NPQ + cores.mean if _has_mean(cores, stack) else cores.cores_NPQ
+    return cores.cores_NPQ if cores.mean is None or isinstance(stack, DenseStack) else cores.cores_NPQ + cores.mean
 
 
 def _cut(cores: Cores, stack: Stack, rank: int, options: FitOptions) -> tuple[Tensor, Tensor]:
