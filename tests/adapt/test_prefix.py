@@ -149,7 +149,7 @@ class Pair(nn.Module):
 
 def test_two_prefixes_that_fit_are_named_and_one_is_chosen(zoo: Callable[[str], Path], tmp_path: Path) -> None:
     space = fitted(zoo("adapters"), tmp_path)
-    both = r"not in the m.*: encoder\.layer\.0\..* with 'answer\.' before each name, and with 'question\.' .*prefix='answer\.'"
+    both = r"not in the m.*: encoder\.layer\.0\..*'answer\.' before each name.*'question\.' before.*prefix='answer\.'"
     with pytest.raises(ez.MismatchError, match=both):
         adapt.attach(Pair(), space)
     with pytest.raises(ez.MismatchError, match=both):

@@ -105,7 +105,7 @@ def accuracy(
 
     A task of docstrings, such as `docstrings:0,1,2,3,4` (`…;held-out`), is measured on the 500 passages that the zoo holds for it.
 
-    Takes about 20 ms, an adapter 50; an adapter of an encoder of texts two seconds. Nothing is downloaded.
+    Takes about 20 ms, an adapter 50; an adapter of an encoder of texts some seconds. Nothing is downloaded.
 
     Raises:
         UsageError: a task or parent is neither recorded nor given.
