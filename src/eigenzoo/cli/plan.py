@@ -89,11 +89,13 @@ def render(made: Plan) -> None:
         f"the mean alone loses {in_percent(made.mean_only_residual)} of all energy"
     )
     adapters = any(row.lora_rank is not None for row in made.rows)
+    cut = any(row.core_rank is not None for row in made.rows)
     best, alone, shown = made.recommended, made.better_alone, made.shortlist()
     columns = (
         "",
         "axes",
         "rank",
+        *(["core rank"] if cut else []),
         "lost",
         "variance kept",
         "… held out",
@@ -110,6 +112,7 @@ def render(made: Plan) -> None:
                 "→" if row == best else "",
                 ", ".join(row.axes),
                 row.rank,
+                *(["–" if row.core_rank is None else row.core_rank] if cut else []),
                 ("" if row.exact else "≤ ") + in_percent(row.residual),
                 in_percent(row.captured),
                 in_percent(row.heldout),
@@ -126,8 +129,9 @@ def render(made: Plan) -> None:
     if best is not None:
         axes = ",".join(best.axes)
         start = "Try this first" if alone is None else "The best bundle for its bytes"
+        cores = "" if best.core_rank is None else f" --core-rank {best.core_rank}"
         say(
-            f"→ {start}: `--axes {axes} --rank {best.rank}`, or `--axes {axes} --budget {_budget(best.bytes)}`, which "
+            f"→ {start}: `--axes {axes} --rank {best.rank}{cores}`, or `--axes {axes} --budget {_budget(best.bytes)}`, which "
             "chooses a rank for each layer."
         )
     else:

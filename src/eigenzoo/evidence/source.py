@@ -18,7 +18,7 @@ from eigenzoo.passes.resources import Resources, check_memory, check_name
 from eigenzoo.passes.workers import Workers, check_workers, opened_workers
 from eigenzoo.records import Layer, Progress
 from eigenzoo.subspace.bundles.loading import load
-from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
+from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides, hold_out_sides
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache, opened_cache
@@ -175,7 +175,7 @@ def _layer_moments(
     whole = collect(stack, axes, center, resources)
     about = "none" if isinstance(stack, UpdateStack) else center
     columns = sum(stack.ranks) / len(stack) if isinstance(stack, UpdateStack) else None
-    shares = heldout_sides(stack, whole, axes, resources, seed) if center == "models" else {}
+    shares = heldout_sides(stack, hold_out_sides(stack, whole, axes, resources, seed)) if center == "models" else {}
     spectra = {
         axis: replace(_axis_spectrum(side, whole, axis, about, columns, seed), heldout=shares.get(axis))
         for axis, side in (("outputs", whole.outputs), ("inputs", whole.inputs))

@@ -38,7 +38,8 @@ from eigenzoo.subspace.fitting.bytes import (
     contents,
     overhead,
 )
-from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides
+from eigenzoo.subspace.fitting.core_losses import CoreLosses, core_losses
+from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides, hold_out_sides
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.fitting.tucker_fit import leading_task, lost_at
 from eigenzoo.subspace.moments.collecting import collect
@@ -126,13 +127,14 @@ def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) ->
 @dataclass(frozen=True)
 class Collected:
     """A layer's spectra, their moments, and on request the held-out capture at 0, 1, … N directions, what models lose if they are
-    cut alone, and what sides keep of held-out models."""
+    cut alone, what sides keep of held-out models, and what both sides lose, with whole cores and with cut ones."""
 
     spectra: LayerSpectra
     moments: LayerMoments | None
     heldout: list[float] | None = None
     alone: Losses | None = None
     sides: Mapping[str, SideShares] = field(default_factory=dict)
+    cores: CoreLosses | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class SpectraRequest:
     heldout: bool = False
     seed: int = 0
     alone: bool = False
+    cores: bool = False
 
 
 def spectra_task(
@@ -157,7 +160,7 @@ def spectra_task(
     heldout = None
     if request.heldout and moments.variance > 0:
         heldout = cross_validated_capture(moments.gram_NN, range(len(stack) + 1), seed=request.seed)
-    spectra = layer_spectra(stack, moments, request.axes)
+    spectra, with_sides = layer_spectra(stack, moments, request.axes), moments
     if not request.moments:
         moments = replace(moments, outputs=None, inputs=None)
     alone = None
@@ -165,10 +168,13 @@ def spectra_task(
         alone = update_losses(moments.singular_NR)
     elif request.alone and isinstance(stack, DenseStack) and is_affordable(zoo):
         alone = stack_losses(stack, zoo.view)
-    sides: Mapping[str, SideShares] = {}
+    fold = None
     if request.heldout and isinstance(stack, UpdateStack):
-        sides = heldout_sides(stack, moments, request.axes, resources, request.seed)
-    return Collected(spectra, moments, heldout, alone, sides)
+        fold = hold_out_sides(stack, moments, request.axes, resources, request.seed)
+    cores = None
+    if request.cores and (isinstance(stack, UpdateStack) or is_affordable(zoo)):
+        cores = core_losses(stack, with_sides, fold)
+    return Collected(spectra, moments, heldout, alone, heldout_sides(stack, fold), cores)
 
 
 def collect_spectra(

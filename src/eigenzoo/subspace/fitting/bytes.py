@@ -23,9 +23,10 @@ from eigenzoo.formats.bundle.folder import MOMENTS, file_sizes, write_manifest
 from eigenzoo.formats.bundle.manifest import MAX_LEFT, FileRecord, Manifest, ModelRecord, SourceRecord
 from eigenzoo.formats.layout import layout_of
 from eigenzoo.formats.side_files import listed_first
+from eigenzoo.linalg import low_rank
 from eigenzoo.linalg.quantised import value_bytes
 from eigenzoo.records import ByteCount, Layer, plain
-from eigenzoo.subspace.bases.basis import MAX_TENSORS, STACKED, form_of
+from eigenzoo.subspace.bases.basis import CORES, MAX_TENSORS, STACKED, form_of
 from eigenzoo.subspace.bundles.card import write_card
 from eigenzoo.subspace.bundles.saving import MEASURED
 from eigenzoo.subspace.stored import StoredSubspace
@@ -98,10 +99,12 @@ def basis_bytes(
 def coefficient_bytes(
     layer: Layer, ranks: Mapping[str, int], axes: Sequence[str], itemsize: int = COEFFICIENT_BYTES
 ) -> int:
-    """Return the bytes of one model's coefficients in a layer."""
+    """Return the bytes of one model's coefficients in a layer; of cut cores those of their factors, where these are fewer."""
     if "models" in axes:
         return itemsize * ranks["models"]
-    return itemsize * ranks.get("outputs", layer.shape[0]) * ranks.get("inputs", layer.shape[1])
+    core = ranks.get("outputs", layer.shape[0]), ranks.get("inputs", layer.shape[1])
+    is_cut = CORES in ranks and low_rank.pays(core, ranks[CORES])
+    return itemsize * (low_rank.num_numbers(core, ranks[CORES]) if is_cut else core[0] * core[1])
 
 
 def break_even(fixed: int, per_model: float, zoo_per_model: float) -> int | None:

@@ -43,32 +43,53 @@ class SideShares:
         return [value for known, value in zip(self.rank, values, strict=True) if known <= rank][-1]
 
 
-def heldout_sides(
-    stack: Stack, moments: LayerMoments, axes: Sequence[str], resources: Resources, seed: int = 0
-) -> dict[str, SideShares]:
-    """Return the shares by axis, those of both sides under `outputs,inputs`; about the models' mean.
+@dataclass(frozen=True)
+class Fold:
+    """One fold of five: the models fitted and held out, and complete bases of the fitted ones' sides (None: not asked)."""
 
-    One fold of five is held out. Bases are complete, so that one rotation of each model gives the shares at every rank. Cost: one
-    more pass for the sides of the fitted models, O³ and I³ eigendecompositions, and N·O·I·(O + I) products (updates: N·O·I·R).
-    Memory: four matrices of O × I. Empty for fewer than five models, for sides above `LARGEST_HELD_OUT`, and without variance.
+    fitted: list[int]
+    heldout: list[int]
+    outputs_OO: Tensor | None
+    inputs_II: Tensor | None
+
+
+def hold_out_sides(
+    stack: Stack, moments: LayerMoments, axes: Sequence[str], resources: Resources, seed: int = 0
+) -> Fold | None:
+    """Hold one fold of five out. Cost: one pass over the fitted models, O³ and I³ eigendecompositions.
+
+    None for fewer than five models, for sides above `LARGEST_HELD_OUT`, and without variance.
     """
     sizes = dict(zip(("outputs", "inputs"), stack.layer.shape, strict=True))
     chosen = [axis for axis in sizes if axis in axes]
     num_models = len(stack)
     if not chosen or num_models < NUM_FOLDS or moments.variance == 0:
-        return {}
+        return None
     if max(sizes[axis] for axis in chosen) > LARGEST_HELD_OUT:
-        return {}
+        return None
     held, *rest = make_folds(num_models, NUM_FOLDS, seed)
     fitted = torch.cat(rest)
     part = collect(stack.subset(fitted.tolist()), tuple(chosen), "models", resources)
     outputs_OO = _complete(part.outputs) if "outputs" in chosen else None
     inputs_II = _complete(part.inputs) if "inputs" in chosen else None
-    sum_OI, squares_OI = _sums(stack, fitted.tolist(), outputs_OO, inputs_II)
-    mean_OI = sum_OI / len(fitted)
+    return Fold(fitted.tolist(), held.tolist(), outputs_OO, inputs_II)
+
+
+def heldout_sides(stack: Stack, fold: Fold | None) -> dict[str, SideShares]:
+    """Return the shares by axis, those of both sides under `outputs,inputs`; about the models' mean.
+
+    Bases are complete, so that one rotation of each model gives the shares at every rank. Cost: a pass over the weights and
+    N·O·I·(O + I) products (updates: N·O·I·R). Memory: four matrices of O × I.
+    """
+    if fold is None:
+        return {}
+    outputs_OO, inputs_II = fold.outputs_OO, fold.inputs_II
+    chosen = [axis for axis, basis in (("outputs", outputs_OO), ("inputs", inputs_II)) if basis is not None]
+    sum_OI, squares_OI = _sums(stack, fold.fitted, outputs_OO, inputs_II)
+    mean_OI = sum_OI / len(fold.fitted)
     fitted_OI = squares_OI - sum_OI * mean_OI
-    sum_OI, squares_OI = _sums(stack, held.tolist(), outputs_OO, inputs_II)
-    held_OI = squares_OI - 2 * mean_OI * sum_OI + len(held) * mean_OI.square()
+    sum_OI, squares_OI = _sums(stack, fold.heldout, outputs_OO, inputs_II)
+    held_OI = squares_OI - 2 * mean_OI * sum_OI + len(fold.heldout) * mean_OI.square()
     shares = {axis: _shares(fitted_OI, held_OI, (axis,)) for axis in chosen}
     return shares | ({BOTH: _shares(fitted_OI, held_OI, ("outputs", "inputs"))} if len(chosen) == 2 else {})
 
@@ -103,7 +124,7 @@ def _shares(fitted_OI: Tensor, held_OI: Tensor, axes: Sequence[str]) -> SideShar
     """Shares of the leading rows, columns, or corner."""
     outputs, inputs = fitted_OI.shape
     largest = max(size for axis, size in (("outputs", outputs), ("inputs", inputs)) if axis in axes)
-    ranks = _ranks(largest)
+    ranks = ranks_up_to(largest)
     found = []
     for energies_OI in (fitted_OI, held_OI):
         total = float(energies_OI.sum())
@@ -115,8 +136,8 @@ def _shares(fitted_OI: Tensor, held_OI: Tensor, axes: Sequence[str]) -> SideShar
     return SideShares(ranks, *found)
 
 
-def _ranks(largest: int) -> tuple[int, ...]:
-    """Powers of two below the largest rank, and that one."""
+def ranks_up_to(largest: int) -> tuple[int, ...]:
+    """Return the powers of two below the largest rank, and that one."""
     return (*(2**power for power in range(32) if 2**power < largest), largest)
 
 
@@ -126,7 +147,7 @@ def pooled_sides(layers: Iterable[tuple[Mapping[str, SideShares], float]]) -> di
     pooled = {}
     for axes in dict.fromkeys(axes for shares, _ in known for axes in shares):
         having = [(shares[axes], variance) for shares, variance in known if axes in shares]
-        ranks = _ranks(max(shares.rank[-1] for shares, _ in having))
+        ranks = ranks_up_to(max(shares.rank[-1] for shares, _ in having))
         total = sum(variance for _, variance in having)
         columns = [
             tuple(sum(weight * shares.at(part, rank) for shares, weight in having) / total for rank in ranks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from eigenzoo.display import counted, html_table, in_bytes, in_percent
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import AloneRow, Progress, no_progress, plain
+from eigenzoo.subspace.bases.basis import CORES
 from eigenzoo.subspace.fitting.allocation import (
     Collected,
     LayerSpectra,
@@ -27,7 +29,8 @@ from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
-CHOICES = (("models",), ("outputs",), ("inputs",), ("outputs", "inputs"), ("models", "outputs", "inputs"))
+SIDES = ("outputs", "inputs")
+CHOICES = (("models",), ("outputs",), ("inputs",), SIDES, ("models", "outputs", "inputs"))
 
 ROUND_OFF = 1e-8
 """Shares of the energy that differ by less count as equal."""
@@ -42,7 +45,8 @@ class PlanRow:
 
     Attributes:
         axes, rank: the choice; a rank larger than a layer's dimension means the whole layer.
-        residual: lost share of the analysed energy, in-sample; exact for one axis, an upper bound for more.
+        residual: lost share of the analysed energy, in-sample; exact for one axis, and for outputs with inputs where the sides of
+            updates have at most 2,048 values or full weights are small. An upper bound elsewhere.
         exact: whether `residual` is exact.
         captured, heldout: for center `models`, the share of the variance about the mean that is kept, in-sample and of models left
             out of the fit: for axis models all models in-sample, and as many of five folds as hold 40 models; for sides of LoRA
@@ -53,6 +57,7 @@ class PlanRow:
         break_even_models: the number of models from which on the bundle is smaller than their files; None if never.
         lora_rank: the largest rank at which `RebuiltModel.save` writes an update by default: at most that of the zoo's updates and
             that of the sides. None for full weights.
+        core_rank: the rank that each model's core is cut to, where that takes fewer bytes; None for whole cores.
     """
 
     axes: tuple[str, ...]
@@ -66,6 +71,7 @@ class PlanRow:
     per_model: int
     break_even_models: int | None
     lora_rank: int | None
+    core_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +153,7 @@ class Plan:
         A row is left out if another one is not larger and does not lose more. So duplicates are left out too.
         If there are more than `most` rows, some between the smallest and the largest are left out.
         """
-        front: list[PlanRow] = []
-        for row in sorted(self.rows, key=lambda row: (row.bytes, row.residual, len(row.axes))):
-            if not front or row.residual < front[-1].residual - ROUND_OFF:
-                front.append(row)
+        front = _frontier(self.rows)
         steps = max(min(most, len(front)) - 1, 1)
         chosen = {round(step * (len(front) - 1) / steps) for step in range(steps + 1)} if front else set()
         best = self.recommended
@@ -166,7 +169,7 @@ class Plan:
         advice = "no choice keeps a larger share of the models' differences than it takes of their bytes"
         if best is not None:
             loss = ("" if best.exact else "at most ") + in_percent(best.residual)
-            advice = f"try axes {', '.join(best.axes)} at rank {best.rank}: {in_bytes(best.bytes)}, {loss} of the energy lost"
+            advice = f"try {_choice(best)}: {in_bytes(best.bytes)}, {loss} of the energy lost"
         return f"Plan({size}, {in_bytes(self.whole_zoo)} in files, {len(self.rows)} choices): {advice}"
 
     def _repr_html_(self) -> str:
@@ -174,7 +177,7 @@ class Plan:
         rows = [
             (
                 ", ".join(row.axes) + (" (recommended)" if row == best else ""),
-                row.rank,
+                str(row.rank) + ("" if row.core_rank is None else f", cores {row.core_rank}"),
                 ("" if row.exact else "≤ ") + in_percent(row.residual),
                 in_bytes(row.bytes),
                 f"{row.ratio:.2f}×",
@@ -232,18 +235,17 @@ def plan(
         opened_cache(source, cache, running.resources.device) as moments_cache,
     ):
         # The models' Gram is always collected, because the mean's energy is needed.
-        request = SpectraRequest(("models", *sides), center, heldout=heldout, alone=True)
+        request = SpectraRequest(("models", *sides), center, heldout=heldout, alone=True, cores=SIDES in choices)
         layers = collect_spectra(source, request, running, moments_cache, progress)
     spectra = {name: layer.spectra for name, layer in layers.items()}
     energy = sum(layer.energy for layer in spectra.values())
     carried = contents(source)
     overheads = {choice: overhead(source, choice, carried, itemsize.basis) for choice in choices}
     update_ranks = _update_ranks(source)
-    rows = [
-        _row(layers, choice, rank, source, itemsize, energy, overheads[choice], center, update_ranks)
-        for choice in choices
-        for rank in _ranks(spectra, choice)
-    ]
+    row_of = partial(_row, layers, source, itemsize, energy, overheads, center, update_ranks)
+    rows = [row_of(choice, rank) for choice in choices for rank in _ranks(spectra, choice)]
+    if SIDES in choices:
+        rows += _rows_with_cores(layers, row_of, [row for row in rows if row.axes == SIDES])
     mean_only = sum(layer.about_mean for layer in spectra.values()) / energy if energy > 0 else 0.0
     return Plan(
         len(source),
@@ -259,7 +261,8 @@ def plan(
 def _choice(row: PlanRow | AloneRow) -> str:
     if isinstance(row, AloneRow):
         return f"each model cut alone to {named(row)}"
-    return f"axes {', '.join(row.axes)} at rank {row.rank}"
+    cores = "" if row.core_rank is None else f" with cores of rank {row.core_rank}"
+    return f"axes {', '.join(row.axes)} at rank {row.rank}{cores}"
 
 
 def check_choices(
@@ -281,39 +284,79 @@ def _ranks(spectra: Mapping[str, LayerSpectra], axes: Sequence[str]) -> list[int
     return [0, *powers, largest] if "models" in axes and len(axes) == 1 else [*powers, max(largest, 1)]
 
 
+def _frontier(rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """Return the rows that no other makes useless by being as small and losing as little, in order of their bytes."""
+    front: list[PlanRow] = []
+    for row in sorted(rows, key=lambda row: (row.bytes, row.residual, len(row.axes))):
+        if not front or row.residual < front[-1].residual - ROUND_OFF:
+            front.append(row)
+    return front
+
+
+def _rows_with_cores(
+    layers: Mapping[str, Collected], row_of: Callable[..., PlanRow], whole: Sequence[PlanRow]
+) -> list[PlanRow]:
+    """Return the rows with cut cores that are worth comparing with those of `whole` cores, at powers of two.
+
+    Where every side is whole nothing is shared: that is the control, each model cut alone.
+    """
+    known = [layer.cores for layer in layers.values() if layer.cores is not None]
+    if len(known) < len(layers):
+        return []
+    rows = [
+        row_of(SIDES, row.rank, core_rank)
+        for row in whole
+        if any(_truncates(layer.spectra, row.rank) for layer in layers.values())
+        for core_rank in (2**power for power in range(32))
+        if any(cores.cuts(row.rank, core_rank) for cores in known)
+    ]
+    front = _frontier([*whole, *rows])
+    return [row for row in rows if row in front]
+
+
+def _truncates(layer: LayerSpectra, rank: int) -> bool:
+    return any(min(rank, layer.full_rank(axis)) < size for axis, size in zip(SIDES, layer.layer.shape, strict=True))
+
+
 def _row(
     layers: Mapping[str, Collected],
-    axes: tuple[str, ...],
-    rank: int,
     zoo: Zoo,
     itemsize: ItemSizes,
     energy: float,
-    overhead_bytes: Overhead,
+    overheads: Mapping[tuple[str, ...], Overhead],
     center: str,
     update_ranks: Mapping[str, tuple[int, ...]],
+    axes: tuple[str, ...],
+    rank: int,
+    core_rank: int | None = None,
 ) -> PlanRow:
-    num_models, lost, num_bytes, per_model = len(zoo), 0.0, overhead_bytes.shared, overhead_bytes.per_model
+    num_models, lost, num_bytes, per_model = len(zoo), 0.0, overheads[axes].shared, overheads[axes].per_model
     lora_ranks = []
+    exact = len(axes) == 1 or (axes == SIDES and all(layer.cores is not None for layer in layers.values()))
     for name, layer in ((name, layer.spectra) for name, layer in layers.items()):
         ranks = {axis: min(rank, layer.full_rank(axis)) for axis in axes if axis in layer.values}
-        lost += layer.error(ranks)
+        cores = layers[name].cores if axes == SIDES else None
+        lost += layer.error(ranks) if cores is None else cores.lost(rank, core_rank)
+        if cores is not None and core_rank is not None and cores.cuts(rank, core_rank):
+            ranks[CORES] = core_rank
         num_bytes += layer.num_bytes(ranks, num_models, itemsize)
         per_model += layer.coefficient_bytes(ranks, itemsize)
         if name in update_ranks:
             sides = [side_rank for axis, side_rank in ranks.items() if axis != "models"]
             lora_ranks.append(max(1, min(*zoo.layers[name].shape, max(update_ranks[name]), *sides)))
-    num_bytes += overhead_bytes.per_model * num_models
+    num_bytes += overheads[axes].per_model * num_models
     return PlanRow(
         axes,
         rank,
         lost / energy if energy > 0 else 0.0,
-        len(axes) == 1,
-        *_captures(layers, axes, rank, center),
+        exact,
+        *_captures(layers, axes, rank, center, core_rank),
         num_bytes,
         zoo.num_bytes / num_bytes,
         per_model,
         break_even(num_bytes - per_model * num_models, per_model, zoo.num_bytes / num_models),
         max(lora_ranks, default=None),
+        core_rank,
     )
 
 
@@ -324,13 +367,16 @@ def _update_ranks(zoo: Zoo) -> dict[str, tuple[int, ...]]:
 
 
 def _captures(
-    layers: Mapping[str, Collected], axes: tuple[str, ...], rank: int, center: str
+    layers: Mapping[str, Collected], axes: tuple[str, ...], rank: int, center: str, core_rank: int | None
 ) -> tuple[float | None, float | None]:
     """Return the kept shares of the variance, in-sample and held out, over all layers weighted by their variance."""
     variance = sum(layer.spectra.about_mean for layer in layers.values())
     if center == "models" and "models" not in axes:
         pooled = pooled_sides((layer.sides, layer.spectra.variance) for layer in layers.values()).get(",".join(axes))
-        return (None, None) if pooled is None else (pooled.at("in_sample", rank), pooled.at("captured", rank))
+        if pooled is None:
+            return None, None
+        lost = (0.0, 0.0) if core_rank is None else _captures_lost(layers, rank, core_rank)
+        return pooled.at("in_sample", rank) - lost[0], pooled.at("captured", rank) - lost[1]
     if axes != ("models",) or center != "models" or variance <= 0:
         return None, None
     captured = sum(float(layer.spectra.values["models"][:rank].sum()) for layer in layers.values())
@@ -342,3 +388,14 @@ def _captures(
     heldout_variance = sum(weight for _, weight in heldout)
     heldout_captured = sum(share * weight for share, weight in heldout)
     return captured / variance, heldout_captured / heldout_variance if heldout_variance > 0 else None
+
+
+def _captures_lost(layers: Mapping[str, Collected], rank: int, core_rank: int) -> tuple[float, float]:
+    """Return the shares of the variance that the cut of cores loses, of a fold's fitted models and of those held out."""
+    known = [
+        (layer.cores.cut_shares(rank, core_rank), layer.spectra.variance) for layer in layers.values() if layer.cores
+    ]
+    having = [(shares, variance) for shares, variance in known if shares is not None and variance > 0]
+    total = sum(variance for _, variance in having)
+    fitted, heldout = (sum(shares[part] * variance for shares, variance in having) / total for part in (0, 1))
+    return fitted, heldout

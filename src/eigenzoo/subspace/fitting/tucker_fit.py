@@ -267,7 +267,7 @@ def tucker_capture(
     cores = collected.cores_NPQ.flatten(1)
     # The moments are about the mean of all models. A held-out model is measured about the mean of the fitted models only.
     cores = cores - cores[fitted].mean(0)
-    total = _centered_energy(moments.centered_NN, fitted, heldout)
+    total = centered_energy(moments.centered_NN, fitted, heldout)
     if "models" in ranks:
         return float(_inside(cores[fitted], cores[heldout], ranks["models"]) / total)
     kept = cores[heldout].square().sum()
@@ -287,7 +287,7 @@ def _is_large(moments: LayerMoments, ranks: Mapping[str, int]) -> bool:
     return any(side.size > LARGEST_HELD_OUT for side in exact)
 
 
-def _centered_energy(gram_NN: Tensor, fitted: Tensor, heldout: Tensor) -> Tensor:
+def centered_energy(gram_NN: Tensor, fitted: Tensor, heldout: Tensor) -> Tensor:
     """Return Σ‖x_h − mean of the fitted‖² over held-out models, from the Gram."""
     block = gram_NN[fitted][:, fitted]
     return (gram_NN.diagonal()[heldout] - 2 * gram_NN[fitted][:, heldout].mean(0) + block.mean()).clamp_min(0).sum()
