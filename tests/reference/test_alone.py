@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, read_update, seeded, write_adapter, write_model, write_stacks
+from eigenzoo.display import in_percent
 from eigenzoo.records import AloneRow
 from eigenzoo.subspace.fitting import alone
 from eigenzoo.subspace.fitting.alone import against_alone
@@ -208,6 +209,8 @@ def test_a_plan_advises_the_control_where_it_wins(tmp_path: Path) -> None:
     paths, _ = write_zoo(tmp_path / "unrelated", "update")
     plan = ez.plan(paths)
     assert plan.advice.startswith("Advice: for bytes now, each model cut alone to rank ")
+    assert plan.better_alone is not None
+    assert f" in all ({in_percent(plan.better_alone.residual)} of the energy lost); for many" in plan.advice
     assert "for many more models, each model cut alone to rank " in plan.advice
     left, right = torch.randn(256, 8, generator=draw), torch.randn(8, 256, generator=draw)
     for place in range(12):

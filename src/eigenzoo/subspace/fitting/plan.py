@@ -144,7 +144,7 @@ class Plan:
         """One sentence: what to do for few bytes now, for many more models, and without sharing; empty where nothing helps."""
         alone, many, unmeasured = self.alone_for_bytes, self.for_many, self.unmeasured_for_many
         now = self.better_alone or self.recommended
-        parts = [] if now is None else [f"for bytes now, {_choice(now)}, {in_bytes(now.bytes)} in all"]
+        parts = [] if now is None else [f"for bytes now, {_choice(now)}, {in_bytes(now.bytes)} in all ({_loss(now)})"]
         if unmeasured is not None:
             parts.append(
                 f"for many more models, {_choice(unmeasured)}, {in_bytes(unmeasured.per_model)} for each, if the fit, which "
@@ -153,7 +153,7 @@ class Plan:
         elif many is not None:
             parts.append(f"for many more models, {_choice(many)}, {in_bytes(many.per_model)} for each")
         if alone is not None and isinstance(now, PlanRow):
-            parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all")
+            parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all ({_loss(alone)})")
         return f"Advice: {'; '.join(parts)}." if parts else ""
 
     def _gain(self, row: PlanRow | AloneRow) -> float:
@@ -187,8 +187,7 @@ class Plan:
         best = self.recommended
         advice = "no choice keeps a larger share of the models' differences than it takes of their bytes"
         if best is not None:
-            loss = ("" if best.exact else "at most ") + in_percent(best.residual)
-            advice = f"try axes {', '.join(best.axes)} at rank {best.rank}: {in_bytes(best.bytes)}, {loss} of the energy lost"
+            advice = f"try axes {', '.join(best.axes)} at rank {best.rank}: {in_bytes(best.bytes)}, {_loss(best)}"
         return f"Plan({size}, {in_bytes(self.whole_zoo)} in files, {len(self.rows)} choices): {advice}"
 
     def _repr_html_(self) -> str:
@@ -282,6 +281,12 @@ def _choice(row: PlanRow | AloneRow) -> str:
     if isinstance(row, AloneRow):
         return f"each model cut alone to {named(row)}"
     return f"axes {', '.join(row.axes)} at rank {row.rank}"
+
+
+def _loss(row: PlanRow | AloneRow) -> str:
+    """Write the share of all energy that is lost, in-sample."""
+    bound = "" if isinstance(row, AloneRow) or row.exact else "at most "
+    return f"{bound}{in_percent(row.residual)} of the energy lost"
 
 
 def check_choices(
