@@ -183,7 +183,14 @@ def test_planted_directions_are_recommended_and_noise_is_not(run: Run, tmp_path:
     best = ez.plan(planted).recommended
     assert best is not None
     assert (best.axes, best.rank) == (("models",), 4)
-    assert "→ Try this first: `--axes models --rank 4`" in run("plan", tmp_path / "planted").out
+    text = run("plan", tmp_path / "planted").out
+    assert "→ Try this first: `--axes models --rank 4`" in text
+    assert "Smaller bundles: compare with `--dtype nf4 --coefficients-dtype bfloat16`" in text
+    assert "Rounding to" not in text
+    rounded = run("plan", tmp_path / "planted", "--dtype", "int8", "--coefficients-dtype", "bfloat16").out
+    assert "→ Try this first: `--axes models --rank 4 --dtype int8 --coefficients-dtype bfloat16`" in rounded
+    assert "Rounding to bfloat16 and int8 loses more than the table says: `fit` prints the loss with it." in rounded
+    assert "Smaller bundles" not in rounded
     noise = write_stacks(tmp_path / "noise", {"w": random_stack(40, (48, 64), 1)})
     assert ez.plan(noise).recommended is None
     assert "No choice is recommended" in run("plan", tmp_path / "noise").out
@@ -215,6 +222,7 @@ def test_adapters_cut_alone_are_the_control_of_sharing(
     assert f"rank 4: {in_bytes(plan.alone[2].bytes)}, {in_percent(plan.alone[2].residual)} lost." in text
     assert plan.better_alone is not None
     assert f"Cut to rank {plan.better_alone.rank}, the adapters alone keep more for their bytes than any bundle" in text
+    assert "`fit --axes models --rank 1.0`, then `rebuild --max-lora-rank R`." in text
 
     draw = torch.Generator().manual_seed(0)
     left, right = torch.randn(256, 8, generator=draw), torch.randn(8, 256, generator=draw)
@@ -230,7 +238,12 @@ def test_adapters_cut_alone_are_the_control_of_sharing(
     assert "sharing does not save bytes here" not in text
     render(replace(plan, alone=(AloneRow(1, 0.0, 1),)))
     text = capsys.readouterr().out
-    assert "→ The best bundle for its bytes: `--axes" in text
+    # What to do comes before the bundle that is not advised.
+    assert (
+        text.index("Advice: ")
+        < text.index("sharing does not save bytes here")
+        < text.index("→ The best bundle for its bytes")
+    )
     assert "Cut to rank 1, the adapters alone keep more for their bytes than any bundle" in text
     text = run("plan", write_zoo(tmp_path / "weights", "weights")).out
     assert "Without a bundle" not in text

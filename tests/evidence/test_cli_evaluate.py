@@ -66,6 +66,11 @@ def run(call: Run) -> Run:
     return partial(call, "evaluate")
 
 
+def test_one_fitted_model_is_not_called_models(here: Path, run: Run) -> None:
+    _, out, _ = run("bundle", "--metric", "own_metrics:norm", "--models", "zoo/m0", "--ranks", "1")
+    assert "norm of 1 model, not all held out; the subspace was fitted to 5 models" in out
+
+
 def test_the_table_has_every_variant_and_the_sentence(here: Path, run: Run) -> None:
     code, out, err = run("bundle", "--metric", "own_metrics:norm", "--models", "zoo/m5", "--models", "zoo/m6")
     assert code == 0, err

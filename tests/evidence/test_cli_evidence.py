@@ -74,6 +74,17 @@ def test_people_read_the_verdict_first(run: Run, zoo: Path) -> None:
     assert any(row[:3] == ["still.weight", "1", "no-variance"] for row in rows)
 
 
+def test_what_to_do_next_depends_on_the_verdict(run: Run, tmp_path: Path) -> None:
+    write_stacks(tmp_path / "noise", {"w": noise(26, seed=0)})
+    _, out, _ = run(tmp_path / "noise", "--quiet")
+    assert out.startswith("verdict: no-shared-structure")
+    assert (
+        "A subspace of these models is of no use for new ones. `eigenzoo plan` compares what bundles, and cuts of"
+        in out
+    )
+    assert "A shared subspace need not save bytes" not in out
+
+
 def test_one_direction_is_not_called_directions(tmp_path: Path) -> None:
     write_stacks(tmp_path / "zoo", {"w": planted(40, 1, 3.0)})
     found = ez.evidence(tmp_path / "zoo")

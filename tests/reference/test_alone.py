@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, read_update, seeded, write_adapter, write_model, write_stacks
+from eigenzoo.display import in_percent
 from eigenzoo.records import AloneRow
 from eigenzoo.subspace.fitting import alone
 from eigenzoo.subspace.fitting.alone import against_alone
@@ -208,6 +209,8 @@ def test_a_plan_advises_the_control_where_it_wins(tmp_path: Path) -> None:
     paths, _ = write_zoo(tmp_path / "unrelated", "update")
     plan = ez.plan(paths)
     assert plan.advice.startswith("Advice: for bytes now, each model cut alone to rank ")
+    assert plan.better_alone is not None
+    assert f" in all ({in_percent(plan.better_alone.residual)} of the energy lost); for many" in plan.advice
     assert "for many more models, each model cut alone to rank " in plan.advice
     left, right = torch.randn(256, 8, generator=draw), torch.randn(8, 256, generator=draw)
     for place in range(12):
@@ -220,3 +223,23 @@ def test_a_plan_advises_the_control_where_it_wins(tmp_path: Path) -> None:
     assert "for many more models, axes outputs, inputs at rank 8" in plan.advice
     assert "without sharing, each model cut alone to rank" in plan.advice
     assert replace(plan, rows=(), alone=()).advice == ""
+
+
+def test_advice_for_many_full_weights_counts_sides_that_only_a_fit_measures(tmp_path: Path) -> None:
+    """Weights with common sides: no share of held-out models is known, yet models cut alone are not the advice."""
+    draw = seeded(5)
+    left, right = torch.randn(48, 8, generator=draw), torch.randn(8, 64, generator=draw)
+    for index in range(12):
+        weight = left @ torch.randn(8, 8, generator=draw) @ right
+        (tmp_path / f"m{index}").mkdir()
+        save_file({"q": weight}, tmp_path / f"m{index}" / "model.safetensors")
+    plan = ez.plan(tmp_path)
+    unmeasured = plan.unmeasured_for_many
+    assert unmeasured is not None
+    assert (unmeasured.axes, unmeasured.rank, unmeasured.heldout) == (("outputs", "inputs"), 8, None)
+    assert "for many more models, axes outputs, inputs at rank 8, " in plan.advice
+    assert "if the fit, which measures models left out of it, does not lose much more of them" in plan.advice
+    # Where models cut alone keep more for their bytes than any bundle, they are the advice for many too.
+    alone = replace(plan, alone=(AloneRow(1, 0.0, 1, 1, "zero"),))
+    assert alone.unmeasured_for_many is None
+    assert "for many more models, each model cut alone to rank 1, 1 B for each" in alone.advice

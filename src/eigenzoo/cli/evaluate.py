@@ -68,9 +68,10 @@ def command(
 
 def render(measured: FunctionEvidence) -> None:
     """Print every variant's average and standard error, and the conclusion."""
-    whose = "held-out models" if measured.heldout else "models, not all held out"
+    kind, whose = ("held-out model", "") if measured.heldout else ("model", ", not all held out")
     say(
-        f"{measured.metric} of {measured.num_models} {whose}; the subspace was fitted to {counted(measured.num_fitted, 'model')}"
+        f"{measured.metric} of {counted(measured.num_models, kind)}{whose}; "
+        f"the subspace was fitted to {counted(measured.num_fitted, 'model')}"
     )
     print_table(
         "",

@@ -81,6 +81,14 @@ def command(
         render(evidence)
 
 
+PLAN = "A shared subspace need not save bytes: run `eigenzoo plan` to compare sizes."
+NEXT = {
+    "no-shared-structure": "A subspace of these models is of no use for new ones. "
+    "`eigenzoo plan` compares what bundles, and cuts of each model alone, save and lose."
+}
+"""What to do next, by verdict."""
+
+
 def render(evidence: Evidence, most: int = 40) -> None:
     """Print the verdict, the controls, and the layers by role."""
     from eigenzoo.evidence.controls import controls
@@ -178,8 +186,7 @@ def _render_roles(evidence: Evidence, most: int) -> None:
         "mean's energy: share of all energy in the mean. beyond chance: number of directions above the norm-matched null. "
         "variance kept: share of the variance about the mean in the top k directions, in-sample; held out: for models left out of "
         "the fit; chance: for unrelated models with the same norms. Values are averages over layers with variance. Geometry is not "
-        "function: run `eigenzoo evaluate` to measure what models can do. A shared subspace need not save "
-        "bytes: run `eigenzoo plan` to compare sizes."
+        f"function: run `eigenzoo evaluate` to measure what models can do. {NEXT.get(evidence.verdict.code, PLAN)}"
     )
 
 

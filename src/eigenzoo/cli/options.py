@@ -191,8 +191,8 @@ MetricArg = Annotated[
 HeldOutModels = Annotated[
     list[str] | None,
     typer.Option(
-        help="Models to measure that the bundle was not fitted to (repeatable). Default: hold out a fifth of the bundle's own "
-        "models and fit the others again.",
+        help="Models to measure (repeatable): new ones, or the fitted ones, to see what their stored form can do. Default: hold "
+        "out a fifth of the bundle's own models and fit the others again.",
         show_default=False,
     ),
 ]

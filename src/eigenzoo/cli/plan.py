@@ -46,7 +46,7 @@ def command(
     if json:
         print_json(made.to_dict())
     else:
-        render(made)
+        render(made, dtype, coefficients_dtype)
 
 
 def _budget(size: int) -> str:
@@ -59,17 +59,15 @@ ABOUT = {
     "mean": "With the models' mean stored once, each model's deviation from it cut by its own SVD",
 }
 
+WRITTEN = {
+    "adapter": "Bytes are in the dtype of the files. To write one: `fit --axes models --rank 1.0`, then "
+    "`rebuild --max-lora-rank R`.",
+    "model": "Bytes are in the dtype of the files. No command writes such models.",
+}
+
 
 def _render_alone(made: Plan, each: str) -> None:
-    """Print the control without sharing, and whether it is better."""
-    for about, words in ABOUT.items():
-        cuts = "; ".join(
-            f"rank {row.rank}: {in_bytes(row.bytes)}, {in_percent(row.residual)} lost"
-            for row in made.alone
-            if row.about == about
-        )
-        if cuts:
-            say(f"{words.format(each=each)}: {cuts}.")
+    """Print whether the control without sharing is better, its sizes, and how to write it."""
     alone = made.better_alone
     if alone is not None:
         about = " about their mean" if alone.about == "mean" else ""
@@ -77,11 +75,34 @@ def _render_alone(made: Plan, each: str) -> None:
             f"Cut to rank {alone.rank}{about}, the {each}s alone keep more for their bytes than any bundle in the table: "
             "sharing does not save bytes here."
         )
+    for about, words in ABOUT.items():
+        cuts = "; ".join(
+            f"rank {row.rank}: {in_bytes(row.bytes)}, {in_percent(row.residual)} lost"
+            for row in made.alone
+            if row.about == about
+        )
+        if cuts:
+            say(f"{words.format(each=each)}: {cuts}. {WRITTEN[each]}")
     if not made.alone and made.view in ("weight", "delta"):
         say("Not measured: each model cut alone by its own SVD. For weights this large it would take minutes.")
 
 
-def render(made: Plan) -> None:
+def _dtype_options(dtype: str, coefficients_dtype: str) -> str:
+    """Write the options that `fit` needs to reach the bytes of the table."""
+    chosen = {"--dtype": dtype, "--coefficients-dtype": coefficients_dtype}
+    return "".join(f" {option} {value}" for option, value in chosen.items() if value != "float32")
+
+
+def _render_dtypes(dtype: str, coefficients_dtype: str) -> None:
+    """Say what rounding adds to the losses, or that bundles can have fewer bits."""
+    rounded = sorted({dtype, coefficients_dtype} - {"float32", "float64"})
+    if rounded:
+        say(f"Rounding to {' and '.join(rounded)} loses more than the table says: `fit` prints the loss with it.")
+    else:
+        say("Smaller bundles: compare with `--dtype nf4 --coefficients-dtype bfloat16`, which `fit` takes too.")
+
+
+def render(made: Plan, dtype: str = "float32", coefficients_dtype: str = "float32") -> None:
     """Print a plan as one table."""
     say(
         f"{counted(made.num_models, 'model')}, {counted(made.num_layers, 'layer')}, "
@@ -90,6 +111,7 @@ def render(made: Plan) -> None:
     )
     adapters = any(row.lora_rank is not None for row in made.rows)
     cut = any(row.core_rank is not None for row in made.rows)
+    each = "adapter" if adapters else "model"
     best, alone, shown = made.recommended, made.better_alone, made.shortlist()
     columns = (
         "",
@@ -126,21 +148,25 @@ def render(made: Plan) -> None:
         ],
         left=3,
     )
+    if made.advice:
+        say(made.advice)
+    if alone is not None:
+        _render_alone(made, each)
     if best is not None:
-        axes = ",".join(best.axes)
+        axes, dtypes = ",".join(best.axes), _dtype_options(dtype, coefficients_dtype)
         start = "Try this first" if alone is None else "The best bundle for its bytes"
         cores = "" if best.core_rank is None else f" --core-rank {best.core_rank}"
         say(
-            f"→ {start}: `--axes {axes} --rank {best.rank}{cores}`, or `--axes {axes} --budget {_budget(best.bytes)}`, which "
-            "chooses a rank for each layer."
+            f"→ {start}: `--axes {axes} --rank {best.rank}{cores}{dtypes}`, or "
+            f"`--axes {axes} --budget {_budget(best.bytes)}{dtypes}`, which chooses a rank for each layer."
         )
     else:
         say(
             "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."
         )
-    _render_alone(made, "adapter" if adapters else "model")
-    if made.advice:
-        say(made.advice)
+    if alone is None:
+        _render_alone(made, each)
+    _render_dtypes(dtype, coefficients_dtype)
     if len(shown) < len(made.rows):
         say(
             f"The table shows {len(shown)} of {len(made.rows)} choices. The others lie between these, or are larger without a "

@@ -1,7 +1,7 @@
 """Read models back from a bundle as if they were files, for a zoo whose own files are gone.
 
 A basis of form `stacked` that is not quantised holds the fitted models' own factors: these models come back whole. All others come
-back as they are rebuilt. A rebuilt update is a sum of many models' updates, so that its rank is its own, and mostly larger than the
+come back as they are rebuilt. A rebuilt update is a sum of many updates, so that its rank is mostly larger than the original's.
 original's.
 """
 
