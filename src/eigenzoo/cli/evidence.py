@@ -86,7 +86,7 @@ NEXT = {
     "no-shared-structure": "A subspace of these models is of no use for new ones. "
     "`eigenzoo plan` compares what bundles, and cuts of each model alone, save and lose."
 }
-"""What to do next, by verdict."""
+"""The next step, by verdict."""
 
 
 def render(evidence: Evidence, most: int = 40) -> None:

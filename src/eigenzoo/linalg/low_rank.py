@@ -16,9 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-
 LARGEST = 2**26
-"""Numbers of the largest matrix that is kept as factors, which are multiplied in memory: a small file must not ask for much of it."""
+"""Most numbers of a matrix that is kept as factors. Readers multiply the factors, and a small file must not ask for much memory."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Read models back from a bundle as if they were files, for a zoo whose own files are gone.
 
-A basis of form `stacked` that is not quantised holds the fitted models' own factors: these models come back whole. All others come
+A basis of form `stacked` that is not quantised holds the fitted models' own factors, and these models come back whole. All others
 come back as they are rebuilt. A rebuilt update is a sum of many updates, so that its rank is mostly larger than the original's.
-original's.
 """
 
 from __future__ import annotations

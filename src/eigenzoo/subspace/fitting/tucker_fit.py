@@ -78,7 +78,7 @@ def fit_tucker(
             ranks[CORES] = choice.rank
             coefficients, errors_NPQ = _cut(cores, stack, choice.rank, options)
             lost_N = errors_NPQ.flatten(1).square().sum(1)
-            # What updates lose of their mean by the cut is a loss of energy, and not of what they vary by.
+            # The mean error of updates is a loss of energy, and not of variance.
             varying_NPQ = errors_NPQ - errors_NPQ.mean(0) if _has_mean(cores, stack) else errors_NPQ
             kept_N = kept_N - varying_NPQ.flatten(1).square().sum(1)
     write_tucker(stack.layer.name, cores, bases["outputs"], bases["inputs"], shared_KPQ, options.torch_dtype, writer)
