@@ -86,7 +86,9 @@ class LayerRecord(_Strict):
         sides = (self.ranks.get("outputs", self.shape[0]), self.ranks.get("inputs", self.shape[1]))
         if self.ranks.get("models", 0) > prod(sides):
             raise ValueError(f"{self.ranks['models']} directions of {prod(sides)} dimensions")
-        if "cores" in self.ranks and ("models" in self.ranks or not self.ranks["cores"] or not pays(sides, self.ranks["cores"])):
+        if "cores" in self.ranks and (
+            "models" in self.ranks or not self.ranks["cores"] or not pays(sides, self.ranks["cores"])
+        ):
             raise ValueError(f"cores of rank {self.ranks['cores']} with ranks {dict(self.ranks)} of shape {self.shape}")
         if self.form == "flat" and self.kind != "dense":
             raise ValueError("form flat is for full weights")
@@ -162,6 +164,7 @@ class _Bytes(_Strict):
 class _LayerReport(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
+    variance: Energy
     captured: Energy | None
     heldout: Annotated[float, Field(allow_inf_nan=False)] | None
 
