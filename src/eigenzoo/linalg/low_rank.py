@@ -16,9 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-
 LARGEST = 2**26
-"""Numbers of the largest matrix that is kept as factors, which are multiplied in memory: a small file must not ask for much of it."""
+"""Numbers of the largest matrix that is kept as factors: their product is in memory, of which a small file may not ask for much."""
 
 
 @dataclass(frozen=True)
