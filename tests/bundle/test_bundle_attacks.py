@@ -89,6 +89,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "discarded negative": (lambda d: d["discarded"].update({"block.weight": -1.0}), "greater than or equal to 0"),
     "discarded of no layer": (lambda d: d["discarded"].pop("block.weight"), "discarded does not name the layers"),
     "report without bytes": (lambda d: d["report"].pop("bytes"), "bytes"),
+    "layers without variance": (
+        lambda d: [layer.pop("variance") for layer in d["report"]["layers"].values()],
+        r"variance: Field required",
+    ),
     "provenance of text": (lambda d: d["report"].update(provenance="mit"), r"report\.provenance: Input should be"),
     "no provenance but null": (lambda d: d["report"].update(provenance=None), r"report\.provenance: Input should be"),
     "licences of a list": (lambda d: d["report"]["provenance"].update(licences=[]), r"provenance\.licences: Input"),

@@ -164,6 +164,7 @@ class _Bytes(_Strict):
 class _LayerReport(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
+    variance: Energy
     captured: Energy | None
     heldout: Annotated[float, Field(allow_inf_nan=False)] | None
 
