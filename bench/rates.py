@@ -15,6 +15,10 @@ NUMBERS = (10, 30, 60, 200)
 STEP = 0.01
 """Share of the energy that more bytes must save for a way to be worth a measurement of its accuracy."""
 
+PARENT, MEAN, FILES = "parent", "mean", "files"
+COMPARED = (PARENT, MEAN, FILES)
+"""Families between whose scores a gain is counted."""
+
 Criterion = Callable[["Row"], bool]
 
 
@@ -25,7 +29,8 @@ class Row:
     Attributes:
         family, name: what the way is.
         fitted: models that the shared part is fitted to.
-        shared, per_model: bytes.
+        shared, per_model: bytes of files.
+        shared_values, values: bytes of the values in them, with their scales: no headers, configs and records.
         lost: share of the energy of the fitted models; None for models that are kept by themselves.
         held_out: the same of held-out models.
         score, spread: mean of the metric on held-out models, and its standard error; None where it was not measured.
@@ -36,6 +41,8 @@ class Row:
     fitted: int
     shared: float
     per_model: float
+    shared_values: float
+    values: float
     lost: float | None
     held_out: float
     score: float | None = None
@@ -45,6 +52,10 @@ class Row:
         """Bytes of the whole over the number of models."""
         return self.shared / number + self.per_model
 
+    def each_values(self, number: int) -> float:
+        """The same of the values alone."""
+        return self.shared_values / number + self.values
+
 
 def at_number(rows: Sequence[Row], number: int) -> list[Row]:
     """The rows that say most about so many models: those of the largest fit that has no more."""
@@ -53,21 +64,24 @@ def at_number(rows: Sequence[Row], number: int) -> list[Row]:
     return [row for row in rows if row.fitted == nearest]
 
 
-def frontier(rows: Sequence[Row], number: int) -> list[Row]:
-    """Of every family the rows that no smaller one nearly equals, in the order of their bytes."""
-    kept: list[Row] = []
-    for family in dict.fromkeys(row.family for row in rows):
+def frontier(rows: Sequence[Row], number: int, *, by_family: bool) -> list[Row]:
+    """What gains are counted between, and the rows that no smaller one (of their family, or of all) nearly equals."""
+    kept = [row for row in rows if row.family in COMPARED]
+    groups = list(dict.fromkeys(row.family for row in rows)) if by_family else [None]
+    for group in groups:
         least = float("inf")
-        for row in sorted((row for row in rows if row.family == family), key=lambda row: row.each(number)):
-            if row.held_out <= least - STEP or (row.held_out < least and row.held_out == 0):
+        for row in sorted(rows, key=lambda row: row.each(number)):
+            if row not in kept and group in (None, row.family) and (row.held_out <= least - STEP):
                 kept.append(row)
                 least = row.held_out
     return kept
 
 
-def smallest(rows: Sequence[Row], number: int, meets: Criterion) -> Row | None:
+def smallest(
+    rows: Sequence[Row], number: int, meets: Criterion, size: Callable[[Row, int], float] = Row.each
+) -> Row | None:
     """The row that meets a criterion in the fewest bytes."""
-    return min((row for row in rows if meets(row)), key=lambda row: row.each(number), default=None)
+    return min((row for row in rows if meets(row)), key=lambda row: size(row, number), default=None)
 
 
 def loses(share: float) -> Criterion:

@@ -70,7 +70,10 @@ class CommandsPlan:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """One zoo of the nursery: its kind and view, how many models are fitted, and the ranks of axis `models` and of both sides."""
+    """One zoo of the nursery: its kind and view, how many models are fitted, and the ranks of axis `models` and of both sides.
+
+    `by_family`: measure the accuracy of the best ways of each kind, else only of the best of all.
+    """
 
     title: str
     kind: str
@@ -78,6 +81,7 @@ class BytesPlan:
     fitted: tuple[int, ...]
     models: tuple[int, ...]
     sides: tuple[int, ...]
+    by_family: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ FOUR, EIGHT = AdapterRecipe(num_layers=4), AdapterRecipe(num_layers=8)
 BYTES = (
     BytesPlan("LoRA of a small ViT", "digits-lora", None, (10, 30, 60), (4, 16), (8, 16)),
     BytesPlan("Fine-tunes of a small ViT, as differences", "digits-vit", "delta", (10, 30, 60), (4, 16), (8, 16)),
-    BytesPlan("LoRA of an encoder of texts", "docstrings-lora", None, (10, 30, 60), (4, 16), (16, 32, 64)),
+    BytesPlan(
+        "LoRA of an encoder of texts", "docstrings-lora", None, (10, 30, 60), (4, 16), (16, 32, 64), by_family=False
+    ),
 )
 
 SIZES = {

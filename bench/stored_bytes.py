@@ -5,7 +5,7 @@
 Held-out models are those of the zoo's own folder for them, else every sixth. Bundles are fitted to 10, 30 and 60 of the others.
 Beside them each model is kept by itself: its layers (of an adapter the factors, of a fine-tune the differences from its parent)
 rounded, cut to a low rank by their own SVD, as they are or about the mean, or its files compressed by zstd. The energy lost on
-held-out models is measured for all, the accuracy only for ways that no smaller one of their family equals.
+held-out models is measured for all, the accuracy only for ways that no smaller one nearly equals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import eigenzoo as ez
-from bench.rates import NUMBERS, Row, at_number, frontier
+from bench.rates import FILES, MEAN, NUMBERS, PARENT, Row, at_number, frontier
 from bench.sizes import BytesPlan
 from bench.suite import Record, tell
 from eigenzoo import nursery
 from eigenzoo.cli.demo import HELD_OUT as EVERY
 from eigenzoo.linalg.lora import cut_product
 from eigenzoo.linalg.quantised import CODINGS, SCALES, dequantise, num_blocks, num_codes, quantise
-from eigenzoo.nursery.recipe import HELD_OUT, PARENT, RECIPE
+from eigenzoo.nursery.recipe import HELD_OUT, RECIPE
+from eigenzoo.nursery.recipe import PARENT as BASE
 from eigenzoo.subspace.fitting.alone import is_cut
 
 Metric = Callable[[Path], float]
@@ -73,14 +74,17 @@ class Alone:
     mean: bool = False
 
 
-NOTHING, MEAN, FILES = Alone("parent", "the parent", rank=0), Alone("mean", "the mean", rank=0, mean=True), "files"
+AS_THEY_ARE = Alone(FILES, "files")
 ALONE = (
-    NOTHING,
-    Alone(FILES, "files"),
+    Alone(PARENT, "the parent", rank=0),
+    AS_THEY_ARE,
     *(Alone(ROUNDED, f"each in {dtype}", dtype) for dtype in ("bfloat16", "int8", "nf4")),
     *(Alone(CUT, f"each cut to rank {rank}, {dtype}", dtype, rank) for rank in RANKS for dtype in ("float32", "nf4")),
 )
-ABOUT_MEAN = (MEAN, *(Alone(CUT, f"the mean, each cut to rank {rank}, nf4", "nf4", rank, mean=True) for rank in RANKS))
+ABOUT_MEAN = (
+    Alone(MEAN, "the mean", rank=0, mean=True),
+    *(Alone(CUT, f"the mean, each cut to rank {rank}, nf4", "nf4", rank, mean=True) for rank in RANKS),
+)
 
 
 def bundles(plan: BytesPlan, number: int, dtypes: Sequence[tuple[str, str]]) -> Iterator[Bundle]:
@@ -101,7 +105,7 @@ def bundles(plan: BytesPlan, number: int, dtypes: Sequence[tuple[str, str]]) -> 
         ways.append(("sides by --max-error", f"sides by --max-error {error}", options))
     for family, name, options in ways:
         for pair in dtypes:
-            label = pair[0] if len(set(pair)) == 1 else f"{pair[0]}, coefficients {pair[1]}"
+            label = pair[0] if len(set(pair)) == 1 else " + ".join(pair)
             yield Bundle(family, f"{name}, {label}", options, pair)
 
 
@@ -111,7 +115,7 @@ def run_bytes(plan: BytesPlan, home: Path, metric: Metric | None = None) -> Reco
     if not (path / RECIPE).exists():
         tell(f"training {plan.kind}")
         nursery.make(plan.kind, path)
-    base = path / PARENT if plan.view == "delta" else None
+    base = path / BASE if plan.view == "delta" else None
     zoo = ez.open_zoo(path, view=plan.view, base=base)
     if (path / HELD_OUT).exists():
         fitted, held = zoo, ez.open_zoo(path / HELD_OUT, view=plan.view, base=base)
@@ -148,12 +152,14 @@ class Measured:
         compressed = self.compressed(numbers[-1])
         for number in numbers:
             ways += [(replace(row, fitted=number), way) for row, way in alone]
-            ways += [(replace(row, fitted=number), ALONE[1]) for row in compressed]
+            ways += [(replace(row, fitted=number), AS_THEY_ARE) for row in compressed]
             ways += [(self.alone(way, number), way) for way in ABOUT_MEAN]
             every = bundles(plan, number, DTYPES if number == numbers[-1] else DTYPES[-1:])
             ways += [(self.bundle(way, number), way) for way in every]
         rows = [row for row, _ in ways]
-        asked = {row for number in NUMBERS for row in frontier(at_number(rows, number), number)}
+        asked = {
+            row for number in NUMBERS for row in frontier(at_number(rows, number), number, by_family=plan.by_family)
+        }
         tell(f"accuracy of {len(asked)} of {len(rows)} ways")
         known: dict[Any, tuple[float, float]] = {}
         for place, (row, way) in enumerate(ways):
@@ -178,9 +184,16 @@ class Measured:
         energy = sum(sum(model.energies.values()) for model in projected)
         outside = sum(sum(model.outside.values()) for model in projected)
         counted = space.report["bytes"]
-        shared = counted["whole_bundle"] - number * counted["per_model"]
         return Row(
-            way.family, way.name, number, shared, counted["per_model"], space.report["residual"], outside / energy
+            way.family,
+            way.name,
+            number,
+            counted["whole_bundle"] - number * counted["per_model"],
+            counted["per_model"],
+            _values(self._place(way, number).glob("basis*.safetensors")),
+            _values(self._place(way, number).glob("coefficients/*.safetensors")) / number,
+            space.report["residual"],
+            outside / energy,
         )
 
     def _place(self, way: Bundle, number: int) -> Path:
@@ -202,8 +215,8 @@ class Measured:
 
     def alone(self, way: Alone, number: int, folder: Path | None = None) -> Row:
         """Keep held-out models by themselves, and write them into a folder if one is given."""
-        size = sum(model.weight_files()[0].stat().st_size for model in self.held.models)
-        shared, lost, energy = 0, 0.0, 0.0
+        rest = sum(model.weight_files()[0].stat().st_size for model in self.held.models)
+        shared, size, lost, energy = 0, 0, 0.0, 0.0
         kept: list[dict[str, Sequence[Tensor]]] = [{} for _ in self.held.names]
         for name, layer in self.held.layers.items():
             stack, mean = self.held.stack(name), torch.zeros(layer.shape, dtype=torch.float64)
@@ -214,7 +227,7 @@ class Measured:
                 mean = rounded(mean, way.dtype)
             for place in range(len(self.held)):
                 values = values_of(stack, place)
-                size -= sum(4 * part.numel() for part in values)
+                rest -= sum(4 * part.numel() for part in values)
                 original, parts = product(values), values
                 if way.rank == 0:
                     parts = [torch.zeros_like(part) for part in values]
@@ -234,7 +247,8 @@ class Measured:
                     kept[place][name] = parts if len(parts) == len(values) == 2 and not way.mean else [rebuilt]
         for place, layers in enumerate(kept) if folder is not None else ():
             self._write(place, layers, folder)
-        return Row(way.family, way.name, number, shared, size / len(self.held), None, lost / energy)
+        each, of_files = size / len(self.held), (rest + size) / len(self.held)
+        return Row(way.family, way.name, number, shared, of_files, shared, each, None, lost / energy)
 
     def _write(self, place: int, layers: Mapping[str, Sequence[Tensor]], folder: Path) -> None:
         """Write a held-out model with other layers: factors of updates, or whole layers."""
@@ -272,8 +286,10 @@ class Measured:
         except ImportError:
             return []
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-        sizes = [len(compressor.compress(model.weight_files()[0].read_bytes())) for model in self.held.models]
-        return [Row(ZSTD, f"each by zstd -{ZSTD_LEVEL}", number, 0, statistics.fmean(sizes), None, 0.0)]
+        size = statistics.fmean(
+            len(compressor.compress(model.weight_files()[0].read_bytes())) for model in self.held.models
+        )
+        return [Row(ZSTD, f"each by zstd -{ZSTD_LEVEL}", number, 0, size, 0, size, None, 0.0)]
 
 
 def values_of(stack: Any, place: int) -> Sequence[Tensor]:
@@ -308,3 +324,12 @@ def stored_size(values: Tensor, dtype: str) -> int:
 def _tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _values(files: Iterable[Path]) -> int:
+    """Bytes of safetensors files without their headers."""
+    found = 0
+    for path in files:
+        with path.open("rb") as file:
+            found += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    return found

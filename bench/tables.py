@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from bench.adding import STEPS
 from bench.pages import markdown
 from bench.peers import PEERS
-from bench.rates import NUMBERS, Row, at_number, keeps, loses, smallest
+from bench.rates import FILES, MEAN, NUMBERS, PARENT, Row, at_number, keeps, loses, smallest
 from eigenzoo.display import in_percent
 
 Record = dict[str, Any]
@@ -245,7 +245,7 @@ def bytes_table(found: Record) -> Table:
 
 
 FAMILIES = (
-    "files",
+    FILES,
     "each by zstd",
     "each rounded",
     "each cut by its own SVD",
@@ -260,8 +260,8 @@ def rates_table(found: Record) -> Table:
     """The fewest bytes a model by kind of way, number of models, and what must be kept; the fewest of all in bold."""
     rows = rows_of(found)
     last = at_number(rows, NUMBERS[-1])
-    floor = max(row.score or 0.0 for row in last if row.family in ("parent", "mean"))
-    top = next(row.score or 0.0 for row in last if row.family == "files")
+    floor = max(row.score or 0.0 for row in last if row.family in (PARENT, MEAN))
+    top = next(row.score or 0.0 for row in last if row.family == FILES)
     criteria = {f"{share:.0%} of the gain": keeps(share, floor, top) for share in (0.99, 0.95)}
     criteria |= {f"≤ {share:.0%} lost": loses(share) for share in (0.1, 0.3)}
     cells = []
@@ -269,21 +269,21 @@ def rates_table(found: Record) -> Table:
         for number in NUMBERS:
             near = at_number(rows, number)
             best = [smallest([row for row in near if row.family == name], number, meets) for name in FAMILIES]
-            least = min(row.each(number) for row in best if row is not None)
+            winner = smallest([row for row in best if row is not None], number, lambda row: True)
+            bare = smallest([row for row in near if row.family in FAMILIES], number, meets, Row.each_values)
+            assert winner is not None
+            assert bare is not None
             sizes = [NONE if row is None else f"{row.each(number):,.0f}" for row in best]
-            winners = [row.name for row in best if row is not None and row.each(number) == least]
-            sizes = [
-                f"**{text}**" if row and row.each(number) == least else text
-                for row, text in zip(best, sizes, strict=True)
-            ]
-            cells.append([criterion, str(number), *sizes, winners[0]])
+            sizes = [f"**{text}**" if row is winner else text for row, text in zip(best, sizes, strict=True)]
+            cells.append([criterion, str(number), *sizes, winner.name, f"{bare.name}: {bare.each_values(number):,.0f}"])
     title = f"{found['title']}: fewest bytes a model"
     notes = [
         f"Gain: of accuracy on {found['held_out']} held-out models, from {floor:.3f} (the parent or the mean) to {top:.3f}. "
         "Lost: of the energy of held-out models.",
         f"For more models than {last[0].fitted} shared bytes, bytes of one more and the loss on held-out models stay.",
+        "Two dtypes: of bases + of coefficients. By values alone: without headers, configs and records.",
     ]
-    return Table(title, notes, ["kept", "models", *FAMILIES, "winner"], cells)
+    return Table(title, notes, ["kept", "models", *FAMILIES, "winner", "by values alone"], cells)
 
 
 def rows_of(found: Record) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_models_by_themselves_lose_more_in_fewer_bits(measured):
     values = 2 * 2 * 80 if measured.base is None else 64 * 16 + 5
     saved = {name: rows["float32"].per_model - row.per_model for name, row in rows.items()}
     assert saved["bfloat16"] == 2 * values
+    assert rows["float32"].values == 4 * values
     assert saved["nf4"] == pytest.approx(4 * values - values * (0.5 + 2 / 64), abs=20)
 
 
@@ -59,7 +61,11 @@ def test_cut_models_lose_the_energy_of_the_smaller_singular_values(measured, abo
     assert measured.alone(Alone("", ""), 6).per_model - row.per_model == 4 * (
         (2 * 2 * 80 if measured.base is None else 64 * 16 + 5) - values
     )
-    assert row.shared == (4 * sum(layer.num_values for layer in measured.held.layers.values()) if about_mean else 0)
+    assert (
+        row.shared
+        == row.shared_values
+        == (4 * sum(layer.num_values for layer in measured.held.layers.values()) if about_mean else 0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,11 +86,13 @@ def test_what_is_measured_is_written(measured, way, tmp_path):
 def test_bundles_count_their_files_and_lose_what_they_state(measured):
     ways = list(bundles(PLAN, 6, (FLOAT, SMALL)))
     rows = {way.name: measured.bundle(way, 6) for way in ways if way.family == "axis models"}
-    exact, small = rows["2 directions, float32"], rows["2 directions, nf4, coefficients bfloat16"]
+    exact, small = rows["2 directions, float32"], rows["2 directions, nf4 + bfloat16"]
     assert exact.each(1000) > small.each(1000)
     assert exact.lost < small.lost
     assert exact.each(6) * 6 == measured_bytes(measured.folder / "6 2 directions, float32")
     assert all(0 < row.held_out < 1.3 for row in rows.values())
+    assert small.values == (2 * 2 + 4) * len(measured.held.layers)  # two coefficients, and the layer's energy
+    assert small.shared_values < exact.shared_values < exact.shared
     assert measured.score(ways[0], 6) == (0.5, 0.0)
 
 
@@ -100,7 +108,7 @@ def test_a_zoo_of_the_nursery_becomes_tables(tmp_path: Path):
     zoo = tmp_path / "digits-cnn"
     write_stacks(zoo, {"w": random_stack(12, (6, 5), 0)})
     (zoo / "zoo.json").write_text("{}")
-    found = run_bytes(PLAN, tmp_path, lambda path: 1.0)
+    found = run_bytes(replace(PLAN, fitted=(30,), models=(7,), sides=(4,)), tmp_path, lambda path: 1.0)
     assert (found["fitted"], found["held_out"]) == (10, 2)
     lines = bytes_table(found).markdown()
     assert lines[0] == "**Networks: 10 models fitted, 2 held out**"
@@ -113,16 +121,14 @@ def test_a_zoo_of_the_nursery_becomes_tables(tmp_path: Path):
 def row(
     family: str, shared: float, per_model: float, held_out: float, score: float | None = None, fitted: int = 10
 ) -> Row:
-    return Row(family, family, fitted, shared, per_model, None, held_out, score)
+    return Row(family, family, fitted, shared, per_model, shared, per_model - 1, None, held_out, score)
 
 
 def test_the_winner_depends_on_the_number_of_models():
     alone, bundle, poor = row("alone", 0, 100, 0.1), row("bundle", 1000, 10, 0.1), row("poor", 0, 1, 0.4)
     rows = [alone, bundle, poor]
-    assert smallest(rows, 10, loses(0.1)) is alone
-    assert smallest(rows, 12, loses(0.1)) is bundle
-    assert smallest(rows, 12, loses(0.4)) is poor
-    assert smallest(rows, 12, loses(0.05)) is None
+    for number, share, best in ((10, 0.1, alone), (12, 0.1, bundle), (12, 0.4, poor), (12, 0.05, None)):
+        assert smallest(rows, number, loses(share)) is best
 
 
 def test_a_share_of_the_gain_counts_from_nothing():
@@ -134,8 +140,10 @@ def test_a_share_of_the_gain_counts_from_nothing():
 
 def test_the_frontier_leaves_out_what_a_smaller_row_nearly_equals():
     small, nearly, better = row("a", 0, 10, 0.2), row("a", 0, 20, 0.195), row("a", 0, 30, 0.1)
-    other, worse = row("b", 0, 50, 0.3), row("b", 0, 60, 0.31)
-    assert frontier([better, nearly, small, other, worse], 10) == [small, better, other]
+    other, worse, files = row("b", 0, 50, 0.3), row("b", 0, 60, 0.31), row("files", 0, 90, 0.0)
+    rows = [better, nearly, small, other, worse, files]
+    assert frontier(rows, 10, by_family=True) == [files, small, better, other]
+    assert frontier(rows, 10, by_family=False) == [files, small, better]
 
 
 def test_more_models_than_were_fitted_have_the_largest_fit():
