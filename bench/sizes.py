@@ -70,7 +70,7 @@ class CommandsPlan:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """One zoo of the nursery: its kind and view, how many models are fitted, and the ranks of axis `models` and of both sides.
+    """One zoo of the nursery: its kind and view, how many models are fitted, the ranks of axis `models`, of sides, and of cuts.
 
     `by_family`: measure the accuracy of the best ways of each kind, else only of the best of all.
     """
@@ -81,6 +81,7 @@ class BytesPlan:
     fitted: tuple[int, ...]
     models: tuple[int, ...]
     sides: tuple[int, ...]
+    cuts: tuple[int, ...]
     by_family: bool = True
 
 
@@ -109,10 +110,25 @@ TINY_VIT = CheckpointRecipe(hidden=32, depth=1, mlp=64, image=32, num_labels=10,
 FOUR, EIGHT = AdapterRecipe(num_layers=4), AdapterRecipe(num_layers=8)
 
 BYTES = (
-    BytesPlan("LoRA of a small ViT", "digits-lora", None, (10, 30, 60), (4, 16), (8, 16)),
-    BytesPlan("Fine-tunes of a small ViT, as differences", "digits-vit", "delta", (10, 30, 60), (4, 16), (8, 16)),
+    BytesPlan("LoRA of a small ViT", "digits-lora", None, (10, 30, 60), (4, 16), (8, 16), (1, 2, 3)),
     BytesPlan(
-        "LoRA of an encoder of texts", "docstrings-lora", None, (10, 30, 60), (4, 16), (16, 32, 64), by_family=False
+        "Fine-tunes of a small ViT, as differences",
+        "digits-vit",
+        "delta",
+        (10, 30, 60),
+        (4, 16),
+        (8, 16),
+        (1, 2, 3, 4, 6, 8),
+    ),
+    BytesPlan(
+        "LoRA of an encoder of texts",
+        "docstrings-lora",
+        None,
+        (10, 30, 60),
+        (4, 16),
+        (16, 32, 64),
+        (1, 2, 3, 4, 6),
+        by_family=False,
     ),
 )
 

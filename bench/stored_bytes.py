@@ -43,8 +43,8 @@ FLOAT, SMALL = ("float32", "float32"), ("nf4", "bfloat16")
 DTYPES = (FLOAT, ("int8", "bfloat16"), SMALL)
 """Dtypes of bases and coefficients. Fewer models than all are fitted in the last only."""
 
-RANKS = (1, 2, 4)
-"""Ranks of cores, and of models that are cut by themselves."""
+CORES = (1, 2, 4)
+"""Ranks of cores."""
 
 ERRORS = (0.03, 0.1, 0.3)
 """Bounds by which ranks are chosen for each layer."""
@@ -75,16 +75,23 @@ class Alone:
 
 
 AS_THEY_ARE = Alone(FILES, "files")
-ALONE = (
-    Alone(PARENT, "the parent", rank=0),
-    AS_THEY_ARE,
-    *(Alone(ROUNDED, f"each in {dtype}", dtype) for dtype in ("bfloat16", "int8", "nf4")),
-    *(Alone(CUT, f"each cut to rank {rank}, {dtype}", dtype, rank) for rank in RANKS for dtype in ("float32", "nf4")),
-)
-ABOUT_MEAN = (
-    Alone(MEAN, "the mean", rank=0, mean=True),
-    *(Alone(CUT, f"the mean, each cut to rank {rank}, nf4", "nf4", rank, mean=True) for rank in RANKS),
-)
+
+
+def alone(plan: BytesPlan) -> list[Alone]:
+    """All ways to keep models by themselves."""
+    cut = [
+        Alone(CUT, f"each cut to rank {rank}, {dtype}", dtype, rank)
+        for rank in plan.cuts
+        for dtype in ("float32", "nf4")
+    ]
+    return [
+        Alone(PARENT, "the parent", rank=0),
+        AS_THEY_ARE,
+        *(Alone(ROUNDED, f"each in {dtype}", dtype) for dtype in ("bfloat16", "int8", "nf4")),
+        *cut,
+        Alone(MEAN, "the mean", rank=0, mean=True),
+        *(replace(way, name=f"the mean, {way.name}", mean=True) for way in cut if way.dtype == "nf4"),
+    ]
 
 
 def bundles(plan: BytesPlan, number: int, dtypes: Sequence[tuple[str, str]]) -> Iterator[Bundle]:
@@ -95,7 +102,7 @@ def bundles(plan: BytesPlan, number: int, dtypes: Sequence[tuple[str, str]]) -> 
     for side in plan.sides:
         rank = {"outputs": side, "inputs": side}
         ways.append(("shared sides", f"sides {side}", {"rank": rank}))
-        for core in RANKS:
+        for core in CORES:
             if 2 * core < side:  # else the factors are not smaller than the core
                 ways.append(
                     ("low-rank cores", f"sides {side}, cores of rank {core}", {"rank": rank, "core_rank": core})
@@ -148,12 +155,11 @@ class Measured:
         """Measure every way for every number of models, then the accuracy of those on the frontier."""
         ways: list[tuple[Row, Alone | Bundle]] = []
         numbers = sorted({min(number, len(self.fitted)) for number in plan.fitted})
-        alone = [(self.alone(way, numbers[-1]), way) for way in ALONE]
+        by_itself = [(way, None if way.mean else self.alone(way, numbers[-1])) for way in alone(plan)]
         compressed = self.compressed(numbers[-1])
         for number in numbers:
-            ways += [(replace(row, fitted=number), way) for row, way in alone]
+            ways += [(replace(row or self.alone(way, number), fitted=number), way) for way, row in by_itself]
             ways += [(replace(row, fitted=number), AS_THEY_ARE) for row in compressed]
-            ways += [(self.alone(way, number), way) for way in ABOUT_MEAN]
             every = bundles(plan, number, DTYPES if number == numbers[-1] else DTYPES[-1:])
             ways += [(self.bundle(way, number), way) for way in every]
         rows = [row for row, _ in ways]

@@ -16,7 +16,7 @@ from bench.tables import bytes_table, rates_table
 from builders import random_factors, random_stack, write_adapter, write_model, write_stacks
 
 MODULES = {"block.q": (64, 16), "block.v": (16, 64)}
-PLAN = BytesPlan("Networks", "digits-cnn", None, (6, 30), (2, 7), (2, 4))
+PLAN = BytesPlan("Networks", "digits-cnn", None, (6, 30), (2, 7), (2, 4), (1,))
 
 
 @pytest.fixture(scope="module", params=["adapters", "differences"])
