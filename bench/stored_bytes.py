@@ -123,12 +123,7 @@ def run_bytes(plan: BytesPlan, home: Path, metric: Metric | None = None) -> Reco
         tell(f"training {plan.kind}")
         nursery.make(plan.kind, path)
     base = path / BASE if plan.view == "delta" else None
-    zoo = ez.open_zoo(path, view=plan.view, base=base)
-    if (path / HELD_OUT).exists():
-        fitted, held = zoo, ez.open_zoo(path / HELD_OUT, view=plan.view, base=base)
-    else:
-        held = zoo.select(names=zoo.names[EVERY - 1 :: EVERY])
-        fitted = zoo.select(names=[name for name in zoo.names if name not in held.names])
+    fitted, held = split(path, plan.view, base)
     tell(f"bytes of {plan.kind}")
     with tempfile.TemporaryDirectory() as folder:
         rows = Measured(fitted, held, base, metric or nursery.metric(path), Path(folder)).rows(plan)
@@ -139,6 +134,15 @@ def run_bytes(plan: BytesPlan, home: Path, metric: Metric | None = None) -> Reco
         "held_out": len(held),
         "rows": [vars(row) for row in rows],
     }
+
+
+def split(path: Path, view: str | None = None, base: Path | None = None) -> tuple[ez.Zoo, ez.Zoo]:
+    """Open the fitted and the held-out models of a zoo."""
+    zoo = ez.open_zoo(path, view=view, base=base)
+    if (path / HELD_OUT).exists():
+        return zoo, ez.open_zoo(path / HELD_OUT, view=view, base=base)
+    held = zoo.names[EVERY - 1 :: EVERY]
+    return zoo.select(names=[name for name in zoo.names if name not in held]), zoo.select(names=held)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import eigenzoo as ez
 from bench.rates import Row, at_number, frontier, keeps, loses, smallest
 from bench.sizes import SIZES, BytesPlan
-from bench.stored_bytes import FLOAT, SMALL, Alone, Measured, bundles, run_bytes
+from bench.stored_bytes import FLOAT, SMALL, Alone, Measured, bundles, run_bytes, split
 from bench.tables import bytes_table, rates_table
 from builders import random_factors, random_stack, write_adapter, write_model, write_stacks
 
@@ -94,6 +94,16 @@ def test_bundles_count_their_files_and_lose_what_they_state(measured):
     assert small.values == (2 * 2 + 4) * len(measured.held.layers)  # two coefficients, and the layer's energy
     assert small.shared_values < exact.shared_values < exact.shared
     assert measured.score(ways[0], 6) == (0.5, 0.0)
+
+
+def test_a_zoos_own_held_out_models_are_held_out_else_every_sixth(tmp_path):
+    write_stacks(tmp_path, {"w": random_stack(12, (6, 5), 0)})
+    fitted, held = split(tmp_path)
+    assert (len(fitted), len(held)) == (10, 2)
+    assert not set(fitted.names) & set(held.names)
+    write_stacks(tmp_path / "_heldout", {"w": random_stack(3, (6, 5), 1)})
+    fitted, held = split(tmp_path)
+    assert (len(fitted), len(held)) == (12, 3)
 
 
 def test_cores_are_cut_where_that_is_smaller():
