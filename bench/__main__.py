@@ -35,6 +35,7 @@ from bench.tables import (
     console,
     growth_table,
     machine_line,
+    rates_table,
 )
 from eigenzoo.formats.output.whole import check_free_file, write_file
 
@@ -56,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         home.mkdir(parents=True, exist_ok=True)
         for part, name, found in _measured(asked, size, home):
             raw[part].append(found)
-            table = MAKERS[part](found)
-            tables.setdefault(name, []).append(table)
-            table.show(screen)
+            made = [make(found) for make in MAKERS[part]]
+            tables.setdefault(name, []).extend(made)
+            for table in made:
+                table.show(screen)
             if asked.json is not None:
                 write_file(asked.json, json.dumps(raw, indent=1), force=True, own=_is_ours)
             if asked.write:
@@ -75,12 +77,12 @@ def _is_ours(path: Path) -> bool:
     return isinstance(found, dict) and {"size", "machine", "cases", *PARTS} <= set(found)
 
 
-MAKERS: dict[str, Callable[[Any], Table]] = {
-    "cases": case_table,
-    "growth": growth_table,
-    "adding": adding_table,
-    "commands": commands_table,
-    "bytes": bytes_table,
+MAKERS: dict[str, tuple[Callable[[Any], Table], ...]] = {
+    "cases": (case_table,),
+    "growth": (growth_table,),
+    "adding": (adding_table,),
+    "commands": (commands_table,),
+    "bytes": (rates_table, bytes_table),
 }
 
 

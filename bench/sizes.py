@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bench.collection import AdapterRecipe, CheckpointRecipe, Recipe
@@ -71,12 +70,19 @@ class CommandsPlan:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """One zoo of the nursery: its kind, how it is looked at, and the ranks of its bundles by axis."""
+    """One zoo of the nursery: its kind and view, how many models are fitted, the ranks of axis `models`, of sides, and of cuts.
+
+    `by_family`: measure the accuracy of the best ways of each kind, else only of the best of all.
+    """
 
     title: str
     kind: str
     view: str | None
-    ranks: tuple[Mapping[str, int], ...]
+    fitted: tuple[int, ...]
+    models: tuple[int, ...]
+    sides: tuple[int, ...]
+    cuts: tuple[int, ...]
+    by_family: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,27 @@ TINY = AdapterRecipe(num_layers=2, hidden=256, kv=64, rank=4, planted=4)
 TINY_VIT = CheckpointRecipe(hidden=32, depth=1, mlp=64, image=32, num_labels=10, planted=4)
 FOUR, EIGHT = AdapterRecipe(num_layers=4), AdapterRecipe(num_layers=8)
 
-MODELS, SIDES = {"models": 16}, {"outputs": 16, "inputs": 16}
 BYTES = (
-    BytesPlan("LoRA of a small ViT", "digits-lora", None, (MODELS, SIDES)),
-    BytesPlan("Fine-tunes of a small ViT, as differences", "digits-vit", "delta", (MODELS, SIDES)),
+    BytesPlan("LoRA of a small ViT", "digits-lora", None, (10, 30, 60), (4, 16), (8, 16), (1, 2, 3)),
+    BytesPlan(
+        "Fine-tunes of a small ViT, as differences",
+        "digits-vit",
+        "delta",
+        (10, 30, 60),
+        (4, 16),
+        (8, 16),
+        (1, 2, 3, 4, 6, 8),
+    ),
+    BytesPlan(
+        "LoRA of an encoder of texts",
+        "docstrings-lora",
+        None,
+        (10, 30, 60),
+        (4, 16),
+        (16, 32, 64),
+        (1, 2, 3, 4, 6),
+        by_family=False,
+    ),
 )
 
 SIZES = {

@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from bench.adding import STEPS
 from bench.pages import markdown
 from bench.peers import PEERS
+from bench.rates import FILES, MEAN, NUMBERS, PARENT, Row, at_number, keeps, loses, smallest
 from eigenzoo.display import in_percent
 
 Record = dict[str, Any]
@@ -221,25 +222,73 @@ def commands_table(rows: Sequence[Record]) -> Table:
 
 
 def bytes_table(found: Record) -> Table:
-    """Ways to keep one zoo's models: bytes, energy that is lost, and what held-out models can do."""
-    head = ["kept as", "bytes a model", "bytes whole", "lost, fitted", "lost, held out", "accuracy, held out"]
-    cells = [
-        [
-            row["name"],
-            f"{row['per_model']:,.0f}",
-            f"{row['whole']:,.0f}",
-            in_percent(row["lost"]),
-            in_percent(row["held_out"]),
-            f"{row['score']:.3f} ± {row['spread']:.3f}",
-        ]
-        for row in found["rows"]
-    ]
+    """All ways to keep one zoo's models: bytes, energy that is lost, and what held-out models can do."""
+    rows = rows_of(found)
+    numbers = sorted({row.fitted for row in rows})
+    head = ["kept as", "bytes of one more", *(f"bytes a model, {number}" for number in numbers)]
+    head += ["lost, fitted", *(f"lost, held out, {number}" for number in numbers), "accuracy, held out"]
+    cells = []
+    for row in (row for row in rows if row.fitted == numbers[-1]):
+        same = {other.fitted: other for other in rows if other.name == row.name}
+        each = [f"{same[number].each(number):,.0f}" if number in same else NONE for number in numbers]
+        losses = [in_percent(same[number].held_out) if number in same else NONE for number in numbers]
+        lost = NONE if row.lost is None else in_percent(row.lost)
+        score = NONE if row.score is None else f"{row.score:.3f} ± {row.spread:.3f}"
+        cells.append([row.name, f"{row.per_model:,.0f}", *each, lost, *losses, score])
     title = f"{found['title']}: {found['fitted']} models fitted, {found['held_out']} held out"
     notes = [
-        "Bytes whole: of all fitted models' files, or of the bundle without its moments. Lost: share of the energy of the layers.",
-        "Each by itself: layers rounded like bases (of fine-tunes the differences from the parent), all else as it is.",
+        "Bytes a model: of all files of so many models (or of a bundle of them without its moments) over their number.",
+        "Lost: share of the energy of the layers, of the fitted models and of the held-out ones by how many are fitted.",
+        "Accuracy, with all fitted: of ways that no smaller one of their kind equals within a hundredth of the energy.",
     ]
     return Table(title, notes, head, cells)
+
+
+FAMILIES = (
+    FILES,
+    "each by zstd",
+    "each rounded",
+    "each cut by its own SVD",
+    "axis models",
+    "shared sides",
+    "low-rank cores",
+    "sides by --max-error",
+)
+
+
+def rates_table(found: Record) -> Table:
+    """The fewest bytes a model by kind of way, number of models, and what must be kept; the fewest of all in bold."""
+    rows = rows_of(found)
+    last = at_number(rows, NUMBERS[-1])
+    floor = max(row.score or 0.0 for row in last if row.family in (PARENT, MEAN))
+    top = next(row.score or 0.0 for row in last if row.family == FILES)
+    criteria = {f"{share:.0%} of the gain": keeps(share, floor, top) for share in (0.99, 0.95)}
+    criteria |= {f"≤ {share:.0%} lost": loses(share) for share in (0.1, 0.3)}
+    cells = []
+    for criterion, meets in criteria.items():
+        for number in NUMBERS:
+            near = at_number(rows, number)
+            best = [smallest([row for row in near if row.family == name], number, meets) for name in FAMILIES]
+            winner = smallest([row for row in best if row is not None], number, lambda row: True)
+            bare = smallest([row for row in near if row.family in FAMILIES], number, meets, Row.each_values)
+            assert winner is not None
+            assert bare is not None
+            sizes = [NONE if row is None else f"{row.each(number):,.0f}" for row in best]
+            sizes = [f"**{text}**" if row is winner else text for row, text in zip(best, sizes, strict=True)]
+            cells.append([criterion, str(number), *sizes, winner.name, f"{bare.name}: {bare.each_values(number):,.0f}"])
+    title = f"{found['title']}: fewest bytes a model"
+    notes = [
+        f"Gain: of accuracy on {found['held_out']} held-out models, from {floor:.3f} (the parent or the mean) to {top:.3f}. "
+        "Lost: of the energy of held-out models.",
+        f"For more models than {last[0].fitted} shared bytes, bytes of one more and the loss on held-out models stay.",
+        "Two dtypes: of bases + of coefficients. By values alone: without headers, configs and records.",
+    ]
+    return Table(title, notes, ["kept", "models", *FAMILIES, "winner", "by values alone"], cells)
+
+
+def rows_of(found: Record) -> list[Row]:
+    """The rows of a record."""
+    return [Row(**row) for row in found["rows"]]
 
 
 def machine_line(machine: Record) -> str:
