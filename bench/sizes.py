@@ -154,7 +154,7 @@ SIZES = {
         CommandsPlan(FOUR, 40, 4),
         repeats=1,
         seconds=60,
-        bytes=BYTES,
+        bytes=BYTES[:1],
     ),
     "full": Size(
         (

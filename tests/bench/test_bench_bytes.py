@@ -165,6 +165,7 @@ def test_more_models_than_were_fitted_have_the_largest_fit():
 
 def test_larger_runs_have_the_zoos_of_the_nursery():
     assert [plan.kind for plan in SIZES["full"].bytes] == ["digits-lora", "digits-vit", "docstrings-lora"]
+    assert [plan.kind for plan in SIZES["small"].bytes] == ["digits-lora"]
     assert not SIZES["ci"].bytes
 
 
