@@ -98,11 +98,12 @@ def test_the_table_and_the_advice_name_the_rank_of_cores(run: Run, zoo: list[Pat
     assert best is not None
     assert best.core_rank is not None
     assert "core rank" in text
-    # A budget chooses whole cores, which lose more for these bytes.
-    assert "--budget" not in text
     assert f"→ Try this first: `--axes outputs,inputs --rank {best.rank} --core-rank {best.core_rank}`" in text or (
         plan.better_alone is not None
     )
+    # For full weights a budget chooses whole cores, which lose more for these bytes.
+    assert ("--budget" in text) is (plan.view == "update")
+    assert ("kB --core-rank auto`, which chooses ranks" in text) is (plan.view == "update")
     assert f"at rank {best.rank} with cores of rank {best.core_rank}" in repr(plan)
     document = run("plan", zoo[0].parent, "--axes", ",".join(SIDES), "--json").json
     assert [row["core_rank"] for row in document["rows"]] == [row.core_rank for row in plan.rows]

@@ -16,7 +16,7 @@ from eigenzoo.zoo.stack import DenseStack, UpdateStack
 
 NOWHERE = "there/is/no/such/zoo"
 WORDS: list[tuple[dict[str, Any], str]] = [
-    ({"dtype": "int8"}, "dtype 'int8'"),
+    ({"dtype": "int3"}, "dtype 'int3'"),
     ({"center": "median"}, "center 'median'"),
     ({"precision": "low"}, "precision 'low'"),
     ({"solver": "random"}, "solver 'random'"),
@@ -78,12 +78,12 @@ def test_a_check_of_a_device_asks_nothing_of_its_memory(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["fit", "-o", "out", "--dtype", "int8"], "dtype 'int8'"),
+        (["fit", "-o", "out", "--dtype", "int3"], "dtype 'int3'"),
         (["fit", "-o", "out", "--axes", "depth"], "axis 'depth'"),
         (["fit", "-o", "out", "--budget", "many"], "'many'"),
         (["fit", "-o", "out", "--rank", "2", "--max-error", "0.1"], "a rank is given beside"),
         (["fit", "-o", "out", "--solver", "sketch"], "solver 'sketch' without axis"),
-        (["plan", "--dtype", "int8"], "dtype 'int8'"),
+        (["plan", "--dtype", "int3"], "dtype 'int3'"),
         (["plan", "--axes", "depth"], "axis 'depth'"),
     ],
     ids=str,

@@ -105,7 +105,8 @@ CoreRank = Annotated[
     str | None,
     typer.Option(
         help="Cut each model's core to this rank, with axes outputs,inputs, and store it as two small factors: a number, or auto "
-        "(the cut loses no more than the sides). Default: whole cores.",
+        "(the cut loses no more than the sides; with --budget or --max-error chosen for each layer together with them). "
+        "Default: whole cores.",
         show_default=False,
     ),
 ]

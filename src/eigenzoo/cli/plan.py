@@ -156,9 +156,12 @@ def render(made: Plan, dtype: str = "float32", coefficients_dtype: str = "float3
         axes, dtypes = ",".join(best.axes), _dtype_options(dtype, coefficients_dtype)
         start = "Try this first" if alone is None else "The best bundle for its bytes"
         cores = "" if best.core_rank is None else f" --core-rank {best.core_rank}"
-        # A budget chooses whole cores: for the bytes of cut ones it loses more.
-        budget = f", or `--axes {axes} --budget {_budget(best.bytes)}{dtypes}`, which chooses a rank for each layer"
-        say(f"→ {start}: `--axes {axes} --rank {best.rank}{cores}{dtypes}`{'' if cores else budget}.")
+        # A budget chooses whole cores for full weights: for the bytes of cut ones it loses more.
+        auto = " --core-rank auto" if made.view == "update" and axes == "outputs,inputs" else ""
+        budget = (
+            f", or `--axes {axes} --budget {_budget(best.bytes)}{auto}{dtypes}`, which chooses ranks for each layer"
+        )
+        say(f"→ {start}: `--axes {axes} --rank {best.rank}{cores}{dtypes}`{'' if cores and not auto else budget}.")
     else:
         say(
             "No choice is recommended: none keeps a larger share of the models' differences than it takes of their bytes."

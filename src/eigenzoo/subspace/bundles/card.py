@@ -202,8 +202,10 @@ def _fit_command(manifest: Manifest) -> str:
     if manifest.coefficients_dtype != "float32":
         words += ["--coefficients-dtype", manifest.coefficients_dtype]
     chosen = [("--budget", options["budget"]), ("--max-error", options["max_error"])]
-    if all(value is None for _, value in chosen):
-        words += ["--rank", ",".join(f"{axis}={rule}" for axis, rule in options["rules"].items())]
+    rules = dict(options["rules"])
+    chosen.append(("--core-rank", rules.pop("cores", None)))
+    if all(value is None for _, value in chosen[:2]):
+        words += ["--rank", ",".join(f"{axis}={rule}" for axis, rule in rules.items())]
     for option, value in (*chosen, ("--solver", options.get("solver")), ("--precision", options.get("precision"))):
         words += [option, str(value)] if value is not None else []
     for option in ("include", "exclude"):

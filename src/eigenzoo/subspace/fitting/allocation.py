@@ -3,7 +3,8 @@
 For one truncated axis a layer's error is exactly the tail of its spectrum. Each direction gains at most as much as the last, so the
 greedy order is optimal up to the last direction that fits. For several axes the sum of the tails is an upper bound of the error (De
 Lathauwer et al. 2000). An error bound is met by this sum first. The cores at these ranks then give the error of all smaller
-ranks, and the fewest directions of the greedy order that meet the bound are kept.
+ranks, and the fewest directions of the greedy order that meet the bound are kept. Ranks that cores are cut to are chosen first
+(`core_ranks`).
 
 Spectra do not contain the rounding of bases to half precision, and headers are only estimated. Both are measured after the fit, and
 the bound is tightened by the excess (`Allocation.tightened`).
@@ -18,17 +19,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 
-import torch
-from torch import Tensor
-
 from eigenzoo.errors import BudgetError
+from eigenzoo.linalg import low_rank
 from eigenzoo.linalg.block_sums import DEFAULT
-from eigenzoo.linalg.gram import center_gram
 from eigenzoo.linalg.heldout import cross_validated_capture
-from eigenzoo.linalg.spectrum import eigenpairs
+from eigenzoo.linalg.rank import AUTO, RankRule
 from eigenzoo.passes.resources import Resources
 from eigenzoo.passes.workers import Workers
 from eigenzoo.records import Layer, Progress
+from eigenzoo.subspace.bases.basis import CORES
 from eigenzoo.subspace.bases.tucker import LeadingCores
 from eigenzoo.subspace.fitting.alone import Losses, is_affordable, stack_losses, update_losses
 from eigenzoo.subspace.fitting.bytes import (
@@ -39,13 +38,15 @@ from eigenzoo.subspace.fitting.bytes import (
     overhead,
 )
 from eigenzoo.subspace.fitting.core_losses import CoreLosses, core_losses
+from eigenzoo.subspace.fitting.core_ranks import core_ranks
 from eigenzoo.subspace.fitting.heldout_sides import SideShares, heldout_sides, hold_out_sides
+from eigenzoo.subspace.fitting.layer_spectra import LayerSpectra, layer_spectra
 from eigenzoo.subspace.fitting.options import FitOptions
 from eigenzoo.subspace.fitting.tucker_fit import leading_task, lost_at
 from eigenzoo.subspace.moments.collecting import collect
 from eigenzoo.subspace.moments.layer_moments import LayerMoments
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
-from eigenzoo.zoo.stack import DenseStack, Stack, UpdateStack
+from eigenzoo.zoo.stack import DenseStack, UpdateStack
 from eigenzoo.zoo.zoo import Zoo
 
 SIDES_BYTES = 2**30
@@ -61,67 +62,6 @@ EXCESS = 1.1
 
 MOST_ROUNDS = 4
 """Number of times an error bound is tightened before all directions are kept."""
-
-
-@dataclass(frozen=True)
-class LayerSpectra:
-    """Input of allocation and plan for one layer: eigenvalues and their totals by axis, and the energy."""
-
-    layer: Layer
-    values: Mapping[str, Tensor]
-    totals: Mapping[str, float]
-    energy: float
-    variance: float
-    about_mean: float
-    update_ranks: int
-    gram_NN: Tensor
-
-    def error(self, ranks: Mapping[str, int]) -> float:
-        """Return an upper bound of the lost energy: the sum of the tails, limited to the whole energy."""
-        tails = [max(self.totals[axis] - float(self.values[axis][:rank].sum()), 0.0) for axis, rank in ranks.items()]
-        limit = self.energy if self.layer.kind == "update" and set(ranks) != {"models"} else self.variance
-        return min(sum(tails), limit)
-
-    def full_rank(self, axis: str) -> int:
-        """Return the rank at which an axis is complete."""
-        return int(self.values[axis].numel())
-
-    def num_bytes(self, ranks: Mapping[str, int], num_models: int, itemsize: ItemSizes) -> int:
-        """Return the bytes of the layer in a bundle: center, bases, and all models' coefficients."""
-        axes = tuple(axis for axis in ("models", "outputs", "inputs") if axis in ranks)
-        basis = basis_bytes(self.layer, ranks, axes, itemsize.basis, self.update_ranks, num_models)
-        return basis + num_models * self.coefficient_bytes(ranks, itemsize)
-
-    def coefficient_bytes(self, ranks: Mapping[str, int], itemsize: ItemSizes) -> int:
-        """Return the bytes of one model's coefficients."""
-        return coefficient_bytes(self.layer, ranks, tuple(ranks), itemsize.coefficient)
-
-
-def layer_spectra(stack: Stack, moments: LayerMoments, axes: tuple[str, ...]) -> LayerSpectra:
-    """Compute the spectra of a layer's moments."""
-    values: dict[str, Tensor] = {}
-    totals: dict[str, float] = {}
-    if "models" in axes:
-        values["models"] = (
-            eigenpairs(moments.centered_NN, moments.round_off)[0] if moments.variance > 0 else torch.zeros(0)
-        )
-        totals["models"] = moments.variance
-    for axis, side in (("outputs", moments.outputs), ("inputs", moments.inputs)):
-        if axis in axes and side is not None:
-            varies = moments.variance > 0 or isinstance(stack, UpdateStack)
-            values[axis] = side.eigenvectors().values_K if varies else torch.zeros(0)
-            totals[axis] = side.trace if varies else 0.0
-    update_ranks = sum(stack.ranks) if isinstance(stack, UpdateStack) else 0
-    return LayerSpectra(
-        stack.layer,
-        values,
-        totals,
-        float(moments.energies_N.sum()),
-        moments.variance,
-        float(center_gram(moments.gram_NN).diagonal().sum()),
-        update_ranks,
-        moments.gram_NN,
-    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +182,7 @@ class Allocation:
         steps: list[tuple[str, str]] = []
         ranks = spend(self.spectra, self.options, self.num_models, self.fixed, target, steps)
         if self.leading and target is not None:
-            ranks = self._fewest(steps, target)
+            ranks = self._fewest(ranks, steps, target)
         return {name: replace(self.options, rules=ranks[name]) for name in self.spectra}
 
     def tightened(self, chosen: Mapping[str, FitOptions], measured: float, rounds: int) -> float | None:
@@ -257,11 +197,7 @@ class Allocation:
             return None
         if self.options.budget is not None:
             return self._counted(chosen) - (measured - bound)
-        if all(
-            layer.full_rank(axis) <= int(chosen[name].rules[axis])
-            for name, layer in self.spectra.items()
-            for axis in layer.values
-        ):
+        if all(self._is_complete(layer, chosen[name].rules) for name, layer in self.spectra.items()):
             if not self.options.rounds:
                 return None  # The remaining error is round-off of the products.
             halved = self.options.coefficients_dtype
@@ -273,13 +209,28 @@ class Allocation:
             )
         return max(self._counted(chosen) - EXCESS * (measured - bound), 0.0) if rounds < MOST_ROUNDS else 0.0
 
-    def _fewest(self, steps: Sequence[tuple[str, str]], target: float) -> dict[str, dict[str, int]]:
-        """Return the ranks after as few of these steps as keep to an error: it falls with each step, so by bisection."""
+    def _is_complete(self, layer: LayerSpectra, rules: Mapping[str, RankRule]) -> bool:
+        """Whether no rank that is free can be raised."""
+        sides = all(layer.full_rank(axis) <= int(rules[axis]) for axis in layer.values)
+        if layer.cores is None or self.options.rules.get(CORES) != AUTO:
+            return sides
+        return sides and layer.cores.numel() <= int(rules[CORES])
+
+    def _fewest(
+        self, most: Mapping[str, Mapping[str, int]], steps: Sequence[tuple[str, str]], target: float
+    ) -> dict[str, dict[str, int]]:
+        """Return the ranks after as few of these steps as keep to an error: it falls with each step, so by bisection.
+
+        The steps raise the sides to the ranks in `most`; cores have their rank in it.
+        """
         allowed = target * self._energy * (1 - SUMS_ROUND_OFF)
         lost: dict[tuple[str, tuple[int, ...]], float] = {}
 
         def after(count: int) -> dict[str, dict[str, int]]:
-            ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in self.spectra.items()}
+            ranks = {
+                name: {axis: 0 if axis in layer.values else most[name][axis] for axis in most[name]}
+                for name, layer in self.spectra.items()
+            }
             for name, axis in steps[:count]:
                 ranks[name][axis] += 1
             return ranks
@@ -310,7 +261,8 @@ class Allocation:
     def _counted(self, chosen: Mapping[str, FitOptions]) -> float:
         """Return the estimate for the `chosen` ranks of the bounded quantity: bytes of a bundle, or lost share of the energy."""
         ranks = {
-            name: {axis: int(chosen[name].rules[axis]) for axis in layer.values} for name, layer in self.spectra.items()
+            name: {axis: int(chosen[name].rules[axis]) for axis in chosen[name].rules if axis in (*layer.values, CORES)}
+            for name, layer in self.spectra.items()
         }
         if self.options.budget is None:
             return sum(self._lost(name, ranks[name]) for name in self.spectra) / self._energy
@@ -331,6 +283,7 @@ def allocate(zoo: Zoo, options: FitOptions, workers: Workers, cache: MomentsCach
     collected = collect_spectra(zoo, request, workers, cache, progress)
     moments = {name: layer.moments for name, layer in collected.items() if layer.moments is not None}
     spectra = {name: layer.spectra for name, layer in collected.items()}
+    _check_core_rank(options, spectra)
     found = Allocation(options, spectra, moments, len(zoo), fixed)
     if options.max_error is None or len(options.axes) == 1:
         return found
@@ -375,6 +328,24 @@ def _check_least(zoo: Zoo, options: FitOptions, fixed: int) -> None:
     _require_room(options.budget, least)
 
 
+def _check_core_rank(options: FitOptions, spectra: Mapping[str, LayerSpectra]) -> None:
+    """Raise BudgetError for a core rank that loses more than the error bound, even between whole sides."""
+    rule, max_error = options.rules.get(CORES), options.max_error
+    if not isinstance(rule, int) or max_error is None:
+        return
+    lost = sum(
+        float(layer.cores[rule:].sum())
+        for layer in spectra.values()
+        if layer.cores is not None and low_rank.pays((layer.full_rank("outputs"), layer.full_rank("inputs")), rule)
+    )
+    energy = sum(layer.energy for layer in spectra.values())
+    if lost > max_error * energy:
+        raise BudgetError(
+            f"an error bound of {max_error:g}, but cores of rank {rule} lose {lost / energy:.2g} between whole sides",
+            next_step="raise the core rank or the error bound, or use core rank 'auto'",
+        )
+
+
 def _require_room(budget: int | None, least: int) -> None:
     if budget is not None and least > budget:
         raise BudgetError(
@@ -400,11 +371,13 @@ def spend(
     if target is not None:
         budget, max_error = (None, target) if budget is None else (int(target), None)
     ranks = {name: dict.fromkeys(layer.values, 0) for name, layer in spectra.items()}
-    spent = fixed + sum(layer.num_bytes(ranks[name], num_models, itemsize) for name, layer in spectra.items())
-    errors = {name: layer.error(ranks[name]) for name, layer in spectra.items()}
     energy = sum(layer.energy for layer in spectra.values())
     # A fit reports another sum of the same numbers.
     allowed = None if max_error is None else max_error * energy * (1 - SUMS_ROUND_OFF)
+    for name, core_rank in core_ranks(spectra, options, num_models, fixed, budget, allowed).items():
+        ranks[name][CORES] = core_rank
+    spent = fixed + sum(layer.num_bytes(ranks[name], num_models, itemsize) for name, layer in spectra.items())
+    errors = {name: layer.error(ranks[name]) for name, layer in spectra.items()}
     if budget is not None and spent > budget:
         # A tightened target is lower by the excess of the written bundle over the estimate.
         _require_room(options.budget, spent + (options.budget or 0) - budget)
@@ -412,7 +385,7 @@ def spend(
     heap = [
         entry
         for name in spectra
-        for axis in ranks[name]
+        for axis in spectra[name].values
         if (entry := _next(spectra[name], name, axis, 0, ranks[name], num_models, itemsize))
     ]
     heapq.heapify(heap)

@@ -77,7 +77,8 @@ def fit(
             layers in float64) or "fast" (bfloat16 products with float32 sums).
         core_rank: with axes `outputs` and `inputs`, the rank that each model's core is cut to, or "auto": the least at which all
             models of a layer lose no more by the cut than by the sides. A core of P × Q is then stored as two factors of
-            R·(P + Q) numbers, where these are fewer. Rebuilt updates have at most this rank.
+            R·(P + Q) numbers, where these are fewer. Rebuilt updates have at most this rank. With a budget or an error bound (of
+            LoRA updates) "auto" chooses it for each layer together with the ranks of the sides.
         device: device of products: "cpu", "cuda" or "cuda:<number>".
         max_memory: bytes for blocks of weights in all tasks together. Default: a quarter of the machine's memory.
         workers: workers for the tasks instead of this process's threads, such as a cluster (`integrations.cluster`).

@@ -148,7 +148,7 @@ def resolve_options(
     chosen = _axes_of(rank) if axes is None else check_axes(axes)
     rules = _rules_of(AUTO if rank is None else rank, chosen)
     if core_rank is not None:
-        rules[CORES] = _check_core_rank(core_rank, chosen, budget is not None or max_error is not None)
+        rules[CORES] = _check_core_rank(core_rank, chosen)
     if check_choice(solver, SOLVERS, "solver") == SKETCH:
         _check_sketch(chosen, rules, budget is not None or max_error is not None)
     if precision == FAST and 1.0 in rules.values() and any(isinstance(rule, float) for rule in rules.values()):
@@ -215,7 +215,7 @@ def _check_sketch(axes: tuple[str, ...], rules: Mapping[str, RankRule], decided:
             )
 
 
-def _check_core_rank(core_rank: Any, axes: tuple[str, ...], decided: bool) -> RankRule:
+def _check_core_rank(core_rank: Any, axes: tuple[str, ...]) -> RankRule:
     """Return the rule of the cores; raises RankError for an invalid rank, and UsageError if there are no cores to cut."""
     rule = check_rule(core_rank)
     if isinstance(rule, float) or rule == 0:
@@ -225,12 +225,6 @@ def _check_core_rank(core_rank: Any, axes: tuple[str, ...], decided: bool) -> Ra
             f"a core rank with axes {', '.join(axes)}",
             rule="cores lie between truncated outputs and inputs, one of each model",
             next_step="use axes=('outputs', 'inputs'), or leave the core rank out",
-        )
-    if decided:
-        raise UsageError(
-            "a core rank with a budget or an error bound",
-            rule="these choose the ranks of sides alone",
-            next_step="give the ranks of the sides, such as rank=64, or leave the core rank out",
         )
     return rule
 
@@ -269,6 +263,12 @@ def check_center(center: str, view: str) -> None:
 def check_against(options: FitOptions, view: str, num_models: int) -> None:
     """Raise for ranks and centers that a zoo does not support, before any work starts."""
     check_center(options.center, view)
+    if CORES in options.rules and options.bounded and view != "update":
+        raise UsageError(
+            f"a core rank with a budget or an error bound, and view {view!r}",
+            rule="these choose by the models' own singular values, which are known of LoRA updates",
+            next_step="give the ranks of the sides, such as rank=64, or leave the core rank out",
+        )
     rule = options.rules.get("models")
     spanned = num_models - 1 if options.center == "models" else num_models
     if isinstance(rule, int) and spanned < 1:

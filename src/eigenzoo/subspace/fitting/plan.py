@@ -14,7 +14,6 @@ from eigenzoo.records import AloneRow, Progress, no_progress, plain
 from eigenzoo.subspace.bases.basis import CORES
 from eigenzoo.subspace.fitting.allocation import (
     Collected,
-    LayerSpectra,
     SpectraRequest,
     collect_spectra,
 )
@@ -22,6 +21,7 @@ from eigenzoo.subspace.fitting.alone import alone_rows, named
 from eigenzoo.subspace.fitting.bytes import ItemSizes, Overhead, break_even, contents, overhead
 from eigenzoo.subspace.fitting.fit import check_resources, opened
 from eigenzoo.subspace.fitting.heldout_sides import pooled_sides
+from eigenzoo.subspace.fitting.layer_spectra import LayerSpectra
 from eigenzoo.subspace.fitting.options import COEFFICIENT_DTYPES, DTYPES, check_center, item_sizes
 from eigenzoo.subspace.moments.moments_cache import opened_cache
 from eigenzoo.weights.views import AXES, CENTERS, check_axes, check_choice

@@ -119,16 +119,18 @@ def leading_task(zoo: Zoo, precision: str, layer: tuple[str, Mapping[str, int], 
 
 def lost_at(leading: LeadingCores, moments: LayerMoments, ranks: Mapping[str, int]) -> float:
     """Return the energy that a fit of these ranks loses, as `fit_tucker` counts it."""
-    cores_NPQ = leading.cores.cores_NPQ[:, : ranks.get("outputs"), : ranks.get("inputs")].flatten(1)
+    corner_NPQ = leading.cores.cores_NPQ[:, : ranks.get("outputs"), : ranks.get("inputs")]
+    cores_NPQ = corner_NPQ.flatten(1)
     kept_N = cores_NPQ.square().sum(1)
     if not leading.is_update:
         lost = float((moments.centered_NN.diagonal() - kept_N).clamp_min(0).sum())
     else:
-        mean = leading.cores.mean
-        whole = cores_NPQ
+        mean, whole_NPQ = leading.cores.mean, corner_NPQ
         if mean is not None:
-            whole = cores_NPQ + mean[: ranks.get("outputs"), : ranks.get("inputs")].flatten()
-        lost = float((moments.energies_N - whole.square().sum(1)).clamp_min(0).sum())
+            whole_NPQ = corner_NPQ + mean[: ranks.get("outputs"), : ranks.get("inputs")]
+        lost = float((moments.energies_N - whole_NPQ.flatten(1).square().sum(1)).clamp_min(0).sum())
+        if CORES in ranks and low_rank.pays((corner_NPQ.shape[1], corner_NPQ.shape[2]), ranks[CORES]):
+            lost += float(low_rank.tails(whole_NPQ)[ranks[CORES]])
     if "models" in ranks:
         values_N = torch.linalg.eigvalsh(cores_NPQ @ cores_NPQ.T).flip(0)
         lost += float(values_N[ranks["models"] :].clamp_min(0).sum())
