@@ -67,7 +67,7 @@ def fit_unwritten(zoo: ez.Zoo, rank: int) -> Unwritten:
     """The pass of `ez.fit`: the same tasks on the same workers, with coefficients and bases, and nothing put on a disk."""
     options = resolve_options(rank, None, "models", "float32", None, None, 0)
     with local_workers() as workers:
-        layers = LayerPass(zoo, options, {}, workers, cast(Any, Nothing()), {}, MomentsCache(zoo, None), Finished())
+        layers = LayerPass(zoo, options, {}, workers, cast(Any, Nothing()), {}, MomentsCache(zoo, None), Finished(), {})
         _, moments = layers.run(no_progress)
     return Unwritten(moments)
 
