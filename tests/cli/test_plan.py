@@ -190,6 +190,7 @@ def test_planted_directions_are_recommended_and_noise_is_not(run: Run, tmp_path:
     rounded = run("plan", tmp_path / "planted", "--dtype", "int8", "--coefficients-dtype", "bfloat16").out
     assert "→ Try this first: `--axes models --rank 4 --dtype int8 --coefficients-dtype bfloat16`" in rounded
     assert "Rounding to bfloat16 and int8 loses more than the table says: `fit` prints the loss with it." in rounded
+    assert "of the energy lost before rounding to bfloat16 and int8" in rounded
     assert "Smaller bundles" not in rounded
     noise = write_stacks(tmp_path / "noise", {"w": random_stack(40, (48, 64), 1)})
     assert ez.plan(noise).recommended is None

@@ -46,7 +46,7 @@ def command(
     if json:
         print_json(made.to_dict())
     else:
-        render(made, dtype, coefficients_dtype)
+        render(made)
 
 
 def _budget(size: int) -> str:
@@ -87,22 +87,23 @@ def _render_alone(made: Plan, each: str) -> None:
         say("Not measured: each model cut alone by its own SVD. For weights this large it would take minutes.")
 
 
-def _dtype_options(dtype: str, coefficients_dtype: str) -> str:
+def _dtype_options(made: Plan) -> str:
     """Write the options that `fit` needs to reach the bytes of the table."""
-    chosen = {"--dtype": dtype, "--coefficients-dtype": coefficients_dtype}
+    chosen = {"--dtype": made.dtype, "--coefficients-dtype": made.coefficients_dtype}
     return "".join(f" {option} {value}" for option, value in chosen.items() if value != "float32")
 
 
-def _render_dtypes(dtype: str, coefficients_dtype: str) -> None:
-    """Say what rounding adds to the losses, or that bundles can have fewer bits."""
-    rounded = sorted({dtype, coefficients_dtype} - {"float32", "float64"})
-    if rounded:
-        say(f"Rounding to {' and '.join(rounded)} loses more than the table says: `fit` prints the loss with it.")
+def _render_dtypes(made: Plan) -> None:
+    """Say that rounding adds to the losses, or that bundles can have fewer bits."""
+    if made.rounded_to:
+        say(
+            f"Rounding to {' and '.join(made.rounded_to)} loses more than the table says: `fit` prints the loss with it."
+        )
     else:
         say("Smaller bundles: compare with `--dtype nf4 --coefficients-dtype bfloat16`, which `fit` takes too.")
 
 
-def render(made: Plan, dtype: str = "float32", coefficients_dtype: str = "float32") -> None:
+def render(made: Plan) -> None:
     """Print a plan as one table."""
     say(
         f"{counted(made.num_models, 'model')}, {counted(made.num_layers, 'layer')}, "
@@ -153,7 +154,7 @@ def render(made: Plan, dtype: str = "float32", coefficients_dtype: str = "float3
     if alone is not None:
         _render_alone(made, each)
     if best is not None:
-        axes, dtypes = ",".join(best.axes), _dtype_options(dtype, coefficients_dtype)
+        axes, dtypes = ",".join(best.axes), _dtype_options(made)
         start = "Try this first" if alone is None else "The best bundle for its bytes"
         cores = "" if best.core_rank is None else f" --core-rank {best.core_rank}"
         # A budget chooses whole cores for full weights: for the bytes of cut ones it loses more.
@@ -168,7 +169,7 @@ def render(made: Plan, dtype: str = "float32", coefficients_dtype: str = "float3
         )
     if alone is None:
         _render_alone(made, each)
-    _render_dtypes(dtype, coefficients_dtype)
+    _render_dtypes(made)
     if len(shown) < len(made.rows):
         say(
             f"The table shows {len(shown)} of {len(made.rows)} choices. The others lie between these, or are larger without a "

@@ -78,7 +78,8 @@ class PlanRow:
 class Plan:
     """The zoo's size, the controls (the mean alone, models cut alone), and the choices.
 
-    `alone` is empty for updates of rank 1, and for full weights so large that their singular values are not cheap.
+    `alone` is empty for updates of rank 1, and for full weights so large that their singular values are not cheap. Bytes are
+    those of bases and coefficients in `dtype` and `coefficients_dtype`; losses are those before rounding.
     """
 
     num_models: int
@@ -88,6 +89,13 @@ class Plan:
     mean_only_residual: float
     rows: tuple[PlanRow, ...]
     alone: tuple[AloneRow, ...] = ()
+    dtype: str = "float32"
+    coefficients_dtype: str = "float32"
+
+    @property
+    def rounded_to(self) -> tuple[str, ...]:
+        """The dtypes of bundles that lose more than the rows say."""
+        return tuple(sorted({self.dtype, self.coefficients_dtype} - {"float32", "float64"}))
 
     @property
     def better_alone(self) -> AloneRow | None:
@@ -150,7 +158,9 @@ class Plan:
         """One sentence: what to do for few bytes now, for many more models, and without sharing; empty where nothing helps."""
         alone, many, unmeasured = self.alone_for_bytes, self.for_many, self.unmeasured_for_many
         now = self.better_alone or self.recommended
-        parts = [] if now is None else [f"for bytes now, {_choice(now)}, {in_bytes(now.bytes)} in all ({_loss(now)})"]
+        parts = (
+            [] if now is None else [f"for bytes now, {_choice(now)}, {in_bytes(now.bytes)} in all ({self._loss(now)})"]
+        )
         if unmeasured is not None:
             parts.append(
                 f"for many more models, {_choice(unmeasured)}, {in_bytes(unmeasured.per_model)} for each, if the fit, which "
@@ -159,7 +169,7 @@ class Plan:
         elif many is not None:
             parts.append(f"for many more models, {_choice(many)}, {in_bytes(many.per_model)} for each")
         if alone is not None and isinstance(now, PlanRow):
-            parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all ({_loss(alone)})")
+            parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all ({self._loss(alone)})")
         return f"Advice: {'; '.join(parts)}." if parts else ""
 
     def _gain(self, row: PlanRow | AloneRow) -> float:
@@ -168,6 +178,14 @@ class Plan:
     def _lost(self, row: PlanRow | AloneRow) -> float:
         """Share of Σ‖X − mean‖² that is lost."""
         return row.residual / self.mean_only_residual if self.mean_only_residual > 0 else 0.0
+
+    def _loss(self, row: PlanRow | AloneRow) -> str:
+        """Write the share of all energy that is lost, in-sample."""
+        if isinstance(row, AloneRow):
+            return f"{in_percent(row.residual)} of the energy lost"
+        bound = "" if row.exact else "at most "
+        rounding = f" before rounding to {' and '.join(self.rounded_to)}" if self.rounded_to else ""
+        return f"{bound}{in_percent(row.residual)} of the energy lost{rounding}"
 
     def shortlist(self, most: int = MOST_ROWS) -> tuple[PlanRow, ...]:
         """Return the choices worth comparing, in order of their bytes; the recommended one is always among them.
@@ -190,7 +208,7 @@ class Plan:
         best = self.recommended
         advice = "no choice keeps a larger share of the models' differences than it takes of their bytes"
         if best is not None:
-            advice = f"try {_choice(best)}: {in_bytes(best.bytes)}, {_loss(best)}"
+            advice = f"try {_choice(best)}: {in_bytes(best.bytes)}, {self._loss(best)}"
         return f"Plan({size}, {in_bytes(self.whole_zoo)} in files, {len(self.rows)} choices): {advice}"
 
     def _repr_html_(self) -> str:
@@ -276,6 +294,8 @@ def plan(
         mean_only,
         tuple(rows),
         alone_rows(source, {name: layer.alone for name, layer in layers.items()}, energy),
+        dtype,
+        coefficients_dtype,
     )
 
 
@@ -284,12 +304,6 @@ def _choice(row: PlanRow | AloneRow) -> str:
         return f"each model cut alone to {named(row)}"
     cores = "" if row.core_rank is None else f" with cores of rank {row.core_rank}"
     return f"axes {', '.join(row.axes)} at rank {row.rank}{cores}"
-
-
-def _loss(row: PlanRow | AloneRow) -> str:
-    """Write the share of all energy that is lost, in-sample."""
-    bound = "" if isinstance(row, AloneRow) or row.exact else "at most "
-    return f"{bound}{in_percent(row.residual)} of the energy lost"
 
 
 def check_choices(
