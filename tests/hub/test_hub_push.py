@@ -133,7 +133,7 @@ def test_what_the_hub_holds_is_compared_with_the_manifest(
     repo.commit({**good, "manifest.json": b'{"schema_version": 9}'})
     with pytest.raises(
         BundleError,
-        match=r"me/space: the bundle has schema version 9\. This version of eigenzoo reads schema versions up to 1",
+        match=r"me/space: the bundle has schema version 9\. This version of eigenzoo reads schema versions up to 2",
     ):
         ez.load("me/space")
 
