@@ -27,7 +27,7 @@ test-more: .venv/test
 	@$(MAKE) --no-print-directory test-kernels
 
 test-kernels: .venv/test
-	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 4 minutes on two cores."
+	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 7 minutes on two cores."
 	@$(BIN)/python tests/kernels.py
 
 # Both in one run: what its tests share is imported, collected and built once.
