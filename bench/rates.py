@@ -27,7 +27,7 @@ class Row:
     """A way to keep models.
 
     Attributes:
-        family, name: what the way is.
+        family, name: kind and name of the way.
         fitted: models that the shared part is fitted to.
         shared, per_model: bytes of files.
         shared_values, values: bytes of the values in them, with their scales: no headers, configs and records.

@@ -37,7 +37,7 @@ class Discriminant:
         origin_D: mean of all examples.
         directions_RD: eigenvectors of Σ.
         stretch_R: what whitening adds to each of them, λ^-½ − scale.
-        scale: what it does to every other direction.
+        scale: the factor for every other direction.
         means_GD: the groups' whitened means.
         shrinkage: γ.
     """

@@ -27,7 +27,7 @@ class LowRank:
     Attributes:
         shape: (P, Q).
         rank: R.
-        center: what a matrix is about, (P, Q): the factors are those of the sum of both; None for nothing.
+        center: (P, Q), or None. The factors are those of the matrix plus the center.
     """
 
     shape: tuple[int, int]

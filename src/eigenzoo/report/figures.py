@@ -40,7 +40,7 @@ class Mark:
         table: of `plotted.TABLES`.
         column: in this table.
         look: colour, dashes, sign and name, from `SERIES`.
-        label: what the legend calls it, if not by the name of its look.
+        label: its name in the legend. Default: the name of its look.
         low: column of a band's lower edge.
         error: column of its error bars.
     """
@@ -85,8 +85,8 @@ class Figure:
         summary: what it says, in words and numbers; also what is read out in its stead.
         section: the section of the tidy table that holds its numbers.
         x, y: its axes.
-        marks: what is drawn, from back to front; empty for maps, which have drawers of their own.
-        value: what the colours of a heat map stand for.
+        marks: the drawn marks, from back to front. Empty for maps, which are drawn by other functions.
+        value: meaning of the colours of a heat map.
         by_layer: whether it follows the choice of a layer.
         choices: quantities to choose from, as (key, label).
         size: `wide`, `half`, `main` with a `side` beside it, or `square`.
