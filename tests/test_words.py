@@ -33,7 +33,7 @@ NO_NOUN = re.compile(
 )
 """`X is no Y` is written `X is not a Y`. `There is no X` and comparisons are plain English."""
 
-PLAIN_PACKAGES = ("adapt", "cli", "evidence", "integrations", "nursery", "report", "routing", "subspace")
+PLAIN_PACKAGES = ("adapt", "cli", "evidence", "integrations", "merge", "nursery", "report", "routing", "subspace")
 """Packages of which docstrings and comments are checked too."""
 
 LONGEST_HELP = 40

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     )
     from eigenzoo.evidence.evidence import Evidence, evidence
     from eigenzoo.evidence.function import evaluate
+    from eigenzoo.merge.merged import Merged
+    from eigenzoo.merge.merging import merge
     from eigenzoo.routing.router import Router, route
     from eigenzoo.routing.routing import Routing
     from eigenzoo.subspace.bundles.loading import load
@@ -63,6 +65,7 @@ _ERRORS = (
 )
 _HOMES = {
     "Coefficients": "subspace.coefficients",
+    "Merged": "merge.merged",
     "RebuiltModel": "subspace.rebuilt",
     "Router": "routing.router",
     "Routing": "routing.routing",
@@ -75,6 +78,7 @@ _HOMES = {
     "import_subspace": "subspace.imports.importing",
     "inspect": "zoo.inspection",
     "load": "subspace.bundles.loading",
+    "merge": "merge.merging",
     "open_zoo": "zoo.zoo",
     "plan": "subspace.fitting.plan",
     "route": "routing.router",
@@ -90,6 +94,7 @@ __all__ = [
     "EigenzooError",
     "Evidence",
     "FormatError",
+    "Merged",
     "MismatchError",
     "OutputError",
     "RankError",
@@ -109,6 +114,7 @@ __all__ = [
     "import_subspace",
     "inspect",
     "load",
+    "merge",
     "open_zoo",
     "plan",
     "route",

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from eigenzoo.display import counted, one_line
 from eigenzoo.errors import BundleError, DataError, EigenzooError, RankError, UsageError
+from eigenzoo.formats.adapter_writer import OTHER_FORMATS, other_tensors, write_adapter
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.layout import ModelLayout
-from eigenzoo.formats.lora.diffusion_names import FAMILIES, renamed
-from eigenzoo.formats.lora.diffusion_writer import write_diffusion_lora
-from eigenzoo.formats.lora.mlx_writer import MLX_FORMAT, write_mlx_adapter
 from eigenzoo.formats.model import Model, part_name
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.remote.address import shown_url
 from eigenzoo.formats.side_files import weights_among
-from eigenzoo.formats.writers import cast_to, write_checkpoint, write_lora
+from eigenzoo.formats.writers import cast_to, write_checkpoint
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Cut, Factors
 from eigenzoo.passes.settings import own_settings
@@ -35,10 +33,6 @@ from eigenzoo.weights.roles import VARIANCE
 
 MODEL = "model"
 """Kind of output in a saved model's record; see `formats.output.own`."""
-
-OTHER_FORMATS = {"diffusion-lora": FAMILIES, "lora": (MLX_FORMAT,)}
-"""Other formats that `save` can write, by the model's own format."""
-
 
 FULL: Literal["full"] = "full"
 """As `max_lora_rank`: write every update at its whole rank."""
@@ -252,26 +246,9 @@ class RebuiltModel:
         return self._template.read_carried(name)
 
     def _save_adapter(self, folder: Path, family: str | None, workers: Workers, progress: Progress) -> None:
-        template = self._template
-        layout = template.layout
         factors = self._written(workers, progress)
-        used = {key for update in layout.updates.values() for key in update.keys}
-        left = [name for name in layout.tensors if name not in template.carried and name not in used]
-        carried = [name for name in (*template.carried, *left) if name not in used]
-        others = dict(workers.each("reading what is carried", self._carried, carried, progress))
-        metadata = next(iter(template.metadata.values()), None)
-        side_files = {name: template.read_side_file(name) for name in template.side_files}
-        if layout.format == "diffusion-lora":
-            if family is not None:
-                ranks = {module: a_RI.shape[0] for module, (_, a_RI) in factors.items()}
-                layout, metadata = renamed(layout, family, ranks, metadata or {})
-            write_diffusion_lora(folder, layout, factors, others=others, metadata=metadata, side_files=side_files)
-            return
-        config = dict(template.config or {})
-        if family is not None:
-            write_mlx_adapter(folder, layout, config, factors, others)
-            return
-        write_lora(folder, layout, config, factors, others=others, metadata=metadata, side_files=side_files)
+        others = dict(workers.each("reading what is carried", self._carried, other_tensors(self._template), progress))
+        write_adapter(folder, self._template, factors, others, family)
 
     def _written(self, workers: Workers, progress: Progress) -> dict[str, Factors]:
         """B and A of each module as they are written, and their ranks, which are kept."""

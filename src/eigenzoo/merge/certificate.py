@@ -1,0 +1,153 @@
+"""What a merge lost, and what is left of each source in the file as it is written.
+
+Legend: M the merged update that the method defines, M̂ the one in the file (cut to a rank, rounded to its dtype), τ a
+source's update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenzoo.linalg.core_frame import truncate
+from eigenzoo.linalg.lora import Factors, inner_products
+from eigenzoo.records import plain
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """One layer.
+
+    Attributes:
+        rank: of M̂.
+        loss: ‖M − M̂‖ / ‖M‖, in the Frobenius norm; 0 where M is zero.
+    """
+
+    rank: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class SourceCertificate:
+    """One source, over all layers.
+
+    Attributes:
+        weight: as it was given.
+        norm: ‖τ‖.
+        kept: ⟨τ, M̂⟩ / ‖τ‖²: 1 where the merge does along τ what τ does alone. None for a zero update.
+    """
+
+    weight: float
+    norm: float
+    kept: float | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """‖M − M̂‖ / ‖M‖ over all layers; `spectral` compares the largest singular values of all layers."""
+
+    frobenius: float
+    spectral: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A merge, as its file has it.
+
+    Attributes:
+        method, semantics, space, scale, options: what was asked for; semantics and space are None where a method has no choice.
+        models: by name.
+        layers: by name.
+        loss: over all layers.
+        bytes: of the weights file.
+        seconds, peak_memory: of the merge; peak_memory is that of the process, in bytes.
+        warnings: what the reader has to know.
+    """
+
+    method: str
+    semantics: str | None
+    space: str | None
+    scale: float
+    options: Mapping[str, Any]
+    models: Mapping[str, SourceCertificate]
+    layers: Mapping[str, LayerCertificate]
+    loss: Loss
+    bytes: int
+    seconds: float
+    peak_memory: int
+    warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"Certificate({self.method}, {len(self.models)} models, {len(self.layers)} layers, "
+            f"loss={self.loss.frobenius:.3g})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {**plain(self), "num_layers": len(self.layers)}
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """Of one layer: what sums over layers are made of.
+
+    Attributes:
+        rank: of M̂.
+        energy, lost: ‖M‖² and ‖M − M̂‖².
+        largest, largest_lost: largest singular values of M and of M − M̂.
+        energies_T: ‖τ_t‖².
+        products_T: ⟨τ_t, M̂⟩.
+    """
+
+    rank: int
+    energy: float
+    lost: float
+    largest: float
+    largest_lost: float
+    energies_T: Tensor
+    products_T: Tensor
+
+    @property
+    def loss(self) -> float:
+        """‖M − M̂‖ / ‖M‖; 0 where M is zero."""
+        return sqrt(self.lost / self.energy) if self.energy > 0 else 0.0
+
+
+def compare(merged: Factors, values: Tensor, written: Factors, sources: Sequence[Factors]) -> LayerSums:
+    """Compare M, of these singular values, with M̂ and with the sources. Cost as of `truncate` of both."""
+    written = written[0].double(), written[1].double()
+    difference = truncate(torch.cat([merged[0], -written[0]], 1), torch.cat([merged[1], written[1]], 0)).values
+    return LayerSums(
+        rank=written[1].shape[0],
+        energy=float(values.square().sum()),
+        lost=float(difference.square().sum()),
+        largest=_first(values),
+        largest_lost=_first(difference),
+        energies_T=torch.stack([inner_products([source], [source])[0, 0] for source in sources]),
+        products_T=inner_products(sources, [written])[:, 0],
+    )
+
+
+def _first(values: Tensor) -> float:
+    return float(values[0]) if values.numel() else 0.0
+
+
+def summarise(layers: Mapping[str, LayerSums]) -> tuple[Loss, list[float], list[float | None]]:
+    """Return the loss over all layers, and each source's norm and kept share."""
+    sums = list(layers.values())
+    energy, lost = sum(layer.energy for layer in sums), sum(layer.lost for layer in sums)
+    largest = max(layer.largest for layer in sums)
+    loss = Loss(
+        sqrt(lost / energy) if energy > 0 else 0.0,
+        max(layer.largest_lost for layer in sums) / largest if largest > 0 else 0.0,
+    )
+    energies = torch.stack([layer.energies_T for layer in sums]).sum(0).tolist()
+    products = torch.stack([layer.products_T for layer in sums]).sum(0).tolist()
+    kept = [product / energy if energy > 0 else None for product, energy in zip(products, energies, strict=True)]
+    return loss, [sqrt(max(energy, 0.0)) for energy in energies], kept

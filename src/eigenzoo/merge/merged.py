@@ -1,0 +1,54 @@
+"""A merged adapter: its updates as they are written, and its certificate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from eigenzoo.errors import UsageError
+from eigenzoo.formats.adapter_writer import OTHER_FORMATS, write_adapter
+from eigenzoo.formats.bundle.contents import Template
+from eigenzoo.formats.output.own import recorded, write_record
+from eigenzoo.formats.output.whole import new_folder
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.merge.certificate import Certificate
+
+MERGED = "merged"
+"""Kind of output in a merged model's record; see `formats.output.own`."""
+
+
+class Merged:
+    """Adapters merged into one.
+
+    Attributes:
+        certificate: what the merge lost, and what is left of each source.
+    """
+
+    def __init__(
+        self, template: Template, factors: Mapping[str, Factors], others: Mapping[str, Tensor], certificate: Certificate
+    ) -> None:
+        self._template, self._factors, self._others, self.certificate = template, factors, others, certificate
+
+    def __repr__(self) -> str:
+        return f"Merged({self.certificate!r})"
+
+    def factors(self, layer: str) -> Factors:
+        """Return one merged update as (B, A) in the dtypes of the file, with the scale in B."""
+        return self._factors[layer]
+
+    def save(self, folder: str | os.PathLike[str], *, force: bool = False, format: str | None = None) -> Path:
+        """Write the adapter in the format of the first source, with α = r, into a new folder, and return the folder.
+
+        It appears complete or not at all. `force` replaces a folder that contains only a merged model, unchanged. `format`
+        chooses other keys, as in `RebuiltModel.save`.
+        """
+        kind = self._template.layout.format
+        if format is not None and format not in OTHER_FORMATS.get(kind, ()):
+            raise UsageError(f"format {format[:40]!r} for a {kind}", next_step="leave it out")
+        with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging:
+            write_adapter(staging, self._template, self._factors, self._others, format)
+            write_record(staging, MERGED)
+        return Path(folder)
