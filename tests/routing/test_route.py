@@ -9,9 +9,9 @@ import torch
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, write_adapter, write_stacks
-from eigenzoo.adapt import adapter_file
 from eigenzoo.adapt.rebuilding import rebuild
 from eigenzoo.routing.routing import mix
+from eigenzoo.subspace.coefficient_file import save_coefficients
 from routing_data import Tasks
 from tolerance import tolerance
 
@@ -60,7 +60,7 @@ def test_the_file_of_a_mixture_of_low_rank_cores_has_the_nearest_of_their_rank(t
         write_adapter(tmp_path / "zoo" / f"m{number}", random_factors(MODULES, 2, number), alpha=4)
     space = ez.fit(tmp_path / "zoo", axes=("outputs", "inputs"), rank=7, core_rank=2)
     mixed = mix(space, {"m0": 0.6, "m1": 0.4})
-    file = adapter_file.save_mixture(mixed.values, space, tmp_path / "mix.safetensors")
+    file = save_coefficients(mixed.values, space, tmp_path / "mix.safetensors")
     whole, found = space.rebuild(mixed), rebuild(space, file)
     for layer in space.layers:
         left, values, right = torch.linalg.svd(whole.layer(layer))

@@ -33,15 +33,12 @@ from eigenzoo.adapt.attach import Adapted
 from eigenzoo.adapt.augment import NONE, Augmentation
 from eigenzoo.adapt.fingerprints import of_weights
 from eigenzoo.errors import BundleError, FormatError, UsageError
-from eigenzoo.formats.output.whole import new_file
-from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.safetensors.writer import header_bytes
-from eigenzoo.formats.writers import TensorLayout, write_tensors
 from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.coefficient_file import FORMAT, flat_numbers, write_coefficient_file
 from eigenzoo.subspace.subspace import Subspace
 
-FORMAT = "eigenzoo-coefficients"
 BESIDES = "besides."
 
 
@@ -89,7 +86,7 @@ def save(
     }
     if not adapted.start.mean and adapted.space.view != "update":
         metadata["weights"] = of_weights(_changed_weights(adapted))
-    return _write(Path(path), tensors, metadata, force)
+    return write_coefficient_file(Path(path), tensors, metadata, force)
 
 
 def save_moved(
@@ -100,27 +97,10 @@ def save_moved(
     about: Mapping[str, str],
 ) -> Path:
     """Write the contents of a file again, with coefficients of another subspace and without random directions. Return its path."""
-    tensors = {"coefficients": _flat(values, space, mean=file.mean)}
+    tensors = {"coefficients": flat_numbers(values, space, mean=file.mean)}
     tensors |= {BESIDES + name: tensor.contiguous() for name, tensor in file.besides.items()}
     metadata = {name: text for name, text in file.about.items() if name not in _described(Augmentation(1))}
-    return _write(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
-
-
-def save_mixture(
-    values: Mapping[str, Tensor],
-    space: Subspace,
-    path: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    about: Mapping[str, str] | None = None,
-) -> Path:
-    """Write coefficients that no module was trained for, such as a mixture of models; the zoo's mean is part of their weights.
-
-    Low-rank cores become the nearest ones of their rank: a mixture of models has a higher rank than each of them.
-    """
-    tensors = {"coefficients": _flat(values, space, mean=True)}
-    metadata = {"format": FORMAT, "basis": space.manifest.basis_id, "mean": "true", **(about or {})}
-    return _write(Path(path), tensors, metadata, force)
+    return write_coefficient_file(Path(path), tensors, {**metadata, "basis": space.manifest.basis_id, **about}, False)
 
 
 def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = False) -> AdapterFile:
@@ -168,14 +148,6 @@ def read(path: str | os.PathLike[str], space: Subspace, *, augmented: bool = Fal
     return AdapterFile(values, besides, mean, file.metadata, augmentation, numbers)
 
 
-def is_adapter_file(path: Path) -> bool:
-    """Tell whether a file's metadata declare an adapter file."""
-    try:
-        return path.is_file() and SafetensorsFile(path).metadata.get("format") == FORMAT
-    except FormatError:
-        return False
-
-
 def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
     """Load a file into an adapted module, which must have been attached with the same kind of start.
 
@@ -209,20 +181,6 @@ def load(path: str | os.PathLike[str], adapted: Adapted) -> None:
     with torch.no_grad():
         for name, parameter in adapted.besides.items():
             parameter.copy_(file.besides[name])
-
-
-def _flat(values: Mapping[str, Tensor], space: Subspace, *, mean: bool) -> Tensor:
-    """The numbers that a file holds of coefficients, in the order of the bundle; of low-rank cores the nearest of their rank."""
-    forms = {name: basis.low_rank(mean=mean) for name, basis in space.layers.items()}
-    numbers = [values[name] if form is None else form.numbers(values[name]) for name, form in forms.items()]
-    return torch.cat([part.reshape(-1).float() for part in numbers])
-
-
-def _write(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], force: bool) -> Path:
-    layout = [TensorLayout(name, dtype_name(values.dtype), tuple(values.shape)) for name, values in tensors.items()]
-    with new_file(target, force=force, own=is_adapter_file) as staging:
-        write_tensors(staging, layout, tensors.__getitem__, metadata, sync=False)
-    return target
 
 
 def _described(augmentation: Augmentation) -> dict[str, str]:

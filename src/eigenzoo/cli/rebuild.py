@@ -82,15 +82,15 @@ def command(
 ) -> None:
     """Rebuild one model: layers from the subspace, everything else unchanged."""
     import eigenzoo as ez
-    from eigenzoo.adapt.adapter_file import is_adapter_file
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free
+    from eigenzoo.subspace.coefficient_file import is_coefficient_file
     from eigenzoo.subspace.rebuilt import MODEL
 
     max_rank = options.parse_max_rank(max_lora_rank)
     check_free(output, force=force, foreign=recorded(MODEL))
     space = ez.load(bundle, base=base)
-    if name not in space.names and is_adapter_file(Path(name)):
+    if name not in space.names and is_coefficient_file(Path(name)):
         if format is not None:
             raise UsageError(
                 "--format does not apply to files from `eigenzoo adapt`", where=name, next_step="leave it out"

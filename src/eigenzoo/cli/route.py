@@ -50,16 +50,16 @@ def command(
 ) -> None:
     """Choose the models that answer inputs, from a few examples per model; inputs of no model are left without an answer."""
     import eigenzoo as ez
-    from eigenzoo.adapt.adapter_file import is_adapter_file, save_mixture
     from eigenzoo.formats.output.whole import check_free_file
+    from eigenzoo.subspace.coefficient_file import is_coefficient_file, save_coefficients
 
     if output is not None:
-        check_free_file(output, force=force, own=is_adapter_file)
+        check_free_file(output, force=force, own=is_coefficient_file)
     space = ez.load(bundle)
     routing = ez.route(space, inputs, examples, alpha=alpha, seed=seed)
     mixture = {} if output is None else routing.mixture()
     if output is not None:
-        save_mixture(routing.coefficients(space).values, space, output, force=force)
+        save_coefficients(routing.coefficients(space).values, space, output, force=force)
     largest = max(mixture, key=lambda name: mixture[name], default="")
     document = routing.to_dict()
     if json:

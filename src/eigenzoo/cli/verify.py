@@ -138,9 +138,9 @@ def _verify_adapter(
     import eigenzoo as ez
 
     if Path(path).is_file():
-        from eigenzoo.adapt.adapter_file import is_adapter_file
+        from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
-        if is_adapter_file(Path(path)):
+        if is_coefficient_file(Path(path)):
             raise UsageError(
                 "a file from `eigenzoo adapt` cannot be checked without its bundle",
                 where=path,

@@ -31,6 +31,7 @@ from eigenzoo.integrations.models import (
 from eigenzoo.passes.resources import check_device
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.subspace.bundles.loading import load
+from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
 NURSERY = "5-against-5:"
 STEPS, BATCH_SIZE = 200, 64
@@ -147,7 +148,7 @@ def adapt_classifier(
     seed = check_options(steps, batch_size, learning_rate, seed)
     check_device(device)
     if output is not None:
-        check_free_file(output, force=force, own=adapter_file.is_adapter_file)
+        check_free_file(output, force=force, own=is_coefficient_file)
         if checkpoint is not None and checkpoint.absolute() == output.absolute():
             raise UsageError(
                 "output and checkpoint are the same file", where=str(output), rule="they must be different files"

@@ -24,7 +24,7 @@ SPACES = (CORE, COLUMNS, ROWS, FULL)
 
 @dataclass(frozen=True)
 class Request:
-    """What a merge does with every layer.
+    """The choices that apply to every layer of a merge.
 
     Attributes:
         method, options: the method, with all its options.

@@ -1,4 +1,4 @@
-"""What a merge lost, and what is left of each source in the file as it is written.
+"""The loss of a merge, and the part of each source that is left, in the file as it is written.
 
 Legend: M the merged update that the method defines, M̂ the one in the file (cut to a rank, rounded to its dtype), τ a
 source's update.

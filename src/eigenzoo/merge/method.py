@@ -1,4 +1,4 @@
-"""What a method of merging is: one typed function, registered by `@method`.
+"""Methods of merging: each is one typed function, registered by `@method`.
 
     @method("gram", formula="Σ w τ", source="Ilharco et al. 2023")
     def task_arithmetic(layer: LayerUpdates) -> Combination: ...
@@ -20,7 +20,7 @@ from eigenzoo.errors import UsageError
 from eigenzoo.merge.layer_updates import Combination, RowWise
 
 Result = Combination | Tensor | RowWise
-"""What a method returns: weights of the updates, the merged update in their space, or how it follows from a few rows."""
+"""A method returns weights of the updates, the merged update in their space, or how it follows from a few rows."""
 
 Kind = Literal["gram", "core", "factors", "elements"]
 """Where a method is exact: `gram`, a combination whose weights follow from the updates' inner products; `core`, in any orthonormal
