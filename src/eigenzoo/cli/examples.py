@@ -39,6 +39,14 @@ EXAMPLES: dict[str, Examples] = {
     "add": Examples(
         ("add bundle adapters/new1 adapters/new2 -o grown", "add bundle new1 -o grown --refresh"), "api.md"
     ),
+    "merge": Examples(
+        (
+            "merge adapters/code adapters/math -o merged --method ties --keep 0.3",
+            "merge adapters/* -o merged --method tsv --rank 32",
+            "merge adapters/code adapters/math --method linear --weights 0.7,0.3 --check",
+        ),
+        "merge.md",
+    ),
     "route": Examples(
         (
             "route bundle inputs.npy --examples labelled.safetensors",

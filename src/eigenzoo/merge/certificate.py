@@ -40,11 +40,13 @@ class SourceCertificate:
         weight: as it was given.
         norm: ‖τ‖.
         kept: ⟨τ, M̂⟩ / ‖τ‖²: 1 where the merge does along τ what τ does alone. None for a zero update.
+        outside: of a model of a bundle, the share of its energy that its coefficients do not have; else None.
     """
 
     weight: float
     norm: float
     kept: float | None
+    outside: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class LayerSums:
-    """Of one layer: what sums over layers are made of.
+    """The terms of one layer in sums over layers.
 
     Attributes:
         rank: of M̂.

@@ -17,6 +17,7 @@ from eigenzoo.formats.adapter_writer import other_tensors
 from eigenzoo.linalg.selection import thresholds
 from eigenzoo.merge.adapters import CORE, SPACES, MergedLayer, Request, as_space, merge_layer
 from eigenzoo.merge.certificate import Certificate, LayerCertificate, SourceCertificate, summarise
+from eigenzoo.merge.in_bundle import MergedCoefficients, merge_in_bundle
 from eigenzoo.merge.merged import Merged
 from eigenzoo.merge.methods import METHODS, find_method
 from eigenzoo.passes.machine import peak_memory
@@ -24,6 +25,7 @@ from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
+from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.views import check_choice
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.stack import UpdateStack
@@ -38,7 +40,7 @@ RankChoice = int | float | str
 
 @own_settings()
 def merge(
-    models: Source | Zoo,
+    models: Source | Zoo | tuple[Subspace, Sequence[str]],
     method: str = "mean",
     *,
     weights: Weights = None,
@@ -50,12 +52,12 @@ def merge(
     workers: Workers | None = None,
     progress: Progress = no_progress,
     **options: Any,
-) -> Merged:
+) -> Merged | MergedCoefficients:
     """Merge adapters into one adapter, without their base.
 
     Args:
         models: LoRA adapters of one base: a folder of them, a glob, a list of paths, or an opened zoo. Ranks, alphas and rsLoRA may
-            differ.
+            differ. Or a subspace and names of its models, whose coefficients are merged.
         method: a name of docs/merge.md.
         weights: a number per model, in their order or by name; 1 each by default. They may be negative.
         scale: what the result of the method is multiplied by.
@@ -76,18 +78,24 @@ def merge(
     choose_rank = rank_choice(rank)
     check_choice(space, SPACES, "space")
     check_choice(missing, ("refuse", "zero"), "missing")
-    zoo = (
-        models
-        if isinstance(models, Zoo)
-        else open_zoo(models, view="update", missing="zero" if missing == "zero" else "error", progress=progress)
-    )
-    weights_T = as_weights(weights, zoo.names)
+    if isinstance(models, tuple):
+        names: Sequence[str] = models[1]
+    else:
+        zoo = (
+            models
+            if isinstance(models, Zoo)
+            else open_zoo(models, view="update", missing="zero" if missing == "zero" else "error", progress=progress)
+        )
+        names = zoo.names
+    weights_T = as_weights(weights, names)
     least, most = chosen.models
-    if not least <= len(zoo) <= most:
-        raise UsageError(f"{len(zoo)} models for method {method}", rule=f"it takes {least} to {most}")
+    if not least <= len(names) <= most:
+        raise UsageError(f"{len(names)} models for method {method}", rule=f"it takes {least} to {most}")
     if weights is not None and not chosen.weighted:
         raise UsageError(f"method {method} takes no weights", next_step="leave them out, or use method linear")
     request = Request(chosen, resolved, weights_T, scale, space, choose_rank, check_seed(seed))
+    if isinstance(models, tuple):
+        return merge_in_bundle(models[0], names, request, progress)
     template = ZooTemplate(zoo, 0)
     with opened_workers(workers) as opened:
         share = chosen.over_model(resolved)
