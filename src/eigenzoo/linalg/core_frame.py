@@ -31,15 +31,19 @@ class CoreFrame:
 
     Attributes:
         outputs_OP, inputs_IQ: orthonormal columns.
-        cores_TPQ: the updates in this frame.
+        halves: each update's core C_t as two factors (P, R) and (R, Q).
         gap: smallest difference of two neighbouring singular values, relative to the largest. Where it is near zero, the basis is
             not unique, nor is what depends on it.
     """
 
     outputs_OP: Tensor
     inputs_IQ: Tensor
-    cores_TPQ: Tensor
+    halves: tuple[Factors, ...]
     gap: float
+
+    def cores(self) -> Tensor:
+        """Return the updates in this frame, (T, P, Q)."""
+        return torch.stack([left @ right for left, right in self.halves])
 
 
 def core_frame(updates: Sequence[Factors]) -> CoreFrame:
@@ -54,8 +58,8 @@ def core_frame(updates: Sequence[Factors]) -> CoreFrame:
     # [X_1 … X_T] and [B_1 L_1ᵀ … B_T L_Tᵀ], with A_tᵀ = Q_t L_t, have the same left singular vectors: no Gram loses digits.
     turn_left, gap_left = _singular_vectors(torch.cat([b @ _triangle(a).T for b, a in halves], 1), left.shape[0])
     turn_right, gap_right = _singular_vectors(torch.cat([a @ _triangle(b).T for b, a in halves], 1), right.shape[0])
-    cores_TPQ = torch.stack([(turn_left.T @ b) @ (turn_right.T @ a).T for b, a in halves])
-    return CoreFrame(left @ turn_left, right @ turn_right, cores_TPQ, min(gap_left, gap_right))
+    turned = tuple((turn_left.T @ b, (turn_right.T @ a).T) for b, a in halves)
+    return CoreFrame(left @ turn_left, right @ turn_right, turned, min(gap_left, gap_right))
 
 
 class Truncated(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,35 +10,35 @@ from torch import Tensor
 BINS = 2**16
 
 
-def thresholds(blocks: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
-    """Return, for each of T rows of numbers that arrive in blocks (T, n), the least |x| among the ⌊share·D⌋ largest of all D.
+Blocks = Callable[[], Iterable[Tensor]]
+"""Gives T rows of numbers in blocks (T, n), from the first on each time it is called."""
 
-    (T,) float64; infinite where none is kept. Two passes: sizes are counted by the leading half of their float32 bits, which has
+
+def least_of_largest(blocks: Blocks, counts: Sequence[int]) -> Tensor:
+    """Return for each of T rows the least |x| among its `counts[t]` largest.
+
+    (T,) float64; infinite where the count is 0. Two passes: sizes are counted by the leading half of their float32 bits, which has
     their order, and those of one bin are then sorted. Exact; memory T·(2¹⁶ + the numbers of one bin, about 1 % of all).
     """
-    counts, total = None, 0
+    kept_T = torch.tensor(counts)
+    counted_TB = torch.zeros(len(counts), BINS, dtype=torch.int64)
     for block in blocks():
         bins = _bins(block)
-        counts = torch.zeros(bins.shape[0], BINS, dtype=torch.int64) if counts is None else counts
-        counts.scatter_add_(1, bins, torch.ones_like(bins))
-        total += bins.shape[1]
-    if counts is None:
-        raise ValueError("there are no blocks")
-    kept = int(share * total)
-    if kept == 0:
-        return torch.full((counts.shape[0],), torch.inf, dtype=torch.float64)
-    above_TB = counts.flip(1).cumsum(1).flip(1)
-    # The last bin with at least `kept` numbers in it and above it.
-    chosen_T = (above_TB >= kept).sum(1) - 1
-    within_T = kept - (above_TB.gather(1, chosen_T[:, None]) - counts.gather(1, chosen_T[:, None]))[:, 0]
-    found: list[list[Tensor]] = [[] for _ in chosen_T]
+        counted_TB.scatter_add_(1, bins, torch.ones_like(bins))
+    above_TB = counted_TB.flip(1).cumsum(1).flip(1)
+    # The last bin with at least so many numbers in it and above it.
+    chosen_T = ((above_TB >= kept_T[:, None]).sum(1) - 1).clamp_min(0)
+    beyond_T = (above_TB.gather(1, chosen_T[:, None]) - counted_TB.gather(1, chosen_T[:, None]))[:, 0]
+    found: list[list[Tensor]] = [[] for _ in counts]
     for block in blocks():
         bins = _bins(block)
         for row, chosen in enumerate(chosen_T):
             found[row].append(block[row][bins[row] == chosen].abs().double())
-    return torch.stack(
-        [torch.cat(each).sort(descending=True).values[place - 1] for each, place in zip(found, within_T, strict=True)]
-    )
+    least = torch.full((len(counts),), torch.inf, dtype=torch.float64)
+    for row, (place, each) in enumerate(zip((kept_T - beyond_T).tolist(), found, strict=True)):
+        if counts[row]:
+            least[row] = torch.cat(each).sort(descending=True).values[place - 1]
+    return least
 
 
 def _bins(block: Tensor) -> Tensor:

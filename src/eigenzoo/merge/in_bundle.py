@@ -18,10 +18,10 @@ from torch import Tensor
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.linalg.core_frame import truncate
-from eigenzoo.linalg.selection import thresholds
+from eigenzoo.linalg.selection import least_of_largest
 from eigenzoo.merge.adapters import CORE, Request
 from eigenzoo.merge.certificate import Certificate, LayerCertificate, LayerSums, SourceCertificate, compare, summarise
-from eigenzoo.merge.layer_updates import Combination, RowWise, UpdatesInMemory
+from eigenzoo.merge.layer_updates import Combination, Context, Product, RowWise, UpdatesInMemory
 from eigenzoo.passes.machine import peak_memory
 from eigenzoo.records import Progress, telling
 from eigenzoo.subspace.bases.basis import LayerBasis
@@ -75,8 +75,11 @@ def merge_in_bundle(space: Subspace, names: Sequence[str], request: Request, pro
 
     share, thresholds_T = request.method.over_model(request.options), None
     if share is not None and all(_has_cores(basis) for basis in space.layers.values()):
-        thresholds_T = thresholds(
-            lambda: ((values(name) + basis.removed()).flatten(1) for name, basis in space.layers.items()), share
+        shares = [share] * len(names) if isinstance(share, int | float) else share
+        total = sum(basis.num_coefficients for basis in space.layers.values())
+        thresholds_T = least_of_largest(
+            lambda: ((values(name) + basis.removed()).flatten(1) for name, basis in space.layers.items()),
+            [int(each * total) for each in shares],
         )
     results = {
         name: _merge_layer(basis, values(name), names, request, thresholds_T)
@@ -123,13 +126,15 @@ def _merge_cores(
 ) -> tuple[Tensor, LayerSums]:
     mean = basis.removed()
     cores_TPQ = values_TPQ + mean
-    ranks = [int(torch.linalg.matrix_rank(core)) for core in cores_TPQ]
-    layer = UpdatesInMemory(basis.layer.name, names, request.weights_T, ranks, request.seed, thresholds_T, cores_TPQ)
+    context = Context(basis.layer.name, tuple(names), request.weights_T, request.seed, thresholds_T)
+    layer = UpdatesInMemory(context, values_TPQ=cores_TPQ)
     result = request.method.merge(layer, **request.options)
     if isinstance(result, Combination):
         merged = torch.tensordot(result.coefficients_T, cores_TPQ, 1)
     elif isinstance(result, RowWise):
         merged = torch.cat([result.apply(block) for block in layer.blocks()])
+    elif isinstance(result, Product):
+        raise UnsupportedError(f"method {request.method.name} in a bundle", next_step="merge the models' own files")
     else:
         merged = result
     merged = merged * request.scale
@@ -160,7 +165,8 @@ def _average(basis: LayerBasis, values_TK: Tensor, names: Sequence[str], request
             rule=f"models that are not whole cores stay in the subspace only as averages ({', '.join(AVERAGES)}, scale 1)",
             next_step="fit adapters with --axes outputs,inputs, or merge the models' own files",
         )
-    averages = UpdatesInMemory(basis.layer.name, names, request.weights_T, (), request.seed, None, values_TK)
+    context = Context(basis.layer.name, tuple(names), request.weights_T)
+    averages = UpdatesInMemory(context, values_TPQ=values_TK)
     result = request.method.merge(averages, **request.options)
     assert isinstance(result, Combination)
     merged = torch.tensordot(result.coefficients_T, values_TK, 1)

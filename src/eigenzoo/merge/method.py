@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from eigenzoo.errors import UsageError
-from eigenzoo.merge.layer_updates import Combination, RowWise
+from eigenzoo.merge.layer_updates import Combination, Product, RowWise
 
-Result = Combination | Tensor | RowWise
-"""A method returns weights of the updates, the merged update in their space, or how it follows from a few rows."""
+Result = Combination | Tensor | RowWise | Product
+"""A method returns weights of the updates, the merged update in their space, how it follows from a few rows, or two factors."""
 
 Kind = Literal["gram", "core", "factors", "elements"]
 """Where a method is exact: `gram`, a combination whose weights follow from the updates' inner products; `core`, in any orthonormal
@@ -36,6 +36,7 @@ class Parameter:
         choices: the values that it takes; empty for a number.
         least, most: bounds of a number, both allowed.
         kind: `int`, `float` or `str`.
+        per_model: whether it may be one number per model.
     """
 
     name: str
@@ -45,9 +46,12 @@ class Parameter:
     choices: tuple[str, ...] = ()
     least: float = -float("inf")
     most: float = float("inf")
+    per_model: bool = False
 
     def check(self, value: Any, method: str) -> Any:
         """Return the value, or raise UsageError that says what it may be."""
+        if self.per_model and isinstance(value, list | tuple):
+            return tuple(self.check(each, method) for each in value)
         if self.choices:
             if value in self.choices:
                 return value
@@ -63,11 +67,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number in a method's signature, both allowed, and what it is."""
+    """Bounds of a number in a method's signature, both allowed, and its description."""
 
     help: str
     least: float = -float("inf")
     most: float = float("inf")
+    per_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Method:
         over_model: gives the share of the largest values of the *whole model* that the method keeps with these options, or None
             where it trims each layer by itself.
         weighted: whether it takes weights.
+        space: the only space that it acts in, where its kind leaves a choice.
     """
 
     name: str
@@ -95,6 +101,7 @@ class Method:
     models: tuple[int, int]
     over_model: Callable[[Mapping[str, Any]], float | None]
     weighted: bool
+    space: str | None
 
     @property
     def summary(self) -> str:
@@ -131,6 +138,7 @@ def method(
     models: tuple[int, int] = (1, MANY),
     over_model: Callable[[Mapping[str, Any]], float | None] = _trims_layers,
     weighted: bool = True,
+    space: str | None = None,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Register a function as a method. Its keyword parameters are annotated with `Annotated[type, Range(…)]`."""
 
@@ -142,7 +150,7 @@ def method(
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
         METHODS[function.__name__] = Method(
-            function.__name__, function, kind, formula, source, parameters, models, over_model, weighted
+            function.__name__, function, kind, formula, source, parameters, models, over_model, weighted, space
         )
         return function
 
@@ -154,4 +162,4 @@ def _parameter(name: str, hint: Any, default: Any) -> Parameter:
     assert isinstance(bounds, Range), f"{name} has no description"
     if get_origin(kind) is Literal:
         return Parameter(name, str, default, bounds.help, choices=get_args(kind))
-    return Parameter(name, kind, default, bounds.help, least=bounds.least, most=bounds.most)
+    return Parameter(name, kind, default, bounds.help, (), bounds.least, bounds.most, bounds.per_model)

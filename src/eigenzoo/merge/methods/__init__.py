@@ -2,9 +2,9 @@
 
 from eigenzoo.errors import UsageError
 from eigenzoo.merge.method import METHODS, Method
-from eigenzoo.merge.methods import combinations, elementwise, spectral
+from eigenzoo.merge.methods import combinations, elementwise, from_data, spectral
 
-__all__ = ["METHODS", "combinations", "elementwise", "find_method", "spectral"]
+__all__ = ["METHODS", "combinations", "elementwise", "find_method", "from_data", "spectral"]
 
 
 def find_method(name: str) -> Method:
