@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from eigenzoo.errors import UsageError
+from eigenzoo.linalg.core_frame import EPSILON
 from eigenzoo.linalg.selection import least_of_largest
 from eigenzoo.merge.layer_updates import LayerUpdates, RowWise
 from eigenzoo.merge.method import Range, method
@@ -184,22 +185,34 @@ def _agreeing(rows_TPQ: Tensor, positive_PQ: Tensor) -> Tensor:
 def vote(layer: LayerUpdates) -> float:
     """Return how many more entries of a trimmed layer have a positive sum than a negative one: the majority of method `ties`."""
     least, weights = layer.thresholds(0)[:, None, None], layer.weights_T[:, None, None]
+    round_off = _round_off(layer.gram_TT.diagonal(), layer.num_values)
     votes = [
-        (torch.where(rows.abs() >= least, rows, 0.0) * weights).sum(0).sign().sum().item() for rows in layer.blocks()
+        float(_signs((torch.where(rows.abs() >= least, rows, 0.0) * weights).sum(0), round_off).sum())
+        for rows in layer.blocks()
     ]
-    return float(sum(votes))
+    return sum(votes)
 
 
 def elect_by_paper(cores_TPQ: Tensor, weights_T: Tensor, keep: float) -> Tensor:
     """Return the merge of method `ties` of matrices in memory, each trimmed by itself."""
     count = int(keep * cores_TPQ[0].numel())
     least = least_of_largest(lambda: [cores_TPQ.flatten(1)], [count] * len(cores_TPQ))[:, None, None]
-    return _by_paper(torch.where(cores_TPQ.abs() >= least, cores_TPQ, 0.0), weights_T[:, None, None], 0.0)
+    round_off = _round_off(cores_TPQ.square().sum((1, 2)), cores_TPQ[0].numel())
+    return _by_paper(torch.where(cores_TPQ.abs() >= least, cores_TPQ, 0.0), weights_T[:, None, None], round_off, 0.0)
 
 
-def _by_paper(rows_TPQ: Tensor, weights_T11: Tensor, majority: float) -> Tensor:
+def _round_off(energies_T: Tensor, num_values: int) -> float:
+    """Return the size up to which a sum of entries is round-off: that of products with orthonormal bases, relative to the norms."""
+    return EPSILON * num_values**0.5 * float(energies_T.clamp_min(0).sqrt().sum())
+
+
+def _signs(sums: Tensor, round_off: float) -> Tensor:
+    return sums.sign() * (sums.abs() > round_off)
+
+
+def _by_paper(rows_TPQ: Tensor, weights_T11: Tensor, round_off: float, majority: float) -> Tensor:
     weighted = rows_TPQ * weights_T11
-    sign = weighted.sum(0).sign()
+    sign = _signs(weighted.sum(0), round_off)
     sign = sign.where(sign != 0, torch.full_like(sign, majority))
     agree = ((weighted.sign() == sign) & (weighted != 0)).double()
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
@@ -208,19 +221,20 @@ def _by_paper(rows_TPQ: Tensor, weights_T11: Tensor, majority: float) -> Tensor:
 def _election(layer: LayerUpdates, semantics: str) -> Callable[[Tensor], Tensor]:
     """Return what averages the entries (T, p, Q) whose sign is elected, by one of the definitions at the top of the file."""
     weights = layer.weights_T[:, None, None]
+    round_off = _round_off(layer.gram_TT.diagonal(), layer.num_values)
 
     def by_mergekit(rows_TPQ: Tensor) -> Tensor:
         weighted = rows_TPQ * weights
-        agree = _agreeing(weighted, weighted.sum(0) >= 0)
+        agree = _agreeing(weighted, _signs(weighted.sum(0), round_off) >= 0)
         divisor = (weights * agree).sum(0)
         return (weighted * agree).sum(0) / divisor.where(divisor != 0, torch.ones_like(divisor))
 
     def by_peft(rows_TPQ: Tensor) -> Tensor:
-        agree = _agreeing(rows_TPQ, rows_TPQ.sum(0) >= 0)
+        agree = _agreeing(rows_TPQ, _signs(rows_TPQ.sum(0), round_off) >= 0)
         return (rows_TPQ * weights * agree).sum(0) / agree.sum(0).clamp_min(1)
 
     def by_paper(rows_TPQ: Tensor) -> Tensor:
-        return _by_paper(rows_TPQ, weights, layer.context.majority)
+        return _by_paper(rows_TPQ, weights, round_off, layer.context.majority)
 
     return {PAPER: by_paper, MERGEKIT: by_mergekit, PEFT: by_peft}[semantics]
 
