@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 NUMERICAL = (
-    *("linalg", "reference", "evidence", "growth"),
+    *("linalg", "reference", "evidence", "growth", "merge"),
     *(f"adapt/test_{name}.py" for name in ("attach", "augment", "calibrate", "continual", "lora_init", "maps")),
     *(f"scale/test_scale_{name}.py" for name in ("precision", "spans")),
     "roundtrip/test_gauge.py",

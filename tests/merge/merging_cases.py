@@ -75,6 +75,7 @@ def merge_updates(
     space: str = CORE,
     rank: int | None = None,
     seed: int = 0,
+    majority: float = 0.0,
     **options: Any,
 ) -> MergedLayer:
     chosen = find_method(method)
@@ -82,7 +83,7 @@ def merge_updates(
     weights_T = torch.tensor([1.0] * len(updates) if weights is None else weights, dtype=torch.float64)
     request = Request(chosen, chosen.options(options), weights_T, scale, space, seed)
     grams = input_grams(names, updates[0][1].shape[1]) if method == "regmean" else {}
-    context = Context("layer", names, weights_T, seed, input_grams=grams)
+    context = Context("layer", names, weights_T, seed, majority=majority, input_grams=grams)
     choose = Tensor.numel if rank is None else lambda values: rank
     return merge_layer(updates, context, request, choose, (torch.float64, torch.float64))
 

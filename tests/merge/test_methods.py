@@ -217,12 +217,12 @@ def test_equal_singular_values_are_told() -> None:
 
 def test_options_are_checked() -> None:
     ties = find_method("ties")
-    assert ties.options({}) == {"keep": 0.2, "semantics": "paper"}
+    assert ties.options({}) == {"keep": 0.2, "semantics": "paper", "combine": "auto"}
     assert ties.options({"keep": [0.1, 0.5]})["keep"] == (0.1, 0.5)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"keep": 1.5}, "keep is '1.5'. It is a number from 0 to 1"),
         ({"semantics": "mine"}, "semantics is 'mine'. It is one of paper, mergekit, peft"),
-        ({"density": 0.5}, "there is no option 'density'. It has keep, semantics"),
+        ({"density": 0.5}, "there is no option 'density'. It has keep, semantics, combine"),
         ({"keep": float("nan")}, "keep is 'nan'"),
         ({"keep": True}, "keep is 'True'"),
     ]

@@ -14,6 +14,7 @@ Legend: T models, P rows and Q columns of the space, p some of the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 from typing import Annotated, Any, Literal
 
 import torch
@@ -30,11 +31,16 @@ Semantics = Annotated[Literal["paper", "mergekit", "peft"], Range("whose definit
 TwoSemantics = Annotated[Literal["paper", "mergekit"], Range("whose definition to follow")]
 Keep = Annotated[float, Range("share of each model's entries that is kept", 0, 1, per_model=True)]
 
+Combine = Annotated[
+    Literal["auto", "mean", "sum"],
+    Range("whether entries that agree are averaged or added; auto: as the definition says"),
+]
+
 SMALL = 1e-7
 """Sums of absolute values below this are not rescaled (as in mergekit)."""
 
-LEAST_WEIGHT = 1e-6
-"""Least sum of weights that a merged entry is divided by (as in mergekit's SCE)."""
+LEAST_WEIGHT = LEAST_ENERGY = 1e-6
+"""Least sum of weights that a merged entry is divided by, and least mean square that weighs models (as in mergekit's SCE)."""
 
 
 def _over_model(options: Mapping[str, Any]) -> Any:
@@ -49,10 +55,12 @@ def _always_over_model(options: Mapping[str, Any]) -> Any:
 @method(
     "elements", formula="mean of the entries with the elected sign", source="Yadav et al. 2023", over_model=_over_model
 )
-def ties(layer: LayerUpdates, *, keep: Keep = 0.2, semantics: Semantics = "paper") -> RowWise:
+def ties(
+    layer: LayerUpdates, *, keep: Keep = 0.2, semantics: Semantics = "paper", combine: Combine = "auto"
+) -> RowWise:
     """Trim small entries, elect a sign for each, and average those that agree."""
     least = layer.thresholds(keep, at_least=1 if semantics == MERGEKIT else 0)[:, None, None]
-    elect = _election(layer, semantics)
+    elect = _election(layer, semantics, combine)
     return RowWise(lambda rows_TPQ: elect(torch.where(rows_TPQ.abs() >= least, rows_TPQ, 0.0)))
 
 
@@ -66,7 +74,7 @@ def ties(layer: LayerUpdates, *, keep: Keep = 0.2, semantics: Semantics = "paper
 def knots_ties(layer: LayerUpdates, *, keep: Keep = 0.2) -> RowWise:
     """TIES on the right factors of a joint SVD of all updates side by side."""
     least = layer.thresholds(keep)[:, None, None]
-    elect = _election(layer, PAPER)
+    elect = _election(layer, PAPER, "mean")
     return RowWise(lambda rows_TPQ: elect(torch.where(rows_TPQ.abs() >= least, rows_TPQ, 0.0)))
 
 
@@ -79,10 +87,12 @@ def dare_linear(layer: LayerUpdates, *, keep: Keep = 0.5, semantics: Semantics =
 
 
 @method("elements", formula="election of signs over (mask ∘ τ) / keep", source="Yu et al. 2024")
-def dare_ties(layer: LayerUpdates, *, keep: Keep = 0.5, semantics: Semantics = "paper") -> RowWise:
+def dare_ties(
+    layer: LayerUpdates, *, keep: Keep = 0.5, semantics: Semantics = "paper", combine: Combine = "auto"
+) -> RowWise:
     """Drop random entries, enlarge the others, elect signs, and average those that agree."""
     dropped = _random(layer, lambda rows, share: torch.full_like(rows, share), keep, semantics)
-    elect = _election(layer, semantics)
+    elect = _election(layer, semantics, "sum" if combine == "auto" and semantics == MERGEKIT else combine)
     return RowWise(lambda rows_TPQ: elect(dropped(rows_TPQ)))
 
 
@@ -93,6 +103,7 @@ def della(
     keep: Keep = 0.5,
     window: Annotated[float, Range("largest difference of a probability from `keep`", 0, 0.5)] = 0.15,
     semantics: TwoSemantics = "paper",
+    combine: Combine = "auto",
 ) -> RowWise:
     """Drop entries at random, small ones of a row more often, elect signs, and average those that agree."""
     for share in layer.each(keep):
@@ -110,7 +121,7 @@ def della(
         return share - window + 2 * window * places / max(rows_pQ.shape[1] - 1, 1)
 
     dropped = _random(layer, probabilities, keep, semantics)
-    elect = _election(layer, semantics)
+    elect = _election(layer, semantics, combine)
     return RowWise(lambda rows_TPQ: elect(dropped(rows_TPQ)))
 
 
@@ -152,14 +163,17 @@ def sce(
     """Keep the entries in which models differ most, weigh models by their energy, and average those of the elected sign."""
     if layer.num_models == 1:
         return RowWise(lambda rows_TPQ: rows_TPQ[0])
-    energies = layer.gram_TT.diagonal() / layer.num_values
-    total = float(energies.sum())
-    shares = torch.full_like(energies, 1 / layer.num_models) if total < LEAST_WEIGHT else energies / total
-    weights, least = shares[:, None, None], 0.0
+    least, energies = 0.0, layer.gram_TT.diagonal()
     if keep < 1:
         varying = sum(int(_variance(block).count_nonzero()) for block in layer.blocks())
-        count = int(varying * keep)
-        least = float(_least_variance(layer, count))
+        least = float(_least_variance(layer, int(varying * keep)))
+        kept = [torch.where(_variance(block) >= least, block, 0.0).square().sum((1, 2)) for block in layer.blocks()]
+        energies = torch.stack(kept).sum(0)
+    total = float(energies.sum())
+    shares = (
+        torch.full_like(energies, 1 / layer.num_models) if total < LEAST_ENERGY * layer.num_values else energies / total
+    )
+    weights = shares[:, None, None]
 
     def merge(rows_TPQ: Tensor) -> Tensor:
         chosen = torch.where(_variance(rows_TPQ) >= least, rows_TPQ, 0.0)
@@ -190,7 +204,7 @@ def vote(layer: LayerUpdates) -> float:
         float(_signs((torch.where(rows.abs() >= least, rows, 0.0) * weights).sum(0), round_off).sum())
         for rows in layer.blocks()
     ]
-    return sum(votes)
+    return float(sum(votes))
 
 
 def elect_by_paper(cores_TPQ: Tensor, weights_T: Tensor, keep: float) -> Tensor:
@@ -198,45 +212,53 @@ def elect_by_paper(cores_TPQ: Tensor, weights_T: Tensor, keep: float) -> Tensor:
     count = int(keep * cores_TPQ[0].numel())
     least = least_of_largest(lambda: [cores_TPQ.flatten(1)], [count] * len(cores_TPQ))[:, None, None]
     round_off = _round_off(cores_TPQ.square().sum((1, 2)), cores_TPQ[0].numel())
-    return _by_paper(torch.where(cores_TPQ.abs() >= least, cores_TPQ, 0.0), weights_T[:, None, None], round_off, 0.0)
+    trimmed = torch.where(cores_TPQ.abs() >= least, cores_TPQ, 0.0)
+    total, divisor = _by_paper(trimmed, weights_T[:, None, None], round_off, 0.0)
+    return total / divisor
 
 
 def _round_off(energies_T: Tensor, num_values: int) -> float:
     """Return the size up to which a sum of entries is round-off: that of products with orthonormal bases, relative to the norms."""
-    return EPSILON * num_values**0.5 * float(energies_T.clamp_min(0).sqrt().sum())
+    return EPSILON * sqrt(num_values) * float(energies_T.clamp_min(0).sqrt().sum())
 
 
 def _signs(sums: Tensor, round_off: float) -> Tensor:
     return sums.sign() * (sums.abs() > round_off)
 
 
-def _by_paper(rows_TPQ: Tensor, weights_T11: Tensor, round_off: float, majority: float) -> Tensor:
+def _by_paper(rows_TPQ: Tensor, weights_T11: Tensor, round_off: float, majority: float) -> tuple[Tensor, Tensor]:
     weighted = rows_TPQ * weights_T11
     sign = _signs(weighted.sum(0), round_off)
     sign = sign.where(sign != 0, torch.full_like(sign, majority))
     agree = ((weighted.sign() == sign) & (weighted != 0)).double()
-    return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
+    return (weighted * agree).sum(0), agree.sum(0).clamp_min(1)
 
 
-def _election(layer: LayerUpdates, semantics: str) -> Callable[[Tensor], Tensor]:
-    """Return what averages the entries (T, p, Q) whose sign is elected, by one of the definitions at the top of the file."""
+def _election(layer: LayerUpdates, semantics: str, combine: str) -> Callable[[Tensor], Tensor]:
+    """Return what combines the entries (T, p, Q) whose sign is elected, by one of the definitions at the top of the file."""
     weights = layer.weights_T[:, None, None]
     round_off = _round_off(layer.gram_TT.diagonal(), layer.num_values)
 
-    def by_mergekit(rows_TPQ: Tensor) -> Tensor:
+    def by_mergekit(rows_TPQ: Tensor) -> tuple[Tensor, Tensor]:
         weighted = rows_TPQ * weights
         agree = _agreeing(weighted, _signs(weighted.sum(0), round_off) >= 0)
         divisor = (weights * agree).sum(0)
-        return (weighted * agree).sum(0) / divisor.where(divisor != 0, torch.ones_like(divisor))
+        return (weighted * agree).sum(0), divisor.where(divisor != 0, torch.ones_like(divisor))
 
-    def by_peft(rows_TPQ: Tensor) -> Tensor:
+    def by_peft(rows_TPQ: Tensor) -> tuple[Tensor, Tensor]:
         agree = _agreeing(rows_TPQ, _signs(rows_TPQ.sum(0), round_off) >= 0)
-        return (rows_TPQ * weights * agree).sum(0) / agree.sum(0).clamp_min(1)
+        return (rows_TPQ * weights * agree).sum(0), agree.sum(0).clamp_min(1)
 
-    def by_paper(rows_TPQ: Tensor) -> Tensor:
+    def by_paper(rows_TPQ: Tensor) -> tuple[Tensor, Tensor]:
         return _by_paper(rows_TPQ, weights, round_off, layer.context.majority)
 
-    return {PAPER: by_paper, MERGEKIT: by_mergekit, PEFT: by_peft}[semantics]
+    count = {PAPER: by_paper, MERGEKIT: by_mergekit, PEFT: by_peft}[semantics]
+
+    def elect(rows_TPQ: Tensor) -> Tensor:
+        total, divisor = count(rows_TPQ)
+        return total if combine == "sum" else total / divisor
+
+    return elect
 
 
 def _random(
