@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from eigenzoo.merge.certificate import Certificate
     from eigenzoo.merge.interference import Interference
 
+PER_MODEL = frozenset({"keep", "outliers"})
+"""Options of methods that may be one number per model."""
+
 ROUNDING = 1e-6
 """Loss that is that of float32 alone."""
 
@@ -23,7 +27,83 @@ MOST_LAYERS = 8
 """Layers that a table lists: those that lose most."""
 
 
+@dataclass(frozen=True)
+class MethodOptions:
+    """The options of all methods, by the names that they have in `merge.methods`; None is a method's own default."""
+
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the largest entries to keep, for ties, dare_linear, della and others that trim: 0.3, or one number per "
+            "model: 0.3,0.5.",
+            show_default=False,
+        ),
+    ] = None
+    semantics: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose definition of ties, dare and della: paper, mergekit or peft. Default: paper.",
+            show_default=False,
+        ),
+    ] = None
+    combine: Annotated[
+        str | None,
+        typer.Option(
+            help="For ties, dare_ties and della: mean or sum of the entries that agree. Default: auto.",
+            show_default=False,
+        ),
+    ] = None
+    t: Annotated[
+        float | None, typer.Option(help="For slerp: position between two models, from 0 to 1.", show_default=False)
+    ] = None
+    rounds: Annotated[
+        int | None, typer.Option(help="For karcher: largest number of iterations.", show_default=False)
+    ] = None
+    tolerance: Annotated[
+        float | None, typer.Option(help="For karcher: length of a step at which to stop.", show_default=False)
+    ] = None
+    window: Annotated[
+        float | None,
+        typer.Option(help="For della: largest difference of a probability from --keep.", show_default=False),
+    ] = None
+    outliers: Annotated[
+        str | None, typer.Option(help="For breadcrumbs: share of the largest entries to drop.", show_default=False)
+    ] = None
+    share: Annotated[
+        float | None, typer.Option(help="For tsv and cart: share of each update's rank to keep.", show_default=False)
+    ] = None
+    common: Annotated[
+        float | None,
+        typer.Option(help="For iso_cts: share of directions that all models have in common.", show_default=False),
+    ] = None
+    strength: Annotated[
+        float | None, typer.Option(help="For cart: number that the differences are multiplied by.", show_default=False)
+    ] = None
+    directions: Annotated[
+        int | None, typer.Option(help="For ctm: directions of both sides; 0 keeps all.", show_default=False)
+    ] = None
+    blend: Annotated[
+        float | None, typer.Option(help="For ctm: weight of the updates' norms, from 0 to 1.", show_default=False)
+    ] = None
+    inside: Annotated[str | None, typer.Option(help="For ctm: ties or sum of the cores.", show_default=False)] = None
+    shrink: Annotated[
+        float | None,
+        typer.Option(
+            help="For regmean: number that moments beside the diagonal are multiplied by.", show_default=False
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given; several numbers as a tuple."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        for name in PER_MODEL & set(values):
+            numbers = parse_numbers(values[name], f"--{name}")
+            values[name] = numbers[0] if len(numbers) == 1 else numbers
+        return values
+
+
 def command(
+    method_options: MethodOptions,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -48,28 +128,23 @@ def command(
     ] = None,
     scale: Annotated[float, typer.Option(help="Number that the merged update is multiplied by.")] = 1.0,
     rank: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Rank of the merged updates: a number, a share of each layer's energy such as 0.99, or full, which loses nothing.",
+            help="Rank of the merged updates: a number, a share of each layer's energy such as 0.99, or full, which loses nothing. "
+            "Default: full; required in space full.",
             metavar="N|SHARE|full",
+            show_default=False,
         ),
-    ] = "full",
+    ] = None,
     space: Annotated[
         str, typer.Option(help="For methods that work entry by entry: where, in the core, columns, rows or full space.")
     ] = "core",
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Share of the largest entries to keep, for methods that trim.", show_default=False),
-    ] = None,
-    semantics: Annotated[
-        str | None,
-        typer.Option(help="Whose definition to follow where they differ: paper, mergekit or peft.", show_default=False),
-    ] = None,
-    t: Annotated[
-        float | None, typer.Option(help="Position between two models, from 0 to 1, for slerp.", show_default=False)
-    ] = None,
-    share: Annotated[
-        float | None, typer.Option(help="Share of each update's rank to keep, for tsv.", show_default=False)
+    grams: Annotated[
+        Path | None,
+        typer.Option(
+            help="For regmean: folder with second moments of the inputs, NAME.safetensors for each model (docs/merge.md).",
+            show_default=False,
+        ),
     ] = None,
     missing: Annotated[
         str,
@@ -96,9 +171,8 @@ def command(
         raise UsageError("--output is missing", next_step="name a folder with -o, or add --check to write nothing")
     if not models:
         raise UsageError("no models are given", next_step="name two adapters or more")
-    given: dict[str, Any] = {"keep": keep, "semantics": semantics, "t": t, "share": share}
-    chosen: Any = {name: value for name, value in given.items() if value is not None}
-    rank_rule, numbers = parse_rank(rank), parse_weights(weights)
+    chosen = method_options.given()
+    rank_rule, numbers = parse_rank(rank), None if weights is None else parse_numbers(weights, "--weights")
     in_bundle = len(models) > 1 and names_a_bundle(models[0])
     if output is not None and not check:
         if in_bundle:
@@ -181,29 +255,25 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
     say(f"rank {spread}, {in_bytes(certificate.bytes)} · {lost}")
 
 
-def parse_weights(text: str | None) -> list[float] | None:
-    """Read one weight per model.
+def parse_numbers(text: str, option: str) -> list[float]:
+    """Read numbers with commas.
 
-    >>> parse_weights("1,1,-0.5")
+    >>> parse_numbers("1,1,-0.5", "--weights")
     [1.0, 1.0, -0.5]
     """
-    if text is None:
-        return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(
-            f"{text[:60]!r} has no weights", where="--weights", rule="weights are numbers with commas, such as 1,1,-0.5"
-        ) from None
+        raise UsageError(f"{text[:60]!r} is not a number", where=option, rule="write 0.5, or 1,1,-0.5") from None
 
 
-def parse_rank(text: str) -> int | float | str:
+def parse_rank(text: str | None) -> int | float | str | None:
     """Read the rank of a merged update.
 
     >>> parse_rank("16"), parse_rank("0.99"), parse_rank("full")
     (16, 0.99, 'full')
     """
-    if text == "full":
+    if text is None or text == "full":
         return text
     try:
         return int(text) if text.isdigit() else float(text)

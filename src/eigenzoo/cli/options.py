@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -391,7 +391,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     declared: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         kind = parameter.annotation
-        if kind not in (Opening, Running):
+        if not is_dataclass(kind):
             declared.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue
         groups[name], hints = kind, get_type_hints(kind, include_extras=True)
