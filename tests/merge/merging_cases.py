@@ -10,9 +10,10 @@ from torch import Tensor
 
 from builders import seeded
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.merge.adapters import CORE, MergedLayer, Request, merge_layer
+from eigenzoo.merge.adapter_layer import MergedLayer, merge_layer
 from eigenzoo.merge.layer_updates import Context
 from eigenzoo.merge.methods import find_method
+from eigenzoo.merge.request import CORE, Job, Request
 
 OUTPUTS, INPUTS, RANKS, WEIGHTS = 20, 30, (2, 4, 7), (0.7, -0.3, 1.1)
 NAMES = ("first", "second", "third")
@@ -81,11 +82,11 @@ def merge_updates(
     chosen = find_method(method)
     names = tuple(f"m{place}" for place in range(len(updates))) if names is None else tuple(names)
     weights_T = torch.tensor([1.0] * len(updates) if weights is None else weights, dtype=torch.float64)
-    request = Request(chosen, chosen.options(options), weights_T, scale, space, seed)
+    request = Request(chosen, chosen.options(options), scale, space)
     grams = input_grams(names, updates[0][1].shape[1]) if method == "regmean" else {}
     context = Context("layer", names, weights_T, seed, majority=majority, input_grams=grams)
     choose = Tensor.numel if rank is None else lambda values: rank
-    return merge_layer(updates, context, request, choose, (torch.float64, torch.float64))
+    return merge_layer(updates, Job(context, request), choose, (torch.float64, torch.float64))
 
 
 def merged(updates: Sequence[Factors], method: str, **options: Any) -> Tensor:

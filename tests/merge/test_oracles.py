@@ -12,7 +12,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from eigenzoo.linalg.lora import Factors
-from eigenzoo.merge.layer_updates import Context, UpdatesInRows
+from eigenzoo.merge.layer_updates import Context
 from tolerance import tolerance
 
 merge_tensors = pytest.importorskip("mergekit.merge_methods").merge_tensors
@@ -90,8 +90,7 @@ def own_draws(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Factors]], None
     def draw(updates: list[Factors]) -> None:
         context = Context("layer", NAMES, torch.ones(3).double())
         numbers: Iterator[Tensor] = (
-            torch.rand(OUTPUTS, INPUTS, dtype=torch.float64, generator=each)
-            for each in UpdatesInRows(context, updates, 2**20).generators()
+            torch.rand(OUTPUTS, INPUTS, dtype=torch.float64, generator=each) for each in context.generators()
         )
         monkeypatch.setattr(torch, "bernoulli", lambda chances: (next(numbers) < chances).to(chances.dtype))
 

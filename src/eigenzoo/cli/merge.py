@@ -23,6 +23,9 @@ PER_MODEL = frozenset({"keep", "outliers"})
 ROUNDING = 1e-6
 """Loss that is that of float32 alone."""
 
+MOST_PAIRS = 10
+"""Pairs of models that a table lists: those that overlap most."""
+
 MOST_LAYERS = 8
 """Layers that a table lists: those that lose most."""
 
@@ -42,7 +45,7 @@ class MethodOptions:
     semantics: Annotated[
         str | None,
         typer.Option(
-            help="Whose definition of ties, dare and della: paper, mergekit or peft. Default: paper.",
+            help="Definition of ties, dare and della: paper, mergekit or peft. Default: paper.",
             show_default=False,
         ),
     ] = None
@@ -146,6 +149,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    heads: Annotated[
+        str,
+        typer.Option(
+            help="Trained heads and biases, which are not merged: refuse adapters that differ in them, take those of the first, or "
+            "those of the named model.",
+            metavar="refuse|first|NAME",
+        ),
+    ] = "refuse",
     missing: Annotated[
         str,
         typer.Option(help="Layers that some adapters lack: refuse, or zero (treat them as zero updates)."),
@@ -154,6 +165,7 @@ def command(
         bool,
         typer.Option("--check", help="Print what the merge loses and how the models interfere, and write nothing."),
     ] = False,
+    allow_pickle: options.AllowPickle = False,
     seed: options.Seed = 0,
     force: options.Force = False,
     json: options.Json = False,
@@ -164,6 +176,7 @@ def command(
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+    from eigenzoo.merge.input_grams import read_grams
     from eigenzoo.merge.merged import MERGED
     from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
@@ -179,23 +192,36 @@ def command(
             check_free_file(output, force=force, own=is_coefficient_file)
         else:
             check_free(output, force=force, foreign=recorded(MERGED))
-    interference = None
+    source: Any = (ez.load(models[0]), models[1:]) if in_bundle else options.one_or_many(models)
     with progress_bar(quiet=quiet or json) as progress:
+        moments = None
+        if grams is not None and not in_bundle:
+            source = ez.open_zoo(
+                source, view="update", missing="zero" if missing == "zero" else "error", progress=progress
+            )
+            moments = read_grams(grams, source.names, {name: layer.shape for name, layer in source.layers.items()})
         merged = ez.merge(
-            (ez.load(models[0]), models[1:]) if in_bundle else options.one_or_many(models),
+            source,
             method,
             weights=numbers,
             scale=scale,
             rank=rank_rule,
             space=space,
+            heads=heads,
             missing=missing,
+            grams=moments,
+            interference=check and not in_bundle,
+            allow_pickle=allow_pickle,
             seed=seed,
             progress=progress,
             **chosen,
         )
         if output is not None and not check:
             merged.save(output, force=force)
+    interference = getattr(merged, "interference", None)
     document = merged.certificate.to_dict()
+    if interference is not None:
+        document["interference"] = interference.to_dict()
     if json:
         print_json({**document, "output": None if output is None or check else str(output)})
         return
@@ -206,6 +232,42 @@ def command(
         say(f"merged: {output}")
         if in_bundle:
             say(f"next: eigenzoo rebuild {models[0]} {output} --like {models[1]} -o MODEL_FOLDER")
+
+
+def _render_interference(measured: Interference) -> None:
+    """Print the figures of interference, each beside that of the null."""
+    pairs = [(one, other) for one in range(len(measured.models)) for other in range(one)]
+    pairs.sort(key=lambda pair: -measured.outputs[pair[0]][pair[1]])
+    say(
+        "overlap of two updates (mean squared cosine of principal angles); null: unrelated ones of the same singular values"
+    )
+    print_table(
+        "",
+        ("models", "outputs", "null", "inputs", "null"),
+        [
+            (
+                f"{measured.models[other]}, {measured.models[one]}",
+                *(
+                    in_percent(rows[one][other])
+                    for rows in (measured.outputs, measured.null_outputs, measured.inputs, measured.null_inputs)
+                ),
+            )
+            for one, other in pairs[:MOST_PAIRS]
+        ],
+    )
+    say("aligned: share of each update within the merge's leading outputs")
+    print_table(
+        "",
+        ("model", "aligned", "null"),
+        [
+            (name, in_percent(own), in_percent(null))
+            for name, own, null in zip(measured.models, measured.alignment, measured.null_alignment, strict=True)
+        ],
+    )
+    say(
+        f"singular task interference: {measured.interference:.3g} (null: {measured.null_interference:.3g}); 0 where updates are "
+        "orthogonal"
+    )
 
 
 def render(certificate: Certificate, interference: Interference | None) -> None:
@@ -236,6 +298,8 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
         say("outside: the share of the model's energy outside the subspace. The merge never had it.")
     for warning in certificate.warnings:
         say(f"warning: {warning}")
+    if interference is not None:
+        _render_interference(interference)
     ranks = [layer.rank for layer in certificate.layers.values()]
     spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
     if certificate.loss.frobenius > ROUNDING:

@@ -74,3 +74,17 @@ def effective_rank(ratio_N: Tensor) -> float:
         return 0.0
     shares = shares / shares.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+SMALL_SIDE = 256
+"""Side of a matrix up to which all its singular values are computed to know the largest."""
+
+
+def largest_singular_value(matrix: Tensor) -> float:
+    """Return the largest singular value of a dense float64 matrix; of a large one by Lanczos' method, in some tens of products."""
+    if min(matrix.shape) <= SMALL_SIDE or not bool(matrix.any()):
+        return float(torch.linalg.matrix_norm(matrix, 2))
+    from scipy.sparse.linalg import svds
+
+    start = np.ones(min(matrix.shape))
+    return float(svds(matrix.numpy(), k=1, v0=start, return_singular_vectors=False)[0])

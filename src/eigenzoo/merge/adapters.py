@@ -1,199 +1,136 @@
-"""Merge one layer's adapters, by their factors. No update is multiplied out, but in the full space some rows at a time.
-
-Legend: T adapters, O outputs, I inputs, S ranks of all adapters, P and Q the sides of the space that a method acts in, K kept rank.
-"""
+"""Merge adapters into an adapter, by their factors and without their base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.core_frame import EPSILON, core_frame, truncate
-from eigenzoo.linalg.lora import Factors, inner_products
-from eigenzoo.merge.certificate import LayerSums, compare
-from eigenzoo.merge.layer_updates import (
-    Combination,
-    Context,
-    LayerUpdates,
-    Product,
-    RowWise,
-    UpdatesInMemory,
-    UpdatesInRows,
-)
-from eigenzoo.merge.method import Method
+from eigenzoo.display import counted
+from eigenzoo.errors import MismatchError, UsageError
+from eigenzoo.formats.adapter_writer import other_tensors
+from eigenzoo.linalg.lora import Factors
+from eigenzoo.merge.adapter_layer import MergedLayer, merge_layer, place
+from eigenzoo.merge.certificate import certify
+from eigenzoo.merge.interference import LayerInterference, average, measure, random_like
+from eigenzoo.merge.merged import Merged
+from eigenzoo.merge.request import ChooseRank, Job
+from eigenzoo.merge.trimming import with_thresholds
+from eigenzoo.passes.workers import Workers
+from eigenzoo.records import Progress
+from eigenzoo.zoo.stack import UpdateStack
+from eigenzoo.zoo.template import ZooTemplate
+from eigenzoo.zoo.zoo import Zoo
 
-CORE, COLUMNS, ROWS, FULL = "core", "columns", "rows", "full"
-SPACES = (CORE, COLUMNS, ROWS, FULL)
+REFUSE, FIRST = "refuse", "first"
 
-ROWS_BYTES = 32 * 2**20
-"""Bytes of all models' rows that are multiplied out at a time in the full space."""
+NOT_UNIQUE = 1e-9
+"""Relative gap of two singular values below which a basis is said not to be unique."""
 
-Choose = Callable[[Tensor], int]
-"""Gives the rank that is kept from the singular values of a merged update."""
+Measured = tuple[LayerInterference, LayerInterference]
 
 
-@dataclass(frozen=True)
-class Request:
-    """The choices that apply to every layer of a merge.
+def merge_adapters(
+    zoo: Zoo,
+    jobs: Mapping[str, Job],
+    choose_rank: ChooseRank,
+    heads: str,
+    started: float,
+    workers: Workers,
+    progress: Progress,
+    *,
+    interference: bool = False,
+) -> Merged:
+    """Merge the adapters of a zoo of view `update`.
 
-    Attributes:
-        method, options: the method, with all its options.
-        weights_T: (T,) float64.
-        scale: what the method's result is multiplied by.
-        space: what the entries belong to, for methods that work entry by entry.
-        seed: of random masks.
+    Raises MismatchError if the adapters have different heads, and `heads` does not say whose are written.
     """
-
-    method: Method
-    options: Mapping[str, Any]
-    weights_T: Tensor
-    scale: float
-    space: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Placed:
-    """One layer's updates in the space that a method acts in: X = left · values · right, where None stands for an identity."""
-
-    updates: LayerUpdates
-    left_OP: Tensor | None
-    right_QI: Tensor | None
-    gap: float
-
-
-@dataclass(frozen=True)
-class MergedLayer:
-    """One merged update.
-
-    Attributes:
-        factors: B and A as they are written, in the dtypes of the file.
-        sums: for the certificate.
-        gap: of the frame that the method acted in; see `CoreFrame`.
-    """
-
-    factors: Factors
-    sums: LayerSums
-    gap: float
-
-
-def place(updates: Sequence[Factors], context: Context, request: Request) -> Placed:
-    """Put updates into the space that the method acts in: core (P, Q), columns (P, I), rows (O, Q) or full (O, I)."""
-    method = request.method
-    space = method.space or (request.space if method.kind == "elements" else CORE)
-    if method.kind in ("gram", "factors"):
-        return Placed(UpdatesInMemory(context, halves=updates, factors=updates), None, None, 1.0)
-    if space == FULL:
-        return Placed(UpdatesInRows(context, updates, ROWS_BYTES), None, None, 1.0)
-    frame = core_frame(updates)
-    gap = frame.gap if method.kind == "elements" else 1.0
-    left, right = frame.outputs_OP, frame.inputs_IQ.T
-    if space == COLUMNS:
-        halves = tuple((half, other @ right) for half, other in frame.halves)
-        return Placed(UpdatesInMemory(context, halves=halves, factors=updates), left, None, gap)
-    if space == ROWS:
-        halves = tuple((left @ half, other) for half, other in frame.halves)
-        return Placed(UpdatesInMemory(context, halves=halves, factors=updates), None, right, gap)
-    return Placed(UpdatesInMemory(context, halves=frame.halves, factors=updates), left, right, gap)
-
-
-def merge_layer(
-    updates: Sequence[Factors],
-    context: Context,
-    request: Request,
-    choose_rank: Choose,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> MergedLayer:
-    """Merge one layer's updates, given as float64 factors with their scale."""
-    placed = place(updates, context, request)
-    result = request.method.merge(placed.updates, **request.options)
-    # Round-off of sums that cancel does not show in their own size.
-    sizes = placed.updates.gram_TT.diagonal().clamp_min(0).sqrt()
-    largest_side = max(updates[0][0].shape[0], updates[0][1].shape[1])
-    round_off = float((sizes * request.weights_T.abs()).sum()) * abs(request.scale) * largest_side * EPSILON
-    if isinstance(result, RowWise) and isinstance(placed.updates, UpdatesInRows):
-        return _cut_rows(placed.updates, request, choose_rank, round_off, dtypes, updates)
-    merged = _as_factors(result, placed, updates, request.scale)
-    cut = truncate(*merged, choose_rank, round_off)
-    written = cut.factors[0].to(dtypes[0]), cut.factors[1].to(dtypes[1])
-    return MergedLayer(written, compare(merged, cut.values, written, updates), placed.gap)
-
-
-def _as_factors(
-    result: Combination | Tensor | RowWise | Product, placed: Placed, updates: Sequence[Factors], scale: float
-) -> Factors:
-    """Return two factors of the merged update, of as many columns as the space has dimensions."""
-    if isinstance(result, Combination):
-        weights = (result.coefficients_T * scale).tolist()
-        left = torch.cat([b * weight for weight, (b, _) in zip(weights, updates, strict=True)], 1)
-        return left, torch.cat([a for _, a in updates], 0)
-    if isinstance(result, Product):
-        return result.left_OS * scale, result.right_SI
-    values = result
-    if isinstance(result, RowWise):
-        values = torch.cat([result.apply(block) for block in placed.updates.blocks()])
-    assert isinstance(values, Tensor)
-    values = values * scale
-    if placed.left_OP is None:
-        assert placed.right_QI is not None
-        return values, placed.right_QI
-    if placed.right_QI is None:
-        return placed.left_OP, values
-    return placed.left_OP @ values, placed.right_QI
-
-
-def _cut_rows(
-    layer: UpdatesInRows,
-    request: Request,
-    choose_rank: Choose,
-    round_off: float,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    updates: Sequence[Factors],
-) -> MergedLayer:
-    """Cut a merge whose rows M are computed some at a time. Three passes over the rows; memory I², for the Gram of M's columns.
-
-    The Gram's eigenvectors are M's right singular vectors. Values below about 1e-8 of the largest are not told from zero.
-    """
-
-    def rows() -> Iterator[Tensor]:
-        result = request.method.merge(layer, **request.options)
-        assert isinstance(result, RowWise)
-        for block in layer.blocks():
-            yield result.apply(block) * request.scale
-
-    gram_II = torch.stack([block.T @ block for block in rows()]).sum(0)
-    squares, vectors = torch.linalg.eigh(gram_II)
-    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    values = squares[squares > max(float(squares[0]) * len(squares) * EPSILON, round_off**2)].sqrt()
-    kept = min(choose_rank(values), values.numel()) if values.numel() else 0
-    if kept:
-        root = values[:kept].sqrt()
-        right = vectors[:, :kept].T
-        left = torch.cat([block @ right.T for block in rows()])
-        factors = left / root, right * root[:, None]
-    else:
-        factors = updates[0][0].new_zeros(updates[0][0].shape[0], 1), gram_II.new_zeros(1, len(gram_II))
-    written = factors[0].to(dtypes[0]), factors[1].to(dtypes[1])
-    exact_b, exact_a = written[0].double(), written[1].double()
-    lost, start = 0.0, 0
-    for block in rows():
-        lost += float((block - exact_b[start : start + len(block)] @ exact_a).square().sum())
-        start += len(block)
-    rounding = float(
-        truncate(torch.cat([factors[0], -exact_b], 1), torch.cat([factors[1], exact_a], 0)).values.square().sum()
+    template = ZooTemplate(zoo, _owner(zoo, heads))
+    others = _others(zoo, template, heads)
+    jobs = with_thresholds(jobs, lambda job: place(_updates(zoo, job.context.layer), job).updates)
+    task = partial(_layer_task, zoo, jobs, template, choose_rank, interference)
+    done = dict(workers.each("merging layers", task, list(zoo.layers), progress))
+    layers = {name: layer for name, (layer, _) in done.items()}
+    job = next(iter(jobs.values()))
+    weights = torch.stack([each.context.weights_T for each in jobs.values()]).mean(0).tolist()
+    factors = {name: layer.factors for name, layer in layers.items()}
+    certificate = certify(
+        job.request,
+        dict(zip(zoo.names, weights, strict=True)),
+        {name: layer.sums for name, layer in layers.items()},
+        sum(factor.nbytes for pair in factors.values() for factor in pair),
+        started,
+        warnings=(*zoo.warnings, *_warnings(layers)),
     )
-    beyond = float(values[kept]) if kept < values.numel() else 0.0
-    sums = LayerSums(
-        rank=max(kept, 1),
-        energy=float(squares.sum()),
-        lost=lost,
-        largest=float(values[0]) if values.numel() else 0.0,
-        largest_lost=beyond + rounding**0.5,
-        energies_T=layer.gram_TT.diagonal(),
-        products_T=inner_products(updates, [(exact_b, exact_a)])[:, 0],
+    measured = {name: pair for name, (_, pair) in done.items() if pair is not None}
+    sizes = {name: zoo.layers[name].num_values for name in measured}
+    return Merged(template, factors, others, certificate, average(zoo.names, measured, sizes) if measured else None)
+
+
+def _updates(zoo: Zoo, name: str) -> list[Factors]:
+    stack = zoo.stack(name)
+    assert isinstance(stack, UpdateStack)
+    return [stack.factors(index) for index in range(len(stack))]
+
+
+def _layer_task(
+    zoo: Zoo,
+    jobs: Mapping[str, Job],
+    template: ZooTemplate,
+    choose_rank: ChooseRank,
+    interference: bool,
+    name: str,
+) -> tuple[MergedLayer, Measured | None]:
+    layout, job, updates = template.layout, jobs[name], _updates(zoo, name)
+    update = layout.updates[name]
+    dtypes = layout.tensors[update.key_b].torch_dtype, layout.tensors[update.key_a].torch_dtype
+    merged = merge_layer(updates, job, choose_rank, dtypes)
+    if not interference:
+        return merged, None
+
+    def merge(those: Sequence[Factors]) -> Factors:
+        return merge_layer(those, job, choose_rank, (torch.float64, torch.float64)).factors
+
+    return merged, (measure(updates, merge), measure(random_like(updates, job.context.generators()[0]), merge))
+
+
+def _warnings(layers: Mapping[str, MergedLayer]) -> tuple[str, ...]:
+    unsure = sum(layer.gap < NOT_UNIQUE for layer in layers.values())
+    if not unsure:
+        return ()
+    return (
+        f"{counted(unsure, 'layer')} of {len(layers)}: singular values coincide: the basis is not unique, nor is the result of a "
+        "method that works entry by entry (docs/merge.md)",
     )
-    return MergedLayer(written, sums, 1.0)
+
+
+def _owner(zoo: Zoo, heads: str) -> int:
+    """Return the number of the model whose file the merged one is like."""
+    if heads in (REFUSE, FIRST):
+        return 0
+    if heads not in zoo.names:
+        raise UsageError(f"heads {heads[:60]!r}", rule=f"it is refuse, first, or a model: {', '.join(zoo.names[:5])}")
+    return zoo.place(heads)
+
+
+def _others(zoo: Zoo, template: ZooTemplate, heads: str) -> dict[str, Tensor]:
+    """Return the tensors that belong to no update; raises MismatchError where models differ in them, unless `heads` chooses."""
+    names = other_tensors(template)
+    if heads == REFUSE:
+        for index, model in enumerate(zoo.names):
+            own = other_tensors(ZooTemplate(zoo, index))
+            different = sorted(set(own) ^ set(names)) or [
+                name
+                for name in names
+                if index and not torch.equal(zoo.read_carried(index, name), template.read_carried(name))
+            ]
+            if different:
+                raise MismatchError(
+                    f"{model} and {zoo.names[0]} differ in it",
+                    where=f"tensor '{different[0]}'",
+                    rule="heads and biases of adapters are not merged",
+                    next_step=f"choose whose are written: --heads first, or --heads {model} (heads=)",
+                )
+    return {name: template.read_carried(name) for name in names}

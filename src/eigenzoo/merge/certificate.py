@@ -6,6 +6,7 @@ source's update.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from eigenzoo.linalg.core_frame import truncate
 from eigenzoo.linalg.lora import Factors, inner_products
+from eigenzoo.merge.request import Request
+from eigenzoo.passes.machine import peak_memory
 from eigenzoo.records import plain
 
 
@@ -140,16 +143,54 @@ def _first(values: Tensor) -> float:
     return float(values[0]) if values.numel() else 0.0
 
 
-def summarise(layers: Mapping[str, LayerSums]) -> tuple[Loss, list[float], list[float | None]]:
-    """Return the loss over all layers, and each source's norm and kept share."""
+def certify(
+    request: Request,
+    weights: Mapping[str, float],
+    layers: Mapping[str, LayerSums],
+    num_bytes: int,
+    started: float,
+    *,
+    warnings: Sequence[str] = (),
+    outside: Mapping[str, float] | None = None,
+) -> Certificate:
+    """Return the certificate of a merge.
+
+    Args:
+        request: what was done; of a recipe, with the first layer.
+        weights: by model.
+        layers: the terms of each layer.
+        num_bytes: of the weights file.
+        started: when it began, by `time.perf_counter`.
+        outside: by model; see `SourceCertificate`.
+    """
     sums = list(layers.values())
     energy, lost = sum(layer.energy for layer in sums), sum(layer.lost for layer in sums)
     largest = max(layer.largest for layer in sums)
-    loss = Loss(
-        sqrt(lost / energy) if energy > 0 else 0.0,
-        max(layer.largest_lost for layer in sums) / largest if largest > 0 else 0.0,
-    )
     energies = torch.stack([layer.energies_T for layer in sums]).sum(0).tolist()
     products = torch.stack([layer.products_T for layer in sums]).sum(0).tolist()
-    kept = [product / energy if energy > 0 else None for product, energy in zip(products, energies, strict=True)]
-    return loss, [sqrt(max(energy, 0.0)) for energy in energies], kept
+    models = {
+        name: SourceCertificate(
+            weight,
+            sqrt(max(own, 0.0)),
+            product / own if own > 0 else None,
+            None if outside is None else outside[name],
+        )
+        for (name, weight), own, product in zip(weights.items(), energies, products, strict=True)
+    }
+    return Certificate(
+        method=request.method.name,
+        semantics=request.options.get("semantics"),
+        space=request.chosen_space,
+        scale=request.scale,
+        options=request.options,
+        models=models,
+        layers={name: LayerCertificate(layer.rank, layer.loss) for name, layer in layers.items()},
+        loss=Loss(
+            sqrt(lost / energy) if energy > 0 else 0.0,
+            max(layer.largest_lost for layer in sums) / largest if largest > 0 else 0.0,
+        ),
+        bytes=num_bytes,
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(),
+        warnings=tuple(warnings),
+    )

@@ -9,7 +9,6 @@ Legend: T models, P and Q the sides of a core, K coefficients of a layer.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,19 +17,16 @@ from torch import Tensor
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.linalg.core_frame import truncate
-from eigenzoo.linalg.selection import least_of_largest
-from eigenzoo.merge.adapters import CORE, Request
-from eigenzoo.merge.certificate import Certificate, LayerCertificate, LayerSums, SourceCertificate, compare, summarise
-from eigenzoo.merge.layer_updates import Combination, Context, Product, RowWise, UpdatesInMemory
-from eigenzoo.passes.machine import peak_memory
+from eigenzoo.linalg.spectrum import largest_singular_value
+from eigenzoo.merge.certificate import Certificate, LayerSums, certify, compare
+from eigenzoo.merge.layer_updates import Combination, Product, UpdatesInMemory, values_of
+from eigenzoo.merge.request import CORE, Job, Request
+from eigenzoo.merge.trimming import with_thresholds
 from eigenzoo.records import Progress, telling
 from eigenzoo.subspace.bases.basis import LayerBasis
 from eigenzoo.subspace.bases.tucker import TuckerBasis
 from eigenzoo.subspace.coefficient_file import save_coefficients
 from eigenzoo.subspace.subspace import Subspace
-
-SMALL_SIDE = 256
-"""Side of a matrix up to which all its singular values are computed to know the largest."""
 
 AVERAGES = ("mean", "linear")
 """Methods whose weights sum to 1."""
@@ -58,14 +54,16 @@ class MergedCoefficients:
         return save_coefficients(self.coefficients, self._space, path, force=force)
 
 
-def merge_in_bundle(space: Subspace, names: Sequence[str], request: Request, progress: Progress) -> MergedCoefficients:
+def merge_in_bundle(
+    space: Subspace, names: Sequence[str], jobs: Mapping[str, Job], started: float, progress: Progress
+) -> MergedCoefficients:
     """Merge models of a bundle.
 
     Raises:
         UsageError: for names that are not in the bundle, and spaces other than its own.
         UnsupportedError: where the merge does not stay in the subspace.
     """
-    started = time.perf_counter()
+    request = next(iter(jobs.values())).request
     if request.space != CORE:
         raise UsageError(f"space {request.space!r}", rule="the models of a bundle are merged in its own core")
     models = [space.coefficients(name) for name in names]
@@ -73,36 +71,25 @@ def merge_in_bundle(space: Subspace, names: Sequence[str], request: Request, pro
     def values(name: str) -> Tensor:
         return torch.stack([model.values[name].double() for model in models])
 
-    share, thresholds_T = request.method.over_model(request.options), None
-    if share is not None and all(_has_cores(basis) for basis in space.layers.values()):
-        shares = [share] * len(names) if isinstance(share, int | float) else share
-        total = sum(basis.num_coefficients for basis in space.layers.values())
-        thresholds_T = least_of_largest(
-            lambda: ((values(name) + basis.removed()).flatten(1) for name, basis in space.layers.items()),
-            [int(each * total) for each in shares],
-        )
-    results = {
-        name: _merge_layer(basis, values(name), names, request, thresholds_T)
-        for name, basis in telling(progress, "merging layers", space.layers.items())
-    }
-    loss, norms, kept = summarise({name: sums for name, (_, sums) in results.items()})
-    sources = {
-        name: SourceCertificate(weight, norm, share, outside=model.residual)
-        for name, weight, norm, share, model in zip(names, request.weights_T.tolist(), norms, kept, models, strict=True)
-    }
-    coefficients = {name: values for name, (values, _) in results.items()}
-    certificate = Certificate(
-        method=request.method.name,
-        semantics=request.options.get("semantics"),
-        space=CORE if request.method.kind == "elements" else None,
-        scale=request.scale,
-        options=request.options,
-        models=sources,
-        layers={name: LayerCertificate(sums.rank, sums.loss) for name, (_, sums) in results.items()},
-        loss=loss,
-        bytes=4 * sum(basis.num_coefficients for basis in space.layers.values()),
-        seconds=time.perf_counter() - started,
-        peak_memory=peak_memory(),
+    def cores(job: Job) -> UpdatesInMemory:
+        name = job.context.layer
+        return UpdatesInMemory(job.context, values_TPQ=values(name) + space.layers[name].removed())
+
+    if all(_has_cores(basis) for basis in space.layers.values()):
+        jobs = with_thresholds(jobs, cores)
+    coefficients, layers = {}, {}
+    for name, basis in telling(progress, "merging layers", space.layers.items()):
+        if _has_cores(basis):
+            coefficients[name], layers[name] = _merge_cores(basis, cores(jobs[name]), request)
+        else:
+            coefficients[name], layers[name] = _average(basis, values(name), jobs[name])
+    certificate = certify(
+        request,
+        dict(zip(names, jobs[name].context.weights_T.tolist(), strict=True)),
+        layers,
+        4 * sum(basis.num_coefficients for basis in space.layers.values()),
+        started,
+        outside={name: model.residual for name, model in zip(names, models, strict=True)},
     )
     return MergedCoefficients(space, coefficients, certificate)
 
@@ -112,36 +99,14 @@ def _has_cores(basis: LayerBasis) -> bool:
     return isinstance(basis, TuckerBasis) and basis.layer.kind == "update" and "models" not in basis.ranks
 
 
-def _merge_layer(
-    basis: LayerBasis, values_TK: Tensor, names: Sequence[str], request: Request, thresholds_T: Tensor | None
-) -> tuple[Tensor, LayerSums]:
-    """Return the coefficients of the merged layer, and the terms of its certificate."""
-    if _has_cores(basis):
-        return _merge_cores(basis, values_TK, names, request, thresholds_T)
-    return _average(basis, values_TK, names, request)
-
-
-def _merge_cores(
-    basis: LayerBasis, values_TPQ: Tensor, names: Sequence[str], request: Request, thresholds_T: Tensor | None
-) -> tuple[Tensor, LayerSums]:
-    mean = basis.removed()
-    cores_TPQ = values_TPQ + mean
-    context = Context(basis.layer.name, tuple(names), request.weights_T, request.seed, thresholds_T)
-    layer = UpdatesInMemory(context, values_TPQ=cores_TPQ)
+def _merge_cores(basis: LayerBasis, layer: UpdatesInMemory, request: Request) -> tuple[Tensor, LayerSums]:
     result = request.method.merge(layer, **request.options)
-    if isinstance(result, Combination):
-        merged = torch.tensordot(result.coefficients_T, cores_TPQ, 1)
-    elif isinstance(result, RowWise):
-        merged = torch.cat([result.apply(block) for block in layer.blocks()])
-    elif isinstance(result, Product):
+    if isinstance(result, Product):
         raise UnsupportedError(f"method {request.method.name} in a bundle", next_step="merge the models' own files")
-    else:
-        merged = result
-    merged = merged * request.scale
-    form = basis.low_rank()
+    merged, mean, form = values_of(result, layer) * request.scale, basis.removed(), basis.low_rank()
     coefficients = merged - mean
     stored = coefficients.float() if form is None else form.matrices(form.numbers(coefficients).float())
-    return coefficients, _sums(merged, stored.double() + mean, cores_TPQ)
+    return coefficients, _sums(merged, stored.double() + mean, layer.whole())
 
 
 def _sums(merged: Tensor, stored: Tensor, sources_TPQ: Tensor) -> LayerSums:
@@ -157,7 +122,8 @@ def _sums(merged: Tensor, stored: Tensor, sources_TPQ: Tensor) -> LayerSums:
     )
 
 
-def _average(basis: LayerBasis, values_TK: Tensor, names: Sequence[str], request: Request) -> tuple[Tensor, LayerSums]:
+def _average(basis: LayerBasis, values_TK: Tensor, job: Job) -> tuple[Tensor, LayerSums]:
+    request = job.request
     if request.method.name not in AVERAGES or request.scale != 1:
         raise UnsupportedError(
             f"method {request.method.name} with scale {request.scale:g}",
@@ -165,9 +131,7 @@ def _average(basis: LayerBasis, values_TK: Tensor, names: Sequence[str], request
             rule=f"models that are not whole cores stay in the subspace only as averages ({', '.join(AVERAGES)}, scale 1)",
             next_step="fit adapters with --axes outputs,inputs, or merge the models' own files",
         )
-    context = Context(basis.layer.name, tuple(names), request.weights_T)
-    averages = UpdatesInMemory(context, values_TPQ=values_TK)
-    result = request.method.merge(averages, **request.options)
+    result = request.method.merge(UpdatesInMemory(job.context, values_TPQ=values_TK), **request.options)
     assert isinstance(result, Combination)
     merged = torch.tensordot(result.coefficients_T, values_TK, 1)
     form = basis.low_rank()
@@ -181,19 +145,9 @@ def _average(basis: LayerBasis, values_TK: Tensor, names: Sequence[str], request
         rank=min(basis.layer.shape),
         energy=float(exact_OI.square().sum()),
         lost=float((exact_OI - written_OI).square().sum()),
-        largest=_largest(exact_OI),
-        largest_lost=_largest(exact_OI - written_OI),
+        largest=largest_singular_value(exact_OI),
+        largest_lost=largest_singular_value(exact_OI - written_OI),
         energies_T=torch.stack([each.square().sum() for each in others]),
         products_T=torch.stack([(each * written_OI).sum() for each in others]),
     )
     return merged, sums
-
-
-def _largest(matrix: Tensor) -> float:
-    """Return the largest singular value of a dense matrix; of a large one by Lanczos' method."""
-    if min(matrix.shape) <= SMALL_SIDE or not bool(matrix.any()):
-        return float(torch.linalg.matrix_norm(matrix, 2))
-    from scipy.sparse.linalg import svds
-
-    start = torch.ones(min(matrix.shape), dtype=torch.float64).numpy()
-    return float(svds(matrix.numpy(), k=1, v0=start, return_singular_vectors=False)[0])

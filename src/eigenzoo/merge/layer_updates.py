@@ -56,7 +56,7 @@ class SingularParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """What a layer's updates belong to.
+    """The model and the merge that a layer's updates belong to.
 
     Attributes:
         layer: the layer's name.
@@ -75,6 +75,10 @@ class Context:
     thresholds_T: Tensor | None = None
     majority: float = 0.0
     input_grams: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def generators(self) -> list[torch.Generator]:
+        """Return random numbers for each model that depend on the seed, the layer and the model, and not on the models' order."""
+        return [_generator(f"{self.seed}\0{self.layer}\0{model}") for model in self.models]
 
 
 class LayerUpdates(ABC):
@@ -112,8 +116,18 @@ class LayerUpdates(ABC):
         """Yield the updates' rows in their order, (T, p, Q) float64, some at a time."""
 
     @abstractmethod
-    def singular_parts(self) -> list[SingularParts]:
-        """Return each update's singular vectors and values."""
+    def matrices(self) -> Iterator[Tensor]:
+        """Yield the updates one by one, (P, Q) float64."""
+
+    def combined(self, coefficients_T: Tensor) -> Tensor:
+        """Return Σ c_t X_t, (P, Q)."""
+        weights = coefficients_T[:, None, None]
+        return torch.cat([(block * weights).sum(0) for block in self.blocks()])
+
+    def singular_parts(self) -> Iterator[SingularParts]:
+        """Yield each update's singular vectors and values."""
+        for matrix in self.matrices():
+            yield _parts((torch.eye(matrix.shape[0], dtype=matrix.dtype), matrix))
 
     def factors(self) -> Sequence[Factors] | None:
         """Return the updates as B and A, in the space of the layer itself; None for full weights."""
@@ -142,9 +156,14 @@ class LayerUpdates(ABC):
         """Return for each model the least absolute value among its `counts[t]` largest, (T,) float64; infinite for none."""
         return least_of_largest(lambda: (block.flatten(1) for block in self.blocks()), counts)
 
-    def generators(self) -> list[torch.Generator]:
-        """Return random numbers for each model that depend on the seed, the layer and the model, and not on the models' order."""
-        return [_generator(f"{self.context.seed}\0{self.context.layer}\0{model}") for model in self.context.models]
+
+def values_of(result: Combination | Tensor | RowWise, layer: LayerUpdates) -> Tensor:
+    """Return the merged update in the space of the updates, (P, Q)."""
+    if isinstance(result, Combination):
+        return layer.combined(result.coefficients_T)
+    if isinstance(result, RowWise):
+        return torch.cat([result.apply(block) for block in layer.blocks()])
+    return result
 
 
 def _generator(name: str) -> torch.Generator:
@@ -198,12 +217,16 @@ class UpdatesInMemory(LayerUpdates):
         """Yield all rows at once."""
         yield self._whole
 
-    def singular_parts(self) -> list[SingularParts]:
-        """Return each update's singular vectors and values. Cost (P + Q)·R² a model if they are given as two factors."""
+    def matrices(self) -> Iterator[Tensor]:
+        """Yield the updates one by one, (P, Q) float64."""
         if self._halves is None:
-            identity = torch.eye(self._whole.shape[1], dtype=self._whole.dtype)
-            return [_parts((identity, each)) for each in self._whole]
-        return [_parts(each) for each in self._halves]
+            yield from self._whole
+        else:
+            yield from (left @ right for left, right in self._halves)
+
+    def singular_parts(self) -> Iterator[SingularParts]:
+        """Yield each update's singular vectors and values. Cost (P + Q)·R² a model if they are given as two factors."""
+        return super().singular_parts() if self._halves is None else map(_parts, self._halves)
 
     def factors(self) -> Sequence[Factors] | None:
         """Return the updates as B and A, in the space of the layer itself; None for full weights."""
@@ -247,9 +270,13 @@ class UpdatesInRows(LayerUpdates):
         for start in range(0, outputs, self._rows):
             yield torch.stack([b[start : start + self._rows] @ a for b, a in self._factors])
 
-    def singular_parts(self) -> list[SingularParts]:
-        """Return each update's singular vectors and values."""
-        return [_parts(each) for each in self._factors]
+    def matrices(self) -> Iterator[Tensor]:
+        """Yield the updates one by one, (P, Q) float64."""
+        yield from (b @ a for b, a in self._factors)
+
+    def singular_parts(self) -> Iterator[SingularParts]:
+        """Yield each update's singular vectors and values."""
+        return map(_parts, self._factors)
 
     def factors(self) -> Sequence[Factors]:
         """Return the updates as B and A."""

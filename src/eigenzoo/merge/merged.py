@@ -15,6 +15,7 @@ from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.merge.certificate import Certificate
+from eigenzoo.merge.interference import Interference
 
 MERGED = "merged"
 """Kind of output in a merged model's record; see `formats.output.own`."""
@@ -25,12 +26,19 @@ class Merged:
 
     Attributes:
         certificate: what the merge lost, and what is left of each source.
+        interference: how much the updates get in each other's way, where it was asked for.
     """
 
     def __init__(
-        self, template: Template, factors: Mapping[str, Factors], others: Mapping[str, Tensor], certificate: Certificate
+        self,
+        template: Template,
+        factors: Mapping[str, Factors],
+        others: Mapping[str, Tensor],
+        certificate: Certificate,
+        interference: Interference | None = None,
     ) -> None:
-        self._template, self._factors, self._others, self.certificate = template, factors, others, certificate
+        self._template, self._factors, self._others = template, factors, others
+        self.certificate, self.interference = certificate, interference
 
     def __repr__(self) -> str:
         return f"Merged({self.certificate!r})"

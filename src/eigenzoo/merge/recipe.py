@@ -122,7 +122,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe. Relative paths in it are those from the working folder, as in mergekit.
 
     Raises:
-        FormatError: for a file that is no recipe.
+        FormatError: for a file that is not a recipe.
         UnsupportedError: for entries that mergekit knows and eigenzoo does not.
     """
     where = str(path)

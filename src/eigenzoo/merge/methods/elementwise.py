@@ -275,7 +275,7 @@ def _random(
     shares = layer.each(keep)
 
     def draw() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        generators = layer.generators()
+        generators = layer.context.generators()
 
         def masks(rows_TPQ: Tensor) -> tuple[Tensor, Tensor]:
             chances = torch.stack([probabilities(rows, share) for rows, share in zip(rows_TPQ, shares, strict=True)])

@@ -25,13 +25,14 @@ def tsv(
     ] = 0.0,
 ) -> Tensor:
     """Leading singular vectors of all updates, made orthogonal together."""
-    parts = layer.singular_parts()
-    kept = [_share_of(part.values.numel(), _tsv_share(layer, share)) for part in parts]
-    left = torch.cat([part.left[:, :k] for part, k in zip(parts, kept, strict=True)], 1)
-    right = torch.cat([part.right[:k] for part, k in zip(parts, kept, strict=True)], 0)
-    weights = layer.weights_T.tolist()
-    middle = torch.cat([part.values[:k] * weight for part, k, weight in zip(parts, kept, weights, strict=True)])
-    return (_polar(left) * middle) @ _polar(right)
+    left, right, middle = [], [], []
+    for part, weight in zip(layer.singular_parts(), layer.weights_T.tolist(), strict=True):
+        kept = _share_of(part.values.numel(), _tsv_share(layer, share))
+        # Copies, so that the other vectors need no memory.
+        left.append(part.left[:, :kept].clone())
+        right.append(part.right[:kept].clone())
+        middle.append(part.values[:kept] * weight)
+    return (_polar(torch.cat(left, 1)) * torch.cat(middle)) @ _polar(torch.cat(right, 0))
 
 
 def _tsv_share(layer: LayerUpdates, share: float) -> float:
@@ -43,7 +44,7 @@ def _tsv_share(layer: LayerUpdates, share: float) -> float:
 @method("core", formula="mean(σ)·U Vᵀ of Σ w τ = U diag(σ) Vᵀ", source="Marczak et al. 2025")
 def iso_c(layer: LayerUpdates) -> Tensor:
     """The sum of the updates, with all its singular values at their mean."""
-    u, values, vt = _svd(_sum(layer))
+    u, values, vt = _svd(layer.combined(layer.weights_T))
     return u @ vt * values.mean() if values.numel() else u @ vt
 
 
@@ -58,21 +59,22 @@ def iso_cts(
     common: Annotated[float, Range("share of directions that are those of the sum", 0, 1)] = 0.8,
 ) -> Tensor:
     """Common directions of all updates and own ones of each, made orthogonal together, at one singular value."""
-    u, values, vt = _svd(_sum(layer))
+    u, values, vt = _svd(layer.combined(layer.weights_T))
     rank = values.numel()
     num_own = (rank - round(common * rank)) // layer.num_models
     num_common = rank - num_own * layer.num_models
     left, right, sizes = [u[:, :num_common]], [vt[:num_common]], [values[:num_common]]
-    updates = layer.whole() * layer.weights_T[:, None, None]
-    for update in updates if num_own else ():
-        beside = update - left[0] @ (left[0].T @ update)
-        own_u, own_values, own_vt = _svd(beside, float(torch.linalg.matrix_norm(update)))
-        left.append(own_u[:, :num_own])
-        right.append(own_vt[:num_own])
+    for update, weight in zip(layer.matrices(), layer.weights_T.tolist(), strict=True):
+        if not num_own:
+            break
+        beside = weight * (update - left[0] @ (left[0].T @ update))
+        own_u, own_values, own_vt = _svd(beside, abs(weight) * float(torch.linalg.matrix_norm(update)))
+        left.append(own_u[:, :num_own].clone())
+        right.append(own_vt[:num_own].clone())
         sizes.append(own_values[:num_own])
     joint = torch.cat(sizes)
     if not joint.numel():
-        return torch.zeros_like(updates[0])
+        return torch.zeros(u.shape[0], vt.shape[1], dtype=u.dtype)
     return _polar(torch.cat(left, 1)) @ _polar(torch.cat(right, 0)) * joint.mean()
 
 
@@ -84,10 +86,9 @@ def cart(
     strength: Annotated[float, Range("what the sum of the differences is multiplied by", -1e3, 1e3)] = 0.1,
 ) -> Tensor:
     """The mean, and the leading directions of each model's difference from it."""
-    updates = layer.whole()
-    mean = updates.mean(0)
+    mean = layer.combined(torch.full_like(layer.weights_T, 1 / layer.num_models))
     merged = mean.clone()
-    for update, weight in zip(updates, layer.weights_T.tolist(), strict=True):
+    for update, weight in zip(layer.matrices(), layer.weights_T.tolist(), strict=True):
         u, values, vt = _svd(update - mean, float(torch.linalg.matrix_norm(update)))
         kept = _share_of(values.numel(), share)
         merged += strength * weight * (u[:, :kept] * values[:kept]) @ vt[:kept]
@@ -131,10 +132,6 @@ def wudi(layer: LayerUpdates) -> Tensor:
     )
     merged: Tensor = ((wanted @ vt.T) / values.square()) @ vt
     return merged
-
-
-def _sum(layer: LayerUpdates) -> Tensor:
-    return (layer.whole() * layer.weights_T[:, None, None]).sum(0)
 
 
 def _svd(matrix: Tensor, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
