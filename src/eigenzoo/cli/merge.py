@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,6 +150,20 @@ def command(
             show_default=False,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="For checkpoints: the model that they were fine-tuned from. Their differences from it are merged.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the written weights: float32, float16, bfloat16 or float64. Default: that of the first model.",
+            show_default=False,
+        ),
+    ] = None,
     heads: Annotated[
         str,
         typer.Option(
@@ -171,13 +186,13 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Merge adapters into one adapter, without their base."""
+    """Merge models into one: adapters without their base, checkpoints with it, models of a bundle by their coefficients."""
     import eigenzoo as ez
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+    from eigenzoo.merge.files import MERGED
     from eigenzoo.merge.input_grams import read_grams
-    from eigenzoo.merge.merged import MERGED
     from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
     if output is None and not check:
@@ -207,17 +222,20 @@ def command(
             scale=scale,
             rank=rank_rule,
             space=space,
+            base=base,
+            dtype=dtype,
             heads=heads,
             missing=missing,
             grams=moments,
-            interference=check and not in_bundle,
+            interference=check and not in_bundle and base is None,
             allow_pickle=allow_pickle,
             seed=seed,
             progress=progress,
             **chosen,
         )
         if output is not None and not check:
-            merged.save(output, force=force)
+            save: Any = merged.save if in_bundle else partial(merged.save, progress=progress)
+            save(output, force=force)
     interference = getattr(merged, "interference", None)
     document = merged.certificate.to_dict()
     if interference is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from eigenzoo.display import counted
-from eigenzoo.errors import MismatchError, UsageError
+from eigenzoo.errors import MismatchError
 from eigenzoo.formats.adapter_writer import other_tensors
+from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.merge.adapter_layer import MergedLayer, merge_layer, place
 from eigenzoo.merge.certificate import certify
@@ -36,7 +38,9 @@ def merge_adapters(
     zoo: Zoo,
     jobs: Mapping[str, Job],
     choose_rank: ChooseRank,
+    owner: int,
     heads: str,
+    dtype: torch.dtype | None,
     started: float,
     workers: Workers,
     progress: Progress,
@@ -47,7 +51,7 @@ def merge_adapters(
 
     Raises MismatchError if the adapters have different heads, and `heads` does not say whose are written.
     """
-    template = ZooTemplate(zoo, _owner(zoo, heads))
+    template = _in_dtype(ZooTemplate(zoo, owner), dtype)
     others = _others(zoo, template, heads)
     jobs = with_thresholds(jobs, lambda job: place(_updates(zoo, job.context.layer), job).updates)
     task = partial(_layer_task, zoo, jobs, template, choose_rank, interference)
@@ -66,7 +70,9 @@ def merge_adapters(
     )
     measured = {name: pair for name, (_, pair) in done.items() if pair is not None}
     sizes = {name: zoo.layers[name].num_values for name in measured}
-    return Merged(template, factors, others, certificate, average(zoo.names, measured, sizes) if measured else None)
+    return Merged(
+        zoo, template, factors, others, certificate, average(zoo.names, measured, sizes) if measured else None
+    )
 
 
 def _updates(zoo: Zoo, name: str) -> list[Factors]:
@@ -106,13 +112,18 @@ def _warnings(layers: Mapping[str, MergedLayer]) -> tuple[str, ...]:
     )
 
 
-def _owner(zoo: Zoo, heads: str) -> int:
-    """Return the number of the model whose file the merged one is like."""
-    if heads in (REFUSE, FIRST):
-        return 0
-    if heads not in zoo.names:
-        raise UsageError(f"heads {heads[:60]!r}", rule=f"it is refuse, first, or a model: {', '.join(zoo.names[:5])}")
-    return zoo.place(heads)
+def _in_dtype(template: ZooTemplate, dtype: torch.dtype | None) -> ZooTemplate:
+    """Write the factors in another dtype; heads stay as they are."""
+    if dtype is not None:
+        factors = {key for update in template.layout.updates.values() for key in update.keys}
+        files = {
+            file: tuple(
+                replace(tensor, dtype=dtype_name(dtype)) if tensor.name in factors else tensor for tensor in tensors
+            )
+            for file, tensors in template.layout.files.items()
+        }
+        template.layout = replace(template.layout, files=files)
+    return template
 
 
 def _others(zoo: Zoo, template: ZooTemplate, heads: str) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.linalg.lora import Factors
 from eigenzoo.merge.certificate import Certificate
+from eigenzoo.merge.files import MERGED, write_certificate
 from eigenzoo.merge.interference import Interference
-
-MERGED = "merged"
-"""Kind of output in a merged model's record; see `formats.output.own`."""
+from eigenzoo.records import Progress, no_progress
+from eigenzoo.zoo.zoo import Zoo
 
 
 class Merged:
@@ -31,13 +31,14 @@ class Merged:
 
     def __init__(
         self,
+        zoo: Zoo,
         template: Template,
         factors: Mapping[str, Factors],
         others: Mapping[str, Tensor],
         certificate: Certificate,
         interference: Interference | None = None,
     ) -> None:
-        self._template, self._factors, self._others = template, factors, others
+        self._zoo, self._template, self._factors, self._others = zoo, template, factors, others
         self.certificate, self.interference = certificate, interference
 
     def __repr__(self) -> str:
@@ -47,7 +48,14 @@ class Merged:
         """Return one merged update as (B, A) in the dtypes of the file, with the scale in B."""
         return self._factors[layer]
 
-    def save(self, folder: str | os.PathLike[str], *, force: bool = False, format: str | None = None) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        format: str | None = None,
+        progress: Progress = no_progress,
+    ) -> Path:
         """Write the adapter in the format of the first source, with α = r, into a new folder, and return the folder.
 
         It appears complete or not at all. `force` replaces a folder that contains only a merged model, unchanged. `format`
@@ -58,5 +66,6 @@ class Merged:
             raise UsageError(f"format {format[:40]!r} for a {kind}", next_step="leave it out")
         with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging:
             write_adapter(staging, self._template, self._factors, self._others, format)
+            write_certificate(staging, self.certificate, self._zoo)
             write_record(staging, MERGED)
         return Path(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from eigenzoo.display import counted
 from eigenzoo.errors import UsageError
-from eigenzoo.merge.adapters import REFUSE, merge_adapters
+from eigenzoo.merge.adapters import FIRST, REFUSE, merge_adapters
+from eigenzoo.merge.checkpoints import MergedCheckpoint
 from eigenzoo.merge.in_bundle import MergedCoefficients, merge_in_bundle
 from eigenzoo.merge.layer_updates import Context
 from eigenzoo.merge.merged import Merged
@@ -29,6 +31,11 @@ from eigenzoo.weights.views import check_choice
 from eigenzoo.zoo.sources import Source
 from eigenzoo.zoo.zoo import Zoo, open_zoo
 
+OF_WHOLE_WEIGHTS = ("mean", "linear", "slerp", "nuslerp", "karcher")
+"""Methods that also apply to weights without a base."""
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
 Weights = Mapping[str, float] | Sequence[float] | None
 Grams = Mapping[str, Mapping[str, Tensor]]
 
@@ -42,6 +49,8 @@ def merge(
     scale: float = 1.0,
     rank: RankChoice = None,
     space: str = CORE,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
     heads: str = REFUSE,
     missing: str = "refuse",
     grams: Grams | None = None,
@@ -51,18 +60,20 @@ def merge(
     workers: Workers | None = None,
     progress: Progress = no_progress,
     **options: Any,
-) -> Merged | MergedCoefficients:
-    """Merge adapters into one adapter, without their base.
+) -> Merged | MergedCheckpoint | MergedCoefficients:
+    """Merge models into one: adapters without their base, checkpoints with it.
 
     Args:
-        models: LoRA adapters of one base: a folder of them, a glob, a list of paths, or an opened zoo. Ranks, alphas and rsLoRA may
-            differ. Or a subspace and names of its models, whose coefficients are merged.
+        models: a folder of models, a glob, a list of paths, or an opened zoo. LoRA adapters of one base may have different ranks
+            and alphas. Or a subspace and names of its models, whose coefficients are merged.
         method: a name of docs/merge.md.
         weights: a number per model, in their order or by name; 1 each by default. They may be negative.
         scale: what the result of the method is multiplied by.
         rank: of the merged updates: a number, a share of each layer's energy such as 0.99, or `full`, which loses nothing. Default:
             `full`, but in space `full` a rank has to be given, because the result has the rank of a dense matrix there.
         space: for methods that work entry by entry, what the entries are those of (docs/merge.md).
+        base: of checkpoints, the model whose differences are merged. Without it only methods that average whole weights apply.
+        dtype: of the written weights: float32, float16, bfloat16 or float64. Default: that of the model that the file is like.
         heads: tensors that belong to no update, such as trained heads: `refuse` adapters that differ in them, take those of the
             `first`, or of the model of this name.
         missing: `zero` counts a layer that an adapter lacks as a zero update; `refuse` is an error.
@@ -97,10 +108,53 @@ def merge(
     zoo = models
     if not isinstance(zoo, Zoo):
         as_zero = "zero" if missing == "zero" else "error"
-        zoo = open_zoo(zoo, view="update", missing=as_zero, allow_pickle=allow_pickle, progress=progress)
+        zoo = open_zoo(zoo, base=base, missing=as_zero, allow_pickle=allow_pickle, progress=progress)
+    _check_view(zoo, request, rank, base is not None)
     jobs = _jobs(zoo.layers, zoo.names, request, weights, grams or {}, seed)
+    owner, as_dtype = _owner(zoo, heads), None if dtype is None else _parse_dtype(dtype)
+    if zoo.view != "update":
+        return MergedCheckpoint(zoo, jobs, owner, heads, as_dtype)
     with opened_workers(workers) as opened:
-        return merge_adapters(zoo, jobs, choose_rank, heads, started, opened, progress, interference=interference)
+        return merge_adapters(
+            zoo, jobs, choose_rank, owner, heads, as_dtype, started, opened, progress, interference=interference
+        )
+
+
+def _check_view(zoo: Zoo, request: Request, rank: RankChoice, has_base: bool) -> None:
+    """Raise UsageError for options that contradict the kind of models."""
+    if zoo.view == "update":
+        if has_base:
+            raise UsageError("a base for adapters", rule="adapters are merged without it", next_step="leave out --base")
+        return
+    if zoo.view not in ("delta", "weight"):
+        raise UsageError(f"view {zoo.view}", rule="models are merged by their weights, differences or updates")
+    if rank is not None:
+        raise UsageError(f"rank {rank} for full weights", rule="only updates of adapters are cut to a rank")
+    if request.chosen_space not in (None, CORE, FULL):
+        raise UsageError(
+            f"space {request.chosen_space!r} for full weights", rule="their entries are those of the space full"
+        )
+    if zoo.view == "weight" and request.method.name not in OF_WHOLE_WEIGHTS:
+        raise UsageError(
+            f"method {request.method.name} without a base",
+            rule=f"only {', '.join(OF_WHOLE_WEIGHTS)} average whole weights",
+            next_step="name the model that they were fine-tuned from: --base (base=)",
+        )
+
+
+def _owner(zoo: Zoo, heads: str) -> int:
+    """Return the number of the model that the file is like."""
+    if heads in (REFUSE, FIRST):
+        return 0
+    if heads not in zoo.names:
+        raise UsageError(f"heads {heads[:60]!r}", rule=f"it is refuse, first, or a model: {', '.join(zoo.names[:5])}")
+    return zoo.place(heads)
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    check_choice(name, DTYPES, "dtype")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _with_options(function: Callable[..., Any]) -> inspect.Signature:
@@ -108,7 +162,7 @@ def _with_options(function: Callable[..., Any]) -> inspect.Signature:
     own = [each for each in inspect.signature(function).parameters.values() if each.kind is not each.VAR_KEYWORD]
     names = dict.fromkeys(name for method in METHODS.values() for name in method.parameters)
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
-    return inspect.Signature([*own, *added], return_annotation="Merged | MergedCoefficients")
+    return inspect.Signature([*own, *added], return_annotation="Merged | MergedCheckpoint | MergedCoefficients")
 
 
 merge.__signature__ = _with_options(merge)  # type: ignore[attr-defined]
