@@ -188,6 +188,8 @@ OWN = {
     "like": "import takes an adapter's path, rebuild a name in the bundle",
     "force": "push replaces what a repository holds, the others an output",
     "model": "adapt takes a path, rebuild whatever opens as a model",
+    "base": "merge subtracts it from checkpoints alone",
+    "dtype": "fit stores bases, merge writes models",
     "missing": "merge refuses adapters that lack layers, by the word of its other refusals",
     "MODELS": "merge takes a bundle and names of its models too",
     "alpha": "import takes the scale of adapters, route an error rate, each by its usual name",

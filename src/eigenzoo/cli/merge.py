@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,6 +191,7 @@ def command(
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
     from eigenzoo.merge.files import MERGED
+    from eigenzoo.merge.in_bundle import MergedCoefficients
     from eigenzoo.merge.input_grams import read_grams
     from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
@@ -234,8 +234,10 @@ def command(
             **chosen,
         )
         if output is not None and not check:
-            save: Any = merged.save if in_bundle else partial(merged.save, progress=progress)
-            save(output, force=force)
+            if isinstance(merged, MergedCoefficients):
+                merged.save(output, force=force)
+            else:
+                merged.save(output, force=force, progress=progress)
     interference = getattr(merged, "interference", None)
     document = merged.certificate.to_dict()
     if interference is not None:

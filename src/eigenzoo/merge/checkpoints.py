@@ -51,7 +51,7 @@ class MergedCheckpoint:
 
     @property
     def certificate(self) -> Certificate:
-        """What the file loses by its dtype, and what is left of each source."""
+        """The loss of the file by its dtype, and the part of each source that is left."""
         if self._certificate is None:
             with local_workers() as workers:
                 self.check(workers, no_progress)
@@ -155,7 +155,7 @@ def _in_dtype(layout: ModelLayout, dtype: torch.dtype | None) -> ModelLayout:
 
 
 def _others(zoo: Zoo, owner: int, heads: str) -> Callable[[str], Tensor]:
-    """Return what reads the tensors that are no layer: counts and buffers from the base, all others from the owner.
+    """Return a reader of all other tensors: counts and buffers come from the base, the rest from the owner.
 
     Raises MismatchError where models differ in one of these, unless `heads` chooses a model.
     """
@@ -176,7 +176,7 @@ def _others(zoo: Zoo, owner: int, heads: str) -> Callable[[str], Tensor]:
                 raise MismatchError(
                     f"{other} and {zoo.names[owner]} differ in it",
                     where=f"tensor '{name}'",
-                    rule="tensors that are no layer of all models are not merged",
+                    rule="only layers that all models have are merged",
                     next_step=f"choose whose is written: --heads first, or --heads {other} (heads=)",
                 )
 

@@ -18,7 +18,7 @@ from eigenzoo.merge.request import Job
 from eigenzoo.zoo.stack import DenseStack
 
 VECTORS = ("vector", "scalar")
-"""Unfoldings of layers that are no matrix: norms and biases."""
+"""Unfoldings of norms and biases, which are not matrices."""
 
 OF_MATRICES = ("core", "factors")
 """Kinds of methods that say nothing of norms and biases: these are averaged."""
