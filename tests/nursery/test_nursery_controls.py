@@ -76,7 +76,7 @@ def test_many_runs_of_one_task(hasty: Hasty, kind: str, hasty_plan: Planner) -> 
 
 
 @pytest.mark.parametrize("own_init", [True, False])
-def test_runs_of_one_task_start_as_told_and_differ_in_the_order_of_batches(hasty: Hasty, own_init: bool) -> None:
+def test_runs_of_one_task_start_as_told_and_differ_in_the_order_ofbatches(hasty: Hasty, own_init: bool) -> None:
     zoo = hasty("digits-cnn", same_task=True, steps=1, num_models=2, own_init=own_init)
     one, other = (load_file(zoo.model(name))["conv1.weight"] for name in zoo.recipe.models)
     assert not torch.equal(one, other)

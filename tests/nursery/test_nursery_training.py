@@ -9,7 +9,7 @@ from torch.func import functional_call
 from eigenzoo.nursery import digits
 from eigenzoo.nursery.cnn import GROUP_SIZE, Cnn, CnnKind, permute
 from eigenzoo.nursery.recipe import Schedule, plan_zoo
-from eigenzoo.nursery.training import _batches, predict, rate, share, train
+from eigenzoo.nursery.training import batches, predict, rate, share, train
 
 SCHEDULE = Schedule(steps=12, batch_size=16, learning_rate=1e-2)
 
@@ -29,7 +29,7 @@ def test_models_trained_together_equal_models_trained_by_a_plain_loop() -> None:
         net = Cnn()
         net.load_state_dict({name: tensor[row] for name, tensor in start.items()})
         optimizer = torch.optim.Adam(net.parameters())
-        for step, batch in enumerate(_batches(len(images), SCHEDULE, seed)):
+        for step, batch in enumerate(batches(len(images), SCHEDULE, seed)):
             optimizer.param_groups[0]["lr"] = rate(SCHEDULE, step)
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(net(images[batch]), labels[row, batch]).backward()
@@ -51,7 +51,7 @@ def test_training_leaves_its_start_alone_and_ticks_every_step() -> None:
 
 def test_each_seed_has_its_own_order_and_each_epoch_sees_every_image() -> None:
     schedule = Schedule(steps=8, batch_size=5, learning_rate=1.0)
-    one, two = _batches(20, schedule, 1), _batches(20, schedule, 2)
+    one, two = batches(20, schedule, 1), batches(20, schedule, 2)
     assert sorted(one[:4].flatten().tolist()) == sorted(one[4:].flatten().tolist()) == list(range(20))
     assert not torch.equal(one, two)
     assert not torch.equal(one[:4], one[4:])

@@ -8,8 +8,8 @@ import pytest
 
 from eigenzoo.nursery import KINDS
 
-DIGITS = tuple(kind for kind in KINDS if kind.startswith("digits"))
-"""The kinds that need no encoder; `test_nursery_docstrings.py` is about the other."""
+DIGITS = tuple(kind for kind in KINDS if kind.startswith("digits") and kind != "digits-tasks")
+"""The kinds that split ten digits; `test_nursery_docstrings.py` and `test_nursery_tasks.py` are about the others."""
 
 ONE_KIND = [pytest.param(kind, marks=[] if kind == "digits-cnn" else pytest.mark.slow) for kind in DIGITS]
 """All kinds of zoos, of which training them once more is slow but for the smallest."""

@@ -25,7 +25,7 @@ def command(
     kind: Annotated[
         str,
         typer.Argument(
-            help="Kind of zoo: digits-vit, digits-lora, digits-cnn or docstrings-lora.",
+            help="Kind of zoo: digits-vit, digits-lora, digits-cnn, digits-tasks or docstrings-lora.",
             metavar="KIND",
             show_default=False,
         ),
@@ -62,6 +62,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights of the body instead of adapters (digits-tasks).")
+    ] = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -82,6 +85,7 @@ def command(
             permuted=permuted,
             same_task=same_task,
             encoder=encoder,
+            full=full,
             force=force,
             progress=progress,
         )

@@ -68,6 +68,7 @@ class Certificate:
         method, semantics, space, scale, options: what was asked for; semantics and space are None where a method has no choice.
         models: by name.
         layers: by name.
+        norm: ‖M‖, over all layers.
         loss: over all layers.
         bytes: of the weights file.
         seconds, peak_memory: of the merge; peak_memory is that of the process, in bytes.
@@ -81,6 +82,7 @@ class Certificate:
     options: Mapping[str, Any]
     models: Mapping[str, SourceCertificate]
     layers: Mapping[str, LayerCertificate]
+    norm: float
     loss: Loss
     bytes: int
     seconds: float
@@ -185,6 +187,7 @@ def certify(
         options=request.options,
         models=models,
         layers={name: LayerCertificate(layer.rank, layer.loss) for name, layer in layers.items()},
+        norm=sqrt(energy),
         loss=Loss(
             sqrt(lost / energy) if energy > 0 else 0.0,
             max(layer.largest_lost for layer in sums) / largest if largest > 0 else 0.0,

@@ -1,11 +1,12 @@
 """Train small real zoos from data that Python and scikit-learn include.
 
-Every model learns to split ten classes into five against five, in one of 126 ways. Each model has its own way, or all have the same
-one. Kinds:
+Models of most kinds learn to split ten classes into five against five, in one of 126 ways. Each model has its own way, or all have
+the same one. Kinds:
 
 * `digits-vit`: fine-tunes of one tiny vision transformer on handwritten digits, as transformers checkpoints;
 * `digits-lora`: LoRA adapters of such a transformer, as PEFT adapters;
 * `digits-cnn`: small convolutional networks from scratch, as bare safetensors files;
+* `digits-tasks`: adapters or fine-tunes for merging: one network can do all of their tasks, each with a frozen head of its own;
 * `docstrings-lora`: LoRA adapters of a pretrained encoder of texts, on passages of the standard library's docstrings. Its models
   that are held out, in `_heldout`, learn other tasks on other passages. Needs the extra `text`, which has the encoder.
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from eigenzoo.errors import UsageError, require
 from eigenzoo.nursery.recipe import DEFAULTS, PARENT, RECIPE, Recipe, plan_zoo
 
-__all__ = ["KINDS", "Recipe", "accuracy", "make", "metric"]
+__all__ = ["KINDS", "Recipe", "accuracy", "make", "metric", "tasks_metric"]
 
 KINDS: tuple[str, ...] = tuple(DEFAULTS)
 
@@ -41,6 +42,7 @@ def make(
     permuted: bool = False,
     same_task: bool = False,
     encoder: str | os.PathLike[str] | None = None,
+    full: bool = False,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Recipe:
@@ -57,6 +59,7 @@ def make(
             change, but its weights no longer correspond to those of other networks.
         same_task: all models learn the first task of the seed, each with its own order of batches. Excludes random labels.
         encoder: `docstrings-lora` only: folder of a BERT encoder with its tokenizer. Default: all-MiniLM-L6-v2 of the extra `text`.
+        full: `digits-tasks` only: train all weights of the body instead of LoRA adapters.
         force: replace an unchanged zoo of the nursery at `out`.
         progress: called as progress(stage, done, total) with stages `pretraining`, `passages` and `models`.
 
@@ -82,6 +85,7 @@ def make(
         permuted=permuted,
         same_task=same_task,
         encoder=None if encoder is None else os.fspath(encoder),
+        full=full,
     )
     require("sklearn", "transformers", "peft", where="eigenzoo.nursery", extra="nursery")
     from eigenzoo.nursery.making import make_zoo
@@ -138,3 +142,22 @@ def metric(zoo: str | os.PathLike[str]) -> Callable[[str | os.PathLike[str]], fl
         )
     base = folder / PARENT
     return partial(accuracy, base=base if base.is_dir() else None)
+
+
+def tasks_metric(zoo: str | os.PathLike[str]) -> Callable[[str | os.PathLike[str], str], dict[str, float]]:
+    """Return a metric of merged models of a `digits-tasks` zoo: the accuracy on each task, with that task's head.
+
+    It is called with a model's path and a part of the data, `validation` (250 images) or `test` (500); no model is trained on
+    either. The returned function can be pickled.
+
+    Raises UsageError if there is no zoo of the nursery at `zoo`.
+    """
+    metric(zoo)  # the checks
+    return partial(_tasks_accuracy, base=Path(zoo).absolute() / PARENT)
+
+
+def _tasks_accuracy(path: str | os.PathLike[str], part: str = "test", *, base: Path) -> dict[str, float]:
+    require("sklearn", "transformers", "peft", where="eigenzoo.nursery", extra="nursery")
+    from eigenzoo.nursery.measuring import measure_tasks
+
+    return measure_tasks(Path(path), base, part)

@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.safetensors.writer import write_file
-from eigenzoo.nursery import digits, docstrings
+from eigenzoo.nursery import arranged, digits, docstrings
 from eigenzoo.nursery.cnn import CnnKind, permute
 from eigenzoo.nursery.recipe import (
     DEFAULTS,
@@ -25,6 +25,7 @@ from eigenzoo.nursery.recipe import (
     PARENT,
     PASSAGES,
     RECIPE,
+    TASKS,
     ZOO,
     Plan,
     Recipe,
@@ -45,7 +46,7 @@ class Child:
     """One model to train: its name, its task, and the seed of its own random draws."""
 
     name: str
-    task: digits.Task | docstrings.Task
+    task: digits.Task | docstrings.Task | arranged.Task
     seed: int
 
 
@@ -97,6 +98,12 @@ def choose_children(plan: Plan) -> list[Child]:
     """
     if plan.kind == DOCSTRINGS:
         return _choose_readers(plan)
+    if plan.kind == TASKS:
+        first = plan.seed * NUM_TASKS + 1
+        return [
+            Child(arranged.Task(number).name, arranged.Task(number), number)
+            for number in range(first, first + plan.num_models)
+        ]
     every = digits.tasks()
     first_seed = plan.seed * len(every) + 1
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(plan.seed)).tolist()
@@ -126,6 +133,8 @@ def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, d
     """Return the kind, its parent trained and saved, what is to be told of the parent, and the data."""
     if plan.kind == DOCSTRINGS:
         return _build_reader(plan, folder, progress)
+    if plan.kind == TASKS:
+        return _build_arranged(plan, folder, progress)
     data = digits.load()
     if plan.pretraining is None:
         return CnnKind(plan), {}, data
@@ -140,6 +149,25 @@ def _build(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, d
     from eigenzoo.nursery.lora import LoraKind
 
     return LoraKind(plan, parent), facts, data
+
+
+def _build_arranged(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, dict[str, float], Data]:
+    """Return what models with heads of their own need: the heads are beside the parent."""
+    from eigenzoo.nursery.vit import save_checkpoint
+
+    tasks, steps = [child.task for child in choose_children(plan)], plan.pretraining.steps if plan.pretraining else 0
+    parent, heads, correct = arranged.build_parent(
+        plan,
+        [task for task in tasks if isinstance(task, arranged.Task)],
+        lambda done: progress("pretraining", done, steps) if progress else None,
+    )
+    _label(save_checkpoint(parent, folder / PARENT), {"kind": plan.kind, "role": "parent"})
+    arranged.save_heads(heads, folder / PARENT)
+    return (
+        arranged.ArrangedKind(plan, parent, heads),
+        {"ten_class_test_accuracy": correct},
+        arranged.ArrangedData(digits.load()),
+    )
 
 
 def _build_reader(plan: Plan, folder: Path, progress: Progress | None) -> tuple[Kind, dict[str, float], Data]:
@@ -171,10 +199,11 @@ def _raise_chunk(
         if progress is not None:
             progress("models", before + len(chunk) * step // plan.schedule.steps, num_models)
 
-    trained = train(kind.forward, stacked, images, labels, plan.schedule, seeds, tick)
+    frozen = _frozen(kind, chunk)
+    trained = train(kind.forward, stacked, images, labels, plan.schedule, seeds, tick, frozen)
     test_images = data.test_set(chunk[0].task)[0]
     at_once = AT_ONCE if plan.kind == DOCSTRINGS else None
-    fitted, tested = (predict(kind.forward, trained, each, at_once) for each in (images, test_images))
+    fitted, tested = (predict(kind.forward, {**trained, **frozen}, each, at_once) for each in (images, test_images))
     models = {}
     for row, child in enumerate(chunk):
         weights = {name: tensor[row].contiguous() for name, tensor in trained.items()}
@@ -188,6 +217,14 @@ def _raise_chunk(
             "train_accuracy": share(fitted[row], labels[row]),
         }
     return models
+
+
+def _frozen(kind: Kind, chunk: list[Child]) -> Weights:
+    """Return the stacked weights that models have of their tasks and do not train; of most kinds there are none."""
+    if not isinstance(kind, arranged.ArrangedKind):
+        return {}
+    each = [kind.frozen(child.task) for child in chunk if isinstance(child.task, arranged.Task)]
+    return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
 
 def _metadata(plan: Plan, child: Child) -> dict[str, str]:

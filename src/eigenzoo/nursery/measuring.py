@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForSequenceClassification, ViTForImageClassification
 
 from eigenzoo.errors import FormatError, MismatchError, UsageError
-from eigenzoo.nursery import digits, docstrings
+from eigenzoo.nursery import arranged, digits, docstrings
 from eigenzoo.nursery.cnn import Cnn
 from eigenzoo.nursery.digits import Task
-from eigenzoo.nursery.recipe import PASSAGES
+from eigenzoo.nursery.recipe import PARENT, PASSAGES
 from eigenzoo.nursery.training import share
 from eigenzoo.passes.draws import preserve_generators
 from eigenzoo.passes.process import quietly
@@ -37,6 +38,9 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
         raise UsageError("the file's metadata has no task", where=str(weights), next_step="pass task='5-against-5:...'")
     if docstrings.is_task(asked):
         return _measure_texts(weights, docstrings.Task.parse(asked), base)
+    if arranged.is_task(asked):
+        one = arranged.Task.parse(asked)
+        return measure_tasks(path, base, arranged.TEST, [one])[one.name]
     data, wanted = digits.load(), Task.parse(asked)
     images, labels = data.test_set(wanted) if wanted.labels_seed is None else data.training_set(wanted)
     # Models are built with random weights before they are loaded. The caller's random state must not change.
@@ -45,6 +49,19 @@ def measure(path: Path, task: str | None, base: Path | None) -> float:
         answer = model(images)
     logits = answer if isinstance(answer, torch.Tensor) else answer.logits
     return share(logits.argmax(-1), labels)
+
+
+def measure_tasks(
+    path: Path, base: Path | None, part: str, tasks: Sequence[arranged.Task] | None = None
+) -> dict[str, float]:
+    """Return a model's accuracy on tasks of arranged digits, by default all that have a head; see `nursery.tasks_metric`."""
+    weights = _weight_file(path)
+    if base is None:
+        base = _recorded_base(weights.parent) if weights.name == _ADAPTER else weights.parent.parent / PARENT
+    heads = arranged.read_heads(base)
+    with preserve_generators(), torch.no_grad():
+        model = _load(weights, base)
+        return arranged.accuracies(model, heads, tasks or arranged.tasks_of(heads), part)
 
 
 def _measure_texts(weights: Path, task: docstrings.Task, base: Path | None) -> float:

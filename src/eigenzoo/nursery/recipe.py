@@ -22,6 +22,7 @@ HELD_OUT = "_heldout"
 PASSAGES = "passages.json"
 """File in the parent's folder with the passages that a zoo's tasks are about."""
 
+TASKS = "digits-tasks"
 DOCSTRINGS = "docstrings-lora"
 NUM_HELD_OUT = 12
 RECIPE = "zoo.json"
@@ -40,6 +41,9 @@ class Schedule:
     learning_rate: float
     warmup: float = 0.1
 
+
+FULL_SCHEDULE = Schedule(steps=200, batch_size=32, learning_rate=1e-3)
+"""Schedule for fine-tunes of `digits-tasks`. With a larger rate they move so far apart that no merge is as good as the parent."""
 
 PRETRAINING = Schedule(steps=800, batch_size=64, learning_rate=3e-3)
 
@@ -86,6 +90,16 @@ DEFAULTS: Mapping[str, Defaults] = {
         shuffled_schedule=Schedule(600, 32, 1e-2),
         options=frozenset({"own_init", "permuted", "random_labels", "same_task"}),
     ),
+    # Few steps: longer training moves models farther apart, and merges of them are then worse than the parent.
+    TASKS: Defaults(
+        num_models=8,
+        num_shuffled_models=0,
+        schedule=Schedule(200, 32, 5e-3),
+        shuffled_schedule=Schedule(200, 32, 5e-3),
+        options=frozenset({"own_init", "full"}),
+        own_init=True,
+        pretraining=PRETRAINING,
+    ),
     # Two layers of a real encoder take a hundred times the work of a digits' ViT.
     DOCSTRINGS: Defaults(
         num_models=60,
@@ -116,6 +130,7 @@ class Plan:
     pretraining: Schedule | None
     num_held_out: int = 0
     encoder: str | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,12 +183,13 @@ def plan_zoo(
     permuted: bool = False,
     same_task: bool = False,
     encoder: str | None = None,
+    full: bool = False,
 ) -> Plan:
     """Resolve the defaults. Raises UsageError for options that the kind does not support."""
     if kind not in DEFAULTS:
         raise UsageError(f"there is no zoo of kind {kind!r}", rule=f"the kinds are {', '.join(DEFAULTS)}")
     defaults = DEFAULTS[kind]
-    asked = {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted}
+    asked = {"train_head": train_head, "own_init": bool(own_init), "permuted": permuted, "full": full}
     only_digits = {"random_labels": random_labels, "same_task": same_task}
     _refuse_options(kind, {**asked, **only_digits, "encoder": encoder is not None})
     if num_models is None:
@@ -184,7 +200,7 @@ def plan_zoo(
             f"{num_models} models are not possible",
             where=kind,
             rule=f"a zoo has {NUM_TASKS} seeds for its models"
-            if same_task
+            if same_task or kind == TASKS
             else f"ten classes can be split into five against five in {NUM_TASKS} ways, one model each"
             + (f", and {defaults.num_held_out} are held out" if defaults.num_held_out else ""),
             next_step=f"ask for 1 to {most} models, or make a second zoo with another seed",
@@ -206,10 +222,11 @@ def plan_zoo(
         defaults.own_init if own_init is None else own_init,
         permuted,
         same_task,
-        defaults.shuffled_schedule if random_labels else defaults.schedule,
+        FULL_SCHEDULE if full else defaults.shuffled_schedule if random_labels else defaults.schedule,
         defaults.pretraining,
         defaults.num_held_out,
         encoder,
+        full,
     )
 
 
@@ -217,8 +234,9 @@ def _refuse_options(kind: str, asked: Mapping[str, bool]) -> None:
     """Raise UsageError for an option that the kind does not have, with the reason."""
     reasons = {
         "train_head": "its adapters hold LoRA weights alone"
-        if kind in ("digits-lora", DOCSTRINGS)
+        if kind in ("digits-lora", DOCSTRINGS, TASKS)
         else "it trains all weights anyway",
+        "full": "only digits-tasks has both adapters and fine-tunes",
         "own_init": "its models are fine-tunes of one parent",
         "encoder": "its models are of images",
         "random_labels": "its models learn the true groups",

@@ -29,22 +29,24 @@ def train(
     schedule: Schedule,
     seeds: Sequence[int],
     tick: Callable[[int], None] | None = None,
+    frozen: Weights | None = None,
 ) -> Weights:
     """Train N models side by side and return their weights.
 
-    `start` has the stacked weights to train, (N, ...) each. `images` (n, 1, 8, 8) are shared. `labels` (N, n) and the order of the
-    batches, drawn from its seed, are each model's own. `tick(step)` is called after each step. The same arguments, machine and
+    `start` has the stacked weights to train, (N, ...) each, and `frozen` others that are a model's own and are not trained.
+    `images` (n, 1, 8, 8) are shared. `labels` (N, n) and the order of the batches, drawn from its seed, are each model's own.
+    `tick(step)` is called after each step. The same arguments, machine and
     number of threads give the same weights, bit for bit.
 
     Cost: `steps * batch_size * N` forward and backward passes. Memory is proportional to `batch_size * N`.
     """
     weights = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     optimizer = torch.optim.Adam(weights.values(), lr=schedule.learning_rate, fused=True)
-    orders = torch.stack([_batches(images.shape[0], schedule, seed) for seed in seeds])
+    orders = torch.stack([batches(images.shape[0], schedule, seed) for seed in seeds])
     forward_all = vmap(forward)
     for step in range(schedule.steps):
         chosen = orders[:, step]
-        logits = forward_all(weights, images[chosen])
+        logits = forward_all({**weights, **(frozen or {})}, images[chosen])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.gather(1, chosen).flatten(), reduction="sum")
         optimizer.zero_grad()
         (loss / schedule.batch_size).backward()  # type: ignore[no-untyped-call]
@@ -78,7 +80,7 @@ def share(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).double().mean())
 
 
-def _batches(num_images: int, schedule: Schedule, seed: int) -> Tensor:
+def batches(num_images: int, schedule: Schedule, seed: int) -> Tensor:
     """Return image numbers (steps, batch_size): whole epochs in shuffled order, split into batches."""
     generator = torch.Generator().manual_seed(seed)
     needed = schedule.steps * schedule.batch_size
