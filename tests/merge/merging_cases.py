@@ -86,7 +86,7 @@ def merge_updates(
     grams = input_grams(names, updates[0][1].shape[1]) if method == "regmean" else {}
     context = Context("layer", names, weights_T, seed, majority=majority, input_grams=grams)
     choose = Tensor.numel if rank is None else lambda values: rank
-    return merge_layer(updates, Job(context, request), choose, (torch.float64, torch.float64))
+    return merge_layer(updates, Job(context, request), choose, lambda b, a: (b, a))
 
 
 def merged(updates: Sequence[Factors], method: str, **options: Any) -> Tensor:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ from eigenzoo.errors import DataError, FormatError, OutputError, UsageError
 from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.kinds import INDEXES
 from eigenzoo.formats.layout import ModelLayout, TensorLayout, layout_of
-from eigenzoo.formats.lora.config import CONFIG_FILE, check_config, merged_config
-from eigenzoo.formats.lora.peft_folder import WEIGHTS_FILE
+from eigenzoo.formats.lora.config import CONFIG_FILE, MAX_PATTERNS, check_config, merged_config
+from eigenzoo.formats.lora.peft_folder import ATTENTION_OUT, WEIGHTS_FILE
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.formats.safetensors.writer import write_file
+from eigenzoo.formats.safetensors.writer import Entry, file_bytes, write_file
 from eigenzoo.formats.side_files import SIDE_FILES, is_side_file
 
 __all__ = ["ModelLayout", "TensorLayout", "all_finite", "layout_of", "write_checkpoint", "write_lora", "write_tensors"]
@@ -86,6 +88,28 @@ def _write_file(
     write_tensors(path, named, read, metadata, run=with_names)
 
 
+@dataclass(frozen=True)
+class AdapterContents:
+    """The weights file of an adapter, before it is written.
+
+    Attributes:
+        tensors: in the order of the file that the adapter is like.
+        values: by name.
+        metadata: the header's string metadata.
+        config: `adapter_config.json`; None where the file has none.
+    """
+
+    tensors: Sequence[TensorLayout]
+    values: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return weights_bytes(self.tensors, self.metadata)
+
+
 def write_lora(
     folder: Path,
     layout: ModelLayout,
@@ -95,34 +119,62 @@ def write_lora(
     others: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
     side_files: Mapping[str, bytes] | None = None,
+    own_ranks: bool = False,
 ) -> None:
     """Write a PEFT adapter whose updates are B·A, the scale included in the factors.
 
-    The file has one rank, the largest of all (the others padded with zeros), and alpha = r, so that PEFT's scale is 1.
-
     Args:
         folder: an existing folder.
+        layout, config, factors, others, metadata, own_ranks: as in `lora_contents`.
+        side_files: contents by name, of known names only.
+    """
+    contents = lora_contents(layout, config, factors, others=others, metadata=metadata, own_ranks=own_ranks)
+    side_files = _checked_side_files(side_files or {}, layout)
+    write_tensors(folder / WEIGHTS_FILE, contents.tensors, contents.values.__getitem__, contents.metadata)
+    text = json.dumps(contents.config, indent=2, sort_keys=True)
+    write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
+    for name, data in side_files.items():
+        write_bytes(folder / name, data)
+
+
+def lora_contents(
+    layout: ModelLayout,
+    config: Mapping[str, Any],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    others: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    own_ranks: bool = False,
+) -> AdapterContents:
+    """Return the contents of a PEFT adapter whose updates are B·A, with alpha = r, so that PEFT's scale is 1.
+
+    Args:
         layout: of the adapter that this one is like; gives the keys, the kernels of convolutions and the dtypes.
         config: that adapter's `adapter_config.json`; all of it is kept but rank, alpha and initialisation.
         factors: per module of the layout B (outputs, rank) and A (rank, inputs), any rank.
         others: the tensors that are no factor, by name.
         metadata: the header's string metadata.
-        side_files: contents by name, of known names only.
+        own_ranks: give each module its own rank, by patterns in the config. Otherwise the file has one rank, the largest, and the
+            other factors are padded with zeros: some programs read no patterns.
     """
     if layout.format != "lora":
         raise UsageError(f"the layout has format {layout.format!r}", rule="only an adapter can be written here")
     check_config(config)
-    side_files = _checked_side_files(side_files or {}, layout)
     if set(factors) != set(layout.updates):
         wrong = sorted(set(factors) ^ set(layout.updates))[:5]
         raise UsageError(
             f"missing or extra factors: {', '.join(wrong)}", rule="each module of the layout needs one pair of factors"
         )
-    rank = max([1, *(factor_a.shape[0] for _, factor_a in factors.values())])
+    ranks = {module: max(1, factor_a.shape[0]) for module, (_, factor_a) in factors.items()}
+    written = merged_config(config, max(ranks.values(), default=1))
+    if own_ranks and len(ranks) <= MAX_PATTERNS:
+        written |= _rank_patterns(ranks)
+    else:
+        ranks = dict.fromkeys(ranks, written["r"])
     padded: dict[str, Tensor] = {}
     for module, (factor_b, factor_a) in factors.items():
         update = layout.updates[module]
-        padded[update.key_a], padded[update.key_b] = _padded(update, factor_b, factor_a, rank)
+        padded[update.key_a], padded[update.key_b] = _padded(update, factor_b, factor_a, ranks[module])
     values = {**(others or {}), **padded}
     (listed,) = layout.files.values()
     tensors = [
@@ -134,11 +186,18 @@ def write_lora(
         raise UsageError(
             f"missing or extra tensors: {', '.join(missing[:5])}", rule="the layout's tensors are needed, and no others"
         )
-    write_tensors(folder / WEIGHTS_FILE, tensors, values.__getitem__, metadata or DEFAULT_METADATA)
-    text = json.dumps(merged_config(config, rank), indent=2, sort_keys=True)
-    write_bytes(folder / CONFIG_FILE, text.encode("utf-8"))
-    for name, data in side_files.items():
-        write_bytes(folder / name, data)
+    return AdapterContents(tensors, values, metadata or DEFAULT_METADATA, written)
+
+
+def _rank_patterns(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the entries of a config for modules of these ranks, with alpha = r.
+
+    PEFT takes the first pattern that matches the end of a module's name after a dot, and a config is written with sorted keys: each
+    pattern is therefore a whole name from its beginning, which matches no other module.
+    """
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {f"^{re.escape(module.removesuffix(ATTENTION_OUT))}": own for module, own in ranks.items() if own != rank}
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
 
 
 def write_tensors(
@@ -154,11 +213,20 @@ def write_tensors(
 
     Without `sync` it need not be on the disk yet when this returns.
     """
-    ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
-    entries = [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
+    ordered, entries = _in_order(tensors)
     read_in_order = run(read, [tensor.name for tensor in ordered])
     values = (cast_to(tensor, value) for tensor, value in zip(ordered, read_in_order, strict=True))
     write_file(path, entries, values, metadata, sync=sync)
+
+
+def weights_bytes(tensors: Sequence[TensorLayout], metadata: Mapping[str, str]) -> int:
+    """Return how long a file is that `write_tensors` writes."""
+    return file_bytes(_in_order(tensors)[1], metadata)
+
+
+def _in_order(tensors: Sequence[TensorLayout]) -> tuple[list[TensorLayout], list[Entry]]:
+    ordered = sorted(tensors, key=lambda tensor: -tensor.torch_dtype.itemsize)
+    return ordered, [(tensor.name, tensor.torch_dtype, tensor.shape) for tensor in ordered]
 
 
 def cast_to(layout: TensorLayout, values: Tensor) -> Tensor:

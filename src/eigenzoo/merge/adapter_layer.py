@@ -5,7 +5,7 @@ Legend: T adapters, O outputs, I inputs, S ranks of all adapters, P and Q the si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,9 @@ from eigenzoo.merge.layer_updates import (
     UpdatesInRows,
 )
 from eigenzoo.merge.request import COLUMNS, CORE, FULL, ROWS, ChooseRank, Job
+
+AsWritten = Callable[[Tensor, Tensor], Factors]
+"""Gives factors B and A as a reader of the file gets them: rounded to its dtypes."""
 
 ROWS_BYTES = 32 * 2**20
 """Bytes of all models' rows that are multiplied out at a time in the full space."""
@@ -43,7 +46,7 @@ class MergedLayer:
     """One merged update.
 
     Attributes:
-        factors: B and A as they are written, in the dtypes of the file.
+        factors: B and A as a reader of the file gets them.
         sums: for the certificate.
         gap: of the frame that the method acted in; see `CoreFrame`.
     """
@@ -72,9 +75,7 @@ def place(updates: Sequence[Factors], job: Job) -> Placed:
     return Placed(UpdatesInMemory(context, halves=frame.halves, factors=updates), left, right, gap)
 
 
-def merge_layer(
-    updates: Sequence[Factors], job: Job, choose_rank: ChooseRank, dtypes: tuple[torch.dtype, torch.dtype]
-) -> MergedLayer:
+def merge_layer(updates: Sequence[Factors], job: Job, choose_rank: ChooseRank, as_written: AsWritten) -> MergedLayer:
     """Merge one layer's updates, given as float64 factors with their scale."""
     placed, request = place(updates, job), job.request
     result = request.method.merge(placed.updates, **request.options)
@@ -83,10 +84,10 @@ def merge_layer(
     largest_side = max(updates[0][0].shape[0], updates[0][1].shape[1])
     round_off = float((sizes * job.context.weights_T.abs()).sum()) * abs(request.scale) * largest_side * EPSILON
     if isinstance(result, RowWise) and isinstance(placed.updates, UpdatesInRows):
-        return _cut_rows(placed.updates, job, choose_rank, round_off, dtypes, updates)
+        return _cut_rows(placed.updates, job, choose_rank, round_off, as_written, updates)
     merged = _as_factors(result, placed, updates, request.scale)
     cut = truncate(*merged, choose_rank, round_off)
-    written = cut.factors[0].to(dtypes[0]), cut.factors[1].to(dtypes[1])
+    written = as_written(*cut.factors)
     return MergedLayer(written, compare(merged, cut.values, written, updates), placed.gap)
 
 
@@ -118,7 +119,7 @@ def _cut_rows(
     job: Job,
     choose_rank: ChooseRank,
     round_off: float,
-    dtypes: tuple[torch.dtype, torch.dtype],
+    as_written: AsWritten,
     updates: Sequence[Factors],
 ) -> MergedLayer:
     """Cut a merge whose rows M are computed some at a time. Three passes over the rows; memory I², for the Gram of M's columns.
@@ -146,7 +147,7 @@ def _cut_rows(
         factors = left / root, right * root[:, None]
     else:
         factors = updates[0][0].new_zeros(updates[0][0].shape[0], 1), gram_II.new_zeros(1, len(gram_II))
-    written = factors[0].to(dtypes[0]), factors[1].to(dtypes[1])
+    written = as_written(*factors)
     exact_b, exact_a = written[0].double(), written[1].double()
     lost, start = 0.0, 0
     for block in rows():

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenzoo.linalg.core_frame import truncate
-from eigenzoo.linalg.lora import Factors, inner_products
+from eigenzoo.linalg.lora import Factors, inner_products, singular_values
 from eigenzoo.merge.request import Request
 from eigenzoo.passes.machine import peak_memory
 from eigenzoo.records import plain
@@ -54,10 +53,13 @@ class SourceCertificate:
 
 @dataclass(frozen=True)
 class Loss:
-    """‖M − M̂‖ / ‖M‖ over all layers; `spectral` compares the largest singular values of all layers."""
+    """‖M − M̂‖ / ‖M‖ over all layers; `spectral` compares the largest singular values of all layers.
+
+    `spectral` is None for full weights with layers too large for it.
+    """
 
     frobenius: float
-    spectral: float
+    spectral: float | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class LayerSums:
     Attributes:
         rank: of M̂.
         energy, lost: ‖M‖² and ‖M − M̂‖².
-        largest, largest_lost: largest singular values of M and of M − M̂.
+        largest, largest_lost: largest singular values of M and of M − M̂; None where they are not computed.
         energies_T: ‖τ_t‖².
         products_T: ⟨τ_t, M̂⟩.
     """
@@ -115,8 +117,8 @@ class LayerSums:
     rank: int
     energy: float
     lost: float
-    largest: float
-    largest_lost: float
+    largest: float | None
+    largest_lost: float | None
     energies_T: Tensor
     products_T: Tensor
 
@@ -127,9 +129,9 @@ class LayerSums:
 
 
 def compare(merged: Factors, values: Tensor, written: Factors, sources: Sequence[Factors]) -> LayerSums:
-    """Compare M, of these singular values, with M̂ and with the sources. Cost as of `truncate` of both."""
+    """Compare M, of these singular values, with M̂ and with the sources. Cost (O + I)·S² + S³ for S columns of both."""
     written = written[0].double(), written[1].double()
-    difference = truncate(torch.cat([merged[0], -written[0]], 1), torch.cat([merged[1], written[1]], 0)).values
+    difference = singular_values((torch.cat([merged[0], -written[0]], 1), torch.cat([merged[1], written[1]], 0)))
     return LayerSums(
         rank=written[1].shape[0],
         energy=float(values.square().sum()),
@@ -167,7 +169,6 @@ def certify(
     """
     sums = list(layers.values())
     energy, lost = sum(layer.energy for layer in sums), sum(layer.lost for layer in sums)
-    largest = max(layer.largest for layer in sums)
     energies = torch.stack([layer.energies_T for layer in sums]).sum(0).tolist()
     products = torch.stack([layer.products_T for layer in sums]).sum(0).tolist()
     models = {
@@ -188,12 +189,17 @@ def certify(
         models=models,
         layers={name: LayerCertificate(layer.rank, layer.loss) for name, layer in layers.items()},
         norm=sqrt(energy),
-        loss=Loss(
-            sqrt(lost / energy) if energy > 0 else 0.0,
-            max(layer.largest_lost for layer in sums) / largest if largest > 0 else 0.0,
-        ),
+        loss=Loss(sqrt(lost / energy) if energy > 0 else 0.0, _spectral(sums)),
         bytes=num_bytes,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory(),
         warnings=tuple(warnings),
     )
+
+
+def _spectral(sums: Sequence[LayerSums]) -> float | None:
+    largest = [layer.largest for layer in sums if layer.largest is not None]
+    lost = [layer.largest_lost for layer in sums if layer.largest_lost is not None]
+    if len(largest) < len(sums) or len(lost) < len(sums):
+        return None
+    return max(lost) / max(largest) if max(largest) > 0 else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,15 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eigenzoo.errors import MismatchError
-from eigenzoo.formats.layout import ModelLayout, layout_of
+from eigenzoo.errors import UnsupportedError
+from eigenzoo.formats.json_file import parse_json
+from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.safetensors.dtypes import dtype_name
-from eigenzoo.formats.writers import cast_to, write_checkpoint
+from eigenzoo.formats.writers import DEFAULT_METADATA, cast_to, weights_bytes, write_checkpoint
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify
-from eigenzoo.merge.dense_layer import UpdatesInTiles, compare_dense, merge_dense
+from eigenzoo.merge.dense_layer import SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
 from eigenzoo.merge.files import MERGED, write_certificate
+from eigenzoo.merge.heads import check_agreement, find_owner, read_head
 from eigenzoo.merge.request import Job
 from eigenzoo.merge.trimming import with_thresholds
 from eigenzoo.passes.settings import own_settings
@@ -30,6 +33,8 @@ from eigenzoo.zoo.stack import DenseStack
 from eigenzoo.zoo.template import ZooTemplate
 from eigenzoo.zoo.zoo import Zoo
 
+CONFIG = "config.json"
+
 
 class MergedCheckpoint:
     """Checkpoints merged into one, which is computed when it is saved.
@@ -38,9 +43,10 @@ class MergedCheckpoint:
         certificate: what the file loses by its dtype, and what is left of each source. Before `save` it takes a pass of its own.
     """
 
-    def __init__(self, zoo: Zoo, jobs: Mapping[str, Job], owner: int, heads: str, dtype: torch.dtype | None) -> None:
+    def __init__(self, zoo: Zoo, jobs: Mapping[str, Job], heads: str, dtype: torch.dtype | None) -> None:
+        owner = find_owner(zoo, heads)
         self._zoo, self._template = zoo, ZooTemplate(zoo, owner)
-        self._layout = _in_dtype(layout_of(zoo.models[owner]), dtype)
+        self._layout = _output_layout(self._template.layout, zoo, dtype)
         self._others = _others(zoo, owner, heads)
         self._jobs, self._trimmed = jobs, False
         self._certificate: Certificate | None = None
@@ -72,8 +78,8 @@ class MergedCheckpoint:
         """Write the checkpoint with the shards, names and side files of the first source into a new folder, and return the folder.
 
         It appears complete or not at all. `force` replaces a folder that contains only a merged model, unchanged. Memory: for each
-        thread one layer in float64 and a block of rows of all models; methods on singular values take one model's layer more, and
-        `ctm`, `wudi` and `regmean` those of all.
+        thread the written layer and some rows of all models; methods on singular values take one layer in float64 and one model's
+        more, and `ctm`, `wudi` and `regmean` those of all.
         """
         started, sums = time.perf_counter(), dict[str, LayerSums]()
         sizes = {name: tensor.nbytes for name, tensor in self._layout.tensors.items()}
@@ -91,13 +97,19 @@ class MergedCheckpoint:
                 for _, values in workers.each("merging layers", read_one, names, progress, weight=sizes.__getitem__):
                     yield values
 
-            side_files = {name: self._template.read_side_file(name) for name in self._template.side_files}
-            write_checkpoint(
-                staging, self._layout, read, metadata=self._template.metadata, side_files=side_files, run=run
-            )
+            metadata, side_files = self._template.metadata, self._side_files()
+            write_checkpoint(staging, self._layout, read, metadata=metadata, side_files=side_files, run=run)
             write_certificate(staging, self._certify(sums, started), self._zoo)
             write_record(staging, MERGED)
         return Path(folder)
+
+    def _side_files(self) -> dict[str, bytes]:
+        """Read the files beside the weights; a config states the dtype of the layers."""
+        files = {name: self._template.read_side_file(name) for name in self._template.side_files}
+        dtypes = {self._layout.tensors[name].torch_dtype for name in self._zoo.layers}
+        if CONFIG in files and len(dtypes) == 1:
+            files[CONFIG] = _stating(files[CONFIG], dtypes.pop())
+        return files
 
     def _trim(self) -> None:
         if not self._trimmed:
@@ -106,7 +118,11 @@ class MergedCheckpoint:
     def _certify(self, sums: Mapping[str, LayerSums], started: float) -> Certificate:
         jobs = list(self._jobs.values())
         weights = torch.stack([job.context.weights_T for job in jobs]).mean(0).tolist()
-        num_bytes = sum(tensor.nbytes for tensor in self._layout.tensors.values())
+        metadata = self._template.metadata
+        num_bytes = sum(
+            weights_bytes(tensors, metadata.get(file) or DEFAULT_METADATA)
+            for file, tensors in self._layout.files.items()
+        )
         self._certificate = certify(
             jobs[0].request,
             dict(zip(self._zoo.names, weights, strict=True)),
@@ -118,72 +134,84 @@ class MergedCheckpoint:
         return self._certificate
 
     def _updates(self, job: Job) -> UpdatesInTiles:
-        stack = self._zoo.stack(job.context.layer)
+        stack = self._zoo.stack(job.context.layer, precision="high")
         assert isinstance(stack, DenseStack)
         return UpdatesInTiles(job.context, stack)
 
     def _merged(self, name: str) -> tuple[Tensor, LayerSums]:
         """Return a merged tensor as it is written, and the terms of its certificate."""
-        layer, job = self._zoo.layers[name], self._jobs[name]
+        layer, job, piece = self._zoo.layers[name], self._jobs[name], self._layout.tensors[name]
         updates = self._updates(job)
-        merged_OI = merge_dense(updates, job, layer.unfolding)
-        base = (
-            self._zoo.base.read(name).double().view(layer.shape)
-            if self._zoo.view == "delta" and self._zoo.base
-            else 0.0
+        base, start = self._zoo.base if self._zoo.view == "delta" else None, 0
+        written = torch.empty(layer.num_values, dtype=piece.torch_dtype)
+
+        def write(merged: Tensor) -> Tensor:
+            nonlocal start
+            stop = start + merged.numel()
+            from_base = torch.zeros(stop - start, dtype=torch.float64)
+            if base is not None:
+                base.read_flat(name, start, stop, out=from_base)
+            exact = from_base + merged.reshape(-1)
+            if VARIANCE.search(name):
+                # The square root of a negative variance is NaN, and so would be all outputs of the model.
+                exact.clamp_min_(torch.finfo(torch.float32).tiny)
+            rows = cast_to(TensorLayout(name, piece.dtype, (stop - start,)), exact)
+            written[start:stop] = rows
+            start = stop
+            return (rows.double() - from_base).view(merged.shape)
+
+        spectral = max(each.num_values for each in self._zoo.layers.values()) <= SPECTRAL_VALUES
+        sums = write_rows(updates, merge_rows(updates, job, layer.unfolding), write, spectral=spectral)
+        return written.view(layer.tensor_shape), sums
+
+
+def _output_layout(layout: ModelLayout, zoo: Zoo, dtype: torch.dtype | None) -> ModelLayout:
+    """Return a layout whose layers have the dtype that was asked for, or the base's."""
+    if layout.splits:
+        raise UnsupportedError(
+            "fused weights that are split", rule="checkpoints are merged as they are", next_step="leave split out"
         )
-        exact = (merged_OI + base).reshape(layer.tensor_shape)
-        if VARIANCE.search(name):
-            # The square root of a negative variance is NaN, and so would be all outputs of the model.
-            exact = exact.clamp_min(torch.finfo(torch.float32).tiny)
-        written = cast_to(self._layout.tensors[name], exact)
-        return written, compare_dense(updates, merged_OI, written.double().view(layer.shape) - base)
-
-
-def _in_dtype(layout: ModelLayout, dtype: torch.dtype | None) -> ModelLayout:
-    """Return a layout whose floating-point tensors have another dtype."""
-    if dtype is None:
-        return layout
+    dtypes: dict[str, str] = {}
+    for name in zoo.layers:
+        own = dtype if dtype is not None or zoo.base is None else zoo.base.tensors[name].dtype
+        if own is not None:
+            dtypes[name] = dtype_name(own)
     files = {
-        file: tuple(
-            replace(tensor, dtype=dtype_name(dtype)) if tensor.torch_dtype.is_floating_point else tensor
-            for tensor in tensors
-        )
+        file: tuple(replace(tensor, dtype=dtypes.get(tensor.name, tensor.dtype)) for tensor in tensors)
         for file, tensors in layout.files.items()
     }
     return replace(layout, files=files)
 
 
 def _others(zoo: Zoo, owner: int, heads: str) -> Callable[[str], Tensor]:
-    """Return a reader of all other tensors: counts and buffers come from the base, the rest from the owner.
+    """Return a reader of all other tensors: counts come from the base, the rest from the owner.
 
     Raises MismatchError where models differ in one of these, unless `heads` chooses a model.
     """
+    tensors, base = zoo.models[owner].tensors, zoo.base
     from_base = {
         name
         for name in zoo.carried(owner)
-        if zoo.base is not None
-        and name in zoo.base.tensors
-        and not zoo.base.tensors[name].dtype.is_floating_point
-        and zoo.base.tensors[name].shape == zoo.models[owner].tensors[name].shape
+        if base is not None
+        and name in base.tensors
+        and not base.tensors[name].dtype.is_floating_point
+        and (base.tensors[name].dtype, base.tensors[name].shape) == (tensors[name].dtype, tensors[name].shape)
     }
-    if heads == "refuse":
-        for name in (name for name in zoo.carried(owner) if name not in from_base):
-            own = zoo.models[owner].read(name)
-            for model, other in zip(zoo.models, zoo.names, strict=True):
-                if name in model.tensors and torch.equal(model.read(name), own):
-                    continue
-                raise MismatchError(
-                    f"{other} and {zoo.names[owner]} differ in it",
-                    where=f"tensor '{name}'",
-                    rule="only layers that all models have are merged",
-                    next_step=f"choose whose is written: --heads first, or --heads {other} (heads=)",
-                )
+    every = dict.fromkeys(name for index in range(len(zoo)) for name in zoo.carried(index))
+    check_agreement(zoo, [name for name in every if name not in from_base], owner, heads)
 
     def read(name: str) -> Tensor:
-        if name in from_base:
-            assert zoo.base is not None
-            return zoo.base.read(name)
-        return zoo.models[owner].read(name)
+        if base is not None and name in from_base:
+            return base.read(name)
+        return read_head(zoo, owner, name)
 
     return read
+
+
+def _stating(config: bytes, dtype: torch.dtype) -> bytes:
+    """Return a config that states a dtype, if it stated one."""
+    document = parse_json(config, where=CONFIG)
+    stated = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in document}
+    if all(document[key] == value for key, value in stated.items()):
+        return config
+    return (json.dumps({**document, **stated}, indent=2) + "\n").encode()

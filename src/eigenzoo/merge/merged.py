@@ -37,15 +37,17 @@ class Merged:
         others: Mapping[str, Tensor],
         certificate: Certificate,
         interference: Interference | None = None,
+        *,
+        own_ranks: bool = False,
     ) -> None:
         self._zoo, self._template, self._factors, self._others = zoo, template, factors, others
-        self.certificate, self.interference = certificate, interference
+        self.certificate, self.interference, self._own_ranks = certificate, interference, own_ranks
 
     def __repr__(self) -> str:
         return f"Merged({self.certificate!r})"
 
     def factors(self, layer: str) -> Factors:
-        """Return one merged update as (B, A) in the dtypes of the file, with the scale in B."""
+        """Return one merged update as (B, A) as a reader of the file gets them, with the scale in B."""
         return self._factors[layer]
 
     def save(
@@ -65,7 +67,7 @@ class Merged:
         if format is not None and format not in OTHER_FORMATS.get(kind, ()):
             raise UsageError(f"format {format[:40]!r} for a {kind}", next_step="leave it out")
         with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging:
-            write_adapter(staging, self._template, self._factors, self._others, format)
+            write_adapter(staging, self._template, self._factors, self._others, format, own_ranks=self._own_ranks)
             write_certificate(staging, self.certificate, self._zoo)
             write_record(staging, MERGED)
         return Path(folder)

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from eigenzoo.display import counted
 from eigenzoo.errors import UsageError
-from eigenzoo.merge.adapters import FIRST, REFUSE, merge_adapters
+from eigenzoo.merge.adapters import AdapterChoices, merge_adapters
 from eigenzoo.merge.checkpoints import MergedCheckpoint
+from eigenzoo.merge.heads import REFUSE
 from eigenzoo.merge.in_bundle import MergedCoefficients, merge_in_bundle
 from eigenzoo.merge.layer_updates import Context
 from eigenzoo.merge.merged import Merged
 from eigenzoo.merge.method import Method
 from eigenzoo.merge.methods import METHODS, find_method
-from eigenzoo.merge.request import CORE, FULL, SPACES, Job, RankChoice, Request, rank_choice
+from eigenzoo.merge.request import CORE, FULL, SPACES, Job, RankChoice, Request, check_budget, rank_choice
 from eigenzoo.passes.settings import own_settings
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
@@ -51,6 +52,7 @@ def merge(
     space: str = CORE,
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
+    budget: int | None = None,
     heads: str = REFUSE,
     missing: str = "refuse",
     grams: Grams | None = None,
@@ -74,6 +76,7 @@ def merge(
         space: for methods that work entry by entry, what the entries are those of (docs/merge.md).
         base: of checkpoints, the model whose differences are merged. Without it only methods that average whole weights apply.
         dtype: of the written weights: float32, float16, bfloat16 or float64. Default: that of the model that the file is like.
+        budget: bytes of the merged adapter's weights file. Ranks are then chosen for all layers together.
         heads: tensors that belong to no update, such as trained heads: `refuse` adapters that differ in them, take those of the
             `first`, or of the model of this name.
         missing: `zero` counts a layer that an adapter lacks as a zero update; `refuse` is an error.
@@ -93,8 +96,8 @@ def merge(
     resolved = chosen.options({name: value for name, value in options.items() if value is not None})
     request = Request(chosen, resolved, scale, check_choice(space, SPACES, "space"))
     check_choice(missing, ("refuse", "zero"), "missing")
-    choose_rank = rank_choice(rank)
-    if rank is None and request.chosen_space == FULL:
+    choose_rank, room = rank_choice(rank), check_budget(budget, rank)
+    if rank is None and room is None and request.chosen_space == FULL:
         raise UsageError(
             "no rank is given",
             where="space full",
@@ -103,21 +106,22 @@ def merge(
         )
     if isinstance(models, tuple):
         bundle, names = models
+        if room is not None:
+            raise UsageError("a budget for models of a bundle", rule="their merge is a file of coefficients")
         jobs = _jobs(bundle.layers, names, request, weights, grams or {}, seed)
         return merge_in_bundle(bundle, names, jobs, started, progress)
     zoo = models
     if not isinstance(zoo, Zoo):
         as_zero = "zero" if missing == "zero" else "error"
         zoo = open_zoo(zoo, base=base, missing=as_zero, allow_pickle=allow_pickle, progress=progress)
-    _check_view(zoo, request, rank, base is not None)
+    _check_view(zoo, request, rank if room is None else f"for {room:,} bytes", base is not None)
     jobs = _jobs(zoo.layers, zoo.names, request, weights, grams or {}, seed)
-    owner, as_dtype = _owner(zoo, heads), None if dtype is None else _parse_dtype(dtype)
+    as_dtype = None if dtype is None else _parse_dtype(dtype)
     if zoo.view != "update":
-        return MergedCheckpoint(zoo, jobs, owner, heads, as_dtype)
+        return MergedCheckpoint(zoo, jobs, heads, as_dtype)
+    choices = AdapterChoices(choose_rank, isinstance(rank, float), room, heads, as_dtype, interference)
     with opened_workers(workers) as opened:
-        return merge_adapters(
-            zoo, jobs, choose_rank, owner, heads, as_dtype, started, opened, progress, interference=interference
-        )
+        return merge_adapters(zoo, jobs, choices, started, opened, progress)
 
 
 def _check_view(zoo: Zoo, request: Request, rank: RankChoice, has_base: bool) -> None:
@@ -140,15 +144,6 @@ def _check_view(zoo: Zoo, request: Request, rank: RankChoice, has_base: bool) ->
             rule=f"only {', '.join(OF_WHOLE_WEIGHTS)} average whole weights",
             next_step="name the model that they were fine-tuned from: --base (base=)",
         )
-
-
-def _owner(zoo: Zoo, heads: str) -> int:
-    """Return the number of the model that the file is like."""
-    if heads in (REFUSE, FIRST):
-        return 0
-    if heads not in zoo.names:
-        raise UsageError(f"heads {heads[:60]!r}", rule=f"it is refuse, first, or a model: {', '.join(zoo.names[:5])}")
-    return zoo.place(heads)
 
 
 def _parse_dtype(name: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenzoo.errors import UsageError
+from eigenzoo.errors import BudgetError, UsageError
 from eigenzoo.merge.layer_updates import Context
 from eigenzoo.merge.method import Method
 
@@ -74,3 +74,16 @@ def _least_rank(share: float, values: Tensor) -> int:
     """Return the least rank that keeps a share of the energy, up to the round-off of its sum."""
     energies = values.square().cumsum(0)
     return min(int((energies < share * (1 - 1e-12) * energies[-1]).sum()) + 1, values.numel())
+
+
+def check_budget(budget: int | None, rank: RankChoice) -> int | None:
+    """Return a number of bytes; raises BudgetError for another value, UsageError for a rank beside it."""
+    if budget is None:
+        return None
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise BudgetError(f"a budget of {str(budget)[:40]!r}", rule="it is a number of bytes")
+    if rank is not None:
+        raise UsageError(
+            f"rank {rank} beside a budget", rule="the budget chooses all ranks", next_step="leave one of them out"
+        )
+    return budget

@@ -24,7 +24,7 @@ from eigenzoo.formats.lora.diffusion_file import ALPHA_DTYPES, METADATA_KEY, com
 from eigenzoo.formats.lora.diffusion_keys import FactorKey, split_key
 from eigenzoo.formats.model import LoraUpdate
 from eigenzoo.formats.paths import relative_name
-from eigenzoo.formats.writers import DEFAULT_METADATA, write_side_files, write_tensors
+from eigenzoo.formats.writers import DEFAULT_METADATA, AdapterContents, write_side_files, write_tensors
 
 HASHES = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
 """Entries of kohya's headers that are hashes of the values, which are others now."""
@@ -43,11 +43,29 @@ def write_diffusion_lora(
 
     Args:
         folder: an existing folder.
+        layout, factors, others, metadata: as in `diffusion_contents`.
+        side_files: contents by name, of known names only.
+    """
+    contents = diffusion_contents(layout, factors, others=others, metadata=metadata)
+    (file,) = layout.files
+    write_tensors(folder / relative_name(file), contents.tensors, contents.values.__getitem__, contents.metadata)
+    write_side_files(folder, side_files or {}, layout)
+
+
+def diffusion_contents(
+    layout: ModelLayout,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    others: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> AdapterContents:
+    """Return the contents of a file whose updates are B·A.
+
+    Args:
         layout: of the file that this one is like; gives the file's name, the keys, the kernels of convolutions, the dtypes and α.
         factors: per module of the layout B (outputs, rank) with the scale in it, and A (rank, inputs), any rank.
         others: the tensors that are no part of an update, by name.
         metadata: the header's strings; configs in it are made true of the new factors, hashes are left out.
-        side_files: contents by name, of known names only.
     """
     if layout.format != "diffusion-lora":
         raise UsageError(
@@ -61,7 +79,7 @@ def write_diffusion_lora(
     values = dict(others or {})
     for module, (b_OR, a_RI) in factors.items():
         values |= _tensors(layout, layout.updates[module], b_OR, a_RI)
-    ((file, listed),) = layout.files.items()
+    (listed,) = layout.files.values()
     missing = [tensor.name for tensor in listed if tensor.name not in values]
     if missing or len(values) != len(listed):
         raise UsageError(
@@ -72,9 +90,14 @@ def write_diffusion_lora(
         replace(tensor, shape=tuple(values[tensor.name].shape)) if tensor.name in parts else tensor for tensor in listed
     ]
     ranks = {layout.updates[module].key_a: a_RI.shape[0] for module, (_, a_RI) in factors.items()}
-    header = _metadata(metadata or DEFAULT_METADATA, ranks)
-    write_tensors(folder / relative_name(file), tensors, values.__getitem__, header)
-    write_side_files(folder, side_files or {}, layout)
+    return AdapterContents(tensors, values, _metadata(metadata or DEFAULT_METADATA, ranks))
+
+
+def written_scale(layout: ModelLayout, update: LoraUpdate, rank: int) -> float:
+    """Return the scale that a reader multiplies B·A by, if the update is written with this rank."""
+    if update.key_alpha is None:
+        return 1.0
+    return float(_alpha(update, layout.tensors[update.key_alpha], rank)) / rank
 
 
 def _tensors(layout: ModelLayout, update: LoraUpdate, b_OR: Tensor, a_RI: Tensor) -> dict[str, Tensor]:

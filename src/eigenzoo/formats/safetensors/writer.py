@@ -49,6 +49,18 @@ def header_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes
         raise UsageError("a name or metadata is not valid text", rule="lone surrogates cannot be written") from error
 
 
+def _padded_header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    header = header_bytes(tensors, metadata)
+    return header + b" " * (
+        -len(header) % 8
+    )  # the format allows blanks, and values then begin at a multiple of 8 bytes
+
+
+def file_bytes(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> int:
+    """Return how long a file of these tensors is."""
+    return 8 + len(_padded_header(tensors, metadata)) + sum(prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
+
+
 def write_file(
     path: Path, tensors: Sequence[Entry], values: Iterable[Tensor], metadata: Mapping[str, str], *, sync: bool
 ) -> None:
@@ -65,8 +77,7 @@ def write_file(
     names = [name for name, _, _ in tensors]
     if len({*names, METADATA_KEY}) <= len(names):
         raise UsageError("two tensors have the same name", where=str(path))
-    header = header_bytes(tensors, metadata)
-    header += b" " * (-len(header) % 8)  # the format allows blanks, and values then begin at a multiple of 8 bytes
+    header = _padded_header(tensors, metadata)
     if len(header) > MAX_HEADER_BYTES:
         raise UsageError(f"the header has {len(header)} bytes", rule=f"headers have 1 to {MAX_HEADER_BYTES} bytes")
     with _created(path, "xb") as file:
