@@ -119,6 +119,13 @@ def command(
     output: Annotated[
         Path | None, options.output("The merged model to write; for models of a bundle, a file of coefficients.")
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe in mergekit's YAML, instead of models and method: models, base_model, merge_method, parameters, dtype.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="How to merge: mean, linear, task_arithmetic, ties, tsv, … (docs/merge.md lists all).")
     ] = "mean",
@@ -136,6 +143,13 @@ def command(
             help="Rank of the merged updates: a number, a share of each layer's energy such as 0.99, or full, which loses nothing. "
             "Default: full; required in space full.",
             metavar="N|SHARE|full",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest size of the merged adapter's weights, such as 20MB. Ranks are chosen for all layers together.",
             show_default=False,
         ),
     ] = None,
@@ -193,13 +207,16 @@ def command(
     from eigenzoo.merge.files import MERGED
     from eigenzoo.merge.in_bundle import MergedCoefficients
     from eigenzoo.merge.input_grams import read_grams
+    from eigenzoo.merge.recipe_merging import merge_recipe
     from eigenzoo.subspace.coefficient_file import is_coefficient_file
 
     if output is None and not check:
         raise UsageError("--output is missing", next_step="name a folder with -o, or add --check to write nothing")
-    if not models:
-        raise UsageError("no models are given", next_step="name two adapters or more")
-    chosen = method_options.given()
+    if bool(models) == (recipe is not None):
+        given = "models beside a recipe" if models else "no models are given"
+        raise UsageError(given, next_step="name two models or more, or a recipe with --recipe")
+    models = models or []
+    chosen, num_bytes = method_options.given(), options.parse_bytes(budget, "--budget")
     rank_rule, numbers = parse_rank(rank), None if weights is None else parse_numbers(weights, "--weights")
     in_bundle = len(models) > 1 and names_a_bundle(models[0])
     if output is not None and not check:
@@ -215,23 +232,37 @@ def command(
                 source, view="update", missing="zero" if missing == "zero" else "error", progress=progress
             )
             moments = read_grams(grams, source.names, {name: layer.shape for name, layer in source.layers.items()})
-        merged = ez.merge(
-            source,
-            method,
-            weights=numbers,
-            scale=scale,
-            rank=rank_rule,
-            space=space,
-            base=base,
-            dtype=dtype,
-            heads=heads,
-            missing=missing,
-            grams=moments,
-            interference=check and not in_bundle and base is None,
-            allow_pickle=allow_pickle,
-            seed=seed,
-            progress=progress,
-            **chosen,
+        merged = (
+            merge_recipe(
+                recipe,
+                rank=rank_rule,
+                budget=num_bytes,
+                dtype=dtype,
+                heads=heads,
+                allow_pickle=allow_pickle,
+                seed=seed,
+                progress=progress,
+            )
+            if recipe is not None
+            else ez.merge(
+                source,
+                method,
+                weights=numbers,
+                scale=scale,
+                rank=rank_rule,
+                space=space,
+                base=base,
+                dtype=dtype,
+                budget=num_bytes,
+                heads=heads,
+                missing=missing,
+                grams=moments,
+                interference=check and not in_bundle and base is None,
+                allow_pickle=allow_pickle,
+                seed=seed,
+                progress=progress,
+                **chosen,
+            )
         )
         if output is not None and not check:
             if isinstance(merged, MergedCoefficients):

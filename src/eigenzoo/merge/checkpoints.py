@@ -41,7 +41,10 @@ class MergedCheckpoint:
 
     Attributes:
         certificate: what the file loses by its dtype, and what is left of each source. Before `save` it takes a pass of its own.
+        recipe: the recipe, which is written beside the checkpoint, if there was one.
     """
+
+    recipe: bytes | None = None
 
     def __init__(self, zoo: Zoo, jobs: Mapping[str, Job], heads: str, dtype: torch.dtype | None) -> None:
         owner = find_owner(zoo, heads)
@@ -99,7 +102,7 @@ class MergedCheckpoint:
 
             metadata, side_files = self._template.metadata, self._side_files()
             write_checkpoint(staging, self._layout, read, metadata=metadata, side_files=side_files, run=run)
-            write_certificate(staging, self._certify(sums, started), self._zoo)
+            write_certificate(staging, self._certify(sums, started), self._zoo, self.recipe)
             write_record(staging, MERGED)
         return Path(folder)
 

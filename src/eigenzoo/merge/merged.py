@@ -27,7 +27,10 @@ class Merged:
     Attributes:
         certificate: what the merge lost, and what is left of each source.
         interference: how much the updates get in each other's way, where it was asked for.
+        recipe: the recipe, which is written beside the adapter, if there was one.
     """
+
+    recipe: bytes | None = None
 
     def __init__(
         self,
@@ -68,6 +71,6 @@ class Merged:
             raise UsageError(f"format {format[:40]!r} for a {kind}", next_step="leave it out")
         with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging:
             write_adapter(staging, self._template, self._factors, self._others, format, own_ranks=self._own_ranks)
-            write_certificate(staging, self.certificate, self._zoo)
+            write_certificate(staging, self.certificate, self._zoo, self.recipe)
             write_record(staging, MERGED)
         return Path(folder)
