@@ -20,7 +20,7 @@ from eigenzoo.formats.output.whole import new_folder
 from eigenzoo.formats.safetensors.dtypes import dtype_name
 from eigenzoo.formats.writers import DEFAULT_METADATA, cast_to, weights_bytes, write_checkpoint
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify
-from eigenzoo.merge.dense_layer import SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
+from eigenzoo.merge.dense_layer import OF_MATRICES, SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
 from eigenzoo.merge.files import MERGED, write_certificate
 from eigenzoo.merge.heads import check_agreement, find_owner, read_head
 from eigenzoo.merge.request import Job
@@ -59,7 +59,7 @@ class MergedCheckpoint:
     def certificate(self) -> Certificate:
         """The loss of the file by its dtype, and the part of each source that is left."""
         if self._certificate is None:
-            with local_workers() as workers:
+            with local_workers(num=self._num_workers) as workers:
                 self.check(workers, no_progress)
         assert self._certificate is not None
         return self._certificate
@@ -78,8 +78,8 @@ class MergedCheckpoint:
         """Write the checkpoint with the shards, names and side files of the first source into a new folder, and return the folder.
 
         It appears complete or not at all. `force` replaces a folder that contains only a merged model, unchanged. Memory: for each
-        thread the written layer and some rows of all models; methods on singular values take one layer in float64 and one model's
-        more, and `ctm`, `wudi` and `regmean` those of all.
+        thread the written layer and some rows of all models. Methods on singular values run on one thread, and take one layer in
+        float64 and one model's more; `ctm`, `wudi` and `regmean` those of all.
         """
         started, sums = time.perf_counter(), dict[str, LayerSums]()
         sizes = {name: tensor.nbytes for name, tensor in self._layout.tensors.items()}
@@ -90,7 +90,10 @@ class MergedCheckpoint:
             values, sums[name] = self._merged(name)
             return values
 
-        with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging, local_workers() as workers:
+        with (
+            new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging,
+            local_workers(num=self._num_workers) as workers,
+        ):
             self._trim()
 
             def run(read_one: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
@@ -110,6 +113,12 @@ class MergedCheckpoint:
         if CONFIG in files and len(dtypes) == 1:
             files[CONFIG] = _stating(files[CONFIG], dtypes.pop())
         return files
+
+    @property
+    def _num_workers(self) -> int | None:
+        """One where a method takes whole layers of several models, so that no more than one of them is in memory."""
+        method = next(iter(self._jobs.values())).request.method
+        return 1 if method.kind in OF_MATRICES else None
 
     def _trim(self) -> None:
         if not self._trimmed:
