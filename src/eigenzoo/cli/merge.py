@@ -139,6 +139,14 @@ def command(
             show_default=False,
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the merged adapter's weights file, such as 20MB. Chooses the ranks of all layers together.",
+            metavar="BYTES",
+            show_default=False,
+        ),
+    ] = None,
     space: Annotated[
         str, typer.Option(help="For methods that work entry by entry: where, in the core, columns, rows or full space.")
     ] = "core",
@@ -221,6 +229,7 @@ def command(
             weights=numbers,
             scale=scale,
             rank=rank_rule,
+            budget=options.parse_bytes(budget, "--budget"),
             space=space,
             base=base,
             dtype=dtype,
@@ -333,8 +342,8 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
     lost = (
         "nothing is lost but the rounding of the file"
         if loss.frobenius <= ROUNDING
-        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm, {in_percent(loss.spectral)} of its largest "
-        "singular value"
+        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm"
+        + ("" if loss.spectral is None else f", {in_percent(loss.spectral)} of its largest singular value")
     )
     say(f"rank {spread}, {in_bytes(certificate.bytes)} · {lost}")
 

@@ -17,7 +17,7 @@ from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
-from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.writers import DEFAULT_METADATA, cast_to, weights_bytes, write_checkpoint
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify
 from eigenzoo.merge.dense_layer import OF_MATRICES, SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
@@ -46,7 +46,8 @@ class MergedCheckpoint:
     def __init__(self, zoo: Zoo, jobs: Mapping[str, Job], heads: str, dtype: torch.dtype | None) -> None:
         owner = find_owner(zoo, heads)
         self._zoo, self._template = zoo, ZooTemplate(zoo, owner)
-        self._layout = _output_layout(self._template.layout, zoo, dtype)
+        self._own = self._template.layout
+        self._layout = _output_layout(self._own, zoo, dtype)
         self._others = _others(zoo, owner, heads)
         self._jobs, self._trimmed = jobs, False
         self._certificate: Certificate | None = None
@@ -107,11 +108,11 @@ class MergedCheckpoint:
         return Path(folder)
 
     def _side_files(self) -> dict[str, bytes]:
-        """Read the files beside the weights; a config states the dtype of the layers."""
+        """Read the files beside the weights; where the layers have another dtype than there, a config states it."""
         files = {name: self._template.read_side_file(name) for name in self._template.side_files}
-        dtypes = {self._layout.tensors[name].torch_dtype for name in self._zoo.layers}
-        if CONFIG in files and len(dtypes) == 1:
-            files[CONFIG] = _stating(files[CONFIG], dtypes.pop())
+        written, own = ({each.tensors[name].dtype for name in self._zoo.layers} for each in (self._layout, self._own))
+        if CONFIG in files and len(written) == 1 and written != own:
+            files[CONFIG] = _stating(files[CONFIG], dtype_of(written.pop()))
         return files
 
     @property
