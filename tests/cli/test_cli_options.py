@@ -184,6 +184,7 @@ OWN = {
     "output": "what is written",
     "format": "report chooses its own format, rebuild that of an adapter",
     "rank": "fit keeps directions, evidence asks controls about them, the demo takes one number",
+    "budget": "fit counts a bundle, merge the weights file of an adapter",
     "axes": "evidence adds the spectra of sides and truncates nothing",
     "like": "import takes an adapter's path, rebuild a name in the bundle",
     "force": "push replaces what a repository holds, the others an output",
