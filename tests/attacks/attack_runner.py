@@ -40,6 +40,7 @@ PLAIN = [
     "eigenzoo.report.page",
     "eigenzoo.evidence.presentation",
     "eigenzoo.adapt.rebuilding",
+    "eigenzoo.merge.merging",
     "eigenzoo.routing.router",
     "eigenzoo.subspace.recall",
     "torch._weights_only_unpickler",

@@ -7,6 +7,7 @@ import attacks_beside
 import attacks_diffusion
 import attacks_factors
 import attacks_imports
+import attacks_merge
 import attacks_route
 import attacks_verify
 import attacks_words
@@ -18,6 +19,7 @@ FAMILIES = (
     attacks_beside,
     attacks_verify,
     attacks_imports,
+    attacks_merge,
     attacks_diffusion,
     attacks_factors,
     attacks_route,

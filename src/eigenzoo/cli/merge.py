@@ -364,8 +364,8 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
     lost = (
         "nothing is lost but the rounding of the file"
         if loss.frobenius <= ROUNDING
-        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm, {in_percent(loss.spectral)} of its largest "
-        "singular value"
+        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm"
+        + ("" if loss.spectral is None else f", {in_percent(loss.spectral)} of its largest singular value")
     )
     say(f"rank {spread}, {in_bytes(certificate.bytes)} · {lost}")
 

@@ -86,7 +86,8 @@ def truncate(
     q_left, r_left = _reduced(left_OS)
     q_right, r_right = _reduced(right_SI.T)
     u, values, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    floor = max(round_off, float(values[0]) * max(left_OS.shape[0], right_SI.shape[1]) * EPSILON)
+    largest = float(values[0]) if values.numel() else 0.0
+    floor = max(round_off, largest * max(left_OS.shape[0], right_SI.shape[1]) * EPSILON)
     values = values[values > floor]
     kept = min(choose(values), values.numel()) if values.numel() else 0
     if not kept:

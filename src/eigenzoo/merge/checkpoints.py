@@ -17,10 +17,10 @@ from eigenzoo.formats.json_file import parse_json
 from eigenzoo.formats.layout import ModelLayout, TensorLayout
 from eigenzoo.formats.output.own import recorded, write_record
 from eigenzoo.formats.output.whole import new_folder
-from eigenzoo.formats.safetensors.dtypes import dtype_name
+from eigenzoo.formats.safetensors.dtypes import dtype_name, dtype_of
 from eigenzoo.formats.writers import DEFAULT_METADATA, cast_to, weights_bytes, write_checkpoint
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify
-from eigenzoo.merge.dense_layer import SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
+from eigenzoo.merge.dense_layer import OF_MATRICES, SPECTRAL_VALUES, UpdatesInTiles, merge_rows, write_rows
 from eigenzoo.merge.files import MERGED, write_certificate
 from eigenzoo.merge.heads import check_agreement, find_owner, read_head
 from eigenzoo.merge.request import Job
@@ -49,7 +49,8 @@ class MergedCheckpoint:
     def __init__(self, zoo: Zoo, jobs: Mapping[str, Job], heads: str, dtype: torch.dtype | None) -> None:
         owner = find_owner(zoo, heads)
         self._zoo, self._template = zoo, ZooTemplate(zoo, owner)
-        self._layout = _output_layout(self._template.layout, zoo, dtype)
+        self._own = self._template.layout
+        self._layout = _output_layout(self._own, zoo, dtype)
         self._others = _others(zoo, owner, heads)
         self._jobs, self._trimmed = jobs, False
         self._certificate: Certificate | None = None
@@ -62,7 +63,7 @@ class MergedCheckpoint:
     def certificate(self) -> Certificate:
         """The loss of the file by its dtype, and the part of each source that is left."""
         if self._certificate is None:
-            with local_workers() as workers:
+            with local_workers(num=self._num_workers) as workers:
                 self.check(workers, no_progress)
         assert self._certificate is not None
         return self._certificate
@@ -81,8 +82,8 @@ class MergedCheckpoint:
         """Write the checkpoint with the shards, names and side files of the first source into a new folder, and return the folder.
 
         It appears complete or not at all. `force` replaces a folder that contains only a merged model, unchanged. Memory: for each
-        thread the written layer and some rows of all models; methods on singular values take one layer in float64 and one model's
-        more, and `ctm`, `wudi` and `regmean` those of all.
+        thread the written layer and some rows of all models. Methods on singular values run on one thread, and take one layer in
+        float64 and one model's more; `ctm`, `wudi` and `regmean` those of all.
         """
         started, sums = time.perf_counter(), dict[str, LayerSums]()
         sizes = {name: tensor.nbytes for name, tensor in self._layout.tensors.items()}
@@ -93,7 +94,10 @@ class MergedCheckpoint:
             values, sums[name] = self._merged(name)
             return values
 
-        with new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging, local_workers() as workers:
+        with (
+            new_folder(Path(folder), force=force, foreign=recorded(MERGED)) as staging,
+            local_workers(num=self._num_workers) as workers,
+        ):
             self._trim()
 
             def run(read_one: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
@@ -107,12 +111,18 @@ class MergedCheckpoint:
         return Path(folder)
 
     def _side_files(self) -> dict[str, bytes]:
-        """Read the files beside the weights; a config states the dtype of the layers."""
+        """Read the files beside the weights; where the layers have another dtype than there, a config states it."""
         files = {name: self._template.read_side_file(name) for name in self._template.side_files}
-        dtypes = {self._layout.tensors[name].torch_dtype for name in self._zoo.layers}
-        if CONFIG in files and len(dtypes) == 1:
-            files[CONFIG] = _stating(files[CONFIG], dtypes.pop())
+        written, own = ({each.tensors[name].dtype for name in self._zoo.layers} for each in (self._layout, self._own))
+        if CONFIG in files and len(written) == 1 and written != own:
+            files[CONFIG] = _stating(files[CONFIG], dtype_of(written.pop()))
         return files
+
+    @property
+    def _num_workers(self) -> int | None:
+        """One where a method takes whole layers of several models, so that no more than one of them is in memory."""
+        method = next(iter(self._jobs.values())).request.method
+        return 1 if method.kind in OF_MATRICES else None
 
     def _trim(self) -> None:
         if not self._trimmed:

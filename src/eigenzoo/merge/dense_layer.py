@@ -54,8 +54,10 @@ class UpdatesInTiles(LayerUpdates):
     @cached_property
     def gram_TT(self) -> Tensor:
         """The updates' inner products, (T, T) float64. One pass."""
-        flat = (block.flatten(1) for block in self.blocks())
-        return torch.stack([rows @ rows.T for rows in flat]).sum(0)
+        gram_TT = torch.zeros(self.num_models, self.num_models, dtype=torch.float64)
+        for block in self.blocks():
+            gram_TT += block.flatten(1) @ block.flatten(1).T
+        return gram_TT
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield the updates' rows in their order, (T, p, I) float64."""
