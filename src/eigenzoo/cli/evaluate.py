@@ -15,7 +15,7 @@ from eigenzoo.display import counted
 from eigenzoo.errors import EigenzooError, UsageError
 
 if TYPE_CHECKING:
-    from eigenzoo.evidence.function import FunctionEvidence, Metric
+    from eigenzoo.evidence.function import FunctionEvidence
 
 
 def command(
@@ -101,7 +101,7 @@ def parse_ranks(text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def load_metric(text: str, argument: str | None) -> Metric:
+def load_metric(text: str, argument: str | None) -> Any:
     """Import module:function, first from the working folder. If it has an argument, call it once to get the metric."""
     module_name, _, function_name = text.partition(":")
     if not module_name or not function_name:
@@ -128,8 +128,7 @@ def load_metric(text: str, argument: str | None) -> Metric:
         raise UsageError(
             f"{text} is not a function", where="--metric", rule="a metric is called with the path of a model"
         )
-    measure: Metric = target
-    return measure
+    return target
 
 
 def _called(what: str, function: Any, argument: str, absent: str = "") -> Any:

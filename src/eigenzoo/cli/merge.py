@@ -15,6 +15,7 @@ from eigenzoo.errors import RankError, UsageError
 
 if TYPE_CHECKING:
     from eigenzoo.merge.certificate import Certificate
+    from eigenzoo.merge.choosing import ChosenMerge
     from eigenzoo.merge.interference import Interference
 
 PER_MODEL = frozenset({"keep", "outliers"})
@@ -25,6 +26,9 @@ ROUNDING = 1e-6
 
 MOST_PAIRS = 10
 """Pairs of models that a table lists: those that overlap most."""
+
+MOST_TRIED = 5
+"""Merges that a table lists: those of the best scores."""
 
 MOST_LAYERS = 8
 """Layers that a table lists: those that lose most."""
@@ -127,8 +131,13 @@ def command(
         ),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How to merge: mean, linear, task_arithmetic, ties, tsv, … (docs/merge.md lists all).")
-    ] = "mean",
+        str | None,
+        typer.Option(
+            help="How to merge: mean, linear, task_arithmetic, ties, tsv, … (docs/merge.md lists all). With --metric: the methods "
+            "to try, comma-separated. Default: mean.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -189,6 +198,16 @@ def command(
         str,
         typer.Option(help="Layers that some adapters lack: refuse, or zero (treat them as zero updates)."),
     ] = "refuse",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose method, scale and weights by this metric, as module:function. It is called with the path of a model and "
+            "'validation' or 'test', and returns a score or scores by task (docs/merge.md).",
+            show_default=False,
+        ),
+    ] = None,
+    metric_arg: options.MetricArg = None,
+    parent: options.Parent = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Print what the merge loses and how the models interfere, and write nothing."),
@@ -201,9 +220,11 @@ def command(
 ) -> None:
     """Merge models into one: adapters without their base, checkpoints with it, models of a bundle by their coefficients."""
     import eigenzoo as ez
+    from eigenzoo.cli.evaluate import load_metric
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
+    from eigenzoo.merge.choosing import METHODS, choose
     from eigenzoo.merge.files import MERGED
     from eigenzoo.merge.in_bundle import MergedCoefficients
     from eigenzoo.merge.input_grams import read_grams
@@ -219,6 +240,13 @@ def command(
     chosen, num_bytes = method_options.given(), options.parse_bytes(budget, "--budget")
     rank_rule, numbers = parse_rank(rank), None if weights is None else parse_numbers(weights, "--weights")
     in_bundle = len(models) > 1 and names_a_bundle(models[0])
+    as_missing, choice = "zero" if missing == "zero" else "error", None
+    if metric is not None and (in_bundle or recipe is not None or numbers is not None or scale != 1):
+        raise UsageError(
+            "--metric beside a bundle, a recipe, --weights or --scale",
+            rule="it chooses method, weights and scale of a merge of models' files",
+            next_step="leave one of them out",
+        )
     if output is not None and not check:
         if in_bundle:
             check_free_file(output, force=force, own=is_coefficient_file)
@@ -228,42 +256,49 @@ def command(
     with progress_bar(quiet=quiet or json) as progress:
         moments = None
         if grams is not None and not in_bundle:
-            source = ez.open_zoo(
-                source, view="update", missing="zero" if missing == "zero" else "error", progress=progress
-            )
+            source = ez.open_zoo(source, base=base, missing=as_missing, allow_pickle=allow_pickle, progress=progress)
             moments = read_grams(grams, source.names, {name: layer.shape for name, layer in source.layers.items()})
-        merged = (
-            merge_recipe(
-                recipe,
-                rank=rank_rule,
-                budget=num_bytes,
-                dtype=dtype,
-                heads=heads,
-                allow_pickle=allow_pickle,
-                seed=seed,
-                progress=progress,
-            )
-            if recipe is not None
-            else ez.merge(
+        common: dict[str, Any] = {
+            "rank": rank_rule,
+            "budget": num_bytes,
+            "dtype": dtype,
+            "heads": heads,
+            "seed": seed,
+        }
+        if recipe is not None:
+            merged: Any = merge_recipe(recipe, **common, allow_pickle=allow_pickle, progress=progress)
+        else:
+            if metric is not None:
+                source = ez.open_zoo(
+                    source, base=base, missing=as_missing, allow_pickle=allow_pickle, progress=progress
+                )
+                choice = choose(
+                    source,
+                    load_metric(metric, metric_arg),
+                    methods=METHODS if method is None else method.split(","),
+                    parent=parent,
+                    progress=progress,
+                    space=space,
+                    grams=moments,
+                    **common,
+                    **chosen,
+                )
+                method, numbers, scale = choice.best.method, list(choice.best.weights or ()) or None, choice.best.scale
+            merged = ez.merge(
                 source,
-                method,
+                method or "mean",
                 weights=numbers,
                 scale=scale,
-                rank=rank_rule,
                 space=space,
-                base=base,
-                dtype=dtype,
-                budget=num_bytes,
-                heads=heads,
+                base=None if metric is not None else base,
                 missing=missing,
                 grams=moments,
                 interference=check and not in_bundle and base is None,
                 allow_pickle=allow_pickle,
-                seed=seed,
                 progress=progress,
+                **common,
                 **chosen,
             )
-        )
         if output is not None and not check:
             if isinstance(merged, MergedCoefficients):
                 merged.save(output, force=force)
@@ -273,9 +308,13 @@ def command(
     document = merged.certificate.to_dict()
     if interference is not None:
         document["interference"] = interference.to_dict()
+    if choice is not None:
+        document["chosen"] = choice.to_dict()
     if json:
         print_json({**document, "output": None if output is None or check else str(output)})
         return
+    if choice is not None:
+        _render_choice(choice)
     render(merged.certificate, interference)
     if output is None or check:
         say("nothing was written: --check")
@@ -283,6 +322,34 @@ def command(
         say(f"merged: {output}")
         if in_bundle:
             say(f"next: eigenzoo rebuild {models[0]} {output} --like {models[1]} -o MODEL_FOLDER")
+
+
+def _render_choice(choice: ChosenMerge) -> None:
+    """Print the best merges that were tried, the controls on the other part of the data, and the verdict."""
+    best = sorted(choice.tried, key=lambda candidate: -candidate.score)[:MOST_TRIED]
+    say(f"the best of {len(choice.tried)} merges, on the part for validation")
+    print_table(
+        "",
+        ("method", "scale", "weights", "score"),
+        [
+            (
+                each.method,
+                f"{each.scale:.3g}",
+                "" if each.weights is None else ",".join(f"{weight:g}" for weight in each.weights),
+                f"{each.score:.4g}",
+            )
+            for each in best
+        ],
+    )
+    say("the chosen merge and its controls, on the part for testing")
+    print_table(
+        "",
+        ("model", "score"),
+        [(name, f"{scores.mean:.4g}") for name, scores in choice.controls.items()],
+    )
+    if choice.nai is not None:
+        say(f"normalised: {in_percent(choice.nai)} of the way from the base to each model on its own task")
+    say(choice.text, style="bold")
 
 
 def _render_interference(measured: Interference) -> None:
