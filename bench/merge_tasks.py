@@ -2,9 +2,9 @@
 
     python -m bench.merge_tasks [FOLDER] [--write]
 
-Trains zoos of kind `digits-tasks` of three seeds in FOLDER (`zoos`), adapters and fine-tunes of eight tasks each, and keeps them. Every
-method is measured as it comes, and at the best of four sizes of its result by the validation part; all figures are of the test
-part. `--write` puts the tables between the marks in docs/merge.md. About ten minutes on one core.
+Trains zoos of kind `digits-tasks` of three seeds in FOLDER (`zoos`), adapters and fine-tunes of eight tasks each, and keeps them.
+Every method is measured as it comes, and at the best of four sizes of its result by the validation part; all figures are of the
+test part. `--write` puts the tables between the marks in docs/merge.md. About ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def shown(values: list[float]) -> str:
     return f"{in_percent(statistics.fmean(values))} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
-def table(runs: list[dict[str, dict[str, dict[str, float]]]]) -> str:
+def table(runs: list[dict[str, dict[str, dict[str, float]]]]) -> list[str]:
     """One kind's table: controls first, methods by their tuned scores."""
     rows: list[list[str]] = []
     for name in runs[0]["controls"]:
@@ -169,9 +169,9 @@ def main() -> None:
             print(folder, {name: round(mean(scores), 4) for name, scores in runs[-1]["tuned"].items()}, flush=True)
         tables["tasks of fine-tunes" if full else "tasks of adapters"] = table(runs)
     for name, text in tables.items():
-        print(f"\n{name}\n\n{text}")
+        print("\n".join(["", name, "", *text]))
     if words.write:
-        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables, PAGE), encoding="utf-8")
 
 
 if __name__ == "__main__":
