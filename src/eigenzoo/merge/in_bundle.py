@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eigenzoo.errors import UnsupportedError, UsageError
 from eigenzoo.linalg.core_frame import truncate
+from eigenzoo.linalg.lora import Factors
 from eigenzoo.linalg.spectrum import largest_singular_value
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify, compare
 from eigenzoo.merge.layer_updates import Combination, Product, UpdatesInMemory, values_of
@@ -66,14 +67,20 @@ def merge_in_bundle(
     request = next(iter(jobs.values())).request
     if request.space != CORE:
         raise UsageError(f"space {request.space!r}", rule="the models of a bundle are merged in its own core")
+    if request.method.kind == "factors":
+        raise UnsupportedError(f"method {request.method.name} in a bundle", next_step="merge the models' own files")
     models = [space.coefficients(name) for name in names]
+
+    precision = torch.finfo(getattr(torch, space.manifest.coefficients_dtype)).eps
 
     def values(name: str) -> Tensor:
         return torch.stack([model.values[name].double() for model in models])
 
     def cores(job: Job) -> UpdatesInMemory:
         name = job.context.layer
-        return UpdatesInMemory(job.context, values_TPQ=values(name) + space.layers[name].removed())
+        whole_TPQ = values(name) + space.layers[name].removed()
+        halves = [_without_round_off(core, precision) for core in whole_TPQ]
+        return UpdatesInMemory(job.context, halves=halves, factors=halves)
 
     if all(_has_cores(basis) for basis in space.layers.values()):
         jobs = with_thresholds(jobs, cores)
@@ -99,10 +106,18 @@ def _has_cores(basis: LayerBasis) -> bool:
     return isinstance(basis, TuckerBasis) and basis.layer.kind == "update" and "models" not in basis.ranks
 
 
+def _without_round_off(core_PQ: Tensor, precision: float) -> Factors:
+    """Return a core as two factors, without the singular values that are the rounding of stored coefficients.
+
+    Methods that make all singular values equal, or divide by them, would make such directions as large as any other.
+    """
+    identity = torch.eye(core_PQ.shape[0], dtype=core_PQ.dtype)
+    return truncate(identity, core_PQ, round_off=precision * float(torch.linalg.matrix_norm(core_PQ))).factors
+
+
 def _merge_cores(basis: LayerBasis, layer: UpdatesInMemory, request: Request) -> tuple[Tensor, LayerSums]:
     result = request.method.merge(layer, **request.options)
-    if isinstance(result, Product):
-        raise UnsupportedError(f"method {request.method.name} in a bundle", next_step="merge the models' own files")
+    assert not isinstance(result, Product)
     merged, mean, form = values_of(result, layer) * request.scale, basis.removed(), basis.low_rank()
     coefficients = merged - mean
     stored = coefficients.float() if form is None else form.matrices(form.numbers(coefficients).float())
@@ -112,7 +127,7 @@ def _merge_cores(basis: LayerBasis, layer: UpdatesInMemory, request: Request) ->
 def _sums(merged: Tensor, stored: Tensor, sources_TPQ: Tensor) -> LayerSums:
     values, difference = torch.linalg.svdvals(merged), torch.linalg.svdvals(merged - stored)
     return LayerSums(
-        rank=int(torch.linalg.matrix_rank(stored)),
+        rank=int(torch.linalg.matrix_rank(stored, rtol=torch.finfo(torch.float32).eps * max(stored.shape))),
         energy=float(values.square().sum()),
         lost=float(difference.square().sum()),
         largest=float(values.max()),
