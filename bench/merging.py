@@ -48,12 +48,18 @@ def measure(num_models: int, recipe: AdapterRecipe, home: Path) -> list[tuple[st
     seconds, merged = by_peft(paths, weights, recipe, first)
     slow = seconds * recipe.num_layers
     rows = [
-        ("PEFT, svd, rank 16", f"≈ {number(slow)}", error(exact, merged), "1.00×", "one layer of each kind, scaled")
+        (
+            f"PEFT, svd, rank {recipe.rank}",
+            f"≈ {number(slow)}",
+            error(exact, merged),
+            "1.00×",
+            "one layer of each kind, scaled",
+        )
     ]
     for title, method, rank in (
-        ("eigenzoo, task arithmetic, rank 16", SUM, recipe.rank),
+        (f"eigenzoo, task arithmetic, rank {recipe.rank}", SUM, recipe.rank),
         ("eigenzoo, task arithmetic, full rank", SUM, "full"),
-        ("eigenzoo, TSV, rank 16", "tsv", recipe.rank),
+        (f"eigenzoo, TSV, rank {recipe.rank}", "tsv", recipe.rank),
         ("eigenzoo, TSV, full rank", "tsv", "full"),
     ):
         with tempfile.TemporaryDirectory(dir=home) as name:

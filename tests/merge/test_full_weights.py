@@ -232,3 +232,18 @@ def test_outputs_are_never_replaced_but_by_force(tmp_path: Path, zoo: tuple[Path
     assert (folder / MODEL).read_bytes() == first
     with pytest.raises(OutputError, match="no record"):
         merged.save(base, force=True)
+
+
+def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, zoo: tuple[Path, list[Path]]) -> None:
+    base, paths = zoo
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    merged = ez.merge(paths, base=base)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        merged.save(tmp_path / "out", progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "m0", "m1", "m2"]
+    merged.save(tmp_path / "out")
+    assert merged.certificate.layers.keys() == SHAPES.keys()

@@ -168,7 +168,8 @@ def lora_contents(
     ranks = {module: max(1, factor_a.shape[0]) for module, (_, factor_a) in factors.items()}
     written = merged_config(config, max(ranks.values(), default=1))
     if own_ranks and len(ranks) <= MAX_PATTERNS:
-        written |= _rank_patterns(ranks)
+        patterns, ranks = _rank_patterns(ranks)
+        written |= patterns
     else:
         ranks = dict.fromkeys(ranks, written["r"])
     padded: dict[str, Tensor] = {}
@@ -189,15 +190,21 @@ def lora_contents(
     return AdapterContents(tensors, values, metadata or DEFAULT_METADATA, written)
 
 
-def _rank_patterns(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the entries of a config for modules of these ranks, with alpha = r.
+def _rank_patterns(ranks: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the entries of a config for modules of these ranks, with alpha = r, and the ranks that it gives to the modules.
 
     PEFT takes the first pattern that matches the end of a module's name after a dot, and a config is written with sorted keys: each
-    pattern is therefore a whole name from its beginning, which matches no other module.
+    pattern is therefore a whole name from its beginning, which matches no other module. Both projections of torch's attention have
+    one name for PEFT, and get the larger rank.
     """
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    others = {f"^{re.escape(module.removesuffix(ATTENTION_OUT))}": own for module, own in ranks.items() if own != rank}
-    return {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
+    names = {module: module.removesuffix(ATTENTION_OUT) for module in ranks}
+    by_name: dict[str, int] = {}
+    for module, name in names.items():
+        by_name[name] = max(ranks[module], by_name.get(name, 1))
+    rank = Counter(by_name.values()).most_common(1)[0][0] if by_name else 1
+    others = {f"^{re.escape(name)}": own for name, own in by_name.items() if own != rank}
+    entries = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
+    return entries, {module: by_name[name] for module, name in names.items()}
 
 
 def write_tensors(
