@@ -34,6 +34,7 @@ from eigenzoo.formats.remote.source import RemoteFile
 from eigenzoo.formats.safetensors.file import SafetensorsFile
 from eigenzoo.formats.stand_ins import stand_in as known_stand_in
 from eigenzoo.subspace.bundles.provenance import read_licence
+from eigenzoo.subspace.coefficient_file import FORMAT, is_coefficient_file
 from eigenzoo.subspace.fitting.options import resolve_options
 from eigenzoo.subspace.fitting.work import Work
 from eigenzoo.subspace.moments.moments_cache import MomentsCache
@@ -398,11 +399,11 @@ def layout(folder: Path) -> Parser:
 def adapted_coefficients(folder: Path) -> Parser:
     space = ez.load(samples.write_bundle(folder, "flat"))
     values = torch.cat([value.reshape(-1) for value in space.coefficients("m0").values.values()])
-    about = {"format": adapter_file.FORMAT, "basis": space.manifest.basis_id, "mean": "true"}
+    about = {"format": FORMAT, "basis": space.manifest.basis_id, "mean": "true"}
     path = samples.write_file(folder / "a.safetensors", {"coefficients": values, "besides.head": torch.ones(2)}, about)
 
     def use() -> None:
-        adapter_file.is_adapter_file(path)
+        is_coefficient_file(path)
         adapter_file.read(path, space, augmented=True)
         adapter_file.read(path, space)
 

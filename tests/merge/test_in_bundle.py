@@ -146,6 +146,6 @@ def test_wrong_names_and_spaces(folder: Path) -> None:
     with pytest.raises(UsageError, match="space 'full'"):
         ez.merge((space, ["m0", "m1"]), "ties", space="full", rank=2)
     with pytest.raises(UnsupportedError, match="method regmean in a bundle"):
-        ez.merge((space, ["m0", "m1"]), "regmean")
+        ez.merge((space, ["m0", "m1"]), "regmean", grams={"m0": {"a.q_proj": torch.eye(10)}})
     with pytest.raises(UsageError, match="a budget for models of a bundle"):
         ez.merge((space, ["m0", "m1"]), budget=1000)

@@ -135,8 +135,10 @@ def test_moments_are_those_of_the_inputs_and_regmean_takes_them(tmp_path: Path, 
 
 def test_missing_moments_are_named(tmp_path: Path) -> None:
     paths = [write_adapter(tmp_path / f"m{n}", random_factors(MODULES, 2, seed=n)) for n in range(2)]
-    with pytest.raises(UsageError, match=r"layer 'a\.q_proj': m0 has no moment of its inputs"):
+    with pytest.raises(UsageError, match="method regmean: no moments of inputs are given"):
         ez.merge(paths, "regmean")
+    with pytest.raises(UsageError, match=r"layer 'a\.q_proj': m1 has no moment of its inputs"):
+        ez.merge(paths, "regmean", grams={"m0": {name: torch.eye(10) for name in MODULES}})
     with pytest.raises(UsageError, match="0 prefixes fit"):
         collect(nn.Linear(3, 3), ["a.q_proj"], [])
     with pytest.raises(UsageError, match=r"no batch reaches this layer"):

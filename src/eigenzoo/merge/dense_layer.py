@@ -76,9 +76,11 @@ class UpdatesInTiles(LayerUpdates):
 
 
 def merge_rows(layer: UpdatesInTiles, job: Job, unfolding: str) -> Apply:
-    """Return what gives rows of the merged update. Norms and biases are averaged by methods that are about matrices."""
+    """Return what gives rows of the merged update. Norms and biases are averaged by methods that are about matrices, and layers
+    without moments of inputs by methods that need them."""
     method, weights_T, scale = job.request.method, job.context.weights_T, job.request.scale
-    if unfolding in VECTORS and method.kind in OF_MATRICES:
+    without_moment = method.kind == "factors" and not job.context.input_grams
+    if without_moment or (unfolding in VECTORS and method.kind in OF_MATRICES):
         total = float(weights_T.sum())
         return _combination((weights_T / total if total else torch.full_like(weights_T, 1 / len(weights_T))) * scale)
     result = method.merge(layer, **job.request.options)

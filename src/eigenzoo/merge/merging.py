@@ -168,6 +168,13 @@ def _jobs(
 ) -> dict[str, Job]:
     """Return the same job for each layer."""
     weights_T, checked = as_weights(weights, names, request.method), check_seed(seed)
+    if request.method.kind == "factors" and not grams:
+        raise UsageError(
+            "no moments of inputs are given",
+            where=f"method {request.method.name}",
+            rule="it needs one (I, I) matrix per layer and model",
+            next_step="collect them with eigenzoo.merge.input_grams.collect, and give them as grams= (--grams)",
+        )
 
     def of_layer(layer: str) -> dict[str, Tensor]:
         return {model: given[layer] for model, given in grams.items() if layer in given}
