@@ -131,9 +131,9 @@ def test_a_parent_is_no_lineage_where_the_base_is_taken_away(tmp_path: Path) -> 
     as_weights, as_differences = ez.evidence(paths), ez.evidence(paths, base=base, view="delta")
     assert [len(group) for group in as_weights.lineage.groups] == [24]
     assert as_differences.lineage.groups == ()
-    for found in (as_weights, as_differences):
+    for found, within in ((as_weights, "lineage"), (as_differences, "base")):
         assert found.verdict.code == "shared-subspace"
-        assert found.verdict.text.startswith("Shared subspace, within one lineage: ")
+        assert found.verdict.text.startswith(f"Shared subspace, within one {within}: ")
         assert found.to_dict()["lineage"]["across"] is None
     sentences = [
         next(control["sentence"] for control in found.to_dict()["controls"] if control["name"] == "lineage")
@@ -222,7 +222,7 @@ def test_two_families_far_apart_are_found_whatever_their_layers(tmp_path: Path) 
         ((36, 12), "update", ", within one base (36 of the 72 models have a closer common origin)"),
         ((36, 12), "delta", ", within one base (36 of the 72 models have a closer common origin)"),
         ((72,), "update", ", within one lineage"),
-        ((), "update", ", within one lineage"),
+        ((), "update", ", within one base"),
         ((70,), "weight", ", within the lineage of 70 of the 72 models"),
     ],
 )

@@ -273,9 +273,11 @@ def _sentence(code: str, decided_by: str, summary: Summary, lineage: Lineage, nu
 def _within(summary: Summary, lineage: Lineage, num_models: int, view: str) -> str:
     """Tell whether the zoo has one lineage: one base, or a group with nearly all models."""
     largest = len(lineage.groups[0]) if lineage.groups else 0
-    if view in ("delta", "update") and 0 < largest < num_models:
+    if view in ("delta", "update") and largest == 0:
+        return ", within one base"
+    if view in ("delta", "update") and largest < num_models:
         return f", within one base ({largest} of the {num_models} models have a closer common origin)"
-    if view in ("delta", "update") or largest == num_models:
+    if largest == num_models:
         return ", within one lineage"
     return f", within the lineage of {largest} of the {num_models} models" if largest and summary.across is None else ""
 
