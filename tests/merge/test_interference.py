@@ -149,3 +149,23 @@ def test_missing_moments_are_named(tmp_path: Path) -> None:
     save_file({"a.q_proj": torch.full((10, 10), torch.nan)}, tmp_path / "m1.safetensors")
     with pytest.raises(FormatError, match="holds NaN or Inf"):
         read_grams(tmp_path, ["m1"], {"a.q_proj": (12, 10)})
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_picture_shows_overlaps_and_is_never_written_over(tmp_path: Path, call: Call, kind: str) -> None:
+    paths = [write_adapter(tmp_path / f"m{n}", random_factors(MODULES, 2, seed=n)) for n in range(3)]
+    file = tmp_path / f"overlaps.{kind}"
+    code, text, err = call("merge", *paths, "--check", "--picture", file, "--quiet")
+    assert code == 0, err
+    assert f"picture: {file}" in text
+    data = file.read_bytes()
+    assert data.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "svg":
+        assert data.count(b">m1<") == 8  # a name beside every row and column
+    code, _, err = call("merge", *paths, "--check", "--picture", file)
+    assert code == 2
+    assert "exists already" in err
+    assert file.read_bytes() == data
+    code, _, err = call("merge", *paths, "--check", "--picture", tmp_path / "overlaps.txt")
+    assert code == 2
+    assert "into a .png or .svg file" in err

@@ -208,6 +208,13 @@ def command(
     ] = None,
     metric_arg: options.MetricArg = None,
     parent: options.Parent = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="With adapters: draw how their updates overlap, beside unrelated ones, into this .png or .svg file.",
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Print what the merge loses and how the models interfere, and write nothing."),
@@ -220,9 +227,10 @@ def command(
 ) -> None:
     """Merge models into one: adapters without their base, checkpoints with it, models of a bundle by their coefficients."""
     import eigenzoo as ez
+    from eigenzoo import report as pages
     from eigenzoo.cli.evaluate import load_metric
     from eigenzoo.formats.output.own import recorded
-    from eigenzoo.formats.output.whole import check_free, check_free_file
+    from eigenzoo.formats.output.whole import check_free, check_free_file, new_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
     from eigenzoo.merge.choosing import METHODS, choose
     from eigenzoo.merge.files import MERGED
@@ -252,6 +260,15 @@ def command(
             check_free_file(output, force=force, own=is_coefficient_file)
         else:
             check_free(output, force=force, foreign=recorded(MERGED))
+    if picture is not None:
+        if picture.suffix not in (".png", ".svg") or in_bundle or recipe is not None or base is not None:
+            raise UsageError(
+                f"--picture {picture}",
+                rule="the updates of adapters are drawn, into a .png or .svg file",
+                next_step="leave it out",
+            )
+        pages.require(picture.suffix[1:])
+        check_free_file(picture)
     source: Any = (ez.load(models[0]), models[1:]) if in_bundle else options.one_or_many(models)
     with progress_bar(quiet=quiet or json) as progress:
         moments = None
@@ -293,7 +310,7 @@ def command(
                 base=None if metric is not None else base,
                 missing=missing,
                 grams=moments,
-                interference=check and not in_bundle and base is None,
+                interference=(check or picture is not None) and not in_bundle and base is None,
                 allow_pickle=allow_pickle,
                 progress=progress,
                 **common,
@@ -306,6 +323,11 @@ def command(
                 merged.save(output, force=force, progress=progress)
     interference = getattr(merged, "interference", None)
     document = merged.certificate.to_dict()
+    if picture is not None and interference is not None:
+        from eigenzoo.report.interference import draw_interference
+
+        with new_file(picture) as staging:
+            staging.write_bytes(draw_interference(interference.to_dict(), picture.suffix[1:]))
     if interference is not None:
         document["interference"] = interference.to_dict()
     if choice is not None:
@@ -316,6 +338,8 @@ def command(
     if choice is not None:
         _render_choice(choice)
     render(merged.certificate, interference)
+    if picture is not None:
+        say(f"picture: {picture}")
     if output is None or check:
         say("nothing was written: --check")
     else:
