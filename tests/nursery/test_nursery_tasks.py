@@ -15,6 +15,7 @@ from zoo_checks import weight_file
 
 import eigenzoo as ez
 from eigenzoo.errors import FormatError, UsageError
+from eigenzoo.merge.choosing import choose
 from eigenzoo.nursery import accuracy, arranged, digits, metric, tasks_metric
 from eigenzoo.nursery.recipe import plan_zoo
 from tolerance import ONE_IMAGE
@@ -110,3 +111,18 @@ def test_what_is_not_possible_is_said(tmp_path: Path) -> None:
         arranged.read_heads(tmp_path)
     with pytest.raises(UsageError, match="this is not a zoo of the nursery"):
         tasks_metric(tmp_path)
+
+
+def test_merging_networks_of_own_starts_does_not_pay(hasty: Hasty) -> None:
+    """Trained from starts of their own, on tasks of their own: their mean is no better than chance at any of them."""
+    zoo = hasty("digits-cnn", own_init=True)
+    tasks = {name: facts["task"] for name, facts in zoo.recipe.models.items()}
+
+    def measure(path: Path, part: str) -> dict[str, float]:
+        return {name: accuracy(path, task=task) for name, task in tasks.items()}
+
+    chosen = choose(ez.open_zoo(zoo.folder), measure, methods=["mean", "karcher"])
+    assert chosen.verdict == "merging-does-not-pay"
+    assert "merging does not pay: merged" in chosen.text
+    assert chosen.controls["own"].mean > 0.8
+    assert chosen.controls["merged"].mean < 0.65
