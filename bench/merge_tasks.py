@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import ViTForImageClassification
 
@@ -50,31 +51,18 @@ def grams_of(zoo: Zoo, folder: Path) -> dict[str, dict[str, Tensor]]:
         task = arranged.Task(int(name.removeprefix("task-")))
         images = arranged.arrange(data.training_set(task)[0], task.order)
         with quietly():
-            model: Any = ViTForImageClassification.from_pretrained(folder / PARENT if zoo.view == "update" else path)
-            if zoo.view == "update":
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, str(path))
-        modules = {layer: layer if zoo.view == "update" else layer.removesuffix(".weight") for layer in zoo.layers}
-        linear = {
-            layer: module
-            for layer, module in modules.items()
-            if isinstance(_module(model, module), torch.nn.Linear) or zoo.view == "update"
-        }
-        grams = collect(model.eval(), list(linear.values()), [{"pixel_values": images}])
-        found[name] = {layer: grams[module] for layer, module in linear.items()}
+            model: Any = PeftModel.from_pretrained(
+                ViTForImageClassification.from_pretrained(folder / PARENT), str(path)
+            )
+        found[name] = collect(model.eval(), list(zoo.layers), [{"pixel_values": images}])
     return found
-
-
-def _module(model: Any, name: str) -> Any:
-    return dict(model.named_modules()).get(name)
 
 
 def measure_zoo(folder: Path, full: bool, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """Scores on the test part of every control and of every method, as it comes and tuned, by task."""
     metric = nursery.tasks_metric(folder)
     zoo = ez.open_zoo(sorted(folder.glob("task-*")), base=folder / PARENT if full else None)
-    grams = grams_of(zoo, folder)
+    grams = {} if full else grams_of(zoo, folder)
     found: dict[str, dict[str, dict[str, float]]] = {"controls": {}, "untuned": {}, "tuned": {}}
     paths = {name: model.path for name, model in zip(zoo.names, zoo.models, strict=True)}
     validated = {name: mean(metric(path, VALIDATION)) for name, path in paths.items()}
@@ -86,7 +74,8 @@ def measure_zoo(folder: Path, full: bool, seed: int) -> dict[str, dict[str, dict
     }
     size = ez.merge(zoo, "mean").certificate.norm
     for name, method in METHODS.items():
-        if method.models[1] < len(zoo) or (method.space == "columns" and full):
+        # Moments of a loaded model have transformers' names of modules, which are not those of the files' tensors.
+        if method.models[1] < len(zoo) or (full and (method.space == "columns" or name == "regmean")):
             continue
         options: dict[str, Any] = {"grams": grams} if name == "regmean" else {}
         norm = ez.merge(zoo, name, **options).certificate.norm

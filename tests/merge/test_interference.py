@@ -137,6 +137,8 @@ def test_missing_moments_are_named(tmp_path: Path) -> None:
     paths = [write_adapter(tmp_path / f"m{n}", random_factors(MODULES, 2, seed=n)) for n in range(2)]
     with pytest.raises(UsageError, match="method regmean: no moments of inputs are given"):
         ez.merge(paths, "regmean")
+    with pytest.raises(UsageError, match="the moments of inputs are those of none of the layers"):
+        ez.merge(paths, "regmean", grams={"m0": {"other": torch.eye(10)}})
     with pytest.raises(UsageError, match=r"layer 'a\.q_proj': m1 has no moment of its inputs"):
         ez.merge(paths, "regmean", grams={"m0": {name: torch.eye(10) for name in MODULES}})
     with pytest.raises(UsageError, match="0 prefixes fit"):

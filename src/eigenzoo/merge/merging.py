@@ -179,10 +179,18 @@ def _jobs(
     def of_layer(layer: str) -> dict[str, Tensor]:
         return {model: given[layer] for model, given in grams.items() if layer in given}
 
-    return {
+    jobs = {
         layer: Job(Context(layer, tuple(names), weights_T, checked, input_grams=of_layer(layer)), request)
         for layer in layers
     }
+    if request.method.kind == "factors" and not any(job.context.input_grams for job in jobs.values()):
+        raise UsageError(
+            "the moments of inputs are those of none of the layers",
+            where=f"method {request.method.name}",
+            rule=f"a layer is called {next(iter(jobs))!r}",
+            next_step="give each moment under its layer's name",
+        )
+    return jobs
 
 
 def as_weights(weights: Weights, names: Sequence[str], method: Method) -> Tensor:
