@@ -212,7 +212,7 @@ def test_shapes_that_differ_from_the_base_are_named(zoo: tuple[Path, list[Path]]
         ({"method": "ties", "space": "rows"}, "space 'rows' for full weights"),
         ({"missing": "zero"}, "Only an update can be zero"),
         ({"dtype": "int8"}, "float32, float16, bfloat16, float64"),
-        ({"method": "regmean"}, "has no moment of its inputs"),
+        ({"method": "regmean"}, "no moments of inputs are given"),
     ],
 )
 def test_choices_of_adapters_are_refused(zoo: tuple[Path, list[Path]], choice: dict[str, Any], words: str) -> None:

@@ -174,6 +174,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(folder: Path, tmp_path
         ez.merge(models(folder), rank=4, base=folder / "base")
     with pytest.raises(UsageError, match="space 'columns' for full weights"):
         ez.merge(models(folder), "ties", space="columns", base=folder / "base")
+    with pytest.raises(UsageError, match="scale nan"):
+        ez.merge(models(folder), scale=float("nan"), base=folder / "base")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):

@@ -251,3 +251,25 @@ def test_every_method_is_described() -> None:
         assert method.formula, method.name
         assert method.source, method.name
         assert all(parameter.help for parameter in method.parameters.values()), method.name
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_small_updates_merge_as_large_ones_do(method: str) -> None:
+    """No constant of a method is one of size: f·τ gives f times the merge."""
+    updates = chosen(method, random_updates())
+    before = merged(updates, method, names=NAMES[: len(updates)])
+    small = merged([(1e-6 * b, a) for b, a in updates], method, names=NAMES[: len(updates)])
+    # What is iterated stops at the same step, and what is compared with a constant (a share, a cosine) has no size.
+    assert distance(1e6 * small, before) < 1e-6
+
+
+def test_weights_that_a_method_divides_by_may_be_large() -> None:
+    updates = random_updates()
+    before = merged(updates, "linear", weights=(1.0, 2.0, 1.0))
+    assert distance(merged(updates, "linear", weights=(1e15, 2e15, 1e15)), before) < EXACT
+
+
+def test_small_cores_keep_an_entry() -> None:
+    """A fifth of four entries is none: one is kept."""
+    found = merged(random_updates((2,)), "ctm")
+    assert float(found.norm()) > 0

@@ -182,7 +182,7 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the written weights: float32, float16, bfloat16 or float64. Default: that of the first model.",
+            help="Dtype of the written weights: float32, float16, bfloat16 or float64. Default: the base's, or the first model's.",
             show_default=False,
         ),
     ] = None,
@@ -238,9 +238,11 @@ def command(
     from eigenzoo.merge.input_grams import read_grams
     from eigenzoo.merge.recipe_merging import merge_recipe
     from eigenzoo.subspace.coefficient_file import is_coefficient_file
+    from eigenzoo.weights.views import check_choice
 
     if output is None and not check:
         raise UsageError("--output is missing", next_step="name a folder with -o, or add --check to write nothing")
+    check_choice(missing, ("refuse", "zero"), "missing")
     if bool(models) == (recipe is not None):
         given = "models beside a recipe" if models else "no models are given"
         raise UsageError(given, next_step="name two models or more, or a recipe with --recipe")

@@ -79,10 +79,11 @@ def merge_layer(updates: Sequence[Factors], job: Job, choose_rank: ChooseRank, a
     """Merge one layer's updates, given as float64 factors with their scale."""
     placed, request = place(updates, job), job.request
     result = request.method.merge(placed.updates, **request.options)
-    # Round-off of sums that cancel does not show in their own size.
+    # Round-off of sums that cancel does not show in their own size. Methods that divide by weights do not grow with them.
+    weights_T = result.coefficients_T if isinstance(result, Combination) else job.context.weights_T.clamp(-1, 1)
     sizes = placed.updates.gram_TT.diagonal().clamp_min(0).sqrt()
     largest_side = max(updates[0][0].shape[0], updates[0][1].shape[1])
-    round_off = float((sizes * job.context.weights_T.abs()).sum()) * abs(request.scale) * largest_side * EPSILON
+    round_off = float((sizes * weights_T.abs()).sum()) * abs(request.scale) * largest_side * EPSILON
     if isinstance(result, RowWise) and isinstance(placed.updates, UpdatesInRows):
         return _cut_rows(placed.updates, job, choose_rank, round_off, as_written, updates)
     merged = _as_factors(result, placed, updates, request.scale)
@@ -135,7 +136,9 @@ def _cut_rows(
         for block in layer.blocks():
             yield result.apply(block) * request.scale
 
-    gram_II = torch.stack([block.T @ block for block in rows()]).sum(0)
+    gram_II = torch.zeros(layer.num_inputs, layer.num_inputs, dtype=torch.float64)
+    for block in rows():
+        gram_II.addmm_(block.T, block)
     squares, vectors = torch.linalg.eigh(gram_II)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
     values = squares[squares > max(float(squares[0]) * len(squares) * EPSILON, round_off**2)].sqrt()

@@ -253,7 +253,12 @@ class UpdatesInRows(LayerUpdates):
     @property
     def num_values(self) -> int:
         """P·Q."""
-        return self._factors[0][0].shape[0] * self._factors[0][1].shape[1]
+        return self._factors[0][0].shape[0] * self.num_inputs
+
+    @property
+    def num_inputs(self) -> int:
+        """Q, which is I."""
+        return self._factors[0][1].shape[1]
 
     @cached_property
     def gram_TT(self) -> Tensor:

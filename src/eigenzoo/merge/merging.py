@@ -75,7 +75,8 @@ def merge(
             `full`, but in space `full` a rank has to be given, because the result has the rank of a dense matrix there.
         space: for methods that work entry by entry, what the entries are those of (docs/merge.md).
         base: of checkpoints, the model whose differences are merged. Without it only methods that average whole weights apply.
-        dtype: of the written weights: float32, float16, bfloat16 or float64. Default: that of the model that the file is like.
+        dtype: of the written weights: float32, float16, bfloat16 or float64. Default: the base's, or that of the model whose file
+            the new one is like.
         budget: bytes of the merged adapter's weights file. Ranks are then chosen for all layers together.
         heads: tensors that belong to no update, such as trained heads: `refuse` adapters that differ in them, take those of the
             `first`, or of the model of this name.
@@ -96,6 +97,8 @@ def merge(
     resolved = chosen.options({name: value for name, value in options.items() if value is not None})
     request = Request(chosen, resolved, scale, check_choice(space, SPACES, "space"))
     check_choice(missing, ("refuse", "zero"), "missing")
+    if not isfinite(scale):
+        raise UsageError(f"scale {scale}", rule="the scale is a finite number")
     choose_rank, room = rank_choice(rank), check_budget(budget, rank)
     if rank is None and room is None and request.chosen_space == FULL:
         raise UsageError(

@@ -228,11 +228,17 @@ def _jobs(zoo: Zoo, recipe: Recipe, translation: Translation, where: str, seed: 
         elif normalize and translation.normalize is not None:
             scale /= sum(weights) if abs(sum(weights)) >= SMALL else 1.0
         if recipe.method == "linear" and zoo.view == "update" and recipe.base is not None:
-            # The base is one of the models, with an update of zero.
+            # The base is one of the models, with an update of zero: Σ w τ over the weights of all.
             own = RecipeModel(recipe.base, None, recipe.base_parameters or {})
-            scale *= sum(weights) / (sum(weights) + _weight(recipe, own, tensor, depth, where))
+            total = sum(weights) + _weight(recipe, own, tensor, depth, where)
+            if total == 0:
+                raise UsageError(
+                    "the weights sum to 0", where=f"{where}, tensor '{tensor}'", rule="linear divides by them"
+                )
+            request = Request(find_method("task_arithmetic"), {}, scale / total, FULL)
+        else:
+            request = Request(method, method.options(options), scale, FULL)
         weights_T = torch.tensor(weights, dtype=torch.float64)
-        request = Request(method, method.options(options), scale, FULL)
         jobs[layer] = Job(Context(layer, zoo.names, weights_T, seed), request)
     return jobs
 

@@ -130,7 +130,8 @@ def model_stock(layer: LayerUpdates) -> Combination:
     if num == 1:
         return Combination(torch.ones(1, dtype=torch.float64))
     norms = _norms(layer.gram_TT)
-    cosines = (layer.gram_TT / (norms * norms[:, None]).clamp_min(SMALL)).clamp(-1, 1)
+    products = norms * norms[:, None]
+    cosines = (layer.gram_TT / products.where(products > 0, torch.ones_like(products))).clamp(-1, 1)
     above = torch.triu_indices(num, num, 1)
     cosine = float(cosines[above[0], above[1]].mean())
     denominator = 1 + (num - 1) * cosine

@@ -39,8 +39,8 @@ Combine = Annotated[
 SMALL = 1e-7
 """Sums of absolute values below this are not rescaled (as in mergekit)."""
 
-LEAST_WEIGHT = LEAST_ENERGY = 1e-6
-"""Least sum of weights that a merged entry is divided by, and least mean square that weighs models (as in mergekit's SCE)."""
+LEAST_WEIGHT = 1e-6
+"""Least sum of weights that a merged entry is divided by (as in mergekit's SCE)."""
 
 
 def _over_model(options: Mapping[str, Any]) -> Any:
@@ -170,9 +170,7 @@ def sce(
         kept = [torch.where(_variance(block) >= least, block, 0.0).square().sum((1, 2)) for block in layer.blocks()]
         energies = torch.stack(kept).sum(0)
     total = float(energies.sum())
-    shares = (
-        torch.full_like(energies, 1 / layer.num_models) if total < LEAST_ENERGY * layer.num_values else energies / total
-    )
+    shares = torch.full_like(energies, 1 / layer.num_models) if total == 0 else energies / total
     weights = shares[:, None, None]
 
     def merge(rows_TPQ: Tensor) -> Tensor:
@@ -209,7 +207,8 @@ def vote(layer: LayerUpdates) -> float:
 
 def elect_by_paper(cores_TPQ: Tensor, weights_T: Tensor, keep: float) -> Tensor:
     """Return the merge of method `ties` of matrices in memory, each trimmed by itself."""
-    count = int(keep * cores_TPQ[0].numel())
+    size = cores_TPQ[0].numel()
+    count = min(size, max(int(keep * size), 1 if keep > 0 else 0))
     least = least_of_largest(lambda: [cores_TPQ.flatten(1)], [count] * len(cores_TPQ))[:, None, None]
     round_off = _round_off(cores_TPQ.square().sum((1, 2)), cores_TPQ[0].numel())
     trimmed = torch.where(cores_TPQ.abs() >= least, cores_TPQ, 0.0)
