@@ -86,6 +86,9 @@ _HOMES = {
     **dict.fromkeys(_ERRORS, "errors"),
 }
 
+_ROOMS = ("adapt", "serve")
+"""Packages that are used by their own name, such as `eigenzoo.serve.attach`."""
+
 __all__ = [
     "BudgetError",
     "BundleError",
@@ -123,6 +126,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"eigenzoo.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'eigenzoo' has no attribute {name!r}")
     return getattr(import_module(f"eigenzoo.{_HOMES[name]}"), name)

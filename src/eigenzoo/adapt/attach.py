@@ -22,21 +22,13 @@ from torch.nn.utils import parametrize
 
 from eigenzoo.adapt.augment import NONE, Augmentation, padded
 from eigenzoo.adapt.maps import AdaptedWeight, map_of
-from eigenzoo.adapt.places import (
-    Place,
-    adapting,
-    check_free,
-    find_besides,
-    find_places,
-    sharing,
-    trained_by_others,
-    weight_at,
-)
+from eigenzoo.adapt.places import adapting, check_free, find_besides, trained_by_others
 from eigenzoo.adapt.trained import MEAN, Coefficients, Start, begin, find_start, scales_of, without_autocast
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.passes.workers import Workers, opened_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.seeds import check_seed
+from eigenzoo.subspace.module_places import Place, find_places, sharing, weight_at
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.roles import VARIANCE
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from eigenzoo.adapt.maps import Map, map_of
-from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.adapt.trained import MEAN, ZERO
 from eigenzoo.errors import MismatchError, UsageError
 from eigenzoo.linalg.lora import ROUND_OFF, Factors
 from eigenzoo.passes.workers import local_workers
 from eigenzoo.records import Progress, no_progress
 from eigenzoo.subspace.bases.basis import LayerBasis
+from eigenzoo.subspace.module_places import PREFIXES
 from eigenzoo.subspace.subspace import Subspace
 
 

@@ -21,7 +21,6 @@ from eigenzoo.adapt import adapter_file
 from eigenzoo.adapt.adapter_file import AdapterFile
 from eigenzoo.adapt.fingerprints import of_weights
 from eigenzoo.adapt.maps import map_of
-from eigenzoo.adapt.places import PREFIXES
 from eigenzoo.errors import BundleError, FormatError, UsageError
 from eigenzoo.formats.bundle.contents import Template
 from eigenzoo.formats.json_file import parse_json
@@ -31,6 +30,7 @@ from eigenzoo.formats.writers import cast_to
 from eigenzoo.linalg import lora
 from eigenzoo.linalg.lora import Cut
 from eigenzoo.subspace.coefficients import Coefficients
+from eigenzoo.subspace.module_places import PREFIXES
 from eigenzoo.subspace.rebuilt import MaxRank, RebuiltModel
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.zoo.template import ZooTemplate

@@ -365,10 +365,10 @@ class StoredSubspace:
         """Return the ranks at which a projected adapter is written, or None for full weights and for other coefficients."""
         if self.view != "update" or not coefficients.residuals:
             return None
-        return OwnRanks(self._largest_ranks, coefficients.outside, coefficients.residuals)
+        return OwnRanks(self.largest_ranks, coefficients.outside, coefficients.residuals)
 
     @cached_property
-    def _largest_ranks(self) -> Mapping[str, int]:
+    def largest_ranks(self) -> Mapping[str, int]:
         """The largest rank that the zoo's models have in each layer of updates."""
         updates = [self.template(name).layout.updates for name in self._named_layouts.values()]
         return {layer: max(update[layer].rank for update in updates) for layer in self.layers}

@@ -13,10 +13,10 @@ from itertools import chain
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eigenzoo.adapt.places import PREFIXES, one_prefix
 from eigenzoo.errors import BundleError, MismatchError, UnsupportedError
 from eigenzoo.integrations.peft_tuner.layer import CONV1D, EMBEDDING, PARTS, base_of, kind_of, shape_of
 from eigenzoo.integrations.transformers_names import saved_names
+from eigenzoo.subspace.module_places import PREFIXES, one_prefix
 from eigenzoo.subspace.subspace import Subspace
 from eigenzoo.weights.renames import Rename
 
