@@ -319,6 +319,7 @@ class _Assembly:
         return served
 
     def _place(self, name: str, shape: tuple[int, ...] | None, shown: str) -> Place:
+        name = name.replace(".base_layer.", ".")  # PEFT's wrapper
         try:
             found = find_places(
                 self.model, {name: shape or ()}, self.names, self.prefix, _is if shape is not None else _any
