@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from real_models import ADAPTERS, add_adapter, logits, make, make_finetune, save_adapter
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_models import ADAPTERS, TOLERANCE, add_adapter, load_adapter, logits, make, save_adapter
 from safetensors.torch import load_file
 from torch import nn
 
 import eigenzoo as ez
 from builders import read_update, write_adapter
+from real_models import ADAPTERS, TOLERANCE, add_adapter, load_adapter, logits, make, save_adapter
 
 AXES = [("models",), ("outputs", "inputs"), ("outputs",), ("models", "outputs", "inputs")]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_models import MODELS, TOLERANCE, load_checkpoint, logits, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eigenzoo as ez
 from builders import random_stack, write_stacks
 from eigenzoo.formats.paths import OUTPUT_RECORD
+from real_models import MODELS, TOLERANCE, load_checkpoint, logits, make
 
 SHARDS = ["5GB", "8KB"]
 AXES = [("models",), ("outputs",), ("outputs", "inputs")]

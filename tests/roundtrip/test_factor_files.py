@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from real_models import TOLERANCE, load_adapter, logits, make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from builders import PREFIX, Factors, random_factors, regauge, write_adapter
 from eigenzoo.cli.app import app
 from eigenzoo.formats.model import Model
 from eigenzoo.formats.opening import open_model
+from real_models import TOLERANCE, load_adapter, logits, make
 from tolerance import tolerance
 
 CONFIG, WEIGHTS, MLX = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"

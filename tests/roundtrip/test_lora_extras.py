@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from real_models import TOLERANCE, VOCABULARY, add_adapter, logits, make, save_adapter, tolerating_peft
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +15,7 @@ import eigenzoo as ez
 from eigenzoo.errors import UnsupportedError
 from eigenzoo.formats.lora.peft_folder import LoraAdapter
 from eigenzoo.integrations.dry_loading import load_dry
+from real_models import TOLERANCE, VOCABULARY, add_adapter, logits, make, save_adapter, tolerating_peft
 
 
 def make_tied() -> LlamaForCausalLM:

@@ -18,6 +18,10 @@ from diffusion_adapters import (
     save_kohya,
 )
 from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+import eigenzoo as ez
 from real_models import (
     ADAPTERS,
     TOLERANCE,
@@ -29,10 +33,6 @@ from real_models import (
     make_finetune,
     save_adapter,
 )
-from safetensors.torch import load_file
-from torch import Tensor
-
-import eigenzoo as ez
 from tolerance import tolerance
 
 WEIGHTS = (0.7, -0.3, 1.1)

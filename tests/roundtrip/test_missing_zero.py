@@ -19,12 +19,12 @@ from diffusion_adapters import (
     save_by_diffusers,
     save_kohya,
 )
-from real_models import TOLERANCE, add_adapter, load_adapter, logits, make, save_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eigenzoo as ez
 from builders import random_factors, read_update, write_adapter
+from real_models import TOLERANCE, add_adapter, load_adapter, logits, make, save_adapter
 from tolerance import tolerance
 
 SHAPES = {"layers.0.q": (14, 9), "layers.0.v": (9, 12), "layers.1.q": (14, 9)}

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import eigenzoo as ez
+from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
+from eigenzoo.formats.paths import OUTPUT_RECORD
 from real_models import (
     ADAPTERS,
     TOLERANCE,
@@ -18,11 +23,6 @@ from real_models import (
     make,
     make_finetune,
 )
-from safetensors.torch import load_file, save_file
-
-import eigenzoo as ez
-from eigenzoo.errors import FormatError, UnsafePathError, UnsupportedError
-from eigenzoo.formats.paths import OUTPUT_RECORD
 
 EXTRA = [
     *((kind, settings) for kind, settings in ADAPTERS.items() if kind != "gpt2"),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_models import TOLERANCE
 from safetensors.torch import load_file
 from torch import Tensor
 
 import eigenzoo as ez
 from eigenzoo.formats.paths import OUTPUT_RECORD
+from real_models import TOLERANCE
 
 pytest.importorskip("diffusers")
 from diffusion_models import answers, finetune, load, make_pipeline, save

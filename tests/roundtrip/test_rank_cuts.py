@@ -19,12 +19,12 @@ from diffusion_adapters import (
     save_by_diffusers,
     save_kohya,
 )
-from real_models import add_adapter, load_adapter, logits, make, save_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 import eigenzoo as ez
 from builders import random_factors, random_stack, read_update, write_adapter, write_stacks
+from real_models import add_adapter, load_adapter, logits, make, save_adapter
 from tolerance import tolerance
 
 MODULES = {"layers.0.q": (48, 40), "layers.1.q": (40, 48)}

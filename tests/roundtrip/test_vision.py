@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_models import TOLERANCE
 
 import eigenzoo as ez
+from real_models import TOLERANCE
 
 ROOT = Path(__file__).parents[2]
 VISION = ROOT / ".venv" / "vision"

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+import eigenzoo as ez
+from eigenzoo.subspace.subspace import Subspace
 from real_models import (
     ADAPTERS,
     VOCABULARY,
@@ -17,10 +21,6 @@ from real_models import (
     make_finetune,
     save_adapter,
 )
-from torch import Tensor, nn
-
-import eigenzoo as ez
-from eigenzoo.subspace.subspace import Subspace
 
 MANY = [{"r": 3, "lora_alpha": 4}, {"r": 2, "lora_alpha": 5}, {"r": 4, "lora_alpha": 2}, {"r": 2, "use_rslora": True}]
 TARGETS: dict[str, Any] = {

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from real_models import VOCABULARY, make
 from served_zoos import stock, write_adapters
 from torch import Tensor
 
 import eigenzoo as ez
 from eigenzoo.errors import UsageError
 from eigenzoo.serve import BASE, Served
+from real_models import VOCABULARY, make
 
 NEW = 7
+SIDES = {"outputs": 8, "inputs": 8}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -116,9 +117,6 @@ def test_packed_tokens(view: str, tmp_path: Path) -> None:
             assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-SIDES = {"outputs": 8, "inputs": 8}
-
-
 def test_models_come_and_go_beside_others(tmp_path: Path) -> None:
     """A model is added, replaced and removed while another thread computes with the old ones: nothing changes in it."""
     paths = write_adapters("llama", tmp_path / "zoo", [{"r": 2}] * 6)
@@ -147,7 +145,9 @@ def test_models_come_and_go_beside_others(tmp_path: Path) -> None:
     found = served.generate(**batch, **options(), models=["a3", "a4", "a5", BASE])
     for row, name in enumerate(("a3", "a4", "a5")):
         alone = stock(space, "llama", name, tmp_path / "rebuilt")
-        assert torch.equal(found[row : row + 1], alone.generate(**{k: v[row : row + 1] for k, v in batch.items()}, **options()))
+        assert torch.equal(
+            found[row : row + 1], alone.generate(**{k: v[row : row + 1] for k, v in batch.items()}, **options())
+        )
     ticket = served.acquire("a1")
     with served.route(["a2"] * 4):
         kept = served.model.generate(**batch, **options())
@@ -162,7 +162,8 @@ def test_models_come_and_go_beside_others(tmp_path: Path) -> None:
     assert ticket.slot not in {served.acquire(name).slot for name in served.names}, "its slot was given away"
     ticket.release()
     assert torch.equal(
-        served.generate(**batch, **options(), models=["a2"] * 4), served.generate(**batch, **options(), models=["a5"] * 4)
+        served.generate(**batch, **options(), models=["a2"] * 4),
+        served.generate(**batch, **options(), models=["a5"] * 4),
     )
     with pytest.raises(UsageError, match="no model is called 'a1'"):
         served.remove("a1")

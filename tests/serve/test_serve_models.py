@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from real_models import make
 from served_zoos import answers, inputs, one_at_a_time, write_adapters, write_finetunes
 
 import eigenzoo as ez
 from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.serve import BASE
+from real_models import make
 
 TOLERANCE = 1e-5
 """Of logits computed in float32 through a few layers, as a share of the largest."""
@@ -33,6 +33,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "three axes": {"axes": ("models", "outputs", "inputs"), "rank": {"models": 2, **SIDES}},
     "flat": {"axes": ("models",), "rank": 2},
 }
+
+
 def check(space: ez.Subspace, kind: str, folder: Path, **options: Any) -> None:
     """A batch of mixed models and the base answers as they do one at a time; the base's rows have the same bits."""
     names = [space.names[0], BASE, space.names[2], space.names[1], space.names[2]]
@@ -148,7 +150,7 @@ def test_flat_and_stacked_are_refused_above_a_cost(tmp_path: Path) -> None:
 
 def test_t5_positions_are_refused_by_name(tmp_path: Path) -> None:
     space = ez.fit(write_finetunes("t5", tmp_path / "zoo"), axes=("outputs", "inputs"), rank=SIDES)
-    with pytest.raises(UnsupportedError, match="relative_attention_bias.*indexed by pairs of positions"):
+    with pytest.raises(UnsupportedError, match=r"relative_attention_bias.*indexed by pairs of positions"):
         ez.serve.attach(make("t5"), space)
 
 

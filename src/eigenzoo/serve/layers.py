@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.functional import embedding, linear
 
 from eigenzoo.errors import UnsupportedError
-from eigenzoo.serve.route import Pick, Routing, Rows
+from eigenzoo.serve.route import Pick, Route, Routing, Rows
 from eigenzoo.serve.stores import Slots, Store, Vectors
 
 
@@ -69,8 +69,7 @@ class ServedModule(ABC):
         if route is None:
             return self._base_output(args, kwargs) if self.base else output
         inputs = args[0] if args else next(iter(kwargs.values()))
-        if inputs.shape[0] == 1 and isinstance(route, Rows) and isinstance(module, nn.Embedding):
-            # One row of positions is for all rows of the batch.
+        if shared_by_rows(route, module, inputs):
             inputs, output = (values.expand(route.num_rows, *values.shape[1:]) for values in (inputs, output))
             args, kwargs = (inputs,), {}
         pick = route.pick(inputs.shape, self.name)
@@ -86,6 +85,11 @@ class ServedModule(ABC):
 
     def _base_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         return cast(Tensor, functional_call(self._twin, self.base, args, dict(kwargs)))
+
+
+def shared_by_rows(route: Route, module: nn.Module, inputs: Tensor) -> TypeGuard[Rows]:
+    """Tell whether the inputs are one row of positions, which is for all rows of the batch."""
+    return isinstance(route, Rows) and isinstance(module, nn.Embedding) and inputs.shape[0] == 1
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,10 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return twin
 
 
-MIXED = {"relative_attention_bias": "is indexed by pairs of positions", "experts": "gets tokens of several rows at once"}
+MIXED = {
+    "relative_attention_bias": "is indexed by pairs of positions",
+    "experts": "gets tokens of several rows at once",
+}
 """Parts of the names of modules whose inputs are not rows of the batch, and why."""
 
 

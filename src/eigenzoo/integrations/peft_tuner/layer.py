@@ -22,8 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from eigenzoo.adapt.maps import Map, Stages, apply, dense, follow
 from eigenzoo.adapt.trained import Coefficients, without_autocast
 from eigenzoo.errors import DataError, UnsupportedError
+from eigenzoo.integrations.peft_tuner.mixed import AdapterNamesError, Mixed, add_one_by_one, add_stacked, stacked
 from eigenzoo.integrations.peft_tuner.registration import BaseTunerLayer, check_adapters_to_merge
 from eigenzoo.linalg.low_rank import LowRank
+from eigenzoo.serve.layers import Chain, shared_by_rows
 
 LINEAR, CONV1D, EMBEDDING, CONV, OTHER_CONV = "linear", "conv1d", "embedding", "conv", "other-conv"
 """Kinds of layers. The last one is convolutions with groups, dilation or padding other than zeros, which PEFT's LoRA ignores."""
@@ -112,6 +114,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         eigenzoo_update, eigenzoo_a, eigenzoo_b: coefficients by adapter.
         eigenzoo_uses: the basis by adapter and part.
         eigenzoo_bases: the frozen bases, by their keys.
+        eigenzoo_mixed: the adapters of the rows of a batch, during a call with `adapter_names`.
     """
 
     adapter_layer_names = tuple(PARTS)
@@ -126,6 +129,7 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.eigenzoo_uses: dict[str, dict[str, _Use]] = {}
         self.eigenzoo_bases = nn.ModuleDict()
         self._disable_adapters = False
+        self.eigenzoo_mixed: Mixed | None = None
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter: str, parts: Mapping[str, Part], *, inference_mode: bool = False) -> None:
@@ -166,12 +170,58 @@ class EigenzooLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self.unmerge()
             return cast(Tensor, self.base_layer(inputs, *args, **kwargs))
         result: Tensor = self.base_layer(inputs, *args, **kwargs)
+        if self.eigenzoo_mixed is not None:
+            return self._add_mixed(self.eigenzoo_mixed, inputs, result)
         if self.merged:
             return result
         for adapter in cast(list[str], self.active_adapters):
             if adapter in self.eigenzoo_uses:
                 result = result + self._added(adapter, inputs, result.dtype).to(result.dtype)
         return result
+
+    def _add_mixed(self, mixed: Mixed, inputs: Tensor, result: Tensor) -> Tensor:
+        """Return the output plus the change by each row's adapter."""
+        if self.merged:
+            raise AdapterNamesError(
+                "adapter_names is given, but adapters are merged", next_step="call unmerge_adapter() first"
+            )
+        if shared_by_rows(mixed.rows, self._base(), inputs):
+            inputs, result = (values.expand(mixed.rows.num_rows, *values.shape[1:]) for values in (inputs, result))
+        pick, left = mixed.pick(inputs, self._base()), dict(enumerate(mixed.adapters, 1))
+        left = {slot: adapter for slot, adapter in left.items() if adapter in self.eigenzoo_uses}
+        for key in dict.fromkeys(self._one_basis(adapter) for adapter in left.values()):
+            chain = None if key is None else self._stacked(mixed, key)
+            if chain is not None:
+                result = add_stacked(self._base(), inputs, result, chain, pick)
+                left = {slot: adapter for slot, adapter in left.items() if self._one_basis(adapter) != key}
+        if not left:
+            return result
+        return add_one_by_one(
+            inputs, result, pick, list(left), lambda slot, rows: self._added(left[slot], rows, result.dtype)
+        )
+
+    def _one_basis(self, adapter: str) -> str | None:
+        """Return the key of an adapter's basis, or None if it has two, or a mean beside the basis."""
+        (use, *others) = self.eigenzoo_uses[adapter].values()
+        return None if others or (use.mean and self._basis(use.key).offset is not None) else use.key
+
+    def _stacked(self, mixed: Mixed, key: str) -> Chain | None:
+        """Return the chain of all adapters of a basis, computed once during a call of the model."""
+        place = (id(self), key)
+        if place not in mixed.chains:
+            all_parts = [
+                self.stages(adapter)[0][0]
+                if adapter in self.eigenzoo_uses and self._one_basis(adapter) == key
+                else None
+                for adapter in mixed.adapters
+            ]
+            basis = self._basis(key)
+            first = basis.after if basis.transposed else basis.before
+            chain = stacked(all_parts, 0 if first is None else 1)
+            if chain is None:
+                return None
+            mixed.chains[place] = chain
+        return mixed.chains[place]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the layer's weight. With `safe_merge`, raise DataError and change nothing if the result is not finite.

@@ -155,7 +155,8 @@ class _Renamed:
     def names(self) -> Mapping[str, str]:
         """All of them."""
         if self._names is None:
-            self._names = saved_names(self._model) if isinstance(self._model, PreTrainedModel) else {}
+            names = saved_names(self._model) if isinstance(self._model, PreTrainedModel) else {}
+            self._names = {saved.replace(".base_layer.", "."): name for saved, name in names.items()}
         return self._names
 
     def __call__(self, name: str) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from eigenzoo.adapt.trained import ZERO, Start, begin, scales_of
 from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
 from eigenzoo.integrations.peft_tuner.config import EigenzooConfig, open_bundle, start_of
 from eigenzoo.integrations.peft_tuner.layer import FLOATS, EigenzooLayer, Part, base_of, layer_for
+from eigenzoo.integrations.peft_tuner.mixed import AdapterNamesError, mixed_of
 from eigenzoo.integrations.peft_tuner.places import Place, find_places
 from eigenzoo.integrations.peft_tuner.registration import (
     PREFIX,
@@ -107,6 +110,31 @@ class EigenzooModel(BaseTuner):  # type: ignore[misc]
             super().inject_adapter(*args, **kwargs)
         finally:
             self._attaching = None
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Use the adapters of `adapter_names`, one for each row, during a call of the model. Called by PEFT."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise AdapterNamesError(
+                "adapter_names is given in training mode", next_step="call eval(), or train one adapter at a time"
+            )
+        layers = [layer for layer in self.modules() if isinstance(layer, EigenzooLayer)]
+        known = {adapter for layer in layers for adapter in layer.eigenzoo_uses}
+        device = next(self.parameters()).device
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        sizes = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+        mixed = mixed_of(names, known, device, max(sizes))
+        for layer in layers:
+            layer.eigenzoo_mixed = mixed
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eigenzoo_mixed = None
 
     def _prepare_adapter_config(self, peft_config: EigenzooConfig, model_config: Any) -> EigenzooConfig:
         return peft_config
