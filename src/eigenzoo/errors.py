@@ -119,4 +119,4 @@ class BundleError(EigenzooError):
 
 
 class ResourceError(EigenzooError):
-    """Not enough memory, on the machine or on a GPU."""
+    """Not enough memory, on the machine or on a GPU, or too many requests at once."""

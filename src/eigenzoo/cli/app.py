@@ -30,6 +30,7 @@ from eigenzoo.cli import (
     rebuild,
     report,
     route,
+    serve,
     verify,
 )
 from eigenzoo.cli.console import complain
@@ -92,6 +93,7 @@ for name, module in (
     ("merge", merge),
     ("add", add),
     ("route", route),
+    ("serve", serve),
     ("import", importing),
     ("verify", verify),
     ("evaluate", evaluate),

@@ -47,6 +47,9 @@ EXAMPLES: dict[str, Examples] = {
         ),
         "merge.md",
     ),
+    "serve": Examples(
+        ("serve bundle --model base/", "serve bundle --model base/ --port 0 --only task-3 --only task-7"), "serve.md"
+    ),
     "route": Examples(
         (
             "route bundle inputs.npy --examples labelled.safetensors",

@@ -118,5 +118,9 @@ class SlotTable:
         return (f"no model is called {name!r}",)
 
     def _hint(self, name: str) -> str:
-        near = nearest(name, [*self._slots, BASE], cutoff=0.6)
-        return f"did you mean {near!r}?" if near else f"see served.names; {BASE!r} is the model without changes"
+        known = {other.casefold(): other for other in [*self._slots, BASE]}
+        near = nearest(name.casefold(), known, cutoff=0.6)
+        if near is not None:
+            return f"did you mean {known[near]!r}?"
+        listed = ", ".join(list(self._slots)[:5])
+        return f"the {len(self._slots)} models are {listed}{', …' if len(self._slots) > 5 else ''}"

@@ -1,0 +1,113 @@
+"""Requests of many models in one packed batch of transformers' continuous batching answer as each does alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served_zoos import write_adapters
+
+import eigenzoo as ez
+from eigenzoo.errors import ResourceError, UsageError
+from eigenzoo.integrations.continuous_batching import PAGE, ZooBatching
+from eigenzoo.serve import BASE, Served
+from real_models import VOCABULARY, make
+
+NEW = 12
+
+
+def serve(folder: Path, models: int = 20) -> Served:
+    settings: list[dict[str, Any]] = [{"r": 2 + seed % 3, "lora_alpha": 4} for seed in range(models)]
+    space = ez.fit(
+        write_adapters("llama", folder, settings), axes=("outputs", "inputs"), rank={"outputs": 16, "inputs": 16}
+    )
+    return ez.serve.attach(make("llama"), space)
+
+
+def shared_prompts(count: int) -> list[list[int]]:
+    """Prompts that begin with the same two pages and more, and end differently or not at all."""
+    draw = torch.Generator().manual_seed(3)
+    common = torch.randint(1, VOCABULARY, (2 * PAGE + 5,), generator=draw).tolist()
+    return [common + [1 + number % 7] * (number % 3) for number in range(count)]
+
+
+def alone(served: Served, tokens: list[int], name: str) -> list[int]:
+    with torch.no_grad():
+        found = served.generate(
+            torch.tensor([tokens]),
+            models=[name],
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return list(found[0, len(tokens) :].tolist())
+
+
+def test_prompts_that_share_pages_in_two_waves(tmp_path: Path) -> None:
+    """Twenty models and the base. Blocks of the cache that models shared would give wrong answers without a word."""
+    served = serve(tmp_path)
+    names = [*served.names, BASE]
+    prompts = shared_prompts(len(names))
+    expected = [alone(served, tokens, name) for tokens, name in zip(prompts, names, strict=True)]
+    assert len({tuple(tokens) for tokens in expected}) > 10
+    with ZooBatching(served, cache_tokens=2**12) as batching:
+        for _ in range(2):
+            found = batching.generate(prompts, names, max_new_tokens=NEW, end=-1)
+            assert found == expected
+        assert batching.num_requests == 0
+        assert batching.fault is None
+    assert alone(served, prompts[0], names[0]) == expected[0], "the model is as before"
+
+
+def test_each_request_samples_as_it_asks(tmp_path: Path) -> None:
+    """Beside hot requests, greedy ones take the best token, and top_k=1 or a tiny top_p sample it too."""
+    served = serve(tmp_path, 3)
+    prompt = shared_prompts(1)[0]
+    expected = {name: alone(served, prompt, name) for name in served.names}
+    with ZooBatching(served, cache_tokens=2**12) as batching:
+        sure = {
+            batching.add(prompt, "a0", max_new_tokens=NEW, end=-1): ("a0", NEW),
+            batching.add(prompt, "a1", max_new_tokens=NEW - 3, temperature=2.0, top_k=1, end=-1): ("a1", NEW - 3),
+            batching.add(prompt, "a2", max_new_tokens=NEW - 5, temperature=1.0, top_p=1e-6, end=-1): ("a2", NEW - 5),
+        }
+        hot = [batching.add(prompt, "a0", max_new_tokens=NEW, temperature=50.0, end=-1) for _ in range(4)]
+        found = {output.request_id: output.generated_tokens for output in batching if output.is_finished()}
+    for request_id, (name, length) in sure.items():
+        assert found[request_id] == expected[name][:length]
+    assert len({tuple(found[request_id]) for request_id in hot}) > 1
+
+
+def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path) -> None:
+    """A request keeps the model that it began with. A cancelled one gives back its place and its slot."""
+    served = serve(tmp_path, 3)
+    prompt = shared_prompts(1)[0]
+    expected = alone(served, prompt, "a1")
+    with ZooBatching(served, cache_tokens=2**12, max_queue=3) as batching:
+        kept = batching.add(prompt, "a1", max_new_tokens=NEW, end=-1)
+        gone = batching.add(prompt, "a2", max_new_tokens=2000, end=-1)
+        served.add("a1", served.space.coefficients("a0"), replace=True)
+        served.remove("a2")
+        batching.cancel(gone)
+        found = {output.request_id: output.generated_tokens for output in batching if output.is_finished()}
+        assert found[kept] == expected
+        assert gone not in found
+        assert batching.num_requests == 0
+        slot = served.acquire("a0").slot
+        served.add("a3", served.space.coefficients("a2"))
+        served.add("a4", served.space.coefficients("a2"))
+        assert slot not in {served.acquire(name).slot for name in ("a3", "a4")}
+        with pytest.raises(UsageError, match="no model is called 'a2'"):
+            batching.add(prompt, "a2")
+        with pytest.raises(UsageError, match="The cache holds 4096 tokens"):
+            batching.add(prompt, "a0", max_new_tokens=4096)
+        with pytest.raises(UsageError, match="top_p above 0 and at most 1"):
+            batching.add(prompt, "a0", top_p=1.5)
+        for _ in range(3):
+            batching.add(prompt, "a0", max_new_tokens=2000, end=-1)
+        with pytest.raises(ResourceError, match="3 requests wait or run"):
+            batching.add(prompt, "a0")
+        assert batching.num_requests == 3
+    assert batching.num_requests == 0, "stopping gives back the slots"
