@@ -51,11 +51,22 @@ def command(
     weights_dtype: Annotated[
         str, typer.Option(help="Dtype of the base in memory: auto (that of its files), float32, bfloat16 or float16.")
     ] = "auto",
+    print_command: Annotated[
+        str | None,
+        typer.Option(
+            help="Do not serve, but print the commands that serve the bundle by another engine: vllm or llama.cpp.",
+            metavar="ENGINE",
+            show_default=False,
+        ),
+    ] = None,
     device: options.Device = "cpu",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Serve the models of a bundle over HTTP, as OpenAI's API: chat, completions, streaming, /v1/models. Stop it with Ctrl-C."""
+    if print_command is not None:
+        _print_command(print_command, bundle, model, only, as_json=json)
+        return
     require(*NEEDED, where="eigenzoo serve", extra="serve")
     key = _read_key(api_key_file)
     with progress_bar(quiet=quiet or json) as progress:
@@ -83,6 +94,19 @@ def command(
     else:
         _describe(server.url, model.name, server.served.names, memory)
     server.run()
+
+
+def _print_command(engine: str, bundle: str, model: Path, only: list[str] | None, *, as_json: bool) -> None:
+    import eigenzoo as ez
+    from eigenzoo.serve.engines import print_command
+    from eigenzoo.serve.handed_out import HandedOut
+
+    space = ez.load(bundle)
+    lines = print_command(engine, space.path, model, HandedOut(space, model), only or space.names)
+    if as_json:
+        print_json({"engine": engine, "commands": lines})
+        return
+    print("\n".join(lines))
 
 
 def _describe(url: str, base: str, names: tuple[str, ...], memory: dict[str, Any]) -> None:
