@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eigenzoo as ez
 from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.serve import BASE
+from guard import HANG, wait_until
 
 PROMPT = "user w3 w9 w4 w27 w11"
 
@@ -193,7 +194,7 @@ def test_a_key_and_a_clean_end(zoo: Zoo, client: Client) -> None:
         stream = client(url, "secret").completions.create(model="a0", prompt=PROMPT, max_tokens=1000, stream=True)
         next(iter(stream))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(HANG) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 
@@ -242,9 +243,9 @@ def test_sixty_four_streams_over_twenty_models(url: str, alone: Callable[..., st
             await asyncio.gather(*(one(asked, number) for number in range(64)))
 
     asyncio.run(all_of_them())
-    for _ in range(200):
+
+    def is_idle() -> bool:
         with urllib.request.urlopen(url.removesuffix("/v1") + "/health") as answer:
-            if json.load(answer)["requests"] == 0:
-                return
-        signal.sigtimedwait([], 0.1)
-    pytest.fail("requests that have ended still have a slot")
+            return bool(json.load(answer)["requests"] == 0)
+
+    wait_until(is_idle)  # else requests that have ended still have a slot

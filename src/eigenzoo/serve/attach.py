@@ -230,7 +230,7 @@ class _Assembly:
                 raise UnsupportedError(
                     "differs between the models",
                     where=f"parameter '{served.name}.{leaf}'",
-                    rule="of a layer with a weight, the weight and the bias can differ by row",
+                    rule="only the weight and the bias of such a layer can differ by row",
                     next_step="leave it out of the fit if all models have the same one",
                 )
         else:

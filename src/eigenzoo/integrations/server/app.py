@@ -26,7 +26,7 @@ DISCONNECTED = 0.5
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts.
+    """Limits of the server.
 
     Attributes:
         max_tokens: most tokens of one answer.
