@@ -267,6 +267,11 @@ class ZooBatching:
         return fault
 
     @property
+    def is_accepting(self) -> bool:
+        """Whether requests are accepted: not after a fault, and not while the thread stops."""
+        return self.manager.background_thread_status.can_accept_new_requests() is None
+
+    @property
     def num_requests(self) -> int:
         """Number of requests that wait or run, or whose last output is being delivered."""
         return len(self._tickets)
