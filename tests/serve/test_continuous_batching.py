@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,20 @@ import torch
 from served_zoos import write_adapters
 
 import eigenzoo as ez
-from eigenzoo.errors import ResourceError, UsageError
-from eigenzoo.integrations.continuous_batching import PAGE, ZooBatching
+from eigenzoo.errors import ResourceError, UnsupportedError, UsageError
+from eigenzoo.integrations.continuous_batching import INSIDE, PAGE, ZooBatching, check_inside
 from eigenzoo.serve import BASE, Served
 from real_models import VOCABULARY, make
 
 NEW = 12
 
 
-def serve(folder: Path, models: int = 20) -> Served:
+def serve(folder: Path, models: int = 20, kind: str = "llama") -> Served:
     settings: list[dict[str, Any]] = [{"r": 2 + seed % 3, "lora_alpha": 4} for seed in range(models)]
     space = ez.fit(
-        write_adapters("llama", folder, settings), axes=("outputs", "inputs"), rank={"outputs": 16, "inputs": 16}
+        write_adapters(kind, folder, settings), axes=("outputs", "inputs"), rank={"outputs": 16, "inputs": 16}
     )
-    return ez.serve.attach(make("llama"), space)
+    return ez.serve.attach(make(kind), space)
 
 
 def shared_prompts(count: int) -> list[list[int]]:
@@ -33,13 +34,13 @@ def shared_prompts(count: int) -> list[list[int]]:
     return [common + [1 + number % 7] * (number % 3) for number in range(count)]
 
 
-def alone(served: Served, tokens: list[int], name: str) -> list[int]:
+def alone(served: Served, tokens: list[int], name: str, count: int = NEW) -> list[int]:
     with torch.no_grad():
         found = served.generate(
             torch.tensor([tokens]),
             models=[name],
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
+            max_new_tokens=count,
+            min_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
         )
@@ -87,7 +88,7 @@ def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path)
     expected = alone(served, prompt, "a1")
     with ZooBatching(served, cache_tokens=2**12, max_queue=3) as batching:
         kept = batching.add(prompt, "a1", max_new_tokens=NEW, end=-1)
-        gone = batching.add(prompt, "a2", max_new_tokens=2000, end=-1)
+        gone = batching.add(prompt, "a2", max_new_tokens=1900, end=-1)
         served.add("a1", served.space.coefficients("a0"), replace=True)
         served.remove("a2")
         batching.cancel(gone)
@@ -101,13 +102,71 @@ def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path)
         assert slot not in {served.acquire(name).slot for name in ("a3", "a4")}
         with pytest.raises(UsageError, match="no model is called 'a2'"):
             batching.add(prompt, "a2")
-        with pytest.raises(UsageError, match="The cache holds 4096 tokens"):
+        with pytest.raises(UsageError, match="The model has 2048 positions"):
             batching.add(prompt, "a0", max_new_tokens=4096)
         with pytest.raises(UsageError, match="top_p above 0 and at most 1"):
             batching.add(prompt, "a0", top_p=1.5)
         for _ in range(3):
-            batching.add(prompt, "a0", max_new_tokens=2000, end=-1)
+            batching.add(prompt, "a0", max_new_tokens=1900, end=-1)
         with pytest.raises(ResourceError, match="3 requests wait or run"):
             batching.add(prompt, "a0")
         assert batching.num_requests == 3
     assert batching.num_requests == 0, "stopping gives back the slots"
+
+
+def test_a_cache_that_is_too_small_for_all_requests(tmp_path: Path) -> None:
+    """Requests that lose their place in the cache are computed once more, by the same model."""
+    served = serve(tmp_path, 4)
+    names = list(served.names) * 3
+    prompts = [[1 + number, *tokens[:40]] for number, tokens in enumerate(shared_prompts(len(names)))]
+    expected = [alone(served, tokens, name, 60) for tokens, name in zip(prompts, names, strict=True)]
+    with ZooBatching(served, cache_tokens=8 * PAGE) as batching:
+        offloading, lost = batching.manager.batch_processor.scheduler, []
+        add_again = offloading.add_waiting_request
+        offloading.add_waiting_request = lambda state: (lost.append(state._true_initial_tokens), add_again(state))
+        assert batching.generate(prompts, names, max_new_tokens=60, end=-1) == expected
+        assert any(lost), "no request lost its place"
+        assert batching.num_requests == 0
+
+
+def test_an_output_is_never_lost_between_its_end_and_its_delivery(tmp_path: Path) -> None:
+    served = serve(tmp_path, 2)
+    with ZooBatching(served, cache_tokens=2**12) as batching:
+        router = batching.manager.output_router
+        deliver = router.deliver_batch
+
+        def late(outputs: list[Any]) -> None:
+            time.sleep(0.3)
+            deliver(outputs)
+
+        router.deliver_batch = late
+        assert len(batching.generate([[3, 4]], ["a0"], max_new_tokens=1, end=-1)[0]) == 1
+
+
+def test_what_would_end_the_thread_for_all_is_refused(tmp_path: Path) -> None:
+    """Positions that the model has no embedding for, and numbers that are not tokens."""
+    served = serve(tmp_path, 2, "gpt2")
+    positions = served.model.config.max_position_embeddings
+    with ZooBatching(served, cache_tokens=2**12) as batching:
+        assert batching.longest == positions
+        with pytest.raises(UsageError, match=f"The model has {positions} positions"):
+            batching.add([3] * positions, "a0", max_new_tokens=1)
+        for token in (-1, VOCABULARY):
+            with pytest.raises(UsageError, match=f"token {token}"):
+                batching.add([3, token], "a0", max_new_tokens=1)
+        found = batching.generate([[3] * (positions - 2)], ["a0"], max_new_tokens=2, end=-1)[0]
+        assert len(found) == 2
+    with pytest.raises(UsageError, match="T5ForConditionalGeneration is an encoder and a decoder"):
+        ZooBatching(serve(tmp_path / "t5", 2, "t5"))
+
+
+@pytest.mark.parametrize(
+    "missing", [("ContinuousBatchingManager", "_create_batch_processor"), ("Scheduler", "clear_cancelled_requests")]
+)
+def test_another_inside_of_transformers_is_named(missing: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inside that is used is that of the tested version; a version without a part of it is refused by name."""
+    check_inside()
+    owner = next(owner for owner in INSIDE if owner.__name__ == missing[0])
+    monkeypatch.delattr(owner, missing[1])
+    with pytest.raises(UnsupportedError, match=rf"{missing[0]}.{missing[1]}.*Tested with transformers 5\.23"):
+        check_inside()

@@ -90,9 +90,9 @@ def command(
     for warning in server.warnings:
         complain(f"warning: {warning}")
     if json:
-        print_json({"url": server.url, "base": model.name, "models": list(server.served.names), "memory": memory})
+        print_json({"url": server.url, "base": server.base, "models": list(server.served.names), "memory": memory})
     else:
-        _describe(server.url, model.name, server.served.names, memory)
+        _describe(server.url, server.base, server.served.names, memory)
     server.run()
 
 

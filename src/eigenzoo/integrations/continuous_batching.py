@@ -13,7 +13,10 @@ The manager of transformers packs the tokens of all requests into one row. A hoo
 * Sampling is each request's own. By default the first request's is used for all.
 * Batches are computed one after the other, without CUDA graphs: a graph that was recorded does not call hooks.
 
-Everything that depends on the inside of transformers is in this file. Written for transformers 5.23; see `check_version`.
+A request that loses its place in a full cache is computed once more by transformers, under its id. So a request ends when its last
+output is delivered, and not when the scheduler lets it go.
+
+Everything that depends on the inside of transformers is in this file, and named in `INSIDE`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 import copy
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -37,14 +40,40 @@ try:
     import transformers
     from transformers import ContinuousBatchingConfig, GenerationConfig
     from transformers.generation.continuous_batching import cb_logits_processors as processors
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+    from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+    from transformers.generation.continuous_batching.scheduler import Scheduler
     from transformers.generation.logits_process import LogitsProcessorList
 except ImportError as error:
     raise UnsupportedError(
         f"continuous batching cannot be imported ({error})",
-        rule="it needs transformers 5.23 or a later version that has the same inside",
+        rule="it needs transformers 5.23",
         next_step=install("serve"),
     ) from error
+
+TESTED = "5.23"
+"""Version of transformers that the tests pass with."""
+
+INSIDE: dict[type, tuple[str, ...]] = {
+    ContinuousBatchingManager: (
+        "_create_batch_processor",
+        "add_request",
+        "cancel_request",
+        "get_result",
+        "is_running",
+        "register_result_handler",
+        "start",
+        "stop",
+    ),
+    OutputRouter: ("deliver", "deliver_batch", "fail_and_deliver"),
+    Scheduler: ("clear_cancelled_requests",),
+    FutureRequestState: ("query_length", "state"),
+    GenerationOutput: ("error", "is_finished"),
+    RequestState: ("logit_processor_kwargs", "request_id"),
+    processors.ContinuousBatchingLogitsProcessorList: ("_retrieve_processors_kwargs",),
+    ContinuousBatchingConfig: ("allow_block_sharing", "per_request_processors", "use_async_batching", "use_cuda_graph"),
+}
+"""Parts of transformers' continuous batching that are used here, most of which it does not document."""
 
 PAGE = 32
 """Tokens of a block of the cache."""
@@ -57,6 +86,22 @@ CACHE_TOKENS = 2**16
 
 SAMPLED = {"temperature": 0.5, "top_k": 1, "top_p": 0.5}
 """Values with which transformers makes a processor of each. Every request gives its own."""
+
+
+def check_inside() -> None:
+    """Raise UnsupportedError that names a part of `INSIDE` which this version of transformers does not have."""
+    for owner, names in INSIDE.items():
+        for name in names:
+            if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", ()):
+                raise _other_inside(f"{owner.__name__}.{name}")
+
+
+def _other_inside(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"transformers {transformers.__version__} has no {name}",
+        rule=f"eigenzoo's continuous batching uses it. Tested with transformers {TESTED}",
+        next_step=install("serve"),
+    )
 
 
 class Greedy(processors.ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
@@ -81,6 +126,32 @@ class Greedy(processors.ContinuousBatchingLogitsProcessor):  # type: ignore[misc
         return scores.masked_fill(greedy & ~best, float("-inf"))
 
 
+class _Router(OutputRouter):  # type: ignore[misc]
+    """Delivers outputs, and then tells which requests have ended."""
+
+    def __init__(self, ended: Callable[[str], None]) -> None:
+        super().__init__()
+        self._ended = ended
+
+    def deliver(self, output: Any) -> None:
+        super().deliver(output)
+        self._end([output])
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        super().deliver_batch(outputs)
+        self._end(outputs)
+
+    def forget(self, request_id: str) -> None:
+        """Drop the handler of a request, which only a finished one loses by itself."""
+        with self._lock:
+            self.result_handlers.pop(request_id, None)
+
+    def _end(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            if output.is_finished() or output.error is not None:
+                self._ended(output.request_id)
+
+
 class ZooBatching:
     """Continuous batching over the models of `Served`. A context: the thread that computes runs inside it.
 
@@ -89,21 +160,32 @@ class ZooBatching:
         max_new_tokens: default of `add`.
         max_queue: most requests that wait or run; `add` raises ResourceError for more.
         cache_tokens: tokens of all running requests together that the cache holds. Memory: keys and values of as many tokens.
+
+    Attributes:
+        longest: most tokens of a prompt and its answer: what the model has positions for, and at most what the cache holds.
+
+    Raises UsageError for a model of another kind, and UnsupportedError if transformers has another inside.
     """
 
     def __init__(
         self, served: Served, *, max_new_tokens: int = 1024, max_queue: int = 1024, cache_tokens: int = CACHE_TOKENS
     ) -> None:
+        check_inside()
         model: Any = served.model
-        if not hasattr(model, "init_continuous_batching"):
+        config = getattr(model, "config", None)
+        if not hasattr(model, "init_continuous_batching") or getattr(config, "is_encoder_decoder", False):
+            kind = "is an encoder and a decoder" if config is not None else "is not of transformers"
             raise UsageError(
-                f"{type(model).__name__} has no continuous batching",
-                rule="it is for causal language models of transformers",
+                f"{type(model).__name__} {kind}",
+                rule="continuous batching is for causal language models of transformers",
                 next_step="use served.generate or served.route",
             )
         self.served, self.max_new_tokens, self.max_queue = served, max_new_tokens, max_queue
-        self.cache_tokens = cache_tokens
-        self._vocabulary: int = model.config.get_text_config().vocab_size
+        text = model.config.get_text_config()
+        self._positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.longest = min(cache_tokens, self._positions or cache_tokens)
+        self._vocabulary: int = text.vocab_size
+        self._num_embeddings: int = model.get_input_embeddings().num_embeddings
         self._tickets: dict[str, Ticket] = {}
         self._lock = threading.Lock()
         self._entered = ExitStack()
@@ -127,6 +209,8 @@ class ZooBatching:
                 max_queue_size=0,
             ),
         )
+        self._router = _Router(self._release)
+        self.manager.output_router = self._router
         self._add_greedy()
 
     def _add_greedy(self) -> None:
@@ -134,11 +218,7 @@ class ZooBatching:
         listed = self.manager.logit_processor
         missing = set(SAMPLED) - set(listed.supported_keys)
         if missing:
-            raise UnsupportedError(
-                f"transformers {transformers.__version__} has no {sorted(missing)[0]} of each request",
-                rule="eigenzoo's continuous batching is written for transformers 5.23",
-                next_step=install("serve"),
-            )
+            raise _other_inside(f"{sorted(missing)[0]} of each request")
         listed.logits_processor = LogitsProcessorList([Greedy(), *listed.logits_processor])
         listed.tensors_required += 1
         listed._retrieve_processors_kwargs()
@@ -146,30 +226,18 @@ class ZooBatching:
     def __enter__(self) -> ZooBatching:
         """Start the thread that computes."""
         manager, model = self.manager, self.served.model
-        # It is kept when the thread starts, and requests that end are seen here.
+        # The thread keeps it. A cancelled request has no output: that it has ended is seen here.
         manager.batch_processor = manager._create_batch_processor()
         scheduler = manager.batch_processor.scheduler
-        finish, cancel = scheduler.finish_request, scheduler.clear_cancelled_requests
-
-        def finish_request(request_id: str) -> None:
-            finish(request_id)
-            self._release(request_id)
+        clear = scheduler.clear_cancelled_requests
 
         def clear_cancelled_requests() -> list[Any]:
-            states: list[Any] = cancel()
+            states: list[Any] = clear()
             for state in states:
                 self._release(state.request_id)
             return states
 
-        deliver = manager.output_router.deliver
-
-        def deliver_and_release(output: Any) -> None:
-            if output.error is not None:
-                self._release(output.request_id)
-            deliver(output)
-
-        manager.output_router.deliver = deliver_and_release
-        scheduler.finish_request, scheduler.clear_cancelled_requests = finish_request, clear_cancelled_requests
+        scheduler.clear_cancelled_requests = clear_cancelled_requests
         before = model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._entered.callback(before.remove)
         after = model.register_forward_hook(self._end, always_call=True)
@@ -199,8 +267,13 @@ class ZooBatching:
         return fault
 
     @property
+    def is_accepting(self) -> bool:
+        """Whether requests are accepted: not after a fault, and not while the thread stops."""
+        return self.manager.background_thread_status.can_accept_new_requests() is None
+
+    @property
     def num_requests(self) -> int:
-        """Number of requests that wait or run."""
+        """Number of requests that wait or run, or whose last output is being delivered."""
         return len(self._tickets)
 
     def add(
@@ -215,6 +288,7 @@ class ZooBatching:
         streaming: bool = False,
         request_id: str | None = None,
         end: int | list[int] | None = None,
+        receive: Callable[[Any], None] | None = None,
     ) -> str:
         """Add a request, and return its id. The model keeps its numbers until the request ends, whatever is removed meanwhile.
 
@@ -226,20 +300,16 @@ class ZooBatching:
             streaming: whether each token is delivered, not only the whole.
             request_id: the id. Default: a random one.
             end: tokens that end a generation. Default: the model's.
+            receive: called with each output, on the event loop that runs where `add` is called. Default: iterate over the batching.
 
-        Raises UsageError for an unknown model, for a prompt that is empty or does not fit the cache, and for values out of range;
+        Raises UsageError for an unknown model, for a prompt that is empty or too long, and for values and tokens out of range;
         ResourceError if too many requests wait.
         """
         wanted = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         sampling = sampling_of(temperature, top_k, top_p, self._vocabulary)
         if not len(tokens) or wanted < 1:
             raise UsageError("a prompt without tokens, or no tokens to generate", next_step="give at least one of each")
-        if len(tokens) + wanted > self.cache_tokens:
-            raise UsageError(
-                f"a prompt of {len(tokens)} tokens and {wanted} more",
-                rule=f"the cache holds {self.cache_tokens} tokens",
-                next_step="ask for fewer tokens, or serve with a larger cache",
-            )
+        self._check_fits(tokens, wanted)
         ticket = self.served.acquire(model)
         request_id = request_id or uuid.uuid4().hex
         with self._lock:
@@ -254,6 +324,8 @@ class ZooBatching:
                 ticket.release()
                 raise UsageError(f"request {request_id!r} is running already", next_step="choose another id")
             self._tickets[request_id] = ticket
+        if receive is not None:
+            self.manager.register_result_handler(request_id, receive)
         added = self.manager.add_request(
             list(tokens),
             request_id=request_id,
@@ -293,7 +365,25 @@ class ZooBatching:
             raise ResourceError(str(failed[0].error if failed else self.fault), where="a request")
         return [list(found[request_id].generated_tokens) for request_id in ids]
 
+    def _check_fits(self, tokens: Sequence[int], wanted: int) -> None:
+        """Raise UsageError for what would fail in the forward pass, with which the thread ends for all requests."""
+        if len(tokens) + wanted > self.longest:
+            by_model = self.longest == self._positions
+            raise UsageError(
+                f"a prompt of {len(tokens)} tokens and {wanted} more",
+                rule=f"the {'model has' if by_model else 'cache holds'} {self.longest} {'positions' if by_model else 'tokens'}",
+                next_step="ask for fewer tokens" if by_model else "ask for fewer tokens, or serve with a larger cache",
+            )
+        for extreme in (min(tokens), max(tokens)):
+            if not 0 <= extreme < self._num_embeddings:
+                raise UsageError(
+                    f"token {extreme}",
+                    rule=f"the base has the tokens 0 to {self._num_embeddings - 1}",
+                    next_step="use the tokenizer of the base",
+                )
+
     def _release(self, request_id: str) -> None:
+        self._router.forget(request_id)
         with self._lock:
             ticket = self._tickets.pop(request_id, None)
         if ticket is not None:

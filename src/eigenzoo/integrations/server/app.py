@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eigenzoo.errors import EigenzooError, ResourceError
@@ -31,10 +33,12 @@ class Limits:
     Attributes:
         max_tokens: most tokens of one answer.
         api_key: the key that clients must send, or None for no key.
+        hosts: names by which the server may be called, without ports; None: any.
     """
 
     max_tokens: int = 1024
     api_key: str | None = None
+    hosts: frozenset[str] | None = None
 
 
 def make_app(zoo: Zoo, limits: Limits) -> FastAPI:
@@ -51,11 +55,19 @@ def make_app(zoo: Zoo, limits: Limits) -> FastAPI:
 
     @app.exception_handler(EigenzooError)
     async def _failed(request: Request, error: EigenzooError) -> Response:
-        if zoo.batching.fault is not None:
-            return _error(f"the server cannot compute any more: {zoo.batching.fault}", 503, "server_error")
+        if not zoo.batching.is_accepting:
+            return _error(f"the server cannot compute any more: {error}", 503, "server_error")
         if isinstance(error, ResourceError):
             return _error(str(error), 429, "rate_limit_exceeded", {"Retry-After": "1"})
         return _error(str(error), 400, "invalid_request_error")
+
+    @app.exception_handler(TemplateError)
+    async def _unreadable(request: Request, error: TemplateError) -> Response:
+        return _error(f"the chat template refuses the messages: {error}", 400, "invalid_request_error")
+
+    @app.exception_handler(Exception)
+    async def _unknown(request: Request, error: Exception) -> Response:
+        return _error("an error of the server: see its output", 500, "server_error")
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -80,33 +92,34 @@ def make_app(zoo: Zoo, limits: Limits) -> FastAPI:
 
     @app.get("/health")
     async def _health() -> Response:
-        fault = zoo.batching.fault
-        if fault is not None:
-            return JSONResponse({"status": "unhealthy", "reason": str(fault)}, status_code=503)
+        if not zoo.batching.is_accepting:
+            reason = str(zoo.batching.fault or "it is stopping")
+            return JSONResponse({"status": "unhealthy", "reason": reason}, status_code=503)
         return JSONResponse({"status": "ok", "requests": zoo.batching.num_requests})
 
-    app.add_middleware(_Guard, api_key=limits.api_key)
+    app.add_middleware(_Guard, limits=limits)
     return app
 
 
 class _Guard:
-    """Refuse bodies that are too large and requests without the key, before anything is read or parsed."""
+    """Refuse requests without the key, those of web pages, and bodies that are too large, before anything is parsed.
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app, self._key = app, api_key
+    A page in a browser on this machine reaches a server at loopback. It can send plain text without asking first, and it can give
+    the name of its own site the address 127.0.0.1. So the type must be JSON, and the name one of this machine.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self._app, self._key, self._hosts = app, limits.api_key, limits.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._key is not None and scope["path"] != "/health":
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._key.encode()):
-                answer = _error("the API key is missing or wrong", 401, "invalid_api_key")
-                await answer(scope, receive, send)
-                return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
         size = 0
 
         async def counted() -> Message:
@@ -118,6 +131,24 @@ class _Guard:
             return message
 
         await self._app(scope, counted, send)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._hosts is not None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if (
+                host.rpartition(":")[0 if host.rpartition(":")[2].isdigit() else 2].strip("[]").lower()
+                not in self._hosts
+            ):
+                return _error(f"this server is not called {host[:100]!r}", 403, "forbidden_host")
+        if self._key is not None and scope["path"] != "/health":
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._key.encode()):
+                return _error("the API key is missing or wrong", 401, "invalid_api_key")
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != b"application/json":
+            return _error("the Content-Type of a request must be application/json", 415, "invalid_request_error")
+        return None
 
 
 async def _while_connected(request: Request, answer: Callable[[dict[str, Any]], Awaitable[Response]]) -> Response:

@@ -8,10 +8,14 @@ come from `ZooBatching`, for the model that the request names.
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import CBGenerateManager, Modality
@@ -47,6 +51,10 @@ USED = frozenset(
 """Fields that are used."""
 
 
+LONGEST_NAME = 256
+"""Characters of a model's name that a request may give."""
+
+
 class RequestRefused(Exception):
     """A request that cannot be answered, with the status and the code of OpenAI's error."""
 
@@ -59,18 +67,21 @@ class Zoo:
     """The models that can be asked for: in place of transformers' manager of models, which loads what a request names.
 
     Attributes:
-        name: the name of the base, besides `BASE`.
+        name: the name of the base, besides `BASE`. A model of the same name comes first: the base is then `BASE` alone.
     """
 
     force_model = None
 
     def __init__(self, batching: ZooBatching, tokenizer: Any, name: str) -> None:
-        self.batching, self.tokenizer, self.name = batching, tokenizer, name
+        self.batching, self.tokenizer = batching, tokenizer
+        self.name = BASE if name in batching.served.names else name
 
     def resolve(self, asked: Any) -> str:
         """Return the name of an attached model, or `BASE`. Raises RequestRefused with status 404, and the nearest name."""
         if not isinstance(asked, str) or not asked:
             raise RequestRefused("the request names no model: see /v1/models")
+        if len(asked) > LONGEST_NAME:
+            raise RequestRefused(f"no model has a name of {len(asked)} characters", 404, "model_not_found")
         if asked == self.name:
             return BASE
         try:
@@ -93,8 +104,7 @@ class Request(CBGenerateManager):  # type: ignore[misc]
     """Generates the tokens of one request, with its own model and sampling.
 
     It is also what transformers' code takes for the manager of continuous batching, which it calls in one of two orders: it adds a
-    request and then registers who gets its outputs, or the other way round. The request is added when both are known, under an id
-    of its own, because clients choose theirs.
+    request and then registers who gets its outputs, or the other way round. The request is added when both are known.
     """
 
     def __init__(self, batching: ZooBatching, model: str) -> None:
@@ -110,19 +120,28 @@ class Request(CBGenerateManager):  # type: ignore[misc]
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> Any:
         """See transformers."""
-        self._sampling = _sampling(gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
+        self._prepare(gen_config, inputs)
+        with _computing():
+            return super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
         """See transformers. A client that goes away ends the request."""
-        self._sampling = _sampling(gen_config)
+        self._prepare(gen_config, inputs)
         try:
-            return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
+            with _computing():
+                return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
         except asyncio.CancelledError:
-            self._batching.cancel(self._id)
+            self.cancel()
             raise
+
+    def _prepare(self, config: Any, inputs: Any) -> None:
+        """Take the sampling of the request. If it names no length, the answer may take the room that the prompt leaves."""
+        self._sampling, has_length = config.eigenzoo_request
+        if not has_length:
+            room = self._batching.longest - len(inputs["input_ids"])
+            config.max_new_tokens = max(1, min(config.max_new_tokens, room))
 
     def add_request(self, input_ids: list[int], **options: Any) -> str:
         """Add the request, as soon as somebody gets its outputs."""
@@ -141,7 +160,11 @@ class Request(CBGenerateManager):  # type: ignore[misc]
         self._begin()
 
     def cancel_request(self, request_id: str) -> None:
-        """End the request."""
+        """End the request. Called by transformers."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End the request. Does nothing if it has ended."""
         self._batching.cancel(self._id)
 
     @property
@@ -152,8 +175,43 @@ class Request(CBGenerateManager):  # type: ignore[misc]
     def _begin(self) -> None:
         if self._options is None or self._receive is None:
             return
-        self._batching.manager.register_result_handler(self._id, self._receive)
-        self._batching.add(model=self._model, request_id=self._id, **self._sampling, **self._options)
+        self._batching.add(
+            model=self._model, request_id=self._id, receive=self._receive, **self._sampling, **self._options
+        )
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """Convert the errors of transformers for a request that could not be computed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RequestRefused(f"the server cannot compute any more: {error}", 503, "server_error") from error
+
+
+class Stream(StreamingResponse):
+    """A stream of transformers' handlers that ends its request however it ends itself.
+
+    The handlers do so too, but not where the client has gone before the first part.
+    """
+
+    def __init__(self, parts: AsyncIterator[str], request: Request) -> None:
+        super().__init__(_with_end(parts), media_type="text/event-stream")
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._request.cancel()
+
+
+async def _with_end(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Add the line with which OpenAI's streams end."""
+    async for part in parts:
+        yield part
+    yield "data: [DONE]\n\n"
 
 
 class Requests:
@@ -197,21 +255,29 @@ class _OfTheZoo:
             )
         for field in ("max_tokens", "max_completion_tokens"):
             wanted = body.get(field)
-            if wanted is not None and (not isinstance(wanted, int) or not 1 <= wanted <= self.max_tokens):
+            if wanted is not None and (type(wanted) is not int or not 1 <= wanted <= self.max_tokens):
                 raise RequestRefused(f"{field} is {wanted!r}, and must be a whole number from 1 to {self.max_tokens}")
         for field in ("temperature", "top_p"):
-            if body.get(field) is not None and not isinstance(body[field], int | float):
+            if body.get(field) is not None and type(body[field]) not in (int, float):
                 raise RequestRefused(f"{field} must be a number")
+        if type(body.get("stream", False)) not in (bool, type(None)):
+            raise RequestRefused("stream must be true or false")
 
     def _build_generation_config(self, body: dict[str, Any], defaults: Any, use_cb: bool = False) -> Any:
         config = super()._build_generation_config(body, defaults, use_cb=use_cb)  # type: ignore[misc]
-        if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        has_length = body.get("max_tokens") is not None or body.get("max_completion_tokens") is not None
+        if not has_length:
             config.max_new_tokens = self.max_tokens
-        config.eigenzoo_sampling = {
+        sampling = {
             "temperature": 1.0 if body.get("temperature") is None else float(body["temperature"]),
             "top_p": body.get("top_p"),
         }
+        config.eigenzoo_request = (sampling, has_length)
         return config
+
+    def _streaming(self, *args: Any, **kwargs: Any) -> Stream:
+        parts = super()._streaming(*args, **kwargs).body_iterator  # type: ignore[misc]
+        return Stream(parts, next(each for each in (*args, *kwargs.values()) if isinstance(each, Request)))
 
 
 class ZooChat(_OfTheZoo, ChatCompletionHandler):  # type: ignore[misc]
@@ -222,6 +288,9 @@ class ZooChat(_OfTheZoo, ChatCompletionHandler):  # type: ignore[misc]
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
             raise RequestRefused("messages must be a list of messages, each with a role and text as its content")
+        tools = body.get("tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise RequestRefused("tools must be a list of functions, each a JSON object")
         if self.model_manager.tokenizer.chat_template is None:
             raise RequestRefused("the base's tokenizer has no chat template: use /v1/completions")
 
@@ -236,16 +305,24 @@ class ZooCompletion(_OfTheZoo, CompletionHandler):  # type: ignore[misc]
 
 
 def _is_message(message: Any) -> bool:
-    """Tell whether a message is one of texts."""
+    """Tell whether a message is one of texts, or of calls of tools as OpenAI's API answers them."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
+    if "tool_calls" in message:
+        calls = message["tool_calls"]
+        return isinstance(calls, list) and all(map(_is_call, calls)) and (content is None or isinstance(content, str))
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     return all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     )
 
 
-def _sampling(config: Any) -> dict[str, Any]:
-    found: dict[str, Any] = config.eigenzoo_sampling
-    return found
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not all(isinstance(function.get(key), str) for key in ("name", "arguments")):
+        return False
+    try:
+        return isinstance(json.loads(function["arguments"]), dict)
+    except (ValueError, RecursionError):
+        return False

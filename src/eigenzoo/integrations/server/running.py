@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from eigenzoo.integrations.server.generating import Zoo
 from eigenzoo.integrations.transformers_names import saved_names
 from eigenzoo.passes.process import quietly
 from eigenzoo.records import Progress, no_progress
-from eigenzoo.serve import Served, attach
+from eigenzoo.serve import BASE, Served, attach
 
 GRACE = 5
 """Seconds that running answers have to end after a signal."""
@@ -39,27 +40,34 @@ class Server:
     Attributes:
         served: the base with the models.
         url: where it listens.
+        base: the name of the base in requests.
         warnings: what its user should know.
     """
 
     served: Served
     url: str
+    base: str
     warnings: tuple[str, ...]
-    _sockets: tuple[socket.socket, ...]
+    _listening: socket.socket
     _batching: ZooBatching
     _app: Any
 
     def run(self) -> None:
-        """Answer until SIGINT or SIGTERM. Then running answers have `GRACE` seconds to end."""
+        """Answer until SIGINT, SIGTERM or SIGHUP. Then running answers have `GRACE` seconds to end."""
         config = uvicorn.Config(self._app, log_level="warning", timeout_graceful_shutdown=GRACE)
         server = _StoppedBySignals(config)
         with self._batching:
-            asyncio.run(server.serve(sockets=list(self._sockets)))
+            asyncio.run(self._answer(server))
+
+    async def _answer(self, server: uvicorn.Server) -> None:
+        try:
+            await server.serve(sockets=[self._listening])
+        finally:
+            self._batching.stop()  # before the loop ends, to which its thread still delivers
 
     def close(self) -> None:
         """Stop listening, without having answered."""
-        for each in self._sockets:
-            each.close()
+        self._listening.close()
 
 
 class _StoppedBySignals(uvicorn.Server):
@@ -67,8 +75,11 @@ class _StoppedBySignals(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Convert signals to a shutdown. A second one ends at once."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Convert signals to a shutdown, but for ignored ones. A second Ctrl-C ends at once."""
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, self.handle_exit)
         try:
             yield
         finally:
@@ -108,23 +119,27 @@ def prepare(
             "limits must be positive", rule="max_tokens and max_queue at least 1, cache_tokens at least 64"
         )
     space = ez.load(bundle)
-    listening, url = _listen(host, port)
+    listening, url = _bind(host, port)
+    name = Path(os.path.abspath(base)).name
+    open_to_all = api_key is None and not _is_loopback(host)
+    hosts = None if api_key is not None or open_to_all else frozenset({"localhost", "127.0.0.1", "::1", host.lower()})
     try:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         model, tokenizer = read_language_model(base, dtype, device)
         served = attach(model, space, models, names=saved_names(model), progress=progress)
         batching = ZooBatching(served, max_new_tokens=max_tokens, max_queue=max_queue, cache_tokens=cache_tokens)
-        app = make_app(Zoo(batching, tokenizer, base.name), Limits(max_tokens, api_key))
+        zoo = Zoo(batching, tokenizer, name)
+        app = make_app(zoo, Limits(max_tokens, api_key, hosts))
+        listening.listen()
     except BaseException:
-        for each in listening:
-            each.close()
+        listening.close()
         raise
     warnings = []
-    if base.name in served.names:
-        warnings.append(f"a model has the base's name {base.name!r}; requests by this name get the base")
-    if api_key is None and not _is_loopback(host):
+    if name in served.names:
+        warnings.append(f"a model has the base's name {name!r}, and gets its requests; the base is {BASE!r}")
+    if open_to_all:
         warnings.append(f"everybody who reaches {host} can use this server: give it a key (--api-key-file)")
-    return Server(served, url, tuple(warnings), tuple(listening), batching, app)
+    return Server(served, url, zoo.name, tuple(warnings), listening, batching, app)
 
 
 def read_language_model(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
@@ -159,19 +174,21 @@ def read_language_model(folder: Path, dtype: str, device: str) -> tuple[Any, Any
     return model.to(device).eval(), read_tokenizer(folder)
 
 
-def _listen(host: str, port: int) -> tuple[list[socket.socket], str]:
-    """Bind a socket. Raises OutputError if the address is taken or is not of this machine."""
+def _bind(host: str, port: int) -> tuple[socket.socket, str]:
+    """Bind a socket, which nobody can connect to yet. Raises OutputError if the address is taken or not of this machine."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a restart waits for old connections
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
+        bound.close()
         raise OutputError(
             f"cannot listen: {error}",
             where=f"{host} port {port}",
             next_step="choose another port (--port; 0 takes a free one), or an address of this machine (--host)",
         ) from error
     shown = f"[{host}]" if ":" in host else host
-    return [listening], f"http://{shown}:{listening.getsockname()[1]}/v1"
+    return bound, f"http://{shown}:{bound.getsockname()[1]}/v1"
 
 
 def _is_loopback(host: str) -> bool:
