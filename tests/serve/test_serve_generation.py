@@ -10,11 +10,14 @@ import pytest
 import torch
 from served_zoos import stock, write_adapters
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eigenzoo as ez
 from eigenzoo.errors import UsageError
 from eigenzoo.serve import BASE, Served
+from eigenzoo.serve.route import GATHERED, Packed
 from real_models import VOCABULARY, make
+from tolerance import tolerance
 
 NEW = 7
 SIDES = {"outputs": 8, "inputs": 8}
@@ -115,6 +118,36 @@ def test_packed_tokens(view: str, tmp_path: Path) -> None:
                 alone = stock(space, "llama", name, tmp_path / "rebuilt")(torch.tensor([run])).logits[0]
             expected = alone[-1] if keep else alone
             assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+class Largest(TorchDispatchMode):
+    """The values of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.values = max(self.values, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("length", [40, 3])
+def test_temporaries_of_a_long_prompt_are_no_larger_than_its_activations(length: int) -> None:
+    """Twenty models in one packed row, in long runs and short ones. Cores of all tokens would be 64 times the outputs."""
+    side, width, count = 64, 64, 20
+    runs = [1 + number % count for number in range(4096 // length)]
+    cores = torch.randn(count + 1, side, side)
+    tokens = torch.randn(1, len(runs) * length, side)
+    pick = Packed(runs, [length] * len(runs), torch.device("cpu")).pick(tokens.shape, "module")
+    with torch.no_grad(), Largest() as largest:
+        found = pick.times(tokens, cores)
+    assert largest.values <= max(tokens.numel(), GATHERED)
+    assert tokens.shape[1] * side * width / 3 > GATHERED
+    expected = torch.stack([tokens[0, place] @ cores[runs[place // length]].T for place in range(tokens.shape[1])])
+    assert float((found[0] - expected).abs().max()) <= tolerance(side, dtype=torch.float32, scale=side)
 
 
 def test_models_come_and_go_beside_others(tmp_path: Path) -> None:
