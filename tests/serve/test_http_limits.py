@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -237,3 +237,11 @@ def test_it_listens_when_all_is_loaded_and_warns_where_everybody_can_use_it(
         server.close()
         assert any("everybody who reaches 0.0.0.0" in warning for warning in server.warnings) is warned
     assert len(reached) == 3
+
+
+def test_the_missing_extra_is_named(
+    zoo: Folders, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setattr("eigenzoo.cli.serve.NEEDED", ("fastapi", "no_such_server"))
+    code, _, error = call("serve", zoo.bundle, "--model", zoo.base)
+    assert (code, "not installed: no_such_server" in error, "'.[serve]'" in error) == (2, True, True), error
