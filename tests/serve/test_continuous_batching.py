@@ -12,7 +12,8 @@ from served_zoos import write_adapters
 
 import eigenzoo as ez
 from eigenzoo.errors import ResourceError, UnsupportedError, UsageError
-from eigenzoo.integrations.continuous_batching import INSIDE, PAGE, ZooBatching, check_inside
+from eigenzoo.integrations import continuous_batching
+from eigenzoo.integrations.continuous_batching import INSIDE, MAX_BATCH_TOKENS, PAGE, ZooBatching, check_inside
 from eigenzoo.serve import BASE, Served
 from real_models import VOCABULARY, make
 
@@ -40,15 +41,22 @@ def alone(served: Served, tokens: list[int], name: str, count: int = NEW) -> lis
             torch.tensor([tokens]),
             models=[name],
             max_new_tokens=count,
-            min_new_tokens=count,
+            eos_token_id=-1,
             do_sample=False,
             pad_token_id=0,
         )
     return list(found[0, len(tokens) :].tolist())
 
 
-def test_prompts_that_share_pages_in_two_waves(tmp_path: Path) -> None:
-    """Twenty models and the base. Blocks of the cache that models shared would give wrong answers without a word."""
+@pytest.mark.parametrize("batch_tokens", [MAX_BATCH_TOKENS, 50])
+def test_prompts_that_share_pages_in_two_waves(
+    tmp_path: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty models and the base. Blocks of the cache that models shared would give wrong answers without a word.
+
+    In batches of fewer tokens than a prompt has, each is read in parts.
+    """
+    monkeypatch.setattr(continuous_batching, "MAX_BATCH_TOKENS", batch_tokens)
     served = serve(tmp_path)
     names = [*served.names, BASE]
     prompts = shared_prompts(len(names))
@@ -116,15 +124,15 @@ def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path)
 
 def test_a_cache_that_is_too_small_for_all_requests(tmp_path: Path) -> None:
     """Requests that lose their place in the cache are computed once more, by the same model."""
-    served = serve(tmp_path, 4)
+    served = serve(tmp_path, 2)
     names = list(served.names) * 3
     prompts = [[1 + number, *tokens[:40]] for number, tokens in enumerate(shared_prompts(len(names)))]
-    expected = [alone(served, tokens, name, 60) for tokens, name in zip(prompts, names, strict=True)]
-    with ZooBatching(served, cache_tokens=8 * PAGE) as batching:
+    expected = [alone(served, tokens, name, 40) for tokens, name in zip(prompts, names, strict=True)]
+    with ZooBatching(served, cache_tokens=4 * PAGE) as batching:
         offloading, lost = batching.manager.batch_processor.scheduler, []
         add_again = offloading.add_waiting_request
         offloading.add_waiting_request = lambda state: (lost.append(state._true_initial_tokens), add_again(state))
-        assert batching.generate(prompts, names, max_new_tokens=60, end=-1) == expected
+        assert batching.generate(prompts, names, max_new_tokens=40, end=-1) == expected
         assert any(lost), "no request lost its place"
         assert batching.num_requests == 0
 

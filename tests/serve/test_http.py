@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eigenzoo as ez
 from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.serve import BASE
+from guard import HANG, wait_until
 
 PROMPT = "user w3 w9 w4 w27 w11"
 
@@ -73,7 +74,7 @@ def url(zoo: Zoo) -> Iterator[str]:
             stream = client.completions.create(model="a0", prompt=PROMPT, max_tokens=1000, stream=True)
             next(iter(stream))
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=120) == 0
+            assert process.wait(timeout=HANG) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 
@@ -217,7 +218,7 @@ def test_every_signal_ends_it_cleanly(zoo: Zoo, number: signal.Signals) -> None:
     with serving(zoo) as (url, process, _):
         assert post(url, json.dumps({"model": "a0", "prompt": "w3", "max_tokens": 2}).encode())[0] == 200
         process.send_signal(number)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=HANG) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
         with pytest.raises(urllib.error.URLError, match="refused"):
@@ -231,19 +232,16 @@ def test_a_client_that_does_not_wait_for_its_answer_gives_back_its_place(url: st
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with ExitStack() as opened:
         for _ in range(70):
-            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=HANG))
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        wait_for(url, lambda running: running > 0)
-    wait_for(url, lambda running: running == 0)
+        wait_until(lambda: num_running(url) > 0)
+    wait_until(lambda: num_running(url) == 0)
 
 
-def wait_for(url: str, accepts: Callable[[int], bool]) -> None:
-    """Wait until the number of running requests is as wanted. A server that never gets there is ended by the guard of the tests."""
-    while True:
-        with urllib.request.urlopen(url.removesuffix("/v1") + "/health") as answer:
-            if accepts(json.load(answer)["requests"]):
-                return
-        signal.sigtimedwait([], 0.05)
+def num_running(url: str) -> int:
+    """Requests that wait or run, as the server says."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/health") as answer:
+        return int(json.load(answer)["requests"])
 
 
 @pytest.mark.slow
@@ -273,4 +271,4 @@ def test_sixty_four_streams_over_twenty_models(url: str, alone: Callable[..., st
             await asyncio.gather(*(one(asked, number) for number in range(64)))
 
     asyncio.run(all_of_them())
-    wait_for(url, lambda running: running == 0)
+    wait_until(lambda: num_running(url) == 0)

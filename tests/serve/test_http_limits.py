@@ -6,8 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -21,6 +20,7 @@ from eigenzoo.integrations.server.app import Limits, make_app
 from eigenzoo.integrations.server.generating import Zoo
 from eigenzoo.integrations.server.running import prepare, read_language_model
 from eigenzoo.serve import BASE
+from guard import HANG, wait_until
 
 HERE = frozenset({"localhost"})
 Answer = tuple[int, dict[str, Any]]
@@ -158,8 +158,7 @@ def test_requests_that_end_leave_nothing_behind(site: Site, monkeypatch: pytest.
         )
         await site.app(scope, receive, send)
         assert len(cancelled) == 1
-        while site.batching.num_requests:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: not site.batching.num_requests)
 
     asyncio.run(leave_early())
     status, _ = site.post("/v1/completions", {"model": "a0", "prompt": "w3 " * 3000, "max_tokens": 5})
@@ -197,8 +196,7 @@ def test_a_fault_of_the_computation_is_told_to_everyone(zoo: Folders, monkeypatc
         assert status == 503, found
         assert site.post("/health")[0] == 503
         told.set()
-        while site.batching.fault is None:
-            time.sleep(0.01)
+        wait_until(lambda: site.batching.fault is not None)
         assert site.post("/health")[1] == {"status": "unhealthy", "reason": "the device is gone"}
         status, found = site.post("/v1/completions", body)
         assert (status, "the device is gone" in found["error"]["message"]) == (503, True), found
@@ -212,7 +210,7 @@ def test_it_listens_when_all_is_loaded_and_warns_where_everybody_can_use_it(
     reached: list[int] = []
 
     def connect(url: str) -> None:
-        socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=10).close()
+        socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=HANG).close()
 
     def attach(*arguments: Any, **options: Any) -> Any:
         with pytest.raises(ConnectionRefusedError, match="refused"):
@@ -237,3 +235,11 @@ def test_it_listens_when_all_is_loaded_and_warns_where_everybody_can_use_it(
         server.close()
         assert any("everybody who reaches 0.0.0.0" in warning for warning in server.warnings) is warned
     assert len(reached) == 3
+
+
+def test_the_missing_extra_is_named(
+    zoo: Folders, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setattr("eigenzoo.cli.serve.NEEDED", ("fastapi", "no_such_server"))
+    code, _, error = call("serve", zoo.bundle, "--model", zoo.base)
+    assert (code, "not installed: no_such_server" in error, "'.[serve]'" in error) == (2, True, True), error

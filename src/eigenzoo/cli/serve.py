@@ -14,7 +14,7 @@ from eigenzoo.display import counted, in_bytes
 from eigenzoo.errors import UsageError, require
 
 API_KEY = "EIGENZOO_API_KEY"
-NEEDED = ("fastapi", "openai", "transformers", "uvicorn")
+NEEDED = ("fastapi", "jinja2", "openai", "transformers", "uvicorn")
 """Libraries of the extra `serve`."""
 
 
