@@ -148,6 +148,20 @@ def test_flat_and_stacked_are_refused_above_a_cost(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["model.layers.0.mlp.up_proj.weight"], before)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and a torch build that knows it")
+def test_a_gpu_answers_as_the_processor_does(tmp_path: Path) -> None:
+    space = ez.fit(write_adapters("llama", tmp_path / "zoo"), axes=("outputs", "inputs"), rank=SIDES)
+    names, batch = [*space.names[:3], BASE], inputs("llama", 4)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = make("llama").to(device)
+        served = ez.serve.attach(model, space)
+        with served.route(names):
+            found.append(answers(model, {name: values.to(device) for name, values in batch.items()}).cpu())
+    assert float((found[0] - found[1]).abs().max()) <= TOLERANCE * float(found[0].abs().max())
+
+
 def test_t5_positions_are_refused_by_name(tmp_path: Path) -> None:
     space = ez.fit(write_finetunes("t5", tmp_path / "zoo"), axes=("outputs", "inputs"), rank=SIDES)
     with pytest.raises(UnsupportedError, match=r"relative_attention_bias.*indexed by pairs of positions"):

@@ -72,7 +72,7 @@ class ServedModule(ABC):
         if shared_by_rows(route, module, inputs):
             inputs, output = (values.expand(route.num_rows, *values.shape[1:]) for values in (inputs, output))
             args, kwargs = (inputs,), {}
-        pick = route.pick(inputs.shape, self.name)
+        pick = route.pick(inputs.shape, self.name).on(inputs.device)
         result = self.routed(pick, args, kwargs, output)
         if pick.base is not None and (self.base or not self.adds_zero):
             untouched = self._base_output(args, kwargs) if self.base else output

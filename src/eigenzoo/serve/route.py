@@ -9,7 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -46,6 +46,13 @@ class Pick:
     packed: bool = False
     long: tuple[tuple[int, int, int], ...] = ()
     short: Tensor | None = None
+
+    def on(self, device: torch.device) -> Pick:
+        """Return the same on a device, for models whose modules are on several."""
+        if self.slots.device == device:
+            return self
+        base, short = (None if part is None else part.to(device) for part in (self.base, self.short))
+        return replace(self, slots=self.slots.to(device), base=base, short=short)
 
     def by_row(self, values: Tensor) -> Tensor:
         """Return values (n, T, Q) of activations (n, …, Q), or (n, 1, Q) of packed ones (1, n, Q)."""
