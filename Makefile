@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 # Apart and without what it asks for: torchvision as PyPI has it wants CUDA's torch, and beside a CPU one it breaks transformers.
 VISION = $(PIP) --no-deps --upgrade --target .venv/vision timm torchvision
 
-.PHONY: demo test test-more test-kernels test-all check bench fuzz clean
+.PHONY: demo test test-engines test-more test-kernels test-all check bench fuzz clean
 
 demo: .venv/nursery
 	@echo "Running the demo. This takes about a minute."
@@ -21,7 +21,7 @@ test: .venv/test
 	@$(PYTEST) -m "not slow and not further"
 
 # What `make test` leaves out.
-test-more: .venv/test .venv/engines/installed
+test-more: .venv/test
 	@echo "Running what make test leaves out, then all numerical tests by three kernels. This takes about 20 minutes on two cores."
 	@$(PYTEST) -m "slow or (further and not numerical)"
 	@$(MAKE) --no-print-directory test-kernels
@@ -30,8 +30,13 @@ test-kernels: .venv/test
 	@echo "Running the numerical tests, once per kernel of linear algebra. This takes about 7 minutes on two cores."
 	@$(BIN)/python tests/kernels.py
 
+# Apart, because vLLM's environment takes 3.7 GB.
+test-engines: .venv/test .venv/engines/installed
+	@echo "Asking vLLM and llama.cpp for the models of a bundle. This takes about five minutes on two cores."
+	@$(BIN)/python -m pytest tests/serve/test_engines.py
+
 # Both in one run: what its tests share is imported, collected and built once.
-test-all: .venv/test .venv/engines/installed
+test-all: .venv/test
 	@echo "Running every test, then all numerical tests by three kernels. This takes about 25 minutes on two cores."
 	@$(PYTEST) -m "not (further and numerical)"
 	@$(MAKE) --no-print-directory test-kernels

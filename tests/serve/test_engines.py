@@ -1,6 +1,6 @@
 """vLLM and llama.cpp themselves, in an environment of their own, answer as PEFT does with the adapters that are handed out.
 
-`make test-more` makes the environment `.venv/engines`; EIGENZOO_ENGINES names another one.
+`make test-engines` makes the environment `.venv/engines`; EIGENZOO_ENGINES names another one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not (ENGINES / "bin" / "python").exists(),
-        reason=f"vLLM and llama.cpp are not installed in {ENGINES}: run make .venv/engines/installed",
+        reason=f"vLLM and llama.cpp are not installed in {ENGINES}: run make test-engines",
     ),
 ]
 
