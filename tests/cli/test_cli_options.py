@@ -190,6 +190,7 @@ OWN = {
     "force": "push replaces what a repository holds, the others an output",
     "model": "adapt takes a path, rebuild whatever opens as a model",
     "metric": "merge chooses by it, on two parts of the data",
+    "parent": "merge measures it as a control of adapters too",
     "base": "merge subtracts it from checkpoints alone",
     "dtype": "fit stores bases, merge writes models",
     "missing": "merge refuses adapters that lack layers, by the word of its other refusals",

@@ -164,6 +164,8 @@ def test_a_picture_shows_overlaps_and_is_never_written_over(tmp_path: Path, call
     assert data.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     if kind == "svg":
         assert data.count(b">m1<") == 8  # a name beside every row and column
+        assert b"Overlap of two models' updates" in data
+        assert b"mean squared cosine of principal angles" in data
     code, _, err = call("merge", *paths, "--check", "--picture", file)
     assert code == 2
     assert "exists already" in err

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,6 +114,116 @@ class MethodOptions:
         return values
 
 
+@dataclass(frozen=True)
+class Unused:
+    """Options that one way of merging does not use.
+
+    Attributes:
+        way: for the message: `beside --recipe`.
+        options: their names.
+        rule, next_step: why, and what to do beside leaving the option out.
+    """
+
+    way: str
+    options: Collection[str]
+    rule: str
+    next_step: str = ""
+
+    def check(self, given: Collection[str]) -> None:
+        """Raise UsageError for the first option that was given and is not used."""
+        for name in self.options:
+            if name in given:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} {self.way}",
+                    where="eigenzoo merge",
+                    rule=self.rule,
+                    next_step=f"leave out {option}{self.next_step}",
+                )
+
+
+OF_METHODS = tuple(field.name for field in fields(MethodOptions))
+OF_METRICS = ("metric_arg", "parent")
+
+BESIDE_RECIPE = Unused(
+    "beside --recipe",
+    ("method", "weights", "scale", "space", *OF_METHODS, "grams", "base", "missing", "metric", *OF_METRICS, "picture"),
+    "a recipe names the models, the method and its parameters itself",
+    ", and write it in the recipe if it has such a parameter",
+)
+OF_A_BUNDLE = Unused(
+    "for models of a bundle",
+    ("rank", "budget", "dtype", "base", "heads", "missing", "grams", "metric", *OF_METRICS, "picture", "allow_pickle"),
+    "their merge is a file of coefficients: its rank, dtype, heads and layers are those of the bundle",
+    ", or merge the models' own files",
+)
+BESIDE_METRIC = Unused("beside --metric", ("weights", "scale"), "the metric chooses method, weights and scale")
+WITHOUT_METRIC = Unused("without --metric", OF_METRICS, "only a choice by a metric uses it", ", or add --metric")
+
+
+def given_options(values: Mapping[str, Any]) -> set[str]:
+    """Return the names of the options of `command` whose values are not the default."""
+    own = {
+        name
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name in values and name != "method_options" and values[name] != parameter.default
+    }
+    return own | {name for name, value in vars(values["method_options"]).items() if value is not None}
+
+
+def check_models(models: list[str]) -> None:
+    """Raise UsageError for what cannot be meant as a model: one path twice, or a number of an option before it."""
+    seen: dict[str, str] = {}
+    for model in models:
+        path = model if "://" in model else os.path.normpath(model)
+        if path in seen:
+            raise UsageError(
+                f"{model!r} is named twice", next_step="name each model once, and give it a larger weight (--weights)"
+            )
+        seen[path] = model
+        if is_number(model) and not os.path.lexists(model):
+            raise UsageError(
+                f"{model!r} is not a model",
+                rule="several numbers of an option are one word, with commas",
+                next_step="write --weights 1,1",
+            )
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a number.
+
+    >>> is_number("-0.5"), is_number("code")
+    (True, False)
+    """
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_picture(picture: Path, of_checkpoints: bool) -> None:
+    """Raise UsageError for a picture of another format, or of what has no updates to draw."""
+    from eigenzoo import report as pages
+    from eigenzoo.formats.output.whole import check_free_file
+
+    if picture.suffix not in (".png", ".svg"):
+        raise UsageError(
+            f"{picture} ends in {picture.suffix!r}",
+            where="--picture",
+            rule="overlaps are drawn into a .png or .svg file",
+            next_step=f"write {picture.with_suffix('.png')}",
+        )
+    if of_checkpoints:
+        raise UsageError(
+            "--picture beside --base",
+            rule="the updates of adapters are drawn, not checkpoints",
+            next_step="leave it out",
+        )
+    pages.require(picture.suffix[1:])
+    check_free_file(picture)
+
+
 def command(
     method_options: MethodOptions,
     models: Annotated[
@@ -133,8 +248,9 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="How to merge: mean, linear, task_arithmetic, ties, tsv, … (docs/merge.md lists all). With --metric: the methods "
-            "to try, comma-separated. Default: mean.",
+            help="How to merge: mean, linear, task_arithmetic, ties, tsv, … (docs/merge.md lists all). Default: mean. With "
+            "--metric: the methods to try, comma-separated. Default then: task_arithmetic,ties,tsv,iso_c,model_stock,karcher,cart, "
+            "and regmean with --grams.",
             show_default=False,
         ),
     ] = None,
@@ -207,7 +323,14 @@ def command(
         ),
     ] = None,
     metric_arg: options.MetricArg = None,
-    parent: options.Parent = None,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --metric: the model that the adapters or checkpoints were trained from, as a control. It is a whole model, "
+            "not an adapter. Default: --base.",
+            show_default=False,
+        ),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -226,13 +349,13 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Merge models into one: adapters without their base, checkpoints with it, models of a bundle by their coefficients."""
+    given_names = given_options(locals())
     import eigenzoo as ez
-    from eigenzoo import report as pages
     from eigenzoo.cli.evaluate import load_metric
     from eigenzoo.formats.output.own import recorded
     from eigenzoo.formats.output.whole import check_free, check_free_file, new_file
     from eigenzoo.formats.remote.hub_bundle import names_a_bundle
-    from eigenzoo.merge.choosing import METHODS, choose
+    from eigenzoo.merge.choosing import choose
     from eigenzoo.merge.files import MERGED
     from eigenzoo.merge.in_bundle import MergedCoefficients
     from eigenzoo.merge.input_grams import read_grams
@@ -247,32 +370,41 @@ def command(
         given = "models beside a recipe" if models else "no models are given"
         raise UsageError(given, next_step="name two models or more, or a recipe with --recipe")
     models = models or []
+    check_models(models)
     chosen, num_bytes = method_options.given(), options.parse_bytes(budget, "--budget")
     rank_rule, numbers = parse_rank(rank), None if weights is None else parse_numbers(weights, "--weights")
-    in_bundle = len(models) > 1 and names_a_bundle(models[0])
-    as_missing, choice = "zero" if missing == "zero" else "error", None
-    if metric is not None and (in_bundle or recipe is not None or numbers is not None or scale != 1):
+    in_bundle = bool(models) and (len(models) > 1 or os.path.isdir(models[0])) and names_a_bundle(models[0])
+    if in_bundle and len(models) == 1:
+        names = ez.load(models[0]).names
         raise UsageError(
-            "--metric beside a bundle, a recipe, --weights or --scale",
-            rule="it chooses method, weights and scale of a merge of models' files",
-            next_step="leave one of them out",
+            "this is a bundle, and none of its models is named",
+            where=models[0],
+            rule=f"it has {len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}",
+            next_step=f"name those to merge: eigenzoo merge {models[0]} NAME NAME",
         )
+    ways = {
+        BESIDE_RECIPE: recipe is not None,
+        OF_A_BUNDLE: in_bundle,
+        BESIDE_METRIC: metric,
+        WITHOUT_METRIC: not metric,
+    }
+    for way, applies in ways.items():
+        if applies:
+            way.check(given_names)
+    as_missing, choice = "zero" if missing == "zero" else "error", None
     if output is not None and not check:
         if in_bundle:
             check_free_file(output, force=force, own=is_coefficient_file)
         else:
             check_free(output, force=force, foreign=recorded(MERGED))
     if picture is not None:
-        if picture.suffix not in (".png", ".svg") or in_bundle or recipe is not None or base is not None:
-            raise UsageError(
-                f"--picture {picture}",
-                rule="the updates of adapters are drawn, into a .png or .svg file",
-                next_step="leave it out",
-            )
-        pages.require(picture.suffix[1:])
-        check_free_file(picture)
+        check_picture(picture, base is not None)
     source: Any = (ez.load(models[0]), models[1:]) if in_bundle else options.one_or_many(models)
-    with progress_bar(quiet=quiet or json) as progress:
+    # A module or metric that prints must not print into the document.
+    with (
+        contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext(),
+        progress_bar(quiet=quiet or json) as progress,
+    ):
         moments = None
         if grams is not None and not in_bundle:
             source = ez.open_zoo(source, base=base, missing=as_missing, allow_pickle=allow_pickle, progress=progress)
@@ -294,7 +426,7 @@ def command(
                 choice = choose(
                     source,
                     load_metric(metric, metric_arg),
-                    methods=METHODS if method is None else method.split(","),
+                    methods=None if method is None else [name.strip() for name in method.split(",")],
                     parent=parent,
                     progress=progress,
                     space=space,
@@ -340,6 +472,8 @@ def command(
     if choice is not None:
         _render_choice(choice)
     render(merged.certificate, interference)
+    if check and interference is None:
+        say("interference: not measured, only for adapters' own files")
     if picture is not None:
         say(f"picture: {picture}")
     if output is None or check:
@@ -375,6 +509,8 @@ def _render_choice(choice: ChosenMerge) -> None:
     )
     if choice.nai is not None:
         say(f"normalised: {in_percent(choice.nai)} of the way from the base to each model on its own task")
+    for note in choice.notes:
+        say(f"note: {note}")
     say(choice.text, style="bold")
 
 
@@ -437,8 +573,13 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
             for name, source in certificate.models.items()
         ],
     )
-    say("kept: how much of each model's own update the merged one applies. 100 % is the model alone.")
+    num = len(certificate.models)
+    say(
+        "kept: how much of each model's own update the merged one applies. 100 % is the model alone; a plain mean of "
+        f"{counted(num, 'unrelated model')} of one size keeps {in_percent(1 / num)} of each."
+    )
     if outside:
+        say("norm and kept are those of the rebuilt models, not of the models' files.")
         say("outside: the share of the model's energy outside the subspace. The merge never had it.")
     for warning in certificate.warnings:
         say(f"warning: {warning}")
@@ -457,7 +598,8 @@ def render(certificate: Certificate, interference: Interference | None) -> None:
     lost = (
         "nothing is lost but the rounding of the file"
         if loss.frobenius <= ROUNDING
-        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm"
+        else f"the file loses {in_percent(loss.frobenius)} of the exact merge's norm "
+        f"({in_percent(loss.frobenius**2)} of its energy)"
         + ("" if loss.spectral is None else f", {in_percent(loss.spectral)} of its largest singular value")
     )
     say(f"rank {spread}, {in_bytes(certificate.bytes)} · {lost}")

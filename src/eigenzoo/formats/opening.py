@@ -158,7 +158,7 @@ def _contents_shown(path: Path) -> str:
     if not path.exists():
         return "nothing of this name exists"
     if not path.is_dir():
-        return f"a file with the ending {path.suffix!r}"
+        return f"a file with the ending {path.suffix!r} (if '*' named it, name the folder {path.parent} instead, which skips it)"
     names = list_folder(path)
     if not names:
         return "an empty folder"

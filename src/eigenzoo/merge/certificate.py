@@ -28,10 +28,12 @@ class LayerCertificate:
     Attributes:
         rank: of M̂.
         loss: ‖M − M̂‖ / ‖M‖, in the Frobenius norm; 0 where M is zero.
+        spectral: the same of the largest singular values; None where they are not computed.
     """
 
     rank: int
     loss: float
+    spectral: float | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,13 @@ class LayerSums:
         """‖M − M̂‖ / ‖M‖; 0 where M is zero."""
         return sqrt(self.lost / self.energy) if self.energy > 0 else 0.0
 
+    @property
+    def spectral(self) -> float | None:
+        """The loss of the largest singular value; 0 where M is zero, None where it is not computed."""
+        if self.largest is None or self.largest_lost is None:
+            return None
+        return self.largest_lost / self.largest if self.largest > 0 else 0.0
+
 
 def compare(merged: Factors, values: Tensor, written: Factors, sources: Sequence[Factors]) -> LayerSums:
     """Compare M, of these singular values, with M̂ and with the sources. Cost (O + I)·S² + S³ for S columns of both."""
@@ -187,7 +196,7 @@ def certify(
         scale=request.scale,
         options=request.options,
         models=models,
-        layers={name: LayerCertificate(layer.rank, layer.loss) for name, layer in layers.items()},
+        layers={name: LayerCertificate(layer.rank, layer.loss, layer.spectral) for name, layer in layers.items()},
         norm=sqrt(energy),
         loss=Loss(sqrt(lost / energy) if energy > 0 else 0.0, _spectral(sums)),
         bytes=num_bytes,

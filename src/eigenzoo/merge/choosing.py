@@ -8,6 +8,7 @@ Sizes are relative to the norm of the plain mean, and so mean the same for all m
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import statistics
@@ -18,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from eigenzoo.display import counted, one_line
-from eigenzoo.errors import DataError, UsageError
+from eigenzoo.errors import DataError, EigenzooError, UsageError
 from eigenzoo.merge.checkpoints import MergedCheckpoint
+from eigenzoo.merge.files import is_adapter
 from eigenzoo.merge.merged import Merged
 from eigenzoo.merge.merging import merge
+from eigenzoo.merge.method import METHODS as ALL_METHODS
+from eigenzoo.merge.method import Method
 from eigenzoo.merge.methods import find_method
+from eigenzoo.merge.request import CORE
 from eigenzoo.records import Progress, no_progress, plain
 from eigenzoo.zoo.zoo import Zoo
 
@@ -31,8 +36,17 @@ VALIDATION, TEST = "validation", "test"
 PartMetric = Callable[[Path, str], float | Mapping[str, float]]
 """Called with the path of a model and `validation` or `test`. Returns a score, or scores by task; larger is better."""
 
-METHODS = ("mean", "task_arithmetic", "ties", "tsv", "iso_c", "model_stock")
-SIZES = (0.5, 1.0, 1.5, 2.0)
+METHODS = ("task_arithmetic", "ties", "tsv", "iso_c", "model_stock", "karcher", "cart")
+"""Methods that are tried by default; with moments of inputs also `WITH_GRAMS`."""
+
+WITH_GRAMS = "regmean"
+
+SUMS = ("task_arithmetic", "linear", "mean")
+"""Methods that are the same merge at the same size and equal weights. The first takes any weights, the last none."""
+
+SIZES = (1.0, 0.5, 1.5, 2.0)
+"""Multiples of the norm of the plain mean. The first one wins where scores are equal."""
+
 STEPS = (0.0, 0.5, 1.5)
 """Factors that one model's weight is tried with."""
 
@@ -74,6 +88,7 @@ class ChosenMerge:
         verdict: `merging-pays`, `merging-does-not-pay` or `undecided`.
         text: the reason, with figures.
         nai: (merged − base) / (own − base), the mean over tasks where the two differ; None without these controls.
+        notes: controls that were not measured, and why.
     """
 
     best: Candidate
@@ -82,6 +97,7 @@ class ChosenMerge:
     verdict: str
     text: str
     nai: float | None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return one_line(f"ChosenMerge({self.best.method}, scale={self.best.scale:.3g}, {self.verdict}): {self.text}")
@@ -89,14 +105,14 @@ class ChosenMerge:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
         controls = {name: {"mean": scores.mean, "tasks": dict(scores.tasks)} for name, scores in self.controls.items()}
-        return {**plain(self), "controls": controls}
+        return {**plain(self), "controls": controls, "notes": list(self.notes)}
 
 
 def choose(
     zoo: Zoo,
     metric: PartMetric,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     parent: str | os.PathLike[str] | None = None,
     joint: str | os.PathLike[str] | None = None,
     ranks: Sequence[int] = (),
@@ -107,26 +123,90 @@ def choose(
 
     Args:
         metric: see `PartMetric`. It is called once for each merge that is tried, and a few times for the controls.
-        methods: the methods to try.
+        methods: the methods to try. Default: `METHODS`, and with `grams` also regmean. One of those that are the same merge
+            (`SUMS`) is tried.
         parent: the base model, as a control. Default: the base of a zoo that has one.
         joint: a model that was trained on all tasks, as a control.
         ranks: ranks that the best merge of adapters is also tried at.
-        options: further options of `merge`, the same for every merge.
+        options: further options of `merge`, the same for every merge. Those of methods go to the methods that have them.
 
     Raises:
-        UsageError: for unknown methods.
+        UsageError: for unknown methods, options that no method has, an adapter as `parent`, and a metric that fails.
         DataError: for a metric that does not return numbers, or different tasks for different models.
     """
+    if methods is None:
+        methods = (*METHODS, WITH_GRAMS) if options.get("grams") else METHODS
     if not methods:
         raise UsageError("no methods are given")
-    for name in methods:
-        find_method(name)
+    _check_options([find_method(name) for name in methods], options)
+    _check_metric(metric)
+    _check_parent(zoo, parent)
+    methods = _without_twins(methods)
     search = _Search(zoo, metric, options, progress, len(methods), len(ranks))
     for name in methods:
         search.try_sizes(name)
     search.try_weights()
     search.try_ranks(ranks)
     return _report(search, parent, joint)
+
+
+def _of_methods(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of options that belong to methods, the space and the moments among them."""
+    return [
+        name
+        for name, value in options.items()
+        if value is not None and any(_takes(method, name) for method in ALL_METHODS.values())
+    ]
+
+
+def _takes(method: Method, name: str) -> bool:
+    """Tell whether a method has an option."""
+    if name == "space":
+        return method.has_spaces
+    return method.kind == "factors" if name == "grams" else name in method.parameters
+
+
+def _check_options(methods: Sequence[Method], options: Mapping[str, Any]) -> None:
+    """Raise UsageError for an option that none of the methods has."""
+    for name in _of_methods(options):
+        if not any(_takes(method, name) for method in methods) and not (name == "space" and options[name] == CORE):
+            raise UsageError(
+                f"none of the methods {', '.join(method.name for method in methods)} has the option {name!r}",
+                next_step="leave it out, or name a method that has it (docs/merge.md lists them)",
+            )
+
+
+def _without_twins(methods: Sequence[str]) -> list[str]:
+    """Return the methods, each once, and of `SUMS` only the one that takes the most weights."""
+    sums = [name for name in SUMS if name in methods][1:]
+    return [name for name in dict.fromkeys(methods) if name not in sums]
+
+
+def _check_metric(metric: PartMetric) -> None:
+    """Raise UsageError for a function of another form, before any merge is made."""
+    try:
+        inspect.signature(metric).bind(Path(), VALIDATION)
+    except TypeError as error:
+        name = getattr(metric, "__name__", type(metric).__name__)
+        raise UsageError(
+            f"the metric {name} cannot be called with a path and a part: {error}",
+            rule=f"merge calls def {name}(path, part) with the part {VALIDATION!r} or {TEST!r}; evaluate calls its metric with "
+            "the path alone",
+            next_step="add the second argument; give a function that makes the metric its own argument with --metric-arg",
+        ) from None
+    except ValueError:  # some functions of C have no signature
+        return
+
+
+def _check_parent(zoo: Zoo, parent: str | os.PathLike[str] | None) -> None:
+    """Raise UsageError for an adapter as the base, which would be a rival and not the control."""
+    if parent is not None and zoo.view == "update" and is_adapter(parent):
+        raise UsageError(
+            f"{parent} is an adapter",
+            where="--parent (parent=)",
+            rule="the base is the model without an update",
+            next_step="name the model that the adapters were trained on",
+        )
 
 
 class _Search:
@@ -150,7 +230,11 @@ class _Search:
         choices: dict[str, Any] = {"scale": candidate.scale, "weights": candidate.weights}
         if candidate.rank is not None:
             choices["rank"] = candidate.rank
-        merged = merge(self.zoo, candidate.method, **choices, **self._options)
+        method, given = find_method(candidate.method), dict(self._options)
+        for name in _of_methods(given):
+            if not _takes(method, name):
+                del given[name]
+        merged = merge(self.zoo, candidate.method, **choices, **given)
         assert isinstance(merged, Merged | MergedCheckpoint)
         return merged
 
@@ -193,8 +277,19 @@ class _Search:
 
 
 def scores_of(metric: PartMetric, path: Path, part: str) -> dict[str, float]:
-    """Return a metric's scores by task; raises DataError for anything but numbers."""
-    found = metric(path, part)
+    """Return a metric's scores by task; raises DataError for anything but numbers, UsageError for a metric that fails."""
+    try:
+        found = metric(path, part)
+    except EigenzooError as error:
+        raise error.at(str(path)) from error
+    # The metric is the user's code, and any of its errors needs the model and the part.
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"the metric failed with {type(error).__name__}: {error}",
+            where=f"{path}, part {part!r}",
+            rule="a metric takes the path of a saved model and a part, and returns a score or scores by task",
+            next_step="call it yourself with this part and the path of one of the models",
+        ) from error
     scores = dict(found) if isinstance(found, Mapping) else {"all": found}
     wrong = [name for name, value in scores.items() if not isinstance(value, int | float) or not math.isfinite(value)]
     if wrong or not scores:
@@ -224,6 +319,16 @@ def _report(
         if path is not None:
             controls[name] = scores_of(metric, Path(path), TEST)
     tasks = controls["merged"]
+    notes = []
+    if parent is None:
+        notes.append(
+            "the base was not measured, and the verdict is against the best single model alone: name it (--parent)"
+        )
+    others = sorted(set(tasks) - set(zoo.names)) if set(tasks) != {"all"} else []
+    if others:
+        notes.append(
+            f"each model on its own task was not measured: no model is called {others[0]!r}, the name of a task"
+        )
     if set(tasks) <= set(zoo.names):
         controls["own"] = {task: scores_of(metric, zoo.models[zoo.place(task)].path, TEST)[task] for task in tasks}
     for name, scores in controls.items():
@@ -237,6 +342,7 @@ def _report(
         verdict,
         text,
         nai(controls),
+        tuple(notes),
     )
 
 

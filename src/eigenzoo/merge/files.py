@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
 from eigenzoo.display import in_percent, markdown_text
+from eigenzoo.formats.lora.config import CONFIG_FILE
 from eigenzoo.formats.remote import source_url
 from eigenzoo.formats.writers import write_bytes
 from eigenzoo.merge.certificate import Certificate
@@ -18,6 +20,11 @@ MERGED = "merged"
 
 CERTIFICATE, CARD = "merge.json", "README.md"
 UNKNOWN = "unknown"
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Tell by its config whether a folder is an adapter."""
+    return os.path.isfile(os.path.join(path, CONFIG_FILE))
 
 
 def write_certificate(folder: Path, certificate: Certificate, zoo: Zoo, recipe: bytes | None = None) -> None:

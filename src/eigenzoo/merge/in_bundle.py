@@ -21,7 +21,7 @@ from eigenzoo.linalg.lora import Factors
 from eigenzoo.linalg.spectrum import largest_singular_value
 from eigenzoo.merge.certificate import Certificate, LayerSums, certify, compare
 from eigenzoo.merge.layer_updates import Combination, Product, UpdatesInMemory, values_of
-from eigenzoo.merge.request import CORE, Job, Request
+from eigenzoo.merge.request import Job, Request
 from eigenzoo.merge.trimming import with_thresholds
 from eigenzoo.records import Progress, telling
 from eigenzoo.subspace.bases.basis import LayerBasis
@@ -61,14 +61,21 @@ def merge_in_bundle(
     """Merge models of a bundle.
 
     Raises:
-        UsageError: for names that are not in the bundle, and spaces other than its own.
+        UsageError: for names that are not in the bundle.
         UnsupportedError: where the merge does not stay in the subspace.
     """
     request = next(iter(jobs.values())).request
-    if request.space != CORE:
-        raise UsageError(f"space {request.space!r}", rule="the models of a bundle are merged in its own core")
     if request.method.kind == "factors":
         raise UnsupportedError(f"method {request.method.name} in a bundle", next_step="merge the models' own files")
+    for name in names:
+        last = os.path.basename(os.path.normpath(name))
+        if name not in space.names and last != name and last in space.names and not os.path.isfile(name):
+            raise UsageError(
+                f"no model is called {name!r}",
+                where=str(space.path),
+                rule="models of a bundle are named, not their files",
+                next_step=f"write {last}",
+            )
     models = [space.coefficients(name) for name in names]
 
     precision = torch.finfo(getattr(torch, space.manifest.coefficients_dtype)).eps
@@ -141,7 +148,7 @@ def _average(basis: LayerBasis, values_TK: Tensor, job: Job) -> tuple[Tensor, La
     request = job.request
     if request.method.name not in AVERAGES or request.scale != 1:
         raise UnsupportedError(
-            f"method {request.method.name} with scale {request.scale:g}",
+            f"method {request.method.name}" if request.scale == 1 else f"scale {request.scale:g}",
             where=f"layer '{basis.layer.name}'",
             rule=f"models that are not whole cores stay in the subspace only as averages ({', '.join(AVERAGES)}, scale 1)",
             next_step="fit adapters with --axes outputs,inputs, or merge the models' own files",

@@ -81,6 +81,13 @@ def read_grams(
         models: their names.
         layers: shapes (O, I) by name.
     """
+    if not os.path.isdir(folder):
+        raise FormatError(
+            "there is no such folder",
+            where=str(folder),
+            rule="--grams names a folder with NAME.safetensors for each model",
+            next_step="write it with eigenzoo.merge.input_grams.collect (docs/merge.md)",
+        )
     found = {}
     for model in models:
         path = Path(folder) / f"{model}.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -97,9 +98,14 @@ def merge(
     resolved = chosen.options({name: value for name, value in options.items() if value is not None})
     request = Request(chosen, resolved, scale, check_choice(space, SPACES, "space"))
     check_choice(missing, ("refuse", "zero"), "missing")
+    _check_used(request, grams)
     if not isfinite(scale):
         raise UsageError(f"scale {scale}", rule="the scale is a finite number")
     choose_rank, room = rank_choice(rank), check_budget(budget, rank)
+    if isinstance(models, tuple):
+        _check_bundle_choices(
+            space=space, rank=rank, budget=budget, base=base, dtype=dtype, heads=heads, missing=missing
+        )
     if rank is None and room is None and request.chosen_space == FULL:
         raise UsageError(
             "no rank is given",
@@ -109,15 +115,13 @@ def merge(
         )
     if isinstance(models, tuple):
         bundle, names = models
-        if room is not None:
-            raise UsageError("a budget for models of a bundle", rule="their merge is a file of coefficients")
         jobs = _jobs(bundle.layers, names, request, weights, grams or {}, seed)
         return merge_in_bundle(bundle, names, jobs, started, progress)
     zoo = models
     if not isinstance(zoo, Zoo):
         as_zero = "zero" if missing == "zero" else "error"
         zoo = open_zoo(zoo, base=base, missing=as_zero, allow_pickle=allow_pickle, progress=progress)
-    _check_view(zoo, request, rank if room is None else f"for {room:,} bytes", base is not None)
+    _check_view(zoo, request, rank if room is None else f"for {room:,} bytes")
     jobs = _jobs(zoo.layers, zoo.names, request, weights, grams or {}, seed)
     as_dtype = None if dtype is None else _parse_dtype(dtype)
     if zoo.view != "update":
@@ -127,11 +131,42 @@ def merge(
         return merge_adapters(zoo, jobs, choices, started, opened, progress)
 
 
-def _check_view(zoo: Zoo, request: Request, rank: RankChoice, has_base: bool) -> None:
+def _check_bundle_choices(**given: Any) -> None:
+    """Raise UsageError for a choice that a file of coefficients does not have."""
+    defaults = inspect.signature(merge).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise UsageError(
+                f"{name} {str(value)[:40]!r} for models of a bundle",
+                rule="their merge is a file of coefficients in the bundle's own core, with its ranks, heads and dtype",
+                next_step="leave it out, or merge the models' own files",
+            )
+
+
+def _check_used(request: Request, grams: Grams | None) -> None:
+    """Raise UsageError for a space or moments that the method does not use."""
+    method, where = request.method, f"method {request.method.name}"
+    if request.space != CORE and not method.has_spaces:
+        with_spaces = ", ".join(name for name, each in METHODS.items() if each.has_spaces)
+        raise UsageError(
+            f"space {request.space!r}",
+            where=where,
+            rule=f"it has no choice of a space; {with_spaces} have one",
+            next_step="leave out --space (space=)",
+        )
+    if grams is not None and method.kind != "factors":
+        users = ", ".join(name for name, each in METHODS.items() if each.kind == "factors")
+        raise UsageError(
+            "moments of inputs",
+            where=where,
+            rule=f"only {users} uses them",
+            next_step=f"leave out --grams (grams=), or use method {users}",
+        )
+
+
+def _check_view(zoo: Zoo, request: Request, rank: RankChoice) -> None:
     """Raise UsageError for options that contradict the kind of models."""
     if zoo.view == "update":
-        if has_base:
-            raise UsageError("a base for adapters", rule="adapters are merged without it", next_step="leave out --base")
         return
     if zoo.view not in ("delta", "weight"):
         raise UsageError(f"view {zoo.view}", rule="models are merged by their weights, differences or updates")
@@ -171,6 +206,13 @@ def _jobs(
 ) -> dict[str, Job]:
     """Return the same job for each layer."""
     weights_T, checked = as_weights(weights, names, request.method), check_seed(seed)
+    for option, value in request.options.items():
+        if isinstance(value, tuple) and len(value) != len(names):
+            raise UsageError(
+                f"{option} has {counted(len(value), 'value')} for {counted(len(names), 'model')}",
+                where=f"method {request.method.name}",
+                rule="it is one number, or one per model in their order",
+            )
     if request.method.kind == "factors" and not grams:
         raise UsageError(
             "no moments of inputs are given",
@@ -198,6 +240,9 @@ def _jobs(
 
 def as_weights(weights: Weights, names: Sequence[str], method: Method) -> Tensor:
     """Return one weight per model, (T,) float64; raises UsageError for other numbers of models or weights."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(f"{twice[0]!r} is named twice", next_step="name each model once, and give it a larger weight")
     least, most = method.models
     if not least <= len(names) <= most:
         raise UsageError(
@@ -212,6 +257,8 @@ def as_weights(weights: Weights, names: Sequence[str], method: Method) -> Tensor
         if unknown:
             raise UsageError(f"weights and models differ in {unknown[0]!r}", rule="each model has one weight")
         weights = [weights[name] for name in names]
+    if not isinstance(weights, Iterable) or isinstance(weights, str):
+        raise UsageError(f"the weights are {weights!r}", rule="they are one number per model, or numbers by name")
     if len(weights) != len(names):
         raise UsageError(
             f"{counted(len(weights), 'weight')} for {counted(len(names), 'model')}", rule="each model has one"

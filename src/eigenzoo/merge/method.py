@@ -104,6 +104,11 @@ class Method:
     space: str | None
 
     @property
+    def has_spaces(self) -> bool:
+        """Whether users choose the space of the entries."""
+        return self.kind == "elements" and self.space is None
+
+    @property
     def summary(self) -> str:
         """The first sentence of the function's description."""
         return (inspect.getdoc(self.merge) or "").partition("\n")[0]

@@ -14,6 +14,7 @@ import torch
 from eigenzoo.errors import FormatError, UnsupportedError, UsageError
 from eigenzoo.merge.adapters import AdapterChoices, merge_adapters
 from eigenzoo.merge.checkpoints import MergedCheckpoint
+from eigenzoo.merge.files import is_adapter
 from eigenzoo.merge.heads import REFUSE
 from eigenzoo.merge.layer_updates import Context
 from eigenzoo.merge.merged import Merged
@@ -175,6 +176,14 @@ def _open(
             where=where,
             rule="sources are of one kind",
             next_step="merge each adapter into its base first, with PEFT's merge_and_unload",
+        )
+    plain = next((model.path for model in recipe.models if is_adapter(model.path)), None)
+    if plain is not None and recipe.base is not None:
+        raise FormatError(
+            f"{plain} is an adapter beside base_model",
+            where=where,
+            rule="with a base_model the models are whole ones, or adapters written as BASE+ADAPTER",
+            next_step=f"write model: {recipe.base}+{plain}",
         )
     if recipe.base is None and not translation.of_weights and recipe.method != "nuslerp":
         raise FormatError(

@@ -54,6 +54,8 @@ def draw_interference(found: Mapping[str, Any], kind: str) -> bytes:
                     axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
         bar = canvas.colorbar(image, ax=canvas.axes, shrink=0.6, format=lambda value, _: f"{100 * value:.3g} %")
         bar.outline.set_visible(False)
+        bar.set_label("mean squared cosine of principal angles")
+        canvas.suptitle("Overlap of two models' updates, beside unrelated updates", fontsize=10)
         canvas.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else {})
     return out.getvalue()
 

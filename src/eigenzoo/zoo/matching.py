@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 
@@ -205,8 +206,15 @@ def _refuse_mixed_kinds(models: Sequence[Model], names: Sequence[str]) -> None:
     raise MismatchError(
         f"{few[0]} is {what}, but {len(models) - len(few)} of {len(models)} models are {others}",
         rule="the models of one zoo are all adapters or all full weights",
-        next_step=f"leave out {shown}: name the other models, or begin its folder's name with '_', so that it is skipped",
+        next_step=f"leave out {shown}: name the other models, or {_skipping(models[names.index(few[0])].path)}",
     )
+
+
+def _skipping(path: Path) -> str:
+    """Say how a model is skipped: a folder passes over names that begin with `_`, but not a list of paths."""
+    if path.name.startswith(("_", ".")):
+        return f"name the folder {path.parent}: it skips names that begin with {path.name[0]!r}"
+    return "begin its folder's name with '_', so that it is skipped"
 
 
 def _refuse_mixed_adapters(models: Sequence[Model], names: Sequence[str]) -> None:

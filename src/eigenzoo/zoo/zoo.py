@@ -335,6 +335,13 @@ def open_zoo(
     with seldom_collecting():
         opened = _open_named(source, allow_missing, allow_pickle, progress)
     chosen = view if view is not None else default_view(opened.models[0], base is not None)
+    if chosen == "update" and view is None and base is not None:
+        raise UsageError(
+            "a base for adapters",
+            where=f"--base {base}",
+            rule="adapters are read without it: their files have the differences from the base",
+            next_step="leave out --base (base=)",
+        )
     _check_base(chosen, base)
     _check_missing(missing, chosen)
     if base is not None and base_model is None:
