@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from served_zoos import write_adapters
+from served_zoos import Zoo, write_adapters
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,14 +14,6 @@ from once import once
 from real_models import VOCABULARY, make
 
 CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
-
-
-@dataclass(frozen=True)
-class Zoo:
-    """Folders of a base with its tokenizer, and of a bundle of twenty adapters of it."""
-
-    base: Path
-    bundle: Path
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ TARGETS: dict[str, Any] = {
     "vit": {"target_modules": ADAPTERS["vit"][0]["target_modules"]},
     "resnet": {"target_modules": ["convolution"]},
 }
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Folders of a base with its tokenizer, and of a bundle of twenty adapters of it."""
+
+    base: Path
+    bundle: Path
 
 
 def write_adapters(kind: str, folder: Path, settings: Sequence[dict[str, Any]] = MANY, **more: Any) -> list[Path]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from served_zoos import write_adapters, write_finetunes
+from served_zoos import Zoo, write_adapters, write_finetunes
 
 import eigenzoo as ez
-from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.integrations.dry_loading import load_dry
 from eigenzoo.serve.engines import VLLM_RANKS, print_command, vllm_rank
 from eigenzoo.serve.handed_out import HandedOut, written_rank

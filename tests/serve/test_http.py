@@ -19,10 +19,10 @@ from typing import Any
 import openai
 import pytest
 import torch
+from served_zoos import Zoo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eigenzoo as ez
-from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.serve import BASE
 from guard import HANG, wait_until
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from served_zoos import Zoo as Folders
 
 import eigenzoo as ez
-from conftest import Zoo as Folders  # type: ignore[attr-defined]
 from eigenzoo.integrations.continuous_batching import ZooBatching
 from eigenzoo.integrations.server import running
 from eigenzoo.integrations.server.app import Limits, make_app

@@ -12,11 +12,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from served_zoos import write_adapters
+from served_zoos import Zoo, write_adapters
 
 import eigenzoo as ez
-from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.integrations.vllm_plugin import Adapters, register
+from real_models import PEFT_CALLS_OLD_NAMES
+
+pytestmark = pytest.mark.filterwarnings(f"ignore:{PEFT_CALLS_OLD_NAMES}:FutureWarning")
 
 
 @pytest.fixture(autouse=True)
