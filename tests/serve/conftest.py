@@ -13,6 +13,8 @@ import eigenzoo as ez
 from once import once
 from real_models import VOCABULARY, make
 
+collect_ignore = ["llama_cpp_client.py", "vllm_checks.py"]  # they run in the engines' environment
+
 CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
 
 
