@@ -11,7 +11,6 @@ import os
 import shlex
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eigenzoo as ez
 from eigenzoo.serve.engines import print_command
+from guard import HANG, wait_until
 from once import once
 from real_models import PEFT_CALLS_OLD_NAMES
 
@@ -178,7 +178,7 @@ def test_the_plugin_with_the_classes_of_vllm(engine_zoo: EngineZoo, tmp_path: Pa
     }
     names = ["a0", "a6", "../a0", "/etc/passwd"]
     command = [ENGINES / "bin" / "python", ROOT / "tests" / "serve" / "vllm_checks.py", engine_zoo.base, *names]
-    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(**settings), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["inert"] == []
@@ -211,21 +211,24 @@ def vllm(command: list[str], log: Path, **settings: str) -> Iterator[str]:
             stderr=subprocess.STDOUT,
         )
     try:
-        while process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                    break
-            except OSError:
-                time.sleep(0.5)
+        wait_until(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"))
         assert process.poll() is None, log.read_text()[-4000:]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
+            process.wait(HANG)
+        finally:
             process.kill()
             process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url):
+            return True
+    except OSError:
+        return False
 
 
 def post(url: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -283,7 +286,7 @@ def test_llama_cpp_answers_as_peft(engine_zoo: EngineZoo, expected: dict[str, li
     for part in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py"):
         (tmp_path / part).symlink_to(checkout / part)
     run = ["bash", "-ec", "\n".join(line + " --outtype f32" * ("_hf_to_" in line) for line in script)]
-    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
     words = shlex.split(serve)
@@ -302,7 +305,7 @@ def test_llama_cpp_answers_as_peft(engine_zoo: EngineZoo, expected: dict[str, li
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     found = [
