@@ -78,6 +78,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "call": (message(tool_calls=[{"function": {"name": 3}}]), "each with a role and text"),
     "arguments": (message(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "each with a role and text"),
     "tools": ({**message(), "tools": [3]}, "tools must be"),
+    "surrogate": (message(content="\ud800"), "is not JSON"),
     "stream": ({**message(), "stream": "no"}, "stream must be"),
     "count": ({**message(), "max_tokens": True}, "must be a whole number"),
 }
