@@ -174,7 +174,7 @@ async def _body(request: Request) -> dict[str, Any]:
         raise RequestRefused(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise RequestRefused("the body must be a JSON object")
-    return body
+    return {field: value for field, value in body.items() if value is not None}  # as OpenAI's API reads null
 
 
 def _new_id(kind: str) -> str:
