@@ -41,7 +41,7 @@ def alone(served: Served, tokens: list[int], name: str, count: int = NEW) -> lis
             torch.tensor([tokens]),
             models=[name],
             max_new_tokens=count,
-            eos_token_id=-1,
+            eos_token_id=VOCABULARY + 1,
             do_sample=False,
             pad_token_id=0,
         )
@@ -169,7 +169,7 @@ def test_what_would_end_the_thread_for_all_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", [("ContinuousBatchingManager", "_create_batch_processor"), ("Scheduler", "clear_cancelled_requests")]
+    "missing", [("ContinuousBatchingManager", "_create_batch_processor"), ("OutputRouter", "deliver_batch")]
 )
 def test_another_inside_of_transformers_is_named(missing: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The inside that is used is that of the tested version; a version without a part of it is refused by name."""
@@ -178,3 +178,24 @@ def test_another_inside_of_transformers_is_named(missing: tuple[str, str], monke
     monkeypatch.delattr(owner, missing[1])
     with pytest.raises(UnsupportedError, match=rf"{missing[0]}.{missing[1]}.*Tested with transformers 5\.23"):
         check_inside()
+
+
+def test_a_request_that_lost_its_place_to_one_that_is_cancelled(tmp_path: Path) -> None:
+    """It waits until a request ends. A cancelled one has ended too, and nothing else would let it run again."""
+    served = serve(tmp_path, 2)
+    prompts = [[1 + number] * 60 for number in range(2)]
+    with ZooBatching(served, cache_tokens=4 * PAGE) as batching:
+        scheduler, lost = batching.manager.batch_processor.scheduler, []
+        add_again = scheduler.add_waiting_request
+
+        def cancel_the_other(state: Any) -> None:
+            add_again(state)
+            if state._true_initial_tokens and not lost:
+                lost.append(state.request_id)
+                batching.cancel(next(each for each in ids if each != state.request_id))
+
+        scheduler.add_waiting_request = cancel_the_other
+        ids = [batching.add(tokens, "a0", max_new_tokens=60, end=-1) for tokens in prompts]
+        found = {output.request_id: output.generated_tokens for output in batching if output.is_finished()}
+        assert lost
+        assert found == {lost[0]: alone(served, prompts[ids.index(lost[0])], "a0", 60)}

@@ -78,6 +78,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "call": (message(tool_calls=[{"function": {"name": 3}}]), "each with a role and text"),
     "arguments": (message(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "each with a role and text"),
     "tools": ({**message(), "tools": [3]}, "tools must be"),
+    "null": ({**message(), "chat_template_kwargs": None}, "roles must alternate"),
+    "surrogate": (message(content="\ud800"), "is not JSON"),
     "stream": ({**message(), "stream": "no"}, "stream must be"),
     "count": ({**message(), "max_tokens": True}, "must be a whole number"),
 }
@@ -98,6 +100,7 @@ def test_a_web_page_of_another_site_cannot_use_the_server(site: Site) -> None:
     assert (status, "application/json" in found["error"]["message"]) == (415, True)
     status, found = site.post("/v1/completions", body, host="evil.example")
     assert (status, "evil.example" in found["error"]["message"]) == (403, True)
+    assert site.post("/v1/completions", {**body, "stream": None})[0] == 200
     status, found = site.post("/v1/nowhere", {})
     assert (status, found["error"]["code"]) == (404, "invalid_request_error")
 

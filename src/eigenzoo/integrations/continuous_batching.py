@@ -42,7 +42,7 @@ try:
     from transformers.generation.continuous_batching import cb_logits_processors as processors
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
     from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
-    from transformers.generation.continuous_batching.scheduler import Scheduler
+    from transformers.generation.continuous_batching.scheduler import FIFOScheduler
     from transformers.generation.logits_process import LogitsProcessorList
 except ImportError as error:
     raise UnsupportedError(
@@ -66,7 +66,7 @@ INSIDE: dict[type, tuple[str, ...]] = {
         "stop",
     ),
     OutputRouter: ("deliver", "deliver_batch", "fail_and_deliver"),
-    Scheduler: ("clear_cancelled_requests",),
+    FIFOScheduler: ("clear_cancelled_requests",),
     FutureRequestState: ("query_length", "state"),
     GenerationOutput: ("error", "is_finished"),
     RequestState: ("logit_processor_kwargs", "request_id"),
@@ -235,6 +235,8 @@ class ZooBatching:
             states: list[Any] = clear()
             for state in states:
                 self._release(state.request_id)
+            if states:  # requests without a place wait for one to end; transformers counts only those that finish
+                scheduler.block_new_requests = False
             return states
 
         scheduler.clear_cancelled_requests = clear_cancelled_requests

@@ -169,11 +169,12 @@ async def _while_connected(request: Request, answer: Callable[[dict[str, Any]], 
 async def _body(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
+        json.dumps(body, ensure_ascii=False).encode()  # half surrogates, which are not text for tokenizers
     except (ValueError, RecursionError) as error:
         raise RequestRefused(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise RequestRefused("the body must be a JSON object")
-    return body
+    return {field: value for field, value in body.items() if value is not None}  # as OpenAI's API reads null
 
 
 def _new_id(kind: str) -> str:

@@ -248,7 +248,7 @@ class _OfTheZoo:
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         for field, value in body.items():
-            if value is None or field in USED or field in IGNORED or value in NEUTRAL.get(field, ()):
+            if field in USED or field in IGNORED or value in NEUTRAL.get(field, ()):
                 continue
             raise RequestRefused(
                 f"{field!r} is not supported with continuous batching: leave it out", code="unsupported_field"
@@ -260,7 +260,7 @@ class _OfTheZoo:
         for field in ("temperature", "top_p"):
             if body.get(field) is not None and type(body[field]) not in (int, float):
                 raise RequestRefused(f"{field} must be a number")
-        if type(body.get("stream", False)) not in (bool, type(None)):
+        if type(body.get("stream", False)) is not bool:
             raise RequestRefused("stream must be true or false")
 
     def _build_generation_config(self, body: dict[str, Any], defaults: Any, use_cb: bool = False) -> Any:
