@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from served_zoos import write_adapters
+from served_zoos import MANY, write_adapters
 
 import eigenzoo as ez
+from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.errors import ResourceError, UnsupportedError, UsageError
 from eigenzoo.integrations import continuous_batching
 from eigenzoo.integrations.continuous_batching import INSIDE, MAX_BATCH_TOKENS, PAGE, ZooBatching, check_inside
@@ -20,12 +22,16 @@ from real_models import VOCABULARY, make
 NEW = 12
 
 
-def serve(folder: Path, models: int = 20, kind: str = "llama") -> Served:
-    settings: list[dict[str, Any]] = [{"r": 2 + seed % 3, "lora_alpha": 4} for seed in range(models)]
+def serve(zoo: Zoo, models: int = 20) -> Served:
+    space = ez.load(zoo.bundle)
+    return ez.serve.attach(make("llama"), space, space.names[:models])
+
+
+def serve_gpt2(folder: Path) -> Served:
     space = ez.fit(
-        write_adapters(kind, folder, settings), axes=("outputs", "inputs"), rank={"outputs": 16, "inputs": 16}
+        write_adapters("gpt2", folder, MANY[:2]), axes=("outputs", "inputs"), rank={"outputs": 8, "inputs": 8}
     )
-    return ez.serve.attach(make(kind), space)
+    return ez.serve.attach(make("gpt2"), space)
 
 
 def shared_prompts(count: int) -> list[list[int]]:
@@ -48,16 +54,14 @@ def alone(served: Served, tokens: list[int], name: str, count: int = NEW) -> lis
     return list(found[0, len(tokens) :].tolist())
 
 
-@pytest.mark.parametrize("batch_tokens", [MAX_BATCH_TOKENS, 50])
-def test_prompts_that_share_pages_in_two_waves(
-    tmp_path: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("batch_tokens", [50, pytest.param(MAX_BATCH_TOKENS, marks=pytest.mark.slow)])
+def test_prompts_that_share_pages_in_two_waves(zoo: Zoo, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty models and the base. Blocks of the cache that models shared would give wrong answers without a word.
 
     In batches of fewer tokens than a prompt has, each is read in parts.
     """
     monkeypatch.setattr(continuous_batching, "MAX_BATCH_TOKENS", batch_tokens)
-    served = serve(tmp_path)
+    served = serve(zoo)
     names = [*served.names, BASE]
     prompts = shared_prompts(len(names))
     expected = [alone(served, tokens, name) for tokens, name in zip(prompts, names, strict=True)]
@@ -71,9 +75,9 @@ def test_prompts_that_share_pages_in_two_waves(
     assert alone(served, prompts[0], names[0]) == expected[0], "the model is as before"
 
 
-def test_each_request_samples_as_it_asks(tmp_path: Path) -> None:
+def test_each_request_samples_as_it_asks(zoo: Zoo) -> None:
     """Beside hot requests, greedy ones take the best token, and top_k=1 or a tiny top_p sample it too."""
-    served = serve(tmp_path, 3)
+    served = serve(zoo, 3)
     prompt = shared_prompts(1)[0]
     expected = {name: alone(served, prompt, name) for name in served.names}
     with ZooBatching(served, cache_tokens=2**12) as batching:
@@ -89,9 +93,9 @@ def test_each_request_samples_as_it_asks(tmp_path: Path) -> None:
     assert len({tuple(found[request_id]) for request_id in hot}) > 1
 
 
-def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path) -> None:
+def test_models_that_are_removed_and_requests_that_are_cancelled(zoo: Zoo) -> None:
     """A request keeps the model that it began with. A cancelled one gives back its place and its slot."""
-    served = serve(tmp_path, 3)
+    served = serve(zoo, 3)
     prompt = shared_prompts(1)[0]
     expected = alone(served, prompt, "a1")
     with ZooBatching(served, cache_tokens=2**12, max_queue=3) as batching:
@@ -122,9 +126,9 @@ def test_models_that_are_removed_and_requests_that_are_cancelled(tmp_path: Path)
     assert batching.num_requests == 0, "stopping gives back the slots"
 
 
-def test_a_cache_that_is_too_small_for_all_requests(tmp_path: Path) -> None:
+def test_a_cache_that_is_too_small_for_all_requests(zoo: Zoo) -> None:
     """Requests that lose their place in the cache are computed once more, by the same model."""
-    served = serve(tmp_path, 2)
+    served = serve(zoo, 2)
     names = list(served.names) * 3
     prompts = [[1 + number, *tokens[:40]] for number, tokens in enumerate(shared_prompts(len(names)))]
     expected = [alone(served, tokens, name, 40) for tokens, name in zip(prompts, names, strict=True)]
@@ -137,8 +141,8 @@ def test_a_cache_that_is_too_small_for_all_requests(tmp_path: Path) -> None:
         assert batching.num_requests == 0
 
 
-def test_an_output_is_never_lost_between_its_end_and_its_delivery(tmp_path: Path) -> None:
-    served = serve(tmp_path, 2)
+def test_an_output_is_never_lost_between_its_end_and_its_delivery(zoo: Zoo) -> None:
+    served = serve(zoo, 2)
     with ZooBatching(served, cache_tokens=2**12) as batching:
         router = batching.manager.output_router
         deliver = router.deliver_batch
@@ -153,7 +157,7 @@ def test_an_output_is_never_lost_between_its_end_and_its_delivery(tmp_path: Path
 
 def test_what_would_end_the_thread_for_all_is_refused(tmp_path: Path) -> None:
     """Positions that the model has no embedding for, and numbers that are not tokens."""
-    served = serve(tmp_path, 2, "gpt2")
+    served = serve_gpt2(tmp_path)
     positions = served.model.config.max_position_embeddings
     with ZooBatching(served, cache_tokens=2**12) as batching:
         assert batching.longest == positions
@@ -165,7 +169,7 @@ def test_what_would_end_the_thread_for_all_is_refused(tmp_path: Path) -> None:
         found = batching.generate([[3] * (positions - 2)], ["a0"], max_new_tokens=2, end=-1)[0]
         assert len(found) == 2
     with pytest.raises(UsageError, match="T5ForConditionalGeneration is an encoder and a decoder"):
-        ZooBatching(serve(tmp_path / "t5", 2, "t5"))
+        ZooBatching(Mock(model=make("t5")))
 
 
 @pytest.mark.parametrize(
@@ -180,9 +184,9 @@ def test_another_inside_of_transformers_is_named(missing: tuple[str, str], monke
         check_inside()
 
 
-def test_a_request_that_lost_its_place_to_one_that_is_cancelled(tmp_path: Path) -> None:
+def test_a_request_that_lost_its_place_to_one_that_is_cancelled(zoo: Zoo) -> None:
     """It waits until a request ends. A cancelled one has ended too, and nothing else would let it run again."""
-    served = serve(tmp_path, 2)
+    served = serve(zoo, 2)
     prompts = [[1 + number] * 60 for number in range(2)]
     with ZooBatching(served, cache_tokens=4 * PAGE) as batching:
         scheduler, lost = batching.manager.batch_processor.scheduler, []
