@@ -111,6 +111,16 @@ def test_precisions(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(found[-1], before[-1])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+def test_bundles_in_half_precision_and_in_few_bits(dtype: str, tmp_path: Path) -> None:
+    """A bundle's rounding is that of its rebuilt models too."""
+    options: dict[str, Any] = {"dtype": dtype, "coefficients_dtype": "bfloat16"}
+    adapters = ez.fit(write_adapters("llama", tmp_path / "zoo"), **UPDATES["tucker"], **options)
+    check(adapters, "llama", tmp_path / "rebuilt")
+    weights = ez.fit(write_finetunes("gpt2", tmp_path / "more"), **WEIGHTS["tucker"], **options)
+    check(weights, "gpt2", tmp_path / "again")
+
+
 def test_heads_of_their_own(tmp_path: Path) -> None:
     """Adapters that bring a head: each row has its own. A head of another shape is refused by name."""
     paths = write_adapters("vit", tmp_path / "zoo", modules_to_save=["classifier"])
