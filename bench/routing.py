@@ -1,13 +1,17 @@
 """Which model for this input: the router beside its controls, on held-out inputs. The tables of docs/route.md.
 
     python -m bench.routing [FOLDER] [--write]
+    python -m bench.routing --texts [--write]
     python -m bench.routing --examples POOL --inputs TEST [--bundle BUNDLE]
 
 The first form trains two zoos of LoRA adapters in FOLDER (`zoos`) and keeps them: `domains`, whose models have tasks and kinds of
 images of their own, and `turned`, whose models have one task and images turned by angles of their own. `--write` puts the tables
 between the marks in docs/route.md. About two minutes on one core.
 
-The second form measures any zoo, such as one of texts: POOL and TEST are safetensors files with one tensor of features (n, D) per
+The second form needs the extra `text`: passages of docstrings, by the encoder of the nursery's kind `docstrings-lora`, with a model
+for each of ten kinds of docstrings, and twenty models of that zoo, whose inputs are of all kinds. A few minutes.
+
+The third form measures any zoo, such as one of texts: POOL and TEST are safetensors files with one tensor of features (n, D) per
 model. Examples are drawn from POOL, and TEST is what they are measured on.
 """
 
@@ -338,10 +342,43 @@ def nearest_two(angle: int, offset: float) -> list[int]:
     return [first] if offset == 0 else [first, (first + 1) % len(ANGLES)]
 
 
+def texts() -> dict[str, list[str]]:
+    """Models with kinds of texts of their own, and models of `docstrings-lora`, which all see the same kinds."""
+    from eigenzoo.nursery.docstrings import GROUPS, load, tasks
+    from eigenzoo.nursery.encoder import build_parent, find_encoder, tokens_of
+
+    parent, tokenizer = build_parent(find_encoder())
+    passages, features = load(), {}
+    with torch.no_grad():
+        for part in ("train", "test"):
+            batches = tokens_of(tokenizer, passages.texts[part]).split(250)
+            features[part] = torch.cat([parent.bert(input_ids=ids).last_hidden_state.mean(1) for ids in batches])
+    kinds = {part: torch.tensor(passages.groups[part]) for part in features}
+    draw = seeded(0)
+
+    def by_kind(part: str) -> dict[str, Tensor]:
+        return {name: features[part][kinds[part] == number] for number, name in enumerate(GROUPS)}
+
+    def of_all_kinds(part: str) -> dict[str, Tensor]:
+        rows = features[part]
+        return {task.name: rows[torch.randperm(len(rows), generator=draw)[:150]] for task in tasks()[:20]}
+
+    measured = [
+        (title, count, measure(pool, test, count, None))
+        for title, pool, test in (
+            ("ten models, one for each kind of text", by_kind("train"), by_kind("test")),
+            ("twenty models, all for all kinds", of_all_kinds("train"), of_all_kinds("test")),
+        )
+        for count in NUM_EXAMPLES
+    ]
+    return {"routing-texts": accuracy_table(measured)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("zoos"))
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--texts", action="store_true")
     parser.add_argument("--examples", type=Path)
     parser.add_argument("--inputs", type=Path)
     parser.add_argument("--bundle", type=Path)
@@ -355,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [(asked.examples.stem, count, measure(pool, test, count, space)) for count in counts]
         print("\n".join(accuracy_table(rows)))
         return
-    tables = {**domains(asked.folder), **between(asked.folder)}
+    tables = texts() if asked.texts else {**domains(asked.folder), **between(asked.folder)}
     for name, lines in tables.items():
         print(f"\n{name}", *lines, sep="\n")
     if asked.write:
