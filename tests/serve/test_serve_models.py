@@ -178,6 +178,16 @@ def test_t5_positions_are_refused_by_name(tmp_path: Path) -> None:
         ez.serve.attach(make("t5"), space)
 
 
+def test_parametrizations_are_refused_only_where_models_are_served(tmp_path: Path) -> None:
+    space = ez.fit(write_adapters("llama", tmp_path / "zoo"), axes=("outputs", "inputs"), rank=SIDES)
+    model = make("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    ez.serve.attach(model, space).detach()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(UsageError, match=r"module 'model.layers.1.self_attn.q_proj': has a parametrization"):
+        ez.serve.attach(model, space)
+
+
 def test_a_second_subspace_and_unknown_models_are_refused(tmp_path: Path) -> None:
     space = ez.fit(write_adapters("llama", tmp_path / "zoo"), axes=("outputs", "inputs"), rank=SIDES)
     model = make("llama")

@@ -73,7 +73,7 @@ def _render_alone(made: Plan, each: str) -> None:
         about = " about their mean" if alone.about == "mean" else ""
         say(
             f"Cut to rank {alone.rank}{about}, the {each}s alone keep more for their bytes than any bundle in the table: "
-            "sharing does not save bytes here."
+            "by energy, sharing does not save bytes here."
         )
     for about, words in ABOUT.items():
         cuts = "; ".join(

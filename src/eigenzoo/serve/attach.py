@@ -130,6 +130,13 @@ class _Assembly:
     ) -> ServedModule | None:
         """Return what serves a module; None if no model changes this parameter."""
         if path not in self.modules:
+            if parametrize.is_parametrized(module):
+                raise UsageError(
+                    "has a parametrization",
+                    where=f"module '{path}'",
+                    rule="models are served beside plain weights",
+                    next_step="remove it first: eigenzoo.adapt.detach, or torch.nn.utils.parametrize.remove_parametrizations",
+                )
             try:
                 self.modules[path] = served_as(path, module, self.routing)
             except UnsupportedError:
@@ -369,14 +376,6 @@ def _check(model: nn.Module, space: Subspace) -> None:
             "models are attached already",
             rule="a model serves one subspace",
             next_step="add models with served.add, or call served.detach() first",
-        )
-    parametrized = [name for name, part in model.named_modules() if parametrize.is_parametrized(part)]
-    if parametrized:
-        raise UsageError(
-            "has a parametrization",
-            where=f"module '{parametrized[0]}'",
-            rule="models are served beside plain weights",
-            next_step="remove it first: eigenzoo.adapt.detach, or torch.nn.utils.parametrize.remove_parametrizations",
         )
 
 

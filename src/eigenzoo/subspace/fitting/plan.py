@@ -32,6 +32,11 @@ from eigenzoo.zoo.zoo import Zoo
 SIDES = ("outputs", "inputs")
 CHOICES = (("models",), ("outputs",), ("inputs",), SIDES, ("models", "outputs", "inputs"))
 
+BY_ENERGY = (
+    "This is by energy; answers can differ, so measure them before you decide: eigenzoo evaluate BUNDLE --metric."
+)
+"""The end of every advice."""
+
 ROUND_OFF = 1e-8
 """Shares of the energy that differ by less count as equal."""
 
@@ -170,7 +175,7 @@ class Plan:
             parts.append(f"for many more models, {_choice(many)}, {in_bytes(many.per_model)} for each")
         if alone is not None and isinstance(now, PlanRow):
             parts.append(f"without sharing, {_choice(alone)}, {in_bytes(alone.bytes)} in all ({self._loss(alone)})")
-        return f"Advice: {'; '.join(parts)}." if parts else ""
+        return f"Advice: {'; '.join(parts)}. {BY_ENERGY}" if parts else ""
 
     def _gain(self, row: PlanRow | AloneRow) -> float:
         return 1 - self._lost(row) - row.bytes / self.whole_zoo
