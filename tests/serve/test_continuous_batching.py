@@ -9,10 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from served_zoos import MANY, write_adapters
+from served_zoos import MANY, Zoo, write_adapters
 
 import eigenzoo as ez
-from conftest import Zoo  # type: ignore[attr-defined]
 from eigenzoo.errors import ResourceError, UnsupportedError, UsageError
 from eigenzoo.integrations import continuous_batching
 from eigenzoo.integrations.continuous_batching import INSIDE, MAX_BATCH_TOKENS, PAGE, ZooBatching, check_inside
@@ -126,6 +125,7 @@ def test_models_that_are_removed_and_requests_that_are_cancelled(zoo: Zoo) -> No
     assert batching.num_requests == 0, "stopping gives back the slots"
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_small_for_all_requests(zoo: Zoo) -> None:
     """Requests that lose their place in the cache are computed once more, by the same model."""
     served = serve(zoo, 2)

@@ -227,6 +227,7 @@ def test_a_thousand_models_take_little_more_than_their_cores(tmp_path: Path) -> 
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_answers_the_same(tmp_path: Path) -> None:
     """One graph, without breaks, for every mix of models."""
     space = fit("llama", tmp_path / "zoo")
