@@ -285,6 +285,17 @@ def narrow_the_glob(root: Path) -> None:
     assert_split(root, "attn.qkv.weight=q,k,v")
 
 
+def give_adapters_a_base(root: Path) -> None:
+    write_adapters(root / "zoo")
+    save_file({"q.weight": torch.ones(6, 5)}, root / "base.safetensors")
+    ez.open_zoo(root / "zoo", base=root / "base.safetensors")
+
+
+def leave_out_the_base(root: Path) -> None:
+    """The test left it out; the rebuilt adapters have the files' updates."""
+    assert_updates(ez.fit(ez.open_zoo(root / "zoo"), rank=1.0), root / "zoo")
+
+
 def split_adapters(root: Path) -> None:
     write_adapters(root / "zoo")
     ez.open_zoo(root / "zoo", split=["block.q*=q,k"])
@@ -448,6 +459,7 @@ CASES = [
         ("its bias has 9 outputs", "arrow the glob to leave it out"),
         narrow_the_glob,
     ),
+    Case("A base for adapters", give_adapters_a_base, ("read without it", "eave out --base"), leave_out_the_base),
     Case("A split of adapters", split_adapters, ("eave the split out: PEFT stores",), leave_the_split_out),
     Case(
         "A file that changes while it is read", change_while_open, ("changed since", "pen the zoo again"), open_it_again
