@@ -17,7 +17,7 @@ demo: .venv/nursery
 	@$(BIN)/eigenzoo demo --force
 
 test: .venv/test
-	@echo "Running every claim once. This takes about 7 minutes on two cores."
+	@echo "Running every claim once. This takes about 9 minutes on two cores."
 	@$(PYTEST) -m "not slow and not further"
 
 # What `make test` leaves out.
