@@ -122,11 +122,11 @@ def dry(
 
 
 def towers(sandbox: Sandbox) -> Sequence[Words]:
-    """Two thousand modules, each below a name of its own, and a base with fifty thousand more names."""
+    """Two thousand modules, each below a name of its own, and a base with twenty thousand more names."""
     (words,) = dry()(sandbox)
     for path, names in (
         (sandbox.files / "llama_adapter" / WEIGHTS, None),
-        (sandbox.files / "llama" / "model.safetensors", [f"t.x{n}.q_proj.weight" for n in range(50_000)]),
+        (sandbox.files / "llama" / "model.safetensors", [f"t.x{n}.q_proj.weight" for n in range(20_000)]),
     ):
         held = load_file(path)
         if names is None:
