@@ -179,7 +179,7 @@ def test_an_answer_without_a_length_fits_the_model(zoo: Folders) -> None:
 
 
 def test_a_fault_of_the_computation_is_told_to_everyone(zoo: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests get status 503 instead of waiting for ever, and so does whoever asks for the server's health."""
+    """Requests get status 503 instead of waiting for ever. The health route gives 503 too."""
     site = Site(zoo)
     with site.batching:
 
